@@ -1,0 +1,75 @@
+# Needs Python >= 3.11, make and a package index, nothing else.
+#   make demo      turn a tiny language model into a diffusion model and report what it buys
+#   make check     formatting, lint, types, import contracts, docstrings
+#   make test      check, then the suite against the installed wheel
+#   make test-all  the same with the tests marked slow
+
+PYTHON ?= $(firstword $(foreach name,python3 python3.13 python3.12 python3.11,$(shell \
+	$(name) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $(name))))
+WORKERS ?= 2
+PYTEST_ARGS ?=
+
+# Tested versions; a constraint of the caller's own wins.
+export PIP_CONSTRAINT ?= $(CURDIR)/constraints.txt
+export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
+# It would put a working tree before the installed wheel.
+unexport PYTHONPATH
+
+.PHONY: demo check wheel install-wheel test test-all clean
+
+demo: .venv/.demo
+	.venv/bin/l2d demo
+
+check: .venv/.dev
+	.venv/bin/ruff format --check .
+	.venv/bin/ruff check .
+	.venv/bin/mypy
+	.venv/bin/lint-imports
+	.venv/bin/pydoclint --quiet l2d_framework plugins
+
+test: check install-wheel
+	$(run-suite)
+
+test-all: check install-wheel
+	$(run-suite) -m ""
+
+clean:
+	rm -rf .venv .venv-test dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+
+# From an empty folder, so that only the installed wheel can be imported.
+run-suite = folder=$$(mktemp -d) && trap 'rm -rf "$$folder"' EXIT && cd "$$folder" && \
+	L2D_EXPECT_INSTALLED=1 OMP_NUM_THREADS=1 $(CURDIR)/.venv-test/bin/python -m pytest \
+	-c $(CURDIR)/pyproject.toml --rootdir $(CURDIR) -n $(WORKERS) $(PYTEST_ARGS) $(CURDIR)/tests
+
+# pip 25.1 is the first that reads dependency groups.
+define create-environment
+	$(if $(PYTHON),,$(error Python >= 3.11 was not found; set PYTHON to one))
+	rm -rf $(1)
+	$(PYTHON) -m venv $(1)
+	$(1)/bin/python -m pip install --quiet --upgrade "pip>=25.1"
+endef
+
+.venv/.created:
+	$(call create-environment,.venv)
+	touch $@
+
+.venv/.demo: .venv/.created pyproject.toml constraints.txt
+	.venv/bin/python -m pip install --quiet --editable ".[plots]"
+	touch $@
+
+.venv/.dev: .venv/.created pyproject.toml constraints.txt
+	.venv/bin/python -m pip install --quiet --editable ".[all]" --group dev
+	touch $@
+
+# By way of the source distribution, which must be complete too.
+wheel: .venv/.dev
+	rm -rf dist
+	.venv/bin/python -m build --no-isolation --outdir dist .
+
+.venv-test/.created: pyproject.toml constraints.txt | wheel
+	$(call create-environment,.venv-test)
+	.venv-test/bin/python -m pip install --quiet "$$(echo dist/*.whl)[all]" --group test
+	touch $@
+
+install-wheel: wheel .venv-test/.created
+	.venv-test/bin/python -m pip install --quiet --no-deps --force-reinstall dist/*.whl

@@ -1,0 +1,176 @@
+"""Backbone: the network that reads clean tokens and denoises noisy ones."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar
+
+from peft import PeftConfig
+from pydantic import Field
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from l2d_framework.component import Component
+from l2d_framework.types import Layout
+
+
+class BackboneConfig(Component):
+    """Configuration of a backbone; `build` wraps a language model."""
+
+    kind: ClassVar[str] = "backbone"
+
+    num_classes: int = Field(default=0, ge=0)
+    """Class labels the backbone can be conditioned on; 0 for none."""
+
+    def check(self, lm_config: Any, block_size: int | None) -> None:
+        """Refuse what this backbone cannot do, before any weights are loaded.
+
+        Args:
+            lm_config: the language model's transformers config.
+            block_size: tokens denoised together, or None for one block per sequence.
+
+        Raises:
+            UnsupportedModelError: if the model family cannot be served.
+            ConfigError: if the block size cannot be served.
+        """
+
+    @abstractmethod
+    def build(self, lm: PreTrainedModel) -> Backbone:
+        """Wrap a language model; on the meta device only shapes are made.
+
+        Args:
+            lm: a causal language model.
+
+        Returns:
+            The backbone, its own weights freshly initialised.
+
+        Raises:
+            UnsupportedModelError: if a self-test shows that the model cannot be served faithfully.
+        """
+
+
+class Backbone(nn.Module, ABC):
+    """The network: owns the embedding table, time and class conditioning, cache, visibility and label shift.
+
+    Row i of everything returned is *about* the i-th queried position. A backbone that declares `identity_at_zero`
+    returns the language model's own logits at t = 0; one that declares `independent_positions` lets no noisy position
+    see another, so several queries about one position may share a pass.
+
+    Attributes:
+        config: the component this module was built from.
+        vocab_size: V.
+        hidden_size: H.
+        lm: the wrapped language model.
+    """
+
+    identity_at_zero: ClassVar[bool] = False
+    independent_positions: ClassVar[bool] = False
+
+    config: BackboneConfig
+    vocab_size: int
+    hidden_size: int
+    lm: PreTrainedModel
+
+    @abstractmethod
+    def table(self) -> Tensor:
+        """The language model's input embedding table.
+
+        Returns:
+            (V, H).
+        """
+
+    @abstractmethod
+    def read(self, layout: Layout) -> Any:
+        """Take in the clean tokens of a batch.
+
+        Args:
+            layout: tokens and their blocks, (B, S).
+
+        Returns:
+            A context from which positions 1..S can be denoised.
+        """
+
+    @abstractmethod
+    def extend(self, context: Any, tokens: Tensor) -> Any:
+        """Append clean tokens to a context.
+
+        Args:
+            context: what `read` or `extend` returned; not to be used afterwards.
+            tokens: (B, N), int64.
+
+        Returns:
+            The longer context, from which the positions just after each new token can be denoised.
+        """
+
+    @abstractmethod
+    def features(
+        self,
+        h: Tensor,
+        t: Tensor,
+        positions: Tensor,
+        context: Any,
+        condition: Tensor | None,
+        *,
+        shared_time: float | None = None,
+    ) -> Tensor:
+        """Hidden states from which `head` makes logits about the queried positions.
+
+        Args:
+            h: embedded noisy states, (B, L, H).
+            t: times, (B, L), float32.
+            positions: slots asked about, (B, L), int64.
+            context: what `read` or `extend` returned.
+            condition: class per position, (B, L), int64; None or -1 is unconditional.
+            shared_time: the time as a number when all entries of `t` are equal.
+
+        Returns:
+            (B, L, H).
+        """
+
+    @abstractmethod
+    def head(self, features: Tensor) -> Tensor:
+        """Logits of hidden states, position by position.
+
+        Args:
+            features: (..., H).
+
+        Returns:
+            (..., V), float32.
+        """
+
+    def head_parameters(self) -> list[nn.Parameter]:
+        """Trainable parameters that `head` uses.
+
+        Returns:
+            Empty unless a backbone trains its head.
+        """
+        return []
+
+    def plain(self, positions: Tensor, context: Any) -> Tensor:
+        """Hidden states of the language model alone, for `num_inference_steps = 0`.
+
+        Args:
+            positions: slots asked about, (B, L), int64.
+            context: what `read` or `extend` returned.
+
+        Returns:
+            (B, L, H).
+
+        Raises:
+            TypeError: if the backbone does not declare `identity_at_zero`.
+        """
+        raise TypeError(f"{type(self).__name__} has no plain language model; use at least one inference step.")
+
+    def merge(self) -> None:
+        """Fold adapters into weights of their own to save time; a no-op unless a backbone has adapters.
+
+        The language model's weights stay as they are.
+        """
+
+    def peft_adapter(self) -> tuple[PeftConfig, dict[str, Tensor]] | None:
+        """Adapter weights under the names they would have in a PEFT folder of the language model.
+
+        Returns:
+            (config, weights that share storage with this backbone's), or None when there is no adapter.
+        """
+        return None

@@ -1,0 +1,206 @@
+"""The language model under a diffusion model: where it lies, that it is the right one, and loading it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from peft import PeftConfig, PeftModel
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from l2d_framework.errors import CheckpointError, ConfigError
+
+_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
+_SAMPLED_ROWS = 16
+_SAMPLED_ENTRIES = 4096
+
+
+class BaseReference(Protocol):
+    """Which language model; the `model` section of a run file is one."""
+
+    @property
+    def base(self) -> str: ...  # noqa: D102
+    @property
+    def revision(self) -> str | None: ...  # noqa: D102
+    @property
+    def adapter(self) -> str | None: ...  # noqa: D102
+    @property
+    def dtype(self) -> str: ...  # noqa: D102
+    @property
+    def attn_implementation(self) -> str: ...  # noqa: D102
+
+
+def fetch(path: str, revision: str | None = None) -> Path:
+    """Local folder of a model: the folder itself, or a snapshot of the hub repository.
+
+    Args:
+        path: folder or hub id.
+        revision: of the hub repository.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ConfigError: if it is neither.
+    """
+    if Path(path).is_dir():
+        return Path(path)
+    if Path(path).is_absolute() or path.startswith((".", "~")) or path.count("/") > 1:
+        raise ConfigError(
+            f"There is no folder {path!r}. Give the path of a model folder, or a hub id such as org/name."
+        )
+    try:
+        folder = Path(snapshot_download(path, revision=revision, allow_patterns=list(_FILES)))
+        if not list(folder.glob("*.safetensors")):
+            folder = Path(snapshot_download(path, revision=revision, allow_patterns=[*_FILES, "*.bin"]))
+        return folder
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise ConfigError(
+            f"{path!r} is neither a folder here nor a hub repository that can be reached ({type(error).__name__}). "
+            "Check the spelling, or download it first and give the folder."
+        ) from error
+
+
+def locate(reference: BaseReference) -> tuple[Path, Path | None]:
+    """Folders of the base weights and of the PEFT adapter merged into them.
+
+    Args:
+        reference: a model section; its base may itself be a PEFT folder.
+
+    Returns:
+        (base folder, adapter folder or None).
+
+    Raises:
+        ConfigError: if a folder is missing or holds no model.
+    """
+    folder = fetch(reference.base, reference.revision)
+    adapter = None if reference.adapter is None else fetch(reference.adapter)
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        if adapter is not None:
+            raise ConfigError(
+                f"model.base {reference.base!r} is itself a PEFT adapter, so model.adapter {reference.adapter!r} would "
+                "be a second one. Merge one of them first."
+            )
+        folder, adapter = fetch(str(PeftConfig.from_pretrained(str(folder)).base_model_name_or_path)), folder
+    if not (folder / "config.json").is_file():
+        raise ConfigError(f"{str(folder)!r} holds no config.json, so it is no transformers model. Check model.base.")
+    return folder, adapter
+
+
+def load_config(reference: BaseReference) -> PreTrainedConfig:
+    """Config of the base model, without weights.
+
+    Args:
+        reference: a model section.
+
+    Returns:
+        The transformers config.
+    """
+    return AutoConfig.from_pretrained(locate(reference)[0])  # type: ignore[no-any-return]
+
+
+def load_language_model(reference: BaseReference) -> PreTrainedModel:
+    """The base model with its weights, a PEFT adapter merged in.
+
+    Args:
+        reference: a model section.
+
+    Returns:
+        The model in evaluation mode.
+
+    Raises:
+        ConfigError: if transformers cannot load it as asked.
+    """
+    folder, adapter = locate(reference)
+    try:
+        lm = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=reference.dtype, attn_implementation=reference.attn_implementation
+        )
+    except (ValueError, OSError, SafetensorError) as error:
+        raise ConfigError(
+            f"transformers cannot load {reference.base!r} as a causal language model with "
+            f"attn_implementation={reference.attn_implementation!r}: {error}"
+        ) from error
+    if adapter is not None:
+        lm = PeftModel.from_pretrained(lm, str(adapter)).merge_and_unload()
+    return lm.eval()  # type: ignore[no-any-return]
+
+
+def empty_language_model(config: PreTrainedConfig, attn_implementation: str) -> PreTrainedModel:
+    """The base model's shapes on the meta device.
+
+    Args:
+        config: transformers config.
+        attn_implementation: attention kernel.
+
+    Returns:
+        A model without storage.
+    """
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(  # type: ignore[no-any-return]
+            config, attn_implementation=attn_implementation
+        ).eval()
+
+
+def fingerprint(reference: BaseReference) -> str:
+    """Hash that tells one set of base weights from another, read from the files without loading them.
+
+    Covers name, shape, type and up to 16 evenly spaced rows of every tensor, so any finetuned copy differs.
+
+    Args:
+        reference: a model section.
+
+    Returns:
+        Hexadecimal digest.
+
+    Raises:
+        CheckpointError: if the folder holds no weights or a file is damaged.
+    """
+    digest = hashlib.sha256()
+    for folder in locate(reference):
+        if folder is None:
+            continue
+        count = 0
+        for name, shape, kind, sample in _samples(folder):
+            digest.update(f"{name} {shape} {kind}\n".encode())
+            digest.update(sample.contiguous().view(torch.uint8).numpy().tobytes())
+            count += 1
+        if not count:
+            raise CheckpointError(f"{str(folder)!r} holds no *.safetensors or *.bin weights. Check model.base.")
+    return digest.hexdigest()
+
+
+def _samples(folder: Path) -> Iterator[tuple[str, list[int], str, Tensor]]:
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(str(file), framework="pt") as handle:
+                for name in sorted(handle.keys()):
+                    part = handle.get_slice(name)
+                    yield name, part.get_shape(), str(part.get_dtype()), _sample(part, part.get_shape())
+        except SafetensorError as error:
+            raise CheckpointError(
+                f"{str(file)!r} is truncated or not a safetensors file ({error}). Download or save it again."
+            ) from error
+    if not list(folder.glob("*.safetensors")):
+        for file in sorted(folder.glob("*.bin")):
+            state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+            for name in sorted(state):
+                yield name, list(state[name].shape), str(state[name].dtype), _sample(state[name], state[name].shape)
+
+
+def _sample(values: Any, shape: Any) -> Tensor:
+    """Evenly spaced rows of a tensor or lazy slice."""
+    if len(shape) == 0:
+        return torch.as_tensor(values[...] if isinstance(values, Tensor) else values[:]).reshape(1)
+    count = min(shape[0], _SAMPLED_ROWS if len(shape) > 1 else _SAMPLED_ENTRIES)
+    rows = sorted({round(i * (shape[0] - 1) / max(count - 1, 1)) for i in range(count)})
+    if len(shape) == 1:
+        return torch.as_tensor(values[:])[rows]
+    return torch.cat([values[row : row + 1].reshape(-1)[:_SAMPLED_ENTRIES] for row in rows])

@@ -1,0 +1,364 @@
+"""Checkpoints: a JSON manifest, safetensors and a PEFT adapter folder; never pickle, never the base weights."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import HfApi
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from l2d_framework.base_model import empty_language_model, fetch, fingerprint, load_config, load_language_model, locate
+from l2d_framework.config import DiffusionRun, ModelSection, parse_sampling
+from l2d_framework.errors import CheckpointError
+from l2d_framework.model import DiffusionLM, Origin
+from l2d_framework.registry import registry
+
+MANIFEST = "l2d.json"
+WEIGHTS = "diffusion.safetensors"
+ADAPTER = "adapter"
+FORMAT = 1
+
+
+def build_model(run: DiffusionRun, *, meta: bool = False) -> DiffusionLM:
+    """Fresh diffusion model over a base model.
+
+    Args:
+        run: the run file.
+        meta: make shapes only, on the meta device; no weights are read.
+
+    Returns:
+        The model, its own weights initialised from the run's seed.
+    """
+    config = load_config(run.model)
+    run.backbone.check(config, run.block_size)
+    lm = empty_language_model(config, run.model.attn_implementation) if meta else load_language_model(run.model)
+    model = _assemble(run, lm, run.seed)
+    template = run.data.chat_template if run.data is not None else None
+    model.origin = Origin(
+        model=run.model,
+        fingerprint=None if meta else fingerprint(run.model),
+        classes=tuple(run.classes),
+        sampling=run.sampling,
+        chat_template=template,
+    )
+    model.tokenizer = None if meta else load_tokenizer(run.model)
+    return model
+
+
+def _assemble(parts: Any, lm: PreTrainedModel, seed: int) -> DiffusionLM:
+    with torch.random.fork_rng(), torch.device(lm.device):
+        torch.manual_seed(seed)
+        backbone = parts.backbone.build(lm)
+        parametrization = parts.parametrization.build(backbone.vocab_size, backbone.hidden_size)
+    return DiffusionLM(parts.schedule, parametrization, backbone, parts.block_size)
+
+
+def load_tokenizer(reference: ModelSection) -> PreTrainedTokenizerBase | None:
+    """Tokenizer of the base model.
+
+    Args:
+        reference: a model section.
+
+    Returns:
+        The tokenizer, or None when the base folder has none.
+    """
+    base, adapter = locate(reference)
+    for folder in (adapter, base):
+        if folder is not None and (folder / "tokenizer_config.json").is_file():
+            return AutoTokenizer.from_pretrained(folder)  # type: ignore[no-any-return]
+    return None
+
+
+def save(model: DiffusionLM, folder: str | Path, *, notes: str = "") -> None:
+    """Write a checkpoint.
+
+    Every file is written to a temporary folder beside its target and renamed, the manifest with the hashes of all others
+    last, so an interrupted save leaves either the old checkpoint or one that `load` recognises as incomplete.
+
+    Args:
+        model: the model.
+        folder: where to; made when missing.
+        notes: markdown to append to the model card.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    stage = Path(tempfile.mkdtemp(prefix=".l2d-", dir=folder))
+    try:
+        own = model.own_parameters()
+        adapter = model.backbone.peft_adapter()
+        if adapter is not None:
+            peft_config, state = adapter
+            shared = {tensor.data_ptr() for tensor in state.values()}
+            own = {name: p for name, p in own.items() if p.data_ptr() not in shared}
+            base = model.origin.model
+            peft_config.base_model_name_or_path = None if base is None else base.base
+            peft_config.save_pretrained(str(stage / ADAPTER))
+            save_file(_plain(state), stage / ADAPTER / "adapter_model.safetensors", metadata={"format": "pt"})
+        save_file(_plain(own), stage / WEIGHTS, metadata={"format": "pt"})
+        (stage / "README.md").write_text(model_card(model, notes), encoding="utf-8")
+        files = [path.relative_to(stage) for path in sorted(stage.rglob("*")) if path.is_file()]
+        checked = [path for path in files if path.suffix == ".safetensors"]
+        manifest = to_manifest(model) | {"files": {str(path): _hash(stage / path) for path in checked}}
+        (stage / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+        for path in [*files, Path(MANIFEST)]:
+            (folder / path).parent.mkdir(exist_ok=True)
+            os.replace(stage / path, folder / path)
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+
+
+def _plain(state: dict[str, Any]) -> dict[str, Tensor]:
+    return {name: value.detach().cpu().contiguous() for name, value in state.items()}
+
+
+def _hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def to_manifest(model: DiffusionLM) -> dict[str, Any]:
+    """Everything a checkpoint says besides weights.
+
+    Args:
+        model: the model.
+
+    Returns:
+        A JSON-ready dictionary.
+    """
+    origin = model.origin
+    return {
+        "format": FORMAT,
+        "l2d_framework": version("l2d-framework"),
+        "model": None if origin.model is None else origin.model.model_dump(mode="json"),
+        "fingerprint": origin.fingerprint,
+        "schedule": model.schedule.to_json(),
+        "parametrization": model.parametrization.config.to_json(),
+        "backbone": model.backbone.config.to_json(),
+        "block_size": model.block_size,
+        "classes": list(origin.classes),
+        "sampling": None if origin.sampling is None else origin.sampling.model_dump(mode="json"),
+        "chat_template": origin.chat_template,
+    }
+
+
+def read_manifest(folder: str | Path) -> dict[str, Any]:
+    """Manifest of a checkpoint whose weight files are complete.
+
+    Args:
+        folder: the checkpoint.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        CheckpointError: if the folder is no checkpoint, a file is damaged, or the format is newer than this package.
+    """
+    folder = Path(folder)
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise CheckpointError(
+            f"{str(folder)!r} holds no {MANIFEST}, so it is no l2d-framework checkpoint. Give the output_dir of a run, or "
+            "use `l2d convert` for the authors' checkpoints."
+        )
+    try:
+        manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        version, files = int(manifest["format"]), dict(manifest["files"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{str(path)!r} is damaged ({error!r}). Restore it or save the model again.") from error
+    if version > FORMAT:
+        raise CheckpointError(
+            f"{str(folder)!r} has checkpoint format {version}; this version of l2d-framework reads up to {FORMAT}. "
+            "Upgrade l2d-framework."
+        )
+    for name, digest in files.items():
+        if not (folder / name).is_file() or _hash(folder / name) != digest:
+            raise CheckpointError(
+                f"{str(folder / name)!r} is missing, truncated or changed since it was saved. "
+                "Copy the checkpoint again, or resume from an earlier one."
+            )
+    return manifest
+
+
+def load(
+    path: str | Path,
+    *,
+    base: str | None = None,
+    dtype: str | None = None,
+    device: str | torch.device | None = None,
+    revision: str | None = None,
+) -> DiffusionLM:
+    """Load a checkpoint; its base model is named in the manifest and must have the recorded fingerprint.
+
+    Args:
+        path: checkpoint folder or hub id.
+        base: where the base model lies now, if it has moved.
+        dtype: of the weights; the run file's when None.
+        device: where to put the model; the CPU when None.
+        revision: of a hub checkpoint.
+
+    Returns:
+        The model in evaluation mode, its own weights in the language model's type.
+
+    Raises:
+        CheckpointError: if the checkpoint is damaged or belongs to another base model.
+    """
+    folder = fetch(str(path), revision)
+    manifest = read_manifest(folder)
+    reference = base_reference(manifest, base=base, dtype=dtype)
+    found = fingerprint(reference)
+    if found != manifest["fingerprint"]:
+        raise CheckpointError(
+            f"The base model {reference.base!r} has fingerprint {found[:12]}, but this checkpoint was trained on "
+            f"{str(manifest['fingerprint'])[:12]}. Pass the right model as `base`."
+        )
+    parts = _Parts(manifest)
+    parts.backbone.check(load_config(reference), parts.block_size)
+    model = _assemble(parts, load_language_model(reference), seed=0)
+    load_weights(model, folder)
+    model.to(model.backbone.lm.dtype)
+    model.origin = Origin(
+        model=reference,
+        fingerprint=found,
+        classes=tuple(manifest["classes"]),
+        sampling=manifest["sampling"] and parse_sampling(manifest["sampling"]),
+        chat_template=manifest["chat_template"],
+    )
+    model.tokenizer = load_tokenizer(reference)
+    return model.to(device or "cpu").eval()
+
+
+class _Parts:
+    """Components a manifest names."""
+
+    def __init__(self, manifest: dict[str, Any]) -> None:
+        self.schedule: Any = registry().create("schedule", manifest["schedule"])
+        self.parametrization: Any = registry().create("parametrization", manifest["parametrization"])
+        self.backbone: Any = registry().create("backbone", manifest["backbone"])
+        self.block_size: int | None = manifest["block_size"]
+
+
+def base_reference(manifest: dict[str, Any], *, base: str | None = None, dtype: str | None = None) -> ModelSection:
+    """Model section of a manifest.
+
+    Args:
+        manifest: of a checkpoint.
+        base: where the base model lies now; as recorded when None.
+        dtype: of the weights; as recorded when None.
+
+    Returns:
+        The section.
+
+    Raises:
+        CheckpointError: if neither names a base model.
+    """
+    recorded = manifest["model"]
+    if recorded is None and base is None:
+        raise CheckpointError("This checkpoint names no base model. Pass its folder or hub id as `base`.")
+    reference = ModelSection.model_validate(recorded or {"base": base})
+    changes: dict[str, Any] = {"base": base, "revision": None, "adapter": None} if base is not None else {}
+    return reference.model_copy(update=changes | ({"dtype": dtype} if dtype is not None else {}))
+
+
+def load_weights(model: DiffusionLM, folder: str | Path) -> None:
+    """Read a checkpoint's weights into a model of the same shape.
+
+    Args:
+        model: the model; its language model is left alone.
+        folder: the checkpoint.
+
+    Raises:
+        CheckpointError: if a file is damaged or a tensor is missing, superfluous or of another shape.
+    """
+    folder = Path(folder)
+    adapter = model.backbone.peft_adapter()
+    targets: dict[str, Tensor] = {} if adapter is None else dict(adapter[1])
+    shared = {tensor.data_ptr() for tensor in targets.values()}
+    targets |= {name: p for name, p in model.own_parameters().items() if p.data_ptr() not in shared}
+    found: dict[str, Tensor] = {}
+    for path in [folder / WEIGHTS] + ([folder / ADAPTER / "adapter_model.safetensors"] if adapter else []):
+        try:
+            found |= load_file(path)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{str(path)!r} is missing or damaged ({error}). Copy it again.") from error
+    wrong = sorted(
+        name
+        for name in targets.keys() | found.keys()
+        if name not in targets or name not in found or targets[name].shape != found[name].shape
+    )
+    if wrong:
+        raise CheckpointError(
+            f"{str(folder)!r} does not fit this model: {len(wrong)} tensors are missing, superfluous or of another "
+            f"shape, such as {wrong[0]!r}. Use the run file it was trained with."
+        )
+    with torch.no_grad():
+        for name, target in targets.items():
+            target.copy_(found[name])
+
+
+def push_to_hub(model: DiffusionLM, repo_id: str, *, private: bool = False, notes: str = "") -> str:
+    """Upload a checkpoint to the Hugging Face hub.
+
+    Args:
+        model: the model.
+        repo_id: such as "org/name"; made when missing.
+        private: make a new repository private.
+        notes: markdown to append to the model card.
+
+    Returns:
+        Address of the commit.
+    """
+    api = HfApi()
+    api.create_repo(repo_id, private=private, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        save(model, folder, notes=notes)
+        return str(api.upload_folder(repo_id=repo_id, folder_path=folder))
+
+
+def model_card(model: DiffusionLM, notes: str = "") -> str:
+    """Text of the checkpoint's README.md.
+
+    Args:
+        model: the model.
+        notes: markdown to append.
+
+    Returns:
+        Markdown with the hub's metadata in front.
+    """
+    base = model.origin.model.base if model.origin.model is not None else None
+    own = sum(p.numel() for p in model.own_parameters().values())
+    is_hub = base is not None and not Path(base).exists() and base.count("/") == 1
+    head = ["---", "library_name: l2d-framework", "pipeline_tag: text-generation", "tags: [diffusion, l2d-framework]"]
+    head += [f"base_model: {base}"] if is_hub else []
+    return "\n".join(
+        [
+            *head,
+            "---",
+            "",
+            "# Diffusion language model",
+            "",
+            f"A diffusion path of {own:,} parameters over `{base}`; the base weights are not part of this repository.",
+            "",
+            "```python",
+            "import l2d_framework as l2d",
+            "",
+            'lm = l2d.load("PATH_OR_HUB_ID")',
+            'print(lm.tokenizer.decode(lm.generate(["Hello"], max_new_tokens=32).sequences[0]))',
+            "```",
+            "",
+            f"Schedule `{model.schedule.component_name()}`, parametrization "
+            f"`{model.parametrization.config.component_name()}`, backbone `{model.backbone.config.component_name()}`.",
+            "",
+            notes,
+        ]
+    )

@@ -1,0 +1,118 @@
+"""The command `l2d`.
+
+Commands are named in one table and imported when they run, so that `l2d --help` needs neither torch nor plugins.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import os
+import sys
+from typing import Annotated, Any, NamedTuple
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+
+from l2d_framework.errors import L2DError
+
+
+class _Entry(NamedTuple):
+    module: str
+    attribute: str
+    help: str
+
+
+COMMANDS = {
+    "train": _Entry("l2d_framework.cli.train", "train", "Train the run, or the pipeline of runs, of a file."),
+    "generate": _Entry("l2d_framework.cli.generate", "generate", "Generate text with a trained model."),
+    "config": _Entry("l2d_framework.cli.config", "app", "Check run files; print their JSON schema."),
+    "params": _Entry(
+        "l2d_framework.cli.params", "params", "Count a run's trainable parameters without loading weights."
+    ),
+    "plugins": _Entry("l2d_framework.cli.plugins", "plugins", "List what is installed, broken plugins included."),
+    "convert": _Entry("l2d_framework.cli.convert", "convert", "Convert a checkpoint of another code base."),
+    "demo": _Entry("l2d_framework.cli.demo", "demo", "Train, generate with and measure a tiny model."),
+}
+"""For each command: its module, its function or typer app in there, and what `l2d --help` says about it."""
+
+
+class _LazyGroup(TyperGroup):
+    """Lists stand-ins for the commands; the one that is called is imported then."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        for name, entry in COMMANDS.items():
+            self.add_command(TyperCommand(name=name, help=entry.help))
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        _, found, rest = super().resolve_command(ctx, args)
+        if found is None or found.name is None:
+            return None, found, rest
+        return found.name, _load(found.name), rest
+
+
+def _load(name: str) -> Any:
+    entry = COMMANDS[name]
+    found = getattr(importlib.import_module(entry.module), entry.attribute)
+    if isinstance(found, typer.Typer):
+        return typer.main.get_command(found)
+    single = typer.Typer(add_completion=False)
+    single.command(name=name, help=(inspect.getdoc(found) or entry.help).partition("\n\nArgs:")[0])(found)
+    return typer.main.get_command(single)
+
+
+app = typer.Typer(
+    name="l2d",
+    cls=_LazyGroup,
+    help="Turn pretrained language models into diffusion language models.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from l2d_framework import __version__
+
+        typer.echo(f"l2d-framework {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Run the command line.
+
+    A mistake of the user ends with its message on standard error and exit code 2; `L2D_DEBUG=1` shows the traceback.
+
+    Raises:
+        L2DError: in debug mode.
+    """
+    try:
+        app()
+    except L2DError as error:
+        if os.environ.get("L2D_DEBUG") == "1":
+            raise
+        _show(error)
+        sys.exit(2)
+
+
+def _show(error: L2DError) -> None:
+    from rich.console import Console
+    from rich.panel import Panel
+    from rich.text import Text
+
+    console = Console(stderr=True)
+    # A frame and wrapped lines help a reader and hurt a log file.
+    if console.is_terminal:
+        console.print(Panel(Text(str(error)), title="Error", title_align="left", border_style="red"))
+    else:
+        typer.echo(f"Error: {error}", err=True)

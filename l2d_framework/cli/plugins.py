@@ -1,0 +1,26 @@
+"""`l2d plugins`: what is installed."""
+
+from __future__ import annotations
+
+
+def plugins() -> None:
+    """List components and presets with who ships them, and the error of every plugin that cannot be used."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    from l2d_framework.registry import ALLOW_LIST, registry
+
+    rows = [row for row in registry().table() if row.status != "disabled"]
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=160)  # a file or pipe has no edge to wrap at
+    table = Table("kind", "name", "distribution", "version", "status", box=box.SIMPLE_HEAD)
+    for row in rows:
+        table.add_row(row.kind or "-", row.name, row.distribution, row.version, row.status)
+    console.print(table)
+    for row in rows:
+        if row.error:
+            console.print(f"{row.kind} {row.name}: {row.error}".strip(), markup=False, highlight=False, soft_wrap=True)
+    if registry().disabled:
+        console.print(f"{ALLOW_LIST} leaves out {len(registry().disabled)} more.")

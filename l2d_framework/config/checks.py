@@ -1,0 +1,182 @@
+"""What can be checked about a run before any weights are loaded."""
+
+from __future__ import annotations
+
+import glob
+import json
+import re
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import CONFIG_MAPPING, AutoConfig
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
+
+from l2d_framework.config.runs import DiffusionRun, Run
+from l2d_framework.config.sections import DataSource, ModelSection, ScratchSection
+from l2d_framework.errors import ConfigError, suggest
+
+_HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+_WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
+_DATA_SUFFIXES = (".json", ".jsonl", ".parquet", ".csv", ".txt", ".gz", ".zst", ".arrow")
+
+
+def check_runs(runs: Sequence[Run]) -> None:
+    """Check the runs of one file, whose later ones may build on the output of earlier ones.
+
+    Args:
+        runs: the runs in order.
+
+    Raises:
+        ConfigError: if a folder, file, model or tracker that a run needs is missing or wrong.
+        UnsupportedModelError: if a backbone cannot serve its model's family.
+    """
+    for index, run in enumerate(runs):
+        check_run(run, earlier=runs[:index])
+
+
+def check_run(run: Run, *, earlier: Sequence[Run] = ()) -> None:
+    """Check a run before any weights are loaded.
+
+    Args:
+        run: the run.
+        earlier: runs whose output this one may start from.
+
+    Raises:
+        ConfigError: if a folder, file, model or tracker that the run needs is missing or wrong.
+        UnsupportedModelError: if the backbone cannot serve the model's family.
+    """
+    if run.output_dir is not None:
+        _check_output(run.output_dir)
+    for where, source in _sources(run):
+        _check_source(where, source)
+    _check_trackers(run.training.report_to)
+    lm_config = _lm_config(run, earlier)
+    if isinstance(run, DiffusionRun):
+        run.backbone.check(lm_config, run.block_size)
+
+
+def _check_output(output_dir: str) -> None:
+    target = Path(output_dir).absolute()
+    parent = next(path for path in (target, *target.parents) if path.exists())
+    try:
+        with tempfile.TemporaryFile(dir=parent):
+            pass
+    except OSError as error:
+        reason = error.strerror or error
+        raise ConfigError(
+            f"output_dir: {output_dir!r} cannot be written ({parent}: {reason}); choose another"
+        ) from error
+
+
+def _sources(run: Run) -> Iterator[tuple[str, DataSource]]:
+    if run.data is not None:
+        yield from ((f"data.train.{i}", source) for i, source in enumerate(run.data.train))
+        yield from ((f"data.eval.{i}", source) for i, source in enumerate(run.data.eval))
+
+
+def _check_source(where: str, source: DataSource) -> None:
+    if not Path(source.path).exists():
+        if _looks_local(source.path) or source.path.endswith(_DATA_SUFFIXES):
+            raise ConfigError(f"{where}.path: no such file or folder, got {source.path!r}; check the path")
+        if not _HUB_ID.fullmatch(source.path):
+            raise ConfigError(f"{where}.path: neither a file, a folder nor a hub id, got {source.path!r}; check it")
+    files = source.data_files
+    if not isinstance(files, dict):
+        files = {"": files or []}
+    for pattern in (p for patterns in files.values() for p in ([patterns] if isinstance(patterns, str) else patterns)):
+        # Names without a folder of their own may lie on the hub, beside the data set.
+        below = Path(source.path) / pattern if Path(source.path).is_dir() else Path(pattern)
+        if (_looks_local(pattern) or Path(source.path).is_dir()) and not glob.glob(str(below), recursive=True):
+            raise ConfigError(f"{where}.data_files: no such file, got {pattern!r}; check the path")
+
+
+def _check_trackers(names: Sequence[str]) -> None:
+    for name in names:
+        if name not in INTEGRATION_TO_CALLBACK:
+            known = ", ".join(INTEGRATION_TO_CALLBACK)
+            hint = suggest(name, INTEGRATION_TO_CALLBACK) or ";"
+            raise ConfigError(f"training.report_to: unknown tracker, got {name!r}{hint} known: {known}")
+        if name not in get_available_reporting_integrations():
+            raise ConfigError(f"training.report_to: {name!r} is not installed. Run: pip install {name}")
+
+
+def _lm_config(run: Run, earlier: Sequence[Run]) -> Any:
+    if run.model is None:
+        assert run.scratch is not None  # a run has one of the two
+        return _scratch_config(run.scratch)
+    base = run.model.base
+    for stage in reversed(earlier):
+        if stage.output_dir is not None and Path(stage.output_dir).absolute() == Path(base).absolute():
+            if isinstance(stage, DiffusionRun):
+                raise ConfigError(f"model.base: {base!r} will hold a diffusion model; start from a language model")
+            return _lm_config(stage, earlier[: earlier.index(stage)])
+    return _saved_config(run.model)
+
+
+def _scratch_config(scratch: ScratchSection) -> Any:
+    fields = dict(scratch.config)
+    family = fields.pop("model_type")
+    if family not in CONFIG_MAPPING:
+        raise ConfigError(
+            f"scratch.config.model_type: unknown to transformers, got {family!r}{suggest(family, CONFIG_MAPPING)}"
+        )
+    plain = AutoConfig.for_model(family)
+    # transformers keeps unknown fields without a word, and a misspelt width would silently be the default one.
+    known = {*plain.to_dict(), *plain.attribute_map}
+    for name in fields:
+        if name not in known:
+            raise ConfigError(
+                f"scratch.config.{name}: unknown field of {family!r}, got {fields[name]!r}{suggest(name, known)}"
+            )
+    try:
+        return AutoConfig.for_model(family, **fields)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"scratch.config: transformers refuses it: {error}") from error
+
+
+def _saved_config(model: ModelSection) -> Any:
+    base, adapter = model.base, model.adapter
+    folder = Path(base)
+    if adapter is not None and (_looks_local(adapter) or Path(adapter).exists()):
+        _adapter_base(adapter, "model.adapter")
+    if folder.is_dir():
+        if not (folder / "config.json").exists() and (folder / "adapter_config.json").exists():
+            if adapter is not None:
+                raise ConfigError(
+                    f"model.adapter: {base!r} is itself an adapter, got also {adapter!r}; merge one first"
+                )
+            return _saved_config(ModelSection(base=_adapter_base(base, "model.base")))
+        for needed in (("config.json",), _WEIGHTS):
+            if not any(any(folder.glob(pattern)) for pattern in needed):
+                raise ConfigError(
+                    f"model.base: folder {base!r} has no {' or '.join(needed)}; name a saved language model"
+                )
+    elif _looks_local(base) or not _HUB_ID.fullmatch(base):
+        raise ConfigError(f"model.base: no such folder, got {base!r}; name a folder or a hub id such as 'org/model'")
+    try:
+        return AutoConfig.from_pretrained(base, revision=model.revision)
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(
+            f"model.base: no model can be read from {base!r}, which is a folder or a hub id; check the spelling, the "
+            f"connection and access rights ({error})"
+        ) from error
+
+
+def _adapter_base(adapter: str, where: str) -> str:
+    folder = Path(adapter)
+    file = folder / "adapter_config.json"
+    if not file.is_file():
+        raise ConfigError(f"{where}: no PEFT adapter there, got {adapter!r}; name a folder with adapter_config.json")
+    if not any(any(folder.glob(pattern)) for pattern in ("adapter_model.safetensors", "adapter_model.bin")):
+        raise ConfigError(f"{where}: {adapter!r} has no adapter_model.safetensors; save the adapter again")
+    try:
+        base = json.loads(file.read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (json.JSONDecodeError, KeyError) as error:
+        raise ConfigError(f"{where}: {str(file)!r} names no base model ({error}); save the adapter again") from error
+    return str(base)
+
+
+def _looks_local(path: str) -> bool:
+    return path.startswith((".", "/", "~")) or path.count("/") > 1 or "\\" in path

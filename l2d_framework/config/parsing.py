@@ -1,0 +1,148 @@
+"""From run files to runs and back."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from l2d_framework.component import Component, merged
+from l2d_framework.config.files import override, read_file
+from l2d_framework.config.runs import DiffusionRun, LanguageModelRun, Run, diffusion_type
+from l2d_framework.config.sampling import complete, with_preset
+from l2d_framework.config.validation import validated
+from l2d_framework.errors import ConfigError, L2DError, PluginError, suggest
+from l2d_framework.registry import registry
+
+_KINDS: dict[str, type[Run]] = {"diffusion": DiffusionRun, "language_model": LanguageModelRun}
+
+
+def load_run(path: str | Path, overrides: list[str] | None = None) -> list[Run]:
+    """Runs of a file.
+
+    Args:
+        path: a YAML or JSON file with one run, or with `stages`.
+        overrides: such as `training.max_steps=100` or `stages.0.seed=1`.
+
+    Returns:
+        The runs in order, checked as far as possible without reading models or data.
+
+    Raises:
+        ConfigError: with one line for everything that is wrong.
+    """
+    data = override(read_file(path), overrides or [])
+    try:
+        return parse_stages(data)
+    except L2DError as error:
+        raise ConfigError(f"{path} cannot be used:\n{error}") from error
+
+
+def parse_stages(data: Mapping[str, Any]) -> list[Run]:
+    """Runs of a file's contents.
+
+    Args:
+        data: fields of one run, or `stages` with a list of runs.
+
+    Returns:
+        The runs in order.
+
+    Raises:
+        ConfigError: with one line for everything that is wrong.
+    """
+    if "stages" not in data:
+        return [parse_run(data)]
+    stages = data["stages"]
+    if len(data) > 1:
+        others = ", ".join(sorted(set(data) - {"stages"}))
+        raise ConfigError(f"stages: must stand alone, got also {others}; move it into the stages")
+    if not isinstance(stages, list) or not stages or not all(isinstance(stage, Mapping) for stage in stages):
+        raise ConfigError(f"stages: should be a list of runs, got {stages!r}; write one `- kind: ...` section for each")
+    runs, problems = [], []
+    for index, stage in enumerate(stages):
+        try:
+            runs.append(parse_run(stage, f"stages.{index}"))
+        except ConfigError as error:
+            problems.append(str(error))
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return runs
+
+
+def parse_run(data: Mapping[str, Any], where: str = "") -> Run:
+    """One run from its fields.
+
+    Args:
+        data: JSON-ready fields; `kind` is "diffusion" when absent.
+        where: path of the run in its file, for messages.
+
+    Returns:
+        The run, its sampling section completed from the preset and the parametrization.
+
+    Raises:
+        ConfigError: with one line for everything that is wrong.
+    """
+    kind = data.get("kind", "diffusion")
+    if kind not in _KINDS:
+        place = f"{where}.kind" if where else "kind"
+        raise ConfigError(f"{place}: should be one of {', '.join(_KINDS)}, got {kind!r}{suggest(str(kind), _KINDS)}")
+    if _KINDS[kind] is LanguageModelRun:
+        return validated(LanguageModelRun, data, where)
+    prefix = f"{where}." if where else ""
+    try:
+        data = _completed(data)
+    except PluginError as error:
+        raise ConfigError(f"{prefix}sampling.preset: {error}") from error
+    run = validated(diffusion_type(registry()), data, where)
+    try:
+        return run.model_copy(update={"sampling": complete(run.sampling, run.parametrization)})
+    except ConfigError as error:
+        raise ConfigError(f"{prefix}{error}") from error
+
+
+def resolved_json(run: Run) -> str:
+    """A run with nothing left out.
+
+    Args:
+        run: the run.
+
+    Returns:
+        JSON from which `load_run` makes an equal run.
+    """
+    return json.dumps(run.model_dump(mode="json"), indent=2, ensure_ascii=False) + "\n"
+
+
+def config_hash(run: Run) -> str:
+    """Fingerprint of a run's configuration.
+
+    Args:
+        run: the run.
+
+    Returns:
+        SHA-256 of its canonical JSON (sorted keys, no spaces), in hexadecimal.
+    """
+    canonical = json.dumps(run.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def _completed(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Fill in what a run file may leave out; whatever is malformed stays as it is for validation to name."""
+    out = dict(data)
+    state, chosen = _component(data, "parametrization")
+    sampling = {} if data.get("sampling") is None else data["sampling"]
+    if isinstance(sampling, Mapping):
+        # An estimate written in the parametrization is as explicit as one in sampling: it wins over the preset.
+        explicit = merged({"estimate": chosen["estimate"]}, sampling) if chosen.get("estimate") else sampling
+        out["sampling"] = with_preset(explicit, getattr(state, "default_preset", None))
+    network, chosen = _component(data, "backbone")
+    if data.get("classes") and network and "num_classes" in network.model_fields and chosen.get("num_classes") is None:
+        out["backbone"] = {**chosen, "num_classes": len(data["classes"])}
+    return out
+
+
+def _component(data: Mapping[str, Any], kind: str) -> tuple[type[Component] | None, Mapping[str, Any]]:
+    chosen = data.get(kind)
+    if not isinstance(chosen, Mapping) or not isinstance(chosen.get("name"), str):
+        return None, {}
+    return registry().components(kind).get(chosen["name"]), chosen

@@ -1,0 +1,151 @@
+"""The two kinds of run and the pipeline that chains them."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any, Literal, Self
+
+from pydantic import ConfigDict, Field, SerializeAsAny, TypeAdapter, create_model, model_validator
+
+from l2d_framework.backbone import BackboneConfig
+from l2d_framework.config.sampling import SamplingSection, component_type, sampling_type
+from l2d_framework.config.sections import (
+    DataSection,
+    LoraSection,
+    ModelSection,
+    ScratchSection,
+    Section,
+    TrainingSection,
+)
+from l2d_framework.parametrization import ParametrizationConfig
+from l2d_framework.registry import Registry, registry
+from l2d_framework.schedule import Schedule
+
+
+def _sampling_is_optional(schema: dict[str, Any]) -> None:
+    schema["required"] = [name for name in schema.get("required", []) if name != "sampling"]
+
+
+class DiffusionRun(Section):
+    """Turning a language model into a diffusion language model."""
+
+    model_config = ConfigDict(json_schema_extra=_sampling_is_optional)
+
+    kind: Literal["diffusion"] = "diffusion"
+    model: ModelSection
+    schedule: SerializeAsAny[Schedule]
+    parametrization: SerializeAsAny[ParametrizationConfig]
+    backbone: SerializeAsAny[BackboneConfig]
+    block_size: int | None = Field(default=1, ge=1)
+    """Tokens denoised together; one block per sequence when None."""
+    classes: list[str] = Field(default_factory=list)
+    """Names of the class labels, in the order of their ids."""
+    sampling: SamplingSection
+    data: DataSection | None = None
+    training: TrainingSection = TrainingSection()
+    output_dir: str | None = None
+    seed: int = Field(default=0, ge=0)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        _check_training(self.data, self.training)
+        if len(set(self.classes)) < len(self.classes):
+            raise ValueError(f"classes names one class twice, got {self.classes}; remove one")
+        count = getattr(self.backbone, "num_classes", None)
+        if self.classes and count != len(self.classes):
+            raise ValueError(
+                f"classes has {len(self.classes)} names but backbone {self.backbone.component_name()!r} has "
+                f"{count or 'no'} classes; make them agree"
+            )
+        for guidance in self.sampling.guidance:
+            if guidance.needs_classes and not self.classes and guidance.scale != guidance.neutral_scale:
+                raise ValueError(
+                    f"guidance {guidance.component_name()!r} at scale {guidance.scale} needs a model with classes; "
+                    "name them in classes, or remove it"
+                )
+        for source in (*self.data.train, *self.data.eval) if self.data else ():
+            if source.class_column and not self.classes:
+                raise ValueError(
+                    f"class_column {source.class_column!r} is given but classes is empty; name the classes"
+                )
+        strangers = sorted(set(self.data.class_map.values()) - set(self.classes)) if self.data else []
+        if strangers:
+            raise ValueError(
+                f"data.class_map leads to {strangers}, which classes {self.classes} lacks; add or map them"
+            )
+        return self
+
+
+class LanguageModelRun(Section):
+    """Plain next-token training: from scratch, of all weights, or of a LoRA."""
+
+    kind: Literal["language_model"] = "language_model"
+    model: ModelSection | None = None
+    scratch: ScratchSection | None = None
+    lora: LoraSection | None = None
+    data: DataSection | None = None
+    training: TrainingSection = TrainingSection()
+    output_dir: str | None = None
+    seed: int = Field(default=0, ge=0)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        _check_training(self.data, self.training)
+        if (self.model is None) == (self.scratch is None):
+            raise ValueError(f"give either model or scratch, got {'neither' if self.model is None else 'both'}")
+        if self.scratch and self.lora:
+            raise ValueError("lora needs a model to adapt, got scratch; remove one of them")
+        return self
+
+
+Run = DiffusionRun | LanguageModelRun
+
+
+class Pipeline(Section):
+    """Runs that follow each other; a later one may start from the `output_dir` of an earlier one."""
+
+    stages: list[SerializeAsAny[Run]] = Field(min_length=1)
+
+
+@cache
+def diffusion_type(plugins: Registry) -> type[DiffusionRun]:
+    """Diffusion run whose components are unions over plugins.
+
+    Args:
+        plugins: what is installed.
+
+    Returns:
+        A subclass of `DiffusionRun`, the same at every call.
+    """
+    return create_model(
+        "DiffusionRun",
+        __base__=DiffusionRun,
+        __doc__=DiffusionRun.__doc__,
+        schedule=(component_type(plugins, "schedule", Schedule), ...),
+        parametrization=(component_type(plugins, "parametrization", ParametrizationConfig), ...),
+        backbone=(component_type(plugins, "backbone", BackboneConfig), ...),
+        sampling=(sampling_type(plugins), ...),
+    )
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON schema of a run file, complete for the installed plugins.
+
+    Returns:
+        The schema of one run or a pipeline.
+    """
+    run: Any = diffusion_type(registry()) | LanguageModelRun
+    stages: Any = (list[run], Field(min_length=1))
+    pipeline = create_model("Pipeline", __base__=Pipeline, __doc__=Pipeline.__doc__, stages=stages)
+    either: Any = run | pipeline
+    schema = TypeAdapter(either).json_schema()
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "Run file of l2d-framework", **schema}
+
+
+def _check_training(data: DataSection | None, training: TrainingSection) -> None:
+    if data is None:
+        return
+    if data.streaming and training.max_steps is None:
+        raise ValueError("data.streaming has no known length; set training.max_steps")
+    if training.eval_steps and not data.eval and not data.eval_fraction:
+        raise ValueError(f"training.eval_steps is {training.eval_steps} but nothing is held out; set data.eval")

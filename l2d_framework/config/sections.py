@@ -1,0 +1,166 @@
+"""Sections of a run file that name no plugin: model, data, training."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class Section(BaseModel):
+    """A part of a run file: frozen, strict, without unknown fields or numbers that are not finite."""
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
+
+
+class ModelSection(Section):
+    """The language model to start from."""
+
+    base: str = Field(min_length=1)
+    """Hub id or folder; a folder with a PEFT adapter stands for its base with the adapter merged."""
+    revision: str | None = None
+    adapter: str | None = None
+    """A PEFT folder merged into the base before anything else."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    attn_implementation: Literal["sdpa", "eager"] = "sdpa"
+
+
+class TokenizerSection(Section):
+    """A byte-level BPE to train on the training data."""
+
+    vocab_size: int = Field(ge=257)
+    """Number of tokens: 256 bytes, merges and the special tokens."""
+
+
+class ScratchSection(Section):
+    """A language model to train from nothing."""
+
+    tokenizer: TokenizerSection
+    config: dict[str, Any]
+    """Fields of the model's transformers config, `model_type` among them; the vocabulary size is the tokenizer's."""
+
+    @model_validator(mode="after")
+    def _has_model_type(self) -> Self:
+        if not isinstance(self.config.get("model_type"), str):
+            raise ValueError("config needs a `model_type` such as 'llama'")
+        return self
+
+
+class LoraSection(Section):
+    """A plain LoRA; the defaults are the baseline of the L2D paper (arXiv:2501.15781, Table 3 and appendix)."""
+
+    rank: int = Field(default=32, ge=1)
+    alpha: float = Field(default=64.0, gt=0)
+    targets: list[str] | Literal["all-linear"] = ["q_proj", "v_proj"]
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+
+
+class DataSource(Section):
+    """One data set."""
+
+    path: str = Field(min_length=1)
+    """Hub id, folder or file."""
+    name: str | None = None
+    """Configuration of the data set."""
+    split: str = "train"
+    format: Literal["auto", "messages", "prompt_completion", "text"] = "auto"
+    columns: dict[Literal["messages", "prompt", "completion", "text"], str] = {}
+    """The source's column for each of our names that it spells differently."""
+    class_column: str | None = None
+    """Column with the class label of an example."""
+    weight: float = Field(default=1.0, gt=0)
+    """Share in a mixture, relative to the other sources."""
+    limit: int | None = Field(default=None, ge=1)
+    """Largest number of examples to take."""
+    revision: str | None = None
+    data_files: str | list[str] | dict[str, str | list[str]] | None = None
+
+
+class DataSection(Section):
+    """What to train and evaluate on."""
+
+    train: list[DataSource] = Field(min_length=1)
+    eval: list[DataSource] = []
+    eval_fraction: float = Field(default=0.0, ge=0, lt=1)
+    """Share of the training examples held out when `eval` is empty."""
+    max_length: int = Field(default=2048, ge=2)
+    """Longest sequence, in tokens."""
+    streaming: bool = False
+    supervise: Literal["response", "all"] = "response"
+    chat_template: str | None = None
+    """Jinja template or a file with one; the tokenizer's own when None."""
+    class_map: dict[str, str] = {}
+    """Class name for each value of a class column that is not itself a class name."""
+    drop_unsupervised: bool = False
+    """Leave out examples without a supervised token instead of refusing them."""
+    pack: bool = False
+    """Fill sequences up to `max_length` with several texts."""
+    shuffle_seed: int | None = Field(default=None, ge=0)
+    """Seed of the data order; the run's seed when None."""
+    shuffle_buffer: int = Field(default=10_000, ge=1)
+    """Examples held in memory to shuffle a stream."""
+
+    @model_validator(mode="after")
+    def _one_held_out_set(self) -> Self:
+        if self.eval and self.eval_fraction:
+            raise ValueError(f"eval names data and eval_fraction is {self.eval_fraction}; keep one of them")
+        return self
+
+
+class TrainingSection(Section):
+    """How to train.
+
+    The defaults are those of L2D: AdamW, peak learning rate 1e-4, final 1e-6, 100 steps of warm-up, linear decay,
+    batches of 32 sequences, one epoch. Plain finetuning of the paper's baselines differs in its peak of 1e-5.
+
+    Source: arXiv:2501.15781, Table 3; betas, weight decay, clipping and the logarithmic warm-up from the authors' code.
+    """
+
+    max_steps: int | None = Field(default=None, ge=1)
+    """Optimizer updates; counted from `epochs` when None."""
+    epochs: float = Field(default=1.0, gt=0)
+    batch_size: int = Field(default=32, ge=1)
+    """Sequences per optimizer update over all processes."""
+    micro_batch_size: int | None = Field(default=None, ge=1)
+    """Sequences per forward pass of one process; as many as `batch_size` allows when None."""
+    learning_rate: float = Field(default=1e-4, gt=0)
+    final_learning_rate: float = Field(default=1e-6, ge=0)
+    warmup_steps: int = Field(default=100, ge=0)
+    warmup: Literal["linear", "log"] = "log"
+    decay: Literal["linear", "cosine", "constant"] = "linear"
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = Field(default=1e-8, gt=0)
+    weight_decay: float = Field(default=0.01, ge=0)
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    bf16: bool = False
+    gradient_checkpointing: bool = False
+    draws_per_token: int = Field(default=1, ge=1)
+    """Noise draws per supervised token."""
+    loss_chunk: int = Field(default=1024, ge=1)
+    """Positions per chunk of the vocabulary head."""
+    class_dropout: float = Field(default=0.2, ge=0, le=1)
+    """Probability with which a class label is left out, for classifier-free guidance."""
+    class_dropout_per: Literal["token", "example"] = "token"
+    eval_steps: int | None = Field(default=None, ge=1)
+    """Updates between evaluations; only at the end when None."""
+    save_steps: int | None = Field(default=None, ge=1)
+    """Updates between checkpoints; only at the end when None."""
+    save_total_limit: int = Field(default=2, ge=1)
+    logging_steps: int = Field(default=10, ge=1)
+    report_to: list[str] = []
+    """Trackers such as `tensorboard` or `wandb`."""
+    dataloader_workers: int = Field(default=0, ge=0)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.micro_batch_size and self.batch_size % self.micro_batch_size:
+            raise ValueError(
+                f"batch_size {self.batch_size} is no multiple of micro_batch_size {self.micro_batch_size}; change one"
+            )
+        if self.final_learning_rate > self.learning_rate:
+            raise ValueError(
+                f"final_learning_rate {self.final_learning_rate} exceeds learning_rate {self.learning_rate}; lower it"
+            )
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas must lie in [0, 1), got {list(self.betas)}")
+        return self

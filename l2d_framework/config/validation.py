@@ -1,0 +1,133 @@
+"""From pydantic's errors to one message a user can act on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any, TypeVar, get_args
+
+from pydantic import BaseModel, ValidationError
+
+from l2d_framework.errors import ConfigError, PluginError, suggest
+from l2d_framework.registry import registry
+
+M = TypeVar("M", bound=BaseModel)
+Path = tuple[str | int, ...]
+
+
+def validated(model: type[M], data: Mapping[str, Any], where: str = "") -> M:
+    """A section made from JSON-ready data.
+
+    Args:
+        model: class of the section.
+        data: its fields.
+        where: path of the section in the run file, for messages.
+
+    Returns:
+        The section.
+
+    Raises:
+        ConfigError: with one line for everything that is wrong, "where: what, got value; what to do".
+    """
+    wrong = dict(_component_problems(data))
+    problems = {path: [text] for path, text in wrong.items()}
+    try:
+        # JSON mode lets strict fields take what JSON can express, such as a list for a tuple.
+        found = model.model_validate_json(json.dumps(data))
+    except ValidationError as error:
+        for details in error.errors():
+            path = _place(details["loc"], data)
+            if not any(path[: len(component)] == component for component in wrong):
+                problems.setdefault(path, []).append(_text(details, model, path))
+    if problems:
+        raise ConfigError("\n".join(_line(where, path, texts) for path, texts in problems.items()))
+    return found
+
+
+def _line(where: str, path: Path, texts: list[str]) -> str:
+    place = ".".join(map(str, (where, *path) if where else path))
+    return f"{place or 'run'}: {' or '.join(dict.fromkeys(texts))}"
+
+
+def _component_problems(data: Mapping[str, Any]) -> Iterator[tuple[Path, str]]:
+    """Components that cannot be had, in the registry's words; they sit under their kind, here or in `sampling`."""
+    for path, section in (((), data), (("sampling",), data.get("sampling"))):
+        if not isinstance(section, Mapping):
+            continue
+        for kind in registry().kinds():
+            found = section.get(kind)
+            entries = enumerate(found) if isinstance(found, list) else [(None, found)] if found is not None else []
+            for index, entry in entries:
+                if problem := _component_problem(kind, entry):
+                    yield (*path, kind) if index is None else (*path, kind, index), problem
+
+
+def _component_problem(kind: str, entry: Any) -> str:
+    name = entry.get("name") if isinstance(entry, Mapping) else None
+    if not isinstance(name, str):
+        known = ", ".join(registry().components(kind)) or "none"
+        return f"should be a section with a name, got {entry!r}; write {{name: ...}} with one of: {known}"
+    try:
+        registry().get(kind, name)
+    except PluginError as error:
+        return str(error)
+    return ""
+
+
+def _place(loc: Path, data: Any) -> Path:
+    """Path in the run file; pydantic's own also names the branches of unions."""
+    path: Path = ()
+    for step, part in enumerate(loc):
+        if isinstance(data, Mapping) and part in data:
+            data = data[str(part)]
+        elif isinstance(data, list) and isinstance(part, int) and part < len(data):
+            data = data[part]
+        elif not isinstance(data, Mapping) or step < len(loc) - 1:
+            continue
+        path += (part,)
+    return path
+
+
+def _text(details: Any, model: type[BaseModel], path: Path) -> str:
+    kind, value = details["type"], details["input"]
+    if kind == "extra_forbidden":
+        known = _known_fields(model, details["loc"])
+        return f"unknown field, got {_shown(value)}{suggest(str(path[-1]), known) or ';'} known: {', '.join(known)}"
+    if kind == "missing":
+        return "is required; add it"
+    if kind == "value_error":
+        return str(details["ctx"]["error"])
+    what = (
+        details["msg"]
+        .replace("Input should be", "should be")
+        .replace("an object", "a section")
+        .replace("array", "list")
+    )
+    hint = (
+        suggest(value, details["ctx"]["expected"].split("'"))
+        if kind == "literal_error" and isinstance(value, str)
+        else ""
+    )
+    return f"{what}, got {_shown(value)}{hint}"
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _known_fields(model: type[BaseModel], loc: Path) -> list[str]:
+    models = [model]
+    for part in loc[:-1]:
+        fields = [found.model_fields[part] for found in models if part in found.model_fields]
+        if fields:
+            models = [inner for field in fields for inner in _models(field.annotation)]
+        elif isinstance(part, str):  # a branch of a union of components
+            models = [m for m in models if "name" in m.model_fields and m.model_fields["name"].default == part]
+    return [name for found in models for name in found.model_fields]
+
+
+def _models(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for argument in get_args(annotation) for model in _models(argument)]

@@ -1,0 +1,366 @@
+"""Generation: read the prompt, solve block after block, pick tokens, extend; the same loop for every method."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+from transformers.generation.streamers import BaseStreamer
+
+from l2d_framework.errors import ConfigError
+from l2d_framework.guidance import Guidance
+from l2d_framework.noise import TokenStreams, categorical, request_keys
+from l2d_framework.problem import Observer, Streams, TokenProblem
+from l2d_framework.process import Process
+from l2d_framework.solver import Solver
+from l2d_framework.types import Layout, Query
+
+
+class Sampling(Protocol):
+    """How to sample; the `sampling` section of a run file is one.
+
+    Attributes:
+        num_inference_steps: network evaluations per token, the read-out included; 0 for the plain language model, None
+            for the solver's own choice.
+        solver: how to move.
+        end_time: time of the read-out; None for 1, or 1 - 1 / prior_scale when the solver evaluates the end.
+        guidance: wrappers around prediction, the first is innermost.
+        estimate: changes to the parametrization's `estimate` section.
+        seed: of every random stream.
+    """
+
+    @property
+    def num_inference_steps(self) -> int | None: ...  # noqa: D102
+    @property
+    def solver(self) -> Solver: ...  # noqa: D102
+    @property
+    def end_time(self) -> float | None: ...  # noqa: D102
+    @property
+    def guidance(self) -> Sequence[Guidance]: ...  # noqa: D102
+    @property
+    def estimate(self) -> dict[str, Any]: ...  # noqa: D102
+    @property
+    def seed(self) -> int: ...  # noqa: D102
+
+
+@dataclass(frozen=True)
+class Requests:
+    """A batch of prompts and what belongs to each.
+
+    Attributes:
+        input_ids: token ids, padded on the left, (B, S), int64.
+        attention_mask: 1 where a real token stands, (B, S), int64; all ones when None.
+        classes: class of each prompt, (B,), int64, -1 for none; None for none at all.
+        guidance_scale: scale of each prompt, (B,), float32, or None for the guidance's own.
+        keys: name of each request for its noise; made from the prompts when None.
+        samples: answers per prompt; the prompt is read once.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor | None = None
+    classes: Tensor | None = None
+    guidance_scale: Tensor | None = None
+    keys: Sequence[str] | None = None
+    samples: int = 1
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What `generate` returns.
+
+    Attributes:
+        sequences: prompts and answers, (B * samples, S + N), int64, padded on the right after the end of an answer.
+        evaluations: network evaluations spent on each answer token, (B * samples, N), int64; 0 on padding.
+        prompt_length: S.
+    """
+
+    sequences: Tensor
+    evaluations: Tensor
+    prompt_length: int
+
+    @property
+    def answers(self) -> Tensor:
+        """Answer tokens alone, (B * samples, N), int64."""
+        return self.sequences[:, self.prompt_length :]
+
+
+@dataclass(frozen=True)
+class Picking:
+    """transformers' own machinery for turning logits into tokens.
+
+    Attributes:
+        config: generation configuration; `num_return_sequences` belongs into `Requests.samples`.
+        processors: further logits processors.
+        criteria: further stopping criteria.
+        streamer: receives the tokens of each step; only without padding and for one answer, as in transformers.
+    """
+
+    config: GenerationConfig
+    processors: LogitsProcessorList = field(default_factory=LogitsProcessorList)
+    criteria: StoppingCriteriaList = field(default_factory=StoppingCriteriaList)
+    streamer: BaseStreamer | None = None
+
+
+def check_sampling(process: Process, sampling: Sampling) -> None:
+    """Refuse settings this model cannot be sampled with.
+
+    Args:
+        process: the model.
+        sampling: the settings.
+
+    Raises:
+        ConfigError: if a number, a guidance or an option does not fit.
+    """
+    steps = sampling.num_inference_steps
+    if steps == 0 and not process.backbone.identity_at_zero:
+        raise ConfigError(
+            f"num_inference_steps=0 means the plain language model, which {type(process.backbone).__name__} does not "
+            "contain. Use at least 1."
+        )
+    if steps is None and not sampling.solver.is_adaptive:
+        raise ConfigError(
+            f"Solver {sampling.solver.component_name()!r} needs num_inference_steps, got None. Set it, for example to 15."
+        )
+    if steps:
+        sampling.solver.grid_size(steps)
+    if sampling.solver.evaluates_end and sampling.end_time == 1.0:
+        raise ConfigError(
+            f"Solver {sampling.solver.component_name()!r} needs the velocity at the end time, which is singular at 1. "
+            f"Set end_time to {1 - 1 / process.parametrization.prior_scale:g} (1 - 1 / prior_scale) or leave it out."
+        )
+    for guidance in sampling.guidance:
+        if guidance.needs_classes and guidance.scale != guidance.neutral_scale and not has_classes(process):
+            raise ConfigError(
+                f"Guidance {guidance.component_name()!r} with scale {guidance.scale:g} needs a model trained with class "
+                "labels; this one has none. Remove it or train with `classes`."
+            )
+    process.parametrization.with_estimate(sampling.estimate)
+
+
+def has_classes(process: Process) -> bool:
+    """Whether a model was trained with class labels.
+
+    Args:
+        process: the model.
+
+    Returns:
+        True if it was.
+    """
+    return process.backbone.config.num_classes > 0
+
+
+@torch.no_grad()
+def generate(
+    process: Process,
+    requests: Requests,
+    *,
+    sampling: Sampling,
+    picking: Picking,
+    observer: Observer | None = None,
+) -> Generation:
+    """Answer a batch of prompts.
+
+    A row's answer depends on its own prompt, class, scale, key and the seed, never on its batch mates or padding.
+
+    Args:
+        process: the model.
+        requests: the prompts.
+        sampling: how to diffuse.
+        picking: how to pick tokens and when to stop.
+        observer: called after every network evaluation.
+
+    Returns:
+        The answers.
+
+    Raises:
+        ConfigError: if the settings do not fit the model, or the prompt and answer exceed its context.
+    """
+    check_sampling(process, sampling)
+    loop = _Loop(process, requests, sampling, picking, observer)
+    output: list[Generation] = []
+
+    def decode(
+        model: Any,
+        input_ids: Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        **kwargs: Any,
+    ) -> Tensor:
+        output.append(loop.run(input_ids, logits_processor, stopping_criteria, generation_config))
+        return output[0].sequences
+
+    process.backbone.lm.generate(
+        requests.input_ids,
+        attention_mask=loop.mask,
+        generation_config=picking.config,
+        logits_processor=picking.processors,
+        stopping_criteria=picking.criteria,
+        custom_generate=decode,
+    )
+    return output[0]
+
+
+class _Loop:
+    """State of one call of `generate`; rows that have ended leave all tensors."""
+
+    def __init__(
+        self,
+        process: Process,
+        requests: Requests,
+        sampling: Sampling,
+        picking: Picking,
+        observer: Observer | None,
+    ) -> None:
+        self.process, self.sampling, self.picking, self.observer = process, sampling, picking, observer
+        ids = requests.input_ids
+        mask = requests.attention_mask
+        self.mask = torch.ones_like(ids) if mask is None else mask
+        prompts = [row[keep.bool()].tolist() for row, keep in zip(ids.cpu(), self.mask.cpu(), strict=True)]
+        names = requests.keys or request_keys(prompts)
+        repeat = partial(torch.repeat_interleave, repeats=requests.samples, dim=0)
+        self.first = repeat(torch.arange(len(ids), device=ids.device))
+        self.keys = [(names[int(row)], sample % requests.samples) for sample, row in enumerate(self.first)]
+        self.real = [len(prompts[int(row)]) for row in self.first]
+        self.classes = None if requests.classes is None else repeat(requests.classes)
+        self.scales = None if requests.guidance_scale is None else repeat(requests.guidance_scale)
+        self.parametrization = process.parametrization.with_estimate(sampling.estimate)
+        self.codebook = self.parametrization.codebook(process.backbone.table())
+        self.going = torch.ones(len(self.first), dtype=torch.bool, device=ids.device)
+
+    def run(
+        self,
+        input_ids: Tensor,
+        processors: LogitsProcessorList,
+        criteria: StoppingCriteriaList,
+        config: GenerationConfig,
+    ) -> Generation:
+        backbone, streamer = self.process.backbone, self.picking.streamer
+        context = backbone.read(Layout(input_ids, torch.where(self.mask.bool(), 0, -1)))
+        if len(self.first) > len(input_ids):
+            context = context.select(self.first)
+        ids = input_ids[self.first]
+        length, limit, pad = ids.shape[1], config.max_length, _pad_token(config)
+        out = ids.new_full((len(ids), limit), pad)
+        out[:, :length] = ids
+        cost = ids.new_zeros(len(ids), limit - length)
+        rows = torch.arange(len(ids), device=ids.device)
+        end = length
+        if streamer is not None:
+            streamer.put(input_ids.cpu())
+        while len(rows):
+            start, end = end, min(end + (self.process.block_size or limit), limit)
+            logits, evaluations = self._denoise(context, rows, start, end)
+            ids, kept = self._pick(logits, rows, ids, (processors, criteria, config))
+            out[rows, start:end] = torch.where(kept, ids[:, start:], pad)
+            cost[rows, start - length : end - length] = evaluations * kept
+            if streamer is not None:
+                streamer.put(out[:, start:end].flatten().cpu())
+            if not bool(self.going.all()):
+                rows, ids = rows[self.going], ids[self.going]
+                context = context.select(self.going.nonzero()[:, 0]) if len(rows) else context
+            if len(rows):
+                context = backbone.extend(context, ids[:, start:])
+        if streamer is not None:
+            streamer.end()
+        return Generation(out[:, :end], cost[:, : end - length], length)
+
+    def _streams(self, rows: Tensor, offset: int, count: int, purpose: str) -> TokenStreams:
+        """Streams of `count` tokens of each row, starting `offset` tokens after its prompt."""
+        keys = []
+        for row in rows.tolist():
+            request, sample = self.keys[row]
+            first = self.real[row] + offset
+            keys.append([(self.sampling.seed, request, first + i, sample, purpose) for i in range(count)])
+        return TokenStreams(keys, rows.device)
+
+    def _denoise(self, context: Any, rows: Tensor, start: int, end: int) -> tuple[Tensor, Tensor]:
+        """Logits of the next block and evaluations spent on each token."""
+        process, sampling = self.process, self.sampling
+        positions = torch.arange(start, end, device=rows.device).expand(len(rows), -1)
+        if sampling.num_inference_steps == 0:
+            features = process.backbone.plain(positions, context)
+            return process.backbone.head(features).float(), torch.zeros_like(positions)
+        solver, times = plan(process, sampling)
+        offset, count = start - self.mask.shape[1], end - start
+        prior, estimate, fresh = (self._streams(rows, offset, count, p) for p in ("prior", "estimate", "fresh"))
+        x = self.parametrization.prior_scale * prior.normal(self.parametrization.state_size)
+        x = x.to(torch.float32 if x.device.type == "mps" else self.parametrization.state_dtype)
+        template = Query(
+            x=x,
+            t=x[..., 0],
+            positions=positions,
+            context=context,
+            condition=_per_token(self.classes, rows, count),
+            guidance_scale=_per_token(self.scales, rows, count),
+        )
+        problem = TokenProblem(
+            process,
+            template,
+            guidance=sampling.guidance,
+            parametrization=self.parametrization,
+            codebook=self.codebook,
+            streams=Streams(estimate, fresh, repeat=solver.is_adaptive),
+            observer=self.observer,
+        )
+        x = solver.solve(problem, x, times)
+        return problem.read_out(x, times[-1]), problem.evaluations
+
+    def _pick(
+        self,
+        logits: Tensor,
+        rows: Tensor,
+        ids: Tensor,
+        how: tuple[LogitsProcessorList, StoppingCriteriaList, GenerationConfig],
+    ) -> tuple[Tensor, Tensor]:
+        """Sequences with the block's tokens appended, and which of those come before the end of an answer."""
+        processors, criteria, config = how
+        offset = ids.shape[1] - self.mask.shape[1]
+        streams = self._streams(rows, offset, logits.shape[1], "token") if config.do_sample else None
+        numbers = None if streams is None else streams.uniform()
+        ended = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+        kept = []
+        for i in range(logits.shape[1]):
+            scores = processors(ids, logits[:, i])
+            token = scores.argmax(-1) if numbers is None else categorical(scores.softmax(-1), numbers[:, i])
+            ids = torch.cat([ids, token[:, None]], 1)
+            kept.append(~ended)
+            ended = ended | criteria(ids, scores)  # type: ignore[arg-type]  # transformers types scores as a tuple
+        self.going = ~ended
+        return ids, torch.stack(kept, 1)
+
+
+def plan(process: Process, sampling: Sampling) -> tuple[Solver, list[float]]:
+    """Solver with its budget, and the times it visits.
+
+    Args:
+        process: the model.
+        sampling: how to sample.
+
+    Returns:
+        The solver and increasing times; the last is the read-out's.
+    """
+    solver, steps = sampling.solver, sampling.num_inference_steps
+    end = sampling.end_time
+    if end is None:
+        end = 1 - min(1 / process.parametrization.prior_scale, 0.5) if solver.evaluates_end else 1.0
+    if steps is None:
+        return solver, process.schedule.grid(2, end)
+    return solver.with_budget(steps), process.schedule.grid(solver.grid_size(steps), end)
+
+
+def _per_token(values: Tensor | None, rows: Tensor, count: int) -> Tensor | None:
+    return None if values is None else values[rows][:, None].expand(-1, count)
+
+
+def _pad_token(config: GenerationConfig) -> int:
+    """The pad token, or the end token where a model has none, as transformers does."""
+    if config.pad_token_id is not None:
+        return int(config.pad_token_id)
+    ends = config.eos_token_id
+    return int(ends[0] if isinstance(ends, list) else ends or 0)

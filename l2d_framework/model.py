@@ -1,0 +1,200 @@
+"""DiffusionLM: the model users hold; a process that generates text and knows what it was made from."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedTokenizerBase, StoppingCriteriaList
+from transformers.generation.stopping_criteria import StopStringCriteria
+from transformers.generation.streamers import BaseStreamer
+
+from l2d_framework.backbone import Backbone
+from l2d_framework.config import ModelSection, SamplingSection, default_sampling
+from l2d_framework.errors import ConfigError, suggest
+from l2d_framework.generation import Generation, Picking, Requests, generate
+from l2d_framework.parametrization import Parametrization
+from l2d_framework.problem import Observer
+from l2d_framework.process import Process
+from l2d_framework.prompts import Encoded, Prompt, check_length, encode_prompts, pad_left
+from l2d_framework.schedule import Schedule
+
+DEFAULT_NEW_TOKENS = 256
+"""Answer length where neither the call nor the base model sets one: the L2D paper's for general tasks."""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a model was made from, as its checkpoint records it.
+
+    Attributes:
+        model: the `model` section of the run file.
+        fingerprint: of the base weights, or None when they were never read.
+        classes: names of the class labels.
+        sampling: the `sampling` section of the run file.
+        chat_template: template that replaces the tokenizer's own.
+    """
+
+    model: ModelSection | None = None
+    fingerprint: str | None = None
+    classes: tuple[str, ...] = ()
+    sampling: SamplingSection | None = None
+    chat_template: str | None = None
+
+
+class DiffusionLM(Process):
+    """A diffusion language model.
+
+    Args:
+        schedule: the law of noise.
+        parametrization: the state space.
+        backbone: the network.
+        block_size: tokens denoised together; None for one block per sequence.
+    """
+
+    def __init__(
+        self, schedule: Schedule, parametrization: Parametrization, backbone: Backbone, block_size: int | None = 1
+    ) -> None:
+        super().__init__(schedule, parametrization, backbone, block_size)
+        self.origin = Origin()
+        self.tokenizer: PreTrainedTokenizerBase | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the language model's weights are."""
+        return self.backbone.lm.device
+
+    def sampling(self, **options: Any) -> SamplingSection:
+        """The checkpoint's sampling settings with some replaced.
+
+        Args:
+            **options: fields of the `sampling` section; components by name or as a mapping.
+
+        Returns:
+            The validated settings.
+        """
+        config = self.parametrization.config
+        return (self.origin.sampling or default_sampling(config)).resolve(config, options)
+
+    def class_ids(self, names: Sequence[str | None]) -> Tensor:
+        """Ids of class labels.
+
+        Args:
+            names: one per prompt, None for no class.
+
+        Returns:
+            (B,), int64, -1 for no class.
+
+        Raises:
+            ConfigError: if a name is unknown.
+        """
+        known = self.origin.classes
+        for name in names:
+            if name is not None and name not in known:
+                raise ConfigError(f"Unknown class {name!r}{suggest(name, known)} This model knows {list(known)}.")
+        return torch.tensor([-1 if n is None else known.index(n) for n in names], device=self.device)
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt] | Tensor | Encoded,
+        *,
+        generation_config: GenerationConfig | None = None,
+        logits_processor: LogitsProcessorList | None = None,
+        stopping_criteria: StoppingCriteriaList | None = None,
+        streamer: BaseStreamer | None = None,
+        observer: Observer | None = None,
+        classes: Sequence[str | None] | None = None,
+        guidance_scale: float | Sequence[float] | None = None,
+        num_return_sequences: int = 1,
+        **options: Any,
+    ) -> Generation:
+        """Answer prompts.
+
+        Takes the arguments of transformers' `generate` for picking tokens (`max_new_tokens`, `do_sample`, `temperature`,
+        `top_p`, `eos_token_id`, `stop_strings`, ...) and the fields of the `sampling` section for diffusing
+        (`num_inference_steps`, `solver`, `guidance`, `estimate`, `end_time`, `seed`, `preset`). Tokens are picked
+        greedily from the last logits unless `do_sample` is set here or in the base model's generation config; the L2D
+        paper samples at temperature 1.
+
+        Args:
+            prompts: texts, conversations, token ids (B, S) without padding, or an encoded batch.
+            generation_config: transformers' generation configuration; the base model's when None.
+            logits_processor: further processors of the final logits.
+            stopping_criteria: further criteria.
+            streamer: receives tokens as they are picked; one prompt and one answer only, as in transformers.
+            observer: called after every network evaluation.
+            classes: class label of each prompt.
+            guidance_scale: scale of the guidance, for all prompts or for each.
+            num_return_sequences: answers per prompt; the prompt is read once.
+            **options: as above.
+
+        Returns:
+            Sequences and the evaluations spent on each token.
+
+        Raises:
+            ConfigError: if an option is unknown or does not fit the model.
+        """
+        diffusing = {name: options.pop(name) for name in tuple(options) if name in SamplingSection.model_fields}
+        sampling = self.sampling(**diffusing)
+        scales = None
+        if isinstance(guidance_scale, (int, float)):
+            sampling = _rescaled(sampling, float(guidance_scale))
+        elif guidance_scale is not None:
+            _rescaled(sampling, 1.0)
+            scales = torch.tensor(list(guidance_scale), dtype=torch.float32, device=self.device)
+        config, criteria = self._picking(generation_config, options, stopping_criteria)
+        encoded = self._encoded(prompts)
+        check_length(encoded.attention_mask.sum(-1).tolist(), config, self.backbone.lm.config)
+        requests = Requests(
+            encoded.input_ids.to(self.device),
+            encoded.attention_mask.to(self.device),
+            classes=None if classes is None else self.class_ids(classes),
+            guidance_scale=scales,
+            keys=encoded.keys,
+            samples=num_return_sequences,
+        )
+        picking = Picking(config, logits_processor or LogitsProcessorList(), criteria, streamer)
+        return generate(self, requests, sampling=sampling, picking=picking, observer=observer)
+
+    def _encoded(self, prompts: Sequence[Prompt] | Tensor | Encoded) -> Encoded:
+        if isinstance(prompts, Tensor):
+            return Encoded(prompts, torch.ones_like(prompts))
+        if isinstance(prompts, Encoded):
+            return prompts
+        return pad_left(encode_prompts(self.tokenizer, prompts, self.origin.chat_template))
+
+    def _picking(
+        self, config: GenerationConfig | None, options: dict[str, Any], criteria: StoppingCriteriaList | None
+    ) -> tuple[GenerationConfig, StoppingCriteriaList]:
+        """transformers' configuration with `options` applied, and criteria with stop strings among them."""
+        config = copy.deepcopy(config or self.backbone.lm.generation_config or GenerationConfig())
+        unknown = config.update(**options)
+        for name, value in unknown.items():
+            known = [*SamplingSection.model_fields, *config.to_dict(), "guidance_scale", "num_return_sequences"]
+            raise ConfigError(f"Unknown option {name}={value!r}{suggest(name, known)} Remove or correct it.")
+        criteria = StoppingCriteriaList(criteria or [])
+        if config.stop_strings is not None:
+            if self.tokenizer is None:
+                raise ConfigError(f"stop_strings={config.stop_strings!r} needs a tokenizer, which this model lacks.")
+            criteria.append(StopStringCriteria(self.tokenizer, config.stop_strings))
+            config.stop_strings = None
+        if config.max_length is None and config.max_new_tokens is None:
+            config.max_new_tokens = DEFAULT_NEW_TOKENS
+        return config, criteria
+
+
+def _rescaled(sampling: SamplingSection, scale: float) -> SamplingSection:
+    """Settings whose only guidance has another scale."""
+    if len(sampling.guidance) != 1:
+        raise ConfigError(
+            f"guidance_scale needs exactly one guidance; {len(sampling.guidance)} are set. "
+            "Set guidance, for example to [{name: classifier_free}]."
+        )
+    guidance = sampling.guidance[0]
+    return sampling.model_copy(
+        update={"guidance": [type(guidance).model_validate(guidance.to_json() | {"scale": scale})]}
+    )

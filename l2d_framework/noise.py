@@ -1,0 +1,129 @@
+"""Random numbers keyed by what they are for, so that no result depends on batch mates, order or number of processes.
+
+Every token owns Philox streams whose 128-bit key is a hash of (seed, request, position, sample, purpose). The global
+generators of torch and numpy are never used.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_BLOCK = 32
+
+
+def stream_key(*parts: int | str) -> bytes:
+    """Key of a random stream.
+
+    Args:
+        *parts: whatever names the stream, such as seed, request, position and purpose.
+
+    Returns:
+        16 bytes; different parts give different keys up to hash collisions.
+    """
+    return hashlib.blake2b("\x1f".join(map(str, parts)).encode(), digest_size=16).digest()
+
+
+def keyed_generator(*parts: int | str) -> np.random.Generator:
+    """Generator that depends on `parts` only.
+
+    Args:
+        *parts: whatever names the stream.
+
+    Returns:
+        A Philox generator at the start of its stream.
+    """
+    return np.random.Generator(np.random.Philox(key=int.from_bytes(stream_key(*parts), "little")))
+
+
+def request_keys(prompts: Sequence[Sequence[int]]) -> list[str]:
+    """Name of each request: hash of its prompt's tokens and how often the same prompt came before.
+
+    Args:
+        prompts: token ids of each prompt, without padding.
+
+    Returns:
+        One name per prompt; reordering different prompts reorders the names.
+    """
+    seen: dict[str, int] = {}
+    names = []
+    for prompt in prompts:
+        digest = hashlib.blake2b(np.asarray(prompt, dtype=np.int64).tobytes(), digest_size=16).hexdigest()
+        occurrence = seen.get(digest, 0)
+        seen[digest] = occurrence + 1
+        names.append(f"{digest}.{occurrence}")
+    return names
+
+
+def categorical(probabilities: Tensor, u: Tensor) -> Tensor:
+    """Token whose interval of the cumulative distribution contains `u`.
+
+    One number per draw, whatever the vocabulary, and the same number gives the same token on every device up to ties.
+
+    Args:
+        probabilities: non-negative weights, (..., V), float; they need not sum to 1.
+        u: numbers in [0, 1), (...).
+
+    Returns:
+        Token ids, (...), int64; never one of weight zero.
+    """
+    cumulative = probabilities.cumsum(-1)
+    total = cumulative[..., -1:]
+    index = torch.searchsorted(cumulative, (u[..., None] * total).to(cumulative.dtype), right=True)
+    last = (cumulative < total).sum(-1, keepdim=True)
+    return torch.minimum(index, last).squeeze(-1)
+
+
+class TokenStreams:
+    """One independent stream per token of a (B, L) block.
+
+    Args:
+        keys: for each row, one tuple of key parts per token.
+        device: where the numbers are wanted.
+    """
+
+    def __init__(self, keys: Sequence[Sequence[tuple[int | str, ...]]], device: torch.device) -> None:
+        self._generators = [[keyed_generator(*parts) for parts in row] for row in keys]
+        self._device = device
+        self._buffer = torch.empty(len(keys), len(keys[0]), 0)
+        self._used = torch.zeros(self._buffer.shape[:2], dtype=torch.int64, device=device)
+        self._calls = 0
+
+    def uniform(self, active: Tensor | None = None) -> Tensor:
+        """Next number of every active stream.
+
+        Args:
+            active: tokens whose stream advances, (B, L), bool; all when None.
+
+        Returns:
+            Numbers in [0, 1), (B, L), float32; of no meaning where not active.
+        """
+        if self._calls >= self._buffer.shape[-1]:
+            fresh = [[g.random(_BLOCK, dtype=np.float32) for g in row] for row in self._generators]
+            block = torch.from_numpy(np.asarray(fresh)).to(self._device)
+            self._buffer = torch.cat([self._buffer.to(self._device), block], -1)
+        value = self._buffer.gather(-1, self._used[..., None]).squeeze(-1)
+        self._used = self._used + (1 if active is None else active.long())
+        self._calls += 1
+        return value
+
+    def rewind(self) -> None:
+        """Start every stream of `uniform` over, so that the same numbers come again."""
+        self._used = torch.zeros_like(self._used)
+        self._calls = 0
+
+    def normal(self, size: int) -> Tensor:
+        """Next `size` standard normal numbers of every stream; not to be mixed with `uniform` on one object.
+
+        Args:
+            size: how many per token.
+
+        Returns:
+            (B, L, size), float32.
+        """
+        draws = [[g.standard_normal(size, dtype=np.float32) for g in row] for row in self._generators]
+        return torch.from_numpy(np.asarray(draws)).to(self._device)

@@ -1,0 +1,154 @@
+"""Parametrization: the state space in which tokens are diffused."""
+
+from __future__ import annotations
+
+import copy
+import json
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar, Self
+
+import torch
+from pydantic import ValidationError
+from torch import Tensor, nn
+
+from l2d_framework.component import Component, merged
+from l2d_framework.errors import ConfigError
+from l2d_framework.schedule import Schedule
+from l2d_framework.types import Random
+
+
+class ParametrizationConfig(Component):
+    """Configuration of a state space; `build` makes the module that owns the projection weights.
+
+    Choices that only matter when sampling live in a field called `estimate`, so that they can be changed per request.
+    """
+
+    kind: ClassVar[str] = "parametrization"
+    default_preset: ClassVar[str | None] = None
+    """Preset of the `sampling` section that a run file without one gets."""
+
+    @abstractmethod
+    def build(self, vocab_size: int, hidden_size: int) -> Parametrization:
+        """Make the module.
+
+        Args:
+            vocab_size: V, rows of the backbone's embedding table.
+            hidden_size: H, width of the backbone.
+
+        Returns:
+            The state space with freshly initialised weights.
+        """
+
+
+class Parametrization(nn.Module, ABC):
+    """The state space: owns D, the prior's scale and the projection weights.
+
+    Attributes:
+        config: the component this module was built from.
+        state_size: D.
+        prior_scale: standard deviation of the noise at t = 0.
+    """
+
+    uses_previous: ClassVar[bool] = False
+    """True when `embed` reads the previous evaluation's logits, which generation then keeps."""
+
+    state_dtype: ClassVar[torch.dtype] = torch.float32
+    """Type of the state between evaluations; the network always sees float32."""
+
+    config: ParametrizationConfig
+    state_size: int
+    prior_scale: float
+
+    @abstractmethod
+    def encode(self, tokens: Tensor, table: Tensor) -> Tensor:
+        """Clean states of tokens.
+
+        Args:
+            tokens: ids, (B, L), int64.
+            table: the backbone's embedding table, (V, H).
+
+        Returns:
+            (B, L, D), float32.
+        """
+
+    @abstractmethod
+    def embed(self, x: Tensor, t: Tensor, schedule: Schedule, table: Tensor, previous: Tensor | None) -> Tensor:
+        """Network input for noisy states.
+
+        Args:
+            x: (B, L, D), float32.
+            t: (B, L), float32.
+            schedule: the noise law, for rescaling.
+            table: the backbone's embedding table, (V, H).
+            previous: logits of the previous evaluation, (B, L, V), or None.
+
+        Returns:
+            (B, L, H).
+        """
+
+    @abstractmethod
+    def estimate(self, logits: Tensor, t: Tensor, codebook: Tensor, random: Random) -> Tensor:
+        """Clean state the solver is to move towards.
+
+        Args:
+            logits: (B, L, V), float32.
+            t: time that the move made with this estimate leads to, (B, L); temperature schedules read it.
+            codebook: what `codebook` returned.
+            random: streams for estimates that draw.
+
+        Returns:
+            (B, L, D), float32.
+        """
+
+    def codebook(self, table: Tensor) -> Tensor:
+        """Whatever `estimate` needs that depends on weights only; computed once per generation.
+
+        Args:
+            table: the backbone's embedding table, (V, H).
+
+        Returns:
+            The table itself unless a parametrization needs more.
+        """
+        return table
+
+    def with_estimate(self, options: dict[str, Any]) -> Self:
+        """The same space and weights with other sampling-time choices.
+
+        Args:
+            options: fields of the `estimate` section to change.
+
+        Returns:
+            A module that shares every weight with this one.
+
+        Raises:
+            ConfigError: if an option is unknown or out of range.
+        """
+        if not options:
+            return self
+        other = copy.copy(self)
+        other.config = merge_estimate(self.config, options)
+        return other
+
+
+def merge_estimate(config: ParametrizationConfig, options: dict[str, Any]) -> ParametrizationConfig:
+    """Parametrization config with some fields of its `estimate` section replaced.
+
+    Args:
+        config: the config to start from.
+        options: fields to change; nested sections are merged, unless they name another choice.
+
+    Returns:
+        The validated result.
+
+    Raises:
+        ConfigError: if an option is unknown or out of range.
+    """
+    data = config.to_json()
+    if "estimate" not in data:
+        raise ConfigError(f"Parametrization {data['name']!r} has no estimate options; got {options}. Remove them.")
+    data["estimate"] = merged(data["estimate"], options)
+    try:
+        return type(config).model_validate_json(json.dumps(data))
+    except ValidationError as error:
+        problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']} (got {e['input']!r})" for e in error.errors())
+        raise ConfigError(f"Bad estimate options for parametrization {data['name']!r}: {problems}.") from error

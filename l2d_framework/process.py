@@ -1,0 +1,119 @@
+"""Process: schedule, parametrization and backbone put together into the one equation of the package."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from l2d_framework.backbone import Backbone
+from l2d_framework.parametrization import Parametrization
+from l2d_framework.schedule import Schedule
+from l2d_framework.types import Prediction, Query
+
+
+class Process(nn.Module):
+    """A network that predicts clean tokens from noisy states; itself a `Predict`, the innermost one.
+
+    Args:
+        schedule: the law of noise.
+        parametrization: the state space.
+        backbone: the network.
+        block_size: tokens denoised together; None for one block per sequence.
+    """
+
+    def __init__(
+        self, schedule: Schedule, parametrization: Parametrization, backbone: Backbone, block_size: int | None = 1
+    ) -> None:
+        super().__init__()
+        self.schedule = schedule
+        self.parametrization = parametrization
+        self.backbone = backbone
+        self.block_size = block_size
+
+    def own_parameters(self) -> dict[str, nn.Parameter]:
+        """Parameters that are not the language model's: what training changes and checkpoints store.
+
+        Returns:
+            Parameters by name.
+        """
+        frozen = {id(parameter) for parameter in self.backbone.lm.parameters()}
+        return {name: p for name, p in self.named_parameters() if id(p) not in frozen}
+
+    def diffuse(self, tokens: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        """Noisy states of tokens.
+
+        Args:
+            tokens: ids, (B, L), int64.
+            t: times, (B, L), float32.
+            noise: standard normal, (B, L, D), float32.
+
+        Returns:
+            alpha(t) * clean + sigma(t) * prior_scale * noise, (B, L, D), float32; gradients reach the projection.
+        """
+        clean = self.parametrization.encode(tokens, self.backbone.table())
+        return self.schedule.interpolate(clean, self.parametrization.prior_scale * noise, t)
+
+    def features(self, query: Query) -> Tensor:
+        """Hidden states about the queried positions, before the vocabulary head.
+
+        Args:
+            query: what is asked.
+
+        Returns:
+            (B, L, H).
+        """
+        if query.shared_time == 0.0 and self.backbone.identity_at_zero:
+            return self.backbone.plain(query.positions, query.context)
+        h = self.parametrization.embed(query.x, query.t, self.schedule, self.backbone.table(), query.previous)
+        return self.backbone.features(
+            h, query.t, query.positions, query.context, query.condition, shared_time=query.shared_time
+        )
+
+    def forward(self, query: Query) -> Prediction:
+        """Predict without guidance.
+
+        Args:
+            query: what is asked.
+
+        Returns:
+            Logits in float32.
+        """
+        return Prediction(self.backbone.head(self.features(query)).float())
+
+    def together(self, queries: list[Query]) -> list[Prediction]:
+        """Answer queries that share positions and context in one pass of the network.
+
+        Args:
+            queries: at least one query.
+
+        Returns:
+            One prediction per query, in order.
+        """
+        joined, dim = _join(queries, 1 if self.backbone.independent_positions else 0)
+        return [Prediction(part) for part in self.forward(joined).logits.chunk(len(queries), dim)]
+
+
+def _join(queries: list[Query], dim: int) -> tuple[Query, int]:
+    """One query whose dimension `dim` lists all of `queries`; along rows the context is repeated."""
+    first = queries[0]
+    context = first.context
+    if dim == 0:
+        rows = torch.arange(first.x.shape[0], device=first.x.device).repeat(len(queries))
+        context = context.select(rows)
+    conditions = [_unconditional(q.t) if q.condition is None else q.condition for q in queries]
+    previous = [q.previous for q in queries]
+    joined = first.replace(
+        x=torch.cat([q.x for q in queries], dim),
+        t=torch.cat([q.t for q in queries], dim),
+        positions=torch.cat([q.positions for q in queries], dim),
+        context=context,
+        condition=torch.cat(conditions, dim),
+        previous=None if previous[0] is None else torch.cat([p for p in previous if p is not None], dim),
+        shared_time=first.shared_time if all(q.shared_time == first.shared_time for q in queries) else None,
+        guidance_scale=None,
+    )
+    return joined, dim
+
+
+def _unconditional(t: Tensor) -> Tensor:
+    return torch.full_like(t, -1, dtype=torch.int64)

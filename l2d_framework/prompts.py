@@ -1,0 +1,113 @@
+"""Prompts: from texts and conversations to a batch of token ids."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from l2d_framework.errors import ConfigError
+
+Message = Mapping[str, str]
+Prompt = str | Sequence[Message]
+"""Plain text, or a conversation as a list of {"role", "content"}."""
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Prompts as token ids.
+
+    Attributes:
+        input_ids: padded on the left, (B, S), int64.
+        attention_mask: 1 where a real token stands, (B, S), int64.
+        keys: name of each request for its noise; made from the tokens when None.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    keys: Sequence[str] | None = None
+
+
+def encode_prompts(
+    tokenizer: PreTrainedTokenizerBase | None, prompts: Sequence[Prompt], chat_template: str | None = None
+) -> list[list[int]]:
+    """Token ids of prompts.
+
+    Args:
+        tokenizer: of the base model.
+        prompts: texts or conversations; a conversation ends with the generation prompt of the chat template.
+        chat_template: template that replaces the tokenizer's own.
+
+    Returns:
+        Ids of each prompt, without padding.
+
+    Raises:
+        ConfigError: if the tokenizer or its chat template is missing, or a prompt is empty.
+    """
+    if tokenizer is None:
+        raise ConfigError("This model has no tokenizer, so it takes token ids only. Save one in the base folder.")
+    batch = []
+    for number, prompt in enumerate(prompts):
+        if isinstance(prompt, str):
+            tokens = tokenizer(prompt)["input_ids"]
+        elif chat_template is None and tokenizer.chat_template is None:
+            raise ConfigError(
+                f"Prompt {number} is a conversation, but the tokenizer of {tokenizer.name_or_path!r} has no chat "
+                "template. Give plain text, or set data.chat_template when training."
+            )
+        else:
+            text = tokenizer.apply_chat_template(
+                list(prompt), chat_template=chat_template, add_generation_prompt=True, tokenize=False
+            )
+            tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
+        if not tokens:
+            raise ConfigError(f"Prompt {number} is empty. Give at least one token, such as the tokenizer's BOS.")
+        batch.append(list(tokens))
+    return batch
+
+
+def pad_left(batch: Sequence[Sequence[int]], keys: Sequence[str] | None = None) -> Encoded:
+    """Token ids as one batch.
+
+    Args:
+        batch: ids of each prompt.
+        keys: name of each request for its noise.
+
+    Returns:
+        The batch, padded on the left.
+    """
+    width = max(map(len, batch))
+    ids = torch.zeros(len(batch), width, dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    for row, tokens in enumerate(batch):
+        ids[row, width - len(tokens) :] = torch.tensor(list(tokens))
+        mask[row, width - len(tokens) :] = 1
+    return Encoded(ids, mask, keys)
+
+
+def check_length(lengths: Sequence[int], config: GenerationConfig, lm_config: Any) -> None:
+    """Refuse prompts whose answers would exceed the model's context.
+
+    Args:
+        lengths: tokens of each prompt.
+        config: generation configuration with `max_new_tokens` or `max_length`.
+        lm_config: the base model's configuration.
+
+    Raises:
+        ConfigError: naming the first prompt that is too long.
+    """
+    context = getattr(lm_config, "max_position_embeddings", None)
+    if context is None:
+        return
+    for number, length in enumerate(lengths):
+        wanted = length + config.max_new_tokens if config.max_new_tokens is not None else config.max_length or 0
+        wanted = max(wanted, length + 1)
+        if wanted > context:
+            raise ConfigError(
+                f"Prompt {number} has {length} tokens and with its answer would reach {wanted}, but the model's context "
+                f"is {context}. Shorten the prompt or lower max_new_tokens."
+            )

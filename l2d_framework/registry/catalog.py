@@ -1,0 +1,285 @@
+"""The catalog of installed plugins.
+
+A plugin that fails to load, misspells a hook or offers something malformed is kept out as a whole and remembered in
+`broken`; it never hurts the others.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib import metadata
+from importlib.metadata import EntryPoint
+from typing import Any, Literal
+
+from pydantic import ValidationError
+
+from l2d_framework.component import Component
+from l2d_framework.errors import ConfigError, PluginError
+from l2d_framework.hooks import GROUP
+from l2d_framework.registry.offers import CONVERTER, INTERFACES, PRESET, Offer, Source, offers_of, source_of, unknown
+
+BUILTIN_DISTRIBUTION = "l2d-framework"
+ALLOW_LIST = "L2D_PLUGINS"
+"""Environment variable with the comma-separated entry points to load besides the built-in ones; empty for none."""
+
+
+@dataclass(frozen=True)
+class BrokenPlugin:
+    """A plugin that was kept out.
+
+    Attributes:
+        distribution: name of the distribution it belongs to.
+        version: version of that distribution.
+        error: what went wrong.
+    """
+
+    distribution: str
+    version: str
+    error: str
+
+
+@dataclass(frozen=True)
+class PluginRow:
+    """One line of the table of plugins.
+
+    Attributes:
+        kind: interface, "preset", or "" for a plugin that was kept out.
+        name: name of the component or preset; of the plugin if it was kept out.
+        distribution: who ships it.
+        version: version of the distribution.
+        status: "ok", "clash", "missing extra", "broken" or "disabled".
+        error: what to know when the status is not "ok".
+    """
+
+    kind: str
+    name: str
+    distribution: str
+    version: str
+    status: Literal["ok", "clash", "missing extra", "broken", "disabled"]
+    error: str = ""
+
+
+class Registry:
+    """What the installed plugins offer.
+
+    Attributes:
+        broken: plugins that were kept out, by entry point.
+        disabled: plugins that `L2D_PLUGINS` leaves out.
+    """
+
+    def __init__(self) -> None:
+        self.broken: dict[str, BrokenPlugin] = {}
+        self.disabled: list[Source] = []
+        self._loaded: set[str] = set()
+        self._offers: dict[tuple[str, str], list[Offer]] = {}
+
+    @classmethod
+    def load(cls, entry_points: Iterable[EntryPoint] | None = None) -> Registry:
+        """Load plugins.
+
+        Args:
+            entry_points: what to load; the group `l2d_framework` of the installed distributions when None.
+
+        Returns:
+            A registry in which every plugin is either loaded, disabled or broken.
+        """
+        registry = cls()
+        listed = os.environ.get(ALLOW_LIST)
+        allowed = None if listed is None else {name.strip() for name in listed.split(",")} - {""}
+        for entry_point in metadata.entry_points(group=GROUP) if entry_points is None else entry_points:
+            registry._add(entry_point, allowed)
+        for name in sorted((allowed or set()) - registry._loaded - set(registry.broken)):
+            error = f"{ALLOW_LIST} names it, but no installed distribution has such an entry point."
+            registry.broken[name] = BrokenPlugin("not installed", "", error)
+        return registry
+
+    def kinds(self) -> tuple[str, ...]:
+        """Names of the interfaces a component can implement.
+
+        Returns:
+            The kinds, in the order of a run file.
+        """
+        return tuple(INTERFACES)
+
+    def components(self, kind: str) -> dict[str, type[Component]]:
+        """Components that can be asked for without an error of a plugin.
+
+        Args:
+            kind: one of `kinds()`.
+
+        Returns:
+            Classes by name, sorted; names offered twice are left out, those whose extra is missing are not.
+
+        Raises:
+            PluginError: if there is no such kind.
+        """
+        if kind not in INTERFACES:
+            raise PluginError(unknown("kind of plugin", kind, INTERFACES))
+        return self._unique(kind)
+
+    def get(self, kind: str, name: str) -> type[Component]:
+        """One component, ready to use.
+
+        Args:
+            kind: one of `kinds()`.
+            name: name of the component.
+
+        Returns:
+            Its class.
+
+        Raises:
+            PluginError: if it is unknown, offered by two plugins, or its extra is not installed.
+        """
+        found: type[Component] = self._find(kind, name, self.components(kind))
+        if found.missing_requirements():
+            raise PluginError(_missing_extra(found))
+        return found
+
+    def create(self, kind: str, data: Mapping[str, Any]) -> Component:
+        """Make a component from its section of a run file.
+
+        Args:
+            kind: one of `kinds()`.
+            data: its fields, JSON-ready, `name` among them.
+
+        Returns:
+            The component.
+
+        Raises:
+            PluginError: if the component cannot be had.
+            ConfigError: if a field is wrong or the name is missing.
+        """
+        name = data.get("name")
+        if not isinstance(name, str):
+            known = ", ".join(self.components(kind))
+            raise ConfigError(f"A {kind} needs a `name`, got {dict(data)}. Available: {known}.")
+        found = self.get(kind, name)
+        try:
+            return found.model_validate_json(json.dumps(dict(data)))
+        except ValidationError as error:
+            wrong = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}, got {e['input']!r}" for e in error.errors())
+            raise ConfigError(f"Bad {kind} {name!r}: {wrong}. Fields: {', '.join(found.model_fields)}.") from error
+
+    def presets(self) -> dict[str, Mapping[str, Any]]:
+        """Named `sampling` sections.
+
+        Returns:
+            Presets by name, sorted; names offered twice are left out.
+        """
+        return self._unique(PRESET)
+
+    def preset(self, name: str) -> Mapping[str, Any]:
+        """One preset.
+
+        Args:
+            name: its name.
+
+        Returns:
+            Fields of a `sampling` section.
+
+        Raises:
+            PluginError: if it is unknown or offered by two plugins.
+        """
+        found: Mapping[str, Any] = self._find(PRESET, name, self.presets())
+        return found
+
+    def converter(self, name: str) -> Callable[..., Any]:
+        """Reader of a foreign checkpoint format.
+
+        Args:
+            name: of the format.
+
+        Returns:
+            A function from a folder to `l2d_framework.types.Foreign`.
+
+        Raises:
+            PluginError: if it is unknown or offered by two plugins.
+        """
+        found: Callable[..., Any] = self._find(CONVERTER, name, self._unique(CONVERTER))
+        return found
+
+    def table(self) -> list[PluginRow]:
+        """Everything found, good or bad.
+
+        Returns:
+            Rows for components, presets and converters by kind, then for the plugins that were kept out.
+        """
+        order = [*INTERFACES, PRESET, CONVERTER]
+        keys = sorted(self._offers, key=lambda key: (order.index(key[0]), key[1]))
+        rows = [_row(offer, self._offers[key]) for key in keys for offer in self._offers[key]]
+        rows += [PluginRow("", s.plugin, s.distribution, s.version, "disabled") for s in self.disabled]
+        rows += [PluginRow("", name, b.distribution, b.version, "broken", b.error) for name, b in self.broken.items()]
+        return rows
+
+    def _add(self, entry_point: EntryPoint, allowed: set[str] | None) -> None:
+        source = source_of(entry_point)
+        builtin = source.distribution.replace("_", "-").lower() == BUILTIN_DISTRIBUTION
+        if allowed is not None and not builtin and source.plugin not in allowed:
+            self.disabled.append(source)
+            return
+        try:
+            offers = offers_of(entry_point)
+        # A plugin's code may fail in any way, sys.exit() at import included.
+        except (Exception, SystemExit) as error:
+            name = source.plugin if source.plugin not in self.broken else f"{source.plugin} of {source.distribution}"
+            self.broken[name] = BrokenPlugin(source.distribution, source.version, f"{type(error).__name__}: {error}")
+            return
+        self._loaded.add(source.plugin)
+        for offer in offers:
+            self._offers.setdefault((offer.kind, offer.name), []).append(offer)
+
+    def _unique(self, kind: str) -> dict[str, Any]:
+        offers = sorted(self._offers.items(), key=lambda item: item[0])
+        return {name: offered[0].value for (of, name), offered in offers if of == kind and len(offered) == 1}
+
+    def _find(self, kind: str, name: str, known: Mapping[str, Any]) -> Any:
+        if name in known:
+            return known[name]
+        if offers := self._offers.get((kind, name)):
+            raise PluginError(_clash(offers))
+        lines = [unknown(kind, name, known)]
+        for plugin, broken in self.broken.items():
+            lines.append(f"Broken plugin {Source(plugin, broken.distribution, broken.version)}: {broken.error}")
+        if self.disabled:
+            lines.append(f"Disabled by {ALLOW_LIST}: {', '.join(map(str, self.disabled))}.")
+        raise PluginError("\n".join(lines))
+
+
+@cache
+def registry() -> Registry:
+    """The plugins of this process, loaded at the first call.
+
+    Returns:
+        The same registry at every call.
+    """
+    return Registry.load()
+
+
+def _row(offer: Offer, offered: list[Offer]) -> PluginRow:
+    source = offer.source
+    row = (offer.kind, offer.name, source.distribution, source.version)
+    if len(offered) > 1:
+        return PluginRow(*row, "clash", _clash(offered))
+    if offer.kind in INTERFACES and offer.value.missing_requirements():
+        return PluginRow(*row, "missing extra", _missing_extra(offer.value))
+    return PluginRow(*row, "ok")
+
+
+def _clash(offers: list[Offer]) -> str:
+    sources = " and ".join(str(offer.source) for offer in offers)
+    return (
+        f"{offers[0].kind.capitalize()} {offers[0].name!r} is offered by {len(offers)} plugins: {sources}. "
+        f"Uninstall all but one, or name the plugins to load in {ALLOW_LIST}."
+    )
+
+
+def _missing_extra(component: type[Component]) -> str:
+    missing = component.missing_requirements()
+    return (
+        f"{component.kind.capitalize()} {component.component_name()!r} needs {', '.join(missing)}, which is not "
+        f"installed. Run: pip install '{component.extra or ' '.join(missing)}'"
+    )

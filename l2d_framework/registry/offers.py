@@ -1,0 +1,160 @@
+"""What one entry point offers: components and presets, each checked before anybody may ask for it."""
+
+from __future__ import annotations
+
+import inspect
+import pkgutil
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from importlib.metadata import EntryPoint
+from typing import Any, Literal, get_args, get_origin
+
+import pluggy
+
+from l2d_framework import hooks
+from l2d_framework.component import Component
+from l2d_framework.errors import PluginError, suggest
+
+INTERFACES = {
+    "schedule": "l2d_framework.schedule:Schedule",
+    "parametrization": "l2d_framework.parametrization:ParametrizationConfig",
+    "backbone": "l2d_framework.backbone:BackboneConfig",
+    "solver": "l2d_framework.solver:Solver",
+    "guidance": "l2d_framework.guidance:Guidance",
+}
+"""Where the interface of each kind lives; named rather than imported, because the interfaces import torch."""
+PRESET = "preset"
+CONVERTER = "converter"
+
+_HOOKS = ("l2d_components", "l2d_presets", "l2d_converters")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a plugin comes from.
+
+    Attributes:
+        plugin: name of its entry point.
+        distribution: name of the installed distribution, or "unknown".
+        version: version of the distribution, or "".
+    """
+
+    plugin: str
+    distribution: str
+    version: str
+
+    def __str__(self) -> str:
+        """Plugin and distribution, for messages."""
+        return f"{self.plugin!r} ({f'{self.distribution} {self.version}'.strip()})"
+
+
+@dataclass(frozen=True)
+class Offer:
+    """A component or preset and where it comes from.
+
+    Attributes:
+        kind: interface of the component, or "preset".
+        name: name by which run files refer to it.
+        value: the component class, or the preset's fields.
+        source: who offers it.
+    """
+
+    kind: str
+    name: str
+    value: Any
+    source: Source
+
+
+def source_of(entry_point: EntryPoint) -> Source:
+    """Where an entry point comes from, without loading it.
+
+    Args:
+        entry_point: an entry point of the group.
+
+    Returns:
+        Its name and distribution.
+    """
+    found = entry_point.dist
+    return Source(entry_point.name, found.name if found else "unknown", found.version if found else "")
+
+
+def offers_of(entry_point: EntryPoint) -> list[Offer]:
+    """Load an entry point and check everything it offers.
+
+    A plugin manager of its own keeps one plugin's raising or misspelt hook from aborting the calls of all others.
+
+    Args:
+        entry_point: an entry point of the group.
+
+    Returns:
+        Its components, presets and converters.
+
+    Raises:
+        PluginError: if a hook is misspelt or missing, or something offered is malformed; loading may raise anything.
+    """
+    manager = pluggy.PluginManager(hooks.GROUP)
+    manager.add_hookspecs(hooks)
+    plugin = entry_point.load()
+    manager.register(plugin, name=entry_point.name)
+    callers = manager.get_hookcallers(plugin) or []
+    for caller in callers:
+        if not caller.has_spec():
+            raise PluginError(unknown("hook", caller.name, _HOOKS))
+    if not callers:
+        raise PluginError(f"No function is decorated with @hookimpl. Implement {' or '.join(_HOOKS)}.")
+    offers = list(_answers(manager, source_of(entry_point)))
+    names = [(offer.kind, offer.name) for offer in offers]
+    for kind, name in names:
+        if names.count((kind, name)) > 1:
+            raise PluginError(f"{kind.capitalize()} {name!r} is offered twice. Rename one.")
+    return offers
+
+
+def unknown(what: str, name: str, known: Iterable[str]) -> str:
+    """Message about a name that does not exist.
+
+    Args:
+        what: the sort of thing named.
+        name: what was written.
+        known: the names that exist.
+
+    Returns:
+        One line with the closest and all known names.
+    """
+    known = list(known)
+    return f"Unknown {what} {name!r}{suggest(name, known) or '.'} Available: {', '.join(known) or 'none'}."
+
+
+def _answers(manager: pluggy.PluginManager, source: Source) -> Iterator[Offer]:
+    for classes in manager.hook.l2d_components():
+        for component in classes:
+            yield Offer(_kind(component), component.component_name(), component, source)
+    for presets in manager.hook.l2d_presets():
+        for name, sampling in presets.items():
+            if not isinstance(name, str) or not isinstance(sampling, Mapping):
+                raise PluginError(f"Preset {name!r} must hold the fields of a sampling section, got {sampling!r}.")
+            yield Offer(PRESET, name, sampling, source)
+    for converters in manager.hook.l2d_converters():
+        for name, reader in converters.items():
+            if not isinstance(name, str) or not callable(reader):
+                raise PluginError(f"Converter {name!r} must be a function that reads a folder, got {reader!r}.")
+            yield Offer(CONVERTER, name, reader, source)
+
+
+def _kind(component: object) -> str:
+    if not isinstance(component, type):
+        raise PluginError(f"l2d_components must return classes, got {component!r}. Return the class, not an instance.")
+    interfaces = {kind: pkgutil.resolve_name(path) for kind, path in INTERFACES.items()}
+    kinds = [kind for kind, interface in interfaces.items() if issubclass(component, interface)]
+    if not issubclass(component, Component) or len(kinds) != 1:
+        names = ", ".join(interface.__name__ for interface in interfaces.values())
+        raise PluginError(f"{component.__qualname__} must inherit from exactly one of {names}.")
+    if inspect.isabstract(component):
+        missing = ", ".join(sorted(component.__abstractmethods__))
+        raise PluginError(f"{component.__qualname__} is abstract. Implement {missing}.")
+    name = component.model_fields.get("name")
+    if name is None or get_origin(name.annotation) is not Literal or get_args(name.annotation) != (name.default,):
+        raise PluginError(f'{component.__qualname__} needs a field `name: Literal["..."] = "..."`.')
+    # A field that has no JSON schema, or a forward reference nobody resolves, would spoil the run files of all plugins.
+    component.model_json_schema()
+    return kinds[0]

@@ -1,0 +1,322 @@
+"""Laws of backbones, over a tiny random Llama."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from l2d_framework.backbone import BackboneConfig
+from l2d_framework.testing.assertions import distance, ensure, ensure_close
+from l2d_framework.testing.models import tiny_llama
+from l2d_framework.testing.scenes import LENGTH, Scene, block_sizes, built, known_layout, noisy_scene
+from l2d_framework.types import Layout
+
+_VISIBLE = 1e-3
+"""Smallest relative change that counts as an effect."""
+
+
+def backbone_checks(config: BackboneConfig) -> Sequence[Callable[[Any], None]]:
+    """Laws of every backbone, and those of the capabilities it declares.
+
+    Args:
+        config: any backbone.
+
+    Returns:
+        The checks.
+    """
+    checks = [
+        check_backbone_shapes,
+        check_backbone_uses_state_and_time,
+        check_backbone_does_not_leak,
+        check_backbone_extends_what_it_read,
+        check_backbone_ignores_padding,
+        check_backbone_selects_rows,
+        check_backbone_shared_time,
+        check_backbone_unconditional_is_no_class,
+        check_backbone_merge_changes_nothing,
+    ]
+    backbone = built(config)
+    if config.num_classes:
+        checks.append(check_backbone_uses_classes)
+    if backbone.identity_at_zero:
+        checks += [check_backbone_is_the_language_model_at_zero, check_backbone_leaves_the_language_model]
+    if backbone.independent_positions:
+        checks.append(check_backbone_positions_are_independent)
+    return checks
+
+
+@torch.no_grad()
+def check_backbone_shapes(config: BackboneConfig) -> None:
+    """The table is (V, H), features (B, L, H), logits (B, L, V) in float32, and at least one block size is served.
+
+    Args:
+        config: any backbone.
+    """
+    backbone = built(config)
+    ensure(bool(block_sizes(config)), "check() refuses every block size: 1, 2 and null.")
+    ensure(backbone.config == config, f"The module's config is {backbone.config!r}, not the one it was built from.")
+    expected = (backbone.lm.config.vocab_size, backbone.lm.config.hidden_size)
+    for name, shape in {
+        "table()": tuple(backbone.table().shape),
+        "(vocab_size, hidden_size)": (backbone.vocab_size, backbone.hidden_size),
+    }.items():
+        ensure(shape == expected, f"{name} is {shape}, the language model's table {expected}.")
+    scene = noisy_scene(block_sizes(config)[0])
+    features = scene.ask(backbone)
+    logits = backbone.head(features)
+    ensure(features.shape == scene.h.shape, f"features are {tuple(features.shape)}, not {tuple(scene.h.shape)}.")
+    ensure(
+        logits.shape == (*features.shape[:2], backbone.vocab_size) and logits.dtype == torch.float32,
+        f"head gave {tuple(logits.shape)} {logits.dtype}.",
+    )
+    ensure(logits.isfinite().all(), "Logits are not finite.")
+    ensure_close(backbone.head(features[:, 1:2]), logits[:, 1:2], "head must treat every position alike")
+
+
+@torch.no_grad()
+def check_backbone_uses_state_and_time(config: BackboneConfig) -> None:
+    """The noisy state and its time change what is said about a position.
+
+    Args:
+        config: any backbone.
+    """
+    backbone = built(config)
+    for size in block_sizes(config):
+        scene = noisy_scene(size)
+        base = scene.ask(backbone)
+        for name, other in {
+            "noisy state": scene.ask(backbone, h=scene.h.flip(-1)),
+            "time": scene.ask(backbone, t=scene.t + 0.4),
+        }.items():
+            ensure(distance(other, base) > _VISIBLE, f"The {name} changes nothing with block_size={size}.")
+
+
+@torch.no_grad()
+def check_backbone_does_not_leak(config: BackboneConfig) -> None:
+    """A noisy position sees every clean token of an earlier block and no token of its own or a later one.
+
+    Args:
+        config: any backbone.
+    """
+    backbone = built(config)
+    for size in block_sizes(config):
+        scene = noisy_scene(size)
+        base = scene.ask(backbone)
+        for changed in range(LENGTH):
+            tokens = scene.layout.tokens.clone()
+            tokens[:, changed] = (tokens[:, changed] + 5) % backbone.vocab_size
+            other = scene.ask(backbone, layout=Layout(tokens, scene.layout.blocks))
+            for place, position in enumerate(scene.positions[0].tolist()):
+                effect = distance(other[:, place], base[:, place])
+                where = f"token {changed} and position {position} with block_size={size}: relative change {effect:.3g}"
+                if scene.layout.blocks[0, changed] < scene.layout.blocks[0, position]:
+                    ensure(effect > _VISIBLE, f"A noisy position does not see an earlier block: {where}.")
+                else:
+                    ensure(effect <= 1e-6, f"A noisy position sees its own or a later block: {where}.")
+
+
+@torch.no_grad()
+def check_backbone_extends_what_it_read(config: BackboneConfig) -> None:
+    """Reading a text at once, in two parts or token by token is the same, also after padding.
+
+    Args:
+        config: any backbone.
+    """
+    backbone = built(config)
+    layout = known_layout(padding=2)
+    whole = backbone.read(layout)
+    part = Layout(layout.tokens[:, :5], layout.blocks[:, :5])
+    at_once = backbone.extend(backbone.read(part), layout.tokens[:, 5:])
+    # Inside what was just appended only blocks of one token can be asked about.
+    positions = [6, 7, 8] if 1 in block_sizes(config) else [8]
+    scene = Scene(layout, positions)
+    ensure_close(
+        scene.ask(backbone, context=at_once), scene.ask(backbone, context=whole), "extend(tokens) must equal read(all)"
+    )
+    stepwise = backbone.read(part)
+    for i in range(5, LENGTH):
+        stepwise = backbone.extend(stepwise, layout.tokens[:, i : i + 1])
+    scene = Scene(layout, [8])
+    ensure_close(
+        scene.ask(backbone, context=stepwise),
+        scene.ask(backbone, context=whole),
+        "extending token by token must equal read(all)",
+    )
+
+
+@torch.no_grad()
+def check_backbone_ignores_padding(config: BackboneConfig) -> None:
+    """A row padded on the left says the same as that row alone, whatever token the padding holds.
+
+    Args:
+        config: any backbone.
+    """
+    backbone, padding = built(config), 2
+    for size in block_sizes(config):
+        scene = noisy_scene(size)
+        blocks = scene.layout.blocks.clone()
+        blocks[1, :padding] = -1
+        alone = Scene(
+            Layout(scene.layout.tokens[1:, padding:], blocks[1:, padding:]), (scene.positions[0] - padding).tolist()
+        )
+        expected = alone.ask(backbone, h=scene.h[1:], t=scene.t[1:])
+        for filler in (0, 7):
+            tokens = scene.layout.tokens.clone()
+            tokens[1, :padding] = filler
+            padded = scene.ask(backbone, layout=Layout(tokens, blocks))
+            ensure_close(padded[1:], expected, f"padding must not matter with block_size={size}")
+
+
+@torch.no_grad()
+def check_backbone_selects_rows(config: BackboneConfig) -> None:
+    """Selected rows answer as before, in their new order, and extending them leaves the original alone.
+
+    Args:
+        config: any backbone.
+    """
+    backbone = built(config)
+    layout, rows = known_layout(padding=2), torch.tensor([1, 0, 1])
+    scene = Scene(layout, [LENGTH])
+    context = backbone.read(layout)
+    expected = scene.ask(backbone, context=context)
+    chosen = context.select(rows)
+    picked = Scene(Layout(layout.tokens[rows], layout.blocks[rows]), [LENGTH])
+    found = picked.ask(backbone, context=chosen, h=scene.h[rows])
+    ensure_close(found, expected[rows], "select must keep the chosen rows as they are")
+    backbone.extend(chosen, layout.tokens[rows, :1])
+    ensure_close(
+        scene.ask(backbone, context=context),
+        expected,
+        "extending selected rows must not change the context they came from",
+    )
+
+
+@torch.no_grad()
+def check_backbone_shared_time(config: BackboneConfig) -> None:
+    """A time known on the host gives the same features as the same time in a tensor.
+
+    Args:
+        config: any backbone.
+    """
+    backbone = built(config)
+    for size in block_sizes(config):
+        scene = noisy_scene(size)
+        for time in (0.0, 0.25, 0.75):
+            t = torch.full_like(scene.t, time)
+            found = scene.ask(backbone, t=t, shared_time=time)
+            ensure_close(found, scene.ask(backbone, t=t), f"shared_time must not matter at t = {time}")
+
+
+@torch.no_grad()
+def check_backbone_unconditional_is_no_class(config: BackboneConfig) -> None:
+    """Class -1 and no class at all are the same, for a whole batch and for single positions.
+
+    Args:
+        config: any backbone.
+    """
+    backbone = built(config)
+    scene = noisy_scene(block_sizes(config)[0])
+    expected = scene.ask(backbone)
+    condition = torch.full_like(scene.t, -1, dtype=torch.int64)
+    ensure_close(scene.ask(backbone, condition=condition), expected, "class -1 must equal no class")
+    if config.num_classes:
+        condition[0] = 0
+        ensure_close(scene.ask(backbone, condition=condition)[1:], expected[1:], "class -1 must equal no class")
+
+
+@torch.no_grad()
+def check_backbone_uses_classes(config: BackboneConfig) -> None:
+    """A class changes what is said about a position.
+
+    Args:
+        config: a backbone with `num_classes` above 0.
+    """
+    backbone = built(config)
+    scene = noisy_scene(block_sizes(config)[0])
+    base = scene.ask(backbone)
+    for label in range(config.num_classes):
+        other = scene.ask(backbone, condition=torch.full_like(scene.t, label, dtype=torch.int64))
+        ensure(distance(other, base) > _VISIBLE, f"Class {label} of {config.num_classes} changes nothing.")
+
+
+@torch.no_grad()
+def check_backbone_merge_changes_nothing(config: BackboneConfig) -> None:
+    """Merging adapters changes neither the answers nor a single weight of the language model.
+
+    Args:
+        config: any backbone.
+    """
+    lm = tiny_llama()
+    weights = [(weight, weight.clone()) for weight in lm.parameters()]
+    backbone = built(config, lm)
+    for size in block_sizes(config):
+        scene = noisy_scene(size)
+        before = backbone.head(scene.ask(backbone))
+        backbone.merge()
+        ensure_close(backbone.head(scene.ask(backbone)), before, "merge must not change the logits")
+    ensure(all(torch.equal(now, then) for now, then in weights), "merge changes a weight of the language model.")
+
+
+@torch.no_grad()
+def check_backbone_is_the_language_model_at_zero(config: BackboneConfig) -> None:
+    """At t = 0, and with no diffusion path at all, logits are bit for bit those of the language model.
+
+    Args:
+        config: a backbone that declares `identity_at_zero`.
+    """
+    lm, layout = tiny_llama(), known_layout()
+    expected = lm(layout.tokens, use_cache=False).logits
+    backbone = built(config, lm)
+    scene = Scene(layout, list(range(1, LENGTH + 1)))
+    zero = torch.zeros_like(scene.t)
+    context = backbone.read(layout)
+    for name, features in {
+        "at t = 0": scene.ask(backbone, t=zero),
+        "at shared_time = 0": scene.ask(backbone, t=zero, shared_time=0.0),
+        "of plain()": backbone.plain(scene.positions, context),
+    }.items():
+        change = float((backbone.head(features) - expected).abs().max())
+        ensure(change == 0, f"Logits {name} differ from the language model's by {change:.3g}.")
+    mixed = zero.clone()
+    mixed[:, ::2] = 0.5
+    logits = backbone.head(scene.ask(backbone, t=mixed))
+    ensure(
+        torch.equal(logits[:, 1::2], expected[:, 1::2]),
+        "A position at t = 0 differs from the language model when its neighbours are at another time.",
+    )
+
+
+@torch.no_grad()
+def check_backbone_leaves_the_language_model(config: BackboneConfig) -> None:
+    """The language model itself answers as before it was wrapped.
+
+    Args:
+        config: a backbone that declares `identity_at_zero`.
+    """
+    lm, layout = tiny_llama(), known_layout()
+    expected = lm(layout.tokens, use_cache=False).logits
+    backbone = built(config, lm)
+    Scene(layout, [LENGTH]).ask(backbone)
+    ensure(torch.equal(lm(layout.tokens, use_cache=False).logits, expected), "The language model's own logits changed.")
+
+
+@torch.no_grad()
+def check_backbone_positions_are_independent(config: BackboneConfig) -> None:
+    """A position answers alike alone, among others, and asked about twice with different states.
+
+    Args:
+        config: a backbone that declares `independent_positions`.
+    """
+    backbone = built(config)
+    for size in block_sizes(config):
+        scene = noisy_scene(size)
+        context = backbone.read(scene.layout)
+        together = scene.ask(backbone, context=context)
+        first = int(scene.positions[0, 0])
+        alone = Scene(scene.layout, [first]).ask(backbone, context=context, h=scene.h[:, :1], t=scene.t[:, :1])
+        ensure_close(alone, together[:, :1], "a position must answer alike alone and among others")
+        h, t = torch.cat([scene.h[:, :1].flip(-1), scene.h], 1), torch.cat([scene.t[:, :1], scene.t], 1)
+        twice = Scene(scene.layout, [first, *scene.positions[0].tolist()]).ask(backbone, context=context, h=h, t=t)
+        ensure_close(twice[:, 1:], together, "a second question about a position must not change the first")

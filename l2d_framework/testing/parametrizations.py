@@ -1,0 +1,269 @@
+"""Laws of parametrizations."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from l2d_framework.errors import ConfigError
+from l2d_framework.parametrization import Parametrization, ParametrizationConfig
+from l2d_framework.testing.assertions import distance, ensure, ensure_close
+from l2d_framework.testing.toys import ToySchedule, toy_streams
+
+_VOCAB, _HIDDEN = 13, 24
+
+
+def parametrization_checks(config: ParametrizationConfig) -> Sequence[Callable[[Any], None]]:
+    """Laws of every parametrization, and those of sampling-time options where it has any.
+
+    Args:
+        config: any parametrization.
+
+    Returns:
+        The checks.
+    """
+    checks = [
+        check_parametrization_shapes,
+        check_parametrization_tells_tokens_apart,
+        check_estimate_of_onehot_is_encode,
+        check_codebook_is_not_stale,
+        check_estimate_keeps_to_its_streams,
+        check_estimate_is_tokenwise,
+        check_embed_is_finite,
+        check_embed_is_tokenwise,
+        check_embed_uses_previous_where_declared,
+        check_parametrization_is_its_state_dict,
+    ]
+    return [*checks, check_estimate_options] if "estimate" in type(config).model_fields else checks
+
+
+@torch.no_grad()
+def check_parametrization_shapes(config: ParametrizationConfig) -> None:
+    """States are (B, L, D) in float32, and the prior has a scale.
+
+    Args:
+        config: any parametrization.
+    """
+    space, table = _built(config)
+    ensure(
+        math.isfinite(space.prior_scale) and space.prior_scale > 0, f"prior_scale is {space.prior_scale}, not positive."
+    )
+    ensure(space.config == config, f"The module's config is {space.config!r}, not the one it was built from.")
+    tokens, logits, t = _questions()
+    for name, x in {
+        "encode": space.encode(tokens, table),
+        "estimate": space.estimate(logits, t, space.codebook(table), toy_streams(tokens)),
+    }.items():
+        ensure(
+            x.shape == (*tokens.shape, space.state_size) and x.dtype == torch.float32,
+            f"{name} gave {tuple(x.shape)} {x.dtype} for tokens {tuple(tokens.shape)} and D = {space.state_size}.",
+        )
+        ensure(x.isfinite().all(), f"{name} gave numbers that are not finite.")
+
+
+@torch.no_grad()
+def check_parametrization_tells_tokens_apart(config: ParametrizationConfig) -> None:
+    """No two tokens share a clean state.
+
+    Args:
+        config: any parametrization.
+    """
+    space, table = _built(config)
+    clean = space.encode(torch.arange(_VOCAB)[None], table)[0]
+    gaps = torch.cdist(clean, clean) + torch.eye(_VOCAB) * clean.norm(dim=-1).max()
+    ensure(gaps.min() > 1e-3 * clean.norm(dim=-1).max(), "encode gives two tokens the same clean state.")
+
+
+@torch.no_grad()
+def check_estimate_of_onehot_is_encode(config: ParametrizationConfig) -> None:
+    """A network that is certain of a token moves the state to that token, at every time.
+
+    Args:
+        config: any parametrization.
+    """
+    space, table = _built(config)
+    tokens, _, _ = _questions()
+    for time in (0.0, 0.5, 1.0):
+        found = space.estimate(
+            _certain(tokens), torch.full(tokens.shape, time), space.codebook(table), toy_streams(tokens)
+        )
+        ensure_close(
+            found, space.encode(tokens, table), f"estimate(certain logits) must be encode(tokens) at t = {time}"
+        )
+
+
+@torch.no_grad()
+def check_codebook_is_not_stale(config: ParametrizationConfig) -> None:
+    """A codebook made once serves any number of estimates, and a fresh one follows every change of the weights.
+
+    Args:
+        config: any parametrization.
+    """
+    space, table = _built(config)
+    tokens, logits, t = _questions()
+    kept = space.codebook(table)
+    first = space.estimate(logits, t, kept, toy_streams(tokens))
+    for codebook, claim in (
+        (kept, "a codebook must not be used up"),
+        (space.codebook(table), "codebook must not vary"),
+    ):
+        ensure_close(space.estimate(logits, t, codebook, toy_streams(tokens)), first, claim)
+    for weight in space.parameters():
+        weight.add_(torch.linspace(-0.3, 0.3, weight.numel()).view_as(weight))
+    changed = table.flip(0)
+    ensure_close(
+        space.estimate(_certain(tokens), t, space.codebook(changed), toy_streams(tokens)),
+        space.encode(tokens, changed),
+        "codebook must follow the weights and the table",
+    )
+
+
+@torch.no_grad()
+def check_estimate_keeps_to_its_streams(config: ParametrizationConfig) -> None:
+    """An estimate draws from the streams it is given and from nothing else.
+
+    Args:
+        config: any parametrization.
+    """
+    space, table = _built(config)
+    tokens, logits, t = _questions()
+    codebook = space.codebook(table)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        before = torch.get_rng_state()
+        first = space.estimate(logits, t, codebook, toy_streams(tokens))
+        ensure(torch.equal(torch.get_rng_state(), before), "estimate draws from torch's global generator.")
+        torch.manual_seed(2)
+        ensure_close(
+            space.estimate(logits, t, codebook, toy_streams(tokens)), first, "equal streams must give equal estimates"
+        )
+
+
+@torch.no_grad()
+def check_estimate_is_tokenwise(config: ParametrizationConfig) -> None:
+    """A token's estimate does not depend on what else is in the batch.
+
+    Args:
+        config: any parametrization.
+    """
+    space, table = _built(config)
+    tokens, logits, t = _questions()
+    codebook = space.codebook(table)
+    together = space.estimate(logits, t, codebook, toy_streams(tokens))
+    alone = space.estimate(logits[1:, 1:2], t[1:, 1:2], codebook, toy_streams(tokens[1:, 1:2]))
+    ensure_close(together[1:, 1:2], alone, "a token's estimate must not depend on its batch mates")
+
+
+@torch.no_grad()
+def check_embed_is_finite(config: ParametrizationConfig) -> None:
+    """The network input is (B, L, H) and finite from pure noise to clean states, with and without a previous answer.
+
+    Args:
+        config: any parametrization.
+    """
+    space, table = _built(config)
+    tokens, logits, _ = _questions()
+    schedule = ToySchedule()
+    noise = space.prior_scale * toy_streams(tokens).normal(space.state_size)
+    for time in (0.0, 1e-6, 0.5, 1 - 1e-6, 1.0):
+        t = torch.full(tokens.shape, time)
+        x = schedule.interpolate(space.encode(tokens, table), noise, t)
+        for previous in (None, logits):
+            h = space.embed(x, t, schedule, table, previous)
+            ensure(h.shape == (*tokens.shape, _HIDDEN), f"embed gave {tuple(h.shape)} for H = {_HIDDEN}.")
+            ensure(h.isfinite().all(), f"embed gave numbers that are not finite at t = {time}.")
+
+
+@torch.no_grad()
+def check_embed_is_tokenwise(config: ParametrizationConfig) -> None:
+    """A token's network input does not depend on what else is in the batch.
+
+    Args:
+        config: any parametrization.
+    """
+    space, table = _built(config)
+    tokens, _, t = _questions()
+    x = space.prior_scale * toy_streams(tokens).normal(space.state_size)
+    together = space.embed(x, t, ToySchedule(), table, None)
+    alone = space.embed(x[1:, 1:2], t[1:, 1:2], ToySchedule(), table, None)
+    ensure_close(together[1:, 1:2], alone, "a token's network input must not depend on its batch mates")
+
+
+@torch.no_grad()
+def check_embed_uses_previous_where_declared(config: ParametrizationConfig) -> None:
+    """The previous answer changes the network input if, and only if, the space declares `uses_previous`.
+
+    Args:
+        config: any parametrization.
+    """
+    space, table = _built(config)
+    tokens, logits, t = _questions()
+    x = space.encode(tokens, table)
+    without, with_previous = (space.embed(x, t, ToySchedule(), table, previous) for previous in (None, logits))
+    effect = distance(with_previous, without)
+    ensure(
+        (effect > 1e-4) == space.uses_previous,
+        f"uses_previous is {space.uses_previous}, but the previous answer changes the network input by {effect:.3g}.",
+    )
+
+
+@torch.no_grad()
+def check_parametrization_is_its_state_dict(config: ParametrizationConfig) -> None:
+    """Two modules of one configuration and one state dict encode and embed alike.
+
+    Args:
+        config: any parametrization.
+    """
+    (space, table), (other, _) = _built(config, seed=0), _built(config, seed=1)
+    tokens, logits, t = _questions()
+    other.load_state_dict(space.state_dict())
+    clean = space.encode(tokens, table)
+    ensure_close(other.encode(tokens, table), clean, "encode must depend on the state dict only")
+    ensure_close(
+        other.embed(clean, t, ToySchedule(), table, logits),
+        space.embed(clean, t, ToySchedule(), table, logits),
+        "embed must depend on the state dict only",
+    )
+
+
+def check_estimate_options(config: ParametrizationConfig) -> None:
+    """Other sampling-time options share every weight, and a misspelt one is refused.
+
+    Args:
+        config: a parametrization with a field `estimate`.
+    """
+    space, _ = _built(config)
+    other = space.with_estimate(config.to_json()["estimate"])
+    ensure(other.config == config, f"Repeating the options changed the config to {other.config!r}.")
+    pairs = zip(space.parameters(), other.parameters(), strict=True)
+    ensure(all(a is b for a, b in pairs), "with_estimate must share the weights, not copy them.")
+    ensure(_refuses(space, {"no_such_option": 1}), 'with_estimate accepts the unknown option "no_such_option".')
+
+
+def _refuses(space: Parametrization, options: dict[str, Any]) -> bool:
+    try:
+        space.with_estimate(options)
+    except ConfigError:
+        return True
+    return False
+
+
+def _built(config: ParametrizationConfig, seed: int = 0) -> tuple[Parametrization, Tensor]:
+    table = torch.randn(_VOCAB, _HIDDEN, generator=torch.Generator().manual_seed(7))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return config.build(_VOCAB, _HIDDEN).eval(), table
+
+
+def _questions() -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(8)
+    tokens = torch.tensor([[0, 3, 5, 7], [11, 12, 1, 2]])
+    return tokens, torch.randn(2, 4, _VOCAB, generator=generator), torch.rand(2, 4, generator=generator)
+
+
+def _certain(tokens: Tensor) -> Tensor:
+    return 1e4 * torch.nn.functional.one_hot(tokens, _VOCAB).float()

@@ -1,0 +1,170 @@
+"""Laws of schedules."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from l2d_framework.schedule import Schedule
+from l2d_framework.testing.assertions import ensure, ensure_close
+
+
+def schedule_checks(schedule: Schedule) -> Sequence[Callable[[Any], None]]:
+    """Laws of every schedule.
+
+    Args:
+        schedule: any schedule.
+
+    Returns:
+        The checks.
+    """
+    return [
+        check_schedule_shapes,
+        check_schedule_endpoints,
+        check_schedule_signal_to_noise_rises,
+        check_schedule_derivatives,
+        check_schedule_noise_inverts_interpolate,
+        check_schedule_velocity_follows_path,
+        check_schedule_training_times,
+        check_schedule_grid,
+    ]
+
+
+def check_schedule_shapes(schedule: Schedule) -> None:
+    """Weights and slopes have the shape and dtype of the time they belong to.
+
+    Args:
+        schedule: any schedule.
+    """
+    for t in (torch.rand(2, 3) * 0.9, torch.tensor(0.5, dtype=torch.float64)):
+        d_alpha, d_sigma = schedule.derivatives(t)
+        for name, value in {
+            "alpha": schedule.alpha(t),
+            "sigma": schedule.sigma(t),
+            "alpha'": d_alpha,
+            "sigma'": d_sigma,
+        }.items():
+            ensure(
+                value.shape == t.shape and value.dtype == t.dtype,
+                f"{name} of {tuple(t.shape)} {t.dtype} came out as {tuple(value.shape)} {value.dtype}.",
+            )
+
+
+def check_schedule_endpoints(schedule: Schedule) -> None:
+    """T = 0 is pure noise of the prior's scale and t = 1 is clean.
+
+    Args:
+        schedule: any schedule.
+    """
+    ends = torch.tensor([0.0, 1.0])
+    ensure_close(schedule.alpha(ends), ends, "alpha must be 0 at t = 0 and 1 at t = 1", tolerance=1e-3)
+    ensure_close(schedule.sigma(ends), 1 - ends, "sigma must be 1 at t = 0 and 0 at t = 1", tolerance=1e-3)
+
+
+def check_schedule_signal_to_noise_rises(schedule: Schedule) -> None:
+    """Alpha never falls, sigma never rises, and their ratio rises all the time.
+
+    Args:
+        schedule: any schedule.
+    """
+    t = _inner_times()
+    alpha, sigma = schedule.alpha(t), schedule.sigma(t)
+    ensure((alpha.diff() >= 0).all(), f"alpha falls after t = {_first(t, alpha.diff() < 0)}.")
+    ensure((sigma.diff() <= 0).all(), f"sigma rises after t = {_first(t, sigma.diff() > 0)}.")
+    ratio = alpha / sigma
+    ensure((ratio.diff() > 0).all(), f"alpha / sigma does not rise after t = {_first(t, ratio.diff() <= 0)}.")
+
+
+def check_schedule_derivatives(schedule: Schedule) -> None:
+    """`derivatives` are the slopes of `alpha` and `sigma`.
+
+    Args:
+        schedule: any schedule.
+    """
+    t, h = _inner_times(), 1e-3
+    for slope, law, name in zip(
+        schedule.derivatives(t), (schedule.alpha, schedule.sigma), ("alpha", "sigma"), strict=True
+    ):
+        central = (law(t + h) - law(t - h)) / (2 * h)
+        ensure_close(slope, central, f"derivatives must be the slope of {name}", tolerance=2e-3)
+
+
+def check_schedule_noise_inverts_interpolate(schedule: Schedule) -> None:
+    """The noise recovered from a state is the noise that made it.
+
+    Args:
+        schedule: any schedule.
+    """
+    clean, noise, t = _path()
+    found = schedule.noise(schedule.interpolate(clean, noise, t), clean, t)
+    ensure_close(found, noise, "noise must undo interpolate")
+
+
+def check_schedule_velocity_follows_path(schedule: Schedule) -> None:
+    """The velocity points along the path, at whatever speed, and is finite from t = 0 on.
+
+    Args:
+        schedule: any schedule.
+    """
+    clean, noise, t = _path()
+    h = 1e-4
+    slope = (schedule.interpolate(clean, noise, t + h) - schedule.interpolate(clean, noise, t - h)) / (2 * h)
+    velocity = schedule.velocity(schedule.interpolate(clean, noise, t), clean, t)
+    cosine = torch.nn.functional.cosine_similarity(velocity, slope, dim=-1)
+    ensure_close(cosine, torch.ones_like(cosine), "velocity must point along the path", tolerance=1e-3)
+    start = torch.zeros_like(t)
+    ensure(schedule.velocity(noise, clean, start).isfinite().all(), "velocity is not finite at t = 0.")
+
+
+def check_schedule_training_times(schedule: Schedule) -> None:
+    """Training times of uniform numbers lie in [0, 1), rise with them, and reach 1 for none that float32 can hold.
+
+    Args:
+        schedule: any schedule.
+    """
+    below_one = torch.nextafter(torch.tensor(1.0), torch.tensor(0.0))
+    u = torch.cat([torch.linspace(0, 1, 1001)[:-1], below_one[None]])
+    t = schedule.sample_times(u)
+    ensure(
+        t.shape == u.shape and t.dtype == u.dtype, f"sample_times changed {u.shape} {u.dtype} to {t.shape} {t.dtype}."
+    )
+    outside = (t < 0) | (t >= 1) | ~t.isfinite()
+    ensure(not outside.any(), f"sample_times gives {t[outside].tolist()[:3]} for u = {u[outside].tolist()[:3]}.")
+    ensure((t.diff() >= 0).all(), f"sample_times falls after u = {_first(u, t.diff() < 0)}.")
+    ensure(t[-1] > t[0], "sample_times gives every u the same time.")
+
+
+def check_schedule_grid(schedule: Schedule) -> None:
+    """A grid has as many times as asked for, rising within [0, 1] to the end asked for.
+
+    Args:
+        schedule: any schedule.
+    """
+    for count in (1, 2, 5, 16):
+        for end in (1.0, 0.9):
+            times = schedule.grid(count, end)
+            ensure(len(times) == count, f"grid({count}, {end}) has {len(times)} times.")
+            ensure(all(0 <= t <= 1 for t in times), f"grid({count}, {end}) leaves [0, 1]: {times}.")
+            ensure(
+                all(t < s for t, s in pairwise(times)),
+                f"grid({count}, {end}) does not rise: {times}.",
+            )
+            ensure(count == 1 or abs(times[-1] - end) < 1e-6, f"grid({count}, {end}) ends at {times[-1]}.")
+
+
+def _inner_times() -> Tensor:
+    return torch.linspace(0.02, 0.98, 97, dtype=torch.float64)
+
+
+def _path() -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    clean, noise = torch.randn(2, 2, 3, 8, generator=generator, dtype=torch.float64)
+    return clean, noise, torch.tensor([[0.05, 0.3, 0.5], [0.6, 0.8, 0.95]], dtype=torch.float64)
+
+
+def _first(t: Tensor, where: Tensor) -> float:
+    return float(t[:-1][where][:1].sum())

@@ -1,0 +1,229 @@
+"""Laws of solvers."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from itertools import product
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from l2d_framework.errors import ConfigError, EvaluationBudgetError
+from l2d_framework.solver import Solver
+from l2d_framework.testing.assertions import distance, ensure, ensure_close
+from l2d_framework.testing.toys import ToyProblem
+
+_END = 0.9
+_SIZE = 3
+
+
+def solver_checks(solver: Solver) -> Sequence[Callable[[Any], None]]:
+    """Laws that a solver's declared capabilities commit it to.
+
+    Args:
+        solver: any solver.
+
+    Returns:
+        The checks.
+    """
+    checks = [check_solver_reaches_a_constant, check_solver_is_repeatable, check_solver_times]
+    checks += [check_solver_accuracy, check_solver_budget] if solver.is_adaptive else [check_solver_evaluation_count]
+    if not (solver.is_adaptive or solver.is_stochastic):
+        checks.append(check_solver_order)
+    if not solver.batch_coupled:
+        checks.append(check_solver_tokens_are_independent)
+    return checks
+
+
+def check_solver_reaches_a_constant(solver: Solver) -> None:
+    """If the clean state never changes, the end of the path is the end of a straight line to it.
+
+    Args:
+        solver: any solver.
+    """
+    end = 0.99 if solver.evaluates_end else 1.0
+    problem, x = ToyProblem(_constant, _keys()), _start(_keys())
+    found = solver.solve(problem, x, problem.schedule.grid(7, end))
+    clean = _constant(x, torch.tensor(end), _keys()[..., None])
+    expected = problem.schedule.interpolate(clean, x, torch.full(x.shape[:2], end))
+    # A stochastic solver may miss by fresh noise of the end's level, an adaptive one by its tolerances.
+    slack = 8 * (1 - end) * solver.is_stochastic + 1e-2 * solver.is_adaptive
+    ensure_close(found, expected, f"a constant clean state must be reached at t = {end}", tolerance=1e-3 + slack)
+
+
+def check_solver_is_repeatable(solver: Solver) -> None:
+    """The same noise gives the same path, the start is left as it was, and no global generator is touched.
+
+    Args:
+        solver: any solver.
+    """
+    x = _start(_keys())
+    given = x.clone()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        before = torch.get_rng_state()
+        first = _solve(solver, x, _keys())[0]
+        ensure(torch.equal(torch.get_rng_state(), before), "solve draws from torch's global generator.")
+    ensure(torch.equal(x, given), "solve changes the state it was given in place.")
+    ensure(torch.equal(_solve(solver, x, _keys())[0], first), "The same start and noise gave another end.")
+
+
+def check_solver_times(solver: Solver) -> None:
+    """No slope is asked for at t = 1, where it is singular, and no move leads to the past or beyond 1.
+
+    Args:
+        solver: any solver.
+    """
+    ends = (_END,) if solver.evaluates_end else (_END, 1.0)
+    for end in ends:
+        _, problem = _solve(solver, _start(_keys()), _keys(), end=end)
+        for t, until, is_slope in problem.visits:
+            ensure(((t >= 0) & (t <= 1)).all(), f"The problem was asked at t = {t.tolist()}.")
+            ensure(
+                not is_slope or (t < 1).all(), f"A slope was asked for at t = 1 on the way to {end}; set evaluates_end."
+            )
+            ensure(
+                ((until >= t) & (until <= 1)).all(),
+                f"A move from t = {t.flatten()[0]} was announced to lead to {until.flatten()[0]}.",
+            )
+
+
+def check_solver_evaluation_count(solver: Solver) -> None:
+    """A number of evaluations is hit exactly, read-out included, or refused with one that can be.
+
+    Args:
+        solver: a solver that is not adaptive.
+    """
+    hit = 0
+    for wanted in range(1, 18):
+        size = _grid_size(solver, wanted)
+        if size is None:
+            continue
+        hit += 1
+        _, problem = _solve(solver, _start(_keys()), _keys(), count=size)
+        used = problem.evaluations + 1
+        ensure(
+            (used == wanted).all(),
+            f"num_inference_steps={wanted} became a grid of {size} times and {used.unique().tolist()} evaluations.",
+        )
+    ensure(hit >= 2, "grid_size refuses nearly every number of evaluations from 1 to 17.")
+
+
+def check_solver_order(solver: Solver) -> None:
+    """Halving the step divides the error by 2 to the declared order.
+
+    Args:
+        solver: a deterministic solver that is not adaptive.
+    """
+    keys = torch.zeros(1, 4, dtype=torch.int64)
+    x, end = _start(keys).double(), 0.8
+    true = _reference(x, keys, end)
+    coarse, fine = (
+        float((_solve(solver, x, keys, count=steps + 1, end=end)[0] - true).abs().max()) for steps in (16, 32)
+    )
+    measured = float(torch.tensor(coarse / fine).log2())
+    ensure(
+        measured > solver.order - 0.3,
+        f"Order {solver.order} is declared, {measured:.2f} measured: {coarse:.3g} off in 16 steps, {fine:.3g} in 32.",
+    )
+
+
+def check_solver_accuracy(solver: Solver) -> None:
+    """An adaptive solve of a smooth equation ends near its solution.
+
+    Args:
+        solver: an adaptive solver.
+    """
+    keys = torch.zeros(1, 4, dtype=torch.int64)
+    x, end = _start(keys), 0.6
+    found, _ = _solve(solver, x, keys, end=end)
+    error = distance(found, _reference(x.double(), keys, end).float())
+    ensure(error < 2e-2, f"The solution is missed by {error:.3g} of its size; choose stricter default tolerances.")
+
+
+def check_solver_budget(solver: Solver) -> None:
+    """No token costs more evaluations than the budget, read-out included; a solve that would is stopped.
+
+    Args:
+        solver: an adaptive solver.
+    """
+    keys = _keys() + 200
+    for budget in (20, 60):
+        problem = ToyProblem(_bump, keys)
+        with suppress(EvaluationBudgetError):
+            solver.with_budget(budget).solve(problem, _start(keys), [0.0, _END])
+        used = int(problem.evaluations.max()) + 1
+        ensure(used <= budget, f"A token cost {used} evaluations with a budget of {budget}; override with_budget.")
+
+
+def check_solver_tokens_are_independent(solver: Solver) -> None:
+    """A token's path and what it costs are the same alone and beside easier and harder ones.
+
+    Args:
+        solver: a solver that does not declare `batch_coupled`.
+    """
+    keys = _keys()
+    x = _start(keys)
+    together, problem = _solve(solver, x, keys)
+    for row, column in product(range(2), range(3)):
+        one = (slice(row, row + 1), slice(column, column + 1))
+        alone, lonely = _solve(solver, x[one], keys[one])
+        ensure_close(together[one], alone, "a token's path must not depend on its batch mates; or set batch_coupled")
+        ensure(
+            torch.equal(problem.evaluations[one], lonely.evaluations),
+            f"A token costs {int(lonely.evaluations)} evaluations alone, {int(problem.evaluations[one])} in a batch.",
+        )
+
+
+def _constant(x: Tensor, t: Tensor, key: Tensor) -> Tensor:
+    return (key + torch.arange(x.shape[-1]) - 3).to(x)
+
+
+def _bump(x: Tensor, t: Tensor, key: Tensor) -> Tensor:
+    # Sums, products and quotients are rounded alike in every batch shape, which sines and powers are not.
+    sharpness = 2.0 + 4.0 * key
+    return 3 / (1 + (sharpness * (t - 0.4)).square()) + 2 * x / (1 + x.square())
+
+
+def _keys() -> Tensor:
+    return torch.arange(6).view(2, 3)
+
+
+def _start(keys: Tensor) -> Tensor:
+    return ToyProblem(_bump, keys + 1000).fresh_noise(torch.zeros(*keys.shape, _SIZE))
+
+
+def _solve(solver: Solver, x: Tensor, keys: Tensor, *, count: int = 5, end: float = _END) -> tuple[Tensor, ToyProblem]:
+    problem = ToyProblem(_bump, keys)
+    return solver.solve(problem, x, [end * i / (count - 1) for i in range(count)] if count > 1 else [0.0]), problem
+
+
+def _grid_size(solver: Solver, wanted: int) -> int | None:
+    try:
+        return solver.grid_size(wanted)
+    except ConfigError as error:
+        refusal = str(error)
+    for neighbour in {int(number) for number in re.findall(r"\d+", refusal)} - {wanted, 0}:
+        try:
+            solver.grid_size(neighbour)
+        except ConfigError:
+            continue
+        return None
+    raise AssertionError(f"The refusal of num_inference_steps={wanted} names no number that works: {refusal}")
+
+
+def _reference(x: Tensor, keys: Tensor, end: float) -> Tensor:
+    """Solution by 400 steps of the classical Runge-Kutta method in float64."""
+    problem, steps = ToyProblem(_bump, keys), 400
+    h = end / steps
+    for i in range(steps):
+        t = i * h
+        k1 = problem.velocity(x, t)
+        k2 = problem.velocity(x + h / 2 * k1, t + h / 2)
+        k3 = problem.velocity(x + h / 2 * k2, t + h / 2)
+        k4 = problem.velocity(x + h * k3, t + h)
+        x = x + h / 6 * (k1 + 2 * k2 + 2 * k3 + k4)
+    return x

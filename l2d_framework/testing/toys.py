@@ -1,0 +1,235 @@
+"""The small worlds in which components are tested: a schedule, an equation, a network and a state space."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from l2d_framework.noise import TokenStreams
+from l2d_framework.schedule import Schedule
+from l2d_framework.solver import Time, as_time
+from l2d_framework.types import Prediction, Query
+
+CleanLaw = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Clean state of (x, t, key), elementwise in tokens: (B, L, D), (B, L, 1) and (B, L, 1) to (B, L, D)."""
+
+
+class ToySchedule(Schedule):
+    """Straight paths, x_t = t * clean + (1 - t) * noise."""
+
+    name: Literal["toy-linear"] = "toy-linear"
+
+    def alpha(self, t: Tensor) -> Tensor:
+        """Weight of the clean state.
+
+        Args:
+            t: times, any shape.
+
+        Returns:
+            `t` itself.
+        """
+        return t
+
+    def sigma(self, t: Tensor) -> Tensor:
+        """Weight of the noise.
+
+        Args:
+            t: times, any shape.
+
+        Returns:
+            1 - t.
+        """
+        return 1 - t
+
+
+def toy_streams(keys: Tensor) -> TokenStreams:
+    """Random numbers of tokens named by integers.
+
+    Args:
+        keys: name of each token, (B, L), int64; equal names give equal numbers.
+
+    Returns:
+        Streams at their start.
+    """
+    return TokenStreams([[("toy", key) for key in row] for row in keys.tolist()], keys.device)
+
+
+class ToyProblem:
+    """An equation with a known clean state, which counts its evaluations token by token.
+
+    Args:
+        law: the clean state.
+        keys: name of each token, (B, L), int64.
+
+    Attributes:
+        keys: name of each token, (B, L), int64; the clean law and the noise of a token depend on it alone.
+        evaluations: how often each token was evaluated, (B, L), int64.
+        visits: (t, until, whether a slope was asked for) of every call, the times (B, L), float32.
+    """
+
+    schedule: Schedule = ToySchedule()
+
+    def __init__(self, law: CleanLaw, keys: Tensor) -> None:
+        self.keys = keys
+        self.evaluations = torch.zeros_like(keys)
+        self.visits: list[tuple[Tensor, Tensor, bool]] = []
+        self._law = law
+        self._streams = toy_streams(keys)
+
+    def clean(self, x: Tensor, t: Time, *, until: Time | None = None, active: Tensor | None = None) -> Tensor:
+        """Clean state by the law.
+
+        Args:
+            x: (B, L, D), float.
+            t: time of `x`.
+            until: time the move leads to; `t` when None.
+            active: tokens to evaluate, (B, L), bool; all when None.
+
+        Returns:
+            (B, L, D); zero where not active.
+        """
+        return self._evaluate(x, t, until, active, slope=False)
+
+    def velocity(self, x: Tensor, t: Time, *, until: Time | None = None, active: Tensor | None = None) -> Tensor:
+        """Slope of the toy schedule's path to the clean state.
+
+        Args:
+            x: (B, L, D), float.
+            t: time of `x`, below 1.
+            until: time the move leads to; `t` when None.
+            active: tokens to evaluate, (B, L), bool; all when None.
+
+        Returns:
+            (B, L, D); zero where not active.
+        """
+        return self._evaluate(x, t, until, active, slope=True)
+
+    def fresh_noise(self, x: Tensor) -> Tensor:
+        """Standard normal numbers, every token from its own stream.
+
+        Args:
+            x: a state, for its shape.
+
+        Returns:
+            (B, L, D), of the dtype of `x`.
+        """
+        return self._streams.normal(x.shape[-1]).to(x)
+
+    def _evaluate(self, x: Tensor, t: Time, until: Time | None, active: Tensor | None, *, slope: bool) -> Tensor:
+        time = as_time(t, x)
+        active = torch.ones_like(self.keys, dtype=torch.bool) if active is None else active
+        self.evaluations = self.evaluations + active
+        self.visits.append((time[active], (time if until is None else as_time(until, x))[active], slope))
+        exact = time.to(x) if isinstance(t, Tensor) else torch.full_like(time, t, dtype=x.dtype)
+        out = self._law(x, exact[..., None], self.keys[..., None])
+        if slope:
+            out = self.schedule.velocity(x, out, exact)
+        return torch.where(active[..., None], out, 0.0)
+
+
+class ToySpace:
+    """A state space of random directions, deterministic so that guided and plain predictions can be compared.
+
+    Args:
+        vocab_size: V.
+        state_size: D.
+
+    Attributes:
+        codebook: clean state of every token, (V, D), float32.
+    """
+
+    def __init__(self, vocab_size: int, state_size: int) -> None:
+        generator = torch.Generator().manual_seed(1)
+        self.codebook = torch.randn(vocab_size, state_size, generator=generator)
+
+    def estimate(self, logits: Tensor) -> Tensor:
+        """Average of the codebook.
+
+        Args:
+            logits: (B, L, V), float32.
+
+        Returns:
+            (B, L, D), float32.
+        """
+        return logits.softmax(-1) @ self.codebook
+
+    def encode(self, tokens: Tensor) -> Tensor:
+        """Clean states of tokens.
+
+        Args:
+            tokens: (B, L), int64.
+
+        Returns:
+            (B, L, D), float32.
+        """
+        return self.codebook[tokens]
+
+
+class ToyPredict:
+    """A network of one matrix whose logits depend on state, time, position and class, token by token.
+
+    Args:
+        vocab_size: V.
+        state_size: D.
+        classes: number of classes.
+
+    Attributes:
+        given: every tensor of logits handed out, with a copy made at that time.
+    """
+
+    def __init__(self, vocab_size: int, state_size: int, classes: int) -> None:
+        generator = torch.Generator().manual_seed(2)
+        self._weight = torch.randn(state_size, vocab_size, generator=generator)
+        self._classes = torch.randn(classes + 1, vocab_size, generator=generator)
+        self.given: list[tuple[Tensor, Tensor]] = []
+
+    def __call__(self, query: Query) -> Prediction:
+        """Answer one query.
+
+        Args:
+            query: what to predict; class -1 and no class at all are the same.
+
+        Returns:
+            Logits only.
+        """
+        condition = torch.full_like(query.positions, -1) if query.condition is None else query.condition
+        place = query.t + query.positions
+        # Products and sums of fixed order: a token's logits must not depend on the shape of the batch it is in.
+        logits = (query.x[..., None] * self._weight).sum(-2) + place[..., None].sin() + self._classes[condition]
+        self.given.append((logits, logits.clone()))
+        return Prediction(logits)
+
+    def together(self, queries: list[Query]) -> list[Prediction]:
+        """Answer several queries about the same positions.
+
+        Args:
+            queries: at least one query.
+
+        Returns:
+            One prediction per query, in order.
+
+        Raises:
+            ValueError: if they are not about the same positions and context.
+        """
+        first = queries[0]
+        if any(q.context is not first.context or not torch.equal(q.positions, first.positions) for q in queries):
+            raise ValueError("Queries asked together must share positions and context; change another field.")
+        return [self(query) for query in queries]
+
+
+class ToyGuided(ToyPredict):
+    """The same network inside a guidance that has already chosen the clean state."""
+
+    def __call__(self, query: Query) -> Prediction:
+        """Answer one query.
+
+        Args:
+            query: what to predict.
+
+        Returns:
+            Logits and a clean state.
+        """
+        return Prediction(super().__call__(query).logits, query.x + 1)

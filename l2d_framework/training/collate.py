@@ -1,0 +1,86 @@
+"""Batches of prepared rows as tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from l2d_framework.errors import ConfigError
+
+IGNORED = -100
+"""Label of a position that carries no loss."""
+
+
+@dataclass(frozen=True)
+class Collator:
+    """Pads rows on the right and numbers the blocks to denoise.
+
+    Attributes:
+        pad_id: token that fills the padding.
+        block_size: tokens per denoised block, or None for one block of all supervised tokens.
+        pad_to_multiple_of: round the length of a batch up to a multiple of this many tokens.
+    """
+
+    pad_id: int
+    block_size: int | None = 1
+    pad_to_multiple_of: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("block_size", "pad_to_multiple_of"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} must be at least 1; got {value}.")
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        """Tensors of one batch.
+
+        Args:
+            rows: rows of `PreparedData`.
+
+        Returns:
+            All int64: `input_ids`, `blocks` (-1 padding, 0 known, k >= 1 denoised k-th) and `labels` (-100 where
+            nothing is to be learnt), each (B, S); `class_id` and `index`, each (B,).
+        """
+        longest = max(len(row["input_ids"]) for row in rows)
+        length = -(-longest // self.pad_to_multiple_of) * self.pad_to_multiple_of
+        ids = torch.full((len(rows), length), self.pad_id)
+        blocks = torch.full((len(rows), length), -1)
+        supervised = torch.zeros(len(rows), length, dtype=torch.bool)
+        for i, row in enumerate(rows):
+            here = slice(len(row["input_ids"]))
+            ids[i, here] = torch.as_tensor(row["input_ids"])
+            blocks[i, here] = 0
+            supervised[i, here] = torch.as_tensor(row["supervised"])
+        return {
+            "input_ids": ids,
+            "blocks": torch.where(supervised, number_blocks(supervised, self.block_size), blocks),
+            "labels": ids.masked_fill(~supervised, IGNORED),
+            "class_id": torch.tensor([int(row["class_id"]) for row in rows]),
+            "index": torch.tensor([int(row["index"]) for row in rows]),
+        }
+
+
+def number_blocks(supervised: Tensor, block_size: int | None) -> Tensor:
+    """Number the blocks along each row.
+
+    Every run of neighbouring supervised tokens is cut into blocks of `block_size`; its last one may be shorter.
+
+    Args:
+        supervised: True where a token is to be denoised, (B, S), bool.
+        block_size: tokens per block, or None for one block of all of them.
+
+    Returns:
+        1, 2, ... where supervised, else 0, (B, S), int64.
+    """
+    if block_size is None:
+        return supervised.long()
+    place = torch.arange(supervised.shape[-1], device=supervised.device)
+    first = supervised.clone()
+    first[:, 1:] &= ~supervised[:, :-1]
+    run_start = torch.where(first, place, 0).cummax(-1).values
+    opens = supervised & ((place - run_start) % block_size == 0)
+    return opens.long().cumsum(-1) * supervised

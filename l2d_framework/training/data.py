@@ -1,0 +1,235 @@
+"""Training and evaluation data of a run: sources opened, encoded, mixed, numbered and counted."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import datasets
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from l2d_framework.errors import DataError
+from l2d_framework.training.data_encode import Columns, Encoding, NothingSupervisedError, encode_example
+from l2d_framework.training.data_sources import Opened, describe, load_sources
+
+if TYPE_CHECKING:
+    from l2d_framework.config import DataSection
+
+__all__ = ["PreparedData", "load_sources", "prepare"]
+
+_ENCODED = datasets.Features(
+    {
+        "input_ids": datasets.List(datasets.Value("int32")),
+        "supervised": datasets.List(datasets.Value("bool")),
+        "class_id": datasets.Value("int64"),
+    }
+)
+_NUMBERED = datasets.Features({**_ENCODED, "index": datasets.Value("int64")})
+_STREAM_BATCH = 32
+_PACKED_DOCUMENTS = 1000
+
+
+@dataclass(frozen=True)
+class PreparedData:
+    """What a run trains and evaluates on.
+
+    Rows hold `input_ids`, `supervised`, `class_id` and `index`, the row's number in data order: unique, and the same
+    whatever the shuffling, the sharding or the point of resumption.
+
+    Attributes:
+        train: a `Dataset`, or an `IterableDataset` when streaming.
+        eval: likewise, or None.
+        card: facts about sources, splits and sizes that JSON can hold.
+    """
+
+    train: Any
+    eval: Any | None
+    card: dict[str, Any]
+
+
+def prepare(
+    section: DataSection, tokenizer: PreTrainedTokenizerBase, *, classes: Sequence[str] = (), seed: int = 0
+) -> PreparedData:
+    """Open, encode, mix and number the data of a run.
+
+    Sources of equal weight contribute each row once. Otherwise rows are drawn with probabilities proportional to the
+    weights until every source is exhausted, which repeats rows of the others.
+
+    Args:
+        section: the `data` section of the run file.
+        tokenizer: the language model's tokenizer.
+        classes: names of the run's classes; a class is stored as its position here.
+        seed: decides the held-out rows; also the mixture and the shuffling of streams, unless `shuffle_seed` is set.
+
+    Returns:
+        The data.
+
+    Raises:
+        DataError: if a source, a column or an example cannot be used.
+    """
+    opened = {which: load_sources(section, which) for which in ("train", "eval")}
+    everything = [*opened["train"], *opened["eval"]]
+    _check(section, everything, classes)
+    has_chat = any(one.columns.format == "messages" for one in everything)
+    encoding = Encoding.of(section, tokenizer, classes=list(classes), has_chat=has_chat)
+    train = [_encode(one, section, encoding) for one in opened["train"]]
+    held_out = [_encode(one, section, encoding) for one in opened["eval"]]
+    if section.eval_fraction and not held_out:
+        part = partial(_held_out, seed=seed, fraction=section.eval_fraction)
+        held_out = [data.filter(part, input_columns=["input_ids"]) for data in train]
+        train = [data.filter(partial(_kept, part=part), input_columns=["input_ids"]) for data in train]
+    order_seed = seed if section.shuffle_seed is None else section.shuffle_seed
+    weights = [one.source.weight for one in opened["train"]]
+    splits = {"train": _finish(_mix(train, weights, order_seed), section)}
+    if held_out:
+        splits["eval"] = _finish(_mix(held_out, [1.0] * len(held_out), order_seed), section)
+    for which, data in splits.items():
+        if not section.streaming and not len(data):
+            raise DataError(f"No row is left for {which}: check data.eval_fraction, data.drop_unsupervised and limits.")
+    if section.streaming:
+        # Streams come in the order of their files, which sorts many data sets by topic.
+        splits["train"] = splits["train"].shuffle(seed=order_seed, buffer_size=section.shuffle_buffer)
+    card = {
+        "sources": {which: [one.card for one in ones] for which, ones in opened.items()},
+        "splits": {which: _count(data) for which, data in splits.items()},
+        "held_out": {"fraction": section.eval_fraction, "seed": seed} if section.eval_fraction else None,
+        "max_length": section.max_length,
+        "streaming": section.streaming,
+        "packed": section.pack,
+    }
+    return PreparedData(splits["train"], splits.get("eval"), card)
+
+
+def _check(section: DataSection, opened: list[Opened], classes: Sequence[str]) -> None:
+    if section.streaming and section.eval_fraction and not section.eval:
+        raise DataError(
+            f"data.eval_fraction = {section.eval_fraction} would read the whole stream for every evaluation. "
+            "Name a source under data.eval, or set data.streaming: false."
+        )
+    for one in opened:
+        if one.columns.class_column is not None and not classes:
+            raise DataError(
+                f"{describe(one.source)} has the class column {one.columns.class_column!r}, but the run has no "
+                "classes. List them, or remove class_column."
+            )
+        if section.pack and (one.columns.format != "text" or one.columns.class_column is not None):
+            raise DataError(
+                f"data.pack joins documents of plain text without classes, but {describe(one.source)} has the format "
+                f"{one.columns.format!r} and class_column {one.columns.class_column!r}. Set data.pack: false."
+            )
+
+
+@dataclass(frozen=True)
+class _Encoder:
+    """Encodes batches of rows; a class, so that `datasets` caches by its fields."""
+
+    columns: Columns
+    encoding: Encoding
+    where: str
+    drop: bool
+
+    def __call__(self, batch: Any, indices: list[int]) -> dict[str, list[Any]]:
+        encoded: dict[str, list[Any]] = {name: [] for name in _ENCODED}
+        names = list(batch)
+        for index, values in zip(indices, zip(*(batch[name] for name in names), strict=True), strict=True):
+            try:
+                row = encode_example(dict(zip(names, values, strict=True)), self.columns, self.encoding)
+            except DataError as error:
+                if self.drop and isinstance(error, NothingSupervisedError):
+                    continue
+                raise type(error)(f"Example {index} of {self.where}: {error}") from error
+            for name, value in row.items():
+                encoded[name].append(value)
+        return encoded
+
+
+def _encode(opened: Opened, section: DataSection, encoding: Encoding) -> Any:
+    where = describe(opened.source)
+    encoder = _Encoder(opened.columns, encoding, where, section.drop_unsupervised)
+    options: dict[str, Any] = {"batched": True, "with_indices": True, "features": _ENCODED}
+    # `features` of a stream may be unknown, so its columns are named by a row.
+    options["remove_columns"] = list(next(iter(opened.data)))
+    if section.streaming:
+        data = opened.data.map(encoder, batch_size=_STREAM_BATCH, **options)
+        left = next(iter(data), None) is not None
+        opened.card["dropped"] = None
+    else:
+        data = opened.data.map(encoder, desc=f"Encoding {opened.source.path}", **options)
+        left = len(data) > 0
+        opened.card["dropped"] = len(opened.data) - len(data)
+    if not left:
+        raise DataError(f"No example of {where} has a supervised token: data.drop_unsupervised skipped all of them.")
+    return data
+
+
+def _held_out(ids: Sequence[int], seed: int, fraction: float) -> bool:
+    # Decided by content, so that equal examples never stand on both sides and new rows move no old ones.
+    key = seed.to_bytes(8, "little", signed=True)
+    digest = hashlib.blake2b(np.asarray(ids, np.int64).tobytes(), digest_size=8, key=key).digest()
+    return int.from_bytes(digest, "little") < fraction * 2**64
+
+
+def _kept(ids: Sequence[int], part: partial[bool]) -> bool:
+    return not part(ids)
+
+
+def _mix(parts: list[Any], weights: list[float], seed: int) -> Any:
+    if len(parts) == 1:
+        return parts[0]
+    if len(set(weights)) == 1:
+        if all(isinstance(part, datasets.Dataset) for part in parts):
+            return datasets.concatenate_datasets(parts)
+        return datasets.interleave_datasets(parts, stopping_strategy="all_exhausted_without_replacement")
+    probabilities = [weight / sum(weights) for weight in weights]
+    return datasets.interleave_datasets(
+        parts, probabilities=probabilities, seed=seed, stopping_strategy="all_exhausted"
+    )
+
+
+def _finish(data: Any, section: DataSection) -> Any:
+    if section.pack:
+        pack = partial(_pack, length=section.max_length)
+        data = data.map(pack, batched=True, batch_size=_PACKED_DOCUMENTS, features=_ENCODED)
+    if isinstance(data, datasets.Dataset):
+        return data.add_column("index", np.arange(len(data)))
+    # One shard, so that numbers stay unique when processes and workers share the stream.
+    return datasets.IterableDataset.from_generator(_numbered, features=_NUMBERED, gen_kwargs={"stream": data})
+
+
+def _pack(batch: dict[str, list[Any]], length: int) -> dict[str, list[Any]]:
+    ids = [token for document in batch["input_ids"] for token in document]
+    supervised = [flag for document in batch["supervised"] for flag in document]
+    starts = [start for start in range(0, len(ids), length) if any(supervised[start + 1 : start + length])]
+    return {
+        "input_ids": [ids[start : start + length] for start in starts],
+        "supervised": [[False, *supervised[start + 1 : start + length]] for start in starts],
+        "class_id": [-1] * len(starts),
+    }
+
+
+def _numbered(stream: Any) -> Iterator[dict[str, Any]]:
+    index = 0
+    # `iter` instead of iterating: inside a worker process the latter would skip shards a second time.
+    for batch in stream.iter(batch_size=_STREAM_BATCH):
+        for values in zip(*batch.values(), strict=True):
+            row = dict(zip(batch, values, strict=True))
+            # Arrays, because a shuffle buffer of lists would take eight times the memory.
+            row["input_ids"] = np.asarray(row["input_ids"], np.int32)
+            row["supervised"] = np.asarray(row["supervised"], np.bool_)
+            yield {**row, "index": index}
+            index += 1
+
+
+def _count(data: Any) -> dict[str, int | None]:
+    if not isinstance(data, datasets.Dataset):
+        return {"examples": None, "tokens": None, "supervised_tokens": None}
+    tokens = supervised = 0
+    for table in data.with_format("arrow").iter(batch_size=1000):
+        flags = table["supervised"].combine_chunks().flatten()
+        tokens += len(flags)
+        supervised += flags.true_count
+    return {"examples": len(data), "tokens": tokens, "supervised_tokens": supervised}

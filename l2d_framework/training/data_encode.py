@@ -1,0 +1,244 @@
+"""One row of a data source as tokens, supervised positions and a class."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Self
+
+from transformers import PreTrainedTokenizerBase
+
+from l2d_framework.errors import DataError
+from l2d_framework.training import chat
+
+if TYPE_CHECKING:
+    from l2d_framework.config import DataSection
+
+Format = Literal["messages", "prompt_completion", "text"]
+Field = Literal["messages", "prompt", "completion", "text"]
+Tokens = tuple[list[int], list[bool]]
+
+FIELDS: dict[Format, tuple[Field, ...]] = {
+    "messages": ("messages",),
+    "prompt_completion": ("prompt", "completion"),
+    "text": ("text",),
+}
+"""What a row of each format holds; `messages` with columns for prompt and completion makes them a chat of two turns."""
+
+_CODE = hashlib.sha256(Path(__file__).read_bytes() + Path(chat.__file__).read_bytes()).hexdigest()
+
+
+class NothingSupervisedError(DataError):
+    """An example holds no token to learn from; the only fault that `drop_unsupervised` may skip."""
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Where a row keeps what.
+
+    Attributes:
+        format: how to read a row.
+        names: column of each field of that format.
+        class_column: column of the class label, or None.
+        class_names: names of the labels where that column stores numbers, else None.
+    """
+
+    format: Format
+    names: dict[str, str]
+    class_column: str | None = None
+    class_names: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """How rows become tokens.
+
+    Attributes:
+        tokenizer: the language model's tokenizer.
+        bos: token that this tokenizer puts at the start of every sequence, or None.
+        max_length: longest example in tokens; the rest is cut off. None for no limit.
+        everything: whether prompts are supervised, too.
+        chat: encoder of conversations; None if there are none.
+        classes: names of the classes; a class is stored as its position here.
+        class_map: class name of a label, where the two differ.
+        code: digest of the code that encodes, so that no cache outlives it.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    bos: int | None
+    max_length: int | None
+    everything: bool = False
+    chat: chat.ChatEncoder | None = None
+    classes: tuple[str, ...] = ()
+    class_map: tuple[tuple[str, str], ...] = ()
+    code: str = _CODE
+
+    @classmethod
+    def of(
+        cls, section: DataSection, tokenizer: PreTrainedTokenizerBase, *, classes: list[str], has_chat: bool
+    ) -> Self:
+        """Encoding that a run file asks for.
+
+        Args:
+            section: its `data` section.
+            tokenizer: the language model's tokenizer.
+            classes: names of the run's classes.
+            has_chat: whether any source holds conversations.
+
+        Returns:
+            The encoding.
+
+        Raises:
+            DataError: if a class of `class_map` does not exist.
+        """
+        bos = tokenizer.bos_token_id
+        strangers = sorted(set(section.class_map.values()) - set(classes))
+        if strangers:
+            raise DataError(f"data.class_map leads to {strangers}, but the classes of this run are {classes}.")
+        return cls(
+            tokenizer,
+            bos=bos if bos is not None and tokenizer("")["input_ids"][:1] == [bos] else None,
+            # Documents are cut into chunks only once they are packed.
+            max_length=None if section.pack else section.max_length,
+            everything=section.supervise == "all",
+            chat=chat.ChatEncoder.of(tokenizer, chat.resolve_template(section.chat_template, tokenizer))
+            if has_chat
+            else None,
+            classes=tuple(classes),
+            class_map=tuple(section.class_map.items()),
+        )
+
+
+def encode_example(row: Mapping[str, Any], columns: Columns, encoding: Encoding) -> dict[str, Any]:
+    """Tokens of a row, which of them are supervised, and its class.
+
+    The first token is never supervised, since nothing before it could predict it.
+
+    Args:
+        row: one row of a data source.
+        columns: where it keeps what.
+        encoding: how it becomes tokens.
+
+    Returns:
+        `input_ids` (list of int), `supervised` (list of bool, as long) and `class_id` (int, -1 for none).
+
+    Raises:
+        DataError: if a value cannot be used, or all of a conversation is supervised though only answers should be.
+        NothingSupervisedError: if no token is left to learn from.
+    """
+    ids, supervised = _READERS[columns.format](row, columns, encoding)
+    kept = [False, *supervised[1 : encoding.max_length]]
+    if not any(kept):
+        raise NothingSupervisedError(
+            f"all {sum(supervised)} supervised tokens of {len(ids)} lie beyond max_length = {encoding.max_length}. "
+            "Raise data.max_length, or skip such examples with data.drop_unsupervised: true."
+            if any(supervised[1:])
+            else "it has no token to learn from (an empty text, or a conversation without an answer). Remove it, or "
+            "skip such examples with data.drop_unsupervised: true."
+        )
+    return {
+        "input_ids": ids[: encoding.max_length],
+        "supervised": kept,
+        "class_id": _class_id(row, columns, encoding),
+    }
+
+
+def _read_messages(row: Mapping[str, Any], columns: Columns, encoding: Encoding) -> Tokens:
+    messages = _messages(row, columns)
+    if encoding.chat is None:
+        raise DataError("the row is a conversation, but no chat template was prepared.")
+    if encoding.everything:
+        return encoding.chat.encode_all(messages)
+    ids, supervised = encoding.chat.encode(messages)
+    if supervised and all(supervised[1:]):
+        raise DataError(
+            "every token of this conversation is supervised, so the prompt was not recognised. Check where the chat "
+            "template puts {% generation %} and that a prompt precedes the answer, or ask for it with "
+            "data.supervise: all."
+        )
+    return ids, supervised
+
+
+def _messages(row: Mapping[str, Any], columns: Columns) -> chat.Messages:
+    if "messages" not in columns.names:
+        turns = {"user": columns.names["prompt"], "assistant": columns.names["completion"]}
+        return [{"role": role, "content": _text(row, column)} for role, column in turns.items()]
+    column = columns.names["messages"]
+    messages = row[column]
+    if (
+        not isinstance(messages, list)
+        or not messages
+        or not all(isinstance(turn, Mapping) and {"role", "content"} <= set(turn) for turn in messages)
+    ):
+        raise DataError(
+            f"column {column!r} holds {_short(messages)}, not a conversation. "
+            "A conversation is a non-empty list of turns with `role` and `content`."
+        )
+    return messages
+
+
+def _read_prompt_completion(row: Mapping[str, Any], columns: Columns, encoding: Encoding) -> Tokens:
+    prompt = _started(_text(row, columns.names["prompt"]), encoding)
+    completion = _text(row, columns.names["completion"])
+    if not completion.strip():
+        return prompt, [False] * len(prompt)
+    answer = _ended(_plain(completion, encoding), encoding)
+    return prompt + answer, [encoding.everything] * len(prompt) + [True] * len(answer)
+
+
+def _read_text(row: Mapping[str, Any], columns: Columns, encoding: Encoding) -> Tokens:
+    text = _text(row, columns.names["text"])
+    ids = _ended(_started(text, encoding), encoding)
+    return ids, [bool(text.strip())] * len(ids)
+
+
+_READERS: dict[Format, Callable[[Mapping[str, Any], Columns, Encoding], Tokens]] = {
+    "messages": _read_messages,
+    "prompt_completion": _read_prompt_completion,
+    "text": _read_text,
+}
+
+
+def _text(row: Mapping[str, Any], column: str) -> str:
+    value = row[column]
+    if not isinstance(value, str):
+        raise DataError(f"column {column!r} holds {_short(value)}, not a text.")
+    return value
+
+
+def _plain(text: str, encoding: Encoding) -> list[int]:
+    ids: list[int] = encoding.tokenizer(text, add_special_tokens=False)["input_ids"]
+    return ids
+
+
+def _started(text: str, encoding: Encoding) -> list[int]:
+    ids = _plain(text, encoding)
+    return ids if encoding.bos is None or ids[:1] == [encoding.bos] else [encoding.bos, *ids]
+
+
+def _ended(ids: list[int], encoding: Encoding) -> list[int]:
+    eos = chat.require_eos(encoding.tokenizer)
+    return ids if ids[-1:] == [eos] else [*ids, eos]
+
+
+def _class_id(row: Mapping[str, Any], columns: Columns, encoding: Encoding) -> int:
+    label = None if columns.class_column is None else row[columns.class_column]
+    if label is None:
+        return -1
+    if columns.class_names is not None and isinstance(label, int):
+        label = columns.class_names[label]
+    name = dict(encoding.class_map).get(str(label), str(label))
+    if name not in encoding.classes:
+        raise DataError(
+            f"the class label {label!r} of column {columns.class_column!r} is not known. Classes of this run: "
+            f"{list(encoding.classes)}; labels in data.class_map: {[key for key, _ in encoding.class_map]}. "
+            "Add the label to data.class_map, or the class to the run."
+        )
+    return encoding.classes.index(name)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."

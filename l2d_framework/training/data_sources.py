@@ -1,0 +1,214 @@
+"""Opening data sources: Hub ids, folders laid out like the Hub, files and globs."""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import datasets
+from huggingface_hub import constants as hub
+
+from l2d_framework.errors import DataError, suggest
+from l2d_framework.training.data_encode import FIELDS, Columns, Format
+
+if TYPE_CHECKING:
+    from l2d_framework.config import DataSection, DataSource
+
+_LOADERS = {
+    ".json": "json",
+    ".jsonl": "json",
+    ".ndjson": "json",
+    ".parquet": "parquet",
+    ".txt": "text",
+    ".csv": "csv",
+    ".arrow": "arrow",
+}
+_COMPRESSIONS = {".gz", ".zst", ".bz2", ".xz"}
+_HASHED_ROWS = 1000
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A data source whose rows can be read.
+
+    Attributes:
+        source: its entry in the run file.
+        data: its rows, a `Dataset` or, when streaming, an `IterableDataset`.
+        columns: where a row keeps what.
+        card: facts about it that JSON can hold.
+    """
+
+    source: DataSource
+    data: Any
+    columns: Columns
+    card: dict[str, Any]
+
+
+def load_sources(section: DataSection, which: Literal["train", "eval"]) -> list[Opened]:
+    """Open the training or the evaluation sources of a run file.
+
+    A folder relative to the working directory comes before the Hub id of the same name.
+
+    Args:
+        section: the `data` section of the run file.
+        which: the list of sources to open.
+
+    Returns:
+        One opened source per entry, in order.
+    """
+    sources = section.train if which == "train" else section.eval
+    return [_open(source, streaming=section.streaming) for source in sources]
+
+
+def describe(source: DataSource) -> str:
+    """Short name of a source for messages.
+
+    Args:
+        source: its entry in the run file.
+
+    Returns:
+        Path, name where there is one, and split.
+    """
+    return f"{source.path!r} ({f'name {source.name!r}, ' if source.name else ''}split {source.split!r})"
+
+
+def _open(source: DataSource, *, streaming: bool) -> Opened:
+    loader, data_files, files = _locate(source)
+    with _blaming(source, streaming=streaming):
+        data = datasets.load_dataset(
+            loader,
+            source.name,
+            split=source.split,
+            data_files=data_files,
+            revision=source.revision,
+            streaming=streaming,
+        )
+        if source.limit is not None:
+            data = data.take(source.limit) if streaming else data.select(range(min(source.limit, len(data))))
+        first = next(iter(data))
+    columns = _columns(source, list(first), data.features)
+    with _blaming(source, streaming=streaming):
+        digest = {"sha256": _hash_files(files)} if files else {"sha256_of_first_rows": _hash_rows(data, columns)}
+    local = bool(files) or Path(source.path).expanduser().is_dir()
+    card = {
+        **{key: getattr(source, key) for key in ("path", "name", "split", "revision", "limit", "weight")},
+        "format": columns.format,
+        "columns": columns.names,
+        "local": local,
+        "fingerprint": None if streaming else data._fingerprint,
+        **digest,
+        "rows": None if streaming else len(data),
+    }
+    return Opened(source, data, columns, card)
+
+
+def _locate(source: DataSource) -> tuple[str, Any, list[str]]:
+    # Loader or path for `load_dataset`, its data files, and the local files where the path names files.
+    path = Path(source.path).expanduser()
+    if path.is_dir():
+        return str(path), source.data_files, []
+    files = [str(path)] if path.is_file() else []
+    if not files and glob.has_magic(source.path):
+        files = sorted(name for name in glob.glob(str(path), recursive=True) if Path(name).is_file())
+        if not files:
+            raise DataError(f"No file matches the pattern {source.path!r} (looked in {Path.cwd()}).")
+    if files:
+        if source.data_files is not None:
+            raise DataError(f"{source.path!r} is a file already; data_files is for folders and Hub ids. Remove it.")
+        return _loader_of(files), {"train": files}, files
+    named_as_file = source.path.startswith((".", "/", "~")) or source.path.count("/") > 1
+    if named_as_file or Path(source.path).suffix in _LOADERS:
+        raise DataError(f"There is no file or folder {source.path!r} (looked in {Path.cwd()}). Check the path.")
+    return source.path, source.data_files, []
+
+
+def _loader_of(files: Sequence[str]) -> str:
+    endings = {next((s for s in reversed(Path(name).suffixes) if s not in _COMPRESSIONS), "") for name in files}
+    loaders = {_LOADERS.get(ending) for ending in endings}
+    loader = loaders.pop()
+    if loader is None or loaders:
+        raise DataError(
+            f"Cannot read files ending in {sorted(endings)} as one source, such as {files[0]!r}. "
+            f"Known endings: {', '.join(_LOADERS)}; list other files as sources of their own."
+        )
+    return loader
+
+
+@contextmanager
+def _blaming(source: DataSource, *, streaming: bool) -> Iterator[None]:
+    try:
+        yield
+    except (ConnectionError, datasets.exceptions.DatasetNotFoundError) as error:
+        offline = " HF_HUB_OFFLINE is set: unset it to download." if hub.HF_HUB_OFFLINE else ""
+        raise DataError(
+            f"There is no data set {source.path!r}: no folder {str(Path.cwd() / source.path)!r}, and the Hub does not "
+            f"serve it ({error}). Check the spelling, log in if it is private, or put a copy into that folder.{offline}"
+        ) from error
+    except StopIteration as error:
+        raise DataError(f"{describe(source)} is empty: it holds no rows.") from error
+    # The libraries below raise whatever a broken file makes them raise; all of it is the data's fault.
+    except Exception as error:
+        whole = " Streaming reads whole splits: use `limit` instead of a slice." if streaming else ""
+        cause = error.__cause__ or error
+        raise DataError(
+            f"{describe(source)} cannot be loaded: {type(cause).__name__}: {cause} "
+            f"Check `path`, `name`, `split`, `revision` and `data_files`.{whole}"
+        ) from error
+
+
+def _columns(source: DataSource, present: list[str], features: Any) -> Columns:
+    where = describe(source)
+    layout = _format(source, present)
+    fields = FIELDS[layout]
+    if layout == "messages" and source.columns.keys() >= set(FIELDS["prompt_completion"]):
+        fields = FIELDS["prompt_completion"]
+    names = {str(field): source.columns.get(field, field) for field in fields}
+    for field, column in [*names.items(), ("class_column", source.class_column)]:
+        if column is not None and column not in present:
+            raise DataError(
+                f"{where} has no column {column!r} for {field!r}; its columns are {present}"
+                f"{suggest(column, present)}. Name the right one, such as columns: {{prompt: question}}."
+            )
+    feature = (features or {}).get(source.class_column)
+    class_names = tuple(feature.names) if isinstance(feature, datasets.ClassLabel) else None
+    return Columns(layout, names, source.class_column, class_names)
+
+
+def _format(source: DataSource, present: list[str]) -> Format:
+    if source.format != "auto":
+        return source.format
+    available = {*source.columns, *present}
+    # A format that the user maps columns for is meant, even if the rows could be read otherwise, too.
+    candidates = [name for name, fields in FIELDS.items() if not source.columns or set(fields) & set(source.columns)]
+    for name in candidates:
+        if available.issuperset(FIELDS[name]):
+            return name
+    if source.columns:
+        return candidates[0]
+    raise DataError(
+        f"{describe(source)} has no recognisable format: its columns are {present}. Expected `messages`, `prompt` and "
+        "`completion`, or `text`; map other names, such as columns: {prompt: question, completion: answer}."
+    )
+
+
+def _hash_files(files: Sequence[str]) -> str:
+    total = hashlib.sha256()
+    for name in files:
+        with open(name, "rb") as stream:
+            total.update(hashlib.file_digest(stream, "sha256").digest())
+    return total.hexdigest()
+
+
+def _hash_rows(data: Any, columns: Columns) -> str:
+    total = hashlib.sha256()
+    used = [*columns.names.values(), *([columns.class_column] if columns.class_column else [])]
+    for row in islice(data, _HASHED_ROWS):
+        total.update(json.dumps([row[column] for column in used], default=str).encode())
+    return total.hexdigest()

@@ -1,0 +1,211 @@
+"""A run's output folder: safe to kill at any moment, refused to a different run, never deleted.
+
+Layout: the finished model and `run.json` at the top, `best/` for the model of the lowest held-out loss, `checkpoint-N/`
+for resuming. Folders appear under their names only when they are complete.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from l2d_framework.errors import ConfigError
+
+RUN_FILE = "run.json"
+BEST = "best"
+_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+_WRITING, _REPLACED = ".writing", ".replaced"
+
+
+@contextmanager
+def staged(target: Path, *, writes: bool = True, wait: Callable[[], None] = lambda: None) -> Iterator[Path]:
+    """Write a folder under a temporary name and give it its own when the block ends without an error.
+
+    Args:
+        target: the folder to make or replace.
+        writes: whether this process is the one that makes and renames it.
+        wait: waits for the other processes that write to it.
+
+    Yields:
+        The folder to write to.
+    """
+    stage = target.with_name(target.name + _WRITING)
+    if writes:
+        shutil.rmtree(stage, ignore_errors=True)
+        stage.mkdir(parents=True)
+    wait()
+    yield stage
+    wait()
+    if writes:
+        replace_folder(stage, target)
+    wait()
+
+
+def replace_folder(stage: Path, target: Path) -> None:
+    """Give a complete folder its name; whatever had the name is removed once the new one is in place.
+
+    Args:
+        stage: the complete folder, beside the target.
+        target: its name to be.
+    """
+    replaced = target.with_name(target.name + _REPLACED)
+    shutil.rmtree(replaced, ignore_errors=True)
+    if target.exists():
+        os.replace(target, replaced)
+    os.replace(stage, target)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def remove(folder: Path) -> None:
+    """Delete a folder; killed half-way, it no longer has its name.
+
+    Args:
+        folder: what to delete.
+    """
+    doomed = folder.with_name(folder.name + _WRITING)
+    os.replace(folder, doomed)
+    shutil.rmtree(doomed)
+
+
+def clean_up(output: Path) -> None:
+    """Undo what a killed process left half done.
+
+    Args:
+        output: the output folder.
+    """
+    for path in output.glob(f"*{_REPLACED}"):
+        target = path.with_name(path.name.removesuffix(_REPLACED))
+        if target.exists():
+            shutil.rmtree(path)
+        else:
+            os.replace(path, target)
+    for path in output.glob(f"*{_WRITING}"):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def checkpoints(output: Path) -> list[Path]:
+    """Complete checkpoints, the oldest first.
+
+    Args:
+        output: the output folder.
+
+    Returns:
+        Their folders.
+    """
+    found = [(int(m[1]), path) for path in output.glob("checkpoint-*") if (m := _CHECKPOINT.fullmatch(path.name))]
+    return [path for _, path in sorted(found)]
+
+
+def publish(stage: Path, output: Path) -> None:
+    """Move the files of a folder into another, each at once.
+
+    Args:
+        stage: folder to empty and remove.
+        output: where its files belong.
+    """
+    for path in sorted(stage.rglob("*")):
+        if path.is_file():
+            target = output / path.relative_to(stage)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(path, target)
+    shutil.rmtree(stage)
+
+
+def read_card(output: Path) -> dict[str, Any] | None:
+    """The `run.json` of a folder.
+
+    Args:
+        output: the output folder.
+
+    Returns:
+        Its contents, or None when there is none.
+
+    Raises:
+        ConfigError: if it is damaged.
+    """
+    path = output / RUN_FILE
+    if not path.is_file():
+        return None
+    try:
+        card = json.loads(path.read_text(encoding="utf-8"))
+        return dict(card) | {"config": dict(card["config"])}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{str(path)!r} is damaged ({error!r}). Choose another output_dir, or use --overwrite.") from error
+
+
+def write_card(output: Path, card: Mapping[str, Any]) -> None:
+    """Replace the `run.json` of a folder.
+
+    Args:
+        output: the output folder.
+        card: what it is to hold.
+    """
+    temporary = output / f"{RUN_FILE}{_WRITING}"
+    temporary.write_text(json.dumps(card, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(temporary, output / RUN_FILE)
+
+
+def check_free(output: Path, config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Refuse a folder that belongs to something else.
+
+    Args:
+        output: the output folder.
+        config: the resolved configuration of the run that wants it.
+
+    Returns:
+        The card of the same run's earlier start, or None for a fresh folder.
+
+    Raises:
+        ConfigError: if it holds another run, or files of no run.
+    """
+    card = read_card(output) if output.is_dir() else None
+    if card is None:
+        if output.exists() and not (output.is_dir() and all(p.name.endswith(_WRITING) for p in output.iterdir())):
+            raise ConfigError(
+                f"output_dir {str(output)!r} exists and holds no {RUN_FILE}, so it is not a run's. "
+                "Choose another, or use --overwrite, which moves it aside."
+            )
+        return None
+    ours, theirs = _flat(dict(config)), _flat(card["config"])
+    differing = [key for key in sorted(ours.keys() | theirs.keys()) if ours.get(key) != theirs.get(key)]
+    differing = [key for key in differing if key != "output_dir"]
+    if differing:
+        shown = "; ".join(f"{key}: {theirs.get(key)!r} there, {ours.get(key)!r} now" for key in differing[:8])
+        raise ConfigError(
+            f"output_dir {str(output)!r} holds a run with another configuration ({shown}). "
+            "Choose another output_dir, or use --overwrite, which moves it aside."
+        )
+    return card
+
+
+def move_aside(output: Path) -> Path | None:
+    """Rename a folder so that its name is free.
+
+    Args:
+        output: the folder.
+
+    Returns:
+        Its new name, or None if there was nothing.
+    """
+    if not output.exists():
+        return None
+    number = next(n for n in range(1, 10**6) if not output.with_name(f"{output.name}.old-{n}").exists())
+    aside = output.with_name(f"{output.name}.old-{number}")
+    os.replace(output, aside)
+    return aside
+
+
+def _flat(value: Any, path: str = "") -> dict[str, Any]:
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else None
+    if items is None or not value:
+        return {path: value}
+    out: dict[str, Any] = {}
+    for key, inner in items:
+        out |= _flat(inner, f"{path}.{key}" if path else str(key))
+    return out

@@ -1,0 +1,234 @@
+"""Plain next-token training: from scratch, of all weights, or of a LoRA."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.pytorch_utils import Conv1D
+
+from l2d_framework.base_model import empty_language_model, load_config, load_language_model, locate
+from l2d_framework.config import DataSection, LanguageModelRun, ScratchSection, TrainingSection
+from l2d_framework.errors import CheckpointError, ConfigError, suggest
+from l2d_framework.objective import chunked_cross_entropy
+from l2d_framework.training.collate import IGNORED
+from l2d_framework.training.data import load_sources
+from l2d_framework.training.learner import Learner
+from l2d_framework.training.tokenizer import train_tokenizer
+
+_STREAMED_TEXTS = 100_000
+
+
+class NextToken(Learner):
+    """Learns to predict the next token at supervised positions.
+
+    Args:
+        lm: the language model, or a PEFT model over one; what requires a gradient is trained, in float32.
+        tokenizer: saved with it.
+        training: for gradient checkpointing and the size of loss chunks.
+    """
+
+    def __init__(
+        self, lm: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, training: TrainingSection
+    ) -> None:
+        super().__init__()
+        self._dtype = lm.dtype
+        for parameter in lm.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+        self.lm, self._tokenizer, self._chunk = lm, tokenizer, training.loss_chunk
+        inner = lm.get_base_model() if isinstance(lm, PeftModel) else lm
+        self._body: tuple[nn.Module, ...] = (inner.base_model,)  # a tuple, so that no parameter is registered twice
+        head = copy.copy(inner)
+        head._modules = {**inner._modules, inner.base_model_prefix: _Through()}
+        self._head = (head,)
+        if training.gradient_checkpointing:
+            inner.activation_checkpointing_enable({"use_reentrant": False})
+
+    def forward(
+        self, input_ids: Tensor, blocks: Tensor, labels: Tensor, class_id: Tensor, index: Tensor, epoch: Tensor
+    ) -> dict[str, Tensor]:
+        """Next-token loss of a batch, with the vocabulary head at supervised positions only.
+
+        Args:
+            input_ids: padded on the right, where causal attention does not see it, (B, S), int64.
+            blocks: unused; `labels` says what is supervised.
+            labels: token ids where supervised, else -100, (B, S), int64.
+            class_id: unused.
+            index: unused.
+            epoch: unused.
+
+        Returns:
+            `loss`, `losses` and `row`, as in `Learner`.
+        """
+        hidden = self._body[0](input_ids=input_ids, use_cache=False).last_hidden_state
+        row, place = (labels[:, 1:] != IGNORED).nonzero(as_tuple=True)
+        head = self._head[0]
+        total, losses = chunked_cross_entropy(
+            lambda features: head(inputs_embeds=features, use_cache=False).logits,
+            hidden[row, place],
+            labels[row, place + 1],
+            chunk=self._chunk,
+            parameters=[p for p in head.get_output_embeddings().parameters() if p.requires_grad],
+        )
+        return {"loss": total, "losses": losses, "row": row}
+
+    def save(self, folder: Path, notes: str) -> None:
+        """Write a transformers folder, or a PEFT adapter folder, with the tokenizer.
+
+        Args:
+            folder: where to.
+            notes: markdown for the model card.
+        """
+        self._write(folder, self._dtype)
+        kind = "LoRA adapter" if isinstance(self.lm, PeftModel) else "language model"
+        text = f"---\nlibrary_name: transformers\npipeline_tag: text-generation\n---\n\n# A {kind}\n\n{notes}\n"
+        (folder / "README.md").write_text(text, encoding="utf-8")
+
+    def checkpoint(self, folder: Path) -> None:
+        """Write the trained weights in float32, as they are.
+
+        Args:
+            folder: where to.
+        """
+        self._write(folder, torch.float32)
+
+    def restore(self, folder: Path) -> None:
+        """Read the weights that `checkpoint` wrote.
+
+        Args:
+            folder: the checkpoint.
+
+        Raises:
+            CheckpointError: if they are those of another adapter.
+        """
+        if isinstance(self.lm, PeftModel):
+            found = set_peft_model_state_dict(self.lm, load_file(folder / "adapter_model.safetensors"))
+            if found.unexpected_keys:
+                raise CheckpointError(
+                    f"{str(folder)!r} holds an adapter of another shape, with {found.unexpected_keys[0]!r}. "
+                    "Use the run file it was trained with."
+                )
+        else:
+            self.lm.load_state_dict(type(self.lm).from_pretrained(folder, dtype=torch.float32).state_dict())
+
+    def _write(self, folder: Path, dtype: torch.dtype) -> None:
+        if isinstance(self.lm, PeftModel):
+            # Embeddings are never adapted, and "auto" would ask the hub for the base model's vocabulary size.
+            self.lm.save_pretrained(str(folder), save_embedding_layers=False)
+        else:
+            lm = self.lm if dtype == self.lm.dtype else copy.deepcopy(self.lm).to(dtype)
+            lm.save_pretrained(folder)
+        self._tokenizer.save_pretrained(folder)
+
+
+class _Through(nn.Module):
+    """Stands for the body of a language model whose hidden states are already there."""
+
+    def forward(self, inputs_embeds: Tensor, **_: Any) -> BaseModelOutputWithPast:
+        return BaseModelOutputWithPast(last_hidden_state=inputs_embeds)
+
+
+def scratch_config(scratch: ScratchSection, tokenizer: PreTrainedTokenizerBase) -> Any:
+    """transformers config of a model trained from nothing.
+
+    Args:
+        scratch: the `scratch` section of the run file.
+        tokenizer: gives the vocabulary size and the special tokens.
+
+    Returns:
+        The config.
+    """
+    fields = dict(scratch.config)
+    special = {name: getattr(tokenizer, name) for name in ("eos_token_id", "pad_token_id", "bos_token_id")}
+    return AutoConfig.for_model(fields.pop("model_type"), **{**fields, **special, "vocab_size": len(tokenizer)})
+
+
+def scratch_tokenizer(data: DataSection, vocab_size: int) -> PreTrainedTokenizerBase:
+    """Byte-level BPE of the training texts; of a stream, of its first 100,000 rows.
+
+    Args:
+        data: the `data` section of the run file.
+        vocab_size: largest number of tokens.
+
+    Returns:
+        The tokenizer.
+    """
+    return train_tokenizer(_texts(data), vocab_size)
+
+
+def _texts(data: DataSection) -> Iterator[str]:
+    for opened in load_sources(data, "train"):
+        names = opened.columns.names
+        rows = islice(opened.data, _STREAMED_TEXTS) if data.streaming else opened.data
+        for row in rows:
+            if opened.columns.format == "messages":
+                yield from (str(turn["content"]) for turn in row[names["messages"]])
+            else:
+                yield from (str(row[column]) for column in names.values())
+
+
+def check_language_model(run: LanguageModelRun) -> None:
+    """Refuse LoRA targets the model has not, before its weights are loaded.
+
+    Args:
+        run: the run.
+
+    Raises:
+        ConfigError: if a target does not exist, or the base already is an adapter.
+    """
+    if run.lora is None or run.model is None:
+        return
+    if locate(run.model)[1] is not None:
+        raise ConfigError(
+            f"lora would sit on the adapter that is merged into {run.model.base!r}, which a PEFT folder cannot express. "
+            "Save the merged model first and start from it."
+        )
+    empty = empty_language_model(load_config(run.model), run.model.attn_implementation)
+    known = {n.rpartition(".")[2] for n, m in empty.named_modules() if isinstance(m, (nn.Linear, Conv1D))}
+    for target in run.lora.targets if isinstance(run.lora.targets, list) else []:
+        if target.rpartition(".")[2] not in known:
+            raise ConfigError(
+                f"lora.targets: {type(empty).__name__} has no linear module {target!r}{suggest(target, known)} "
+                f"Choose from {sorted(known)}."
+            )
+
+
+def build_language_model(run: LanguageModelRun, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel | PeftModel:
+    """The model a run trains.
+
+    Args:
+        run: the run.
+        tokenizer: of the model; a model from scratch takes its vocabulary size.
+
+    Returns:
+        A fresh model, the base model, or the base model with a fresh LoRA, initialised from the run's seed.
+    """
+    with torch.random.fork_rng():
+        torch.manual_seed(run.seed)
+        if run.scratch is not None:
+            config = scratch_config(run.scratch, tokenizer)
+            return AutoModelForCausalLM.from_config(config, dtype=torch.float32)  # type: ignore[no-any-return]
+        assert run.model is not None  # a run has one of the two
+        lm = load_language_model(run.model)
+        if run.lora is None:
+            return lm
+        lora = LoraConfig(
+            r=run.lora.rank,
+            lora_alpha=run.lora.alpha,  # type: ignore[arg-type]  # peft divides by the rank, so a float is fine
+            target_modules=run.lora.targets,
+            lora_dropout=run.lora.dropout,
+            task_type="CAUSAL_LM",
+        )
+        model = get_peft_model(lm, lora)
+        model.peft_config["default"].base_model_name_or_path = run.model.base
+        return model

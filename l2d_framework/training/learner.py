@@ -1,0 +1,139 @@
+"""What the trainer trains: a module that turns a batch into a summed loss, and knows how it is stored."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from l2d_framework import checkpoint
+from l2d_framework.config import TrainingSection
+from l2d_framework.errors import ConfigError
+from l2d_framework.model import DiffusionLM
+from l2d_framework.objective import NoiseRule, denoising_loss, draw
+from l2d_framework.types import Layout
+
+
+class Learner(nn.Module, ABC):
+    """A model together with its loss, in one `forward` so that distributed wrappers see the whole computation."""
+
+    @abstractmethod
+    def forward(
+        self, input_ids: Tensor, blocks: Tensor, labels: Tensor, class_id: Tensor, index: Tensor, epoch: Tensor
+    ) -> dict[str, Tensor]:
+        """Loss of a batch; the arguments are what `EpochCollator` makes.
+
+        Args:
+            input_ids: (B, S), int64.
+            blocks: -1 padding, 0 known, k >= 1 supervised, (B, S), int64.
+            labels: token ids where supervised, else -100, (B, S), int64.
+            class_id: (B,), int64, -1 for none.
+            index: of each example in data order, (B,), int64.
+            epoch: of each example, (B,), int64.
+
+        Returns:
+            `loss`, the sum over supervised tokens in nats, (), differentiable; `losses` of every draw, (N,), and the
+            `row` each belongs to, (N,); for a diffusion model also its time `t`, (N,).
+        """
+
+    @abstractmethod
+    def save(self, folder: Path, notes: str) -> None:
+        """Write the model for its users.
+
+        Args:
+            folder: where to.
+            notes: markdown for the model card.
+        """
+
+    def checkpoint(self, folder: Path) -> None:
+        """Write the model such that `restore` continues exactly.
+
+        Args:
+            folder: where to.
+        """
+        self.save(folder, "")
+
+    @abstractmethod
+    def restore(self, folder: Path) -> None:
+        """Read the weights that `checkpoint` wrote.
+
+        Args:
+            folder: the checkpoint.
+        """
+
+
+class Denoiser(Learner):
+    """Learns to denoise supervised tokens.
+
+    Args:
+        model: the diffusion model; only its own parameters are trained.
+        training: for noise draws, class dropout and the size of loss chunks.
+        seed: of the noise.
+    """
+
+    def __init__(self, model: DiffusionLM, training: TrainingSection, seed: int) -> None:
+        super().__init__()
+        self.model = model
+        self._training, self._seed = training, seed
+        own = {id(parameter) for parameter in model.own_parameters().values()}
+        for parameter in model.parameters():
+            if id(parameter) not in own:
+                parameter.requires_grad_(False)
+        if training.gradient_checkpointing:
+            if not hasattr(model.backbone, "gradient_checkpointing"):
+                raise ConfigError(
+                    f"training.gradient_checkpointing is true, but backbone {model.backbone.config.component_name()!r} "
+                    "has none. Set it to false."
+                )
+            model.backbone.gradient_checkpointing = True
+
+    def forward(
+        self, input_ids: Tensor, blocks: Tensor, labels: Tensor, class_id: Tensor, index: Tensor, epoch: Tensor
+    ) -> dict[str, Tensor]:
+        """Denoising loss of a batch.
+
+        Noise is keyed by (seed, epoch, index) in training and by (seed, index) in evaluation, where labels of classes
+        are never dropped, so that evaluations can be compared.
+
+        Args:
+            input_ids: (B, S), int64.
+            blocks: -1 padding, 0 known, k >= 1 denoised k-th, (B, S), int64.
+            labels: unused; `blocks` says what is supervised.
+            class_id: (B,), int64, -1 for none.
+            index: of each example in data order, (B,), int64.
+            epoch: of each example, (B,), int64.
+
+        Returns:
+            `loss`, `losses`, `row` and `t`, as in `Learner`.
+        """
+        layout = Layout(input_ids, blocks)
+        settings, seed = self._training, self._seed
+        pairs = zip(epoch.tolist(), index.tolist(), strict=True)
+        rule = NoiseRule(
+            keys=[(seed, e, i) if self.training else ("eval", seed, i) for e, i in pairs],
+            draws=settings.draws_per_token,
+            class_dropout=settings.class_dropout if self.training else 0.0,
+            dropout_per=settings.class_dropout_per,
+        )
+        draws = draw(self.model, layout, rule)
+        classes = class_id if self.model.backbone.config.num_classes else None
+        losses = denoising_loss(self.model, layout, draws, classes=classes, chunk=settings.loss_chunk)
+        return {"loss": losses.total, "losses": losses.tokens, "t": losses.t, "row": draws.valid.nonzero()[:, 0]}
+
+    def save(self, folder: Path, notes: str) -> None:
+        """Write a checkpoint that `l2d_framework.load` reads.
+
+        Args:
+            folder: where to.
+            notes: markdown for the model card.
+        """
+        checkpoint.save(self.model, folder, notes=notes)
+
+    def restore(self, folder: Path) -> None:
+        """Read the model's own weights.
+
+        Args:
+            folder: the checkpoint.
+        """
+        checkpoint.load_weights(self.model, folder)

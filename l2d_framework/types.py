@@ -1,0 +1,192 @@
+"""Values that travel between the five interfaces.
+
+Shapes use seven letters everywhere: B batch, S sequence, L positions being denoised, D state, H hidden, V vocabulary,
+and N for a flat count. Time t runs from 0 (noise) to 1 (data).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, Self
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A batch of token sequences together with who may see whom.
+
+    A noisy position of block k sees clean tokens of blocks < k and noisy states of block k, never a token of its own or
+    of a later block.
+
+    Attributes:
+        tokens: token ids, (B, S), int64; padding holds any valid id.
+        blocks: -1 for padding, 0 for known from the start, k >= 1 for denoised k-th, (B, S), int64.
+    """
+
+    tokens: Tensor
+    blocks: Tensor
+
+    @property
+    def present(self) -> Tensor:
+        """True where a real token stands, (B, S), bool."""
+        return self.blocks >= 0
+
+
+class Context(Protocol):
+    """What a backbone remembers of the clean tokens; opaque to everything but that backbone."""
+
+    def select(self, rows: Tensor) -> Self:
+        """Context of some rows, in the given order; a row may be repeated.
+
+        Args:
+            rows: row numbers, (B',), int64.
+
+        Returns:
+            A context of B' rows that shares no mutable state with this one.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Query:
+    """One question to the network: which tokens stand at `positions`, given their noisy states?
+
+    Attributes:
+        x: noisy states, (B, L, D), float32.
+        t: times, (B, L), float32.
+        positions: slots of the sequence asked about, (B, L), int64.
+        context: the backbone's memory of the clean tokens.
+        condition: class of each position, (B, L), int64, or None for unconditional.
+        previous: logits of the previous evaluation for self-conditioning, (B, L, V), or None.
+        shared_time: the time as a number when all entries of `t` are equal and it is known on the host, else None.
+        guidance_scale: scale per position that overrides the guidance's own, (B, L), float32, or None.
+    """
+
+    x: Tensor
+    t: Tensor
+    positions: Tensor
+    context: Any
+    condition: Tensor | None = None
+    previous: Tensor | None = None
+    shared_time: float | None = None
+    guidance_scale: Tensor | None = None
+
+    def replace(self, **changes: Any) -> Query:
+        """Copy with some fields changed.
+
+        Args:
+            **changes: new values by field name.
+
+        Returns:
+            A new query.
+        """
+        return replace(self, **changes)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """An answer to a query.
+
+    Attributes:
+        logits: (B, L, V), float32.
+        clean: estimate of the clean state, (B, L, D), or None to let the parametrization derive it from `logits`.
+    """
+
+    logits: Tensor
+    clean: Tensor | None = None
+
+
+class Predict(Protocol):
+    """The network as guidance sees it."""
+
+    def __call__(self, query: Query) -> Prediction:
+        """Answer one query.
+
+        Args:
+            query: what to predict.
+
+        Returns:
+            The prediction.
+        """
+        ...
+
+    def together(self, queries: list[Query]) -> list[Prediction]:
+        """Answer several queries about the same positions in one pass of the network.
+
+        Args:
+            queries: queries that differ in anything but `positions` and `context`.
+
+        Returns:
+            One prediction per query, in order.
+        """
+        ...
+
+
+class Space(Protocol):
+    """The state space at one evaluation, as guidance sees it."""
+
+    def estimate(self, logits: Tensor) -> Tensor:
+        """Clean state the solver is to move towards.
+
+        Draws from the evaluation's own random stream, so two calls draw independently.
+
+        Args:
+            logits: (B, L, V), float32.
+
+        Returns:
+            (B, L, D), float32.
+        """
+        ...
+
+    def encode(self, tokens: Tensor) -> Tensor:
+        """Clean states of tokens.
+
+        Args:
+            tokens: (B, L), int64.
+
+        Returns:
+            (B, L, D), float32.
+        """
+        ...
+
+
+class Random(Protocol):
+    """Random numbers in which every token owns an independent stream."""
+
+    def uniform(self) -> Tensor:
+        """Next number of every stream.
+
+        Returns:
+            Numbers in [0, 1), (B, L), float32.
+        """
+        ...
+
+    def normal(self, size: int) -> Tensor:
+        """Next `size` standard normal numbers of every stream.
+
+        Args:
+            size: how many per token.
+
+        Returns:
+            (B, L, size), float32.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Foreign:
+    """A checkpoint of another code base, read by a converter plugin.
+
+    Attributes:
+        parts: `schedule`, `parametrization`, `backbone`, `block_size` and the number of classes `num_classes`, as in a
+            run file.
+        own: the diffusion model's weights under this package's names.
+        base_config: transformers config of the language model.
+        base: the language model's weights under transformers' names.
+    """
+
+    parts: dict[str, Any]
+    own: dict[str, Tensor]
+    base_config: dict[str, Any]
+    base: dict[str, Tensor]

@@ -1,0 +1,1 @@
+"""The built-in components, found through entry points like any third party's."""

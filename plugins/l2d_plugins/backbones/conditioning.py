@@ -1,0 +1,127 @@
+"""Time and class conditioning of the diffusion path: a DiT-style modulation per layer and the final weight w(t)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+
+def sinusoid(t: Tensor, size: int) -> Tensor:
+    """Fourier features of time, cosines first; t stays in [0, 1] and is not multiplied by 1000.
+
+    Args:
+        t: times, (...), float32.
+        size: number of features, even.
+
+    Returns:
+        (..., size), float32.
+
+    Source: Peebles & Xie 2023, arXiv:2212.09748, frequencies exp(-ln(10000) i / (size / 2)).
+    """
+    half = size // 2
+    frequencies = torch.exp(-math.log(10000.0) * torch.arange(half, device=t.device, dtype=torch.float32) / half)
+    angles = t.float()[..., None] * frequencies
+    return torch.cat([angles.cos(), angles.sin()], -1)
+
+
+def _mlp(size: int, out: int) -> nn.Sequential:
+    """Two layers, the last one zero, so that a fresh diffusion path changes nothing."""
+    net = nn.Sequential(nn.Linear(size, size), nn.SiLU(), nn.Linear(size, out))
+    nn.init.xavier_uniform_(net[0].weight)
+    nn.init.zeros_(net[0].bias)
+    nn.init.zeros_(net[2].weight)
+    nn.init.zeros_(net[2].bias)
+    return net
+
+
+Modulation = tuple[list[Tensor], Tensor]
+"""Per layer (..., chunks * H), and the final weight (..., H)."""
+
+
+class Conditioning(nn.Module):
+    """Modulation vectors as a function of time and class.
+
+    Args:
+        sizes: (time features, conditioning width C).
+        hidden_size: H.
+        chunks: modulation vectors each layer takes.
+        num_classes: J; the table has J + 1 rows, the last for no class, and is absent when J is 0.
+    """
+
+    def __init__(self, sizes: tuple[int, int], hidden_size: int, chunks: list[int], num_classes: int) -> None:
+        super().__init__()
+        self.features, width = sizes
+        self.num_classes = num_classes
+        self.time = nn.Sequential(nn.Linear(self.features, width), nn.SiLU(), nn.Linear(width, width))
+        for layer in (self.time[0], self.time[2]):
+            nn.init.normal_(layer.weight, std=0.02)
+            nn.init.zeros_(layer.bias)
+        if num_classes:
+            self.classes = nn.Embedding(num_classes + 1, width)
+            nn.init.normal_(self.classes.weight, std=0.02)
+        self.layers = nn.ModuleList(_mlp(width, count * hidden_size) for count in chunks)
+        self.final = _mlp(width, hidden_size)
+
+    def forward(self, t: Tensor, condition: Tensor | None) -> Modulation:
+        """Modulation at every position.
+
+        Args:
+            t: (B, L), float32.
+            condition: (B, L), int64, -1 for no class; None for no class anywhere.
+
+        Returns:
+            (B, L, chunks * H) per layer, and w(t) - w(0), (B, L, H).
+        """
+        return self._at(t, self._rows(condition, t.shape))
+
+    def _rows(self, condition: Tensor | None, shape: torch.Size) -> Tensor | None:
+        if not self.num_classes:
+            return None
+        if condition is None:
+            condition = torch.full(shape, -1, device=self.classes.weight.device)
+        return torch.where(condition < 0, self.num_classes, condition)
+
+    def _at(self, t: Tensor, rows: Tensor | None) -> Modulation:
+        embedding = self._embed(t, rows)
+        # w(0) depends on the class only, so it is computed once per class and looked up.
+        start = torch.zeros(self.num_classes + 1, device=t.device)
+        at_zero = self.final(self._embed(start, torch.arange(len(start), device=t.device)))
+        at_zero = at_zero[0] if rows is None else at_zero[rows]
+        return [head(embedding) for head in self.layers], self.final(embedding) - at_zero
+
+    def _embed(self, t: Tensor, rows: Tensor | None) -> Tensor:
+        embedding: Tensor = self.time(sinusoid(t, self.features).to(self.time[0].weight.dtype))
+        if self.num_classes and rows is not None:
+            embedding = embedding + self.classes(rows)
+        return embedding
+
+    def table(self, t: float) -> Modulation:
+        """Modulation of every class at one time.
+
+        Args:
+            t: the time.
+
+        Returns:
+            (J + 1, chunks * H) per layer, and (J + 1, H).
+        """
+        weight = self.time[0].weight
+        count = self.num_classes + 1
+        times = torch.full((count,), t, device=weight.device)
+        return self._at(times, torch.arange(count, device=weight.device) if self.num_classes else None)
+
+    def look_up(self, table: Modulation, condition: Tensor | None) -> Modulation:
+        """Rows of a table for every position.
+
+        Args:
+            table: what `table` returned.
+            condition: (B, L), int64, -1 for no class; None for no class anywhere.
+
+        Returns:
+            (B or 1, L or 1, chunks * H) per layer, and the final weight likewise.
+        """
+        layers, weight = table
+        rows = torch.full((1, 1), -1, device=weight.device) if condition is None else condition
+        rows = torch.where(rows < 0, self.num_classes, rows)
+        return [part[rows] for part in layers], weight[rows]

@@ -1,0 +1,277 @@
+"""The frozen language model as the two-stream backbone uses it: keys, values and hidden states before the final norm."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedModel
+from transformers.modeling_outputs import MoeModelOutputWithPast
+
+from l2d_framework.errors import UnsupportedModelError
+from l2d_framework.types import Layout
+from l2d_plugins.backbones.branches import Branch, find_branches, is_norm
+from l2d_plugins.backbones.shadow import MainKeys, gather_kwargs
+
+_SELF_TEST_TOKENS = 7
+
+
+@dataclass(frozen=True)
+class MainContext:
+    """What the main path remembers.
+
+    Attributes:
+        cache: keys and values of all tokens.
+        hidden: hidden states before the final norm of the last chunk read, (B, n, H).
+        kwargs: what the model passed to each layer for that chunk.
+        present: where real tokens stand, (B, T), bool; None when nothing is padded on the left.
+        real: number of real tokens per row, (B,), int64.
+        length: T, tokens in the cache, padding included.
+        tables: modulation by time, filled as times are first used; shared by all contexts grown from one `read`.
+    """
+
+    cache: DynamicCache
+    hidden: Tensor
+    kwargs: list[dict[str, Any]]
+    present: Tensor | None
+    real: Tensor
+    length: int
+    tables: dict[float, Any] = field(default_factory=dict)
+
+    def index(self, positions: Tensor) -> Tensor:
+        """Where in the last chunk the input just before each position stands.
+
+        Args:
+            positions: slots asked about, (B, L).
+
+        Returns:
+            (B, L), int64.
+        """
+        return positions - 1 - (self.length - self.hidden.shape[1])
+
+    def hidden_at(self, positions: Tensor) -> Tensor:
+        """Main hidden states from which the positions are predicted.
+
+        Args:
+            positions: slots asked about, (B, L).
+
+        Returns:
+            (B, L, H).
+        """
+        if self.hidden.shape[1] == 1:
+            return self.hidden.expand(-1, positions.shape[1], -1)
+        index = self.index(positions)[..., None]
+        return self.hidden.gather(1, index.expand(-1, -1, self.hidden.shape[-1]))
+
+    def select(self, rows: Tensor) -> MainContext:
+        """Context of some rows; a row may be repeated.
+
+        Args:
+            rows: (B',), int64.
+
+        Returns:
+            A context that shares no mutable state with this one but the modulation tables.
+        """
+        batch = self.hidden.shape[0]
+        cache = DynamicCache()
+        for number, layer in enumerate(self.cache.layers):
+            cache.update(layer.keys[rows], layer.values[rows], number)
+        return replace(
+            self,
+            cache=cache,
+            hidden=self.hidden[rows],
+            kwargs=[{name: _pick(value, rows, batch) for name, value in kwargs.items()} for kwargs in self.kwargs],
+            present=None if self.present is None else self.present[rows],
+            real=self.real[rows],
+        )
+
+
+def _pick(value: Any, rows: Tensor, batch: int) -> Any:
+    if isinstance(value, tuple):
+        return tuple(_pick(part, rows, batch) for part in value)
+    return value[rows] if isinstance(value, Tensor) and value.dim() > 1 and value.shape[0] == batch else value
+
+
+class MainPath:
+    """Runs a language model without changing it and finds the parts the diffusion path needs.
+
+    Args:
+        lm: a causal language model whose decoder has a list `layers` and one final norm.
+
+    Raises:
+        UnsupportedModelError: if the model is built otherwise or its attention kernel takes no explicit mask.
+    """
+
+    def __init__(self, lm: PreTrainedModel) -> None:
+        self.lm = lm
+        kernel = lm.config._attn_implementation
+        if kernel not in ("sdpa", "eager"):
+            raise UnsupportedModelError(
+                f"Backbone 'two_stream' needs attention masks per query; {kernel!r} takes none. "
+                "Set model.attn_implementation to 'sdpa' or 'eager'."
+            )
+        self.decoder = lm.get_decoder()
+        layers = getattr(self.decoder, "layers", None)
+        norms = [m for m in self.decoder.children() if is_norm(m)] if layers is not None else []
+        name = next((n for n, child in lm.named_children() if child is self.decoder), None)
+        if layers is None or len(norms) != 1 or name is None:
+            raise UnsupportedModelError(
+                f"Backbone 'two_stream' cannot serve {type(lm).__name__}: its decoder needs a list `layers` and exactly "
+                f"one final norm (found layers: {layers is not None}, norms: {len(norms)}). Choose a model of another "
+                "family, such as llama, qwen3, gemma3 or olmo2."
+            )
+        self.layers: nn.ModuleList = layers
+        self.layers_name = next(n for n, module in lm.named_modules() if module is layers)
+        self.final_norm = norms[0]
+        # A shallow clone whose decoder is the final norm alone: soft caps and logit scales stay transformers' own code.
+        self._head = copy.copy(lm)
+        self._head._modules = {**lm._modules, name: _FinalNorm(self.final_norm)}
+
+    def head(self, features: Tensor) -> Tensor:
+        """Final norm and vocabulary head.
+
+        Args:
+            features: (B, L, H).
+
+        Returns:
+            (B, L, V).
+        """
+        return self._head(inputs_embeds=features, use_cache=False).logits  # type: ignore[no-any-return]
+
+    def find_branches(self) -> list[tuple[Branch, Branch]]:
+        """Residual branches of every layer, from one forward pass over two tokens.
+
+        Returns:
+            (attention, MLP) per layer.
+        """
+        device = self.lm.get_input_embeddings().weight.device
+        tokens = torch.zeros(1, 2, dtype=torch.int64, device=device)
+        with torch.no_grad():
+            return find_branches(self.layers, lambda: self.decoder(input_ids=tokens, use_cache=False))
+
+    def read(self, layout: Layout) -> MainContext:
+        """Run over a batch of prompts.
+
+        Args:
+            layout: tokens and blocks, (B, S); rows padded on the left, or all rows on the right.
+
+        Returns:
+            The context.
+        """
+        present = layout.present
+        # Right padding is invisible to causal attention; a mask would only be in the way of faster kernels.
+        left = bool((present[:, 1:] & ~present[:, :-1]).any())
+        position_ids = (present.cumsum(-1) - 1).clamp_min(0)
+        return self._run(DynamicCache(), layout.tokens, present if left else None, position_ids, present.sum(-1), {})
+
+    def extend(self, context: MainContext, tokens: Tensor) -> MainContext:
+        """Run over further tokens.
+
+        Args:
+            context: what came before.
+            tokens: (B, N), int64.
+
+        Returns:
+            The longer context.
+        """
+        count = tokens.shape[1]
+        present = context.present
+        if present is not None:
+            present = torch.cat([present, present.new_ones(present.shape[0], count)], 1)
+        position_ids = context.real[:, None] + torch.arange(count, device=tokens.device)
+        return self._run(context.cache, tokens, present, position_ids, context.real + count, context.tables)
+
+    def _run(
+        self,
+        cache: DynamicCache,
+        tokens: Tensor,
+        present: Tensor | None,
+        position_ids: Tensor,
+        real: Tensor,
+        tables: dict[float, Any],
+    ) -> MainContext:
+        kwargs: list[dict[str, Any]] = []
+        hidden: list[Tensor] = []
+        hooks = [layer.register_forward_pre_hook(_capture(kwargs), with_kwargs=True) for layer in self.layers]
+        hooks.append(self.final_norm.register_forward_pre_hook(lambda module, args: hidden.append(args[0])))
+        try:
+            with torch.no_grad():
+                self.decoder(
+                    input_ids=tokens,
+                    attention_mask=None if present is None else present.long(),
+                    position_ids=position_ids,
+                    past_key_values=cache,
+                    use_cache=True,
+                )
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return MainContext(cache, hidden[0], kwargs, present, real, cache.get_seq_length(), tables)
+
+    def self_test(self, shadows: nn.ModuleList) -> None:
+        """Replay the main path's hidden states through the shadows and require that they come out the same.
+
+        Args:
+            shadows: unmodulated shadow layers with the model's own weights.
+
+        Raises:
+            UnsupportedModelError: if a layer differs by more than rounding.
+        """
+        table = self.lm.get_input_embeddings().weight
+        tokens = torch.arange(2 * _SELF_TEST_TOKENS, device=table.device).reshape(2, -1) % table.shape[0]
+        blocks = torch.zeros_like(tokens)
+        blocks[1, :2] = -1
+        inputs: list[Tensor] = []
+        outputs: list[Tensor] = []
+
+        def keep(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            inputs.append(args[0])
+            outputs.append(output[0] if isinstance(output, tuple) else output)
+
+        hooks = [layer.register_forward_hook(keep) for layer in self.layers]
+        try:
+            context = self.read(Layout(tokens, blocks))
+        finally:
+            for hook in hooks:
+                hook.remove()
+        everywhere = torch.arange(_SELF_TEST_TOKENS, device=table.device).expand(2, -1)
+        tolerance = 1e-4 if table.dtype == torch.float32 else 5e-2
+        for number, shadow in enumerate(shadows):
+            arguments = gather_kwargs(context.kwargs[number], everywhere, context.length)
+            try:
+                with torch.no_grad():
+                    replay = shadow(inputs[number], **{**arguments, "past_key_values": MainKeys(context.cache)})
+            except (RuntimeError, TypeError, AttributeError) as error:
+                raise UnsupportedModelError(
+                    f"Backbone 'two_stream' cannot serve {type(self.lm).__name__}: layer {number} cannot be replayed on "
+                    f"the main path's keys and values ({error}). Choose a model of another family, such as llama."
+                ) from error
+            replay = replay[0] if isinstance(replay, tuple) else replay
+            real = blocks >= 0
+            wanted = outputs[number][real].float()
+            error = float((replay[real].float() - wanted).abs().max() / wanted.abs().max().clamp_min(1e-12))
+            if not error <= tolerance:
+                raise UnsupportedModelError(
+                    f"Backbone 'two_stream' cannot serve {type(self.lm).__name__}: layer {number} replayed on the main "
+                    f"path's keys and values is off by {error:.1e} (at most {tolerance:.0e} is rounding). "
+                    "Choose a model of another family, such as llama, qwen3, gemma3 or olmo2."
+                )
+
+
+class _FinalNorm(nn.Module):
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, inputs_embeds: Tensor, **kwargs: Any) -> MoeModelOutputWithPast:
+        return MoeModelOutputWithPast(last_hidden_state=self.norm(inputs_embeds))
+
+
+def _capture(kwargs: list[dict[str, Any]]) -> Any:
+    def hook(module: nn.Module, args: tuple[Any, ...], given: dict[str, Any]) -> None:
+        kwargs.append(given)
+
+    return hook

@@ -1,0 +1,218 @@
+"""Shadow layers: copies of a language model's decoder layers that share its frozen parameters.
+
+A shadow is the model's own layer object, deep-copied while its Parameters stay shared, so no modelling code is repeated
+and the model itself is never touched. Modulation and gates are hooks on the shadow; keys and values come from the main
+path through a read-only cache.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from l2d_plugins.backbones.branches import Branch
+
+KEY_VALUE = ("k_proj", "v_proj")
+"""Projections whose results the diffusion path never reads."""
+
+
+class NoProjection(nn.Module):
+    """Stands in for a projection nobody reads: zeros of the right shape, without weights, work or memory.
+
+    Args:
+        out_features: width of the projection it replaces.
+    """
+
+    def __init__(self, out_features: int) -> None:
+        super().__init__()
+        self.out_features = out_features
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Zeros.
+
+        Args:
+            x: (..., H).
+
+        Returns:
+            (..., out_features), a view of a single zero.
+        """
+        return x.new_zeros(()).expand(*x.shape[:-1], self.out_features)
+
+
+class MainKeys:
+    """A cache that returns the main path's keys and values whatever it is given.
+
+    Args:
+        cache: the main path's cache.
+    """
+
+    def __init__(self, cache: Any) -> None:
+        self.cache = cache
+
+    def update(self, key: Tensor, value: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Keys and values the diffusion path attends to.
+
+        Args:
+            key: ignored.
+            value: ignored.
+            layer_idx: which layer asks.
+            *args: ignored.
+            **kwargs: ignored.
+
+        Returns:
+            (B, heads, T, head size) twice.
+        """
+        layer = self.cache.layers[layer_idx]
+        return layer.keys, layer.values
+
+
+def make_shadow(layer: nn.Module, trainable: Iterable[str]) -> nn.Module:
+    """Copy of a decoder layer that shares its parameters.
+
+    Args:
+        layer: the model's layer.
+        trainable: names of linear modules whose weights are copied and made trainable instead of shared.
+
+    Returns:
+        The shadow, in evaluation mode, so that no dropout is active.
+    """
+    memo: dict[int, Any] = {}
+    own = set(trainable)
+    for name, module in layer.named_modules():
+        if name.rpartition(".")[2] in KEY_VALUE and isinstance(module, nn.Linear):
+            memo[id(module)] = NoProjection(module.out_features)
+        if name not in own:
+            memo.update({id(p): p for p in module.parameters(recurse=False)})
+        memo.update({id(b): b for b in module.buffers(recurse=False)})
+        if hasattr(module, "config"):
+            memo[id(module.config)] = module.config
+    shadow = copy.deepcopy(layer, memo)
+    for name in own:
+        shadow.get_submodule(name).requires_grad_(True)
+    return shadow.eval()
+
+
+class Modulated(nn.Module):
+    """A shadow layer with scale, shift and gate on its two branches.
+
+    Per branch: z = (gamma + scale) * normalize(y) + shift, y + gate * f(z), where gamma is the layer's own norm weight,
+    so a norm that multiplies by 1 + weight stays right. The gate acts after a post-norm, since a norm would undo it.
+    Source: authors' code; reference for families other than Llama and Qwen2 does not exist, see the README.
+
+    Args:
+        shadow: the layer.
+        branches: its attention and MLP branch.
+    """
+
+    def __init__(self, shadow: nn.Module, branches: tuple[Branch, Branch]) -> None:
+        super().__init__()
+        self.shadow = shadow
+        self.branches = branches
+        for branch in branches:
+            if branch.owns_norm:
+                norm = shadow.get_submodule(branch.norm)
+                if not isinstance(norm, (nn.LayerNorm, nn.RMSNorm)):
+                    norm.gamma = norm._parameters.pop("weight")
+                    norm.__dict__["weight"] = norm.gamma
+                norm.register_forward_hook(_shift)
+        for branch in branches:
+            shadow.get_submodule(branch.gate).register_forward_hook(_gate)
+
+    @property
+    def chunks(self) -> int:
+        """Modulation vectors this layer takes: scale and shift per own norm, and two gates."""
+        return sum(3 if branch.owns_norm else 1 for branch in self.branches)
+
+    def forward(self, y: Tensor, modulation: Tensor, kwargs: dict[str, Any]) -> Tensor:
+        """Run the layer.
+
+        Args:
+            y: (B, L, H).
+            modulation: (B or 1, L or 1, chunks * H), per branch scale, shift and gate in this order.
+            kwargs: what the model passes to its own layer, with the read-only cache.
+
+        Returns:
+            (B, L, H).
+        """
+        parts = iter(modulation.to(y.dtype).chunk(self.chunks, -1))
+        touched = []
+        for branch in self.branches:
+            if branch.owns_norm:
+                norm = self.shadow.get_submodule(branch.norm)
+                norm.l2d_scale, norm.l2d_shift = next(parts), next(parts)
+                if "gamma" in norm._parameters:
+                    norm.__dict__["weight"] = norm.gamma + norm.l2d_scale
+                touched.append(norm)
+            gate = self.shadow.get_submodule(branch.gate)
+            gate.l2d_gate = next(parts)
+            touched.append(gate)
+        try:
+            out = self.shadow(y, **kwargs)
+        finally:
+            for module in touched:
+                for name in ("l2d_scale", "l2d_shift", "l2d_gate"):
+                    module.__dict__.pop(name, None)
+                if "gamma" in module._parameters:
+                    module.__dict__["weight"] = module.gamma
+        return out[0] if isinstance(out, tuple) else out
+
+
+def _shift(norm: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    scale, shift = norm.__dict__["l2d_scale"], norm.__dict__["l2d_shift"]
+    if isinstance(norm, nn.LayerNorm):
+        output = output + scale * functional.layer_norm(args[0], norm.normalized_shape, eps=norm.eps)
+    elif isinstance(norm, nn.RMSNorm):
+        output = output + scale * functional.rms_norm(args[0], norm.normalized_shape, eps=norm.eps)
+    return output + shift
+
+
+def _gate(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+    gate = module.__dict__["l2d_gate"]
+    return (gate * output[0], *output[1:]) if isinstance(output, tuple) else gate * output
+
+
+def gather_kwargs(kwargs: dict[str, Any], index: Tensor, length: int) -> dict[str, Any]:
+    """Layer arguments for a subset of the positions they were captured at.
+
+    Args:
+        kwargs: what the model passed to one layer for a chunk of positions.
+        index: positions within the chunk, (B, L), int64.
+        length: T, keys in the cache at the end of the chunk.
+
+    Returns:
+        The arguments for L positions; a missing (purely causal) mask is made explicit unless one query sees every key.
+    """
+    out = dict(kwargs)
+    embeddings = kwargs.get("position_embeddings")
+    if embeddings is not None:
+        out["position_embeddings"] = tuple(_rows(part, index) for part in embeddings)
+    if kwargs.get("position_ids") is not None:
+        out["position_ids"] = _rows(kwargs["position_ids"][..., None], index)[..., 0]
+    mask = kwargs.get("attention_mask")
+    chunk = _chunk_length(kwargs)
+    if mask is not None:
+        expanded = mask.expand(index.shape[0], *mask.shape[1:])
+        where = index[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[-1])
+        out["attention_mask"] = expanded.gather(2, where)
+    elif chunk > 1 or index.shape[1] > 1:
+        keys = torch.arange(length, device=index.device)
+        out["attention_mask"] = keys <= (index + (length - chunk))[:, None, :, None]
+    return out
+
+
+def _chunk_length(kwargs: dict[str, Any]) -> int:
+    embeddings = kwargs.get("position_embeddings")
+    return int(embeddings[0].shape[1] if embeddings is not None else kwargs["position_ids"].shape[-1])
+
+
+def _rows(values: Tensor, index: Tensor) -> Tensor:
+    """Entries of (B or 1, n, d) at `index` (B, L)."""
+    if values.shape[1] == 1:
+        return values.expand(index.shape[0], index.shape[1], -1)
+    expanded = values.expand(index.shape[0], -1, -1)
+    return expanded.gather(1, index[..., None].expand(-1, -1, values.shape[-1]))

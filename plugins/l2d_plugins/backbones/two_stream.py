@@ -1,0 +1,307 @@
+"""The two-stream backbone of L2D: a diffusion path that reads the keys and values of a frozen language model."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal, Self
+
+import torch
+from peft import LoraConfig, PeftConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from pydantic import Field
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from l2d_framework.backbone import Backbone, BackboneConfig
+from l2d_framework.errors import ConfigError, UnsupportedModelError
+from l2d_framework.types import Layout
+from l2d_plugins.backbones.conditioning import Conditioning
+from l2d_plugins.backbones.main_path import MainContext, MainPath
+from l2d_plugins.backbones.shadow import KEY_VALUE, MainKeys, Modulated, gather_kwargs, make_shadow
+
+ADAPTER = "diffusion"
+
+
+class TwoStreamConfig(BackboneConfig):
+    """A diffusion path over any Hugging Face causal language model (arXiv:2501.15781, section 3.2 and appendix).
+
+    Follows the released code where the paper is silent: the paths merge before the final norm, modulation is gamma +
+    scale, LoRA sits on the query, output and MLP projections with A drawn from N(0, 1 / rank^2), the current position's
+    key is visible, and the label of unconditional generation is the last row of the class table.
+    """
+
+    name: Literal["two_stream"] = "two_stream"
+    variant: Literal["lora", "full", "full_random"] = "lora"
+    """`full` trains copies of the projections, `full_random` the same without the language model's initial values."""
+    rank: int = Field(default=32, gt=0)
+    alpha: float = Field(default=32.0, gt=0)
+    targets: tuple[str, ...] | None = Field(default=None, strict=False)
+    """Last names of the adapted linear modules; all but keys and values when None."""
+    time_features: int = Field(default=256, gt=1, multiple_of=2)
+    conditioning_size: int = Field(default=256, gt=0)
+
+    def check(self, lm_config: Any, block_size: int | None) -> None:
+        """Refuse block sizes other than one token and attention kernels without explicit masks.
+
+        Args:
+            lm_config: the language model's transformers config.
+            block_size: tokens denoised together.
+
+        Raises:
+            ConfigError: if the block size is not 1.
+            UnsupportedModelError: if the model is not a decoder.
+        """
+        if block_size != 1:
+            raise ConfigError(
+                f"Backbone 'two_stream' denoises one token per block; got block_size={block_size}. Set block_size to 1."
+            )
+        if getattr(lm_config, "is_encoder_decoder", False):
+            raise UnsupportedModelError(
+                f"Backbone 'two_stream' needs a decoder-only model; {lm_config.model_type!r} is an encoder-decoder. "
+                "Choose a causal language model."
+            )
+
+    def build(self, lm: PreTrainedModel) -> TwoStream:
+        """Wrap a language model and prove by a self-test that the shadows repeat it.
+
+        Args:
+            lm: a causal language model with sdpa or eager attention.
+
+        Returns:
+            The backbone.
+        """
+        return TwoStream(self, lm)
+
+
+class TwoStream(Backbone):
+    """Module of `TwoStreamConfig`.
+
+    Args:
+        config: its configuration.
+        lm: the language model; its weights are frozen and never changed.
+    """
+
+    identity_at_zero: ClassVar[bool] = True
+    independent_positions: ClassVar[bool] = True
+
+    config: TwoStreamConfig
+
+    def __init__(self, config: TwoStreamConfig, lm: PreTrainedModel) -> None:
+        super().__init__()
+        self.config = config
+        self.gradient_checkpointing = False
+        lm.requires_grad_(False)
+        self.lm = lm.eval()
+        self.main = MainPath(lm)
+        self.vocab_size, self.hidden_size = self.table().shape
+        branches = self.main.find_branches()
+        layers = self.main.layers
+        names = [_target_names(layer, config.targets) for layer in layers]
+        own = names if config.variant != "lora" else [[] for _ in names]
+        shadows = nn.ModuleList(make_shadow(layer, own[i]) for i, layer in enumerate(layers))
+        if self.table().device.type != "meta":
+            self.main.self_test(shadows)
+        if config.variant == "full_random":
+            for i, shadow in enumerate(shadows):
+                for name in own[i]:
+                    lm._init_weights(shadow.get_submodule(name))
+        if config.variant == "lora":
+            lora = self._lora_config([f"{i}.{name}" for i, row in enumerate(names) for name in row])
+            inject_adapter_in_model(lora, shadows, ADAPTER)
+        self.shadows = nn.ModuleList(Modulated(s, b) for s, b in zip(shadows, branches, strict=True))
+        self.conditioning = Conditioning(
+            (config.time_features, config.conditioning_size),
+            self.hidden_size,
+            [layer.chunks for layer in self.shadows],
+            config.num_classes,
+        ).to(self.table().device)
+        for parameter in self.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+
+    def _lora_config(self, targets: list[str]) -> LoraConfig:
+        return LoraConfig(
+            r=self.config.rank,
+            lora_alpha=self.config.alpha,  # type: ignore[arg-type]  # peft divides by the rank, so a float is fine
+            target_modules=targets,
+            init_lora_weights="gaussian",
+        )
+
+    def train(self, mode: bool = True) -> Self:
+        """Switch the diffusion path's mode; the language model and its shadows stay in evaluation mode.
+
+        Dropout in the frozen path would break the identity at t = 0, and transformers' own gradient checkpointing, which
+        only acts in training mode, would silently drop the cache.
+
+        Args:
+            mode: True for training.
+
+        Returns:
+            This backbone.
+        """
+        super().train(mode)
+        self.lm.eval()
+        self.shadows.eval()
+        return self
+
+    def table(self) -> Tensor:
+        """Input embedding table.
+
+        Returns:
+            (V, H), frozen.
+        """
+        return self.lm.get_input_embeddings().weight  # type: ignore[no-any-return]
+
+    def read(self, layout: Layout) -> MainContext:
+        """Run the main path over the clean tokens.
+
+        Args:
+            layout: tokens and blocks, (B, S); padding on one side only.
+
+        Returns:
+            Keys, values and final hidden states of the language model.
+        """
+        return self.main.read(layout)
+
+    def extend(self, context: MainContext, tokens: Tensor) -> MainContext:
+        """Run the main path over further tokens.
+
+        Args:
+            context: a context whose rows are padded on the left, if at all.
+            tokens: (B, N), int64.
+
+        Returns:
+            The longer context.
+        """
+        return self.main.extend(context, tokens)
+
+    def plain(self, positions: Tensor, context: MainContext) -> Tensor:
+        """Hidden states of the language model alone.
+
+        Args:
+            positions: slots asked about, (B, L).
+            context: the main path.
+
+        Returns:
+            (B, L, H).
+        """
+        return context.hidden_at(positions)
+
+    def features(
+        self,
+        h: Tensor,
+        t: Tensor,
+        positions: Tensor,
+        context: MainContext,
+        condition: Tensor | None,
+        *,
+        shared_time: float | None = None,
+    ) -> Tensor:
+        """Main hidden state plus w(t) times the diffusion path, before the final norm.
+
+        The diffusion token about position i sits at input position i - 1: it has that position's rotary angle and causal
+        row and reads the main path's keys and values up to it. Where t is 0 the sum is exactly the main hidden state.
+
+        Args:
+            h: translated noisy states, (B, L, H).
+            t: (B, L), float32.
+            positions: (B, L), each within one of the last chunk read.
+            context: the main path.
+            condition: (B, L), int64, or None.
+            shared_time: the time when all are equal; modulation is then computed once per generation.
+
+        Returns:
+            (B, L, H).
+        """
+        main = context.hidden_at(positions)
+        if shared_time is None or torch.is_grad_enabled():
+            modulations, weight = self.conditioning(t, condition)
+        else:
+            if shared_time not in context.tables:
+                context.tables[shared_time] = self.conditioning.table(shared_time)
+            modulations, weight = self.conditioning.look_up(context.tables[shared_time], condition)
+        index = context.index(positions)
+        keys = MainKeys(context.cache)
+        y = h.to(main.dtype)
+        gathered: dict[tuple[int, int], dict[str, Any]] = {}
+        for layer, modulation, captured in zip(self.shadows, modulations, context.kwargs, strict=True):
+            kind = (id(captured.get("attention_mask")), id(captured.get("position_embeddings")))
+            if kind not in gathered:
+                gathered[kind] = gather_kwargs(captured, index, context.length)
+            kwargs = {**gathered[kind], "past_key_values": keys}
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                y = checkpoint(layer, y, modulation, kwargs, use_reentrant=False)
+            else:
+                y = layer(y, modulation, kwargs)
+        change = (weight * y.to(weight.dtype)).to(main.dtype)
+        return main + change.masked_fill((t == 0)[..., None], 0)
+
+    def head(self, features: Tensor) -> Tensor:
+        """Final norm and vocabulary head of the language model, soft caps included.
+
+        Args:
+            features: (B, L, H).
+
+        Returns:
+            (B, L, V).
+        """
+        return self.main.head(features)
+
+    def peft_adapter(self) -> tuple[PeftConfig, dict[str, Tensor]] | None:
+        """The LoRA adapter under the names it would have on the language model itself.
+
+        Returns:
+            (config, weights) ready for a PEFT folder, or None for the full variants.
+        """
+        modules = self._lora_modules()
+        if not modules:
+            return None
+        state = {
+            f"base_model.model.{name}.lora_{half}.weight": getattr(module, f"lora_{half}")[ADAPTER].weight
+            for name, (_, _, module) in modules.items()
+            for half in ("A", "B")
+        }
+        return self._lora_config(list(modules)), state
+
+    def _lora_modules(self) -> dict[str, tuple[nn.Module, str, LoraLayer]]:
+        """Adapted modules as (parent, attribute, module) by the name of their original in the language model."""
+        found = {}
+        for number, layer in enumerate(self.shadows):
+            for name, module in layer.shadow.named_modules():
+                if isinstance(module, LoraLayer):
+                    parent, _, attribute = name.rpartition(".")
+                    owner = layer.shadow.get_submodule(parent)
+                    found[f"{self.main.layers_name}.{number}.{name}"] = (owner, attribute, module)
+        return found
+
+    def merge(self) -> None:
+        """Fold the LoRA adapter into projections of the diffusion path's own; the language model's are left alone.
+
+        Costs one more copy of the adapted projections and saves their low-rank products.
+        """
+        for parent, attribute, module in self._lora_modules().values():
+            base = module.get_base_layer()
+            merged = nn.Linear(base.in_features, base.out_features, bias=base.bias is not None, device="meta")
+            delta = module.get_delta_weight(ADAPTER)  # type: ignore[attr-defined]
+            weight = (base.weight.float() + delta.float()).to(base.weight.dtype)
+            merged.weight = nn.Parameter(weight.detach(), requires_grad=False)
+            merged.bias = base.bias
+            setattr(parent, attribute, merged)
+
+
+def _target_names(layer: nn.Module, targets: tuple[str, ...] | None) -> list[str]:
+    """Linear modules of a layer that the diffusion path adapts."""
+    linear = [
+        name
+        for name, module in layer.named_modules()
+        if isinstance(module, nn.Linear) and name.rpartition(".")[2] not in KEY_VALUE
+    ]
+    chosen = linear if targets is None else [name for name in linear if name.rpartition(".")[2] in targets]
+    known = {name.rpartition(".")[2] for name in linear}
+    unknown = sorted(set(targets or ()) - known)
+    if unknown or not chosen:
+        raise ConfigError(
+            f"backbone.targets names {unknown or list(targets or ())}, which {type(layer).__name__} has not. "
+            f"Choose from {sorted(known)}."
+        )
+    return chosen

@@ -1,0 +1,15 @@
+"""Built-in parametrizations."""
+
+from l2d_framework.component import Component
+from l2d_framework.hooks import hookimpl
+from l2d_plugins.parametrizations.embedding import EmbeddingConfig
+
+
+@hookimpl
+def l2d_components() -> list[type[Component]]:
+    """Offer the state spaces of this folder.
+
+    Returns:
+        Their configuration classes.
+    """
+    return [EmbeddingConfig]

@@ -1,0 +1,209 @@
+"""Diffusion over normalised projected token embeddings, the state space of L2D (arXiv:2501.15781, section 3)."""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, ClassVar, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
+from torch.nn import functional
+
+from l2d_framework.noise import categorical
+from l2d_framework.parametrization import Parametrization, ParametrizationConfig
+from l2d_framework.schedule import Schedule
+from l2d_framework.types import Random
+
+_TINY = 1e-30
+
+
+class ConstantTemperature(BaseModel):
+    """The same temperature at every evaluation; 0 takes the most likely token."""
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
+
+    name: Literal["constant"] = "constant"
+    value: float = Field(default=1.0, ge=0)
+
+    def __call__(self, t: Tensor) -> Tensor:
+        """Temperature at time t.
+
+        Args:
+            t: times, any shape.
+
+        Returns:
+            Same shape.
+        """
+        return torch.full_like(t, self.value)
+
+
+class PolynomialTemperature(BaseModel):
+    """(1 - t / end)^power before `end`, 0 from there on; power 1 and end 1 anneal linearly to the most likely token.
+
+    Source: authors' option `polynomial_p_e`; the linear case is the paper's (arXiv:2501.15781, section 3.3).
+    """
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
+
+    name: Literal["polynomial"] = "polynomial"
+    power: float = Field(default=1.0, gt=0)
+    end: float = Field(default=1.0, gt=0, le=1)
+
+    def __call__(self, t: Tensor) -> Tensor:
+        """Temperature at time t.
+
+        Args:
+            t: times, any shape.
+
+        Returns:
+            Same shape.
+        """
+        return (1 - t / self.end).clamp_min(0) ** self.power
+
+
+Temperature = Annotated[ConstantTemperature | PolynomialTemperature, Field(discriminator="name")]
+
+
+class EmbeddingEstimate(BaseModel):
+    """How logits become the clean state the solver moves towards.
+
+    The paper samples a token at an annealed temperature; the released code takes the argmax except for coding tasks. At
+    temperature 0 the three modes coincide. `average` is the probability-weighted mean of CDCD (arXiv:2211.15089).
+    """
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
+
+    mode: Literal["sample", "argmax", "average"] = "sample"
+    temperature: Temperature = PolynomialTemperature()
+    renormalize: bool = False
+    """Scale an average back to the norm sqrt(D) of a token."""
+
+
+class EmbeddingConfig(ParametrizationConfig):
+    """Tokens are sqrt(D) * normalize(W e + b) of their input embedding e; the noise has standard deviation `prior_scale`.
+
+    The projection keeps the bias of the released code, which the paper's parameter counts include.
+    """
+
+    default_preset: ClassVar[str | None] = "l2d-paper"
+
+    name: Literal["embedding"] = "embedding"
+    size: int = Field(default=256, gt=0)
+    """D, width of the diffused state."""
+    hidden: int = Field(default=256, gt=0)
+    """Inner width of the map from the state to the language model."""
+    prior_scale: float = Field(default=64.0, gt=0)
+    """Sigma of the paper; the signal-to-noise ratio of a state is t sqrt(D) / ((1 - t) sigma)."""
+    estimate: EmbeddingEstimate = EmbeddingEstimate()
+
+    def build(self, vocab_size: int, hidden_size: int) -> Embedding:
+        """Make the module.
+
+        Args:
+            vocab_size: V, unused since the table comes from the backbone.
+            hidden_size: H.
+
+        Returns:
+            The state space with Xavier-uniform weights and zero biases.
+        """
+        return Embedding(self, hidden_size)
+
+
+class Embedding(Parametrization):
+    """Module of `EmbeddingConfig`.
+
+    Args:
+        config: its configuration.
+        hidden_size: H.
+    """
+
+    # Late slopes multiply rounding by 1 / (1 - t), and the state is small; the authors' code keeps it in float64 too.
+    state_dtype: ClassVar[torch.dtype] = torch.float64
+
+    config: EmbeddingConfig
+
+    def __init__(self, config: EmbeddingConfig, hidden_size: int) -> None:
+        super().__init__()
+        self.config = config
+        self.state_size = config.size
+        self.prior_scale = config.prior_scale
+        self.vocabulary = nn.Linear(hidden_size, config.size)
+        self.translation = nn.Sequential(
+            nn.Linear(config.size, config.hidden), nn.SiLU(), nn.Linear(config.hidden, hidden_size)
+        )
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+
+    def encode(self, tokens: Tensor, table: Tensor) -> Tensor:
+        """Clean states of tokens; gradients reach the projection.
+
+        Args:
+            tokens: ids, (B, L), int64.
+            table: embedding table, (V, H).
+
+        Returns:
+            Vectors of norm sqrt(D), (B, L, D), float32.
+        """
+        return self._project(table[tokens])
+
+    def codebook(self, table: Tensor) -> Tensor:
+        """Clean states of the whole vocabulary.
+
+        Args:
+            table: embedding table, (V, H).
+
+        Returns:
+            (V, D), float32.
+        """
+        return self._project(table)
+
+    def _project(self, rows: Tensor) -> Tensor:
+        with torch.autocast(rows.device.type, enabled=False):
+            mapped = functional.linear(rows.float(), self.vocabulary.weight.float(), self.vocabulary.bias.float())
+            return math.sqrt(self.state_size) * functional.normalize(mapped, dim=-1)
+
+    def embed(self, x: Tensor, t: Tensor, schedule: Schedule, table: Tensor, previous: Tensor | None) -> Tensor:
+        """Network input: the state at unit variance, translated to the language model's width.
+
+        The variance per component is sigma(t)^2 prior_scale^2 + alpha(t)^2, since tokens have norm sqrt(D).
+
+        Args:
+            x: (B, L, D), float32.
+            t: (B, L), float32.
+            schedule: the noise law.
+            table: not used.
+            previous: not used.
+
+        Returns:
+            (B, L, H).
+        """
+        variance = (schedule.sigma(t) * self.prior_scale) ** 2 + schedule.alpha(t) ** 2
+        y = x / variance.sqrt()[..., None]
+        return self.translation(y.to(self.translation[0].weight.dtype))  # type: ignore[no-any-return]
+
+    def estimate(self, logits: Tensor, t: Tensor, codebook: Tensor, random: Random) -> Tensor:
+        """Clean state to move towards, by the config's mode at temperature T(t).
+
+        Args:
+            logits: (B, L, V), float32.
+            t: time the move leads to, (B, L).
+            codebook: (V, D), float32.
+            random: one number per token is drawn in mode `sample`.
+
+        Returns:
+            (B, L, D), float32.
+        """
+        options = self.config.estimate
+        if options.mode == "argmax" or options.temperature == ConstantTemperature(value=0.0):
+            return codebook[logits.argmax(-1)]
+        temperature = options.temperature(t).clamp_min(_TINY)[..., None]
+        weights = ((logits - logits.amax(-1, keepdim=True)) / temperature).softmax(-1)
+        if options.mode == "sample":
+            return codebook[categorical(weights, random.uniform())]
+        average = weights @ codebook
+        if options.renormalize:
+            average = math.sqrt(self.state_size) * functional.normalize(average, dim=-1)
+        return average

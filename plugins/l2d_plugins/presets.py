@@ -1,0 +1,36 @@
+"""Named sampling settings of the L2D paper and of its released code."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from l2d_framework.hooks import hookimpl
+
+
+@hookimpl
+def l2d_presets() -> dict[str, dict[str, Any]]:
+    """Sampling settings by name.
+
+    Paper and released code differ in the temperature of the estimate: the paper draws a token and anneals the
+    temperature linearly to 0; the code takes the most probable token, and anneals on the coding tasks only.
+
+    Returns:
+        `l2d-paper`; `l2d-release` and `l2d-release-coding`, what the released evaluation script runs on other and on
+        coding tasks; `l2d-adaptive`, the paper's adaptive solver at its tolerances.
+
+    Source: Cetin et al. 2025, arXiv:2501.15781, and its released code.
+    """
+    annealed = {"name": "polynomial", "power": 1.0, "end": 1.0}
+    midpoint = {"solver": {"name": "midpoint"}, "num_inference_steps": 15}
+    fehlberg2 = {"solver": {"name": "fehlberg2", "rtol": 3e-4, "atol": 3e-4}, "num_inference_steps": None}
+    return {
+        "l2d-paper": _preset(midpoint, annealed),
+        "l2d-release": _preset(midpoint, {"name": "constant", "value": 0.0}),
+        "l2d-release-coding": _preset(midpoint, annealed),
+        "l2d-adaptive": _preset(fehlberg2, annealed),
+    }
+
+
+def _preset(solver: dict[str, Any], temperature: dict[str, Any]) -> dict[str, Any]:
+    guidance = [{"name": "classifier_free", "scale": 1.0}]
+    return {**solver, "estimate": {"mode": "sample", "temperature": temperature}, "guidance": guidance}

@@ -1,0 +1,17 @@
+"""Noise schedules."""
+
+from __future__ import annotations
+
+from l2d_framework.component import Component
+from l2d_framework.hooks import hookimpl
+from l2d_plugins.schedules.linear import Linear
+
+
+@hookimpl
+def l2d_components() -> list[type[Component]]:
+    """Noise schedules of this package.
+
+    Returns:
+        Their classes.
+    """
+    return [Linear]

@@ -1,0 +1,94 @@
+"""The straight path from noise to data."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from l2d_framework.schedule import Schedule
+
+
+class Linear(Schedule):
+    """x_t = t * clean + (1 - t) * noise.
+
+    Source: Liu et al. 2022, arXiv:2209.03003; used by L2D, Cetin et al. 2025, arXiv:2501.15781.
+    """
+
+    name: Literal["linear"] = "linear"
+    times: Literal["uniform", "cosmap"] = "uniform"
+    """Distribution of training times; cosmap is that of Esser et al. 2024, arXiv:2403.03206, section 3.1."""
+    minimum_noise: float = Field(0.0, ge=0, lt=1)
+    """Share of the time axis next to the data that training never visits."""
+    velocity_scaling: Literal["constant", "edm"] = "constant"
+    """How the distance to the clean state becomes a slope: divided by 1 - t, or by its square."""
+
+    def alpha(self, t: Tensor) -> Tensor:
+        """Weight of the clean state.
+
+        Args:
+            t: times in [0, 1], any shape, float.
+
+        Returns:
+            t itself.
+        """
+        return t
+
+    def sigma(self, t: Tensor) -> Tensor:
+        """Weight of the noise.
+
+        Args:
+            t: times in [0, 1], any shape, float.
+
+        Returns:
+            1 - t.
+        """
+        return 1 - t
+
+    def derivatives(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Slopes of alpha and sigma.
+
+        Args:
+            t: times in [0, 1], any shape, float.
+
+        Returns:
+            (1, -1), each of the shape of `t`, per unit of time.
+        """
+        one = torch.ones_like(t)
+        return one, -one
+
+    def velocity(self, x: Tensor, clean: Tensor, t: Tensor) -> Tensor:
+        """Slope of the path through `x` that ends in `clean`.
+
+        Computes (clean - x) / (1 - t), which equals the general formula with fewer roundings; with `velocity_scaling`
+        "edm" the divisor is (1 - t)^2, which follows the straight path at another speed.
+
+        Args:
+            x: noisy state, (B, L, D), float.
+            clean: estimate of the clean state, (B, L, D), same dtype as `x`.
+            t: times in [0, 1), (B, L).
+
+        Returns:
+            dx/dt, (B, L, D), in state units per unit of time.
+
+        Source: Cetin et al. 2025, arXiv:2501.15781, and its released code for "edm".
+        """
+        left = 1 - t[..., None]
+        return (clean - x) / (left.square() if self.velocity_scaling == "edm" else left)
+
+    def sample_times(self, u: Tensor) -> Tensor:
+        """Training times from uniform numbers.
+
+        Args:
+            u: numbers in [0, 1), any shape.
+
+        Returns:
+            Times in [0, 1 - minimum_noise), same shape.
+
+        Source: Esser et al. 2024, arXiv:2403.03206, section 3.1 (CosMap); L2D scales by 1 - minimum_noise.
+        """
+        t = u if self.times == "uniform" else 1 - 1 / (torch.tan(u * (math.pi / 2)) + 1)
+        return t * (1 - self.minimum_noise)

@@ -1,0 +1,198 @@
+"""Runge-Kutta methods of torchdiffeq, installed by the extra `solvers-rk`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar, Literal, Self
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from l2d_framework.component import Component
+from l2d_framework.errors import EvaluationBudgetError, L2DError
+from l2d_framework.hooks import hookimpl
+from l2d_framework.solver import Problem, Solver
+
+_FIXED = {"euler": (1, 1), "midpoint": (2, 2), "heun2": (2, 2), "heun3": (3, 3), "rk4": (4, 4)}
+_ADAPTIVE = {"dopri5": (7, 5), "dopri8": (14, 8), "bosh3": (4, 3), "fehlberg2": (3, 2), "adaptive_heun": (2, 2)}
+"""Evaluations of one step and order, by torchdiffeq's name."""
+
+
+class _TorchDiffEq(Solver):
+    """What both kinds share: all tokens of a batch are one state to torchdiffeq."""
+
+    batch_coupled: ClassVar[bool] = True
+    requires: ClassVar[tuple[str, ...]] = ("torchdiffeq",)
+    extra: ClassVar[str] = "l2d-framework[solvers-rk]"
+
+
+class TorchDiffEqFixed(_TorchDiffEq):
+    """A fixed-step method, one step per interval of the grid.
+
+    Estimates are asked for at the temperature half an interval ahead for midpoint and one interval ahead, at most that
+    of t = 1, for the others, as the released L2D code does.
+    """
+
+    name: Literal["torchdiffeq_fixed"] = "torchdiffeq_fixed"
+    method: Literal["euler", "midpoint", "heun2", "heun3", "rk4"] = "midpoint"
+
+    @property
+    def stages(self) -> int:
+        """Evaluations that one `step` costs."""
+        return _FIXED[self.method][0]
+
+    @property
+    def order(self) -> int:
+        """Order of convergence."""
+        return _FIXED[self.method][1]
+
+    @property
+    def evaluates_end(self) -> bool:
+        """True when it needs the velocity at the end time."""
+        return self.method in ("heun2", "rk4")
+
+    def step(self, problem: Problem, x: Tensor, t: float, s: float) -> Tensor:
+        """Move from time t to time s.
+
+        Args:
+            problem: the differential equation.
+            x: state at t, (B, L, D), float32.
+            t: time of `x`.
+            s: time to move to.
+
+        Returns:
+            State at s, (B, L, D).
+        """
+        ahead = (s - t) / 2 if self.method == "midpoint" else s - t
+
+        def slope(time: Tensor, state: Tensor) -> Tensor:
+            now = float(time)
+            return problem.velocity(state, now, until=min(now + ahead, 1.0))
+
+        return _odeint(slope, x, [t, s], method=self.method)
+
+
+class TorchDiffEqAdaptive(_TorchDiffEq):
+    """An adaptive method whose step size is shared by the whole batch, which one difficult token slows down for all.
+
+    Steps may overshoot the end, from where torchdiffeq interpolates back; beyond t = 1 the velocity counts as zero, as
+    in the released L2D code. Estimates are asked for at the temperature of the time itself, as there.
+    """
+
+    is_adaptive: ClassVar[bool] = True
+    evaluates_end: ClassVar[bool] = True
+
+    name: Literal["torchdiffeq_adaptive"] = "torchdiffeq_adaptive"
+    method: Literal["dopri5", "dopri8", "bosh3", "fehlberg2", "adaptive_heun"] = "dopri5"
+    rtol: float = Field(3e-4, gt=0, allow_inf_nan=False)
+    """Error allowed per step, relative to the state."""
+    atol: float = Field(3e-4, gt=0, allow_inf_nan=False)
+    """Error allowed per step, in state units."""
+    first_step: float = Field(0.05, gt=0, le=1)
+    """Length of the first attempted step, in units of time."""
+    max_evaluations: int = Field(1000, ge=2)
+    """Evaluations a token may cost, the read-out included."""
+
+    @property
+    def stages(self) -> int:
+        """Evaluations that one `step` costs; in `solve`, every step but the first costs one less."""
+        return _ADAPTIVE[self.method][0]
+
+    @property
+    def order(self) -> int:
+        """Order of convergence."""
+        return _ADAPTIVE[self.method][1]
+
+    def with_budget(self, evaluations: int) -> Self:
+        """The same solver with another `max_evaluations`.
+
+        Args:
+            evaluations: largest number of network evaluations per token, the read-out included.
+
+        Returns:
+            A changed copy.
+        """
+        return self.model_copy(update={"max_evaluations": evaluations})
+
+    def step(self, problem: Problem, x: Tensor, t: float, s: float) -> Tensor:
+        """Move from time t to time s, in as many steps as the error estimate asks for.
+
+        Args:
+            problem: the differential equation.
+            x: state at t, (B, L, D), float32.
+            t: time of `x`.
+            s: time to move to.
+
+        Returns:
+            State at s, (B, L, D).
+        """
+        return self.solve(problem, x, [t, s])
+
+    def solve(self, problem: Problem, x: Tensor, times: list[float]) -> Tensor:
+        """Move through all `times`.
+
+        Args:
+            problem: the differential equation.
+            x: state at times[0], (B, L, D), float32.
+            times: increasing times.
+
+        Returns:
+            State at times[-1], (B, L, D).
+
+        Raises:
+            EvaluationBudgetError: if more evaluations than `max_evaluations` would be needed.
+            L2DError: if the step shrinks to nothing or the state stops being finite.
+        """
+        used = 1  # the read-out
+
+        def slope(time: Tensor, state: Tensor) -> Tensor:
+            nonlocal used
+            now = float(time)
+            if now >= 1:
+                return torch.zeros_like(state)
+            used += 1
+            if used > self.max_evaluations:
+                raise self._exhausted(now)
+            return problem.velocity(state, now)
+
+        control = {"rtol": self.rtol, "atol": self.atol, "options": {"first_step": self.first_step}}
+        return _odeint(slope, x, times, method=self.method, **control)
+
+    def _exhausted(self, time: float) -> EvaluationBudgetError:
+        return EvaluationBudgetError(
+            f"Solver {self.component_name()!r} with method {self.method!r} may use {self.max_evaluations} evaluations, "
+            f"read-out included, and needs more; all tokens of the batch share its steps and reached t = {time:.6g}. "
+            f"Raise the tolerances (rtol={self.rtol:g}, atol={self.atol:g}), raise max_evaluations or "
+            "num_inference_steps, or use a solver with steps per token such as 'fehlberg2'."
+        )
+
+
+def _odeint(slope: Callable[[Tensor, Tensor], Tensor], x: Tensor, times: list[float], **arguments: Any) -> Tensor:
+    from torchdiffeq import odeint
+
+    if len(times) < 2:
+        return x
+    grid = torch.tensor(times, dtype=torch.float64, device=x.device)
+    try:
+        states: Tensor = odeint(slope, x, grid, **arguments)
+    except AssertionError as error:
+        problem = str(error)
+        if not problem.startswith(("underflow in dt", "non-finite values")):
+            raise
+        raise L2DError(
+            f"torchdiffeq's {arguments['method']!r} gave up between t = {times[0]:g} and {times[-1]:g}: "
+            f"{problem.splitlines()[0]}. The velocity is too steep for the tolerances or not finite; raise rtol="
+            f"{arguments['rtol']:g} and atol={arguments['atol']:g}, end earlier, or use a fixed-step solver."
+        ) from error
+    return states[-1]
+
+
+@hookimpl
+def l2d_components() -> list[type[Component]]:
+    """Solvers of this package that need the extra.
+
+    Returns:
+        Their classes.
+    """
+    return [TorchDiffEqFixed, TorchDiffEqAdaptive]

@@ -1,0 +1,96 @@
+"""What every test may ask for: folders of reference data, tiny language models, tiny tokenizers."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+# Before any library reads them. A test never reaches the network, and never reads or writes the user's caches.
+os.environ.update(
+    HF_HUB_OFFLINE="1",
+    HF_DATASETS_OFFLINE="1",
+    TRANSFORMERS_VERBOSITY="error",
+    TOKENIZERS_PARALLELISM="false",
+    HF_HOME=tempfile.mkdtemp(prefix="l2d-tests-"),
+)
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.pop("L2D_PLUGINS", None)
+
+import shared_folders
+import torch
+from tiny_models import tiny_lm as build_lm
+from tiny_models import tiny_tokenizer as build_tokenizer
+
+
+def pytest_unconfigure() -> None:
+    shutil.rmtree(os.environ["HF_HOME"], ignore_errors=True)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    """Root of the repository."""
+    return shared_folders.REPOSITORY
+
+
+def _shared(variable: str, name: str) -> Path:
+    folder = shared_folders.find(variable, name)
+    if folder is None:
+        pytest.skip(f"{variable} is unset and there is no ../shared/{name}")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def golden_dir() -> Path:
+    """Folder of reference numbers; fails if L2D_GOLDEN_DIR points nowhere, skips if there is none."""
+    return _shared("L2D_GOLDEN_DIR", "golden")
+
+
+@pytest.fixture(scope="session")
+def datasets_dir() -> Path:
+    """Folder of data sets laid out as on the Hub; fails if L2D_DATASETS_DIR points nowhere, skips if there is none."""
+    return _shared("L2D_DATASETS_DIR", "datasets")
+
+
+@pytest.fixture(scope="session")
+def tiny_lm() -> Callable[..., Any]:
+    """`tiny_lm(family="llama", seed=0, **config)`: a random causal language model of a transformers family."""
+    return build_lm
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer() -> Callable[..., Any]:
+    """`tiny_tokenizer(chat=False)`: a byte-level tokenizer with eos and padding tokens."""
+    return build_tokenizer
+
+
+@pytest.fixture
+def saved_tiny_lm(tmp_path: Path) -> Callable[..., Path]:
+    """`saved_tiny_lm(family="llama", chat=False, **config)`: folder that the Auto classes load."""
+
+    def save(family: str = "llama", *, chat: bool = False, **overrides: Any) -> Path:
+        folder = Path(tempfile.mkdtemp(prefix=f"{family}-", dir=tmp_path))
+        build_lm(family, **overrides).save_pretrained(folder)
+        build_tokenizer(chat=chat).save_pretrained(folder)
+        return folder
+
+    return save
+
+
+@pytest.fixture(autouse=True)
+def _same_seed_for_every_test() -> Iterator[None]:
+    """A test that draws from the global generator draws the same numbers alone and in the suite."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        yield

@@ -1,0 +1,176 @@
+"""For each law of the conformance kit about backbones, networks that break it: (check, config, part of the message)."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from toy_components import Beside, BesideNetwork, Read, appended
+
+from l2d_framework.testing import backbones
+from l2d_framework.types import Layout
+
+
+class HalfPrecision(BesideNetwork):
+    def head(self, features):
+        return super().head(features).bfloat16()
+
+
+class BatchHead(BesideNetwork):
+    def head(self, features):
+        return super().head(features - features.mean(1, keepdim=True))
+
+
+class Deaf(BesideNetwork):
+    def features(self, h, t, positions, context, condition, *, shared_time=None):
+        return super().features(torch.zeros_like(h), t, positions, context, condition)
+
+
+class Timeless(BesideNetwork):
+    def features(self, h, t, positions, context, condition, *, shared_time=None):
+        return super().features(h, (t > 0).float(), positions, context, condition)
+
+
+class OffByOne(BesideNetwork):
+    """Reads the hidden state of the position itself, which has seen its token."""
+
+    def main(self, context, positions):
+        return super().main(context, (positions + 1).clamp(max=context.hidden.shape[1]))
+
+
+class Blind(BesideNetwork):
+    """Sees the token just before and no other."""
+
+    def main(self, context, positions):
+        return self.table()[context.layout.tokens.gather(1, positions - 1)]
+
+
+class Forgetful(BesideNetwork):
+    """Reads what is appended as if nothing had been there before."""
+
+    def extend(self, context, tokens):
+        new = self.read(Layout(tokens, torch.zeros_like(tokens))).hidden
+        return Read(appended(context.layout, tokens), torch.cat([context.hidden, new], 1))
+
+
+class PaddingCounts(BesideNetwork):
+    def read(self, layout):
+        return super().read(Layout(layout.tokens, layout.blocks.clamp(min=0)))
+
+
+@dataclass(frozen=True)
+class Sorted(Read):
+    def select(self, rows):
+        return super().select(rows.sort().values)
+
+
+class SortsRows(BesideNetwork):
+    def read(self, layout):
+        return Sorted(**vars(super().read(layout)))
+
+
+class SharesState(BesideNetwork):
+    """Extending selected rows empties the memory they came from."""
+
+    def __init__(self, config, lm):
+        super().__init__(config, lm)
+        self.extended = False
+
+    def extend(self, context, tokens):
+        self.extended = True
+        return super().extend(context, tokens)
+
+    def main(self, context, positions):
+        return super().main(context, positions) * (0 if self.extended else 1)
+
+
+class Rounds(BesideNetwork):
+    def features(self, h, t, positions, context, condition, *, shared_time=None):
+        t = t if shared_time is None else torch.full_like(t, round(shared_time))
+        return super().features(h, t, positions, context, condition)
+
+
+class LastIsNone(BesideNetwork):
+    """Class -1 is the last class, as an index from the end would make it."""
+
+    def features(self, h, t, positions, context, condition, *, shared_time=None):
+        if condition is not None:
+            condition = torch.where(condition < 0, self.config.num_classes - 1, condition)
+        return super().features(h, t, positions, context, condition)
+
+
+class Classless(BesideNetwork):
+    def features(self, h, t, positions, context, condition, *, shared_time=None):
+        return super().features(h, t, positions, context, None)
+
+
+class MergesAway(BesideNetwork):
+    def merge(self):
+        self.gate.zero_()
+
+
+class MergesIntoModel(BesideNetwork):
+    """Moves a part of the head's weight into the features and the other part stays, which no logit shows."""
+
+    def merge(self):
+        self.lm.lm_head.weight.mul_(2)
+
+    def head(self, features):
+        return super().head(features) / (self.lm.lm_head.weight.norm() / self.norm)
+
+    def __init__(self, config, lm):
+        super().__init__(config, lm)
+        self.norm = lm.lm_head.weight.norm().detach()
+
+
+class AlmostZero(BesideNetwork):
+    def features(self, h, t, positions, context, condition, *, shared_time=None):
+        return super().features(h, t + 1e-5, positions, context, condition)
+
+
+class ZeroForAll(BesideNetwork):
+    """Is exact only if the whole batch is at t = 0."""
+
+    def features(self, h, t, positions, context, condition, *, shared_time=None):
+        return super().features(h, t if (t == 0).all() else t + 1e-5, positions, context, condition)
+
+
+class Intrusive(BesideNetwork):
+    def __init__(self, config, lm):
+        super().__init__(config, lm)
+        lm.lm_head.weight.data.mul_(1.01)
+
+
+class Mixes(BesideNetwork):
+    def features(self, h, t, positions, context, condition, *, shared_time=None):
+        return super().features(h + h.mean(1, keepdim=True), t, positions, context, condition)
+
+
+def beside(network: type[BesideNetwork], **fields: Any) -> Beside:
+    class Broken(Beside):
+        module = network
+
+    Broken.__name__ = network.__name__
+    return Broken(**fields)
+
+
+BROKEN = [
+    (backbones.check_backbone_shapes, beside(HalfPrecision), "torch.bfloat16"),
+    (backbones.check_backbone_shapes, beside(BatchHead), "every position alike"),
+    (backbones.check_backbone_uses_state_and_time, beside(Deaf), "noisy state changes nothing"),
+    (backbones.check_backbone_uses_state_and_time, beside(Timeless), "time changes nothing"),
+    (backbones.check_backbone_does_not_leak, beside(OffByOne), "sees its own or a later block"),
+    (backbones.check_backbone_does_not_leak, beside(Blind), "does not see an earlier block"),
+    (backbones.check_backbone_extends_what_it_read, beside(Forgetful), r"extend\(tokens\) must equal"),
+    (backbones.check_backbone_ignores_padding, beside(PaddingCounts), "padding must not matter"),
+    (backbones.check_backbone_selects_rows, beside(SortsRows), "select must keep"),
+    (backbones.check_backbone_selects_rows, beside(SharesState), "the context they came from"),
+    (backbones.check_backbone_shared_time, beside(Rounds), "must not matter at t = 0.25"),
+    (backbones.check_backbone_unconditional_is_no_class, beside(LastIsNone, num_classes=2), "must equal no class"),
+    (backbones.check_backbone_uses_classes, beside(Classless, num_classes=2), "Class 0 of 2 changes nothing"),
+    (backbones.check_backbone_merge_changes_nothing, beside(MergesAway), "must not change the logits"),
+    (backbones.check_backbone_merge_changes_nothing, beside(MergesIntoModel), "a weight of the language model"),
+    (backbones.check_backbone_is_the_language_model_at_zero, beside(AlmostZero), "Logits at t = 0 differ"),
+    (backbones.check_backbone_is_the_language_model_at_zero, beside(ZeroForAll), "its neighbours are at another time"),
+    (backbones.check_backbone_leaves_the_language_model, beside(Intrusive), "own logits changed"),
+    (backbones.check_backbone_positions_are_independent, beside(Mixes), "alone and among others"),
+]

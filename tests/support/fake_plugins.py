@@ -1,0 +1,87 @@
+"""Installed distributions that exist only in memory."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import metadata
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import toy_components as toys
+
+from l2d_framework.hooks import GROUP, hookimpl
+from l2d_framework.registry import registry
+
+
+@dataclass(frozen=True)
+class FakeEntryPoint:
+    """What `importlib.metadata` finds for one plugin of one distribution."""
+
+    name: str
+    load: Callable[[], Any]
+    distribution: str = ""
+    version: str = "1.0"
+
+    @property
+    def dist(self) -> Any:
+        return SimpleNamespace(name=self.distribution or f"acme-{self.name}", version=self.version)
+
+
+def module(**functions: Callable[[], Any]) -> ModuleType:
+    """A plugin module with these hook implementations."""
+    found = ModuleType("acme")
+    for name, function in functions.items():
+        setattr(found, name, hookimpl(function))
+    return found
+
+
+def plugin(
+    name: str, components: Sequence[Any] = (), presets: Mapping[str, Any] | None = None, **dist: str
+) -> FakeEntryPoint:
+    """A well-behaved plugin."""
+    found = module(l2d_components=lambda: components, l2d_presets=lambda: presets or {})
+    return FakeEntryPoint(name, lambda: found, **dist)
+
+
+def broken(name: str, error: BaseException) -> FakeEntryPoint:
+    """A plugin that fails at import."""
+
+    def load() -> Any:
+        raise error
+
+    return FakeEntryPoint(name, load)
+
+
+class Toy(toys.Projected):
+    """A state space with a preset of its own."""
+
+    default_preset = "toy-default"
+
+
+Toy.module = toys.ProjectedSpace
+
+TOYS = plugin(
+    "toys",
+    [toys.Circle, Toy, toys.Forward, toys.Doubling, toys.Sharpen, toys.Beside, toys.Canvas],
+    {
+        "toy-default": {"solver": {"name": "forward"}, "num_inference_steps": 7, "estimate": {"temperature": 0.5}},
+        "toy-adaptive": {"solver": {"name": "doubling", "max_evaluations": 99}, "num_inference_steps": None},
+        "toy-guided": {"solver": {"name": "forward"}, "num_inference_steps": 3, "guidance": [{"name": "sharpen"}]},
+    },
+)
+
+
+@contextmanager
+def installed(*entry_points: FakeEntryPoint) -> Iterator[None]:
+    """Let this process find exactly these plugins."""
+    real = metadata.entry_points
+
+    def found(**query: Any) -> Any:
+        return list(entry_points) if query.get("group") == GROUP else real(**query)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(metadata, "entry_points", found)
+        registry.cache_clear()
+        yield
+    registry.cache_clear()

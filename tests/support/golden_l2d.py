@@ -1,0 +1,110 @@
+"""Golden cases of the authors' L2D code, loaded through the public converter."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from l2d_framework.convert import convert
+from l2d_framework.guidance import Guidance
+from l2d_framework.model import DiffusionLM
+from l2d_framework.noise import TokenStreams
+from l2d_framework.problem import Streams, TokenProblem
+from l2d_framework.registry import registry
+from l2d_framework.solver import Solver
+from l2d_framework.types import Layout, Query
+
+
+@dataclass
+class Case:
+    """One golden case.
+
+    Attributes:
+        facts: the JSON file.
+        io: inputs and outputs of the authors' code.
+        lm: the converted model.
+    """
+
+    facts: dict[str, Any]
+    io: dict[str, Tensor]
+    weights: dict[str, Tensor]
+    lm: DiffusionLM
+
+    @property
+    def classes(self) -> Tensor | None:
+        """Class of each row, (B,), or None."""
+        return self.io.get("class_labels")
+
+    def context(self, rows: slice = slice(None)) -> Any:
+        """The main path over the input tokens."""
+        tokens = self.io["input_ids"][rows]
+        return self.lm.backbone.read(Layout(tokens, torch.zeros_like(tokens)))
+
+    def query(self, x: Tensor, t: Tensor, positions: Tensor, context: Any, *, classes: bool = True) -> Query:
+        """A query about input positions; the golden files count inputs, we count what is predicted."""
+        condition = self.classes[: len(x), None].expand(t.shape) if classes and self.classes is not None else None
+        return Query(x, t, positions + 1, context, condition=condition)
+
+    def problem(
+        self,
+        positions: Tensor,
+        context: Any,
+        estimate: dict[str, Any],
+        guidance: list[Guidance],
+        *,
+        classes: bool = True,
+    ) -> TokenProblem:
+        """The differential equation at input positions, with the given estimate."""
+        space = self.lm.parametrization.with_estimate(estimate)
+        dummy = torch.zeros(*positions.shape, space.state_size)
+        keys = [[(row, column) for column in range(positions.shape[1])] for row in range(len(positions))]
+        streams = Streams(*(TokenStreams(keys, torch.device("cpu")) for _ in range(2)))
+        return TokenProblem(
+            self.lm,
+            self.query(dummy, dummy[..., 0], positions, context, classes=classes),
+            guidance=guidance,
+            parametrization=space,
+            codebook=space.codebook(self.lm.backbone.table()),
+            streams=streams,
+        )
+
+
+def load_case(folder: Path, name: str, scratch: Path) -> Case:
+    """Lay a case out as the authors' checkpoint, convert it, and load what was written.
+
+    Args:
+        folder: of the golden files.
+        name: of the case.
+        scratch: an empty folder.
+
+    Returns:
+        The case.
+    """
+    facts = json.loads((folder / f"{name}.json").read_text())
+    weights = load_file(folder / f"{name}.weights.safetensors")
+    source = scratch / "reference"
+    source.mkdir()
+    torch.save(weights, source / "pytorch_model.bin")
+    config = {**facts["base_config"], "model_type": facts["family"], "flow_config": facts["flow_config"]}
+    (source / "config.json").write_text(json.dumps(config))
+    lm = convert(str(source), scratch / "converted", reader="l2d-reference")
+    return Case(facts, load_file(folder / f"{name}.io.safetensors"), weights, lm)
+
+
+def solver(name: str, **fields: Any) -> Solver:
+    """A solver by name."""
+    found = registry().create("solver", {"name": name, **fields})
+    assert isinstance(found, Solver)
+    return found
+
+
+def states(problem: TokenProblem, how: Solver, x0: Tensor, grid: list[float]) -> Tensor:
+    """States at all grid times, (n, B, L, D)."""
+    found = [x0.double()]
+    for t, s in zip(grid, grid[1:], strict=False):
+        found.append(how.solve(problem, found[-1], [t, s]))
+    return torch.stack(found)

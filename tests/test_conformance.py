@@ -1,0 +1,42 @@
+"""Every component that ships with the project obeys every law of its kind."""
+
+from importlib import metadata
+
+import pytest
+
+from l2d_framework.hooks import GROUP
+from l2d_framework.registry import Registry
+from l2d_framework.testing import parametrize_with_checks
+
+OURS = Registry.load(e for e in metadata.distribution("l2d-framework").entry_points if e.group == GROUP)
+BUILT_IN = {(kind, name): found for kind in OURS.kinds() for name, found in OURS.components(kind).items()}
+
+VARIANTS = [
+    ("schedule", "linear", {"times": "cosmap", "minimum_noise": 0.1, "velocity_scaling": "edm"}),
+    ("parametrization", "embedding", {"size": 16, "estimate": {"mode": "argmax"}}),
+    ("parametrization", "embedding", {"estimate": {"mode": "average", "renormalize": True}}),
+    ("parametrization", "embedding", {"estimate": {"temperature": {"name": "constant", "value": 0.7}}}),
+    ("backbone", "two_stream", {"num_classes": 3, "rank": 4, "targets": ["q_proj", "up_proj"]}),
+    ("backbone", "two_stream", {"variant": "full"}),
+    ("backbone", "two_stream", {"variant": "full_random", "num_classes": 1}),
+    ("guidance", "classifier_free", {"scale": 2.0}),
+    *(("solver", "torchdiffeq_fixed", {"method": method}) for method in ("euler", "heun2", "heun3", "rk4")),
+    *(("solver", "torchdiffeq_adaptive", {"method": method}) for method in ("dopri8", "bosh3", "fehlberg2")),
+]
+
+
+@parametrize_with_checks(
+    [found() for found in BUILT_IN.values()]
+    + [BUILT_IN[kind, name].model_validate(fields) for kind, name, fields in VARIANTS]
+)
+def test_conformance(component, check):
+    check(component)
+
+
+def test_no_plugin_of_ours_is_broken():
+    assert not OURS.broken
+
+
+@pytest.mark.parametrize("kind", OURS.kinds())
+def test_every_kind_ships_with_a_component(kind):
+    assert OURS.components(kind)

@@ -1,0 +1,81 @@
+"""The kit accepts correct components and catches, for each of its laws, one that breaks it."""
+
+import pytest
+from broken_backbones import BROKEN as BROKEN_BACKBONES
+from broken_components import BROKEN as BROKEN_COMPONENTS
+from toy_components import CORRECT, Doubling, Forward, Sharpen
+
+from l2d_framework.testing import (
+    backbones,
+    checks_for,
+    common,
+    guidance,
+    parametrizations,
+    parametrize_with_checks,
+    schedules,
+    solvers,
+)
+
+BROKEN = [*BROKEN_COMPONENTS, *BROKEN_BACKBONES]
+MODULES = [common, schedules, parametrizations, backbones, solvers, guidance]
+LAWS = {law for module in MODULES for name, law in vars(module).items() if name.startswith("check_")}
+
+
+@parametrize_with_checks(CORRECT)
+def test_correct_components_obey_every_law(component, check):
+    check(component)
+
+
+@pytest.mark.parametrize(
+    ("check", "component", "message"), BROKEN, ids=[f"{c.__name__}-{type(b).__name__}" for c, b, _ in BROKEN]
+)
+def test_a_broken_law_is_caught_by_its_check(check, component, message):
+    assert check in checks_for(component)
+    with pytest.raises(AssertionError, match=message):
+        check(component)
+
+
+def test_every_law_has_a_component_that_breaks_it():
+    assert {check for check, _, _ in BROKEN} == LAWS
+
+
+def test_every_law_is_selected_for_some_correct_component():
+    assert {check for component in CORRECT for check in checks_for(component)} == LAWS
+
+
+def test_capabilities_select_the_laws():
+    assert solvers.check_solver_order in checks_for(Forward())
+    assert solvers.check_solver_order not in checks_for(Doubling())
+    assert solvers.check_solver_budget in checks_for(Doubling())
+    assert solvers.check_solver_budget not in checks_for(Forward())
+
+    class Coupled(Forward):
+        batch_coupled = True
+
+    class Scaleless(Sharpen):
+        neutral_scale = None
+
+    assert solvers.check_solver_tokens_are_independent not in checks_for(Coupled())
+    assert guidance.check_guidance_is_neutral not in checks_for(Scaleless())
+
+
+@pytest.mark.parametrize("wrong", [Forward, "forward", 3])
+def test_what_is_no_component_is_refused(wrong):
+    with pytest.raises(TypeError, match="pass instances"):
+        checks_for(wrong)
+
+
+def test_a_component_without_its_extra_is_skipped_saying_what_to_install():
+    class Distant(Forward):
+        requires = ("no_such_module",)
+        extra = "acme[distant]"
+
+    (case,) = parametrize_with_checks([Distant()]).args[1]
+    (mark,) = case.marks
+    assert mark.name == "skip"
+    assert "acme[distant]" in mark.kwargs["reason"]
+
+
+def test_identifiers_name_the_options_and_the_law():
+    ids = [case.id for case in parametrize_with_checks([Sharpen(scale=2.0)]).args[1]]
+    assert "Sharpen(scale=2.0)-check_guidance_is_neutral" in ids
