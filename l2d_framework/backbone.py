@@ -61,6 +61,7 @@ class Backbone(nn.Module, ABC):
         vocab_size: V.
         hidden_size: H.
         lm: the wrapped language model.
+        is_merged: True after `merge`; such a model generates, but is neither trained nor saved.
     """
 
     identity_at_zero: ClassVar[bool] = False
@@ -70,6 +71,7 @@ class Backbone(nn.Module, ABC):
     vocab_size: int
     hidden_size: int
     lm: PreTrainedModel
+    is_merged: bool = False
 
     @abstractmethod
     def table(self) -> Tensor:

@@ -76,21 +76,26 @@ def load_tokenizer(reference: ModelSection) -> PreTrainedTokenizerBase | None:
     base, adapter = locate(reference)
     for folder in (adapter, base):
         if folder is not None and (folder / "tokenizer_config.json").is_file():
-            return AutoTokenizer.from_pretrained(folder)  # type: ignore[no-any-return]
+            return AutoTokenizer.from_pretrained(folder)
     return None
 
 
 def save(model: DiffusionLM, folder: str | Path, *, notes: str = "") -> None:
     """Write a checkpoint.
 
-    Every file is written to a temporary folder beside its target and renamed, the manifest with the hashes of all others
-    last, so an interrupted save leaves either the old checkpoint or one that `load` recognises as incomplete.
+    Every file is written to a temporary folder beside its target and renamed, the manifest with the hashes of all
+    others last, so an interrupted save leaves either the old checkpoint or one that `load` recognises as incomplete.
 
     Args:
         model: the model.
         folder: where to; made when missing.
         notes: markdown to append to the model card.
+
+    Raises:
+        CheckpointError: if the adapter has been merged.
     """
+    if model.backbone.is_merged:
+        raise CheckpointError("The adapter of this model has been merged. Save the model before calling merge().")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     stage = Path(tempfile.mkdtemp(prefix=".l2d-", dir=folder))
@@ -168,8 +173,8 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     path = folder / MANIFEST
     if not path.is_file():
         raise CheckpointError(
-            f"{str(folder)!r} holds no {MANIFEST}, so it is no l2d-framework checkpoint. Give the output_dir of a run, or "
-            "use `l2d convert` for the authors' checkpoints."
+            f"{str(folder)!r} holds no {MANIFEST}, so it is no l2d-framework checkpoint. Give the output_dir of a run, "
+            "or use `l2d convert` for the authors' checkpoints."
         )
     try:
         manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))

@@ -51,7 +51,9 @@ def convert(
     targets = model.own_parameters()
     missing, unknown = sorted(targets.keys() - foreign.own.keys()), sorted(foreign.own.keys() - targets.keys())
     if missing or unknown:
-        raise CheckpointError(f"{source!r} does not fit its own settings: missing {missing[:3]}, unknown {unknown[:3]}.")
+        raise CheckpointError(
+            f"{source!r} does not fit its own settings: missing {missing[:3]}, unknown {unknown[:3]}."
+        )
     with torch.no_grad():
         for name, target in targets.items():
             target.copy_(foreign.own[name])

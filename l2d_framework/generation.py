@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
@@ -76,11 +76,13 @@ class Generation:
     Attributes:
         sequences: prompts and answers, (B * samples, S + N), int64, padded on the right after the end of an answer.
         evaluations: network evaluations spent on each answer token, (B * samples, N), int64; 0 on padding.
+        lengths: tokens of each answer, its end token included, (B * samples,), int64.
         prompt_length: S.
     """
 
     sequences: Tensor
     evaluations: Tensor
+    lengths: Tensor
     prompt_length: int
 
     @property
@@ -124,7 +126,7 @@ def check_sampling(process: Process, sampling: Sampling) -> None:
         )
     if steps is None and not sampling.solver.is_adaptive:
         raise ConfigError(
-            f"Solver {sampling.solver.component_name()!r} needs num_inference_steps, got None. Set it, for example to 15."
+            f"Solver {sampling.solver.component_name()!r} needs num_inference_steps, got None. Set it, such as to 15."
         )
     if steps:
         sampling.solver.grid_size(steps)
@@ -136,8 +138,8 @@ def check_sampling(process: Process, sampling: Sampling) -> None:
     for guidance in sampling.guidance:
         if guidance.needs_classes and guidance.scale != guidance.neutral_scale and not has_classes(process):
             raise ConfigError(
-                f"Guidance {guidance.component_name()!r} with scale {guidance.scale:g} needs a model trained with class "
-                "labels; this one has none. Remove it or train with `classes`."
+                f"Guidance {guidance.component_name()!r} with scale {guidance.scale:g} needs a model trained with "
+                "class labels; this one has none. Remove it or train with `classes`."
             )
     process.parametrization.with_estimate(sampling.estimate)
 
@@ -195,7 +197,8 @@ def generate(
         output.append(loop.run(input_ids, logits_processor, stopping_criteria, generation_config))
         return output[0].sequences
 
-    process.backbone.lm.generate(
+    lm: Any = process.backbone.lm
+    lm.generate(
         requests.input_ids,
         attention_mask=loop.mask,
         generation_config=picking.config,
@@ -249,6 +252,7 @@ class _Loop:
         out = ids.new_full((len(ids), limit), pad)
         out[:, :length] = ids
         cost = ids.new_zeros(len(ids), limit - length)
+        lengths = ids.new_zeros(len(ids))
         rows = torch.arange(len(ids), device=ids.device)
         end = length
         if streamer is not None:
@@ -259,6 +263,7 @@ class _Loop:
             ids, kept = self._pick(logits, rows, ids, (processors, criteria, config))
             out[rows, start:end] = torch.where(kept, ids[:, start:], pad)
             cost[rows, start - length : end - length] = evaluations * kept
+            lengths[rows] += kept.sum(1)
             if streamer is not None:
                 streamer.put(out[:, start:end].flatten().cpu())
             if not bool(self.going.all()):
@@ -268,7 +273,7 @@ class _Loop:
                 context = backbone.extend(context, ids[:, start:])
         if streamer is not None:
             streamer.end()
-        return Generation(out[:, :end], cost[:, : end - length], length)
+        return Generation(out[:, :end], cost[:, : end - length], lengths, length)
 
     def _streams(self, rows: Tensor, offset: int, count: int, purpose: str) -> TokenStreams:
         """Streams of `count` tokens of each row, starting `offset` tokens after its prompt."""
@@ -325,12 +330,13 @@ class _Loop:
         numbers = None if streams is None else streams.uniform()
         ended = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
         kept = []
+        run_processors: Any = processors  # transformers wants tensor subclasses that do not exist at run time
         for i in range(logits.shape[1]):
-            scores = processors(ids, logits[:, i])
+            scores = run_processors(ids, logits[:, i])
             token = scores.argmax(-1) if numbers is None else categorical(scores.softmax(-1), numbers[:, i])
             ids = torch.cat([ids, token[:, None]], 1)
             kept.append(~ended)
-            ended = ended | criteria(ids, scores)  # type: ignore[arg-type]  # transformers types scores as a tuple
+            ended = ended | criteria(ids, scores)
         self.going = ~ended
         return ids, torch.stack(kept, 1)
 

@@ -114,9 +114,9 @@ class DiffusionLM(Process):
     ) -> Generation:
         """Answer prompts.
 
-        Takes the arguments of transformers' `generate` for picking tokens (`max_new_tokens`, `do_sample`, `temperature`,
-        `top_p`, `eos_token_id`, `stop_strings`, ...) and the fields of the `sampling` section for diffusing
-        (`num_inference_steps`, `solver`, `guidance`, `estimate`, `end_time`, `seed`, `preset`). Tokens are picked
+        Takes the arguments of transformers' `generate` for picking tokens (`max_new_tokens`, `do_sample`,
+        `temperature`, `top_p`, `eos_token_id`, `stop_strings`, ...) and the fields of the `sampling` section for
+        diffusing (`num_inference_steps`, `solver`, `guidance`, `estimate`, `end_time`, `seed`, `preset`). Tokens are picked
         greedily from the last logits unless `do_sample` is set here or in the base model's generation config; the L2D
         paper samples at temperature 1.
 
@@ -170,8 +170,8 @@ class DiffusionLM(Process):
     def _picking(
         self, config: GenerationConfig | None, options: dict[str, Any], criteria: StoppingCriteriaList | None
     ) -> tuple[GenerationConfig, StoppingCriteriaList]:
-        """transformers' configuration with `options` applied, and criteria with stop strings among them."""
-        config = copy.deepcopy(config or self.backbone.lm.generation_config or GenerationConfig())
+        # Configuration with `options` applied, and criteria with stop strings among them.
+        config = copy.deepcopy(config or self.backbone.lm.generation_config)
         unknown = config.update(**options)
         for name, value in unknown.items():
             known = [*SamplingSection.model_fields, *config.to_dict(), "guidance_scale", "num_return_sequences"]
@@ -188,7 +188,7 @@ class DiffusionLM(Process):
 
 
 def _rescaled(sampling: SamplingSection, scale: float) -> SamplingSection:
-    """Settings whose only guidance has another scale."""
+    # Settings whose only guidance has another scale.
     if len(sampling.guidance) != 1:
         raise ConfigError(
             f"guidance_scale needs exactly one guidance; {len(sampling.guidance)} are set. "

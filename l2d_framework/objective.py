@@ -21,7 +21,7 @@ class Draws:
     """Supervised positions of a batch with their times and noise; L is the largest number per row.
 
     Attributes:
-        positions: slots, (B, L), int64; 0 where not valid.
+        positions: slots, (B, L), int64; those not valid repeat the row's last.
         valid: (B, L), bool.
         t: times, (B, L), float32.
         noise: standard normal, (B, L, D), float32.
@@ -93,6 +93,7 @@ def draw(process: Process, layout: Layout, rule: NoiseRule) -> Draws:
         out = np.zeros((len(parts), width, *parts[0].shape[1:]), dtype=parts[0].dtype)
         for i, part in enumerate(parts):
             out[i, : len(part)] = part
+            out[i, len(part) :] = part[-1:]  # no backbone is asked about a slot it could not answer for
         return torch.from_numpy(out).to(device)
 
     positions, u, noise, kept = (stack(i) for i in range(4))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -209,7 +210,7 @@ class _Subset:
 
     def query(self, query: Query) -> Query:
         optional = {"condition": query.condition, "previous": query.previous, "guidance_scale": query.guidance_scale}
-        taken = {name: self.take(value) for name, value in optional.items() if value is not None}
+        taken: dict[str, Any] = {name: self.take(value) for name, value in optional.items() if value is not None}
         return replace(
             query,
             x=self.take(query.x),

@@ -60,8 +60,9 @@ def encode_prompts(
                 "template. Give plain text, or set data.chat_template when training."
             )
         else:
+            messages = [dict(message) for message in prompt]
             text = tokenizer.apply_chat_template(
-                list(prompt), chat_template=chat_template, add_generation_prompt=True, tokenize=False
+                messages, chat_template=chat_template, add_generation_prompt=True, tokenize=False
             )
             tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
         if not tokens:
@@ -108,6 +109,6 @@ def check_length(lengths: Sequence[int], config: GenerationConfig, lm_config: An
         wanted = max(wanted, length + 1)
         if wanted > context:
             raise ConfigError(
-                f"Prompt {number} has {length} tokens and with its answer would reach {wanted}, but the model's context "
-                f"is {context}. Shorten the prompt or lower max_new_tokens."
+                f"Prompt {number} has {length} tokens and with its answer would reach {wanted}, but the model's "
+                f"context is {context}. Shorten the prompt or lower max_new_tokens."
             )

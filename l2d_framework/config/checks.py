@@ -10,12 +10,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import CONFIG_MAPPING, AutoConfig
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
 from l2d_framework.config.runs import DiffusionRun, Run
 from l2d_framework.config.sections import DataSource, ModelSection, ScratchSection
-from l2d_framework.errors import ConfigError, suggest
+from l2d_framework.errors import ConfigError, UnsupportedModelError, suggest
 
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
@@ -55,6 +57,7 @@ def check_run(run: Run, *, earlier: Sequence[Run] = ()) -> None:
     lm_config = _lm_config(run, earlier)
     if isinstance(run, DiffusionRun):
         run.backbone.check(lm_config, run.block_size)
+        _check_shapes(run, lm_config)
 
 
 def _check_output(output_dir: str) -> None:
@@ -115,6 +118,20 @@ def _lm_config(run: Run, earlier: Sequence[Run]) -> Any:
     return _saved_config(run.model)
 
 
+def _check_shapes(run: DiffusionRun, lm_config: Any) -> None:
+    # On the meta device a backbone finds out what it cannot serve.
+    with torch.device("meta"):
+        try:
+            lm = AutoModelForCausalLM.from_config(lm_config, attn_implementation=run.model.attn_implementation)
+        except ValueError as error:
+            raise UnsupportedModelError(
+                f"model.base: {run.model.base!r} of type {lm_config.model_type!r} is no causal language model with "
+                f"attn_implementation {run.model.attn_implementation!r} ({error}); choose another"
+            ) from error
+        backbone = run.backbone.build(lm.eval())
+        run.parametrization.build(backbone.vocab_size, backbone.hidden_size)
+
+
 def _scratch_config(scratch: ScratchSection) -> Any:
     fields = dict(scratch.config)
     family = fields.pop("model_type")
@@ -132,7 +149,7 @@ def _scratch_config(scratch: ScratchSection) -> Any:
             )
     try:
         return AutoConfig.for_model(family, **fields)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, StrictDataclassError) as error:
         raise ConfigError(f"scratch.config: transformers refuses it: {error}") from error
 
 
@@ -157,7 +174,7 @@ def _saved_config(model: ModelSection) -> Any:
         raise ConfigError(f"model.base: no such folder, got {base!r}; name a folder or a hub id such as 'org/model'")
     try:
         return AutoConfig.from_pretrained(base, revision=model.revision)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
         raise ConfigError(
             f"model.base: no model can be read from {base!r}, which is a folder or a hub id; check the spelling, the "
             f"connection and access rights ({error})"
@@ -173,7 +190,7 @@ def _adapter_base(adapter: str, where: str) -> str:
         raise ConfigError(f"{where}: {adapter!r} has no adapter_model.safetensors; save the adapter again")
     try:
         base = json.loads(file.read_text(encoding="utf-8"))["base_model_name_or_path"]
-    except (json.JSONDecodeError, KeyError) as error:
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise ConfigError(f"{where}: {str(file)!r} names no base model ({error}); save the adapter again") from error
     return str(base)
 

@@ -33,7 +33,9 @@ def make_arguments(training: TrainingSection, output: Path, *, seed: int) -> Tra
     """
     for variable, name in (("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed")):
         if os.environ.get(variable, "false").lower() in ("true", "1"):
-            raise ConfigError(f"Training under {name} is not supported. Launch with plain data parallelism (--multi_gpu).")
+            raise ConfigError(
+                f"Training under {name} is not supported. Launch with plain data parallelism (--multi_gpu)."
+            )
     arguments = TrainingArguments(
         output_dir=str(output),
         seed=seed,

@@ -124,7 +124,10 @@ def _surroundings(card: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:
     hardware = card["hardware"]
     gpus = ", ".join(gpu["name"] for gpu in hardware["gpus"]) or "no GPU"
     memory = _gigabytes(hardware["memory"]) if hardware["memory"] else "unknown memory"
-    yield "hardware", f"{hardware['cpu']}, {hardware['cores']} cores, {memory}; {gpus}; {hardware['processes']} processes"
+    yield (
+        "hardware",
+        f"{hardware['cpu']}, {hardware['cores']} cores, {memory}; {gpus}; {hardware['processes']} processes",
+    )
     yield "versions", ", ".join(f"{name} {version}" for name, version in card["versions"].items())
     yield "commit", card["commit"] or "none"
     yield "started and ended", f"{card['started']}, {card['ended']}"

@@ -136,7 +136,9 @@ def read_card(output: Path) -> dict[str, Any] | None:
         card = json.loads(path.read_text(encoding="utf-8"))
         return dict(card) | {"config": dict(card["config"])}
     except (ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{str(path)!r} is damaged ({error!r}). Choose another output_dir, or use --overwrite.") from error
+        raise ConfigError(
+            f"{str(path)!r} is damaged ({error!r}). Choose another output_dir, or use --overwrite."
+        ) from error
 
 
 def write_card(output: Path, card: Mapping[str, Any]) -> None:

@@ -30,5 +30,7 @@ def learning_rate(training: TrainingSection, step: int, total_steps: int) -> flo
         share = (step + 1) / warmup
     else:
         progress = min((step - warmup) / max(total_steps - 1 - warmup, 1), 1.0)
-        share = {"linear": 1 - progress, "cosine": (1 + math.cos(math.pi * progress)) / 2, "constant": 1.0}[training.decay]
+        share = {"linear": 1 - progress, "cosine": (1 + math.cos(math.pi * progress)) / 2, "constant": 1.0}[
+            training.decay
+        ]
     return low + (high - low) * share

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,7 +31,11 @@ def _folder() -> Path | None:
 
 def _names() -> list[str]:
     folder = _folder()
-    return [] if folder is None else sorted(p.name.removesuffix(".io.safetensors") for p in folder.glob("*.io.safetensors"))
+    return (
+        []
+        if folder is None
+        else sorted(p.name.removesuffix(".io.safetensors") for p in folder.glob("*.io.safetensors"))
+    )
 
 
 @pytest.fixture(scope="module", params=_names() or ["none"])
@@ -202,7 +205,8 @@ TRAJECTORIES: dict[str, tuple[str, dict[str, Any], float]] = {
 def test_golden_trajectories(case: Case, name: str) -> None:
     io, (how, estimate, scale) = case.io, TRAJECTORIES[name]
     if f"trajectory.{name}.states" not in io:
-        assert case.classes is None and name.startswith("cfg")
+        assert case.classes is None
+        assert name.startswith("cfg")
         return
     grid = io[f"trajectory.{name}.grid"].tolist()
     with torch.no_grad():
@@ -210,7 +214,7 @@ def test_golden_trajectories(case: Case, name: str) -> None:
             _last(case), case.context(), estimate, _guidance(scale), classes=not name.endswith("null")
         )
         found = states(problem, solver(how), io["trajectory.x0"], grid)
-        # Rounding is multiplied by up to 1 / (1 - t): 14 for the last slope of midpoint8, 64 where the end is evaluated.
+        # Rounding is multiplied by up to 1 / (1 - t): 14 for midpoint8's last slope, 64 where the end is evaluated.
         # Against float64 the golden logits of one such case are themselves off by 1.8e-3.
         factor = 64 / 14 if solver(how).evaluates_end else 1
         _close(found[:, :, 0], io[f"trajectory.{name}.states"], factor * 1e-4)
@@ -292,7 +296,6 @@ def test_golden_six_token_decode(case: Case, name: Literal["T1avg", "argmax"], e
     with torch.no_grad():
         for step, noise in enumerate(io["decode.noise"]):
             problem = case.problem(torch.full((len(noise), 1), length - 1 + step), context, estimate, [])
-            x0 = noise.double()
             logits = problem.read_out(solver("midpoint").solve(problem, noise.double(), grid), grid[-1])
             _close(logits[:, 0], io[f"decode.{name}.logits"][:, step], 1.5e-3)
             tokens = logits.argmax(-1)
@@ -303,8 +306,7 @@ def test_golden_six_token_decode(case: Case, name: Literal["T1avg", "argmax"], e
 def test_golden_functions(golden_dir: Path) -> None:
     path = golden_dir / "l2d" / "functions.safetensors"
     if not path.is_file():
-        assert json.dumps([]) == "[]" and not path.exists()
-        return
+        pytest.skip("this golden folder has no functions")
     values = load_file(path)
     cosmap = registry().create("schedule", {"name": "linear", "times": "cosmap"})
     _close(cosmap.sample_times(values["cosmap.u"]), values["cosmap.t"], 1e-6)

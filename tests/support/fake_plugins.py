@@ -80,8 +80,10 @@ def installed(*entry_points: FakeEntryPoint) -> Iterator[None]:
     def found(**query: Any) -> Any:
         return list(entry_points) if query.get("group") == GROUP else real(**query)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(metadata, "entry_points", found)
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(metadata, "entry_points", found)
+            registry.cache_clear()
+            yield
+    finally:
         registry.cache_clear()
-        yield
-    registry.cache_clear()

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +106,6 @@ def solver(name: str, **fields: Any) -> Solver:
 def states(problem: TokenProblem, how: Solver, x0: Tensor, grid: list[float]) -> Tensor:
     """States at all grid times, (n, B, L, D)."""
     found = [x0.double()]
-    for t, s in zip(grid, grid[1:], strict=False):
+    for t, s in pairwise(grid):
         found.append(how.solve(problem, found[-1], [t, s]))
     return torch.stack(found)

@@ -85,7 +85,8 @@ def _branches_of(record: _Calls, layer: nn.Module) -> tuple[Branch, Branch]:
     chains: list[list[tuple[str, nn.Module]]] = []
     for head in heads:
         _follow(record, head, [], chains)
-    attention, mlp = [], []
+    attention: list[Branch] = []
+    mlp: list[Branch] = []
     used: set[str] = set()
     for chain in chains:
         norms = [name for name, module in chain if is_norm(module)]

@@ -28,12 +28,11 @@ def sinusoid(t: Tensor, size: int) -> Tensor:
 
 def _mlp(size: int, out: int) -> nn.Sequential:
     """Two layers, the last one zero, so that a fresh diffusion path changes nothing."""
-    net = nn.Sequential(nn.Linear(size, size), nn.SiLU(), nn.Linear(size, out))
-    nn.init.xavier_uniform_(net[0].weight)
-    nn.init.zeros_(net[0].bias)
-    nn.init.zeros_(net[2].weight)
-    nn.init.zeros_(net[2].bias)
-    return net
+    first, last = nn.Linear(size, size), nn.Linear(size, out)
+    nn.init.xavier_uniform_(first.weight)
+    for zero in (first.bias, last.weight, last.bias):
+        nn.init.zeros_(zero)
+    return nn.Sequential(first, nn.SiLU(), last)
 
 
 Modulation = tuple[list[Tensor], Tensor]
@@ -54,10 +53,11 @@ class Conditioning(nn.Module):
         super().__init__()
         self.features, width = sizes
         self.num_classes = num_classes
-        self.time = nn.Sequential(nn.Linear(self.features, width), nn.SiLU(), nn.Linear(width, width))
-        for layer in (self.time[0], self.time[2]):
+        first, last = nn.Linear(self.features, width), nn.Linear(width, width)
+        for layer in (first, last):
             nn.init.normal_(layer.weight, std=0.02)
             nn.init.zeros_(layer.bias)
+        self.time = nn.Sequential(first, nn.SiLU(), last)
         if num_classes:
             self.classes = nn.Embedding(num_classes + 1, width)
             nn.init.normal_(self.classes.weight, std=0.02)
@@ -92,7 +92,7 @@ class Conditioning(nn.Module):
         return [head(embedding) for head in self.layers], self.final(embedding) - at_zero
 
     def _embed(self, t: Tensor, rows: Tensor | None) -> Tensor:
-        embedding: Tensor = self.time(sinusoid(t, self.features).to(self.time[0].weight.dtype))
+        embedding: Tensor = self.time(sinusoid(t, self.features).to(next(self.time.parameters()).dtype))
         if self.num_classes and rows is not None:
             embedding = embedding + self.classes(rows)
         return embedding
@@ -106,10 +106,10 @@ class Conditioning(nn.Module):
         Returns:
             (J + 1, chunks * H) per layer, and (J + 1, H).
         """
-        weight = self.time[0].weight
+        device = next(self.time.parameters()).device
         count = self.num_classes + 1
-        times = torch.full((count,), t, device=weight.device)
-        return self._at(times, torch.arange(count, device=weight.device) if self.num_classes else None)
+        times = torch.full((count,), t, device=device)
+        return self._at(times, torch.arange(count, device=device) if self.num_classes else None)
 
     def look_up(self, table: Modulation, condition: Tensor | None) -> Modulation:
         """Rows of a table for every position.

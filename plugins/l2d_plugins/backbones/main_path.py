@@ -1,4 +1,4 @@
-"""The frozen language model as the two-stream backbone uses it: keys, values and hidden states before the final norm."""
+"""The frozen language model as the two-stream backbone uses it: keys, values and hidden states before the last norm."""
 
 from __future__ import annotations
 
@@ -77,7 +77,8 @@ class MainContext:
         """
         batch = self.hidden.shape[0]
         cache = DynamicCache()
-        for number, layer in enumerate(self.cache.layers):
+        layers: list[Any] = self.cache.layers
+        for number, layer in enumerate(layers):
             cache.update(layer.keys[rows], layer.values[rows], number)
         return replace(
             self,
@@ -119,8 +120,8 @@ class MainPath:
         name = next((n for n, child in lm.named_children() if child is self.decoder), None)
         if layers is None or len(norms) != 1 or name is None:
             raise UnsupportedModelError(
-                f"Backbone 'two_stream' cannot serve {type(lm).__name__}: its decoder needs a list `layers` and exactly "
-                f"one final norm (found layers: {layers is not None}, norms: {len(norms)}). Choose a model of another "
+                f"Backbone 'two_stream' cannot serve {type(lm).__name__}: its decoder needs a list `layers` and "
+                f"exactly one final norm (found layers: {layers is not None}, norms: {len(norms)}). Choose a model of another "
                 "family, such as llama, qwen3, gemma3 or olmo2."
             )
         self.layers: nn.ModuleList = layers
@@ -147,8 +148,7 @@ class MainPath:
         Returns:
             (attention, MLP) per layer.
         """
-        device = self.lm.get_input_embeddings().weight.device
-        tokens = torch.zeros(1, 2, dtype=torch.int64, device=device)
+        tokens = torch.zeros(1, 2, dtype=torch.int64, device=self.lm.device)
         with torch.no_grad():
             return find_branches(self.layers, lambda: self.decoder(input_ids=tokens, use_cache=False))
 
@@ -220,8 +220,8 @@ class MainPath:
         Raises:
             UnsupportedModelError: if a layer differs by more than rounding.
         """
-        table = self.lm.get_input_embeddings().weight
-        tokens = torch.arange(2 * _SELF_TEST_TOKENS, device=table.device).reshape(2, -1) % table.shape[0]
+        device = self.lm.device
+        tokens = torch.arange(2 * _SELF_TEST_TOKENS, device=device).reshape(2, -1) % self.lm.config.vocab_size
         blocks = torch.zeros_like(tokens)
         blocks[1, :2] = -1
         inputs: list[Tensor] = []
@@ -237,8 +237,8 @@ class MainPath:
         finally:
             for hook in hooks:
                 hook.remove()
-        everywhere = torch.arange(_SELF_TEST_TOKENS, device=table.device).expand(2, -1)
-        tolerance = 1e-4 if table.dtype == torch.float32 else 5e-2
+        everywhere = torch.arange(_SELF_TEST_TOKENS, device=device).expand(2, -1)
+        tolerance = 1e-4 if self.lm.dtype == torch.float32 else 5e-2
         for number, shadow in enumerate(shadows):
             arguments = gather_kwargs(context.kwargs[number], everywhere, context.length)
             try:
@@ -246,17 +246,17 @@ class MainPath:
                     replay = shadow(inputs[number], **{**arguments, "past_key_values": MainKeys(context.cache)})
             except (RuntimeError, TypeError, AttributeError) as error:
                 raise UnsupportedModelError(
-                    f"Backbone 'two_stream' cannot serve {type(self.lm).__name__}: layer {number} cannot be replayed on "
-                    f"the main path's keys and values ({error}). Choose a model of another family, such as llama."
+                    f"Backbone 'two_stream' cannot serve {type(self.lm).__name__}: layer {number} cannot be replayed "
+                    f"on the main path's keys and values ({error}). Choose a model of another family, such as llama."
                 ) from error
             replay = replay[0] if isinstance(replay, tuple) else replay
             real = blocks >= 0
             wanted = outputs[number][real].float()
-            error = float((replay[real].float() - wanted).abs().max() / wanted.abs().max().clamp_min(1e-12))
-            if not error <= tolerance:
+            off = float((replay[real].float() - wanted).abs().max() / wanted.abs().max().clamp_min(1e-12))
+            if not off <= tolerance:
                 raise UnsupportedModelError(
                     f"Backbone 'two_stream' cannot serve {type(self.lm).__name__}: layer {number} replayed on the main "
-                    f"path's keys and values is off by {error:.1e} (at most {tolerance:.0e} is rounding). "
+                    f"path's keys and values is off by {off:.1e} (at most {tolerance:.0e} is rounding). "
                     "Choose a model of another family, such as llama, qwen3, gemma3 or olmo2."
                 )
 

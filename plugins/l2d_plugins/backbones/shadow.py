@@ -117,8 +117,8 @@ class Modulated(nn.Module):
             if branch.owns_norm:
                 norm = shadow.get_submodule(branch.norm)
                 if not isinstance(norm, (nn.LayerNorm, nn.RMSNorm)):
-                    norm.gamma = norm._parameters.pop("weight")
-                    norm.__dict__["weight"] = norm.gamma
+                    norm.register_parameter("gamma", norm._parameters.pop("weight"))
+                    norm.__dict__["weight"] = norm._parameters["gamma"]
                 norm.register_forward_hook(_shift)
         for branch in branches:
             shadow.get_submodule(branch.gate).register_forward_hook(_gate)
@@ -144,12 +144,13 @@ class Modulated(nn.Module):
         for branch in self.branches:
             if branch.owns_norm:
                 norm = self.shadow.get_submodule(branch.norm)
-                norm.l2d_scale, norm.l2d_shift = next(parts), next(parts)
-                if "gamma" in norm._parameters:
-                    norm.__dict__["weight"] = norm.gamma + norm.l2d_scale
+                scale, shift = next(parts), next(parts)
+                norm.__dict__.update(l2d_scale=scale, l2d_shift=shift)
+                if (gamma := norm._parameters.get("gamma")) is not None:
+                    norm.__dict__["weight"] = gamma + scale
                 touched.append(norm)
             gate = self.shadow.get_submodule(branch.gate)
-            gate.l2d_gate = next(parts)
+            gate.__dict__["l2d_gate"] = next(parts)
             touched.append(gate)
         try:
             out = self.shadow(y, **kwargs)
@@ -157,13 +158,15 @@ class Modulated(nn.Module):
             for module in touched:
                 for name in ("l2d_scale", "l2d_shift", "l2d_gate"):
                     module.__dict__.pop(name, None)
-                if "gamma" in module._parameters:
-                    module.__dict__["weight"] = module.gamma
-        return out[0] if isinstance(out, tuple) else out
+                if (gamma := module._parameters.get("gamma")) is not None:
+                    module.__dict__["weight"] = gamma
+        result: Tensor = out[0] if isinstance(out, tuple) else out
+        return result
 
 
 def _shift(norm: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-    scale, shift = norm.__dict__["l2d_scale"], norm.__dict__["l2d_shift"]
+    scale: Tensor = norm.__dict__["l2d_scale"]
+    shift: Tensor = norm.__dict__["l2d_shift"]
     if isinstance(norm, nn.LayerNorm):
         output = output + scale * functional.layer_norm(args[0], norm.normalized_shape, eps=norm.eps)
     elif isinstance(norm, nn.RMSNorm):

@@ -108,11 +108,12 @@ class TwoStream(Backbone):
         if config.variant == "lora":
             lora = self._lora_config([f"{i}.{name}" for i, row in enumerate(names) for name in row])
             inject_adapter_in_model(lora, shadows, ADAPTER)
-        self.shadows = nn.ModuleList(Modulated(s, b) for s, b in zip(shadows, branches, strict=True))
+        modulated = [Modulated(s, b) for s, b in zip(shadows, branches, strict=True)]
+        self.shadows = nn.ModuleList(modulated)
         self.conditioning = Conditioning(
             (config.time_features, config.conditioning_size),
             self.hidden_size,
-            [layer.chunks for layer in self.shadows],
+            [layer.chunks for layer in modulated],
             config.num_classes,
         ).to(self.table().device)
         for parameter in self.parameters():
@@ -130,8 +131,8 @@ class TwoStream(Backbone):
     def train(self, mode: bool = True) -> Self:
         """Switch the diffusion path's mode; the language model and its shadows stay in evaluation mode.
 
-        Dropout in the frozen path would break the identity at t = 0, and transformers' own gradient checkpointing, which
-        only acts in training mode, would silently drop the cache.
+        Dropout in the frozen path would break the identity at t = 0, and transformers' own gradient checkpointing,
+        which only acts in training mode, would silently drop the cache.
 
         Args:
             mode: True for training.
@@ -150,7 +151,7 @@ class TwoStream(Backbone):
         Returns:
             (V, H), frozen.
         """
-        return self.lm.get_input_embeddings().weight  # type: ignore[no-any-return]
+        return self.lm.get_input_embeddings().get_parameter("weight")
 
     def read(self, layout: Layout) -> MainContext:
         """Run the main path over the clean tokens.
@@ -199,8 +200,8 @@ class TwoStream(Backbone):
     ) -> Tensor:
         """Main hidden state plus w(t) times the diffusion path, before the final norm.
 
-        The diffusion token about position i sits at input position i - 1: it has that position's rotary angle and causal
-        row and reads the main path's keys and values up to it. Where t is 0 the sum is exactly the main hidden state.
+        The diffusion token about position i sits at input position i - 1: it has that position's rotary angle and
+        causal row and reads the main path's keys and values up to it. Where t is 0 the sum is exactly the main hidden state.
 
         Args:
             h: translated noisy states, (B, L, H).
@@ -233,7 +234,7 @@ class TwoStream(Backbone):
                 y = checkpoint(layer, y, modulation, kwargs, use_reentrant=False)
             else:
                 y = layer(y, modulation, kwargs)
-        change = (weight * y.to(weight.dtype)).to(main.dtype)
+        change: Tensor = (weight * y.to(weight.dtype)).to(main.dtype)
         return main + change.masked_fill((t == 0)[..., None], 0)
 
     def head(self, features: Tensor) -> Tensor:
@@ -267,10 +268,11 @@ class TwoStream(Backbone):
         """Adapted modules as (parent, attribute, module) by the name of their original in the language model."""
         found = {}
         for number, layer in enumerate(self.shadows):
-            for name, module in layer.shadow.named_modules():
+            shadow = layer.get_submodule("shadow")
+            for name, module in shadow.named_modules():
                 if isinstance(module, LoraLayer):
                     parent, _, attribute = name.rpartition(".")
-                    owner = layer.shadow.get_submodule(parent)
+                    owner = shadow.get_submodule(parent)
                     found[f"{self.main.layers_name}.{number}.{name}"] = (owner, attribute, module)
         return found
 
@@ -280,17 +282,18 @@ class TwoStream(Backbone):
         Costs one more copy of the adapted projections and saves their low-rank products.
         """
         for parent, attribute, module in self._lora_modules().values():
-            base = module.get_base_layer()
+            base: Any = module.get_base_layer()
             merged = nn.Linear(base.in_features, base.out_features, bias=base.bias is not None, device="meta")
-            delta = module.get_delta_weight(ADAPTER)  # type: ignore[attr-defined]
+            delta: Tensor = module.get_delta_weight(ADAPTER)  # type: ignore[attr-defined]  # peft's linear LoRA layer
             weight = (base.weight.float() + delta.float()).to(base.weight.dtype)
             merged.weight = nn.Parameter(weight.detach(), requires_grad=False)
             merged.bias = base.bias
             setattr(parent, attribute, merged)
+        self.is_merged = True
 
 
 def _target_names(layer: nn.Module, targets: tuple[str, ...] | None) -> list[str]:
-    """Linear modules of a layer that the diffusion path adapts."""
+    # Linear modules of a layer that the diffusion path adapts.
     linear = [
         name
         for name, module in layer.named_modules()

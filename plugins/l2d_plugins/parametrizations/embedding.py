@@ -81,9 +81,9 @@ class EmbeddingEstimate(BaseModel):
 
 
 class EmbeddingConfig(ParametrizationConfig):
-    """Tokens are sqrt(D) * normalize(W e + b) of their input embedding e; the noise has standard deviation `prior_scale`.
+    """Tokens are sqrt(D) * normalize(W e + b) of their input embedding e.
 
-    The projection keeps the bias of the released code, which the paper's parameter counts include.
+    The noise has standard deviation `prior_scale`. The projection keeps the bias of the released code, which the paper's parameter counts include.
     """
 
     default_preset: ClassVar[str | None] = "l2d-paper"
@@ -182,7 +182,7 @@ class Embedding(Parametrization):
         """
         variance = (schedule.sigma(t) * self.prior_scale) ** 2 + schedule.alpha(t) ** 2
         y = x / variance.sqrt()[..., None]
-        return self.translation(y.to(self.translation[0].weight.dtype))  # type: ignore[no-any-return]
+        return self.translation(y.to(self.vocabulary.weight.dtype))  # type: ignore[no-any-return]
 
     def estimate(self, logits: Tensor, t: Tensor, codebook: Tensor, random: Random) -> Tensor:
         """Clean state to move towards, by the config's mode at temperature T(t).

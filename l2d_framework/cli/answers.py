@@ -1,0 +1,251 @@
+"""What `l2d generate` does: check everything without weights, load, answer in batches, write."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import typer
+from rich.progress import Progress
+from transformers import GenerationConfig, TextStreamer
+
+from l2d_framework.base_model import fetch, load_config
+from l2d_framework.checkpoint import base_reference, load, load_tokenizer, read_manifest
+from l2d_framework.config import default_sampling, parse_sampling
+from l2d_framework.errors import ConfigError, DataError, suggest
+from l2d_framework.model import DiffusionLM
+from l2d_framework.noise import request_keys
+from l2d_framework.prompts import Prompt, check_length, encode_prompts, pad_left
+from l2d_framework.registry import registry
+
+
+def read_prompts(texts: Sequence[str], file: Path | None, *, chat: bool) -> list[Prompt]:
+    """Prompts from the command line and a file.
+
+    Args:
+        texts: from the command line.
+        file: text with one prompt a line, or JSONL with `prompt` or `messages`.
+        chat: make a conversation of each plain text.
+
+    Returns:
+        The prompts, in order.
+
+    Raises:
+        DataError: if the file is missing, empty, or a line cannot be read.
+    """
+    prompts: list[Prompt] = list(texts)
+    if file is not None:
+        if not file.is_file():
+            raise DataError(f"There is no file {str(file)!r}. Give a text file with one prompt a line, or JSONL.")
+        lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        if not lines:
+            raise DataError(f"{str(file)!r} holds no prompt.")
+        is_json = file.suffix in (".jsonl", ".json")
+        prompts += [_json_prompt(line, f"{file}:{n}") if is_json else line for n, line in enumerate(lines, 1)]
+    return [[{"role": "user", "content": p}] if chat and isinstance(p, str) else p for p in prompts]
+
+
+def _json_prompt(line: str, where: str) -> Prompt:
+    try:
+        row = json.loads(line)
+        found = row.get("prompt", row.get("messages"))
+    except (ValueError, AttributeError) as error:
+        raise DataError(f"{where} is not a JSON object ({error}).") from error
+    if not isinstance(found, (str, list)):
+        raise DataError(f"{where} has neither `prompt` nor `messages`; it has {list(row)}.")
+    return found
+
+
+class Session:
+    """One model and one set of options; everything but `load` and what follows it needs no weights.
+
+    Args:
+        model: checkpoint folder or hub id.
+        base: where the base model lies now.
+        dtype: of the weights.
+        sampling: fields of the sampling section.
+        options: fields of transformers' generation configuration.
+        guidance_scale: scale of the guidance.
+        class_name: class label of every prompt.
+        stop: strings that end an answer.
+        samples: answers per prompt.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        base: str | None,
+        dtype: str | None,
+        sampling: dict[str, Any],
+        options: dict[str, Any],
+        guidance_scale: float | None,
+        class_name: str | None,
+        stop: Sequence[str],
+        samples: int,
+    ) -> None:
+        if dtype not in (None, "float32", "bfloat16", "float16"):
+            raise ConfigError(f"--dtype must be float32, bfloat16 or float16, got {dtype!r}.")
+        self.path, self.base, self.dtype = model, base, dtype
+        self.sampling, self.options, self.guidance_scale = sampling, options, guidance_scale
+        self.class_name, self.stop, self.samples = class_name, list(stop), samples
+        manifest = read_manifest(fetch(model))
+        self.reference = base_reference(manifest, base=base, dtype=dtype)
+        parametrization: Any = registry().create("parametrization", manifest["parametrization"])
+        backbone: Any = registry().create("backbone", manifest["backbone"])
+        section = manifest["sampling"] and parse_sampling(manifest["sampling"])
+        resolved = (section or default_sampling(parametrization)).resolve(parametrization, sampling)
+        if guidance_scale is not None and len(resolved.guidance) != 1:
+            raise ConfigError(f"--guidance-scale needs exactly one guidance, got {len(resolved.guidance)}.")
+        if guidance_scale is not None:
+            self.sampling = {**sampling, "guidance": [resolved.guidance[0].to_json() | {"scale": guidance_scale}]}
+        for guidance in resolved.guidance:
+            scale = guidance.scale if guidance_scale is None else guidance_scale
+            if guidance.needs_classes and not backbone.num_classes and scale != guidance.neutral_scale:
+                raise ConfigError(
+                    f"Guidance {guidance.component_name()!r} with scale {scale:g} needs a model trained with class "
+                    f"labels; {model!r} has none. Leave it out."
+                )
+        known = manifest["classes"]
+        if class_name is not None and class_name not in known:
+            raise ConfigError(f"Unknown class {class_name!r}{suggest(class_name, known)} This model knows {known}.")
+        self.chat_template = manifest["chat_template"]
+        self.lm_config = load_config(self.reference)
+        self.tokenizer = load_tokenizer(self.reference)
+        self.lm: DiffusionLM | None = None
+
+    def encode(self, prompts: Sequence[Prompt]) -> list[list[int]]:
+        """Token ids of prompts, refused when an answer would not fit.
+
+        Args:
+            prompts: texts or conversations.
+
+        Returns:
+            Ids of each prompt.
+        """
+        batch = encode_prompts(self.tokenizer, prompts, self.chat_template)
+        config = GenerationConfig(max_new_tokens=self.options["max_new_tokens"])
+        check_length([len(tokens) for tokens in batch], config, self.lm_config)
+        return batch
+
+    def check_output(self, output: Path | None) -> None:
+        """Refuse a file that cannot be written.
+
+        Args:
+            output: the file, or None.
+
+        Raises:
+            ConfigError: if its folder is missing or read-only, or the file exists.
+        """
+        if output is None:
+            return
+        if output.exists():
+            raise ConfigError(f"{str(output)!r} exists. Name another --output, so that nothing is lost.")
+        if not os.access(output.resolve().parent, os.W_OK):
+            raise ConfigError(
+                f"{str(output.resolve().parent)!r} is missing or cannot be written. Name another --output."
+            )
+
+    def load(self, device: str | None, *, merge: bool) -> None:
+        """Load the weights.
+
+        Args:
+            device: where to run; the GPU when there is one.
+            merge: fold the adapter into weights of its own.
+        """
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self.lm = load(self.path, base=self.base, dtype=self.dtype, device=device)
+        if merge:
+            self.lm.backbone.merge()
+
+    def answer(self, batch: Sequence[Sequence[int]], keys: Sequence[str], streamer: Any = None) -> list[dict[str, Any]]:
+        """Answers to encoded prompts.
+
+        Args:
+            batch: ids of each prompt.
+            keys: name of each request for its noise.
+            streamer: transformers' streamer, or None.
+
+        Returns:
+            Per answer its text, number of tokens and mean evaluations.
+        """
+        assert self.lm is not None
+        tokenizer: Any = self.tokenizer
+        options: dict[str, Any] = {**self.sampling, **self.options}
+        if self.stop:
+            options["stop_strings"] = self.stop
+        output = self.lm.generate(
+            pad_left(batch, keys),
+            classes=None if self.class_name is None else [self.class_name] * len(batch),
+            num_return_sequences=self.samples,
+            streamer=streamer,
+            **options,
+        )
+        return [
+            {
+                "text": self._cut(tokenizer.decode(tokens[: int(count)], skip_special_tokens=True)),
+                "tokens": int(count),
+                "evaluations_per_token": round(float(cost[: int(count)].float().mean()), 2),
+            }
+            for tokens, cost, count in zip(output.answers, output.evaluations, output.lengths, strict=True)
+        ]
+
+    def _cut(self, text: str) -> str:
+        found = [text.find(stop) for stop in self.stop if stop in text]
+        return text[: min(found)] if found else text
+
+    def stream(self, prompt: Prompt) -> str:
+        """Answer one prompt, printing tokens as they come.
+
+        Args:
+            prompt: text or conversation.
+
+        Returns:
+            The answer.
+        """
+        batch = self.encode([prompt])
+        streamer = TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)  # type: ignore[arg-type]
+        return str(self.answer(batch, request_keys(batch), streamer)[0]["text"])
+
+    def answer_all(
+        self,
+        prompts: Sequence[Prompt],
+        encoded: Sequence[Sequence[int]],
+        *,
+        batch_size: int,
+        stream: bool,
+        output: Path | None,
+    ) -> None:
+        """Answer all prompts, print and write the answers.
+
+        Args:
+            prompts: as given.
+            encoded: their ids.
+            batch_size: prompts at a time.
+            stream: print tokens as they come.
+            output: JSONL file, written in one piece at the end.
+        """
+        if stream:
+            rows = [[{"text": self.stream(prompts[0])}]]
+        else:
+            rows = []
+            keys = request_keys(encoded)
+            with Progress(transient=True, disable=len(encoded) <= batch_size) as progress:
+                for start in progress.track(range(0, len(encoded), batch_size), description="generating"):
+                    part = slice(start, start + batch_size)
+                    found = self.answer(encoded[part], keys[part])
+                    rows += [found[i : i + self.samples] for i in range(0, len(found), self.samples)]
+            for answers in rows:
+                for answer in answers:
+                    typer.echo(answer["text"])
+        if output is not None:
+            lines = [
+                json.dumps({"prompt": p, "answers": a}, ensure_ascii=False) for p, a in zip(prompts, rows, strict=True)
+            ]
+            temporary = output.with_name(output.name + ".part")
+            temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
+            os.replace(temporary, output)

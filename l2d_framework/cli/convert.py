@@ -1,0 +1,35 @@
+"""`l2d convert`: checkpoints of other code bases."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def convert(
+    source: Annotated[str, typer.Argument(help="Folder or hub id of the foreign checkpoint.")],
+    out: Annotated[Path, typer.Argument(help="New folder to write.")],
+    reader: Annotated[str, typer.Option("--from", help="Format, such as l2d-reference.")],
+    base: Annotated[
+        str | None,
+        typer.Option(help="The language model; without it the checkpoint's own copy is written to OUT/base."),
+    ] = None,
+    classes: Annotated[str | None, typer.Option(help="Names of the class labels, separated by commas.")] = None,
+) -> None:
+    """Convert a checkpoint of another code base.
+
+    Args:
+        source: foreign checkpoint.
+        out: folder to write.
+        reader: name of its format.
+        base: the language model.
+        classes: names of the class labels.
+    """
+    from l2d_framework.convert import convert as run
+
+    names = None if classes is None else tuple(name.strip() for name in classes.split(","))
+    model = run(source, out, reader=reader, base=base, classes=names)
+    count = sum(parameter.numel() for parameter in model.own_parameters().values())
+    typer.echo(f"Wrote {count:,} diffusion parameters to {out}. Try: l2d generate {out} --prompt '...'")

@@ -1,0 +1,131 @@
+"""`l2d generate`: text from a trained model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from l2d_framework.errors import ConfigError
+
+if TYPE_CHECKING:
+    from l2d_framework.cli.answers import Session
+
+
+def generate(
+    model: Annotated[str, typer.Argument(help="Checkpoint folder or hub id.")],
+    prompt: Annotated[list[str] | None, typer.Option(help="Prompt; may be given several times.")] = None,
+    file: Annotated[Path | None, typer.Option(help="Prompts: a text file with one a line, or JSONL.")] = None,
+    chat: Annotated[bool, typer.Option(help="Use the chat template; without prompts, talk on the terminal.")] = False,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 256,
+    num_inference_steps: Annotated[
+        int | None, typer.Option(min=0, help="Network evaluations per token; 0 is the plain language model.")
+    ] = None,
+    solver: Annotated[str | None, typer.Option(help="Name of the solver.")] = None,
+    guidance: Annotated[list[str] | None, typer.Option(help="Name of a guidance; the first is innermost.")] = None,
+    guidance_scale: Annotated[float | None, typer.Option(help="Scale of the guidance.")] = None,
+    class_name: Annotated[str | None, typer.Option("--class", help="Class label of the prompts.")] = None,
+    preset: Annotated[str | None, typer.Option(help="Named sampling settings, such as l2d-adaptive.")] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="Other sampling setting, such as estimate.mode=argmax.")
+    ] = None,
+    do_sample: Annotated[bool | None, typer.Option(help="Draw the token instead of taking the most likely.")] = None,
+    temperature: Annotated[float | None, typer.Option(help="Of the draw.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Of the draw.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Of the draw.")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="String that ends an answer; left out of it.")] = None,
+    num_return_sequences: Annotated[int, typer.Option(min=1, help="Answers per prompt.")] = 1,
+    seed: Annotated[int | None, typer.Option(min=0, help="Of all random numbers.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts at a time; does not change the answers.")] = 8,
+    stream: Annotated[bool, typer.Option(help="Print tokens as they come; one prompt only.")] = False,
+    output: Annotated[Path | None, typer.Option(help="Also write the answers to this JSONL file.")] = None,
+    base: Annotated[str | None, typer.Option(help="Where the base model lies now, if it has moved.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="Of the weights: float32, bfloat16 or float16.")] = None,
+    device: Annotated[str | None, typer.Option(help="Such as cuda; the GPU when there is one.")] = None,
+    merge: Annotated[bool, typer.Option(help="Fold the adapter into weights of its own: faster, more memory.")] = False,
+) -> None:
+    """Generate text with a trained model.
+
+    Args:
+        model: checkpoint.
+        prompt: prompts.
+        file: file with prompts.
+        chat: use the chat template.
+        max_new_tokens: longest answer.
+        num_inference_steps: network evaluations per token.
+        solver: its name.
+        guidance: names of guidances.
+        guidance_scale: scale of the guidance.
+        class_name: class label.
+        preset: named settings.
+        set_: other settings.
+        do_sample: draw the token.
+        temperature: of the draw.
+        top_p: of the draw.
+        top_k: of the draw.
+        stop: strings that end an answer.
+        num_return_sequences: answers per prompt.
+        seed: of all random numbers.
+        batch_size: prompts at a time.
+        stream: print tokens as they come.
+        output: file for the answers.
+        base: where the base model lies.
+        dtype: of the weights.
+        device: where to run.
+        merge: fold the adapter.
+
+    Raises:
+        ConfigError: if the options do not go together.
+    """
+    from l2d_framework.cli.answers import Session, read_prompts
+    from l2d_framework.config.files import override
+
+    prompts = read_prompts(prompt or [], file, chat=chat)
+    if not prompts and not chat:
+        raise ConfigError("There is nothing to answer. Give --prompt, --file, or --chat to talk.")
+    if stream and len(prompts) * num_return_sequences > 1:
+        raise ConfigError(f"--stream shows one answer, got {len(prompts)} prompts. Leave it out or give one prompt.")
+    given = {
+        "preset": preset,
+        "num_inference_steps": num_inference_steps,
+        "solver": None if solver is None else {"name": solver},
+        "guidance": [{"name": name} for name in guidance] if guidance else None,
+        "seed": seed,
+    }
+    sampling = override({name: value for name, value in given.items() if value is not None}, set_ or [])
+    picking = {"do_sample": do_sample, "temperature": temperature, "top_p": top_p, "top_k": top_k}
+    options: dict[str, Any] = {name: value for name, value in picking.items() if value is not None}
+    session = Session(
+        model,
+        base=base,
+        dtype=dtype,
+        sampling=sampling,
+        options={**options, "max_new_tokens": max_new_tokens},
+        guidance_scale=guidance_scale,
+        class_name=class_name,
+        stop=stop or [],
+        samples=num_return_sequences,
+    )
+    encoded = session.encode(prompts)
+    session.check_output(output)
+    session.load(device, merge=merge)
+    if prompts:
+        session.answer_all(prompts, encoded, batch_size=batch_size, stream=stream, output=output)
+    else:
+        _talk(session)
+
+
+def _talk(session: Session) -> None:
+    """A conversation on the terminal, ended by an empty line or the end of input."""
+    messages: list[dict[str, str]] = []
+    while line := _ask():
+        messages.append({"role": "user", "content": line})
+        messages.append({"role": "assistant", "content": session.stream(messages)})
+
+
+def _ask() -> str:
+    try:
+        return input("> ").strip()
+    except EOFError:
+        return ""

@@ -1,0 +1,78 @@
+"""Progress of a training run on the terminal: a bar for readers, a line per log for log files."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from transformers import TrainerCallback
+
+
+def progress(console: Console, title: str) -> TrainerCallback:
+    """Callback that reports on a run, from the first process only.
+
+    Args:
+        console: where to.
+        title: of the run.
+
+    Returns:
+        A callback for the trainer.
+    """
+    return _Bar(console, title) if console.is_terminal else _Lines(console, title)
+
+
+def _facts(logs: dict[str, float]) -> str:
+    names = {"loss": "loss {:.4f}", "eval_loss": "held-out loss {:.4f}", "tokens_per_second": "{:,.0f} tokens/s"}
+    return "  ".join(text.format(logs[name]) for name, text in names.items() if name in logs)
+
+
+class _Lines(TrainerCallback):
+    def __init__(self, console: Console, title: str) -> None:
+        self._console, self._title = console, title
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if state.is_world_process_zero and (facts := _facts(logs)):
+            text = f"{self._title}  {state.global_step}/{state.max_steps}  {facts}"
+            self._console.print(text, highlight=False, soft_wrap=True)
+
+
+class _Bar(TrainerCallback):
+    def __init__(self, console: Console, title: str) -> None:
+        self._title, self._task, self._logs = title, TaskID(0), dict[str, float]()
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[facts]}"),
+            console=console,
+        )
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            self._task = self._progress.add_task(self._title, total=state.max_steps, facts="")
+            # What an earlier session did says nothing about the time this one needs.
+            self._progress.update(self._task, completed=state.global_step)
+            self._progress.start()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            self._progress.update(self._task, completed=state.global_step)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            self._logs |= logs
+            self._progress.update(self._task, facts=_facts(self._logs))
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._progress.stop()

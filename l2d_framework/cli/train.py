@@ -1,0 +1,85 @@
+"""`l2d train`: run files to trained models."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from l2d_framework.cli.config import Overrides, RunFile
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+def train(
+    run_file: RunFile,
+    overrides: Overrides = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Move an output folder that exists aside and start anew.")
+    ] = False,
+) -> None:
+    """Train the run, or the pipeline of runs, of a file; called again, it goes on where it was interrupted.
+
+    Works under `accelerate launch -m l2d_framework.cli train` and `torchrun -m l2d_framework.cli train`.
+
+    Args:
+        run_file: run file.
+        overrides: replaced values.
+        overwrite: move output folders that exist aside.
+    """
+    from rich.console import Console
+
+    from l2d_framework.cli.progress import progress
+    from l2d_framework.config import load_run
+    from l2d_framework.training.run import train_runs
+
+    console = Console()
+    runs = load_run(run_file, overrides)
+    cards = train_runs(runs, overwrite=overwrite, callbacks=lambda run: [progress(console, str(run.output_dir))])
+    if not _is_first_process():
+        return
+    for run, card in zip(runs, cards, strict=True):
+        console.print(summary(str(run.output_dir), card))
+        if card["kind"] == "diffusion":
+            console.print(
+                f'Generate with:  l2d generate {run.output_dir} --prompt "..."', soft_wrap=True, highlight=False
+            )
+
+
+def summary(title: str, card: dict[str, Any]) -> Table:
+    """Results of a finished run.
+
+    Args:
+        title: of the table.
+        card: contents of `run.json`.
+
+    Returns:
+        A table.
+    """
+    from rich import box
+    from rich.table import Table
+
+    from l2d_framework.training.meter import BINS
+
+    result, losses = card["result"], card["result"]["losses"]
+    table = Table("", "training", "held out", box=box.SIMPLE_HEAD, title=title)
+    for index in (None, *range(BINS)):
+        key = "loss" if index is None else f"loss_t{index:02d}"
+        shown = [f"{losses[k]:.4f}" if k in losses else "" for k in (key, f"eval_{key}")]
+        if any(shown):
+            name = "loss, nats per token" if index is None else f"  t in [{index / BINS:.1f}, {(index + 1) / BINS:.1f})"
+            table.add_row(name, *shown)
+    table.add_section()
+    table.add_row("updates", f"{result['steps']:,}")
+    table.add_row("trained parameters", f"{card['parameters']['trainable']:,}")
+    table.add_row("duration", f"{card['seconds']:,.0f} s")
+    table.add_row("speed", f"{result['tokens_per_second']:,.0f} tokens/s")
+    table.add_row("peak memory", f"{result['peak_memory'] / 2**30:.2f} GiB")
+    return table
+
+
+def _is_first_process() -> bool:
+    from accelerate import PartialState
+
+    return bool(PartialState().is_main_process)

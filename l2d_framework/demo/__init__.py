@@ -1,0 +1,1 @@
+"""The demonstration: a tiny language model becomes a diffusion language model on synthetic text."""

@@ -1,0 +1,1 @@
+"""Training: data, next-token and denoising losses on transformers' Trainer, resumption, and the reproducibility card."""

@@ -1,0 +1,72 @@
+"""Run files of a few kilobytes: a random base model, sums as data, a dozen updates."""
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+from tiny_models import tiny_lm, tiny_tokenizer
+
+
+def write_base(folder: Path, **overrides: Any) -> Path:
+    """Folder with a random language model and its tokenizer."""
+    tiny_lm("llama", **overrides).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def write_sums(path: Path, count: int = 22) -> Path:
+    """JSON lines with sums of numbers of one to three digits, so that rows differ in length."""
+    draw = random.Random(0)
+    rows = []
+    for _ in range(count):
+        a, b = draw.randrange(10 ** draw.randint(1, 3)), draw.randrange(100)
+        rows.append({"prompt": f"{a}+{b}=", "completion": str(a + b), "kind": "odd" if a % 2 else "even"})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def diffusion_run(base: Path, data: Path, output: Path, **training: Any) -> dict[str, Any]:
+    """Fields of a small L2D run; `training` overrides its training section."""
+    return {
+        "model": {"base": str(base)},
+        "schedule": {"name": "linear"},
+        "parametrization": {"name": "embedding", "size": 8},
+        "backbone": {"name": "two_stream", "rank": 2, "time_features": 8, "conditioning_size": 8},
+        "data": {"train": [{"path": str(data)}], "eval_fraction": 0.25, "max_length": 64},
+        "training": {**SMALL, **training},
+        "output_dir": str(output),
+    }
+
+
+def language_model_run(data: Path, output: Path, **fields: Any) -> dict[str, Any]:
+    """Fields of a small next-token run; `fields` are at the top level, `training` among them is merged."""
+    training = {**SMALL, **fields.pop("training", {})}
+    return {
+        "kind": "language_model",
+        "data": {"train": [{"path": str(data)}], "eval_fraction": 0.25, "max_length": 64},
+        "training": training,
+        "output_dir": str(output),
+        **fields,
+    }
+
+
+SMALL = {
+    "max_steps": 9,
+    "batch_size": 4,
+    "learning_rate": 1e-2,
+    "warmup_steps": 3,
+    "logging_steps": 1,
+    "save_steps": 3,
+    "eval_steps": 3,
+}
+
+
+def losses(output: Path) -> dict[int, dict[str, float]]:
+    """Everything called a loss that a finished run logged, by update."""
+    history = json.loads((output / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
+    found: dict[int, dict[str, float]] = {}
+    for entry in history:
+        here = {name: value for name, value in entry.items() if "loss" in name and name != "train_loss"}
+        found.setdefault(entry["step"], {}).update(here)
+    return found

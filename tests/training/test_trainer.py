@@ -1,0 +1,257 @@
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_runs
+import torch
+from safetensors import safe_open
+from transformers import TrainerCallback
+
+from l2d_framework import checkpoint
+from l2d_framework.config import TrainingSection, parse_run
+from l2d_framework.errors import ConfigError
+from l2d_framework.objective import NoiseRule, denoising_loss, draw
+from l2d_framework.training.arguments import make_arguments, total_steps
+from l2d_framework.training.collate import Collator
+from l2d_framework.training.data import prepare
+from l2d_framework.training.learner import Denoiser
+from l2d_framework.training.meter import BINS, LossMeter
+from l2d_framework.training.order import HeldOut, RunOrder, RunStream
+from l2d_framework.training.run import train_runs
+from l2d_framework.training.trainer import TokenTrainer
+from l2d_framework.types import Layout
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("trainer")
+    tiny_runs.write_base(folder / "base")
+    tiny_runs.write_sums(folder / "sums.jsonl")
+    return folder
+
+
+def fields(folder: Path, name: str, **training: Any) -> dict[str, Any]:
+    return tiny_runs.diffusion_run(folder / "base", folder / "sums.jsonl", folder / name, **training)
+
+
+def train(run: dict[str, Any], *callbacks: TrainerCallback, overwrite: bool = False) -> dict[str, Any]:
+    return train_runs([parse_run(run)], overwrite=overwrite, callbacks=lambda _: callbacks)[0]
+
+
+@pytest.fixture(scope="module")
+def reference(folder: Path) -> dict[int, dict[str, float]]:
+    train(fields(folder, "reference"))
+    return tiny_runs.losses(folder / "reference")
+
+
+def test_every_epoch_of_the_order_is_another_permutation() -> None:
+    rows = [{"index": i} for i in range(5)]
+    order = RunOrder(rows, seed=1, total=15)
+    epochs = [[order[5 * e + i] for i in range(5)] for e in range(3)]
+    assert [sorted(row["index"] for row in epoch) for epoch in epochs] == [[0, 1, 2, 3, 4]] * 3
+    assert [{row["epoch"] for row in epoch} for epoch in epochs] == [{0}, {1}, {2}]
+    assert len({tuple(row["index"] for row in epoch) for epoch in epochs}) > 1
+    assert [RunOrder(rows, seed=1, total=99)[i] for i in range(15)] == list(itertools.chain(*epochs))
+
+
+def test_a_stream_starts_again_when_it_ends_and_gives_the_total() -> None:
+    class Rows(list[dict[str, int]]):
+        def set_epoch(self, epoch: int) -> None:
+            self.epoch = epoch
+
+    seen = [(row["epoch"], row["index"]) for row in RunStream(Rows([{"index": 0}, {"index": 1}]), total=5)]
+    assert seen == [(0, 0), (0, 1), (1, 0), (1, 1), (2, 0)]
+
+
+def test_bins_and_mean_of_the_meter_agree(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Alone:
+        def reduce(self, sums: torch.Tensor) -> torch.Tensor:
+            return sums
+
+    meter = LossMeter(torch.device("cpu"))
+    t, losses = torch.rand(50), torch.rand(50)
+    meter.add({"losses": losses[:20], "t": t[:20], "row": torch.zeros(20, dtype=torch.int64)})
+    meter.add(
+        {"losses": losses.repeat(2), "t": t.repeat(2), "row": torch.arange(100) // 50}, torch.tensor([False, True])
+    )
+    seen = torch.cat([losses[:20], losses]), torch.cat([t[:20], t])
+    found = meter.results(Alone(), "x_")
+    assert found["x_loss"] == pytest.approx(seen[0].mean().item())
+    for i in range(BINS):
+        inside = (seen[1] * BINS).long() == i
+        if inside.any():
+            assert found[f"x_loss_t{i:02d}"] == pytest.approx(seen[0][inside].mean().item())
+    assert meter.results(Alone()) == {}
+
+
+def test_the_first_logged_loss_is_the_mean_over_supervised_tokens(
+    folder: Path, reference: dict[int, dict[str, float]]
+) -> None:
+    run = parse_run(fields(folder, "reference"))
+    model = checkpoint.build_model(run)
+    data = prepare(run.data, model.tokenizer, seed=run.seed)
+    order = RunOrder(data.train, run.seed, run.training.max_steps * run.training.batch_size)
+    rows = [order[i] for i in range(run.training.batch_size)]
+    total, count = 0.0, 0
+    for row in rows:
+        batch = Collator(0)([row])
+        layout = Layout(batch["input_ids"], batch["blocks"])
+        rule = NoiseRule([(run.seed, row["epoch"], row["index"])])
+        losses = denoising_loss(model, layout, draw(model, layout, rule))
+        total, count = total + float(losses.total), count + losses.count
+    assert reference[1]["loss"] == pytest.approx(total / count, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    "training",
+    [{"micro_batch_size": 1}, {"micro_batch_size": 2, "gradient_checkpointing": True}, {"loss_chunk": 3}],
+    ids=["micro_batch", "gradient_checkpointing", "loss_chunk"],
+)
+def test_ways_to_save_memory_change_no_loss(
+    folder: Path, reference: dict[int, dict[str, float]], training: dict[str, Any], request: pytest.FixtureRequest
+) -> None:
+    output = folder / request.node.callspec.id
+    train(fields(folder, output.name, **training))
+    found = tiny_runs.losses(output)
+    assert found.keys() == reference.keys()
+    for step, expected in reference.items():
+        assert found[step] == pytest.approx(expected, abs=2e-5)
+
+
+def test_training_lowers_the_loss(reference: dict[int, dict[str, float]]) -> None:
+    assert reference[9]["eval_loss"] < reference[3]["eval_loss"]
+
+
+def test_evaluations_use_the_same_noise_each_time(folder: Path) -> None:
+    train(fields(folder, "still", learning_rate=1e-30, final_learning_rate=0.0))
+    found = tiny_runs.losses(folder / "still")
+    evaluations = [{k: v for k, v in entry.items() if k.startswith("eval_")} for entry in found.values()]
+    evaluations = [entry for entry in evaluations if entry]
+    assert len(evaluations) == 3
+    assert evaluations[0] == evaluations[1] == evaluations[2]
+    assert len({entry["loss"] for entry in found.values()}) == 9
+
+
+def test_filling_up_a_batch_does_not_change_the_held_out_loss(folder: Path, tmp_path: Path) -> None:
+    run = parse_run(fields(folder, "unused", micro_batch_size=4))
+    model = checkpoint.build_model(run)
+    data = prepare(run.data, model.tokenizer, seed=run.seed)
+    arguments = make_arguments(run.training, tmp_path, seed=0)
+    learner = Denoiser(model, run.training, run.seed)
+    from l2d_framework.training.arguments import TrainingData
+
+    fed = TrainingData(data.train, data.eval, Collator(0), 0)
+    trainer = TokenTrainer(learner, arguments, training=run.training, data=fed)
+    assert len(data.eval) % 4
+    alone = trainer.evaluate(HeldOut(data.eval, 1))
+    filled = trainer.evaluate(HeldOut(data.eval, 4))
+    assert alone["eval_loss"] == pytest.approx(filled["eval_loss"], abs=1e-6)
+
+
+def test_only_own_parameters_move_and_checkpoints_hold_nothing_else(
+    folder: Path, reference: dict[int, dict[str, float]]
+) -> None:
+    run = parse_run(fields(folder, "reference"))
+    fresh, trained = checkpoint.build_model(run), checkpoint.load(folder / "reference")
+    for name, before in fresh.backbone.lm.state_dict().items():
+        assert torch.equal(before, trained.backbone.lm.state_dict()[name]), name
+    own = trained.own_parameters()
+    moved = [name for name, before in fresh.own_parameters().items() if not torch.equal(before, own[name])]
+    assert len(moved) > len(own) / 2
+    count = 0
+    for file in (folder / "reference" / "checkpoint-9").rglob("*.safetensors"):
+        with safe_open(file, framework="pt") as tensors:
+            count += sum(tensors.get_tensor(name).numel() for name in tensors.keys())  # noqa: SIM118 -- no mapping
+    assert count == sum(p.numel() for p in own.values())
+
+
+def test_the_best_model_is_the_one_of_the_lowest_held_out_loss(
+    folder: Path, reference: dict[int, dict[str, float]]
+) -> None:
+    # A rate this high after a good start makes the last model worse than an earlier one.
+    run = fields(folder, "worse", learning_rate=1.0, warmup_steps=0, decay="constant")
+    train(run)
+    found = tiny_runs.losses(folder / "worse")
+    by_loss = min((entry["eval_loss"], step) for step, entry in found.items() if "eval_loss" in entry)
+    card = json.loads((folder / "worse" / "run.json").read_text())
+    assert card["result"]["best_eval_loss"] == by_loss[0]
+    best = checkpoint.load(folder / "worse" / "best")
+    kept = checkpoint.load(folder / "worse" / f"checkpoint-{by_loss[1]}") if by_loss[1] > 3 else None
+    if kept is not None:
+        for name, value in best.own_parameters().items():
+            assert torch.equal(value, kept.own_parameters()[name])
+
+
+def test_as_many_checkpoints_are_kept_as_asked_for(folder: Path, reference: dict[int, dict[str, float]]) -> None:
+    found = sorted(path.name for path in (folder / "reference").glob("checkpoint-*"))
+    assert found == ["checkpoint-6", "checkpoint-9"]
+    assert not [path for path in (folder / "reference").iterdir() if path.name.endswith((".writing", ".replaced"))]
+
+
+def test_bf16_training_stays_near_float32(folder: Path, reference: dict[int, dict[str, float]]) -> None:
+    train(fields(folder, "bf16", bf16=True))
+    found = tiny_runs.losses(folder / "bf16")
+    assert found[1]["loss"] == pytest.approx(reference[1]["loss"], rel=0.02)
+    assert found[1]["loss"] != reference[1]["loss"]
+
+
+def test_class_labels_reach_the_model(folder: Path) -> None:
+    run = fields(folder, "classes")
+    run["classes"] = ["even", "odd"]
+    run["data"]["train"][0]["class_column"] = "kind"
+    train(run)
+    model = checkpoint.load(folder / "classes")
+    assert model.origin.classes == ("even", "odd")
+
+
+def test_epochs_become_updates() -> None:
+    rows = range(22)
+    assert total_steps(TrainingSection(batch_size=4, epochs=1.0), rows) == 6
+    assert total_steps(TrainingSection(batch_size=4, epochs=2.0), rows) == 11
+    assert total_steps(TrainingSection(batch_size=99, epochs=0.5), rows) == 1
+    assert total_steps(TrainingSection(batch_size=4, max_steps=3), rows) == 3
+
+
+def test_a_batch_that_does_not_divide_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import TrainingArguments
+
+    monkeypatch.setattr(TrainingArguments, "world_size", 3)
+    with pytest.raises(ConfigError, match="batch_size 32 is no multiple of 10 sequences in each of 3 processes"):
+        make_arguments(TrainingSection(), tmp_path, seed=0)
+
+
+@pytest.mark.parametrize("name", ["FSDP", "DEEPSPEED"])
+def test_sharded_parameters_are_refused(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(f"ACCELERATE_USE_{name}", "true")
+    with pytest.raises(ConfigError, match="not supported"):
+        make_arguments(TrainingSection(), tmp_path, seed=0)
+
+
+def test_a_run_without_data_or_folder_is_refused(folder: Path) -> None:
+    for missing in ("data", "output_dir"):
+        run = fields(folder, "nowhere")
+        run.pop(missing)
+        with pytest.raises(ConfigError, match=f"no `{missing}`"):
+            train(run)
+
+
+def test_sequences_beyond_the_context_are_refused_before_weights_load(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoint, "build_model", lambda *_: pytest.fail("weights were loaded"))
+    run = fields(folder, "long")
+    run["data"]["max_length"] = 4096
+    with pytest.raises(ConfigError, match="max_length 4096 exceeds the 128 tokens"):
+        train(run)
+    assert not (folder / "long").exists()
+
+
+def test_bad_data_is_refused_before_weights_load(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint, "build_model", lambda *_: pytest.fail("weights were loaded"))
+    run = fields(folder, "bad_data")
+    run["data"]["train"][0]["columns"] = {"prompt": "question"}
+    with pytest.raises(ValueError, match="question"):
+        train(run)
+    assert not (folder / "bad_data").exists()

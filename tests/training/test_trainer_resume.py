@@ -1,0 +1,219 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_runs
+import torch
+from transformers import TrainerCallback
+
+from l2d_framework import checkpoint
+from l2d_framework.config import parse_run
+from l2d_framework.errors import ConfigError
+from l2d_framework.training import folders
+from l2d_framework.training.run import train_runs
+
+KILLED = """
+import json, os, signal, sys
+from transformers import TrainerCallback
+from l2d_framework.config import parse_run
+from l2d_framework.training.learner import Denoiser
+from l2d_framework.training.run import train_runs
+
+run, step, place = json.loads(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+class Kill(TrainerCallback):
+    step = 0
+    def on_step_end(self, args, state, control, **kwargs):
+        Kill.step = state.global_step
+        if place == "update" and state.global_step == step:
+            die()
+
+write = Denoiser.checkpoint
+
+def write_half(self, folder):
+    write(self, folder)
+    if place == "checkpoint" and Kill.step == step:
+        (folder / "diffusion.safetensors").write_bytes(b"half")
+        die()
+
+Denoiser.checkpoint = write_half
+train_runs([parse_run(run)], callbacks=lambda _: [Kill()])
+"""
+
+
+class Stop(TrainerCallback):
+    """Ends a run at an update by an exception, which is as abrupt for the trainer as a kill."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("resume")
+    tiny_runs.write_base(folder / "base")
+    tiny_runs.write_sums(folder / "sums.jsonl", 14)
+    return folder
+
+
+def fields(folder: Path, name: str, **training: Any) -> dict[str, Any]:
+    # Some eleven rows and batches of four: an epoch ends within the third update.
+    return tiny_runs.diffusion_run(folder / "base", folder / "sums.jsonl", folder / name, **training)
+
+
+def train(run: dict[str, Any], *callbacks: TrainerCallback, overwrite: bool = False) -> dict[str, Any]:
+    return train_runs([parse_run(run)], overwrite=overwrite, callbacks=lambda _: callbacks)[0]
+
+
+@pytest.fixture(scope="module")
+def whole(folder: Path) -> Path:
+    train(fields(folder, "whole"))
+    return folder / "whole"
+
+
+def assert_same(output: Path, whole: Path) -> None:
+    assert tiny_runs.losses(output) == tiny_runs.losses(whole)
+    ours, theirs = checkpoint.load(output), checkpoint.load(whole)
+    for name, value in ours.own_parameters().items():
+        assert torch.equal(value, theirs.own_parameters()[name]), name
+
+
+def test_a_run_killed_between_and_within_checkpoints_resumes_with_the_same_losses(folder: Path, whole: Path) -> None:
+    run = fields(folder, "killed")
+    for step, place in (("5", "update"), ("6", "checkpoint")):
+        command = [sys.executable, "-c", KILLED, json.dumps(run), step, place]
+        killed = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        assert killed.returncode == -signal.SIGKILL, killed.stderr
+        assert [path.name for path in folders.checkpoints(folder / "killed")] == ["checkpoint-3"]
+    assert (folder / "killed" / "checkpoint-6.writing").is_dir()
+    card = train(run)
+    assert card["sessions"] == 3
+    assert_same(folder / "killed", whole)
+    assert not list((folder / "killed").glob("*.writing"))
+
+
+@pytest.mark.parametrize("step", [1, 3, 4, 8])
+def test_a_run_stopped_at_any_update_resumes_with_the_same_losses(folder: Path, whole: Path, step: int) -> None:
+    run = fields(folder, f"stopped_{step}")
+    with pytest.raises(KeyboardInterrupt):
+        train(run, Stop(step))
+    train(run)
+    assert_same(folder / f"stopped_{step}", whole)
+
+
+def test_a_run_resumes_between_logs_and_within_accumulation_settings(folder: Path) -> None:
+    training = {"logging_steps": 2, "micro_batch_size": 1, "save_steps": 3}
+    train(fields(folder, "sparse", **training))
+    run = fields(folder, "sparse_stopped", **training)
+    with pytest.raises(KeyboardInterrupt):
+        train(run, Stop(5))
+    train(run)
+    assert_same(folder / "sparse_stopped", folder / "sparse")
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_stream_resumes_with_the_same_losses(folder: Path, workers: int) -> None:
+    def stream(name: str) -> dict[str, Any]:
+        run = fields(folder, name, eval_steps=None, dataloader_workers=workers)
+        run["data"] |= {"streaming": True, "eval_fraction": 0.0, "shuffle_buffer": 4}
+        return run
+
+    train(stream(f"stream_{workers}"))
+    run = stream(f"stream_stopped_{workers}")
+    with pytest.raises(KeyboardInterrupt):
+        train(run, Stop(5))
+    train(run)
+    assert_same(folder / f"stream_stopped_{workers}", folder / f"stream_{workers}")
+
+
+def test_workers_change_no_loss(folder: Path, whole: Path) -> None:
+    train(fields(folder, "workers", dataloader_workers=2))
+    assert tiny_runs.losses(folder / "workers") == tiny_runs.losses(whole)
+
+
+def test_a_kill_after_the_last_update_resumes_to_a_finished_run(
+    folder: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = fields(folder, "late")
+
+    def fail(stage: Path, output: Path) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(folders, "publish", fail)
+        with pytest.raises(KeyboardInterrupt):
+            train(run)
+    assert not json.loads((folder / "late" / "run.json").read_text())["finished"]
+    train(run)
+    assert_same(folder / "late", whole)
+
+
+def test_a_finished_run_is_not_trained_again(folder: Path, whole: Path) -> None:
+    before = (whole / "run.json").read_bytes()
+    card = train(fields(folder, "whole"), Stop(0))
+    assert card["finished"]
+    assert (whole / "run.json").read_bytes() == before
+
+
+def test_another_configuration_in_the_same_folder_is_refused_by_key(folder: Path, whole: Path) -> None:
+    run = fields(folder, "whole", learning_rate=5e-3)
+    with pytest.raises(ConfigError, match=r"training\.learning_rate: 0\.01 there, 0\.005 now"):
+        train(run)
+
+
+def test_overwriting_moves_the_old_run_aside(folder: Path) -> None:
+    run = fields(folder, "twice", max_steps=1)
+    train(run)
+    train(fields(folder, "twice", max_steps=2), overwrite=True)
+    assert json.loads((folder / "twice.old-1" / "run.json").read_text())["result"]["steps"] == 1
+    assert json.loads((folder / "twice" / "run.json").read_text())["result"]["steps"] == 2
+
+
+def test_a_folder_of_something_else_is_refused(folder: Path) -> None:
+    (folder / "photos").mkdir()
+    (folder / "photos" / "cat.jpg").write_bytes(b"")
+    with pytest.raises(ConfigError, match=r"holds no run\.json"):
+        train(fields(folder, "photos"))
+
+
+def test_a_damaged_card_is_refused(folder: Path) -> None:
+    (folder / "damaged").mkdir()
+    (folder / "damaged" / "run.json").write_text("{")
+    with pytest.raises(ConfigError, match="is damaged"):
+        train(fields(folder, "damaged"))
+
+
+def test_replacing_a_folder_survives_a_kill_at_every_step(tmp_path: Path) -> None:
+    target = tmp_path / "best"
+
+    def content() -> str | None:
+        return (target / "it").read_text() if target.exists() else None
+
+    for done in range(3):
+        for path in tmp_path.iterdir():
+            folders.remove(path)
+        target.mkdir()
+        (target / "it").write_text("old")
+        stage = tmp_path / "best.writing"
+        stage.mkdir()
+        (stage / "it").write_text("new")
+        if done > 0:
+            os.replace(target, tmp_path / "best.replaced")
+        if done > 1:
+            os.replace(stage, target)
+        folders.clean_up(tmp_path)
+        assert content() == ("new" if done == 2 else "old")
+        assert [path.name for path in tmp_path.iterdir()] == ["best"]
