@@ -22,6 +22,7 @@ from l2d_framework.base_model import empty_language_model, fetch, fingerprint, l
 from l2d_framework.config import DiffusionRun, ModelSection, parse_sampling
 from l2d_framework.errors import CheckpointError
 from l2d_framework.model import DiffusionLM, Origin
+from l2d_framework.prompts import read_template
 from l2d_framework.registry import registry
 
 MANIFEST = "l2d.json"
@@ -44,7 +45,7 @@ def build_model(run: DiffusionRun, *, meta: bool = False) -> DiffusionLM:
     run.backbone.check(config, run.block_size)
     lm = empty_language_model(config, run.model.attn_implementation) if meta else load_language_model(run.model)
     model = _assemble(run, lm, run.seed)
-    template = run.data.chat_template if run.data is not None else None
+    template = read_template(run.data.chat_template) if run.data is not None else None
     model.origin = Origin(
         model=run.model,
         fingerprint=None if meta else fingerprint(run.model),

@@ -116,9 +116,9 @@ class DiffusionLM(Process):
 
         Takes the arguments of transformers' `generate` for picking tokens (`max_new_tokens`, `do_sample`,
         `temperature`, `top_p`, `eos_token_id`, `stop_strings`, ...) and the fields of the `sampling` section for
-        diffusing (`num_inference_steps`, `solver`, `guidance`, `estimate`, `end_time`, `seed`, `preset`). Tokens are picked
-        greedily from the last logits unless `do_sample` is set here or in the base model's generation config; the L2D
-        paper samples at temperature 1.
+        diffusing (`num_inference_steps`, `solver`, `guidance`, `estimate`, `end_time`, `seed`, `preset`). Tokens are
+        picked greedily from the last logits unless `do_sample` is set here or in the base model's generation config;
+        the L2D paper samples at temperature 1.
 
         Args:
             prompts: texts, conversations, token ids (B, S) without padding, or an encoded batch.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -87,11 +88,15 @@ class TokenStreams:
     """
 
     def __init__(self, keys: Sequence[Sequence[tuple[int | str, ...]]], device: torch.device) -> None:
-        self._generators = [[keyed_generator(*parts) for parts in row] for row in keys]
+        self._keys = keys
         self._device = device
         self._buffer = torch.empty(len(keys), len(keys[0]), 0)
         self._used = torch.zeros(self._buffer.shape[:2], dtype=torch.int64, device=device)
         self._calls = 0
+
+    @cached_property
+    def _generators(self) -> list[list[np.random.Generator]]:
+        return [[keyed_generator(*parts) for parts in row] for row in self._keys]
 
     def uniform(self, active: Tensor | None = None) -> Tensor:
         """Next number of every active stream.

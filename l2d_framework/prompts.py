@@ -4,17 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from l2d_framework.errors import ConfigError
+from l2d_framework.errors import ConfigError, DataError
 
 Message = Mapping[str, str]
 Prompt = str | Sequence[Message]
 """Plain text, or a conversation as a list of {"role", "content"}."""
+
+
+TEMPLATE_DATE = "26 Jul 2024"
+"""Date shown to chat templates that print one; fixed, so that training on another day gives the same tokens."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +35,29 @@ class Encoded:
     input_ids: Tensor
     attention_mask: Tensor
     keys: Sequence[str] | None = None
+
+
+def read_template(chosen: str | None) -> str | None:
+    """Source of a chat template that a run file names.
+
+    Args:
+        chosen: path to a jinja file, the template itself, or None for the tokenizer's own.
+
+    Returns:
+        Jinja source, or None.
+
+    Raises:
+        DataError: if there is no such file.
+    """
+    if chosen is None or "{" in chosen or "\n" in chosen:
+        return chosen
+    path = Path(chosen).expanduser()
+    if not path.is_file():
+        raise DataError(
+            f"data.chat_template names the file {chosen!r}, which does not exist (looked in {Path.cwd()}). "
+            "Give the path of a jinja file or the template itself."
+        )
+    return path.read_text(encoding="utf-8")
 
 
 def encode_prompts(
@@ -62,7 +90,11 @@ def encode_prompts(
         else:
             messages = [dict(message) for message in prompt]
             text = tokenizer.apply_chat_template(
-                messages, chat_template=chat_template, add_generation_prompt=True, tokenize=False
+                messages,
+                chat_template=chat_template,
+                add_generation_prompt=True,
+                tokenize=False,
+                date_string=TEMPLATE_DATE,
             )
             tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
         if not tokens:

@@ -45,7 +45,7 @@ def params(run_file: RunFile, overrides: Overrides = None) -> None:
 
 
 def count_by_module(model: nn.Module) -> dict[str, int]:
-    """Trainable parameters of a model, layers of one shape taken together.
+    """Trainable parameters of a model, numbered layers taken together.
 
     Args:
         model: any module.
@@ -56,5 +56,5 @@ def count_by_module(model: nn.Module) -> dict[str, int]:
     counts: Counter[str] = Counter()
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            counts[re.sub(r"\.\d+(?=\.)", ".*", name.rpartition(".")[0])] += parameter.numel()
+            counts[re.sub(r"\.\d+(?=\.|$)", ".*", name.rpartition(".")[0])] += parameter.numel()
     return dict(counts)

@@ -68,12 +68,22 @@ class DataSource(Section):
     """The source's column for each of our names that it spells differently."""
     class_column: str | None = None
     """Column with the class label of an example."""
+    class_name: str | None = None
+    """Class of every example of this source, instead of a column."""
+    exclude: dict[str, list[str]] = {}
+    """Rows to leave out: values by column."""
     weight: float = Field(default=1.0, gt=0)
     """Share in a mixture, relative to the other sources."""
     limit: int | None = Field(default=None, ge=1)
     """Largest number of examples to take."""
     revision: str | None = None
     data_files: str | list[str] | dict[str, str | list[str]] | None = None
+
+    @model_validator(mode="after")
+    def _one_class(self) -> Self:
+        if self.class_column is not None and self.class_name is not None:
+            raise ValueError(f"class_column {self.class_column!r} and class_name {self.class_name!r}; keep one of them")
+        return self
 
 
 class DataSection(Section):

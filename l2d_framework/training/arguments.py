@@ -39,6 +39,7 @@ def make_arguments(training: TrainingSection, output: Path, *, seed: int) -> Tra
     arguments = TrainingArguments(
         output_dir=str(output),
         seed=seed,
+        use_cpu=not torch.accelerator.is_available(),
         bf16=training.bf16,
         max_grad_norm=training.max_grad_norm,
         logging_steps=training.logging_steps,

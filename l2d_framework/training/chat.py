@@ -14,9 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from l2d_framework.errors import DataError
-
-TEMPLATE_DATE = "26 Jul 2024"
-"""Date shown to templates that print one; fixed, so that resuming on another day trains on the same tokens."""
+from l2d_framework.prompts import TEMPLATE_DATE, read_template
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
@@ -37,23 +35,16 @@ def resolve_template(chosen: str | None, tokenizer: PreTrainedTokenizerBase) -> 
     Raises:
         DataError: if there is no such file, or the tokenizer has no template.
     """
-    if chosen is None:
-        try:
-            return str(tokenizer.get_chat_template())
-        except ValueError as error:
-            raise DataError(
-                "The data holds conversations, but this tokenizer has no chat template. Set data.chat_template to a "
-                "jinja file or to the template itself, or use the tokenizer of an instruction-tuned model."
-            ) from error
-    if "{" in chosen or "\n" in chosen:
-        return chosen
-    path = Path(chosen).expanduser()
-    if not path.is_file():
+    template = read_template(chosen)
+    if template is not None:
+        return template
+    try:
+        return str(tokenizer.get_chat_template())
+    except ValueError as error:
         raise DataError(
-            f"data.chat_template names the file {chosen!r}, which does not exist (looked in {Path.cwd()}). "
-            "Give the path of a jinja file or the template itself."
-        )
-    return path.read_text(encoding="utf-8")
+            "The data holds conversations, but this tokenizer has no chat template. Set data.chat_template to a "
+            "jinja file or to the template itself, or use the tokenizer of an instruction-tuned model."
+        ) from error
 
 
 @dataclass(frozen=True)

@@ -43,12 +43,14 @@ class Columns:
         names: column of each field of that format.
         class_column: column of the class label, or None.
         class_names: names of the labels where that column stores numbers, else None.
+        class_name: class of every row, or None.
     """
 
     format: Format
     names: dict[str, str]
     class_column: str | None = None
     class_names: tuple[str, ...] | None = None
+    class_name: str | None = None
 
 
 @dataclass(frozen=True)
@@ -224,7 +226,7 @@ def _ended(ids: list[int], encoding: Encoding) -> list[int]:
 
 
 def _class_id(row: Mapping[str, Any], columns: Columns, encoding: Encoding) -> int:
-    label = None if columns.class_column is None else row[columns.class_column]
+    label = columns.class_name if columns.class_column is None else row[columns.class_column]
     if label is None:
         return -1
     if columns.class_names is not None and isinstance(label, int):

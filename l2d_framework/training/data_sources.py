@@ -8,6 +8,7 @@ import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -51,6 +52,9 @@ class Opened:
     card: dict[str, Any]
 
 
+_RECORDED = ("path", "name", "split", "revision", "limit", "weight", "class_name", "exclude")
+
+
 def load_sources(section: DataSection, which: Literal["train", "eval"]) -> list[Opened]:
     """Open the training or the evaluation sources of a run file.
 
@@ -90,15 +94,18 @@ def _open(source: DataSource, *, streaming: bool) -> Opened:
             revision=source.revision,
             streaming=streaming,
         )
-        if source.limit is not None:
-            data = data.take(source.limit) if streaming else data.select(range(min(source.limit, len(data))))
         first = next(iter(data))
     columns = _columns(source, list(first), data.features)
     with _blaming(source, streaming=streaming):
+        if source.exclude:
+            data = data.filter(partial(_wanted, exclude=source.exclude))
+        if source.limit is not None:
+            data = data.take(source.limit) if streaming else data.select(range(min(source.limit, len(data))))
+        next(iter(data))
         digest = {"sha256": _hash_files(files)} if files else {"sha256_of_first_rows": _hash_rows(data, columns)}
     local = bool(files) or Path(source.path).expanduser().is_dir()
     card = {
-        **{key: getattr(source, key) for key in ("path", "name", "split", "revision", "limit", "weight")},
+        **{key: getattr(source, key) for key in _RECORDED},
         "format": columns.format,
         "columns": columns.names,
         "local": local,
@@ -107,6 +114,10 @@ def _open(source: DataSource, *, streaming: bool) -> Opened:
         "rows": None if streaming else len(data),
     }
     return Opened(source, data, columns, card)
+
+
+def _wanted(row: dict[str, Any], exclude: dict[str, list[str]]) -> bool:
+    return not any(str(row[column]) in values for column, values in exclude.items())
 
 
 def _locate(source: DataSource) -> tuple[str, Any, list[str]]:
@@ -170,7 +181,8 @@ def _columns(source: DataSource, present: list[str], features: Any) -> Columns:
     if layout == "messages" and source.columns.keys() >= set(FIELDS["prompt_completion"]):
         fields = FIELDS["prompt_completion"]
     names = {str(field): source.columns.get(field, field) for field in fields}
-    for field, column in [*names.items(), ("class_column", source.class_column)]:
+    wanted = [*names.items(), ("class_column", source.class_column), *(("exclude", name) for name in source.exclude)]
+    for field, column in wanted:
         if column is not None and column not in present:
             raise DataError(
                 f"{where} has no column {column!r} for {field!r}; its columns are {present}"
@@ -178,7 +190,7 @@ def _columns(source: DataSource, present: list[str], features: Any) -> Columns:
             )
     feature = (features or {}).get(source.class_column)
     class_names = tuple(feature.names) if isinstance(feature, datasets.ClassLabel) else None
-    return Columns(layout, names, source.class_column, class_names)
+    return Columns(layout, names, source.class_column, class_names, source.class_name)
 
 
 def _format(source: DataSource, present: list[str]) -> Format:

@@ -1,5 +1,6 @@
 """Diffusion language models of a few kilobytes whose diffusion path is felt."""
 
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -8,36 +9,82 @@ from tiny_models import tiny_lm, tiny_tokenizer
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from l2d_framework.backbone import Backbone, BackboneConfig
 from l2d_framework.model import DiffusionLM, Origin
-from l2d_framework.types import Query
-from l2d_plugins.backbones.two_stream import TwoStreamConfig
+from l2d_framework.types import Layout, Query
+from l2d_plugins.backbones.two_stream import TwoStream, TwoStreamConfig
 from l2d_plugins.parametrizations.embedding import EmbeddingConfig
 from l2d_plugins.schedules.linear import Linear
 
 PROVEN = ("llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3_text", "smollm3", "phi3", "olmo2")
 """Families that the two-stream backbone promises to serve."""
 
-VARIANTS = ("lora", "full")
-
 NETWORK: dict[str, Any] = {"rank": 2, "alpha": 2.0, "time_features": 8, "conditioning_size": 8}
+SPACE: dict[str, Any] = {"size": 8, "hidden": 8, "prior_scale": 8.0}
 
 
 def backbone_config(**fields: Any) -> TwoStreamConfig:
-    """A small two-stream configuration with some fields replaced."""
+    """Small two-stream configuration with some fields replaced."""
     return TwoStreamConfig(**{**NETWORK, **fields})
 
 
-def perturb(model: DiffusionLM | Backbone, *, seed: int = 0) -> None:
-    """Move every own weight, since a fresh diffusion path changes nothing."""
-    generator = torch.Generator().manual_seed(seed)
-    frozen = {id(parameter) for parameter in language_model(model).parameters()}
+def fresh_lm(
+    lm: PreTrainedModel | str = "llama", *, classes: Sequence[str] = (), tokenizer: bool = False, **backbone: Any
+) -> DiffusionLM:
+    """L2D as training starts with it, over a language model or a family of `tiny_models`."""
+    lm = tiny_lm(lm) if isinstance(lm, str) else lm
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        network = backbone_config(num_classes=len(classes), **backbone).build(lm)
+        space = EmbeddingConfig(**SPACE).build(network.vocab_size, network.hidden_size)
+    model = DiffusionLM(Linear(), space, network)
+    model.origin = Origin(classes=tuple(classes))
+    model.tokenizer = tiny_tokenizer(chat=True) if tokenizer else None
+    return model.eval()
+
+
+def diffusion_lm(lm: PreTrainedModel | str = "llama", **options: Any) -> DiffusionLM:
+    """L2D as if trained: every own weight is moved, the final one most, so that states and noise change the tokens."""
+    model = fresh_lm(lm, **options)
+    generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
-        for parameter in model.parameters():
-            if id(parameter) not in frozen:
-                parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
+        for name, weight in model.own_parameters().items():
+            scale = 2.0 if ".final.2." in name else 0.3
+            weight.add_(scale * torch.randn(weight.shape, generator=generator))
+    return model
 
 
-def language_model(model: DiffusionLM | Backbone) -> PreTrainedModel:
-    """The frozen model inside."""
-    return model.lm if isinstance(model, Backbone) else model.backbone.lm
+@cache
+def shared_lm(family: str = "llama", **options: Any) -> DiffusionLM:
+    """The same model at every call of a session; not to be changed."""
+    return diffusion_lm(family, **options)
+
+
+def random_tokens(rows: int, length: int, *, seed: int = 0) -> Tensor:
+    """Token ids without special ones, (B, S)."""
+    return torch.randint(4, 260, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def all_known(tokens: Tensor, *, padding: Sequence[int] = ()) -> Layout:
+    """Layout of clean tokens, row i of which starts with `padding[i]` slots of padding."""
+    blocks = torch.zeros_like(tokens)
+    for row, count in enumerate(padding):
+        blocks[row, :count] = -1
+    return Layout(tokens, blocks)
+
+
+def ask_everywhere(model: DiffusionLM, layout: Layout, *, t: float | Tensor = 0.5, seed: int = 0) -> Query:
+    """Query about every position after the first, at random states."""
+    rows, length = layout.tokens.shape
+    generator = torch.Generator().manual_seed(seed)
+    return Query(
+        x=model.parametrization.prior_scale * torch.randn(rows, length, SPACE["size"], generator=generator),
+        t=torch.as_tensor(t, dtype=torch.float32).expand(rows, length),
+        positions=torch.arange(1, length + 1).expand(rows, -1),
+        context=model.backbone.read(layout),
+    )
+
+
+def two_stream(model: DiffusionLM) -> TwoStream:
+    """The backbone, known to be two-stream."""
+    assert isinstance(model.backbone, TwoStream)
+    return model.backbone

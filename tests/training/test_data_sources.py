@@ -5,9 +5,9 @@ from pathlib import Path
 import datasets
 import pytest
 
-from l2d_framework.config import DataSection
+from l2d_framework.config import DataSection, DataSource
 from l2d_framework.errors import DataError
-from l2d_framework.training.data import load_sources
+from l2d_framework.training.data import load_sources, prepare
 
 TEXTS = [{"text": f"document {i}"} for i in range(6)]
 FILES = ["a.jsonl", "a.json", "a.parquet", "a.txt", "a.jsonl.gz", "deep/er/a.jsonl"]
@@ -220,3 +220,20 @@ def test_the_offline_gsm8k_is_found_from_its_parent_folder(datasets_dir, monkeyp
     assert len(opened.data) == 1319
     assert opened.card["local"]
     assert all("####" in answer for answer in opened.data["answer"])
+
+
+def test_a_source_may_have_one_class_and_leave_rows_out(tmp_path, tiny_tokenizer):
+    path = tmp_path / "rows.jsonl"
+    rows = [{"prompt": "a", "completion": "b", "kind": kind} for kind in ("math", "roleplay", "math")]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    source = DataSource(path=str(path), class_name="maths", exclude={"kind": ["roleplay"]})
+    data = prepare(DataSection(train=[source]), tiny_tokenizer(), classes=["other", "maths"]).train
+    assert data["class_id"][:] == [1, 1]
+
+
+def test_an_excluded_column_must_exist(tmp_path, tiny_tokenizer):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"prompt": "a", "completion": "b"}))
+    section = DataSection(train=[DataSource(path=str(path), exclude={"knid": ["x"]})])
+    with pytest.raises(DataError, match="knid"):
+        prepare(section, tiny_tokenizer())

@@ -121,8 +121,8 @@ class MainPath:
         if layers is None or len(norms) != 1 or name is None:
             raise UnsupportedModelError(
                 f"Backbone 'two_stream' cannot serve {type(lm).__name__}: its decoder needs a list `layers` and "
-                f"exactly one final norm (found layers: {layers is not None}, norms: {len(norms)}). Choose a model of another "
-                "family, such as llama, qwen3, gemma3 or olmo2."
+                f"exactly one final norm (found layers: {layers is not None}, norms: {len(norms)}). Choose a model of "
+                "another family, such as llama, qwen3, gemma3 or olmo2."
             )
         self.layers: nn.ModuleList = layers
         self.layers_name = next(n for n, module in lm.named_modules() if module is layers)
@@ -150,7 +150,9 @@ class MainPath:
         """
         tokens = torch.zeros(1, 2, dtype=torch.int64, device=self.lm.device)
         with torch.no_grad():
-            return find_branches(self.layers, lambda: self.decoder(input_ids=tokens, use_cache=False))
+            # Without a cache transformers looks for packed sequences, which needs values that the meta device has not.
+            cache = DynamicCache()
+            return find_branches(self.layers, lambda: self.decoder(input_ids=tokens, past_key_values=cache))
 
     def read(self, layout: Layout) -> MainContext:
         """Run over a batch of prompts.

@@ -201,7 +201,8 @@ class TwoStream(Backbone):
         """Main hidden state plus w(t) times the diffusion path, before the final norm.
 
         The diffusion token about position i sits at input position i - 1: it has that position's rotary angle and
-        causal row and reads the main path's keys and values up to it. Where t is 0 the sum is exactly the main hidden state.
+        causal row and reads the main path's keys and values up to it. Where t is 0 the sum is exactly the main hidden
+        state.
 
         Args:
             h: translated noisy states, (B, L, H).

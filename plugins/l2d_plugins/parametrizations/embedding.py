@@ -83,7 +83,8 @@ class EmbeddingEstimate(BaseModel):
 class EmbeddingConfig(ParametrizationConfig):
     """Tokens are sqrt(D) * normalize(W e + b) of their input embedding e.
 
-    The noise has standard deviation `prior_scale`. The projection keeps the bias of the released code, which the paper's parameter counts include.
+    The noise has standard deviation `prior_scale`. The projection keeps the bias of the released code, which the
+    paper's parameter counts include.
     """
 
     default_preset: ClassVar[str | None] = "l2d-paper"
