@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from peft import PeftConfig
 from pydantic import Field
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from l2d_framework.component import Component
 from l2d_framework.types import Layout
+
+if TYPE_CHECKING:
+    from peft import PeftConfig  # takes seconds to import
 
 
 class BackboneConfig(Component):

@@ -10,7 +10,6 @@ from typing import Any, Protocol
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from peft import PeftConfig, PeftModel
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
@@ -88,6 +87,8 @@ def locate(reference: BaseReference) -> tuple[Path, Path | None]:
                 f"model.base {reference.base!r} is itself a PEFT adapter, so model.adapter {reference.adapter!r} would "
                 "be a second one. Merge one of them first."
             )
+        from peft import PeftConfig
+
         folder, adapter = fetch(str(PeftConfig.from_pretrained(str(folder)).base_model_name_or_path)), folder
     if not (folder / "config.json").is_file():
         raise ConfigError(f"{str(folder)!r} holds no config.json, so it is no transformers model. Check model.base.")
@@ -129,6 +130,8 @@ def load_language_model(reference: BaseReference) -> PreTrainedModel:
             f"attn_implementation={reference.attn_implementation!r}: {error}"
         ) from error
     if adapter is not None:
+        from peft import PeftModel
+
         lm = PeftModel.from_pretrained(lm, str(adapter)).merge_and_unload()
     return lm.eval()  # type: ignore[no-any-return]
 

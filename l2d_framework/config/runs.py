@@ -69,7 +69,9 @@ class DiffusionRun(Section):
                     f"class_column {source.class_column!r} is given but classes is empty; name the classes"
                 )
             if source.class_name is not None and source.class_name not in self.classes:
-                raise ValueError(f"class_name {source.class_name!r} is none of classes {self.classes}; add or correct it")
+                raise ValueError(
+                    f"class_name {source.class_name!r} is none of classes {self.classes}; add or correct it"
+                )
         strangers = sorted(set(self.data.class_map.values()) - set(self.classes)) if self.data else []
         if strangers:
             raise ValueError(

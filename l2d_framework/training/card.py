@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from l2d_framework.training.meter import BINS
+
 _DISTRIBUTION = "l2d-framework"
 _GROUP = "l2d_framework"
 
@@ -112,9 +114,9 @@ def _results(card: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:
         losses = result["losses"]
         if f"{prefix}loss" in losses:
             yield name, f"{losses[f'{prefix}loss']:.4f} nats per token"
-        bins = [f"{value:.3f}" for key, value in sorted(losses.items()) if key.startswith(f"{prefix}loss_t")]
-        if bins:
-            yield f"{name} from t = 0 to 1", ", ".join(bins)
+        bins = [losses.get(f"{prefix}loss_t{i:02d}") for i in range(BINS)]
+        if any(bins):
+            yield f"{name} from t = 0 to 1", ", ".join("none" if value is None else f"{value:.3f}" for value in bins)
     yield "duration", f"{card['seconds']:,.0f} s"
     yield "speed", f"{result['tokens_per_second']:,.0f} tokens/s"
     yield "peak memory", _gigabytes(result["peak_memory"])

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from accelerate import PartialState
@@ -114,6 +115,8 @@ def _train(run: Run, *, overwrite: bool, callbacks: Sequence[TrainerCallback]) -
     learner = _learner(run, tokenizer)
     trained = [p.numel() for p in learner.parameters() if p.requires_grad]
     job.card["parameters"] = {"trainable": sum(trained), "total": sum(p.numel() for p in learner.parameters())}
+    if isinstance(learner, Denoiser):
+        job.card["base_fingerprint"] = learner.model.origin.fingerprint
     found = folders.checkpoints(output)
     keeper = _CardKeeper(job)
     trainer = TokenTrainer(
@@ -246,7 +249,7 @@ def _finish(job: _Job, trainer: TokenTrainer) -> None:
         "steps": trainer.state.global_step,
         "losses": losses,
         "best_eval_loss": trainer.state.best_metric,
-        "tokens_per_second": sorted(speeds)[len(speeds) // 2] if speeds else 0.0,
+        "tokens_per_second": median(speeds or [0.0]),
         "peak_memory": job.card["peak_memory"],
     }
     if not job.writes:

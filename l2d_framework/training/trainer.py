@@ -76,7 +76,6 @@ class TokenTrainer(transformers.Trainer):
         self._meter = LossMeter(arguments.device)
         self._tokens = torch.zeros(2, dtype=torch.int64)
         self._stopwatch = Stopwatch()
-        self.train_seconds, self.train_tokens = 0.0, 0
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW over everything trainable, with weight decay on matrices only.
@@ -213,7 +212,6 @@ class TokenTrainer(transformers.Trainer):
             seconds = self._stopwatch.lap()
             tokens = int(self._tokens[1])
             self._tokens.zero_()
-            self.train_seconds, self.train_tokens = self.train_seconds + seconds, self.train_tokens + tokens
             by_time = self._meter.results(self.accelerator)
             logs |= {name: value for name, value in by_time.items() if name != "loss"}
             logs["tokens_per_second"] = tokens / seconds if seconds else 0.0

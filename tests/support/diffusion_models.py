@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from l2d_framework.model import DiffusionLM, Origin
+from l2d_framework.objective import Losses, NoiseRule, denoising_loss, draw
 from l2d_framework.types import Layout, Query
 from l2d_plugins.backbones.two_stream import TwoStream, TwoStreamConfig
 from l2d_plugins.parametrizations.embedding import EmbeddingConfig
@@ -48,7 +49,7 @@ def diffusion_lm(lm: PreTrainedModel | str = "llama", **options: Any) -> Diffusi
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for name, weight in model.own_parameters().items():
-            scale = 2.0 if ".final.2." in name else 0.3
+            scale = 4.0 if ".final.2." in name else 0.3
             weight.add_(scale * torch.randn(weight.shape, generator=generator))
     return model
 
@@ -82,6 +83,27 @@ def ask_everywhere(model: DiffusionLM, layout: Layout, *, t: float | Tensor = 0.
         positions=torch.arange(1, length + 1).expand(rows, -1),
         context=model.backbone.read(layout),
     )
+
+
+def supervised(tokens: Tensor, *, known: int = 3) -> Layout:
+    """Layout whose first tokens are the prompt and whose others are learnt, each a block of its own."""
+    blocks = (torch.arange(tokens.shape[1]) - known + 1).clamp_min(0)
+    return Layout(tokens, blocks.expand_as(tokens))
+
+
+def training_loss(model: DiffusionLM, layout: Layout, *, classes: Tensor | None = None, **rule: Any) -> Losses:
+    """Denoising loss of a batch, in chunks of a few positions; the examples are numbered."""
+    keys = [(0, 0, row) for row in range(len(layout.tokens))]
+    draws = draw(model, layout, NoiseRule(**{"keys": keys, **rule}))
+    return denoising_loss(model, layout, draws, classes=classes, chunk=5)
+
+
+def own_gradients(model: DiffusionLM, loss: Tensor) -> dict[str, Tensor | None]:
+    """Gradients of a loss by name of own weight; none are left on the model."""
+    loss.backward()
+    found = {name: weight.grad for name, weight in model.own_parameters().items()}
+    model.zero_grad()
+    return found
 
 
 def two_stream(model: DiffusionLM) -> TwoStream:

@@ -24,28 +24,31 @@ from l2d_framework.config import parse_run
 from l2d_framework.training.learner import Denoiser
 from l2d_framework.training.run import train_runs
 
-run, step, place = json.loads(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+run = json.loads(sys.argv[1])
 
 def die():
     os.kill(os.getpid(), signal.SIGKILL)
 
 class Kill(TrainerCallback):
-    step = 0
+    def __init__(self, step):
+        self.step = step
     def on_step_end(self, args, state, control, **kwargs):
-        Kill.step = state.global_step
-        if place == "update" and state.global_step == step:
+        if state.global_step == self.step:
             die()
 
 write = Denoiser.checkpoint
 
 def write_half(self, folder):
     write(self, folder)
-    if place == "checkpoint" and Kill.step == step:
+    if folder.name.startswith("checkpoint-6"):
         (folder / "diffusion.safetensors").write_bytes(b"half")
         die()
 
-Denoiser.checkpoint = write_half
-train_runs([parse_run(run)], callbacks=lambda _: [Kill()])
+for step, how in ((5, write), (None, write_half)):
+    if (child := os.fork()) == 0:
+        Denoiser.checkpoint = how
+        train_runs([parse_run(run)], callbacks=lambda _: [Kill(step)])
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
 
 
@@ -92,11 +95,11 @@ def assert_same(output: Path, whole: Path) -> None:
 
 def test_a_run_killed_between_and_within_checkpoints_resumes_with_the_same_losses(folder: Path, whole: Path) -> None:
     run = fields(folder, "killed")
-    for step, place in (("5", "update"), ("6", "checkpoint")):
-        command = [sys.executable, "-c", KILLED, json.dumps(run), step, place]
-        killed = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-        assert killed.returncode == -signal.SIGKILL, killed.stderr
-        assert [path.name for path in folders.checkpoints(folder / "killed")] == ["checkpoint-3"]
+    # Both processes are forked from one, which has paid for the imports.
+    command = [sys.executable, "-W", "ignore", "-c", KILLED, json.dumps(run)]
+    found = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert found.stdout.split() == [str(-signal.SIGKILL)] * 2, found.stderr
+    assert [path.name for path in folders.checkpoints(folder / "killed")] == ["checkpoint-3"]
     assert (folder / "killed" / "checkpoint-6.writing").is_dir()
     card = train(run)
     assert card["sessions"] == 3
@@ -104,7 +107,7 @@ def test_a_run_killed_between_and_within_checkpoints_resumes_with_the_same_losse
     assert not list((folder / "killed").glob("*.writing"))
 
 
-@pytest.mark.parametrize("step", [1, 3, 4, 8])
+@pytest.mark.parametrize("step", [3, 4, 8])
 def test_a_run_stopped_at_any_update_resumes_with_the_same_losses(folder: Path, whole: Path, step: int) -> None:
     run = fields(folder, f"stopped_{step}")
     with pytest.raises(KeyboardInterrupt):

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal, Self
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import torch
-from peft import LoraConfig, PeftConfig, inject_adapter_in_model
-from peft.tuners.lora import LoraLayer
 from pydantic import Field
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -18,6 +17,10 @@ from l2d_framework.types import Layout
 from l2d_plugins.backbones.conditioning import Conditioning
 from l2d_plugins.backbones.main_path import MainContext, MainPath
 from l2d_plugins.backbones.shadow import KEY_VALUE, MainKeys, Modulated, gather_kwargs, make_shadow
+
+if TYPE_CHECKING:
+    from peft import LoraConfig, PeftConfig  # takes seconds to import, and listing plugins needs none of it
+    from peft.tuners.lora import LoraLayer
 
 ADAPTER = "diffusion"
 
@@ -107,6 +110,8 @@ class TwoStream(Backbone):
                     lm._init_weights(shadow.get_submodule(name))
         if config.variant == "lora":
             lora = self._lora_config([f"{i}.{name}" for i, row in enumerate(names) for name in row])
+            from peft import inject_adapter_in_model
+
             inject_adapter_in_model(lora, shadows, ADAPTER)
         modulated = [Modulated(s, b) for s, b in zip(shadows, branches, strict=True)]
         self.shadows = nn.ModuleList(modulated)
@@ -121,6 +126,8 @@ class TwoStream(Backbone):
                 parameter.data = parameter.data.float()
 
     def _lora_config(self, targets: list[str]) -> LoraConfig:
+        from peft import LoraConfig
+
         return LoraConfig(
             r=self.config.rank,
             lora_alpha=self.config.alpha,  # type: ignore[arg-type]  # peft divides by the rank, so a float is fine
@@ -225,16 +232,19 @@ class TwoStream(Backbone):
         index = context.index(positions)
         keys = MainKeys(context.cache)
         y = h.to(main.dtype)
+        # Weights trained in single precision over a model in half; everything else has one type already.
+        mixed = torch.autocast(y.device.type, dtype=y.dtype) if weight.dtype != y.dtype else nullcontext()
         gathered: dict[tuple[int, int], dict[str, Any]] = {}
         for layer, modulation, captured in zip(self.shadows, modulations, context.kwargs, strict=True):
             kind = (id(captured.get("attention_mask")), id(captured.get("position_embeddings")))
             if kind not in gathered:
                 gathered[kind] = gather_kwargs(captured, index, context.length)
             kwargs = {**gathered[kind], "past_key_values": keys}
-            if self.gradient_checkpointing and torch.is_grad_enabled():
-                y = checkpoint(layer, y, modulation, kwargs, use_reentrant=False)
-            else:
-                y = layer(y, modulation, kwargs)
+            with mixed:
+                if self.gradient_checkpointing and torch.is_grad_enabled():
+                    y = checkpoint(layer, y, modulation, kwargs, use_reentrant=False)
+                else:
+                    y = layer(y, modulation, kwargs)
         change: Tensor = (weight * y.to(weight.dtype)).to(main.dtype)
         return main + change.masked_fill((t == 0)[..., None], 0)
 
@@ -267,6 +277,8 @@ class TwoStream(Backbone):
 
     def _lora_modules(self) -> dict[str, tuple[nn.Module, str, LoraLayer]]:
         """Adapted modules as (parent, attribute, module) by the name of their original in the language model."""
+        from peft.tuners.lora import LoraLayer
+
         found = {}
         for number, layer in enumerate(self.shadows):
             shadow = layer.get_submodule("shadow")
