@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+import pickle
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    StrictDataclassError,
+)
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
@@ -103,8 +109,15 @@ def load_config(reference: BaseReference) -> PreTrainedConfig:
 
     Returns:
         The transformers config.
+
+    Raises:
+        ConfigError: if transformers cannot read it.
     """
-    return AutoConfig.from_pretrained(locate(reference)[0])  # type: ignore[no-any-return]
+    folder, _ = locate(reference)
+    try:
+        return AutoConfig.from_pretrained(folder)  # type: ignore[no-any-return]
+    except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
+        raise ConfigError(f"transformers cannot read the config.json of {reference.base!r}: {error}") from error
 
 
 def load_language_model(reference: BaseReference) -> PreTrainedModel:
@@ -192,16 +205,21 @@ def _samples(folder: Path) -> Iterator[tuple[str, list[int], str, Tensor]]:
                 f"{str(file)!r} is truncated or not a safetensors file ({error}). Download or save it again."
             ) from error
     if not list(folder.glob("*.safetensors")):
-        for file in sorted(folder.glob("*.bin")):
-            state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        for file in sorted(folder.glob("*model*.bin")):
+            try:
+                state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+            except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
+                raise CheckpointError(
+                    f"{str(file)!r} is truncated or holds more than weights ({error}). Download or save it again."
+                ) from error
             for name in sorted(state):
                 yield name, list(state[name].shape), str(state[name].dtype), _sample(state[name], state[name].shape)
 
 
 def _sample(values: Any, shape: Any) -> Tensor:
     """Evenly spaced rows of a tensor or lazy slice."""
-    if len(shape) == 0:
-        return torch.as_tensor(values[...] if isinstance(values, Tensor) else values[:]).reshape(1)
+    if len(shape) == 0 or 0 in shape:
+        return torch.as_tensor(values[...]).reshape(-1)
     count = min(shape[0], _SAMPLED_ROWS if len(shape) > 1 else _SAMPLED_ENTRIES)
     rows = sorted({round(i * (shape[0] - 1) / max(count - 1, 1)) for i in range(count)})
     if len(shape) == 1:

@@ -29,6 +29,17 @@ MANIFEST = "l2d.json"
 WEIGHTS = "diffusion.safetensors"
 ADAPTER = "adapter"
 FORMAT = 1
+_FIELDS = {
+    "model",
+    "fingerprint",
+    "schedule",
+    "parametrization",
+    "backbone",
+    "block_size",
+    "classes",
+    "sampling",
+    "chat_template",
+}
 
 
 def build_model(run: DiffusionRun, *, meta: bool = False) -> DiffusionLM:
@@ -118,6 +129,8 @@ def save(model: DiffusionLM, folder: str | Path, *, notes: str = "") -> None:
         manifest = to_manifest(model) | {"files": {str(path): _hash(stage / path) for path in checked}}
         (stage / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
         for path in [*files, Path(MANIFEST)]:
+            # safetensors makes files that only their owner can read.
+            shutil.copymode(stage / MANIFEST, stage / path)
             (folder / path).parent.mkdir(exist_ok=True)
             os.replace(stage / path, folder / path)
     finally:
@@ -187,6 +200,8 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
             f"{str(folder)!r} has checkpoint format {version}; this version of l2d-framework reads up to {FORMAT}. "
             "Upgrade l2d-framework."
         )
+    if lacking := sorted(_FIELDS - manifest.keys()):
+        raise CheckpointError(f"{str(path)!r} is damaged (it lacks {lacking}). Restore it or save the model again.")
     for name, digest in files.items():
         if not (folder / name).is_file() or _hash(folder / name) != digest:
             raise CheckpointError(
@@ -223,7 +238,8 @@ def load(
     manifest = read_manifest(folder)
     reference = base_reference(manifest, base=base, dtype=dtype)
     found = fingerprint(reference)
-    if found != manifest["fingerprint"]:
+    # A model put together by hand has read no base files, so it could record no fingerprint.
+    if manifest["fingerprint"] not in (None, found):
         raise CheckpointError(
             f"The base model {reference.base!r} has fingerprint {found[:12]}, but this checkpoint was trained on "
             f"{str(manifest['fingerprint'])[:12]}. Pass the right model as `base`."

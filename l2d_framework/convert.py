@@ -42,14 +42,15 @@ def convert(
     if out.exists() and any(out.iterdir()):
         raise ConfigError(f"{str(out)!r} is not empty. Give a new folder, so that nothing is overwritten.")
     foreign = registry().converter(reader)(fetch(source))
+    own_copy = (out / "base").resolve()
+    run = _run(foreign, base or str(own_copy), classes)
     if base is None:
-        base = str(out / "base")
-        _write_base(foreign, Path(base))
-    run = _run(foreign, base, classes)
+        _write_base(foreign, own_copy)
     model = build_model(run)
     _compare(model, foreign)
     targets = model.own_parameters()
-    missing, unknown = sorted(targets.keys() - foreign.own.keys()), sorted(foreign.own.keys() - targets.keys())
+    wanted, found = ({(name, *value.shape) for name, value in part.items()} for part in (targets, foreign.own))
+    missing, unknown = sorted(wanted - found), sorted(found - wanted)
     if missing or unknown:
         raise CheckpointError(
             f"{source!r} does not fit its own settings: missing {missing[:3]}, unknown {unknown[:3]}."

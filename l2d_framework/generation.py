@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -197,7 +198,9 @@ def generate(
         output.append(loop.run(input_ids, logits_processor, stopping_criteria, generation_config))
         return output[0].sequences
 
-    lm: Any = process.backbone.lm
+    # transformers would fill what is None from the model's configuration, also where None was asked for.
+    lm: Any = copy.copy(process.backbone.lm)
+    lm.generation_config = picking.config
     lm.generate(
         requests.input_ids,
         attention_mask=loop.mask,

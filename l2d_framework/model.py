@@ -95,7 +95,8 @@ class DiffusionLM(Process):
         known = self.origin.classes
         for name in names:
             if name is not None and name not in known:
-                raise ConfigError(f"Unknown class {name!r}{suggest(name, known)} This model knows {list(known)}.")
+                hint = suggest(name, known) or "."
+                raise ConfigError(f"Unknown class {name!r}{hint} This model knows {list(known)}.")
         return torch.tensor([-1 if n is None else known.index(n) for n in names], device=self.device)
 
     def generate(
@@ -171,11 +172,14 @@ class DiffusionLM(Process):
         self, config: GenerationConfig | None, options: dict[str, Any], criteria: StoppingCriteriaList | None
     ) -> tuple[GenerationConfig, StoppingCriteriaList]:
         # Configuration with `options` applied, and criteria with stop strings among them.
-        config = copy.deepcopy(config or self.backbone.lm.generation_config)
+        defaults = self.backbone.lm.generation_config
+        config = copy.deepcopy(config or defaults)
+        config.update(**defaults.to_dict(), defaults_only=True, allow_custom_entries=True)
         unknown = config.update(**options)
         for name, value in unknown.items():
             known = [*SamplingSection.model_fields, *config.to_dict(), "guidance_scale", "num_return_sequences"]
-            raise ConfigError(f"Unknown option {name}={value!r}{suggest(name, known)} Remove or correct it.")
+            hint = suggest(name, known) or "."
+            raise ConfigError(f"Unknown option {name}={value!r}{hint} Remove or correct it.")
         criteria = StoppingCriteriaList(criteria or [])
         if config.stop_strings is not None:
             if self.tokenizer is None:

@@ -93,10 +93,25 @@ class TokenStreams:
         self._buffer = torch.empty(len(keys), len(keys[0]), 0)
         self._used = torch.zeros(self._buffer.shape[:2], dtype=torch.int64, device=device)
         self._calls = 0
+        self._branches: dict[int, TokenStreams] = {0: self}
 
     @cached_property
     def _generators(self) -> list[list[np.random.Generator]]:
         return [[keyed_generator(*parts) for parts in row] for row in self._keys]
+
+    def branch(self, number: int) -> TokenStreams:
+        """Further independent streams of the same tokens.
+
+        Args:
+            number: which; 0 for this object itself.
+
+        Returns:
+            The same object at every call with one number.
+        """
+        if number not in self._branches:
+            keys = [[(*parts, number) for parts in row] for row in self._keys]
+            self._branches[number] = TokenStreams(keys, self._device)
+        return self._branches[number]
 
     def uniform(self, active: Tensor | None = None) -> Tensor:
         """Next number of every active stream.
@@ -117,9 +132,10 @@ class TokenStreams:
         return value
 
     def rewind(self) -> None:
-        """Start every stream of `uniform` over, so that the same numbers come again."""
-        self._used = torch.zeros_like(self._used)
-        self._calls = 0
+        """Start every stream of `uniform` over, those of branches too, so that the same numbers come again."""
+        for branch in self._branches.values():
+            branch._used = torch.zeros_like(branch._used)
+            branch._calls = 0
 
     def normal(self, size: int) -> Tensor:
         """Next `size` standard normal numbers of every stream; not to be mixed with `uniform` on one object.

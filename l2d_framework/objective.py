@@ -181,7 +181,7 @@ def chunked_cross_entropy(
 
 
 def _losses(head: Callable[[Tensor], Tensor], features: Tensor, targets: Tensor) -> Tensor:
-    return functional.cross_entropy(head(features[None])[0].float(), targets, reduction="none")
+    return functional.cross_entropy(head(features[None]).squeeze(0).float(), targets, reduction="none")
 
 
 class _Chunked(torch.autograd.Function):

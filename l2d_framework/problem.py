@@ -172,7 +172,7 @@ class TokenProblem:
         prediction = predict(query)
         random.count(self.evaluations)
         if self._parametrization.uses_previous:
-            self._previous = prediction.logits
+            self._previous = random.keep(prediction.logits, self._previous)
         if self._observer is not None:
             self._observer(Evaluation(query.positions, query.t, query.x, prediction.logits, is_read_out))
         if is_read_out:
@@ -233,8 +233,14 @@ class _All:
     def normal(self, size: int) -> Tensor:
         return self._streams.normal(size)
 
+    def branch(self, number: int) -> _All:
+        return _All(self._streams.branch(number))
+
     def count(self, evaluations: Tensor) -> None:
         evaluations += 1
+
+    def keep(self, logits: Tensor, earlier: Tensor | None) -> Tensor:
+        return logits
 
 
 class _Part:
@@ -249,20 +255,31 @@ class _Part:
     def normal(self, size: int) -> Tensor:
         return self._part.take(self._streams.normal(size))
 
+    def branch(self, number: int) -> _Part:
+        return _Part(self._streams.branch(number), self._part)
+
     def count(self, evaluations: Tensor) -> None:
         evaluations += self._part.active
 
+    def keep(self, logits: Tensor, earlier: Tensor | None) -> Tensor:
+        new = self._part.put(logits)
+        return new if earlier is None else torch.where(self._part.active[..., None], new, earlier)
 
-@dataclass(frozen=True)
+
+@dataclass
 class _Space:
     process: Process
     parametrization: Parametrization
     codebook: Tensor
     until: Tensor
     random: _All | _Part
+    estimates: int = 0
 
     def estimate(self, logits: Tensor) -> Tensor:
-        return self.parametrization.estimate(logits, self.until, self.codebook, self.random)
+        # Streams per branch, so that what one branch draws does not depend on whether there is another.
+        random = self.random.branch(self.estimates)
+        self.estimates += 1
+        return self.parametrization.estimate(logits, self.until, self.codebook, random)
 
     def encode(self, tokens: Tensor) -> Tensor:
         return self.parametrization.encode(tokens, self.process.backbone.table())

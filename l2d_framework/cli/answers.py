@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import typer
+from rich.console import Console
 from rich.progress import Progress
 from transformers import GenerationConfig, TextStreamer
 
@@ -41,7 +42,10 @@ def read_prompts(texts: Sequence[str], file: Path | None, *, chat: bool) -> list
     if file is not None:
         if not file.is_file():
             raise DataError(f"There is no file {str(file)!r}. Give a text file with one prompt a line, or JSONL.")
-        lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        try:
+            lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        except UnicodeDecodeError as error:
+            raise DataError(f"{str(file)!r} is no text in UTF-8 ({error}). Convert it first.") from error
         if not lines:
             raise DataError(f"{str(file)!r} holds no prompt.")
         is_json = file.suffix in (".jsonl", ".json")
@@ -57,6 +61,8 @@ def _json_prompt(line: str, where: str) -> Prompt:
         raise DataError(f"{where} is not a JSON object ({error}).") from error
     if not isinstance(found, (str, list)):
         raise DataError(f"{where} has neither `prompt` nor `messages`; it has {list(row)}.")
+    if isinstance(found, list) and not all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in found):
+        raise DataError(f"{where} has messages without `role` and `content`, got {found}.")
     return found
 
 
@@ -90,6 +96,11 @@ class Session:
     ) -> None:
         if dtype not in (None, "float32", "bfloat16", "float16"):
             raise ConfigError(f"--dtype must be float32, bfloat16 or float16, got {dtype!r}.")
+        if options.get("temperature", 1.0) <= 0:
+            raise ConfigError(
+                f"--temperature must be above 0, got {options['temperature']}. Leave --do-sample out for the likeliest "
+                "tokens."
+            )
         self.path, self.base, self.dtype = model, base, dtype
         self.sampling, self.options, self.guidance_scale = sampling, options, guidance_scale
         self.class_name, self.stop, self.samples = class_name, list(stop), samples
@@ -99,6 +110,11 @@ class Session:
         backbone: Any = registry().create("backbone", manifest["backbone"])
         section = manifest["sampling"] and parse_sampling(manifest["sampling"])
         resolved = (section or default_sampling(parametrization)).resolve(parametrization, sampling)
+        if resolved.solver.evaluates_end and resolved.end_time == 1.0:
+            raise ConfigError(
+                f"Solver {resolved.solver.component_name()!r} needs the velocity at the end time, which is singular at "
+                "1. Leave end_time out, or lower it."
+            )
         if guidance_scale is not None and len(resolved.guidance) != 1:
             raise ConfigError(f"--guidance-scale needs exactly one guidance, got {len(resolved.guidance)}.")
         if guidance_scale is not None:
@@ -112,7 +128,8 @@ class Session:
                 )
         known = manifest["classes"]
         if class_name is not None and class_name not in known:
-            raise ConfigError(f"Unknown class {class_name!r}{suggest(class_name, known)} This model knows {known}.")
+            hint = suggest(class_name, known) or "."
+            raise ConfigError(f"Unknown class {class_name!r}{hint} This model knows {known}.")
         self.chat_template = manifest["chat_template"]
         self.lm_config = load_config(self.reference)
         self.tokenizer = load_tokenizer(self.reference)
@@ -156,8 +173,17 @@ class Session:
         Args:
             device: where to run; the GPU when there is one.
             merge: fold the adapter into weights of its own.
+
+        Raises:
+            ConfigError: if there is no such device.
         """
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        try:
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError) as error:
+            raise ConfigError(
+                f"--device {device!r} cannot be used here ({error}). Try cpu, or leave it out."
+            ) from error
         self.lm = load(self.path, base=self.base, dtype=self.dtype, device=device)
         if merge:
             self.lm.backbone.merge()
@@ -234,7 +260,9 @@ class Session:
         else:
             rows = []
             keys = request_keys(encoded)
-            with Progress(transient=True, disable=len(encoded) <= batch_size) as progress:
+            # Answers alone go to standard output, which may be a pipe.
+            console = Console(stderr=True)
+            with Progress(console=console, transient=True, disable=len(encoded) <= batch_size) as progress:
                 for start in progress.track(range(0, len(encoded), batch_size), description="generating"):
                     part = slice(start, start + batch_size)
                     found = self.answer(encoded[part], keys[part])

@@ -11,14 +11,20 @@ from rich.progress import (
     Progress,
     TaskID,
     TextColumn,
-    TimeElapsedColumn,
     TimeRemainingColumn,
 )
 from transformers import TrainerCallback
 
 
-def progress(console: Console, title: str) -> TrainerCallback:
-    """Callback that reports on a run, from the first process only.
+class Reporter(TrainerCallback):
+    """Reports on a run from the first process."""
+
+    def close(self) -> None:
+        """Give the terminal back, also after an error."""
+
+
+def progress(console: Console, title: str) -> Reporter:
+    """Callback that suits the console.
 
     Args:
         console: where to.
@@ -31,11 +37,11 @@ def progress(console: Console, title: str) -> TrainerCallback:
 
 
 def _facts(logs: dict[str, float]) -> str:
-    names = {"loss": "loss {:.4f}", "eval_loss": "held-out loss {:.4f}", "tokens_per_second": "{:,.0f} tokens/s"}
+    names = {"loss": "loss {:.4f}", "eval_loss": "held out {:.4f}", "tokens_per_second": "{:,.0f} tokens/s"}
     return "  ".join(text.format(logs[name]) for name, text in names.items() if name in logs)
 
 
-class _Lines(TrainerCallback):
+class _Lines(Reporter):
     def __init__(self, console: Console, title: str) -> None:
         self._console, self._title = console, title
 
@@ -45,14 +51,13 @@ class _Lines(TrainerCallback):
             self._console.print(text, highlight=False, soft_wrap=True)
 
 
-class _Bar(TrainerCallback):
+class _Bar(Reporter):
     def __init__(self, console: Console, title: str) -> None:
         self._title, self._task, self._logs = title, TaskID(0), dict[str, float]()
         self._progress = Progress(
             TextColumn("{task.description}"),
-            BarColumn(),
+            BarColumn(bar_width=16),
             MofNCompleteColumn(),
-            TimeElapsedColumn(),
             TimeRemainingColumn(),
             TextColumn("{task.fields[facts]}"),
             console=console,
@@ -75,4 +80,7 @@ class _Bar(TrainerCallback):
             self._progress.update(self._task, facts=_facts(self._logs))
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.close()
+
+    def close(self) -> None:
         self._progress.stop()

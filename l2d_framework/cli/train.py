@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -10,6 +11,8 @@ from l2d_framework.cli.config import Overrides, RunFile
 
 if TYPE_CHECKING:
     from rich.table import Table
+
+    from l2d_framework.config import Run
 
 
 def train(
@@ -30,17 +33,27 @@ def train(
     """
     from rich.console import Console
 
-    from l2d_framework.cli.progress import progress
+    from l2d_framework.cli.progress import Reporter, progress
     from l2d_framework.config import load_run
     from l2d_framework.training.run import train_runs
 
     console = Console()
     runs = load_run(run_file, overrides)
-    cards = train_runs(runs, overwrite=overwrite, callbacks=lambda run: [progress(console, str(run.output_dir))])
+    reporters: list[Reporter] = []
+
+    def report(run: Run) -> list[Reporter]:
+        reporters.append(progress(console, Path(str(run.output_dir)).name))
+        return reporters[-1:]
+
+    try:
+        cards = train_runs(runs, overwrite=overwrite, callbacks=report)
+    finally:
+        for reporter in reporters:
+            reporter.close()
     if not _is_first_process():
         return
     for run, card in zip(runs, cards, strict=True):
-        console.print(summary(str(run.output_dir), card))
+        console.print(summary(f"{run.output_dir}, finished {card['ended']}", card))
         if card["kind"] == "diffusion":
             console.print(
                 f'Generate with:  l2d generate {run.output_dir} --prompt "..."', soft_wrap=True, highlight=False

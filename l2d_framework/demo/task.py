@@ -77,7 +77,7 @@ class Questions:
         names, weights = list(shares), list(shares.values())
         while len(found) < count:
             (operation,) = self._random.choices(names, weights)
-            question = Question(operation, tuple(self._random.randrange(NUMBERS) for _ in range(LENGTH)))
+            question = Question(operation, tuple(self._random.choices(range(NUMBERS), k=LENGTH)))
             if question not in self._asked:
                 self._asked.add(question)
                 found.append(question)

@@ -1,1 +1,1 @@
-"""Training: data, next-token and denoising losses on transformers' Trainer, resumption, and the reproducibility card."""
+"""Training: data, next-token and denoising losses on transformers' Trainer, resumption, and the card of a run."""

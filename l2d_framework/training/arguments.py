@@ -55,6 +55,7 @@ def make_arguments(training: TrainingSection, output: Path, *, seed: int) -> Tra
         train_sampling_strategy="sequential",
         accelerator_config={"dispatch_batches": False},
         disable_tqdm=True,
+        ddp_timeout=24 * 3600,  # the other processes wait while the first one tokenizes
     )
     arguments._n_gpu = min(arguments.n_gpu, 1)  # one process per device; DataParallel would split what is keyed
     micro = training.micro_batch_size or max(training.batch_size // arguments.world_size, 1)

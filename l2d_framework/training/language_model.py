@@ -13,7 +13,7 @@ from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dic
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 from transformers.pytorch_utils import Conv1D
 
 from l2d_framework.base_model import empty_language_model, load_config, load_language_model, locate
@@ -46,11 +46,12 @@ class NextToken(Learner):
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
         self.lm, self._tokenizer, self._chunk = lm, tokenizer, training.loss_chunk
-        inner = lm.get_base_model() if isinstance(lm, PeftModel) else lm
+        inner: Any = lm.get_base_model() if isinstance(lm, PeftModel) else lm
         self._body: tuple[nn.Module, ...] = (inner.base_model,)  # a tuple, so that no parameter is registered twice
         head = copy.copy(inner)
         head._modules = {**inner._modules, inner.base_model_prefix: _Through()}
-        self._head = (head,)
+        output = inner.get_output_embeddings()
+        self._head, self._head_parameters = (head,), [] if output is None else list(output.parameters())
         if training.gradient_checkpointing:
             inner.activation_checkpointing_enable({"use_reentrant": False})
 
@@ -78,7 +79,7 @@ class NextToken(Learner):
             hidden[row, place],
             labels[row, place + 1],
             chunk=self._chunk,
-            parameters=[p for p in head.get_output_embeddings().parameters() if p.requires_grad],
+            parameters=[p for p in self._head_parameters if p.requires_grad],
         )
         return {"loss": total, "losses": losses, "row": row}
 
@@ -112,7 +113,7 @@ class NextToken(Learner):
             CheckpointError: if they are those of another adapter.
         """
         if isinstance(self.lm, PeftModel):
-            found = set_peft_model_state_dict(self.lm, load_file(folder / "adapter_model.safetensors"))
+            found: Any = set_peft_model_state_dict(self.lm, load_file(folder / "adapter_model.safetensors"))
             if found.unexpected_keys:
                 raise CheckpointError(
                     f"{str(folder)!r} holds an adapter of another shape, with {found.unexpected_keys[0]!r}. "
@@ -126,7 +127,9 @@ class NextToken(Learner):
             # Embeddings are never adapted, and "auto" would ask the hub for the base model's vocabulary size.
             self.lm.save_pretrained(str(folder), save_embedding_layers=False)
         else:
-            lm = self.lm if dtype == self.lm.dtype else copy.deepcopy(self.lm).to(dtype)
+            lm: Any = self.lm
+            if dtype != lm.dtype:
+                lm = copy.deepcopy(lm).to(dtype)
             lm.save_pretrained(folder)
         self._tokenizer.save_pretrained(folder)
 
@@ -134,8 +137,8 @@ class NextToken(Learner):
 class _Through(nn.Module):
     """Stands for the body of a language model whose hidden states are already there."""
 
-    def forward(self, inputs_embeds: Tensor, **_: Any) -> BaseModelOutputWithPast:
-        return BaseModelOutputWithPast(last_hidden_state=inputs_embeds)
+    def forward(self, *_: Any, inputs_embeds: Tensor, **__: Any) -> BaseModelOutputWithPastAndCrossAttentions:
+        return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=inputs_embeds)
 
 
 def scratch_config(scratch: ScratchSection, tokenizer: PreTrainedTokenizerBase) -> Any:
@@ -190,7 +193,7 @@ def check_language_model(run: LanguageModelRun) -> None:
         return
     if locate(run.model)[1] is not None:
         raise ConfigError(
-            f"lora would sit on the adapter that is merged into {run.model.base!r}, which a PEFT folder cannot express. "
+            f"lora would sit on the adapter merged into {run.model.base!r}, which a PEFT folder cannot express. "
             "Save the merged model first and start from it."
         )
     empty = empty_language_model(load_config(run.model), run.model.attn_implementation)

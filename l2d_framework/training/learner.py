@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 
 from l2d_framework import checkpoint
-from l2d_framework.config import TrainingSection
+from l2d_framework.config import DiffusionRun, TrainingSection
 from l2d_framework.errors import ConfigError
 from l2d_framework.model import DiffusionLM
 from l2d_framework.objective import NoiseRule, denoising_loss, draw
@@ -81,12 +82,26 @@ class Denoiser(Learner):
             if id(parameter) not in own:
                 parameter.requires_grad_(False)
         if training.gradient_checkpointing:
-            if not hasattr(model.backbone, "gradient_checkpointing"):
+            backbone: Any = model.backbone
+            backbone.gradient_checkpointing = True
+
+    @staticmethod
+    def check(run: DiffusionRun) -> None:
+        """Refuse what the backbone cannot do, before weights are loaded.
+
+        Args:
+            run: the run.
+
+        Raises:
+            ConfigError: if it asks for gradient checkpointing that the backbone has not.
+        """
+        if run.training.gradient_checkpointing:
+            empty = checkpoint.build_model(run, meta=True)
+            if not hasattr(empty.backbone, "gradient_checkpointing"):
                 raise ConfigError(
-                    f"training.gradient_checkpointing is true, but backbone {model.backbone.config.component_name()!r} "
-                    "has none. Set it to false."
+                    f"training.gradient_checkpointing is true, but backbone {run.backbone.component_name()!r} offers "
+                    "none. Set it to false."
                 )
-            model.backbone.gradient_checkpointing = True
 
     def forward(
         self, input_ids: Tensor, blocks: Tensor, labels: Tensor, class_id: Tensor, index: Tensor, epoch: Tensor

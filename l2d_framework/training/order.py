@@ -1,7 +1,7 @@
 """The order in which a run sees its examples: one sequence for the whole run, whatever the number of processes.
 
-Batches are cut from this sequence, and each example carries its own epoch. Neither accumulation, nor resumption, nor the
-border between epochs can therefore change which examples an update sees or which noise they get.
+Batches are cut from this sequence, and each example carries its own epoch. Therefore neither accumulation, nor
+resumption, nor the border between epochs can change which examples an update sees or which noise they get.
 """
 
 from __future__ import annotations

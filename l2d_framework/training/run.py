@@ -104,6 +104,8 @@ def _train(run: Run, *, overwrite: bool, callbacks: Sequence[TrainerCallback]) -
         return earlier
     if isinstance(run, LanguageModelRun):
         check_language_model(run)
+    else:
+        Denoiser.check(run)
     with job.arguments.main_process_first(local=True, desc="preparing data"):
         tokenizer = _tokenizer(job)
         data = _prepare(job, tokenizer)
@@ -141,9 +143,9 @@ def _tokenizer(job: _Job) -> PreTrainedTokenizerBase:
         if found is None:
             raise ConfigError(f"model.base: {run.model.base!r} has no tokenizer_config.json. Save its tokenizer there.")
         return found
-    assert isinstance(run, LanguageModelRun) and run.scratch is not None
+    assert run.scratch is not None  # a run has one of the two
     if (job.output / _TOKENIZER).is_dir():
-        return AutoTokenizer.from_pretrained(job.output / _TOKENIZER)  # type: ignore[no-any-return]
+        return AutoTokenizer.from_pretrained(job.output / _TOKENIZER)
     return scratch_tokenizer(run.data, run.scratch.tokenizer.vocab_size)
 
 
@@ -153,7 +155,7 @@ def _prepare(job: _Job, tokenizer: PreTrainedTokenizerBase) -> PreparedData:
     if run.model is not None:
         config = load_config(run.model)
     else:
-        assert isinstance(run, LanguageModelRun) and run.scratch is not None
+        assert run.scratch is not None  # a run has one of the two
         config = scratch_config(run.scratch, tokenizer)
     limit = getattr(config, "max_position_embeddings", None)
     if limit is not None and run.data.max_length > limit:

@@ -61,7 +61,7 @@ class TokenTrainer(transformers.Trainer):
             arguments.dataloader_num_workers = min(arguments.dataloader_num_workers, 1)
         order = RunStream(data.train, total) if is_stream else RunOrder(data.train, data.order_seed, total)
         multiple = arguments.per_device_eval_batch_size * arguments.world_size if arguments.world_size > 1 else 1
-        self.training, self.learner = training, learner
+        self.training, self.learner, self.output = training, learner, Path(str(arguments.output_dir))
         self._rows = None if is_stream else len(data.train)
         super().__init__(
             learner,
@@ -87,7 +87,7 @@ class TokenTrainer(transformers.Trainer):
             The optimizer.
         """
         if self.optimizer is None:
-            parameters = [p for p in (model or self.model).parameters() if p.requires_grad]
+            parameters = [p for p in (model or self.learner).parameters() if p.requires_grad]
             decay = self.training.weight_decay
             groups = [
                 {"params": [p for p in parameters if p.ndim > 1], "weight_decay": decay},
@@ -120,7 +120,7 @@ class TokenTrainer(transformers.Trainer):
             def factor(step: int) -> float:
                 return learning_rate(training, step, num_training_steps) / training.learning_rate
 
-            self.lr_scheduler = LambdaLR(optimizer or self.optimizer, factor)
+            self.lr_scheduler = LambdaLR(optimizer or self.create_optimizer(), factor)
             self._created_lr_scheduler = True
         return self.lr_scheduler
 
@@ -196,7 +196,7 @@ class TokenTrainer(transformers.Trainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         is_best = self.state.best_metric is None or metrics[f"{metric_key_prefix}_loss"] < self.state.best_metric
         if self.is_in_train and is_best:
-            with self._staged(Path(self.args.output_dir) / BEST) as folder:
+            with self._staged(self.output / BEST) as folder:
                 if self.args.should_save:
                     self.learner.save(folder, "")
         return metrics
@@ -228,19 +228,18 @@ class TokenTrainer(transformers.Trainer):
             _internal_call: unused, for the Trainer's signature.
         """
         if self.args.should_save:
-            self.learner.checkpoint(Path(output_dir or self.args.output_dir))
+            self.learner.checkpoint(Path(output_dir) if output_dir else self.output)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self._stopwatch.pause()
-        output = Path(self.args.output_dir)
-        with self._staged(output / f"checkpoint-{self.state.global_step}") as folder:
+        with self._staged(self.output / f"checkpoint-{self.state.global_step}") as folder:
             self.save_model(str(folder))
             self._save_optimizer_and_scheduler(str(folder))
             self._save_rng_state(str(folder))
             if self.args.should_save:
                 self.state.save_to_json(str(folder / "trainer_state.json"))
         if self.args.should_save:
-            for old in checkpoints(output)[: -self.training.save_total_limit]:
+            for old in checkpoints(self.output)[: -self.training.save_total_limit]:
                 remove(old)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:

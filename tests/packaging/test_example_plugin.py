@@ -1,8 +1,14 @@
 """The example distribution works as its README says: pip install, listed, usable in run files, its own tests pass."""
 
+import json
 from pathlib import Path
 
 import pytest
+import tiny_runs
+
+from l2d_framework.checkpoint import build_model, save
+from l2d_framework.config import load_run, parse_run
+from l2d_framework.errors import ConfigError
 
 RUN = """
 model: {{base: {base}}}
@@ -40,12 +46,23 @@ def test_it_is_listed(environment):
     assert {"guidance", "keyword", "l2d-guidance-keyword", "ok"} <= set(line.split())
 
 
-def test_run_files_know_it_once_installed(environment, new_environment, run_file):
+def test_run_files_know_it_once_installed(environment, run_file):
     accepted = environment.l2d("config", "check", run_file)
     assert accepted.returncode == 0, accepted.stderr
-    refused = new_environment().l2d("config", "check", run_file)
-    assert refused.returncode == 2
-    assert "keyword" in refused.stderr
+    with pytest.raises(ConfigError, match="Unknown guidance .keyword."):
+        load_run(run_file)
+
+
+def test_it_steers_what_the_command_line_generates(environment, tiny_tokenizer, tmp_path):
+    base = tiny_runs.write_base(tmp_path / "base")
+    fields = tiny_runs.diffusion_run(base, tmp_path / "unused", tmp_path / "unused")
+    save(build_model(parse_run({**fields, "data": None})), tmp_path / "model")
+    letter = tiny_tokenizer().convert_tokens_to_ids("A")
+    guidance = json.dumps([{"name": "keyword", "token_ids": [letter], "scale": 1e4}])
+    sampling = ["--set", f"guidance={guidance}", "--num-inference-steps", "3", "--max-new-tokens", "4"]
+    answer = environment.l2d("generate", tmp_path / "model", "--prompt", "3+4=", *sampling)
+    assert answer.returncode == 0, answer.stderr
+    assert "AAAA" in answer.stdout
 
 
 def test_its_own_tests_pass(environment, example):

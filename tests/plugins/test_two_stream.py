@@ -31,8 +31,8 @@ families = pytest.mark.parametrize("family", PROVEN)
 variants = pytest.mark.parametrize("variant", ["lora", "full"])
 
 
-def tokens(rows=len(PADDING), length=LENGTH):
-    return random_tokens(rows, length)
+def tokens(rows=3):
+    return random_tokens(rows, LENGTH)
 
 
 def plain_logits(lm, layout):
@@ -94,9 +94,7 @@ def test_a_read_prefix_that_is_extended_says_what_the_whole_text_says(family, va
         wanted = model(whole).logits
         context = model.backbone.read(Layout(layout.tokens[:, :6], layout.blocks[:, :6]))
         context = model.backbone.extend(context, layout.tokens[:, 6:8])
-        both = whole.replace(
-            x=whole.x[:, 6:8], t=whole.t[:, 6:8], positions=whole.positions[:, 6:8], context=context
-        )
+        both = whole.replace(x=whole.x[:, 6:8], t=whole.t[:, 6:8], positions=whole.positions[:, 6:8], context=context)
         close(model(both).logits, wanted[:, 6:8])
         context = model.backbone.extend(context, layout.tokens[:, 8:])
         last = whole.replace(x=whole.x[:, 8:], t=whole.t[:, 8:], positions=whole.positions[:, 8:], context=context)
@@ -220,9 +218,7 @@ def test_merging_changes_no_logit(family, variant):
 def test_gradient_checkpointing_gives_the_same_gradients_by_computing_twice(variant, monkeypatch):
     found, calls = [], []
     real = checkpoint.checkpoint
-    monkeypatch.setattr(
-        "l2d_plugins.backbones.two_stream.checkpoint", lambda *a, **k: calls.append(1) or real(*a, **k)
-    )
+    monkeypatch.setattr("l2d_plugins.backbones.two_stream.checkpoint", lambda *a, **k: calls.append(1) or real(*a, **k))
     for saving in (False, True):
         model = diffusion_lm(variant=variant).train()
         two_stream(model).gradient_checkpointing = saving
@@ -319,7 +315,9 @@ def test_lora_starts_as_the_authors_code_does():
 
 
 def test_unknown_targets_are_refused_with_those_there_are(tiny_lm):
-    with pytest.raises(ConfigError, match=r"names \['w1'\], which LlamaDecoderLayer has not. Choose from \['down_proj'"):
+    with pytest.raises(
+        ConfigError, match=r"names \['w1'\], which LlamaDecoderLayer has not. Choose from \['down_proj'"
+    ):
         backbone_config(targets=("q_proj", "w1")).build(tiny_lm())
     with pytest.raises(ConfigError, match="which LlamaDecoderLayer has not"):
         backbone_config(targets=()).build(tiny_lm())

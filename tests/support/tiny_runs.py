@@ -54,7 +54,7 @@ def language_model_run(data: Path, output: Path, **fields: Any) -> dict[str, Any
 SMALL = {
     "max_steps": 9,
     "batch_size": 4,
-    "learning_rate": 1e-2,
+    "learning_rate": 3e-2,
     "warmup_steps": 3,
     "logging_steps": 1,
     "save_steps": 3,

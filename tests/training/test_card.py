@@ -1,9 +1,11 @@
+import io
 import json
 import os
 import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiny_runs
@@ -60,7 +62,12 @@ def test_the_model_card_has_a_row_for_every_part(output: Path) -> None:
     assert table in (output / "README.md").read_text()
     rows = [line for line in table.splitlines() if line.startswith("| ") and not line.startswith("| |")]
     assert all(row.count("|") == 3 for row in rows)
-    for part in (card["config_hash"], f"{card['result']['losses']['eval_loss']:.4f}", card["hardware"]["cpu"], "torch "):
+    for part in (
+        card["config_hash"],
+        f"{card['result']['losses']['eval_loss']:.4f}",
+        card["hardware"]["cpu"],
+        "torch ",
+    ):
         assert part in table
 
 
@@ -83,6 +90,24 @@ def test_the_commit_is_that_of_the_working_directory(tmp_path: Path, monkeypatch
     (tmp_path / "file").write_text("")
     subprocess.run(["git", "add", "file"], check=True)
     assert environment(1)["commit"] == f"{sha} with local changes"
+
+
+def test_a_terminal_sees_a_bar_with_loss_speed_and_remaining_time() -> None:
+    from rich.console import Console
+
+    from l2d_framework.cli.progress import progress
+
+    screen = io.StringIO()
+    bar = progress(Console(file=screen, force_terminal=True, width=120), "out")
+    state = SimpleNamespace(is_world_process_zero=True, global_step=0, max_steps=4)
+    bar.on_train_begin(None, state, None)
+    state.global_step = 3
+    bar.on_step_end(None, state, None)
+    bar.on_log(None, state, None, logs={"loss": 1.25, "eval_loss": 1.5, "tokens_per_second": 1000.0})
+    bar.close()
+    last = screen.getvalue().splitlines()[-1]
+    for part in ("3/4", "loss 1.2500", "held out 1.5000", "1,000 tokens/s"):
+        assert part in last
 
 
 def test_the_command_line_reports_a_finished_run(

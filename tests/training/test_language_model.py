@@ -16,6 +16,9 @@ from l2d_framework.training import language_model
 from l2d_framework.training.language_model import NextToken
 from l2d_framework.training.run import train_runs
 
+# Emitted by peft itself.
+pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+
 SCRATCH = {
     "tokenizer": {"vocab_size": 280},
     "config": {
@@ -156,7 +159,7 @@ def test_gradient_checkpointing_changes_no_loss(folder: Path) -> None:
 def test_unknown_lora_targets_are_refused_before_weights_load(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(language_model, "load_language_model", lambda _: pytest.fail("weights were loaded"))
     run = fields(folder, "typo", model={"base": str(folder / "base")}, lora={"targets": ["q_porj"]})
-    with pytest.raises(ConfigError, match="no linear module 'q_porj'.*did you mean 'q_proj'"):
+    with pytest.raises(ConfigError, match=r"no linear module 'q_porj'.*did you mean 'q_proj'"):
         train(run)
 
 

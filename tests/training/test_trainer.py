@@ -165,22 +165,25 @@ def test_only_own_parameters_move_and_checkpoints_hold_nothing_else(
     assert count == sum(p.numel() for p in own.values())
 
 
-def test_the_best_model_is_the_one_of_the_lowest_held_out_loss(
-    folder: Path, reference: dict[int, dict[str, float]]
-) -> None:
-    # A rate this high after a good start makes the last model worse than an earlier one.
-    run = fields(folder, "worse", learning_rate=1.0, warmup_steps=0, decay="constant", save_total_limit=3)
-    train(run)
-    found = tiny_runs.losses(folder / "worse")
-    by_loss = min((entry["eval_loss"], step) for step, entry in found.items() if "eval_loss" in entry)
-    card = json.loads((folder / "worse" / "run.json").read_text())
-    assert card["result"]["best_eval_loss"] == by_loss[0]
-    best = checkpoint.load(folder / "worse" / "best")
-    kept = checkpoint.load(folder / "worse" / f"checkpoint-{by_loss[1]}")
-    last = checkpoint.load(folder / "worse")
-    for name, value in best.own_parameters().items():
-        assert torch.equal(value, kept.own_parameters()[name])
-    assert any(not torch.equal(value, last.own_parameters()[name]) for name, value in best.own_parameters().items())
+class Spoil(TrainerCallback):
+    """Makes the model worse at update 7."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: torch.nn.Module, **kwargs: Any) -> None:
+        if state.global_step == 7:
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.data.normal_(std=3)
+
+
+def test_the_best_model_is_the_one_of_the_lowest_held_out_loss(folder: Path) -> None:
+    train(fields(folder, "spoiled", save_total_limit=3, learning_rate=0.1), Spoil())
+    found = tiny_runs.losses(folder / "spoiled")
+    assert found[6]["eval_loss"] < min(found[3]["eval_loss"], found[9]["eval_loss"])
+    card = json.loads((folder / "spoiled" / "run.json").read_text())
+    assert card["result"]["best_eval_loss"] == found[6]["eval_loss"]
+    best, kept = (checkpoint.load(folder / "spoiled" / name).own_parameters() for name in ("best", "checkpoint-6"))
+    for name, value in best.items():
+        assert torch.equal(value, kept[name])
 
 
 def test_as_many_checkpoints_are_kept_as_asked_for(folder: Path, reference: dict[int, dict[str, float]]) -> None:
@@ -254,3 +257,20 @@ def test_bad_data_is_refused_before_weights_load(folder: Path, monkeypatch: pyte
     with pytest.raises(ValueError, match="question"):
         train(run)
     assert not (folder / "bad_data").exists()
+
+
+def test_gradient_checkpointing_without_support_is_refused_before_weights_load(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = parse_run(fields(folder, "unsupported", gradient_checkpointing=True))
+    build = checkpoint.build_model
+
+    def without(run: Any, *, meta: bool = False) -> Any:
+        assert meta
+        model = build(run, meta=True)
+        del model.backbone.gradient_checkpointing
+        return model
+
+    monkeypatch.setattr(checkpoint, "build_model", without)
+    with pytest.raises(ConfigError, match="backbone 'two_stream' offers none"):
+        train_runs([run])

@@ -17,10 +17,17 @@ def test_two_processes_train_like_one(tmp_path: Path) -> None:
     run = tiny_runs.diffusion_run(tmp_path / "base", tmp_path / "sums.jsonl", tmp_path / "two", max_steps=6)
     (tmp_path / "run.json").write_text(json.dumps(run))
     # Each process takes one sequence at a time: two micro-batches per update, unlike the single process below.
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0"]
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--local-addr=127.0.0.1",
+        "--nproc-per-node=2",
+    ]
     command = [*launch, "-m", "l2d_framework.cli", "train", str(tmp_path / "run.json"), "training.micro_batch_size=1"]
     ran = subprocess.run(
-        command, capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        command, capture_output=True, text=True, check=False, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )
     assert ran.returncode == 0, ran.stderr[-3000:]
     assert ran.stdout.count("Generate with:") == 1
@@ -31,4 +38,7 @@ def test_two_processes_train_like_one(tmp_path: Path) -> None:
         assert two[step] == pytest.approx(expected, abs=1e-5), step
     card = json.loads((tmp_path / "two" / "run.json").read_text())
     assert card["hardware"]["processes"] == 2
-    assert sorted(p.name for p in (tmp_path / "two" / "checkpoint-6").glob("rng*")) == ["rng_state_0.pth", "rng_state_1.pth"]
+    assert sorted(p.name for p in (tmp_path / "two" / "checkpoint-6").glob("rng*")) == [
+        "rng_state_0.pth",
+        "rng_state_1.pth",
+    ]

@@ -119,9 +119,10 @@ class Conditioning(nn.Module):
             condition: (B, L), int64, -1 for no class; None for no class anywhere.
 
         Returns:
-            (B or 1, L or 1, chunks * H) per layer, and the final weight likewise.
+            (B, L, chunks * H) per layer, and the final weight likewise; without B and L if `condition` is None.
         """
         layers, weight = table
-        rows = torch.full((1, 1), -1, device=weight.device) if condition is None else condition
-        rows = torch.where(rows < 0, self.num_classes, rows)
+        if condition is None:
+            return [part[-1] for part in layers], weight[-1]
+        rows = torch.where(condition < 0, self.num_classes, condition)
         return [part[rows] for part in layers], weight[rows]

@@ -122,6 +122,11 @@ class Modulated(nn.Module):
                 norm.register_forward_hook(_shift)
         for branch in branches:
             shadow.get_submodule(branch.gate).register_forward_hook(_gate)
+        # Found once, since every evaluation needs them; a tuple registers none of them a second time.
+        self._hooked = tuple(
+            (shadow.get_submodule(branch.norm) if branch.owns_norm else None, shadow.get_submodule(branch.gate))
+            for branch in branches
+        )
 
     @property
     def chunks(self) -> int:
@@ -140,22 +145,17 @@ class Modulated(nn.Module):
             (B, L, H).
         """
         parts = iter(modulation.to(y.dtype).chunk(self.chunks, -1))
-        touched = []
-        for branch in self.branches:
-            if branch.owns_norm:
-                norm = self.shadow.get_submodule(branch.norm)
+        for norm, gate in self._hooked:
+            if norm is not None:
                 scale, shift = next(parts), next(parts)
                 norm.__dict__.update(l2d_scale=scale, l2d_shift=shift)
                 if (gamma := norm._parameters.get("gamma")) is not None:
                     norm.__dict__["weight"] = gamma + scale
-                touched.append(norm)
-            gate = self.shadow.get_submodule(branch.gate)
             gate.__dict__["l2d_gate"] = next(parts)
-            touched.append(gate)
         try:
             out = self.shadow(y, **kwargs)
         finally:
-            for module in touched:
+            for module in (module for pair in self._hooked for module in pair if module is not None):
                 for name in ("l2d_scale", "l2d_shift", "l2d_gate"):
                     module.__dict__.pop(name, None)
                 if (gamma := module._parameters.get("gamma")) is not None:

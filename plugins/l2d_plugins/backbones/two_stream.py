@@ -110,9 +110,9 @@ class TwoStream(Backbone):
                     lm._init_weights(shadow.get_submodule(name))
         if config.variant == "lora":
             lora = self._lora_config([f"{i}.{name}" for i, row in enumerate(names) for name in row])
-            from peft import inject_adapter_in_model
+            from l2d_plugins.backbones.low_rank import adapt
 
-            inject_adapter_in_model(lora, shadows, ADAPTER)
+            adapt(shadows, lora, ADAPTER)
         modulated = [Modulated(s, b) for s, b in zip(shadows, branches, strict=True)]
         self.shadows = nn.ModuleList(modulated)
         self.conditioning = Conditioning(
@@ -233,7 +233,8 @@ class TwoStream(Backbone):
         keys = MainKeys(context.cache)
         y = h.to(main.dtype)
         # Weights trained in single precision over a model in half; everything else has one type already.
-        mixed = torch.autocast(y.device.type, dtype=y.dtype) if weight.dtype != y.dtype else nullcontext()
+        is_mixed = weight.dtype == torch.float32 != y.dtype
+        mixed = torch.autocast(y.device.type, dtype=y.dtype) if is_mixed else nullcontext()
         gathered: dict[tuple[int, int], dict[str, Any]] = {}
         for layer, modulation, captured in zip(self.shadows, modulations, context.kwargs, strict=True):
             kind = (id(captured.get("attention_mask")), id(captured.get("position_embeddings")))
@@ -302,7 +303,7 @@ class TwoStream(Backbone):
             merged.weight = nn.Parameter(weight.detach(), requires_grad=False)
             merged.bias = base.bias
             setattr(parent, attribute, merged)
-        self.is_merged = True
+            self.is_merged = True
 
 
 def _target_names(layer: nn.Module, targets: tuple[str, ...] | None) -> list[str]:

@@ -94,7 +94,12 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     except (ValueError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise CheckpointError(f"{str(folder)!r} is damaged or holds more than weights ({error}).") from error
     # Training snapshots of the authors' code wrap the state under another key than evaluation expects.
-    return config, state.get("model", state) if isinstance(state.get("model"), dict) else state
+    state = state.get("model", state) if isinstance(state, dict) else state
+    if not isinstance(config, dict) or not isinstance(state, dict):
+        raise CheckpointError(
+            f"{str(folder)!r} is not laid out like a released L2D checkpoint: it holds no named weights."
+        )
+    return config, state
 
 
 def _target(key: str) -> str | None:
