@@ -310,7 +310,7 @@ def summarize(
     targets = [
         {"group": g, "case": n, "what": what, "limit": limit, "found": groups[g][n][what]}
         for g, n, what, limit in TARGETS
-        if g in groups
+        if n in groups.get(g, {})
     ]
     for target in targets:
         found, limit = target["found"], target["limit"]

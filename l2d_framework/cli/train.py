@@ -50,7 +50,7 @@ def train(
     finally:
         for reporter in reporters:
             reporter.close()
-    if not _is_first_process():
+    if not _leave():
         return
     for run, card in zip(runs, cards, strict=True):
         console.print(summary(f"{run.output_dir}, finished {card['ended']}", card))
@@ -92,7 +92,11 @@ def summary(title: str, card: dict[str, Any]) -> Table:
     return table
 
 
-def _is_first_process() -> bool:
+def _leave() -> bool:
+    """End what the processes have in common; whether this is the first of them."""
     from accelerate import PartialState
 
-    return bool(PartialState().is_main_process)
+    state = PartialState()
+    is_first = bool(state.is_main_process)
+    state.destroy_process_group()
+    return is_first

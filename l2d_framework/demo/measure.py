@@ -88,7 +88,9 @@ class Measurement:
         """
         found = []
         for model, solver, answer in self._ways:
-            sheets = [self._sheet(questions, answer) for questions in (self._data.held_out_new, self._data.held_out_old)]
+            sheets = [
+                self._sheet(questions, answer) for questions in (self._data.held_out_new, self._data.held_out_old)
+            ]
             found.append(Outcome(model, solver, *sheets))
             after_each()
         return found

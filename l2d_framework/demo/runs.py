@@ -165,6 +165,6 @@ def _common(folder: Path, data: str, updates: int, *, learning_rate: float) -> d
             "learning_rate": learning_rate,
             "warmup_steps": min(50, updates),
             "warmup": "linear",
-            "logging_steps": 25,
+            "logging_steps": 100,
         },
     }

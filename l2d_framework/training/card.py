@@ -126,10 +126,8 @@ def _surroundings(card: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:
     hardware = card["hardware"]
     gpus = ", ".join(gpu["name"] for gpu in hardware["gpus"]) or "no GPU"
     memory = _gigabytes(hardware["memory"]) if hardware["memory"] else "unknown memory"
-    yield (
-        "hardware",
-        f"{hardware['cpu']}, {hardware['cores']} cores, {memory}; {gpus}; {hardware['processes']} processes",
-    )
+    yield "hardware", f"{hardware['cpu']}, {hardware['cores']} cores, {memory}; {gpus}"
+    yield "processes and threads of each", f"{hardware['processes']} and {hardware['threads']}"
     yield "versions", ", ".join(f"{name} {version}" for name, version in card["versions"].items())
     yield "commit", card["commit"] or "none"
     yield "started and ended", f"{card['started']}, {card['ended']}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
@@ -17,10 +17,10 @@ from l2d_framework import checkpoint
 from l2d_framework.base_model import load_config
 from l2d_framework.config import DiffusionRun, LanguageModelRun, Run, check_runs, config_hash, resolved_json
 from l2d_framework.errors import ConfigError
+from l2d_framework.prompts import read_template
 from l2d_framework.training import folders
 from l2d_framework.training.arguments import TrainingData, make_arguments
 from l2d_framework.training.card import environment, model_card_table
-from l2d_framework.training.chat import resolve_template
 from l2d_framework.training.collate import Collator
 from l2d_framework.training.data import PreparedData, prepare
 from l2d_framework.training.language_model import (
@@ -181,13 +181,11 @@ def _seeds(run: Run) -> dict[str, int]:
 
 
 def _learner(run: Run, tokenizer: PreTrainedTokenizerBase) -> Learner:
-    if isinstance(run, LanguageModelRun):
-        return NextToken(build_language_model(run, tokenizer), tokenizer, run.training)
-    model = checkpoint.build_model(run)
+    if isinstance(run, DiffusionRun):
+        return Denoiser(checkpoint.build_model(run), run.training, run.seed)
     if run.data is not None and run.data.chat_template is not None:
-        template = resolve_template(run.data.chat_template, tokenizer)
-        model.origin = replace(model.origin, chat_template=template)
-    return Denoiser(model, run.training, run.seed)
+        tokenizer.chat_template = read_template(run.data.chat_template)
+    return NextToken(build_language_model(run, tokenizer), tokenizer, run.training)
 
 
 def _now() -> str:

@@ -178,4 +178,11 @@ def test_messages_train_the_tokenizer_and_are_answered_with_its_template(folder:
     run["data"] = {"train": [{"path": str(rows)}], "max_length": 64}
     card = train(run)
     assert card["data"]["splits"]["train"]["examples"] == 8
-    assert AutoTokenizer.from_pretrained(folder / "chat").chat_template is not None
+    own = AutoTokenizer.from_pretrained(folder / "chat").chat_template
+    assert own is not None
+    run = fields(
+        folder, "other_chat", model={"base": str(folder / "chat")}, training={"max_steps": 1, "eval_steps": None}
+    )
+    run["data"] = {"train": [{"path": str(rows)}], "max_length": 64, "chat_template": own + "{# other #}"}
+    train(run)
+    assert AutoTokenizer.from_pretrained(folder / "other_chat").chat_template == own + "{# other #}"
