@@ -1,23 +1,24 @@
-"""Train bench/runs/gsm8k_small.yaml and measure what came out.
+"""Train a small run of bench/runs and measure what came out: `python bench/quality.py gsm8k_small --out FOLDER`.
 
-    python bench/quality.py --out /tmp/gsm8k-small [--results bench/results]
-
-Run it where `openai/gsm8k` is a folder, or with access to the hub. A second call with the same --out only measures.
-Writes gsm8k_small.json, .md and .png: held-out loss of the base and of L2D by t on the same answer tokens, the unigram
-entropy of those tokens, speed, memory, and three sample generations.
+Run it where the data set is a folder, or with access to the hub. Called again with the same folder, it goes on where it
+was interrupted, and only measures once everything is trained. Writes NAME.json, NAME.md and NAME.png: held-out loss of
+the base model and of L2D by t on the same answer tokens, the unigram entropy of those tokens, speed, memory, durations
+and three sample generations.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import os
 from collections import Counter
+from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+import typer
 from rich.console import Console
 
 import l2d_framework as l2d
@@ -27,16 +28,17 @@ from l2d_framework.model import DiffusionLM
 from l2d_framework.objective import NoiseRule, chunked_cross_entropy, denoising_loss, draw
 from l2d_framework.training.collate import Collator
 from l2d_framework.training.data import prepare
+from l2d_framework.training.meter import BINS
 from l2d_framework.training.run import train_runs
 from l2d_framework.types import Layout
 
-BINS = 10
-RUN_FILE = Path(__file__).parent / "runs" / "gsm8k_small.yaml"
+HERE = Path(__file__).parent
+EVALUATIONS = 15
 
 
 @torch.no_grad()
 def losses_by_time(lm: DiffusionLM, rows: Any) -> dict[str, Any]:
-    """Cross-entropy of the base and of L2D on the same held-out answer tokens.
+    """Cross-entropy of the base model and of L2D on the same held-out answer tokens.
 
     Args:
         lm: the trained model.
@@ -46,36 +48,56 @@ def losses_by_time(lm: DiffusionLM, rows: Any) -> dict[str, Any]:
         `base` and its number of `tokens`; per bin of t the `l2d` loss, the paired `difference` to the base and its
         standard error; the `unigram_entropy` of the tokens; all in nats per token.
     """
-    collate, bins = Collator(0), [[[], []] for _ in range(BINS)]
-    base_sum, counts = 0.0, Counter()
+    collate, counts = Collator(0), Counter[int]()
+    parts: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
     for start in range(0, len(rows), 16):
-        tensors = collate([rows[i] for i in range(start, min(start + 16, len(rows)))])
-        layout = Layout(tensors["input_ids"], tensors["blocks"])
-        draws = draw(lm, layout, NoiseRule(keys=[("quality", int(i)) for i in tensors["index"]]))
+        batch = collate([rows[i] for i in range(start, min(start + 16, len(rows)))])
+        layout = Layout(batch["input_ids"], batch["blocks"])
+        draws = draw(lm, layout, NoiseRule(keys=[("quality", i) for i in batch["index"].tolist()]))
         found = denoising_loss(lm, layout, draws)
         plain = lm.backbone.plain(draws.positions, lm.backbone.read(layout))[draws.valid]
         targets = layout.tokens.gather(1, draws.positions)[draws.valid]
-        _, base = chunked_cross_entropy(lm.backbone.head, plain, targets, chunk=1024)
-        base_sum += float(base.sum())
+        parts.append((found.t, found.tokens, chunked_cross_entropy(lm.backbone.head, plain, targets, chunk=1024)[1]))
         counts.update(targets.tolist())
-        for t, loss, reference in zip(found.t.tolist(), found.tokens.tolist(), base.tolist(), strict=True):
-            bins[min(int(t * BINS), BINS - 1)][0].append(loss)
-            bins[min(int(t * BINS), BINS - 1)][1].append(loss - reference)
-    total = sum(counts.values())
+    t, losses, base = (torch.cat(part).double() for part in zip(*parts, strict=True))
+    bins = (t * BINS).long()
+    total = counts.total()
     return {
         "tokens": total,
         "unigram_entropy": -sum(n / total * math.log(n / total) for n in counts.values()),
-        "base": base_sum / total,
+        "base": base.mean().item(),
         "by_time": [
             {
                 "t": [i / BINS, (i + 1) / BINS],
-                "tokens": len(losses),
-                "l2d": sum(losses) / len(losses),
-                "difference": sum(gaps) / len(gaps),
-                "standard_error": float(torch.tensor(gaps).std() / math.sqrt(len(gaps))),
+                "tokens": int((bins == i).sum()),
+                "l2d": losses[bins == i].mean().item(),
+                "difference": (losses - base)[bins == i].mean().item(),
+                "standard_error": (losses - base)[bins == i].std().item() / math.sqrt(int((bins == i).sum())),
             }
-            for i, (losses, gaps) in enumerate(bins)
+            for i in range(BINS)
         ],
+    }
+
+
+def checks(held_out: Mapping[str, Any]) -> dict[str, bool]:
+    """What makes a run count as working.
+
+    Args:
+        held_out: what `losses_by_time` returned.
+
+    Returns:
+        Whether each holds, by sentence.
+    """
+    base, bins = held_out["base"], held_out["by_time"]
+    near_zero = max(0.01 * base, 2 * bins[0]["standard_error"])
+    falls = (b["difference"] < a["difference"] + 2 * b["standard_error"] for a, b in pairwise(bins))
+    return {
+        "the base model's loss is below 60 % of the unigram entropy": base < 0.6 * held_out["unigram_entropy"],
+        "L2D's loss at t below 0.1 is the base model's, within 1 % or two standard errors": (
+            abs(bins[0]["difference"]) <= near_zero
+        ),
+        "L2D's loss, compared with the base model's on the same tokens, rises from no bin of t to the next": all(falls),
+        "L2D's loss at t above 0.9 is less than half of that below 0.1": bins[-1]["l2d"] < 0.5 * bins[0]["l2d"],
     }
 
 
@@ -88,21 +110,21 @@ def samples(lm: DiffusionLM, rows: Any, count: int = 3) -> list[dict[str, str]]:
         count: how many.
 
     Returns:
-        Question, gold answer and generated answer of each.
+        Question, reference answer and generated answer of each.
     """
+    assert lm.tokenizer is not None  # runs write one
     found = []
     for row in rows.select(range(count)):
         start = row["supervised"].index(True)
         prompt = torch.tensor([row["input_ids"][:start]])
-        answer = lm.generate(prompt, max_new_tokens=96, seed=0).answers[0]
-        texts = (prompt[0], row["input_ids"][start:], answer)
-        names = ("question", "gold", "generated")
-        found.append({n: lm.tokenizer.decode(t, skip_special_tokens=True) for n, t in zip(names, texts, strict=True)})
+        answer = lm.generate(prompt, max_new_tokens=96, num_inference_steps=EVALUATIONS, seed=0).answers[0]
+        texts = {"question": prompt[0], "reference": row["input_ids"][start:], "generated": answer}
+        found.append({name: str(lm.tokenizer.decode(ids, skip_special_tokens=True)) for name, ids in texts.items()})
     return found
 
 
-def plot(result: dict[str, Any], path: Path) -> None:
-    """Loss against t.
+def plot(result: Mapping[str, Any], path: Path) -> None:
+    """Draw loss against t.
 
     Args:
         result: what `main` writes.
@@ -110,28 +132,28 @@ def plot(result: dict[str, Any], path: Path) -> None:
     """
     from matplotlib.figure import Figure
 
-    losses = result["held_out"]
+    held_out = result["held_out"]
+    bins = held_out["by_time"]
     figure = Figure(figsize=(6.4, 4), layout="constrained")
     axes = figure.subplots()
-    middle = [sum(entry["t"]) / 2 for entry in losses["by_time"]]
-    axes.errorbar(
-        middle,
-        [entry["l2d"] for entry in losses["by_time"]],
-        yerr=[entry["standard_error"] for entry in losses["by_time"]],
+    axes.axhline(held_out["unigram_entropy"], color="0.5", linestyle=":", label="unigram entropy")
+    axes.axhline(held_out["base"], color="#d55e00", linestyle="--", label="base model")
+    axes.plot(
+        [sum(entry["t"]) / 2 for entry in bins],
+        [entry["l2d"] for entry in bins],
         marker="o",
-        capsize=3,
         color="#0072b2",
-        label="L2D",
+        label="L2D, mean of each tenth of t",
     )
-    axes.axhline(losses["base"], color="#d55e00", linestyle="--", label="base model (t = 0)")
-    axes.set(xlabel="t (0 = noise, 1 = data)", ylabel="held-out loss, nats per answer token", ylim=(0, None))
-    axes.set_title("GSM8K, small Llama trained from scratch")
+    axes.set(xlabel="t (0 = noise, 1 = data)", ylabel="held-out loss, nats per answer token", xlim=(0, 1))
+    axes.set_ylim(bottom=0)
+    axes.set_title(f"{result['name']}: what the noisy state tells")
     axes.legend()
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=150)
 
 
-def table(result: dict[str, Any]) -> str:
+def report(result: Mapping[str, Any]) -> str:
     """The result as markdown.
 
     Args:
@@ -140,59 +162,74 @@ def table(result: dict[str, Any]) -> str:
     Returns:
         Markdown.
     """
-    held_out, cards = result["held_out"], result["runs"]
+    held_out, hardware = result["held_out"], result["hardware"]
+    machine = f"{hardware['cpu']}, {hardware['cores']} cores, {hardware['threads']} threads"
+    runs = [
+        f"| {run['kind']} | {run['trainable']:,} | {run['steps']:,} | {run['losses']['eval_loss']:.3f} "
+        f"| {run['tokens_per_second']:,.0f} | {run['seconds'] / 60:.1f} | {run['peak_memory'] / 2**30:.2f} GiB |"
+        for run in result["runs"]
+    ]
+    bins = [
+        f"| {entry['t'][0]:.1f} to {entry['t'][1]:.1f} | {entry['l2d']:.3f} "
+        f"| {entry['difference']:+.4f} | {entry['standard_error']:.4f} |"
+        for entry in held_out["by_time"]
+    ]
     lines = [
-        "# GSM8K from scratch, then L2D",
+        f"# {result['name']}",
         "",
-        f"Machine: {result['hardware']['cpu']}, {result['hardware']['cores']} cores. Held-out answer tokens: "
-        f"{held_out['tokens']:,}; their unigram entropy is {held_out['unigram_entropy']:.3f} nats, the base model's loss "
-        f"{held_out['base']:.3f}.",
+        f"Written by `bench/quality.py` on {machine}.",
         "",
-        "| run | trained parameters | updates | tokens/s | minutes | peak memory |",
-        "|---|---|---|---|---|---|",
-        *(
-            f"| {card['kind']} | {card['trainable']:,} | {card['steps']} | {card['tokens_per_second']:,.0f} "
-            f"| {card['seconds'] / 60:.1f} | {card['peak_memory'] / 2**30:.2f} GiB |"
-            for card in cards
-        ),
+        "| run | trained parameters | updates | held-out loss | tokens/s | minutes | peak memory |",
+        "|---|---|---|---|---|---|---|",
+        *runs,
         "",
-        "| t | L2D loss | minus base, same tokens | standard error |",
+        f"On the {held_out['tokens']:,} held-out answer tokens the base model's loss is {held_out['base']:.3f} nats, "
+        f"their unigram entropy {held_out['unigram_entropy']:.3f}.",
+        "",
+        "| t | L2D's loss | minus the base model's on the same tokens | standard error |",
         "|---|---|---|---|",
-        *(
-            f"| {e['t'][0]:.1f} to {e['t'][1]:.1f} | {e['l2d']:.3f} | {e['difference']:+.3f} | {e['standard_error']:.3f} |"
-            for e in held_out["by_time"]
-        ),
+        *bins,
         "",
-        "Sample generations, 15 evaluations a token:",
+        *(f"- {'yes' if holds else '**no**'}: {sentence}" for sentence, holds in result["checks"].items()),
         "",
-        *(f"> **Q** {s['question']}\n>\n> **A** {s['generated']}\n" for s in result["samples"]),
+        f"![loss against t]({result['name']}.png)",
+        "",
+        f"## Sample generations, {EVALUATIONS} evaluations per token",
+        "",
+        *(f"**Question** {s['question']}\n\n**Generated** {s['generated']}\n" for s in result["samples"]),
     ]
     return "\n".join(lines)
 
 
-def main() -> None:
+def main(
+    name: Annotated[str, typer.Argument(help="File of bench/runs that trains a base model and then L2D over it.")],
+    out: Annotated[Path, typer.Option(help="Folder for the two models.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value, as for `l2d train`.")] = None,
+    results: Annotated[Path, typer.Option(help="Folder for the result files.")] = HERE / "results",
+) -> None:
     """Train, measure, write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="folder for the two models")
-    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
-    parser.add_argument("overrides", nargs="*", help="KEY=VALUE, as for l2d train")
-    arguments = parser.parse_args()
-    base, out = arguments.out / "base", arguments.out / "l2d"
-    folders = [f"stages.0.output_dir={base}", f"stages.1.output_dir={out}", f"stages.1.model.base={base}"]
-    runs = load_run(RUN_FILE, [*folders, *arguments.overrides])
+    base, diffusion = out / "base", out / "l2d"
+    folders = [f"stages.0.output_dir={base}", f"stages.1.output_dir={diffusion}", f"stages.1.model.base={base}"]
+    runs = load_run(HERE / "runs" / f"{name}.yaml", [*folders, *(overrides or [])])
     cards = train_runs(runs, callbacks=lambda run: [progress(Console(), run.kind)])
-    lm = l2d.load(out)
     run = runs[1]
     assert isinstance(run, DiffusionRun)
-    assert run.data is not None
+    assert run.data is not None  # `train_runs` refuses runs without
+    lm = l2d.load(diffusion)
+    assert lm.tokenizer is not None
     rows = prepare(run.data, lm.tokenizer, seed=run.seed).eval
+    held_out = losses_by_time(lm, rows)
     result = {
+        "name": name,
         "hardware": cards[1]["hardware"],
         "versions": cards[1]["versions"],
-        "config_hashes": [card["config_hash"] for card in cards],
+        "commit": cards[1]["commit"],
+        "held_out": held_out,
+        "checks": checks(held_out),
         "runs": [
             {
                 "kind": card["kind"],
+                "config_hash": card["config_hash"],
                 "trainable": card["parameters"]["trainable"],
                 "seconds": card["seconds"],
                 "data": card["data"]["splits"],
@@ -200,16 +237,17 @@ def main() -> None:
             }
             for card in cards
         ],
-        "held_out": losses_by_time(lm, rows),
         "samples": samples(lm, rows),
     }
-    arguments.results.mkdir(parents=True, exist_ok=True)
-    for name, text in {"json": json.dumps(result, indent=2), "md": table(result)}.items():
-        target = arguments.results / f"gsm8k_small.{name}"
-        target.with_suffix(".part").write_text(text + "\n", encoding="utf-8")
-        os.replace(target.with_suffix(".part"), target)
-    plot(result, arguments.results / "gsm8k_small.png")
+    results.mkdir(parents=True, exist_ok=True)
+    for suffix, text in {"json": json.dumps(result, indent=1) + "\n", "md": report(result)}.items():
+        target = results / f"{name}.{suffix}"
+        temporary = target.with_suffix(".writing")
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, target)
+    plot(result, results / f"{name}.png")
+    Console().print(f"Written to {results / name}.json, .md and .png", highlight=False)
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)

@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from l2d_framework.config import Run
+    from l2d_framework.demo.findings import Results
     from l2d_framework.demo.measure import Measurement
-    from l2d_framework.demo.report import Results
     from l2d_framework.demo.scores import Outcome
 
 _TITLES = {"base": "1/4 base model ", "lora": "2/4 LoRA       ", "l2d": "3/4 L2D        "}
@@ -83,8 +83,13 @@ def demo(
 
 
 def _silence_libraries() -> None:
+    import warnings
+
     import datasets
     import transformers
+
+    # Of libraries about each other; a user of the demo can do nothing about them.
+    warnings.simplefilter("ignore", FutureWarning)
 
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
@@ -104,7 +109,8 @@ def _show(console: Console, results: Results) -> None:
     from rich import box
     from rich.table import Table
 
-    from l2d_framework.demo.report import COLUMNS, findings, table
+    from l2d_framework.demo.findings import findings
+    from l2d_framework.demo.report import COLUMNS, table
 
     shown = Table(*COLUMNS, box=box.SIMPLE_HEAD, title="Exact match on held-out questions, ± standard error")
     for row in table(results):

@@ -38,12 +38,14 @@ class Denoising:
 
     Attributes:
         question: what was asked.
+        chosen: why this question is shown.
         tokens: the most likely tokens, as text; those of the last evaluation first.
         times: of each evaluation.
         probabilities: of each token at each evaluation.
     """
 
     question: Question
+    chosen: str
     tokens: list[str]
     times: list[float]
     probabilities: list[list[float]]
@@ -95,33 +97,50 @@ class Measurement:
             after_each()
         return found
 
-    def denoising(self, question: Question) -> Denoising:
-        """Watch one answer take shape, with the default solver and the most evaluations.
+    def denoisings(self, outcomes: list[Outcome]) -> list[Denoising]:
+        """Watch answers take shape, with the default solver and the most evaluations.
 
         Args:
-            question: what to ask.
+            outcomes: what `outcomes` returned.
 
         Returns:
-            Probabilities of the tokens that are ever among the three most likely at the first or the last evaluation.
+            Of the new questions that the base model gets wrong and L2D right, or of all if there are none, the first
+            and the one that changes most after the first move.
         """
+        base = outcomes[0].new
+        last = next(one.new for one in reversed(outcomes) if one.solver == DEFAULT[0])
+        wanted = (last.marks & ~base.marks).nonzero()[0].tolist() or list(range(len(base.questions)))
+        questions = [base.questions[row] for row in wanted[:_BATCH]]
+        times, probabilities = self._watch(questions)
+        answer = probabilities[-1].argmax(-1, keepdim=True)
+        late = (probabilities[-1] - probabilities[1]).gather(-1, answer)[:, 0]
+        chosen = {0: "the first question that the base model gets wrong and L2D right"}
+        most = f"of {len(questions)} such questions, the one whose answer gains most after the first move"
+        chosen.setdefault(int(late.argmax()), most)
+        return [self._shown(questions[row], why, times, probabilities[:, row]) for row, why in chosen.items()]
+
+    def _watch(self, questions: list[Question]) -> tuple[list[float], Tensor]:
+        """Times of all evaluations and the probabilities there, (evaluations, questions, V)."""
         seen: list[Evaluation] = []
         self._model.generate(
-            self._encode([question]),
+            self._encode(questions),
             solver=DEFAULT[0],
             num_inference_steps=EVALUATIONS[-1],
             max_new_tokens=1,
             do_sample=False,
             observer=seen.append,
         )
-        probabilities = torch.stack([evaluation.logits[0, 0].softmax(-1) for evaluation in seen])
-        best = [probabilities[row].topk(_SHOWN).indices.tolist() for row in (-1, 0)]
-        shown = list(dict.fromkeys(best[0] + best[1]))
-        return Denoising(
-            question,
-            [self._tokenizer.decode([token]) for token in shown],
-            [float(evaluation.t[0, 0]) for evaluation in seen],
-            probabilities[:, shown].T.tolist(),
-        )
+        times = [float(evaluation.t[0, 0]) for evaluation in seen]
+        return times, torch.stack([evaluation.logits[:, 0].softmax(-1) for evaluation in seen])
+
+    def _shown(self, question: Question, chosen: str, times: list[float], probabilities: Tensor) -> Denoising:
+        best = [probabilities[row].topk(_SHOWN).indices.tolist() for row in (-1, 0, 1)]
+        shown = list(dict.fromkeys(token for row in best for token in row))
+        names = [self._text(token) for token in shown]
+        return Denoising(question, chosen, names, times, probabilities[:, shown].T.tolist())
+
+    def _text(self, token: int) -> str:
+        return str(self._tokenizer.decode([token]))
 
     def _encode(self, questions: list[Question]) -> Tensor:
         return torch.tensor(self._tokenizer([question.prompt for question in questions])["input_ids"])
@@ -133,7 +152,7 @@ class Measurement:
         for _, same_length in groupby(questions, lambda question: question.operation):
             for prompts in self._encode(list(same_length)).split(_BATCH):
                 tokens, spent = answer(prompts)
-                answers += self._tokenizer.batch_decode(tokens[:, None])
+                answers += [self._text(token) for token in tokens.tolist()]
                 evaluations += spent.tolist()
         return Sheet(questions, answers, evaluations)
 

@@ -12,12 +12,13 @@ import torch
 import yaml
 
 from l2d_framework.config import Run, load_run
+from l2d_framework.demo.findings import Results
 from l2d_framework.demo.measure import Measurement
-from l2d_framework.demo.plots import ACCURACY, DENOISING, can_plot, draw_accuracy, draw_denoising
-from l2d_framework.demo.report import Results, markdown, to_json
+from l2d_framework.demo.plots import ACCURACY, DENOISING, can_plot, draw_accuracy, draw_denoisings
+from l2d_framework.demo.report import markdown, to_json
 from l2d_framework.demo.runs import L2D, RUN_FILE, Data, Size, data_file, make_data, run_file
 from l2d_framework.demo.scores import Outcome
-from l2d_framework.demo.task import Question, write_questions
+from l2d_framework.demo.task import write_questions
 from l2d_framework.errors import ConfigError
 from l2d_framework.training.folders import read_card
 
@@ -42,7 +43,8 @@ class Demo:
         path = self.folder / RUN_FILE
         if self.folder.exists() and not (self.folder.is_dir() and (path.is_file() or not any(self.folder.iterdir()))):
             raise ConfigError(
-                f"{str(folder)!r} exists and holds no demo. Choose another --out, or use --overwrite, which moves it aside."
+                f"{str(folder)!r} exists and holds no demo. Choose another --out, or use --overwrite, which moves it "
+                "aside."
             )
         if path.is_file() and path.read_text(encoding="utf-8") != self._text:
             raise ConfigError(
@@ -84,8 +86,7 @@ class Demo:
         """
         stages = [Path(str(stage["output_dir"])) for stage in run_file(self.folder, self._size, self._seed)["stages"]]
         cards = {stage.name: read_card(stage) or {} for stage in stages}
-        denoising = measurement.denoising(_telling(outcomes))
-        return Results(outcomes, denoising, cards)
+        return Results(outcomes, measurement.denoisings(outcomes), cards)
 
     def commands(self, data: Data) -> list[str]:
         """What to try next.
@@ -115,7 +116,7 @@ class Demo:
         files = [self.folder / REPORT, self.folder / NUMBERS]
         if can_plot():
             draw_accuracy(results, self.folder / ACCURACY)
-            draw_denoising(results.denoising, self.folder / DENOISING)
+            draw_denoisings(results.denoisings, self.folder / DENOISING)
             files += [self.folder / ACCURACY, self.folder / DENOISING]
         return files
 
@@ -129,13 +130,6 @@ def one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def _telling(outcomes: list[Outcome]) -> Question:
-    """The first question about the new skill that the base gets wrong and L2D, with most evaluations, right."""
-    base, last = outcomes[0].new, outcomes[-2].new
-    found = (last.marks & ~base.marks).nonzero()[0]
-    return base.questions[int(found[0]) if len(found) else 0]
 
 
 def _write(path: Path, text: str) -> None:
