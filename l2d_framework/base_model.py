@@ -168,7 +168,8 @@ def empty_language_model(config: PreTrainedConfig, attn_implementation: str) -> 
 def fingerprint(reference: BaseReference) -> str:
     """Hash that tells one set of base weights from another, read from the files without loading them.
 
-    Covers name, shape, type and up to 16 evenly spaced rows of every tensor, so any finetuned copy differs.
+    Covers name, shape, type and up to 16 evenly spaced rows of every tensor: enough to tell a finetuned copy, which
+    changes whole matrices, but not an edit of single rows.
 
     Args:
         reference: a model section.

@@ -20,6 +20,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from l2d_framework.base_model import empty_language_model, fetch, fingerprint, load_config, load_language_model, locate
 from l2d_framework.config import DiffusionRun, ModelSection, parse_sampling
+from l2d_framework.config.validation import validated
 from l2d_framework.errors import CheckpointError
 from l2d_framework.model import DiffusionLM, Origin
 from l2d_framework.prompts import read_template
@@ -69,7 +70,7 @@ def build_model(run: DiffusionRun, *, meta: bool = False) -> DiffusionLM:
 
 
 def _assemble(parts: Any, lm: PreTrainedModel, seed: int) -> DiffusionLM:
-    with torch.random.fork_rng(), torch.device(lm.device):
+    with torch.random.fork_rng(devices=[]), torch.device(lm.device):
         torch.manual_seed(seed)
         backbone = parts.backbone.build(lm)
         parametrization = parts.parametrization.build(backbone.vocab_size, backbone.hidden_size)
@@ -215,7 +216,7 @@ def load(
     path: str | Path,
     *,
     base: str | None = None,
-    dtype: str | None = None,
+    dtype: str | torch.dtype | None = None,
     device: str | torch.device | None = None,
     revision: str | None = None,
 ) -> DiffusionLM:
@@ -229,14 +230,15 @@ def load(
         revision: of a hub checkpoint.
 
     Returns:
-        The model in evaluation mode, its own weights in the language model's type.
+        The model in evaluation mode. Its own weights keep the type they were saved in, so saving it again loses
+        nothing; `model.backbone.merge()` brings them to the language model's type.
 
     Raises:
         CheckpointError: if the checkpoint is damaged or belongs to another base model.
     """
     folder = fetch(str(path), revision)
     manifest = read_manifest(folder)
-    reference = base_reference(manifest, base=base, dtype=dtype)
+    reference = base_reference(manifest, base=base, dtype=None if dtype is None else str(dtype).removeprefix("torch."))
     found = fingerprint(reference)
     # A model put together by hand has read no base files, so it could record no fingerprint.
     if manifest["fingerprint"] not in (None, found):
@@ -248,7 +250,6 @@ def load(
     parts.backbone.check(load_config(reference), parts.block_size)
     model = _assemble(parts, load_language_model(reference), seed=0)
     load_weights(model, folder)
-    model.to(model.backbone.lm.dtype)
     model.origin = Origin(
         model=reference,
         fingerprint=found,
@@ -287,9 +288,10 @@ def base_reference(manifest: dict[str, Any], *, base: str | None = None, dtype: 
     recorded = manifest["model"]
     if recorded is None and base is None:
         raise CheckpointError("This checkpoint names no base model. Pass its folder or hub id as `base`.")
-    reference = ModelSection.model_validate(recorded or {"base": base})
     changes: dict[str, Any] = {"base": base, "revision": None, "adapter": None} if base is not None else {}
-    return reference.model_copy(update=changes | ({"dtype": dtype} if dtype is not None else {}))
+    if dtype is not None:
+        changes["dtype"] = dtype
+    return validated(ModelSection, {**(recorded or {}), **changes}, "model")
 
 
 def load_weights(model: DiffusionLM, folder: str | Path) -> None:

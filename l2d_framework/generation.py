@@ -76,7 +76,8 @@ class Generation:
 
     Attributes:
         sequences: prompts and answers, (B * samples, S + N), int64, padded on the right after the end of an answer.
-        evaluations: network evaluations spent on each answer token, (B * samples, N), int64; 0 on padding.
+        evaluations: evaluations spent on each answer token (a guidance may call the network more than once
+            in each), (B * samples, N), int64; 0 on padding.
         lengths: tokens of each answer, its end token included, (B * samples,), int64.
         prompt_length: S.
     """
@@ -109,52 +110,48 @@ class Picking:
     streamer: BaseStreamer | None = None
 
 
-def check_sampling(process: Process, sampling: Sampling) -> None:
-    """Refuse settings this model cannot be sampled with.
+def check_sampling(sampling: Sampling, *, num_classes: int, has_condition: bool, is_scaled: bool = False) -> None:
+    """Refuse settings a model cannot be sampled with; needs no weights.
 
     Args:
-        process: the model.
         sampling: the settings.
+        num_classes: class labels of the model.
+        has_condition: whether the requests name classes.
+        is_scaled: whether the requests bring scales of their own.
 
     Raises:
-        ConfigError: if a number, a guidance or an option does not fit.
+        ConfigError: if a number or a guidance does not fit.
     """
-    steps = sampling.num_inference_steps
-    if steps == 0 and not process.backbone.identity_at_zero:
+    steps, solver = sampling.num_inference_steps, sampling.solver
+    if steps is None and not solver.is_adaptive:
         raise ConfigError(
-            f"num_inference_steps=0 means the plain language model, which {type(process.backbone).__name__} does not "
-            "contain. Use at least 1."
-        )
-    if steps is None and not sampling.solver.is_adaptive:
-        raise ConfigError(
-            f"Solver {sampling.solver.component_name()!r} needs num_inference_steps, got None. Set it, such as to 15."
+            f"Solver {solver.component_name()!r} needs num_inference_steps, got None. Set it, such as to 15."
         )
     if steps:
-        sampling.solver.grid_size(steps)
-    if sampling.solver.evaluates_end and sampling.end_time == 1.0:
+        solver.grid_size(steps)
+    if solver.evaluates_end and sampling.end_time == 1.0:
         raise ConfigError(
-            f"Solver {sampling.solver.component_name()!r} needs the velocity at the end time, which is singular at 1. "
-            f"Set end_time to {1 - 1 / process.parametrization.prior_scale:g} (1 - 1 / prior_scale) or leave it out."
+            f"Solver {solver.component_name()!r} needs the velocity at the end time, which is singular at 1. "
+            "Leave end_time out, or set it to 1 - 1 / prior_scale."
         )
-    for guidance in sampling.guidance:
-        if guidance.needs_classes and guidance.scale != guidance.neutral_scale and not has_classes(process):
+    for number, guidance in enumerate(sampling.guidance):
+        name = guidance.component_name()
+        if guidance.sets_clean and number < len(sampling.guidance) - 1:
             raise ConfigError(
-                f"Guidance {guidance.component_name()!r} with scale {guidance.scale:g} needs a model trained with "
-                "class labels; this one has none. Remove it or train with `classes`."
+                f"Guidance {name!r} decides what the solver moves towards, so a guidance around it would undo it. "
+                "Put it last in the list."
             )
-    process.parametrization.with_estimate(sampling.estimate)
-
-
-def has_classes(process: Process) -> bool:
-    """Whether a model was trained with class labels.
-
-    Args:
-        process: the model.
-
-    Returns:
-        True if it was.
-    """
-    return process.backbone.config.num_classes > 0
+        neutral = guidance.scale == guidance.neutral_scale and not is_scaled
+        if guidance.needs_classes and not neutral and not num_classes:
+            raise ConfigError(
+                f"Guidance {name!r} with scale {guidance.scale:g} needs a model trained with class labels; this one "
+                "has none. Remove it or train with `classes`."
+            )
+        if guidance.needs_classes and not neutral and not has_condition:
+            raise ConfigError(
+                f"Guidance {name!r} with scale {guidance.scale:g} guides towards a class, and the requests name none. "
+                "Give the class of each prompt."
+            )
 
 
 @torch.no_grad()
@@ -183,7 +180,18 @@ def generate(
     Raises:
         ConfigError: if the settings do not fit the model, or the prompt and answer exceed its context.
     """
-    check_sampling(process, sampling)
+    if sampling.num_inference_steps == 0 and not process.backbone.identity_at_zero:
+        raise ConfigError(
+            f"num_inference_steps=0 means the plain language model, which {type(process.backbone).__name__} does not "
+            "contain. Use at least 1."
+        )
+    check_sampling(
+        sampling,
+        num_classes=process.backbone.config.num_classes,
+        has_condition=requests.classes is not None,
+        is_scaled=requests.guidance_scale is not None,
+    )
+    _check_requests(requests, picking)
     loop = _Loop(process, requests, sampling, picking, observer)
     output: list[Generation] = []
 
@@ -202,8 +210,8 @@ def generate(
     lm: Any = copy.copy(process.backbone.lm)
     lm.generation_config = picking.config
     lm.generate(
-        requests.input_ids,
-        attention_mask=loop.mask,
+        requests.input_ids[loop.first],
+        attention_mask=loop.mask[loop.first],
         generation_config=picking.config,
         logits_processor=picking.processors,
         stopping_criteria=picking.criteria,
@@ -212,8 +220,30 @@ def generate(
     return output[0]
 
 
+def _check_requests(requests: Requests, picking: Picking) -> None:
+    count = len(requests.input_ids)
+    for name in ("classes", "guidance_scale", "keys"):
+        values = getattr(requests, name)
+        if values is not None and len(values) != count:
+            raise ConfigError(f"{name} must name one value per prompt: got {len(values)} for {count} prompts.")
+    config = picking.config
+    if (config.num_beams or 1) > 1 or (config.num_return_sequences or 1) > 1:
+        raise ConfigError(
+            f"num_beams={config.num_beams} and num_return_sequences={config.num_return_sequences} of a generation "
+            "config are not served. Give num_return_sequences to `generate` itself; there is no beam search."
+        )
+    if picking.streamer is not None and count * requests.samples > 1:
+        raise ConfigError(f"A streamer takes one answer, got {count} prompts and {requests.samples} answers of each.")
+    mask = requests.attention_mask
+    if config.max_new_tokens is None and mask is not None and not bool(mask.all()):
+        raise ConfigError(
+            f"max_length={config.max_length} counts padding, so answers would depend on their batch mates. "
+            "Set max_new_tokens instead."
+        )
+
+
 class _Loop:
-    """State of one call of `generate`; rows that have ended leave all tensors."""
+    """State of one call of `generate`; the network sees only rows that have not ended."""
 
     def __init__(
         self,
@@ -223,7 +253,8 @@ class _Loop:
         picking: Picking,
         observer: Observer | None,
     ) -> None:
-        self.process, self.sampling, self.picking, self.observer = process, sampling, picking, observer
+        self.process, self.requests, self.sampling = process, requests, sampling
+        self.picking, self.observer = picking, observer
         ids = requests.input_ids
         mask = requests.attention_mask
         self.mask = torch.ones_like(ids) if mask is None else mask
@@ -236,61 +267,57 @@ class _Loop:
         self.classes = None if requests.classes is None else repeat(requests.classes)
         self.scales = None if requests.guidance_scale is None else repeat(requests.guidance_scale)
         self.parametrization = process.parametrization.with_estimate(sampling.estimate)
-        self.codebook = self.parametrization.codebook(process.backbone.table())
-        self.going = torch.ones(len(self.first), dtype=torch.bool, device=ids.device)
+        self.codebook = process.codebook()
 
     def run(
         self,
-        input_ids: Tensor,
+        ids: Tensor,
         processors: LogitsProcessorList,
         criteria: StoppingCriteriaList,
         config: GenerationConfig,
     ) -> Generation:
         backbone, streamer = self.process.backbone, self.picking.streamer
-        context = backbone.read(Layout(input_ids, torch.where(self.mask.bool(), 0, -1)))
-        if len(self.first) > len(input_ids):
+        prompts = self.requests.input_ids
+        context = backbone.read(Layout(prompts, torch.where(self.mask.bool(), 0, -1)))
+        if len(self.first) > len(prompts):
             context = context.select(self.first)
-        ids = input_ids[self.first]
-        length, limit, pad = ids.shape[1], config.max_length, _pad_token(config)
-        out = ids.new_full((len(ids), limit), pad)
-        out[:, :length] = ids
-        cost = ids.new_zeros(len(ids), limit - length)
-        lengths = ids.new_zeros(len(ids))
-        rows = torch.arange(len(ids), device=ids.device)
-        end = length
+        length, limit = ids.shape[1], config.max_length
+        cost, kept = ids.new_zeros(len(ids), 0), ids.new_zeros(len(ids), 0)
+        rows = list(range(len(ids)))
         if streamer is not None:
-            streamer.put(input_ids.cpu())
-        while len(rows):
-            start, end = end, min(end + (self.process.block_size or limit), limit)
+            streamer.put(ids.cpu())
+        while rows:
+            start, end = ids.shape[1], min(ids.shape[1] + (self.process.block_size or limit), limit)
             logits, evaluations = self._denoise(context, rows, start, end)
-            ids, kept = self._pick(logits, rows, ids, (processors, criteria, config))
-            out[rows, start:end] = torch.where(kept, ids[:, start:], pad)
-            cost[rows, start - length : end - length] = evaluations * kept
-            lengths[rows] += kept.sum(1)
+            ids, before_end, going = self._pick(logits, rows, ids, (processors, criteria, config))
+            block = ids.new_zeros(2, len(ids), end - start)
+            block[:, rows] = torch.stack([evaluations * before_end, before_end.long()])
+            cost, kept = torch.cat([cost, block[0]], 1), torch.cat([kept, block[1]], 1)
             if streamer is not None:
-                streamer.put(out[:, start:end].flatten().cpu())
-            if not bool(self.going.all()):
-                rows, ids = rows[self.going], ids[self.going]
-                context = context.select(self.going.nonzero()[:, 0]) if len(rows) else context
-            if len(rows):
-                context = backbone.extend(context, ids[:, start:])
+                streamer.put(ids[:, start:].flatten().cpu())
+            still = [number for number, goes in enumerate(going.tolist()) if goes]
+            if still and len(still) < len(rows):
+                context = context.select(torch.tensor(still, device=ids.device))
+            rows = [rows[number] for number in still]
+            if rows:
+                context = backbone.extend(context, ids[rows, start:])
         if streamer is not None:
             streamer.end()
-        return Generation(out[:, :end], cost[:, : end - length], lengths, length)
+        return Generation(ids, cost, kept.sum(1), length)
 
-    def _streams(self, rows: Tensor, offset: int, count: int, purpose: str) -> TokenStreams:
+    def _streams(self, rows: list[int], offset: int, count: int, purpose: str) -> TokenStreams:
         """Streams of `count` tokens of each row, starting `offset` tokens after its prompt."""
         keys = []
-        for row in rows.tolist():
+        for row in rows:
             request, sample = self.keys[row]
             first = self.real[row] + offset
             keys.append([(self.sampling.seed, request, first + i, sample, purpose) for i in range(count)])
-        return TokenStreams(keys, rows.device)
+        return TokenStreams(keys, self.mask.device)
 
-    def _denoise(self, context: Any, rows: Tensor, start: int, end: int) -> tuple[Tensor, Tensor]:
+    def _denoise(self, context: Any, rows: list[int], start: int, end: int) -> tuple[Tensor, Tensor]:
         """Logits of the next block and evaluations spent on each token."""
         process, sampling = self.process, self.sampling
-        positions = torch.arange(start, end, device=rows.device).expand(len(rows), -1)
+        positions = torch.arange(start, end, device=self.mask.device).expand(len(rows), -1)
         if sampling.num_inference_steps == 0:
             features = process.backbone.plain(positions, context)
             return process.backbone.head(features).float(), torch.zeros_like(positions)
@@ -322,26 +349,34 @@ class _Loop:
     def _pick(
         self,
         logits: Tensor,
-        rows: Tensor,
+        rows: list[int],
         ids: Tensor,
         how: tuple[LogitsProcessorList, StoppingCriteriaList, GenerationConfig],
-    ) -> tuple[Tensor, Tensor]:
-        """Sequences with the block's tokens appended, and which of those come before the end of an answer."""
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """All sequences with the block's tokens; per row still going, which come before its end, and if it goes on.
+
+        Processors and criteria always see the whole batch, since transformers makes some of them for its rows.
+        """
+        processors: Any
+        criteria: Any
         processors, criteria, config = how
-        offset = ids.shape[1] - self.mask.shape[1]
+        offset, pad = ids.shape[1] - self.mask.shape[1], _pad_token(config)
         streams = self._streams(rows, offset, logits.shape[1], "token") if config.do_sample else None
         numbers = None if streams is None else streams.uniform()
-        ended = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+        ended = torch.zeros(len(rows), dtype=torch.bool, device=ids.device)
         kept = []
-        run_processors: Any = processors  # transformers wants tensor subclasses that do not exist at run time
         for i in range(logits.shape[1]):
-            scores = run_processors(ids, logits[:, i])
+            whole = logits.new_zeros(len(ids), logits.shape[-1])
+            whole[rows] = logits[:, i]
+            whole = processors(ids, whole)
+            scores = whole[rows]
             token = scores.argmax(-1) if numbers is None else categorical(scores.softmax(-1), numbers[:, i])
-            ids = torch.cat([ids, token[:, None]], 1)
+            column = ids.new_full((len(ids), 1), pad)
+            column[rows, 0] = torch.where(ended, pad, token)
+            ids = torch.cat([ids, column], 1)
             kept.append(~ended)
-            ended = ended | criteria(ids, scores)
-        self.going = ~ended
-        return ids, torch.stack(kept, 1)
+            ended = ended | criteria(ids, whole)[rows]
+        return ids, torch.stack(kept, 1), ~ended
 
 
 def plan(process: Process, sampling: Sampling) -> tuple[Solver, list[float]]:
@@ -363,7 +398,7 @@ def plan(process: Process, sampling: Sampling) -> tuple[Solver, list[float]]:
     return solver.with_budget(steps), process.schedule.grid(solver.grid_size(steps), end)
 
 
-def _per_token(values: Tensor | None, rows: Tensor, count: int) -> Tensor | None:
+def _per_token(values: Tensor | None, rows: list[int], count: int) -> Tensor | None:
     return None if values is None else values[rows][:, None].expand(-1, count)
 
 

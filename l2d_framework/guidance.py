@@ -21,6 +21,8 @@ class Guidance(Component):
     neutral_scale: ClassVar[float | None] = 0.0
     needs_classes: ClassVar[bool] = False
     """True when it only makes sense for a model trained with class labels."""
+    sets_clean: ClassVar[bool] = False
+    """True when it returns a `clean` that does not follow from its `logits`; such a guidance must be the outermost."""
 
     scale: float = 1.0
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -101,7 +101,7 @@ class DiffusionLM(Process):
 
     def generate(
         self,
-        prompts: Sequence[Prompt] | Tensor | Encoded,
+        prompts: Prompt | Sequence[Prompt] | Tensor | Encoded,
         *,
         generation_config: GenerationConfig | None = None,
         logits_processor: LogitsProcessorList | None = None,
@@ -122,7 +122,7 @@ class DiffusionLM(Process):
         the L2D paper samples at temperature 1.
 
         Args:
-            prompts: texts, conversations, token ids (B, S) without padding, or an encoded batch.
+            prompts: one text or conversation or a list of them, token ids (B, S) without padding, or an encoded batch.
             generation_config: transformers' generation configuration; the base model's when None.
             logits_processor: further processors of the final logits.
             stopping_criteria: further criteria.
@@ -143,9 +143,9 @@ class DiffusionLM(Process):
         sampling = self.sampling(**diffusing)
         scales = None
         if isinstance(guidance_scale, (int, float)):
-            sampling = _rescaled(sampling, float(guidance_scale))
+            sampling = rescaled(sampling, float(guidance_scale))
         elif guidance_scale is not None:
-            _rescaled(sampling, 1.0)
+            rescaled(sampling, 1.0)
             scales = torch.tensor(list(guidance_scale), dtype=torch.float32, device=self.device)
         config, criteria = self._picking(generation_config, options, stopping_criteria)
         encoded = self._encoded(prompts)
@@ -161,20 +161,25 @@ class DiffusionLM(Process):
         picking = Picking(config, logits_processor or LogitsProcessorList(), criteria, streamer)
         return generate(self, requests, sampling=sampling, picking=picking, observer=observer)
 
-    def _encoded(self, prompts: Sequence[Prompt] | Tensor | Encoded) -> Encoded:
+    def _encoded(self, prompts: Prompt | Sequence[Prompt] | Tensor | Encoded) -> Encoded:
         if isinstance(prompts, Tensor):
             return Encoded(prompts, torch.ones_like(prompts))
         if isinstance(prompts, Encoded):
             return prompts
-        return pad_left(encode_prompts(self.tokenizer, prompts, self.origin.chat_template))
+        is_single = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], Mapping))
+        several: Any = [prompts] if is_single else prompts
+        return pad_left(encode_prompts(self.tokenizer, several, self.origin.chat_template))
 
     def _picking(
         self, config: GenerationConfig | None, options: dict[str, Any], criteria: StoppingCriteriaList | None
     ) -> tuple[GenerationConfig, StoppingCriteriaList]:
         # Configuration with `options` applied, and criteria with stop strings among them.
         defaults = self.backbone.lm.generation_config
+        is_length_chosen = "max_length" in options or (config is not None and config.max_length is not None)
         config = copy.deepcopy(config or defaults)
         config.update(**defaults.to_dict(), defaults_only=True, allow_custom_entries=True)
+        if not is_length_chosen:
+            config.max_length = None
         unknown = config.update(**options)
         for name, value in unknown.items():
             known = [*SamplingSection.model_fields, *config.to_dict(), "guidance_scale", "num_return_sequences"]
@@ -191,8 +196,19 @@ class DiffusionLM(Process):
         return config, criteria
 
 
-def _rescaled(sampling: SamplingSection, scale: float) -> SamplingSection:
-    # Settings whose only guidance has another scale.
+def rescaled(sampling: SamplingSection, scale: float) -> SamplingSection:
+    """Settings whose only guidance has another scale.
+
+    Args:
+        sampling: the settings.
+        scale: the new scale.
+
+    Returns:
+        A copy.
+
+    Raises:
+        ConfigError: if there is no guidance, or more than one.
+    """
     if len(sampling.guidance) != 1:
         raise ConfigError(
             f"guidance_scale needs exactly one guidance; {len(sampling.guidance)} are set. "

@@ -29,6 +29,20 @@ class Process(nn.Module):
         self.parametrization = parametrization
         self.backbone = backbone
         self.block_size = block_size
+        self._codebook: tuple[object, Tensor] | None = None
+
+    @torch.no_grad()
+    def codebook(self) -> Tensor:
+        """The parametrization's constant for generation, computed again only after a weight has changed.
+
+        Returns:
+            What `Parametrization.codebook` returns.
+        """
+        weights = [*self.parametrization.parameters(), self.backbone.table()]
+        state = [(weight.data_ptr(), weight._version, weight.dtype, weight.device) for weight in weights]
+        if self._codebook is None or self._codebook[0] != state:
+            self._codebook = state, self.parametrization.codebook(self.backbone.table())
+        return self._codebook[1]
 
     def own_parameters(self) -> dict[str, nn.Parameter]:
         """Parameters that are not the language model's: what training changes and checkpoints store.

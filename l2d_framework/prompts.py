@@ -78,6 +78,8 @@ def encode_prompts(
     """
     if tokenizer is None:
         raise ConfigError("This model has no tokenizer, so it takes token ids only. Save one in the base folder.")
+    if not prompts:
+        raise ConfigError("There is no prompt. Give at least one.")
     batch = []
     for number, prompt in enumerate(prompts):
         if isinstance(prompt, str):

@@ -19,7 +19,7 @@ import l2d_framework as l2d
 from l2d_framework import checkpoint
 from l2d_framework.checkpoint import build_model, load, load_weights, push_to_hub, read_manifest, save
 from l2d_framework.config import parse_run
-from l2d_framework.errors import CheckpointError, PluginError
+from l2d_framework.errors import CheckpointError, L2DError, PluginError
 from l2d_framework.types import Query
 
 BOTH = pytest.mark.parametrize("variant", ["lora", "full"])
@@ -171,9 +171,13 @@ def test_the_package_offers_saving_and_loading(base, tmp_path):
     assert isinstance(l2d.load(tmp_path), l2d.DiffusionLM)
 
 
-def test_own_weights_are_loaded_in_the_wanted_type(saved):
+def test_the_language_model_is_loaded_in_the_wanted_type_and_its_path_can_be_merged_into_it(saved):
     model = load(saved, dtype="bfloat16")
-    assert {weight.dtype for weight in model.parameters()} == {torch.bfloat16}
+    assert {weight.dtype for weight in model.backbone.lm.parameters()} == {torch.bfloat16}
+    assert {weight.dtype for weight in model.own_parameters().values()} == {torch.float32}
+    assert logits(model).isfinite().all()
+    model.backbone.merge()
+    assert {weight.dtype for weight in model.backbone.shadows.parameters()} == {torch.bfloat16}
     assert logits(model).isfinite().all()
 
 
@@ -329,12 +333,11 @@ def test_a_merged_model_is_not_saved_without_its_adapter(base, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_merged_full_variant_is_saved_as_ever(base, tmp_path):
+def test_a_merged_full_variant_is_not_saved_either(base, tmp_path):
     model = build(base, "full")
-    wanted = logits(model)
     model.backbone.merge()
-    save(model, tmp_path)
-    assert torch.equal(logits(load(tmp_path)), wanted)
+    with pytest.raises(CheckpointError, match="Save the model before"):
+        save(model, tmp_path)
 
 
 def test_a_model_that_was_put_together_by_hand_is_loaded_onto_the_base_it_is_given(base, tmp_path):
@@ -411,3 +414,26 @@ def test_reading_a_manifest_checks_the_weights_first(saved):
     damage(saved / "diffusion.safetensors", "truncated")
     with pytest.raises(CheckpointError):
         read_manifest(saved)
+
+
+def test_the_language_model_inside_a_half_precision_checkpoint_is_the_one_on_disk(base, tmp_path):
+    save(build(base, model={"base": str(base), "dtype": "bfloat16"}), tmp_path / "out")
+    model = load(tmp_path / "out")
+    tokens = random_tokens(1, 60)
+    wanted = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16).eval()
+    with torch.no_grad():
+        assert torch.equal(model.backbone.lm(tokens).logits, wanted(tokens).logits)
+    assert model.backbone.lm.get_decoder().rotary_emb.inv_freq.dtype == torch.float32
+
+
+def test_loading_and_saving_again_loses_nothing(base, tmp_path):
+    save(build(base, model={"base": str(base), "dtype": "bfloat16"}), tmp_path / "one")
+    save(load(tmp_path / "one"), tmp_path / "two")
+    one, two = (load_file(tmp_path / name / "diffusion.safetensors") for name in ("one", "two"))
+    assert all(torch.equal(one[name], two[name]) and one[name].dtype == two[name].dtype for name in one)
+
+
+def test_a_type_may_be_named_or_given(saved):
+    assert load(saved, dtype=torch.bfloat16).backbone.lm.dtype == torch.bfloat16
+    with pytest.raises(L2DError, match="dtype"):
+        load(saved, dtype="bf16")

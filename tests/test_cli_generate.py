@@ -197,7 +197,7 @@ REFUSED = [
     (("--prompt", "a", "--set", "estimate.mod=argmax"), "estimate.mod: Extra inputs are not permitted"),
     (("--prompt", "a", "--set", "nothing"), "nothing"),
     (("--prompt", "a", "--solver", "heun", "--set", "end_time=1.0"), "'heun' needs the velocity at the end time"),
-    (("--prompt", "a", "--set", "guidance=[]", "--guidance-scale", "2"), "exactly one guidance, got 0"),
+    (("--prompt", "a", "--set", "guidance=[]", "--guidance-scale", "2"), "exactly one guidance; 0 are set"),
     (("--prompt", "a" * 130), "Prompt 0 has 130 tokens and with its answer would reach 386, but .* context is 128"),
     (("--prompt", "a", "--prompt", ""), "Prompt 1 is empty"),
     (("--prompt", "a", "--prompt", "b", "--stream"), "--stream shows one answer, got 2 prompts"),
@@ -279,7 +279,7 @@ def plain(tmp_path):
 
 def test_what_a_model_without_classes_template_or_tokenizer_cannot_do(plain, no_weights, tmp_path):
     for arguments, message in [
-        (("--guidance-scale", "2"), "scale 2 needs a model trained with class labels; .* has none. Leave it out"),
+        (("--guidance-scale", "2"), "scale 2 needs a model trained with class labels; this one has none"),
         (("--class", "math"), r"Unknown class 'math'\. This model knows \[\]"),
         (("--chat",), "Prompt 0 is a conversation, but the tokenizer .* has no chat template"),
     ]:

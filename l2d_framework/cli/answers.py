@@ -18,7 +18,8 @@ from l2d_framework.base_model import fetch, load_config
 from l2d_framework.checkpoint import base_reference, load, load_tokenizer, read_manifest
 from l2d_framework.config import default_sampling, parse_sampling
 from l2d_framework.errors import ConfigError, DataError, suggest
-from l2d_framework.model import DiffusionLM
+from l2d_framework.generation import check_sampling
+from l2d_framework.model import DiffusionLM, rescaled
 from l2d_framework.noise import request_keys
 from l2d_framework.prompts import Prompt, check_length, encode_prompts, pad_left
 from l2d_framework.registry import registry
@@ -102,7 +103,7 @@ class Session:
                 "tokens."
             )
         self.path, self.base, self.dtype = model, base, dtype
-        self.sampling, self.options, self.guidance_scale = sampling, options, guidance_scale
+        self.sampling, self.options = sampling, options
         self.class_name, self.stop, self.samples = class_name, list(stop), samples
         manifest = read_manifest(fetch(model))
         self.reference = base_reference(manifest, base=base, dtype=dtype)
@@ -110,22 +111,14 @@ class Session:
         backbone: Any = registry().create("backbone", manifest["backbone"])
         section = manifest["sampling"] and parse_sampling(manifest["sampling"])
         resolved = (section or default_sampling(parametrization)).resolve(parametrization, sampling)
-        if resolved.solver.evaluates_end and resolved.end_time == 1.0:
-            raise ConfigError(
-                f"Solver {resolved.solver.component_name()!r} needs the velocity at the end time, which is singular at "
-                "1. Leave end_time out, or lower it."
-            )
-        if guidance_scale is not None and len(resolved.guidance) != 1:
-            raise ConfigError(f"--guidance-scale needs exactly one guidance, got {len(resolved.guidance)}.")
         if guidance_scale is not None:
-            self.sampling = {**sampling, "guidance": [resolved.guidance[0].to_json() | {"scale": guidance_scale}]}
-        for guidance in resolved.guidance:
-            scale = guidance.scale if guidance_scale is None else guidance_scale
-            if guidance.needs_classes and not backbone.num_classes and scale != guidance.neutral_scale:
-                raise ConfigError(
-                    f"Guidance {guidance.component_name()!r} with scale {scale:g} needs a model trained with class "
-                    f"labels; {model!r} has none. Leave it out."
-                )
+            resolved = rescaled(resolved, guidance_scale)
+            self.sampling = {**sampling, "guidance": [entry.to_json() for entry in resolved.guidance]}
+        check_sampling(
+            resolved,
+            num_classes=backbone.num_classes,
+            has_condition=class_name is not None,
+        )
         known = manifest["classes"]
         if class_name is not None and class_name not in known:
             hint = suggest(class_name, known) or "."

@@ -51,6 +51,7 @@ def demo(
     start = time.monotonic()
     console = Console()
     _silence_libraries()
+    out = out.expanduser()
     if overwrite:
         move_aside(out)
     demo = Demo(out, QUICK if quick else FULL, seed)
@@ -74,7 +75,9 @@ def demo(
         console.print("This was a quick run: too little training for its numbers to mean anything.")
     if not can_plot():
         console.print("No pictures: matplotlib is missing. Run: pip install 'l2d-framework\\[plots]', then this again.")
-    console.print(f"Written in {time.monotonic() - start:.0f} s:", highlight=False)
+    trained = ", ".join(f"{name} {card['seconds']:.0f} s" for name, card in results.cards.items())
+    console.print(f"Training took {trained}; this session {time.monotonic() - start:.0f} s in all.", highlight=False)
+    console.print("Written:")
     for path in (*files, demo.folder / "l2d"):
         console.print(f"  {path}", highlight=False, soft_wrap=True)
     console.print("Generate, with 15 evaluations a token and with 1, which is the base model:")
@@ -90,7 +93,6 @@ def _silence_libraries() -> None:
 
     # Of libraries about each other; a user of the demo can do nothing about them.
     warnings.simplefilter("ignore", FutureWarning)
-
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()

@@ -34,7 +34,9 @@ def generate(
     temperature: Annotated[float | None, typer.Option(help="Of the draw.")] = None,
     top_p: Annotated[float | None, typer.Option(min=0, max=1, help="Of the draw.")] = None,
     top_k: Annotated[int | None, typer.Option(min=0, help="Of the draw; 0 for all tokens.")] = None,
-    stop: Annotated[list[str] | None, typer.Option(help="String that ends an answer; left out of it.")] = None,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="String that ends an answer; left out of it unless streamed.")
+    ] = None,
     num_return_sequences: Annotated[int, typer.Option(min=1, help="Answers per prompt.")] = 1,
     seed: Annotated[int | None, typer.Option(min=0, help="Of all random numbers.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts at a time; does not change the answers.")] = 8,
@@ -84,7 +86,11 @@ def generate(
     prompts = read_prompts(prompt or [], file, chat=chat)
     if not prompts and not chat:
         raise ConfigError("There is nothing to answer. Give --prompt, --file, or --chat to talk.")
-    if stream and len(prompts) * num_return_sequences > 1:
+    if not do_sample and any(value is not None for value in (temperature, top_p, top_k)):
+        raise ConfigError("--temperature, --top-p and --top-k shape a draw. Add --do-sample, or leave them out.")
+    if (stream or not prompts) and num_return_sequences > 1:
+        raise ConfigError(f"One answer at a time can be shown, got --num-return-sequences {num_return_sequences}.")
+    if stream and len(prompts) > 1:
         raise ConfigError(f"--stream shows one answer, got {len(prompts)} prompts. Leave it out or give one prompt.")
     given = {
         "preset": preset,
@@ -107,7 +113,8 @@ def generate(
         stop=stop or [],
         samples=num_return_sequences,
     )
-    encoded = session.encode(prompts)
+    # Without prompts there will be a conversation: find out now whether this tokenizer can hold one.
+    encoded = session.encode(prompts or [[{"role": "user", "content": "?"}]])
     session.check_output(output)
     session.load(device, merge=merge)
     if prompts:

@@ -16,6 +16,7 @@ from l2d_framework.config.sections import (
     ScratchSection,
     Section,
     TrainingSection,
+    UserPath,
 )
 from l2d_framework.parametrization import ParametrizationConfig
 from l2d_framework.registry import Registry, registry
@@ -43,7 +44,7 @@ class DiffusionRun(Section):
     sampling: SamplingSection
     data: DataSection | None = None
     training: TrainingSection = TrainingSection()
-    output_dir: str | None = None
+    output_dir: UserPath | None = None
     seed: int = Field(default=0, ge=0)
 
     @model_validator(mode="after")
@@ -89,7 +90,7 @@ class LanguageModelRun(Section):
     lora: LoraSection | None = None
     data: DataSection | None = None
     training: TrainingSection = TrainingSection()
-    output_dir: str | None = None
+    output_dir: UserPath | None = None
     seed: int = Field(default=0, ge=0)
 
     @model_validator(mode="after")

@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, Self
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+
+def _expanded(path: str) -> str:
+    return str(Path(path).expanduser()) if path.startswith("~") else path
+
+
+UserPath = Annotated[str, AfterValidator(_expanded)]
+"""A path in which `~` stands for the home folder, or a hub id."""
 
 
 class Section(BaseModel):
@@ -16,10 +25,10 @@ class Section(BaseModel):
 class ModelSection(Section):
     """The language model to start from."""
 
-    base: str = Field(min_length=1)
+    base: UserPath = Field(min_length=1)
     """Hub id or folder; a folder with a PEFT adapter stands for its base with the adapter merged."""
     revision: str | None = None
-    adapter: str | None = None
+    adapter: UserPath | None = None
     """A PEFT folder merged into the base before anything else."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     attn_implementation: Literal["sdpa", "eager"] = "sdpa"
@@ -58,7 +67,7 @@ class LoraSection(Section):
 class DataSource(Section):
     """One data set."""
 
-    path: str = Field(min_length=1)
+    path: UserPath = Field(min_length=1)
     """Hub id, folder or file."""
     name: str | None = None
     """Configuration of the data set."""

@@ -127,7 +127,7 @@ def _forgetting(results: Results) -> str:
     forgets = [name for name, marks in (("LoRA", lora), ("L2D", default)) if _is_worse(difference(base, marks))]
     who = " and ".join(forgets) or "Neither"
     verb = "forget" if len(forgets) == 2 else "forgets"
-    back = ", but a request for 1 evaluation brings the base model back" if "L2D" in forgets else ""
+    back = "; with L2D, a request for 1 evaluation brings the base model back" if "L2D" in forgets else ""
     return f"{text} {who} {verb}{back}."
 
 

@@ -149,7 +149,7 @@ class Measurement:
         answers: list[str] = []
         evaluations: list[int] = []
         # Operations of one and of two words make prompts of two lengths.
-        for _, same_length in groupby(questions, lambda question: question.operation):
+        for _, same_length in groupby(questions, lambda question: len(question.operation.split())):
             for prompts in self._encode(list(same_length)).split(_BATCH):
                 tokens, spent = answer(prompts)
                 answers += [self._text(token) for token in tokens.tolist()]

@@ -128,7 +128,7 @@ def _draw_tokens(axes: Axes, denoising: Denoising) -> None:
             axes.plot(
                 denoising.times, row, color=colour, marker=marker, markersize=4, linewidth=1.4, label=token.strip()
             )
-    title = "\n".join([*wrap(denoising.chosen, 60), denoising.question.prompt])
+    title = "\n".join([*wrap(denoising.chosen, 72), denoising.question.prompt])
     axes.set_title(title, fontsize=9)
     axes.set_xlabel("t, from noise (0: the base model's answer) to data (1: read-out)")
     axes.set_xlim(-0.02, 1.02)

@@ -128,8 +128,8 @@ def _introduction(results: Results, data: Data) -> str:
         f"{NEW}; LoRA and L2D then saw only {NEW}s, for {updates['l2d']:,} updates each. Exact match is measured on "
         f"{len(data.held_out_new):,} held-out questions about the {NEW} and {len(data.held_out_old):,} about "
         f"{', '.join(OLD)}. Standard errors are over questions; each model was trained once, so what another seed "
-        "would change is not in them. An evaluation is one pass of L2D's network for one answer; the last one reads it out. "
-        "The demo shows how the parts work together and what is traded for what; it says nothing about large models."
+        "would change is not in them. An evaluation is one pass of L2D's network for one answer; the last one reads it "
+        "out. The demo shows how the parts work together and what is traded for what, not what large models gain."
     )
 
 

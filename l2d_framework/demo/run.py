@@ -38,7 +38,7 @@ class Demo:
     """
 
     def __init__(self, folder: Path, size: Size, seed: int) -> None:
-        self.folder, self._size, self._seed = folder.expanduser().absolute(), size, seed
+        self.folder, self._size, self._seed = folder.absolute(), size, seed
         self._text = yaml.safe_dump(run_file(self.folder, size, seed), sort_keys=False)
         path = self.folder / RUN_FILE
         if self.folder.exists() and not (self.folder.is_dir() and (path.is_file() or not any(self.folder.iterdir()))):

@@ -293,7 +293,8 @@ class TwoStream(Backbone):
     def merge(self) -> None:
         """Fold the LoRA adapter into projections of the diffusion path's own; the language model's are left alone.
 
-        Costs one more copy of the adapted projections and saves their low-rank products.
+        Costs one more copy of the adapted projections and saves their low-rank products. Copies of the full variants
+        take the language model's type.
         """
         for parent, attribute, module in self._lora_modules().values():
             base: Any = module.get_base_layer()
@@ -303,7 +304,8 @@ class TwoStream(Backbone):
             merged.weight = nn.Parameter(weight.detach(), requires_grad=False)
             merged.bias = base.bias
             setattr(parent, attribute, merged)
-            self.is_merged = True
+        self.shadows.to(self.lm.dtype)
+        self.is_merged = True
 
 
 def _target_names(layer: nn.Module, targets: tuple[str, ...] | None) -> list[str]:

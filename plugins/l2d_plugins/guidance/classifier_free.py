@@ -24,6 +24,7 @@ class ClassifierFree(Guidance):
 
     neutral_scale: ClassVar[float | None] = 1.0
     needs_classes: ClassVar[bool] = True
+    sets_clean: ClassVar[bool] = True
 
     name: Literal["classifier_free"] = "classifier_free"
     scale: float = Field(1.0, allow_inf_nan=False)

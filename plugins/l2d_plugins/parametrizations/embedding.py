@@ -16,6 +16,7 @@ from l2d_framework.schedule import Schedule
 from l2d_framework.types import Random
 
 _TINY = 1e-30
+_ROWS = 16384
 
 
 class ConstantTemperature(BaseModel):
@@ -159,7 +160,8 @@ class Embedding(Parametrization):
         Returns:
             (V, D), float32.
         """
-        return self._project(table)
+        # In pieces, since the table of a large model need not fit a second time in float32.
+        return torch.cat([self._project(rows) for rows in table.split(_ROWS)])
 
     def _project(self, rows: Tensor) -> Tensor:
         with torch.autocast(rows.device.type, enabled=False):
