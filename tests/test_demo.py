@@ -268,6 +268,17 @@ def test_the_demos_checkpoint_loads_and_answers(finished):
     assert model.generate([prompt], num_inference_steps=1, max_new_tokens=1).answers[0, 0] == plain
 
 
+def test_denoising_starts_at_the_base_models_probabilities_and_ends_with_the_data(finished):
+    model = l2d.load(finished.folder / "l2d")
+    for shown in json.loads((finished.folder / "results.json").read_text())["denoisings"]:
+        assert (shown["times"][0], shown["times"][-1], len(shown["times"])) == (0, 1, max(EVALUATIONS))
+        ids = torch.tensor([model.tokenizer(shown["prompt"])["input_ids"]])
+        plain = model.backbone.lm(ids).logits[0, -1].softmax(-1)
+        for token, row in zip(shown["tokens"], shown["probabilities"], strict=True):
+            numbers = [n for n in range(len(plain)) if model.tokenizer.decode([n]) == token]
+            assert min(abs(row[0] - float(plain[n])) for n in numbers) < 1e-6
+
+
 def test_a_finished_demo_is_not_trained_again(finished):
     _, runs = Demo(finished.folder, QUICK, 0).prepare()
     before = [read_card(finished.folder / name) for name in ("base", "lora", "l2d")]

@@ -105,18 +105,20 @@ class Measurement:
 
         Returns:
             Of the new questions that the base model gets wrong and L2D right, or of all if there are none, the first
-            and the one that changes most after the first move.
+            and the one whose answer gains most probability after the first move.
         """
         base = outcomes[0].new
         last = next(one.new for one in reversed(outcomes) if one.solver == DEFAULT[0])
-        wanted = (last.marks & ~base.marks).nonzero()[0].tolist() or list(range(len(base.questions)))
+        kind = "questions that the base model gets wrong and L2D right"
+        wanted = (last.marks & ~base.marks).nonzero()[0].tolist()
+        if not wanted:
+            kind, wanted = "held-out questions", list(range(len(base.questions)))
         questions = [base.questions[row] for row in wanted[:_BATCH]]
         times, probabilities = self._watch(questions)
         answer = probabilities[-1].argmax(-1, keepdim=True)
         late = (probabilities[-1] - probabilities[1]).gather(-1, answer)[:, 0]
-        chosen = {0: "the first question that the base model gets wrong and L2D right"}
-        most = f"of {len(questions)} such questions, the one whose answer gains most after the first move"
-        chosen.setdefault(int(late.argmax()), most)
+        chosen = {0: f"the first of the {kind}"}
+        chosen.setdefault(int(late.argmax()), f"of {len(questions)} such, the one that gains most after the first move")
         return [self._shown(questions[row], why, times, probabilities[:, row]) for row, why in chosen.items()]
 
     def _watch(self, questions: list[Question]) -> tuple[list[float], Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from itertools import cycle
 from pathlib import Path
 from textwrap import wrap
 from typing import TYPE_CHECKING, Any
@@ -116,7 +117,7 @@ def draw_denoisings(denoisings: list[Denoising], path: Path) -> None:
 def _draw_tokens(axes: Axes, denoising: Denoising) -> None:
     others = [max(0.0, 1 - sum(column)) for column in zip(*denoising.probabilities, strict=True)]
     axes.plot(denoising.times, others, color=_GREY, linestyle=":", linewidth=1.6, label="all others")
-    marks = iter(zip(_COLOURS, "osv^DPX<", strict=True))
+    marks = cycle(zip(_COLOURS, "osv^DPX<", strict=True))
     for token, row in zip(denoising.tokens, denoising.probabilities, strict=True):
         if token == denoising.question.completion:
             right = f"{token.strip()}: right"

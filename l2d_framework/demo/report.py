@@ -109,7 +109,8 @@ def to_json(results: Results) -> dict[str, Any]:
                 "prompt": one.question.prompt,
                 "completion": one.question.completion,
                 "times": one.times,
-                "probabilities": dict(zip(one.tokens, one.probabilities, strict=True)),
+                "tokens": one.tokens,
+                "probabilities": one.probabilities,
             }
             for one in results.denoisings
         ],

@@ -53,7 +53,9 @@ class NextToken(Learner):
         output = inner.get_output_embeddings()
         self._head, self._head_parameters = (head,), [] if output is None else list(output.parameters())
         if training.gradient_checkpointing:
-            inner.activation_checkpointing_enable({"use_reentrant": False})
+            # transformers before 5.23 knows only the older name.
+            enable = getattr(inner, "activation_checkpointing_enable", None) or inner.gradient_checkpointing_enable
+            enable({"use_reentrant": False})
 
     def forward(
         self, input_ids: Tensor, blocks: Tensor, labels: Tensor, class_id: Tensor, index: Tensor, epoch: Tensor
