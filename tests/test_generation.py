@@ -278,6 +278,16 @@ def test_options_of_transformers_reach_the_final_logits():
     assert config.do_sample
 
 
+def test_what_a_generation_config_leaves_open_is_the_models_and_an_explicit_none_stays_none():
+    model, how = diffusion_lm(), {"num_inference_steps": 3}
+    free = model.generate(pad_left(PROMPTS[:1]), max_new_tokens=4, eos_token_id=None, **how).answers
+    model.backbone.lm.generation_config.eos_token_id = int(free[0, 0])
+    config = GenerationConfig(max_new_tokens=4)
+    assert model.generate(pad_left(PROMPTS[:1]), generation_config=config, **how).answers.shape == (1, 1)
+    found = model.generate(pad_left(PROMPTS[:1]), generation_config=config, eos_token_id=None, **how)
+    assert torch.equal(found.answers, free)
+
+
 def test_drawn_tokens_follow_the_last_logits():
     model, count = fresh_lm(), 400
     found = model.generate(

@@ -63,11 +63,13 @@ class Demo:
         """
         data = make_data(self._size, self._seed)
         try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            # First, since it marks the folder as a demo's for whoever comes back to it.
+            _write(self.folder / RUN_FILE, self._text)
             for name, questions in data._asdict().items():
                 path = data_file(self.folder, name)
-                path.parent.mkdir(parents=True, exist_ok=True)
+                path.parent.mkdir(exist_ok=True)
                 write_questions(path, questions)
-            _write(self.folder / RUN_FILE, self._text)
         except OSError as error:
             raise ConfigError(
                 f"{str(self.folder)!r} cannot be written ({error.strerror}). Choose another --out."
