@@ -78,8 +78,8 @@ def demo(
     trained = ", ".join(f"{name} {card['seconds']:.0f} s" for name, card in results.cards.items())
     console.print(f"Training took {trained}; this session {time.monotonic() - start:.0f} s in all.", highlight=False)
     console.print("Written:")
-    for path in (*files, demo.folder / "l2d"):
-        console.print(f"  {path}", highlight=False, soft_wrap=True)
+    for name in (*(path.name for path in files), "l2d"):
+        console.print(f"  {out / name}", highlight=False, soft_wrap=True)
     console.print("Generate, with 15 evaluations a token and with 1, which is the base model:")
     for command in demo.commands(data):
         console.print(f"  {command}", highlight=False, markup=False, soft_wrap=True)

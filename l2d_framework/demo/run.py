@@ -39,6 +39,7 @@ class Demo:
 
     def __init__(self, folder: Path, size: Size, seed: int) -> None:
         self.folder, self._size, self._seed = folder.absolute(), size, seed
+        self._name = folder
         self._text = yaml.safe_dump(run_file(self.folder, size, seed), sort_keys=False)
         path = self.folder / RUN_FILE
         if self.folder.exists() and not (self.folder.is_dir() and (path.is_file() or not any(self.folder.iterdir()))):
@@ -97,10 +98,10 @@ class Demo:
             data: the questions.
 
         Returns:
-            Command lines.
+            Command lines, for where the demo was started.
         """
         prompt = data.held_out_new[0].prompt
-        generate = f'l2d generate {self.folder / L2D} --prompt "{prompt}" --max-new-tokens 1'
+        generate = f'l2d generate {self._name / L2D} --prompt "{prompt}" --max-new-tokens 1'
         return [generate, f"{generate} --num-inference-steps 1"]
 
     def write(self, results: Results, data: Data) -> list[Path]:

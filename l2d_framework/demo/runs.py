@@ -92,8 +92,8 @@ def data_file(folder: Path, name: str) -> Path:
 def run_file(folder: Path, size: Size, seed: int) -> dict[str, Any]:
     """Contents of the run file: three stages, the last two from the first.
 
-    The settings were chosen by a few trials on other held-out questions; the learning rates are high because the models
-    are tiny.
+    L2D's settings come from about ten trials on other held-out questions, LoRA's from none; the learning rates are high
+    because the models are tiny.
 
     Args:
         folder: of the demo; the runs write into it.
