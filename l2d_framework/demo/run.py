@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -101,7 +103,8 @@ class Demo:
             Command lines, for where the demo was started.
         """
         prompt = data.held_out_new[0].prompt
-        generate = f'l2d generate {self._name / L2D} --prompt "{prompt}" --max-new-tokens 1'
+        program = "l2d" if shutil.which("l2d") else sys.argv[0]
+        generate = f'{program} generate {self._name / L2D} --prompt "{prompt}" --max-new-tokens 1'
         return [generate, f"{generate} --num-inference-steps 1"]
 
     def write(self, results: Results, data: Data) -> list[Path]:
