@@ -103,7 +103,7 @@ class Demo:
             Command lines, for where the demo was started.
         """
         prompt = data.held_out_new[0].prompt
-        program = "l2d" if shutil.which("l2d") else sys.argv[0]
+        program = "l2d" if shutil.which("l2d") else str(Path(sys.executable).with_name("l2d"))
         generate = f'{program} generate {self._name / L2D} --prompt "{prompt}" --max-new-tokens 1'
         return [generate, f"{generate} --num-inference-steps 1"]
 
