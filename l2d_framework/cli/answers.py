@@ -18,11 +18,11 @@ from l2d_framework.base_model import fetch, load_config
 from l2d_framework.checkpoint import base_reference, load, load_tokenizer, read_manifest
 from l2d_framework.config import default_sampling, parse_sampling
 from l2d_framework.errors import ConfigError, DataError, suggest
-from l2d_framework.generation import check_sampling
 from l2d_framework.model import DiffusionLM, rescaled
 from l2d_framework.noise import request_keys
 from l2d_framework.prompts import Prompt, check_length, encode_prompts, pad_left
 from l2d_framework.registry import registry
+from l2d_framework.sampling import check_sampling
 
 
 def read_prompts(texts: Sequence[str], file: Path | None, *, chat: bool) -> list[Prompt]:
