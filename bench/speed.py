@@ -366,7 +366,9 @@ def main(
         sys.stdout.write(f"{peak_memory(bench.device)}\n")
         return
     unit = "cpu" if bench.device.type == "cpu" else "wall"
-    result = summarize(measure(chosen, rounds), unit=unit, memory=memory_alone(device, chosen) if memory else {})
+    # First, because a process starts with the peak of the one that started it, which is still without models.
+    peaks = memory_alone(device, chosen) if memory else {}
+    result = summarize(measure(chosen, rounds), unit=unit, memory=peaks)
     settings = {"model": SHAPE, "prompt": PROMPT, "new_tokens": NEW_TOKENS, "evaluations": EVALUATIONS}
     settings |= {"sequence": SEQUENCE, "rank": RANK, "rounds": rounds, "dtype": str(bench.dtype), "run": RUN}
     card = {"device": device, "seconds_are": unit, "settings": settings, **environment(1), **result}
