@@ -68,6 +68,10 @@ class Backbone(nn.Module, ABC):
 
     identity_at_zero: ClassVar[bool] = False
     independent_positions: ClassVar[bool] = False
+    trains_lm: ClassVar[bool] = False
+    """True when the language model's own weights are what is trained; a checkpoint then holds all of them."""
+    sees_later: bool = False
+    """True when a noisy position sees known tokens that come after it, so that gaps in a text can be filled."""
 
     config: BackboneConfig
     vocab_size: int

@@ -10,15 +10,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
+from l2d_framework.answer import Answer
+from l2d_framework.block import Block, Denoiser
 from l2d_framework.errors import ConfigError
 from l2d_framework.noise import TokenStreams, categorical, request_keys
-from l2d_framework.problem import Observer, Streams, TokenProblem
+from l2d_framework.problem import Observer
 from l2d_framework.process import Process
-from l2d_framework.sampling import Sampling, check_sampling, plan
-from l2d_framework.types import Layout, Query
+from l2d_framework.sampling import Sampling, check_sampling
+from l2d_framework.types import Layout
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,7 @@ class Requests:
         guidance_scale: scale of each prompt, (B,), float32, or None for the guidance's own.
         keys: name of each request for its noise; made from the prompts when None.
         samples: answers per prompt; the prompt is read once.
+        seeds: seed of each prompt, or None for the one of the sampling settings.
     """
 
     input_ids: Tensor
@@ -40,6 +44,7 @@ class Requests:
     guidance_scale: Tensor | None = None
     keys: Sequence[str] | None = None
     samples: int = 1
+    seeds: Sequence[int] | None = None
 
 
 @dataclass(frozen=True)
@@ -52,12 +57,15 @@ class Generation:
             in each), (B * samples, N), int64; 0 on padding.
         lengths: tokens of each answer, its end token included, (B * samples,), int64.
         prompt_length: S.
+        metrics: what guidance recorded at each evaluation, by name, (B * samples, evaluations), float32, NaN where a
+            row took no part; such as the reward of each step.
     """
 
     sequences: Tensor
     evaluations: Tensor
     lengths: Tensor
     prompt_length: int
+    metrics: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def answers(self) -> Tensor:
@@ -150,7 +158,7 @@ def generate(
 
 def _check_requests(requests: Requests, picking: Picking) -> None:
     count = len(requests.input_ids)
-    for name in ("classes", "guidance_scale", "keys"):
+    for name in ("classes", "guidance_scale", "keys", "seeds"):
         values = getattr(requests, name)
         if values is not None and len(values) != count:
             raise ConfigError(f"{name} must name one value per prompt: got {len(values)} for {count} prompts.")
@@ -181,8 +189,7 @@ class _Loop:
         picking: Picking,
         observer: Observer | None,
     ) -> None:
-        self.process, self.requests, self.sampling = process, requests, sampling
-        self.picking, self.observer = picking, observer
+        self.process, self.requests, self.sampling, self.picking = process, requests, sampling, picking
         ids = requests.input_ids
         mask = requests.attention_mask
         self.mask = torch.ones_like(ids) if mask is None else mask
@@ -194,8 +201,8 @@ class _Loop:
         self.real = [len(prompts[int(row)]) for row in self.first]
         self.classes = None if requests.classes is None else repeat(requests.classes)
         self.scales = None if requests.guidance_scale is None else repeat(requests.guidance_scale)
-        self.parametrization = process.parametrization.with_estimate(sampling.estimate)
-        self.codebook = process.codebook()
+        self.denoise = Denoiser.of(process, sampling, observer)
+        self.metrics: list[dict[str, Tensor]] = []
 
     def run(
         self,
@@ -214,12 +221,15 @@ class _Loop:
         rows = list(range(len(ids)))
         if streamer is not None:
             streamer.put(ids.cpu())
+        size = self.sampling.block_size or self.process.block_size or limit
         while rows:
-            start, end = ids.shape[1], min(ids.shape[1] + (self.process.block_size or limit), limit)
-            logits, evaluations = self._denoise(context, rows, start, end)
-            ids, before_end, going = self._pick(logits, rows, ids, (processors, criteria, config))
+            start, end = ids.shape[1], min(ids.shape[1] + size, limit)
+            block_keys = self._keys(rows, start - length, end - start)
+            found = self.denoise(self._block(context, rows, ids, block_keys))
+            self._keep_metrics(found.metrics, rows, len(ids))
+            ids, before_end, going = self._pick(found.answer, rows, ids, (processors, criteria, config))
             block = ids.new_zeros(2, len(ids), end - start)
-            block[:, rows] = torch.stack([evaluations * before_end, before_end.long()])
+            block[:, rows] = torch.stack([found.evaluations * before_end, before_end.long()])
             cost, kept = torch.cat([cost, block[0]], 1), torch.cat([kept, block[1]], 1)
             if streamer is not None:
                 streamer.put(ids[:, start:].flatten().cpu())
@@ -231,52 +241,40 @@ class _Loop:
                 context = backbone.extend(context, ids[rows, start:])
         if streamer is not None:
             streamer.end()
-        return Generation(ids, cost, kept.sum(1), length)
+        metrics = {name: torch.cat([part[name] for part in self.metrics], 1) for name in next(iter(self.metrics), {})}
+        return Generation(ids, cost, kept.sum(1), length, metrics)
 
-    def _streams(self, rows: list[int], offset: int, count: int, purpose: str) -> TokenStreams:
-        """Streams of `count` tokens of each row, starting `offset` tokens after its prompt."""
-        keys = []
+    def _keys(self, rows: list[int], offset: int, count: int) -> list[list[tuple[int | str, ...]]]:
+        """What names the noise of `count` tokens of each row, starting `offset` tokens after its prompt."""
+        keys: list[list[tuple[int | str, ...]]] = []
         for row in rows:
             request, sample = self.keys[row]
+            seed = self.sampling.seed if self.requests.seeds is None else self.requests.seeds[int(self.first[row])]
             first = self.real[row] + offset
-            keys.append([(self.sampling.seed, request, first + i, sample, purpose) for i in range(count)])
-        return TokenStreams(keys, self.mask.device)
+            keys.append([(seed, request, first + i, sample) for i in range(count)])
+        return keys
 
-    def _denoise(self, context: Any, rows: list[int], start: int, end: int) -> tuple[Tensor, Tensor]:
-        """Logits of the next block and evaluations spent on each token."""
-        process, sampling = self.process, self.sampling
-        positions = torch.arange(start, end, device=self.mask.device).expand(len(rows), -1)
-        if sampling.num_inference_steps == 0:
-            features = process.backbone.plain(positions, context)
-            return process.backbone.head(features).float(), torch.zeros_like(positions)
-        solver, times = plan(process, sampling)
-        offset, count = start - self.mask.shape[1], end - start
-        prior, estimate, fresh = (self._streams(rows, offset, count, p) for p in ("prior", "estimate", "fresh"))
-        x = self.parametrization.prior_scale * prior.normal(self.parametrization.state_size)
-        x = x.to(torch.float32 if x.device.type == "mps" else self.parametrization.state_dtype)
-        template = Query(
-            x=x,
-            t=x[..., 0],
-            positions=positions,
+    def _block(self, context: Any, rows: list[int], ids: Tensor, keys: Any) -> Block:
+        start, count = ids.shape[1], len(keys[0])
+        present = functional.pad(self.mask[self.first[rows]], (0, start - self.mask.shape[1]), value=1)
+        return Block(
+            positions=torch.arange(start, start + count, device=ids.device).expand(len(rows), -1),
+            layout=Layout(ids[rows], present.long() - 1),
             context=context,
+            keys=keys,
             condition=_per_token(self.classes, rows, count),
             guidance_scale=_per_token(self.scales, rows, count),
         )
-        problem = TokenProblem(
-            process,
-            template,
-            guidance=sampling.guidance,
-            parametrization=self.parametrization,
-            codebook=self.codebook,
-            streams=Streams(estimate, fresh, repeat=solver.is_adaptive),
-            observer=self.observer,
-        )
-        x = solver.solve(problem, x, times)
-        return problem.read_out(x, times[-1]), problem.evaluations
+
+    def _keep_metrics(self, metrics: dict[str, Tensor], rows: list[int], count: int) -> None:
+        whole = {name: values.new_full((count, values.shape[1]), torch.nan) for name, values in metrics.items()}
+        for name, values in metrics.items():
+            whole[name][rows] = values
+        self.metrics.append(whole)
 
     def _pick(
         self,
-        logits: Tensor,
+        answer: Answer,
         rows: list[int],
         ids: Tensor,
         how: tuple[LogitsProcessorList, StoppingCriteriaList, GenerationConfig],
@@ -288,14 +286,16 @@ class _Loop:
         processors: Any
         criteria: Any
         processors, criteria, config = how
-        offset, pad = ids.shape[1] - self.mask.shape[1], _pad_token(config)
-        streams = self._streams(rows, offset, logits.shape[1], "token") if config.do_sample else None
-        numbers = None if streams is None else streams.uniform()
+        offset, pad, count = ids.shape[1] - self.mask.shape[1], _pad_token(config), answer.values.shape[1]
+        numbers = None
+        if config.do_sample:
+            keys = [[(*parts, "token") for parts in row] for row in self._keys(rows, offset, count)]
+            numbers = TokenStreams(keys, ids.device).uniform()
         ended = torch.zeros(len(rows), dtype=torch.bool, device=ids.device)
         kept = []
-        for i in range(logits.shape[1]):
+        for i, logits in enumerate(answer.columns()):
             whole = logits.new_zeros(len(ids), logits.shape[-1])
-            whole[rows] = logits[:, i]
+            whole[rows] = logits
             whole = processors(ids, whole)
             scores = whole[rows]
             token = scores.argmax(-1) if numbers is None else categorical(scores.softmax(-1), numbers[:, i])

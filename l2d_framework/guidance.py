@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -37,6 +37,16 @@ class Guidance(Component):
 
         Returns:
             The guided prediction. Its `logits` are what the read-out shows, its `clean` what the solver moves towards.
+        """
+
+    def check(self, tokenizer: Any) -> None:
+        """Refuse what this guidance cannot do with a model, before any weights are loaded.
+
+        Args:
+            tokenizer: of the language model, a transformers tokenizer; None where there is none.
+
+        Raises:
+            ConfigError: if it does not fit.
         """
 
     def scales(self, query: Query) -> Tensor | float:

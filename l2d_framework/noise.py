@@ -85,11 +85,14 @@ class TokenStreams:
     Args:
         keys: for each row, one tuple of key parts per token.
         device: where the numbers are wanted.
+
+    Attributes:
+        device: where the numbers are wanted.
     """
 
     def __init__(self, keys: Sequence[Sequence[tuple[int | str, ...]]], device: torch.device) -> None:
         self._keys = keys
-        self._device = device
+        self.device = device
         self._buffer = torch.empty(len(keys), len(keys[0]), 0)
         self._used = torch.zeros(self._buffer.shape[:2], dtype=torch.int64, device=device)
         self._calls = 0
@@ -110,7 +113,7 @@ class TokenStreams:
         """
         if number not in self._branches:
             keys = [[(*parts, number) for parts in row] for row in self._keys]
-            self._branches[number] = TokenStreams(keys, self._device)
+            self._branches[number] = TokenStreams(keys, self.device)
         return self._branches[number]
 
     def uniform(self, active: Tensor | None = None) -> Tensor:
@@ -124,8 +127,8 @@ class TokenStreams:
         """
         if self._calls >= self._buffer.shape[-1]:
             fresh = [[g.random(_BLOCK, dtype=np.float32) for g in row] for row in self._generators]
-            block = torch.from_numpy(np.asarray(fresh)).to(self._device)
-            self._buffer = torch.cat([self._buffer.to(self._device), block], -1)
+            block = torch.from_numpy(np.asarray(fresh)).to(self.device)
+            self._buffer = torch.cat([self._buffer.to(self.device), block], -1)
         value = self._buffer.gather(-1, self._used[..., None]).squeeze(-1)
         self._used = self._used + (1 if active is None else active.long())
         self._calls += 1
@@ -147,4 +150,13 @@ class TokenStreams:
             (B, L, size), float32.
         """
         draws = [[g.standard_normal(size, dtype=np.float32) for g in row] for row in self._generators]
-        return torch.from_numpy(np.asarray(draws)).to(self._device)
+        return torch.from_numpy(np.asarray(draws)).to(self.device)
+
+    def seeds(self) -> Tensor:
+        """Next seed of every stream; not to be mixed with `uniform` on one object.
+
+        Returns:
+            (B, L), int64, on the host.
+        """
+        draws = [[int(g.integers(2**63)) for g in row] for row in self._generators]
+        return torch.tensor(draws)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from l2d_framework.answer import Answer
 from l2d_framework.noise import keyed_generator
 from l2d_framework.process import Process
 from l2d_framework.types import Layout, Query
@@ -26,6 +27,8 @@ class Draws:
         t: times, (B, L), float32.
         noise: standard normal, (B, L, D), float32.
         kept: True where a class label is kept, (B, L), bool.
+        first_t: times of the prediction that training conditions itself on, with the same noise, (B, L), float32.
+        conditioned: rows that are shown such a prediction, (B,), bool.
     """
 
     positions: Tensor
@@ -33,6 +36,8 @@ class Draws:
     t: Tensor
     noise: Tensor
     kept: Tensor
+    first_t: Tensor
+    conditioned: Tensor
 
 
 @dataclass(frozen=True)
@@ -44,12 +49,17 @@ class NoiseRule:
         draws: noisy copies of each supervised token.
         class_dropout: probability of dropping a class label.
         dropout_per: whether labels are dropped per token, as the authors' code does, or per example.
+        self_conditioning: probability that an example is shown a first prediction, where the parametrization reads one.
+        is_first_noisier: whether that prediction is made one step nearer to the noise, as in training, or at the same
+            time, as the authors evaluate.
     """
 
     keys: Sequence[tuple[int | str, ...]]
     draws: int = 1
     class_dropout: float = 0.0
     dropout_per: Literal["token", "example"] = "token"
+    self_conditioning: float = 0.0
+    is_first_noisier: bool = True
 
 
 @dataclass(frozen=True)
@@ -61,12 +71,16 @@ class Losses:
         tokens: cross-entropy of every draw, (N,), float32, detached.
         t: time of every draw, (N,), float32.
         count: supervised tokens.
+        row: row of every draw, (N,), int64.
+        position: slot of every draw, (N,), int64.
     """
 
     total: Tensor
     tokens: Tensor
     t: Tensor
     count: int
+    row: Tensor
+    position: Tensor
 
 
 def draw(process: Process, layout: Layout, rule: NoiseRule) -> Draws:
@@ -82,39 +96,79 @@ def draw(process: Process, layout: Layout, rule: NoiseRule) -> Draws:
     Returns:
         The draws, on the layout's device.
     """
-    device, size = layout.tokens.device, process.parametrization.state_size
-    rows = [
-        _draw_row(blocks, size, key, rule) for blocks, key in zip(layout.blocks.cpu().numpy(), rule.keys, strict=True)
+    device = layout.tokens.device
+    examples = [
+        _Example(blocks, keyed_generator(*key, "train"), rule.draws)
+        for blocks, key in zip(layout.blocks.cpu().numpy(), rule.keys, strict=True)
     ]
-    width = max(len(row[0]) for row in rows)
+    width = max(len(example.positions) for example in examples)
+    batch = _Batch(examples, width, device)
+    u = batch.stack([example.uniform() for example in examples])
+    noise = process.parametrization.noise(batch)
+    drops = [example.random.random(len(example.positions) if rule.dropout_per == "token" else 1) for example in examples]
+    kept = [np.broadcast_to(d >= rule.class_dropout, len(e.positions)) for d, e in zip(drops, examples, strict=True)]
+    counts = torch.tensor([len(example.positions) for example in examples], device=device)
+    t = process.schedule.sample_times(u)
+    share = rule.self_conditioning if process.parametrization.uses_previous else 0.0
+    return Draws(
+        positions=batch.stack([example.positions for example in examples]),
+        valid=torch.arange(width, device=device) < counts[:, None],
+        t=t,
+        noise=noise,
+        kept=batch.stack(kept),
+        first_t=process.schedule.noisier(t) if rule.is_first_noisier else t,
+        conditioned=torch.tensor([bool(share and e.random.random() < share) for e in examples], device=device),
+    )
 
-    def stack(which: int) -> Tensor:
-        parts = [row[which] for row in rows]
-        out = np.zeros((len(parts), width, *parts[0].shape[1:]), dtype=parts[0].dtype)
+
+class _Example:
+    """Supervised positions of one example and its own random numbers."""
+
+    def __init__(self, blocks: Any, random: np.random.Generator, draws: int) -> None:
+        where = np.flatnonzero(blocks >= 1)
+        self.random, self._draws = random, draws
+        self._numbers, self._block = np.unique(blocks[where], return_inverse=True)
+        self.positions = np.tile(where, draws)
+
+    def uniform(self) -> Any:
+        """A number per position; tokens of one block share theirs."""
+        numbers = self.random.random((self._draws, len(self._numbers)), dtype=np.float32)
+        return numbers[:, self._block].reshape(-1)
+
+
+class _Batch:
+    """Random numbers of a batch of examples, each from its own generator."""
+
+    def __init__(self, examples: list[_Example], width: int, device: torch.device) -> None:
+        self._examples, self._width, self.device = examples, width, device
+
+    def stack(self, parts: list[Any]) -> Tensor:
+        out = np.zeros((len(parts), self._width, *parts[0].shape[1:]), dtype=parts[0].dtype)
         for i, part in enumerate(parts):
             out[i, : len(part)] = part
             out[i, len(part) :] = part[-1:]  # no backbone is asked about a slot it could not answer for
-        return torch.from_numpy(out).to(device)
+        return torch.from_numpy(out).to(self.device)
 
-    positions, u, noise, kept = (stack(i) for i in range(4))
-    counts = torch.tensor([len(row[0]) for row in rows], device=device)
-    valid = torch.arange(width, device=device) < counts[:, None]
-    return Draws(positions, valid, process.schedule.sample_times(u), noise, kept)
+    def uniform(self) -> Tensor:
+        return self.stack([e.random.random(len(e.positions), dtype=np.float32) for e in self._examples])
 
+    def normal(self, size: int) -> Tensor:
+        return self.stack(
+            [e.random.standard_normal((len(e.positions), size), dtype=np.float32) for e in self._examples]
+        )
 
-def _draw_row(blocks: Any, size: int, key: tuple[int | str, ...], rule: NoiseRule) -> tuple[Any, Any, Any, Any]:
-    random = keyed_generator(*key, "train")
-    where = np.flatnonzero(blocks >= 1)
-    numbers, block = np.unique(blocks[where], return_inverse=True)
-    u = random.random((rule.draws, len(numbers)), dtype=np.float32)[:, block].reshape(-1)
-    noise = random.standard_normal((rule.draws * len(where), size), dtype=np.float32)
-    drops = random.random(len(u) if rule.dropout_per == "token" else 1)
-    kept = np.broadcast_to(drops >= rule.class_dropout, u.shape)
-    return np.tile(where, rule.draws), u, noise, kept
+    def seeds(self) -> Tensor:
+        return self.stack([e.random.integers(2**63, size=len(e.positions)) for e in self._examples]).cpu()
 
 
 def denoising_loss(
-    process: Process, layout: Layout, draws: Draws, *, classes: Tensor | None = None, chunk: int = 1024
+    process: Process,
+    layout: Layout,
+    draws: Draws,
+    *,
+    classes: Tensor | None = None,
+    counted: Tensor | None = None,
+    chunk: int = 1024,
 ) -> Losses:
     """Cross-entropy of the clean tokens given their noisy states, without weighting in t.
 
@@ -123,32 +177,59 @@ def denoising_loss(
         layout: tokens and blocks, (B, S).
         draws: positions, times and noise.
         classes: class of each row, (B,), int64, -1 for none; None for none at all.
+        counted: denoised slots whose loss counts, (B, S), bool; all when None.
         chunk: positions per pass of the vocabulary head, which bounds memory to chunk x V.
 
     Returns:
         The losses.
 
-    Source: arXiv:2501.15781, Eq. 4; arXiv:2502.13917, Eq. 3.
+    Source: arXiv:2501.15781, Eq. 4; arXiv:2502.13917, Eq. 3 and 6.
     """
-    targets = layout.tokens.gather(1, draws.positions)
-    condition = None
-    if classes is not None:
-        condition = torch.where(draws.kept, classes[:, None], -1)
-    query = Query(
-        x=process.diffuse(targets, draws.t, draws.noise),
+    query = _query(process, layout, draws, classes)
+    if bool(draws.conditioned.any()):
+        query = query.replace(previous=_first_prediction(process, layout, draws, classes))
+    chosen = draws.valid if counted is None else draws.valid & counted.gather(1, draws.positions)
+    features = process.features(query)[chosen]
+    count = int((layout.blocks >= 1).sum() if counted is None else (counted & (layout.blocks >= 1)).sum())
+    copies = len(features) // max(count, 1)
+    targets = layout.tokens.gather(1, draws.positions)[chosen]
+    head = process.backbone.head
+    total, tokens = chunked_cross_entropy(
+        head, features, targets, chunk=chunk, parameters=process.backbone.head_parameters()
+    )
+    row, _ = chosen.nonzero(as_tuple=True)
+    return Losses(total / max(copies, 1), tokens, draws.t[chosen], count, row, draws.positions[chosen])
+
+
+def _query(process: Process, layout: Layout, draws: Draws, classes: Tensor | None) -> Query:
+    return Query(
+        x=process.diffuse(layout.tokens.gather(1, draws.positions), draws.t, draws.noise),
         t=draws.t,
         positions=draws.positions,
         context=process.backbone.read(layout),
-        condition=condition,
+        condition=None if classes is None else torch.where(draws.kept, classes[:, None], -1),
     )
-    features = process.features(query)[draws.valid]
-    count = int((layout.blocks >= 1).sum())
-    copies = len(features) // max(count, 1)
-    head = process.backbone.head
-    total, tokens = chunked_cross_entropy(
-        head, features, targets[draws.valid], chunk=chunk, parameters=process.backbone.head_parameters()
+
+
+@torch.no_grad()
+def _first_prediction(process: Process, layout: Layout, draws: Draws, classes: Tensor | None) -> Tensor:
+    """What the parametrization remembers of a prediction from the same noise; of zeros in rows that are shown none."""
+    rows = draws.conditioned.nonzero()[:, 0]
+    taken = Draws(**{name: value[rows] for name, value in vars(draws).items()})
+    query = _query(
+        process,
+        Layout(layout.tokens[rows], layout.blocks[rows]),
+        replace(taken, t=taken.first_t),
+        None if classes is None else classes[rows],
     )
-    return Losses(total / max(copies, 1), tokens, draws.t[draws.valid], count)
+    backbone, space = process.backbone, process.parametrization
+    table = backbone.table()
+    answer = Answer(process.features(query), backbone.vocab_size, backbone.head)
+    memory = torch.cat([space.remember(logits, table) for _, logits in answer.parts()], 1)
+    nothing = space.remember(memory.new_zeros(1, 1, backbone.vocab_size), table)
+    out = nothing.expand(len(layout.tokens), memory.shape[1], -1).clone()
+    out[rows] = memory
+    return out
 
 
 def chunked_cross_entropy(

@@ -26,6 +26,10 @@ class ParametrizationConfig(Component):
     kind: ClassVar[str] = "parametrization"
     default_preset: ClassVar[str | None] = None
     """Preset of the `sampling` section that a run file without one gets."""
+    default_padding: ClassVar[str] = "none"
+    """`data.padding` of a run file without one."""
+    default_block_size: ClassVar[int | None] = 1
+    """`block_size` of a run file without one."""
 
     @abstractmethod
     def build(self, vocab_size: int, hidden_size: int) -> Parametrization:
@@ -43,14 +47,18 @@ class ParametrizationConfig(Component):
 class Parametrization(nn.Module, ABC):
     """The state space: owns D, the prior's scale and the projection weights.
 
+    A state as wide as the vocabulary is best a `l2d_framework.wide.WideState`, which holds tokens and seeds instead of
+    numbers.
+
     Attributes:
         config: the component this module was built from.
         state_size: D.
         prior_scale: standard deviation of the noise at t = 0.
     """
 
-    uses_previous: ClassVar[bool] = False
-    """True when `embed` reads the previous evaluation's logits, which generation then keeps."""
+    uses_previous: bool = False
+    """True when `embed` reads the previous evaluation's logits: training then shows them to a share of the examples
+    and generation always does (self-conditioning, Chen et al. 2022, arXiv:2208.04202)."""
 
     state_dtype: ClassVar[torch.dtype] = torch.float32
     """Type of the state between evaluations; the network always sees float32."""
@@ -80,7 +88,8 @@ class Parametrization(nn.Module, ABC):
             t: (B, L), float32.
             schedule: the noise law, for rescaling.
             table: the backbone's embedding table, (V, H).
-            previous: logits of the previous evaluation, (B, L, V), or None.
+            previous: logits of the previous evaluation, (B, L, V), what `remember` made of them, or None, which means
+                the same as logits of zero.
 
         Returns:
             (B, L, H).
@@ -99,6 +108,29 @@ class Parametrization(nn.Module, ABC):
         Returns:
             (B, L, D), float32.
         """
+
+    def noise(self, random: Random) -> Tensor:
+        """Standard normal noise of a state.
+
+        Args:
+            random: one stream per token.
+
+        Returns:
+            (B, L, D), float32.
+        """
+        return random.normal(self.state_size)
+
+    def remember(self, logits: Tensor, table: Tensor) -> Tensor:
+        """What `embed` will need of logits that are too many to keep.
+
+        Args:
+            logits: of some positions, (B, n, V), float32.
+            table: the backbone's embedding table, (V, H).
+
+        Returns:
+            (B, n, M), M other than V unless it is the logits themselves, as it is unless a parametrization knows better.
+        """
+        return logits
 
     def codebook(self, table: Tensor) -> Tensor:
         """Whatever `estimate` needs that depends on weights only; computed once per generation.

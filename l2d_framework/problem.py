@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from l2d_framework.active import ActiveTokens, AllTokens, Sliced, Subset
+from l2d_framework.answer import Answer
 from l2d_framework.guidance import Guidance
 from l2d_framework.noise import TokenStreams
 from l2d_framework.parametrization import Parametrization
 from l2d_framework.process import Process
 from l2d_framework.schedule import Schedule
+from l2d_framework.settling import Settling
 from l2d_framework.solver import Time, as_time
-from l2d_framework.types import Predict, Prediction, Query, Space
+from l2d_framework.types import Layout, Predict, Prediction, Query, Space
+from l2d_framework.wide import CHUNK
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One evaluation of the network, for observers.
+    """One evaluation of the network, for observers; all logits of the block are made when there is one.
 
     Attributes:
         positions: slots asked about, (B, L), int64.
@@ -68,7 +71,13 @@ class TokenProblem:
         parametrization: the model's, with the request's estimate options.
         codebook: what `parametrization.codebook` returned.
         streams: random streams of the block.
+        layout: the sequence so far, for guidance; None when there is no guidance that reads it.
+        patience: evaluations in which no token of a row may change before the row is settled; None for never.
         observer: called after every evaluation, or None.
+
+    Attributes:
+        evaluations: network evaluations spent on each token, (B, L), int64.
+        metrics: for each name that a guidance recorded, one (B,) per evaluation.
     """
 
     def __init__(
@@ -80,15 +89,21 @@ class TokenProblem:
         parametrization: Parametrization,
         codebook: Tensor,
         streams: Streams,
+        layout: Layout | None = None,
+        patience: int | None = None,
         observer: Observer | None = None,
     ) -> None:
         self._process, self._query, self._guidance = process, query, guidance
         self._parametrization, self._codebook = parametrization, codebook
         self._streams, self._observer = streams, observer
+        self._layout = layout or Layout(query.positions[:, :0], query.positions[:, :0])
         self._previous: Tensor | None = None
         self._rows: Tensor | None = None
         self._context = query.context
+        self._settling = None if patience is None else Settling(patience, len(query.positions))
+        self._count = 0
         self.evaluations = torch.zeros_like(query.positions)
+        self.metrics: dict[str, list[Tensor]] = {}
 
     @property
     def schedule(self) -> Schedule:
@@ -99,12 +114,12 @@ class TokenProblem:
         """New noise from the prior.
 
         Args:
-            x: a state, for its width.
+            x: a state; its shape is the block's.
 
         Returns:
             (B, L, D), with the prior's standard deviation.
         """
-        return self._parametrization.prior_scale * self._streams.fresh.normal(x.shape[-1])
+        return self._parametrization.prior_scale * self._parametrization.noise(self._streams.fresh)
 
     def velocity(self, x: Tensor, t: Time, *, until: Time | None = None, active: Tensor | None = None) -> Tensor:
         """Slope dx/dt.
@@ -137,12 +152,12 @@ class TokenProblem:
         query = self._at(x, t)
         until_t = query.t if until is None else as_time(until, x).float()
         if active is None:
-            return self._evaluate(query, until_t, _All(self._streams.estimate))[1]
+            return self._evaluate(query, until_t, AllTokens(self._streams.estimate))[1]
         part = self._compact(active)
-        _, found = self._evaluate(part.query(query), part.take(until_t), _Part(self._streams.estimate, part))
+        _, found = self._evaluate(part.query(query), part.take(until_t), ActiveTokens(self._streams.estimate, part))
         return part.put(found)
 
-    def read_out(self, x: Tensor, t: float) -> Tensor:
+    def read_out(self, x: Tensor, t: float) -> Answer:
         """Logits that yield the tokens, from the last evaluation.
 
         Args:
@@ -150,37 +165,56 @@ class TokenProblem:
             t: the end time.
 
         Returns:
-            (B, L, V), float32.
+            The logits; those of settled rows are the ones they settled with.
         """
-        query = self._at(x, t)
-        return self._evaluate(query, query.t, _All(self._streams.estimate), is_read_out=True)[0]
+        return self._evaluate(self._at(x, t), None, AllTokens(self._streams.estimate))[0]
 
     def _at(self, x: Tensor, t: Time) -> Query:
         shared = None if isinstance(t, Tensor) else float(t)
         return self._query.replace(x=x.float(), t=as_time(t, x).float(), shared_time=shared, previous=self._previous)
 
-    def _evaluate(
-        self, query: Query, until: Tensor, random: _All | _Part, *, is_read_out: bool = False
-    ) -> tuple[Tensor, Tensor]:
-        """Logits and clean state; the read-out needs no clean state and gets an empty one."""
+    def _evaluate(self, query: Query, until: Tensor | None, random: AllTokens | ActiveTokens) -> tuple[Answer, Tensor]:
+        """Logits, and the clean state for a move `until` a time; the read-out moves no more and gets an empty one."""
         if self._streams.repeat:
             self._streams.estimate.rewind()
-        space = _Space(self._process, self._parametrization, self._codebook, until, random)
+        space = _Space(self, query.t if until is None else until, random, self._count)
+        answer, clean = self._predict(query, space)
+        if self._observer is not None:
+            self._observer(Evaluation(query.positions, query.t, query.x, answer.values, until is None))
+        self._count += 1
+        random.count(self.evaluations, None if self._settling is None else self._settling.going)
+        estimates, memory, tokens = [], [], []
+        draws = Sliced(space.branch())
+        for part, logits in answer.parts():
+            if until is not None and clean is None:
+                estimates.append(self._parametrization.estimate(logits, until[:, part], self._codebook, draws.of(part)))
+            if until is not None and self._parametrization.uses_previous:
+                whole = logits.shape == answer.values.shape
+                memory.append(logits if whole else self._parametrization.remember(logits, self._process.backbone.table()))
+            if self._settling is not None:
+                tokens.append(logits.argmax(-1))
+        if memory:
+            self._previous = random.keep(_joined(memory), self._previous)
+        if self._settling is not None:
+            answer = self._settling.add(answer, torch.cat(tokens, 1), is_last=until is None)
+        return answer, clean if clean is not None else _joined(estimates) if estimates else query.t.new_empty(0)
+
+    def _predict(self, query: Query, space: _Space) -> tuple[Answer, Tensor | None]:
+        """The guided answer and what the guidance moves towards, if it says so.
+
+        Without guidance or observer nobody needs the logits of more than a few positions at once.
+        """
+        rows, length = query.positions.shape
+        size = self._process.backbone.vocab_size
+        if not self._guidance and self._observer is None and rows * length * size > CHUNK:
+            return Answer(self._process.features(query), size, self._process.backbone.head), None
         predict: Predict = self._process
         for guidance in self._guidance:
             predict = _Guided(predict, guidance, space)
         prediction = predict(query)
-        random.count(self.evaluations)
-        if self._parametrization.uses_previous:
-            self._previous = random.keep(prediction.logits, self._previous)
-        if self._observer is not None:
-            self._observer(Evaluation(query.positions, query.t, query.x, prediction.logits, is_read_out))
-        if is_read_out:
-            return prediction.logits, prediction.logits.new_empty(0)
-        clean = space.estimate(prediction.logits) if prediction.clean is None else prediction.clean
-        return prediction.logits, clean
+        return Answer(prediction.logits, size), prediction.clean
 
-    def _compact(self, active: Tensor) -> _Subset:
+    def _compact(self, active: Tensor) -> Subset:
         rows = active.any(1).nonzero()[:, 0]
         if len(rows) == len(active):
             context = self._query.context
@@ -189,100 +223,39 @@ class TokenProblem:
         else:
             self._rows, self._context = rows, self._query.context.select(rows)
             context = self._context
-        return _Subset(rows, active, context)
+        return Subset(rows, active, context)
 
 
-class _Subset:
-    """The active tokens of a block as a smaller block: rows with any, and in each the active positions first."""
-
-    def __init__(self, rows: Tensor, active: Tensor, context: object) -> None:
-        width = int(active.sum(1).max())
-        order = (~active[rows]).long().argsort(stable=True, dim=1)[:, :width]
-        self.rows, self.columns, self.active, self.context = rows[:, None], order, active, context
-
-    def take(self, values: Tensor) -> Tensor:
-        return values[self.rows, self.columns]
-
-    def put(self, values: Tensor) -> Tensor:
-        out = values.new_zeros(*self.active.shape, *values.shape[2:])
-        out[self.rows, self.columns] = values
-        return torch.where(self.active[..., None], out, 0)
-
-    def query(self, query: Query) -> Query:
-        optional = {"condition": query.condition, "previous": query.previous, "guidance_scale": query.guidance_scale}
-        taken: dict[str, Any] = {name: self.take(value) for name, value in optional.items() if value is not None}
-        return replace(
-            query,
-            x=self.take(query.x),
-            t=self.take(query.t),
-            positions=self.take(query.positions),
-            context=self.context,
-            **taken,
-        )
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
 
-class _All:
-    """Random numbers for all tokens of the block."""
-
-    def __init__(self, streams: TokenStreams) -> None:
-        self._streams = streams
-
-    def uniform(self) -> Tensor:
-        return self._streams.uniform()
-
-    def normal(self, size: int) -> Tensor:
-        return self._streams.normal(size)
-
-    def branch(self, number: int) -> _All:
-        return _All(self._streams.branch(number))
-
-    def count(self, evaluations: Tensor) -> None:
-        evaluations += 1
-
-    def keep(self, logits: Tensor, earlier: Tensor | None) -> Tensor:
-        return logits
-
-
-class _Part:
-    """Random numbers for the active tokens; only their streams advance."""
-
-    def __init__(self, streams: TokenStreams, part: _Subset) -> None:
-        self._streams, self._part = streams, part
-
-    def uniform(self) -> Tensor:
-        return self._part.take(self._streams.uniform(self._part.active))
-
-    def normal(self, size: int) -> Tensor:
-        return self._part.take(self._streams.normal(size))
-
-    def branch(self, number: int) -> _Part:
-        return _Part(self._streams.branch(number), self._part)
-
-    def count(self, evaluations: Tensor) -> None:
-        evaluations += self._part.active
-
-    def keep(self, logits: Tensor, earlier: Tensor | None) -> Tensor:
-        new = self._part.put(logits)
-        return new if earlier is None else torch.where(self._part.active[..., None], new, earlier)
-
-
-@dataclass
 class _Space:
-    process: Process
-    parametrization: Parametrization
-    codebook: Tensor
-    until: Tensor
-    random: _All | _Part
-    estimates: int = 0
+    """The state space at one evaluation, as guidance sees it."""
+
+    def __init__(self, problem: TokenProblem, until: Tensor, random: AllTokens | ActiveTokens, evaluation: int) -> None:
+        self._problem, self._until, self._random, self.evaluation = problem, until, random, evaluation
+        self._estimates = 0
+
+    @property
+    def layout(self) -> Layout:
+        layout = self._problem._layout
+        return Layout(self._random.rows(layout.tokens), self._random.rows(layout.blocks))
+
+    def branch(self) -> AllTokens | ActiveTokens:
+        # Streams per branch, so that what one branch draws does not depend on whether there is another.
+        self._estimates += 1
+        return self._random.branch(self._estimates - 1)
 
     def estimate(self, logits: Tensor) -> Tensor:
-        # Streams per branch, so that what one branch draws does not depend on whether there is another.
-        random = self.random.branch(self.estimates)
-        self.estimates += 1
-        return self.parametrization.estimate(logits, self.until, self.codebook, random)
+        problem = self._problem
+        return problem._parametrization.estimate(logits, self._until, problem._codebook, self.branch())
 
     def encode(self, tokens: Tensor) -> Tensor:
-        return self.parametrization.encode(tokens, self.process.backbone.table())
+        return self._problem._parametrization.encode(tokens, self._problem._process.backbone.table())
+
+    def record(self, name: str, values: Tensor) -> None:
+        self._problem.metrics.setdefault(name, []).append(self._random.spread(values.detach().float()))
 
 
 @dataclass(frozen=True)

@@ -45,11 +45,13 @@ class Process(nn.Module):
         return self._codebook[1]
 
     def own_parameters(self) -> dict[str, nn.Parameter]:
-        """Parameters that are not the language model's: what training changes and checkpoints store.
+        """What training changes and checkpoints store; the language model's weights only if the backbone trains them.
 
         Returns:
             Parameters by name.
         """
+        if self.backbone.trains_lm:
+            return dict(self.named_parameters())
         frozen = {id(parameter) for parameter in self.backbone.lm.parameters()}
         return {name: p for name, p in self.named_parameters() if id(p) not in frozen}
 
@@ -59,7 +61,7 @@ class Process(nn.Module):
         Args:
             tokens: ids, (B, L), int64.
             t: times, (B, L), float32.
-            noise: standard normal, (B, L, D), float32.
+            noise: standard normal, (B, L, D), float32; what `Parametrization.noise` made or any tensor.
 
         Returns:
             alpha(t) * clean + sigma(t) * prior_scale * noise, (B, L, D), float32; gradients reach the projection.

@@ -22,6 +22,8 @@ class Sampling(Protocol):
         guidance: wrappers around prediction, the first is innermost.
         estimate: changes to the parametrization's `estimate` section.
         seed: of every random stream.
+        block_size: tokens denoised together; None for the model's own number.
+        patience: stop once no token has changed in this many evaluations; None for never.
     """
 
     @property
@@ -36,6 +38,10 @@ class Sampling(Protocol):
     def estimate(self) -> dict[str, Any]: ...  # noqa: D102
     @property
     def seed(self) -> int: ...  # noqa: D102
+    @property
+    def block_size(self) -> int | None: ...  # noqa: D102
+    @property
+    def patience(self) -> int | None: ...  # noqa: D102
 
 
 def check_sampling(sampling: Sampling, *, num_classes: int, has_condition: bool, is_scaled: bool = False) -> None:
@@ -57,6 +63,11 @@ def check_sampling(sampling: Sampling, *, num_classes: int, has_condition: bool,
         )
     if steps:
         solver.grid_size(steps)
+    if sampling.patience is not None and solver.is_adaptive:
+        raise ConfigError(
+            f"patience={sampling.patience} counts evaluations on a fixed grid; solver {solver.component_name()!r} "
+            "chooses its own steps. Leave patience out."
+        )
     if solver.evaluates_end and sampling.end_time == 1.0:
         raise ConfigError(
             f"Solver {solver.component_name()!r} needs the velocity at the end time, which is singular at 1. "

@@ -105,6 +105,17 @@ class Schedule(Component):
         """
         return u
 
+    def noisier(self, t: Tensor) -> Tensor:
+        """Times one step nearer to the noise, at which training makes the prediction it conditions itself on.
+
+        Args:
+            t: times in [0, 1], any shape.
+
+        Returns:
+            Times in [0, 1], same shape; 1/1000 less unless a schedule has steps of its own.
+        """
+        return (t - 1e-3).clamp_min(0)
+
     def grid(self, count: int, end: float) -> list[float]:
         """Times at which sampling stops, from the prior to the read-out.
 

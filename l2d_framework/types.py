@@ -58,7 +58,8 @@ class Query:
         positions: slots of the sequence asked about, (B, L), int64.
         context: the backbone's memory of the clean tokens.
         condition: class of each position, (B, L), int64, or None for unconditional.
-        previous: logits of the previous evaluation for self-conditioning, (B, L, V), or None.
+        previous: for self-conditioning, logits of the previous evaluation, (B, L, V), or what the parametrization's
+            `remember` made of them, (B, L, M); None at the first, which means the same as logits of zero.
         shared_time: the time as a number when all entries of `t` are equal and it is known on the host, else None.
         guidance_scale: scale per position that overrides the guidance's own, (B, L), float32, or None.
     """
@@ -126,6 +127,25 @@ class Predict(Protocol):
 class Space(Protocol):
     """The state space at one evaluation, as guidance sees it."""
 
+    @property
+    def layout(self) -> Layout:
+        """The sequence so far: tokens and blocks, (B, S); the slots asked about are known from the query alone."""
+        ...
+
+    @property
+    def evaluation(self) -> int:
+        """Number of this evaluation in its block, from 0."""
+        ...
+
+    def record(self, name: str, values: Tensor) -> None:
+        """Note a number per row for whoever generates, such as a reward.
+
+        Args:
+            name: of the number.
+            values: (B,), float.
+        """
+        ...
+
     def estimate(self, logits: Tensor) -> Tensor:
         """Clean state the solver is to move towards.
 
@@ -171,6 +191,19 @@ class Random(Protocol):
         Returns:
             (B, L, size), float32.
         """
+        ...
+
+    def seeds(self) -> Tensor:
+        """Next seed of every stream, for numbers too many to draw here.
+
+        Returns:
+            Non-negative integers below 2^63, (B, L), int64, on the host.
+        """
+        ...
+
+    @property
+    def device(self) -> Any:
+        """Where the numbers are wanted, a torch device."""
         ...
 
 

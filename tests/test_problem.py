@@ -152,11 +152,11 @@ def test_the_observer_sees_guided_logits_and_the_read_out_last():
     asked = problem(guidance=[toys.Sharpen(scale=1.0)], observer=seen.append)
     x = state()
     asked.velocity(x, 0.5)
-    logits = asked.read_out(x, 0.75)
+    logits = asked.read_out(x, 0.75).values
     assert [e.is_read_out for e in seen] == [False, True]
     assert torch.equal(seen[1].logits, logits)
     assert torch.equal(seen[1].t, torch.full((ROWS, WIDTH), 0.75))
-    torch.testing.assert_close(logits, 2 * problem().read_out(x, 0.75))
+    torch.testing.assert_close(logits, 2 * problem().read_out(x, 0.75).values)
 
 
 class Add(Guidance):
@@ -167,10 +167,10 @@ class Add(Guidance):
 
 
 def test_the_first_guidance_is_innermost():
-    x, plain = state(), problem().read_out(state(), 0.5)
-    found = problem(guidance=[Add(scale=1.0), toys.Sharpen(scale=1.0)]).read_out(x, 0.5)
+    x, plain = state(), problem().read_out(state(), 0.5).values
+    found = problem(guidance=[Add(scale=1.0), toys.Sharpen(scale=1.0)]).read_out(x, 0.5).values
     torch.testing.assert_close(found, 2 * (plain + 1))
-    found = problem(guidance=[toys.Sharpen(scale=1.0), Add(scale=1.0)]).read_out(x, 0.5)
+    found = problem(guidance=[toys.Sharpen(scale=1.0), Add(scale=1.0)]).read_out(x, 0.5).values
     torch.testing.assert_close(found, 2 * plain + 1)
 
 

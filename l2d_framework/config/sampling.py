@@ -38,6 +38,10 @@ class SamplingSection(Section):
     estimate: dict[str, Any] = Field(default_factory=dict)
     """Fields of the parametrization's `estimate`."""
     seed: int = Field(default=0, ge=0)
+    block_size: int | None = Field(default=None, ge=1)
+    """Tokens denoised together; the model's own number when None."""
+    patience: int | None = Field(default=None, ge=1)
+    """Stop once no token has changed in this many evaluations."""
 
     def resolve(self, parametrization: ParametrizationConfig, user: Mapping[str, Any]) -> SamplingSection:
         """Settings of a request: the user's options over this section.

@@ -13,6 +13,7 @@ from l2d_framework.config import DiffusionRun, TrainingSection
 from l2d_framework.errors import ConfigError
 from l2d_framework.model import DiffusionLM
 from l2d_framework.objective import NoiseRule, denoising_loss, draw
+from l2d_framework.training.collate import IGNORED
 from l2d_framework.types import Layout
 
 
@@ -114,7 +115,7 @@ class Denoiser(Learner):
         Args:
             input_ids: (B, S), int64.
             blocks: -1 padding, 0 known, k >= 1 denoised k-th, (B, S), int64.
-            labels: unused; `blocks` says what is supervised.
+            labels: -100 where a token is denoised but not counted, (B, S), int64.
             class_id: (B,), int64, -1 for none.
             index: of each example in data order, (B,), int64.
             epoch: of each example, (B,), int64.
@@ -130,11 +131,15 @@ class Denoiser(Learner):
             draws=settings.draws_per_token,
             class_dropout=settings.class_dropout if self.training else 0.0,
             dropout_per=settings.class_dropout_per,
+            self_conditioning=settings.self_conditioning if self.training else float(settings.self_conditioning > 0),
+            is_first_noisier=self.training,
         )
         draws = draw(self.model, layout, rule)
         classes = class_id if self.model.backbone.config.num_classes else None
-        losses = denoising_loss(self.model, layout, draws, classes=classes, chunk=settings.loss_chunk)
-        return {"loss": losses.total, "losses": losses.tokens, "t": losses.t, "row": draws.valid.nonzero()[:, 0]}
+        losses = denoising_loss(
+            self.model, layout, draws, classes=classes, counted=labels != IGNORED, chunk=settings.loss_chunk
+        )
+        return {"loss": losses.total, "losses": losses.tokens, "t": losses.t, "row": losses.row}
 
     def save(self, folder: Path, notes: str) -> None:
         """Write a checkpoint that `l2d_framework.load` reads.

@@ -19,6 +19,7 @@ from transformers.trainer_utils import IntervalStrategy
 
 from l2d_framework.config import TrainingSection
 from l2d_framework.training.arguments import TrainingData, total_steps
+from l2d_framework.training.collate import IGNORED
 from l2d_framework.training.folders import BEST, checkpoints, remove, staged
 from l2d_framework.training.learner import Learner
 from l2d_framework.training.learning_rate import learning_rate
@@ -139,7 +140,7 @@ class TokenTrainer(transformers.Trainer):
         """
         self._stopwatch.start()
         batches = list(islice(epoch_iterator, num_batches))
-        counts = [[(batch["blocks"] >= 1).sum(), (batch["blocks"] >= 0).sum()] for batch in batches]
+        counts = [[(batch["labels"] != IGNORED).sum(), (batch["blocks"] >= 0).sum()] for batch in batches]
         tokens = torch.stack([torch.stack(pair) for pair in counts]).sum(0).to(device)
         tokens = self.accelerator.reduce(tokens)
         self._tokens = self._tokens.to(device) + tokens

@@ -218,7 +218,7 @@ def test_golden_trajectories(case: Case, name: str) -> None:
         # Against float64 the golden logits of one such case are themselves off by 1.8e-3.
         factor = 64 / 14 if solver(how).evaluates_end else 1
         _close(found[:, :, 0], io[f"trajectory.{name}.states"], factor * 1e-4)
-        _close(problem.read_out(found[-1], grid[-1])[:, 0], io[f"trajectory.{name}.final_logits"], factor * 1e-3)
+        _close(problem.read_out(found[-1], grid[-1]).values[:, 0], io[f"trajectory.{name}.final_logits"], factor * 1e-3)
         assert int(problem.evaluations[0, 0]) == solver(how).stages * (len(grid) - 1) + 1
 
 
@@ -242,7 +242,7 @@ def test_golden_sampled_trajectory_replayed(case: Case) -> None:
         problem = case.problem(_last(case), case.context(), AVERAGE, [replay], classes=False)
         found = states(problem, solver("midpoint"), io["trajectory.x0"], grid)
         _close(found[:, :, 0], io["trajectory.sampled.states"], 1e-4)
-        _close(problem.read_out(found[-1], grid[-1])[:, 0], io["trajectory.sampled.final_logits"], 1e-3)
+        _close(problem.read_out(found[-1], grid[-1]).values[:, 0], io["trajectory.sampled.final_logits"], 1e-3)
 
 
 def test_golden_all_positions_at_once(case: Case) -> None:
@@ -252,7 +252,7 @@ def test_golden_all_positions_at_once(case: Case) -> None:
         problem = case.problem(_everywhere(case), case.context(), AVERAGE, [])
         found = states(problem, solver("midpoint"), io["trajectory.x0_sequence"], grid)
         _close(found, io[f"{name}.states"], 1e-4)
-        _close(problem.read_out(found[-1], grid[-1]), io[f"{name}.final_logits"], 1e-3)
+        _close(problem.read_out(found[-1], grid[-1]).values, io[f"{name}.final_logits"], 1e-3)
 
 
 ADAPTIVE = ["fehlberg2_adaptive", "fehlberg2_adaptive_grid8", "bosh3_adaptive"]
@@ -296,7 +296,7 @@ def test_golden_six_token_decode(case: Case, name: Literal["T1avg", "argmax"], e
     with torch.no_grad():
         for step, noise in enumerate(io["decode.noise"]):
             problem = case.problem(torch.full((len(noise), 1), length - 1 + step), context, estimate, [])
-            logits = problem.read_out(solver("midpoint").solve(problem, noise.double(), grid), grid[-1])
+            logits = problem.read_out(solver("midpoint").solve(problem, noise.double(), grid), grid[-1]).values
             _close(logits[:, 0], io[f"decode.{name}.logits"][:, step], 1.5e-3)
             tokens = logits.argmax(-1)
             assert torch.equal(tokens[:, 0], io[f"decode.{name}.tokens"][:, step])

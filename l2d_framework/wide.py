@@ -1,0 +1,244 @@
+"""States as wide as the vocabulary, kept as tokens and seeds and made dense a few positions at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree
+
+CHUNK = 2**23
+"""Largest number of entries of a tensor as wide as the vocabulary that is made in one piece."""
+
+
+def pieces(rows: int, length: int, width: int) -> Iterator[slice]:
+    """Slices of positions small enough to be as wide as the vocabulary.
+
+    Args:
+        rows: B.
+        length: L.
+        width: entries per position.
+
+    Returns:
+        Slices that cover `length` in order, each of at most `CHUNK` entries if one position allows it.
+    """
+    step = max(1, CHUNK // max(rows * width, 1))
+    return (slice(start, min(start + step, length)) for start in range(0, length, step))
+
+
+@dataclass(frozen=True, eq=False)
+class _Tokens:
+    """One at each token, (B, L), zero elsewhere."""
+
+    ids: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class _Normals:
+    """Standard normal numbers from a seed per position, (B, L), kept on the host."""
+
+    ids: Tensor
+
+
+class WideState(Tensor):
+    """A state (B, L, D) that holds no D numbers per position.
+
+    It is a weighted sum of a constant, one-hot vectors and seeded noise. Adding such states, scaling them per position
+    and taking positions keeps them so; whatever else torch is asked to do with one makes it dense first, so that code
+    which knows nothing of it is right, if larger.
+
+    Args:
+        level: value of every component, (B, L), float32.
+        parts: weighted atoms; each weight is (B, L), float32.
+        size: D.
+    """
+
+    level: Tensor
+    parts: list[tuple[_Tokens | _Normals, Tensor]]
+
+    @staticmethod
+    def __new__(cls, level: Tensor, parts: list[tuple[_Tokens | _Normals, Tensor]], size: int) -> Self:
+        """A tensor without storage."""
+        make: Any = Tensor._make_wrapper_subclass
+        self = make(cls, (*level.shape, size), dtype=torch.float32, device=level.device)
+        self.level, self.parts = level, parts
+        return self  # type: ignore[no-any-return]
+
+    @classmethod
+    def simplex(cls, tokens: Tensor, value: float, size: int) -> Self:
+        """+value at each token, -value elsewhere.
+
+        Args:
+            tokens: ids, (B, L), int64.
+            value: k.
+            size: V.
+
+        Returns:
+            (B, L, V).
+        """
+        weight = torch.full(tokens.shape, 2 * value, device=tokens.device)
+        return cls(-0.5 * weight, [(_Tokens(tokens), weight)], size)
+
+    @classmethod
+    def normal(cls, seeds: Tensor, size: int, device: torch.device) -> Self:
+        """Standard normal noise.
+
+        Args:
+            seeds: one per position, (B, L), int64, on the host.
+            size: numbers per position.
+            device: where the noise is wanted; a seed gives other numbers on another kind of device.
+
+        Returns:
+            (B, L, size).
+        """
+        one = torch.ones(seeds.shape, device=device)
+        return cls(torch.zeros_like(one), [(_Normals(seeds), one)], size)
+
+    def dense(self) -> Tensor:
+        """All its numbers.
+
+        Returns:
+            (B, L, D), float32.
+        """
+        out = torch.empty(self.shape, device=self.device)
+        noises = [(atom.ids, weight) for atom, weight in self.parts if isinstance(atom, _Normals)]
+        if noises:
+            _fill(out, noises[0][0]).mul_(noises[0][1][..., None])
+            out.add_(self.level[..., None])
+        else:
+            out.copy_(self.level[..., None].expand(self.shape))
+        for seeds, weight in noises[1:]:
+            out.add_(_fill(torch.empty_like(out), seeds) * weight[..., None])
+        for atom, weight in self.parts:
+            if isinstance(atom, _Tokens):
+                out.scatter_add_(-1, atom.ids[..., None], weight[..., None])
+        return out
+
+    def __repr__(self, **_: Any) -> str:
+        """Shape and number of parts, since printing must not make it dense."""
+        return f"WideState(shape={tuple(self.shape)}, parts={len(self.parts)})"
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Keep linear operations symbolic; make everything else dense."""
+        kwargs = kwargs or {}
+        rule = _rules().get(func)
+        found = NotImplemented if rule is None else rule(*args, **kwargs)
+        if found is NotImplemented:
+            args, kwargs = _pytree.tree_map_only(WideState, WideState.dense, (args, kwargs))
+            return func(*args, **kwargs)
+        return found
+
+
+def dense(state: Tensor) -> Tensor:
+    """A state with all its numbers.
+
+    Args:
+        state: (B, L, D), dense or not.
+
+    Returns:
+        (B, L, D).
+    """
+    return state.dense() if isinstance(state, WideState) else state
+
+
+def _fill(out: Tensor, seeds: Tensor) -> Tensor:
+    generator = torch.Generator(out.device)
+    for row, values in zip(out, seeds.tolist(), strict=True):
+        for place, seed in zip(row, values, strict=True):
+            place.normal_(generator=generator.manual_seed(seed))
+    return out
+
+
+def _map(state: WideState, change: Callable[[Tensor], Tensor]) -> WideState:
+    """The same sum at other positions."""
+    parts = [(type(atom)(change(atom.ids)), change(weight)) for atom, weight in state.parts]
+    return WideState(change(state.level), parts, state.shape[-1])
+
+
+def _scale(state: WideState, factor: Any) -> Any:
+    if isinstance(factor, Tensor):
+        if isinstance(factor, WideState) or (factor.ndim and factor.shape[-1] != 1) or factor.ndim > 3:
+            return NotImplemented
+        factor = factor.float().expand(*state.shape[:2], 1).squeeze(-1) if factor.ndim else factor.float()
+    return WideState(state.level * factor, [(atom, weight * factor) for atom, weight in state.parts], state.shape[-1])
+
+
+def _multiply(a: Any, b: Any) -> Any:
+    return _scale(a, b) if isinstance(a, WideState) else _scale(b, a)
+
+
+def _divide(a: Any, b: Any) -> Any:
+    return _scale(a, 1 / b) if isinstance(a, WideState) and not isinstance(b, WideState) else NotImplemented
+
+
+def _add(a: Any, b: Any, *, alpha: float = 1) -> Any:
+    if not (isinstance(a, WideState) and isinstance(b, WideState)) or a.shape != b.shape:
+        return NotImplemented
+    weights = {id(atom): (atom, weight) for atom, weight in a.parts}
+    for atom, weight in b.parts:
+        # The same noise or token on both sides is one part, or every step of a solver would double their number.
+        before = weights.get(id(atom))
+        weights[id(atom)] = (atom, alpha * weight if before is None else before[1] + alpha * weight)
+    return WideState(a.level + alpha * b.level, list(weights.values()), a.shape[-1])
+
+
+def _subtract(a: Any, b: Any, *, alpha: float = 1) -> Any:
+    return _add(a, b, alpha=-alpha)
+
+
+def _slice(state: Any, dim: int = 0, start: Any = None, end: Any = None, step: int = 1) -> Any:
+    if dim not in (0, 1):
+        return NotImplemented
+    part = slice(start, end, step)
+    return _map(state, lambda values: values[part] if dim == 0 else values[:, part])
+
+
+def _index(state: Any, indices: Any) -> Any:
+    if not isinstance(state, WideState) or len(indices) > 2 or any(index is None for index in indices):
+        return NotImplemented
+    taken = _map(state, lambda values: values[tuple(index.to(values.device) for index in indices)])
+    return taken if taken.level.ndim == 2 else NotImplemented
+
+
+def _cat(states: Any, dim: int = 0) -> Any:
+    if dim not in (0, 1) or not all(isinstance(state, WideState) for state in states):
+        return NotImplemented
+    kinds = [[type(atom) for atom, _ in state.parts] for state in states]
+    if any(kind != kinds[0] for kind in kinds):
+        return NotImplemented
+    parts = [
+        (type(same[0][0])(torch.cat([atom.ids for atom, _ in same], dim)), torch.cat([w for _, w in same], dim))
+        for same in zip(*(state.parts for state in states), strict=True)
+    ]
+    return WideState(torch.cat([state.level for state in states], dim), parts, states[0].shape[-1])
+
+
+def _same(state: Any, **_: Any) -> Any:
+    return _map(state, lambda values: values)
+
+
+def _cast(state: Any, *, dtype: Any = None, **_: Any) -> Any:
+    return _same(state) if dtype in (None, torch.float32) else NotImplemented
+
+
+@lru_cache(maxsize=1)
+def _rules() -> dict[Any, Callable[..., Any]]:
+    aten = torch.ops.aten
+    return {
+        aten.mul.Tensor: _multiply,
+        aten.div.Tensor: _divide,
+        aten.add.Tensor: _add,
+        aten.sub.Tensor: _subtract,
+        aten.neg.default: lambda state: _scale(state, -1.0),
+        aten.slice.Tensor: _slice,
+        aten.index.Tensor: _index,
+        aten.cat.default: _cat,
+        aten.detach.default: _same,
+        aten.alias.default: _same,
+        aten._to_copy.default: _cast,
+    }
