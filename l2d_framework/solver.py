@@ -68,18 +68,16 @@ class Problem(Protocol):
 class Solver(Component):
     """A rule for moving; sees neither tokens, logits nor the network.
 
-    A solver overrides `stages`, `order` and `evaluates_end` by class variables, or by properties where they depend on
+    A solver overrides `stages`, `order`, `is_stochastic` and `evaluates_end` by class variables, or by properties where they depend on
     its fields.
 
     Attributes:
         is_adaptive: chooses its own steps, so the number of evaluations is not known in advance.
-        is_stochastic: draws fresh noise, so order of convergence means nothing.
         batch_coupled: a token's result may depend on its batch mates.
     """
 
     kind: ClassVar[str] = "solver"
     is_adaptive: ClassVar[bool] = False
-    is_stochastic: ClassVar[bool] = False
     batch_coupled: ClassVar[bool] = False
 
     @property
@@ -91,6 +89,11 @@ class Solver(Component):
     def order(self) -> int:
         """Order of convergence of a deterministic method."""
         return 1
+
+    @property
+    def is_stochastic(self) -> bool:
+        """True when it draws fresh noise, so that order of convergence means nothing."""
+        return False
 
     @property
     def evaluates_end(self) -> bool:

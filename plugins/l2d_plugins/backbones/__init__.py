@@ -2,6 +2,7 @@
 
 from l2d_framework.component import Component
 from l2d_framework.hooks import hookimpl
+from l2d_plugins.backbones.in_place import InPlaceConfig
 from l2d_plugins.backbones.two_stream import TwoStreamConfig
 
 
@@ -12,4 +13,4 @@ def l2d_components() -> list[type[Component]]:
     Returns:
         Their configuration classes.
     """
-    return [TwoStreamConfig]
+    return [InPlaceConfig, TwoStreamConfig]

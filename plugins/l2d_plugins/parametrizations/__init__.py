@@ -3,6 +3,7 @@
 from l2d_framework.component import Component
 from l2d_framework.hooks import hookimpl
 from l2d_plugins.parametrizations.embedding import EmbeddingConfig
+from l2d_plugins.parametrizations.simplex import SimplexConfig
 
 
 @hookimpl
@@ -12,4 +13,4 @@ def l2d_components() -> list[type[Component]]:
     Returns:
         Their configuration classes.
     """
-    return [EmbeddingConfig]
+    return [EmbeddingConfig, SimplexConfig]

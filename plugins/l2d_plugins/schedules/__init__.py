@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from l2d_framework.component import Component
 from l2d_framework.hooks import hookimpl
+from l2d_plugins.schedules.cosine import Cosine
 from l2d_plugins.schedules.linear import Linear
 
 
@@ -14,4 +15,4 @@ def l2d_components() -> list[type[Component]]:
     Returns:
         Their classes.
     """
-    return [Linear]
+    return [Cosine, Linear]

@@ -9,6 +9,7 @@ from l2d_plugins.solvers.euler import Euler
 from l2d_plugins.solvers.fehlberg2 import Fehlberg2
 from l2d_plugins.solvers.heun import Heun
 from l2d_plugins.solvers.midpoint import Midpoint
+from l2d_plugins.solvers.renoise import Renoise
 from l2d_plugins.solvers.rk4 import RK4
 
 
@@ -19,4 +20,4 @@ def l2d_components() -> list[type[Component]]:
     Returns:
         Their classes.
     """
-    return [Euler, Midpoint, Heun, RK4, Fehlberg2, Bosh3]
+    return [Euler, Midpoint, Heun, RK4, Fehlberg2, Bosh3, Renoise]
