@@ -154,6 +154,14 @@ class Backbone(nn.Module, ABC):
         """
         return []
 
+    def time_parameters(self) -> list[nn.Parameter]:
+        """Parameters of the time embedding, which may be trained at a rate of their own.
+
+        Returns:
+            Empty unless a backbone names some.
+        """
+        return []
+
     def plain(self, positions: Tensor, context: Any) -> Tensor:
         """Hidden states of the language model alone, for `num_inference_steps = 0`.
 

@@ -18,7 +18,14 @@ from huggingface_hub.errors import (
 )
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from l2d_framework.errors import CheckpointError, ConfigError
 
@@ -40,6 +47,8 @@ class BaseReference(Protocol):
     def dtype(self) -> str: ...  # noqa: D102
     @property
     def attn_implementation(self) -> str: ...  # noqa: D102
+    @property
+    def pad_token(self) -> str | None: ...  # noqa: D102
 
 
 def fetch(path: str, revision: str | None = None) -> Path:
@@ -115,7 +124,9 @@ def load_config(reference: BaseReference) -> PreTrainedConfig:
     """
     folder, _ = locate(reference)
     try:
-        return AutoConfig.from_pretrained(folder)  # type: ignore[no-any-return]
+        config = AutoConfig.from_pretrained(folder)
+        config.vocab_size = _vocabulary(reference, config.vocab_size)
+        return config  # type: ignore[no-any-return]
     except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
         raise ConfigError(f"transformers cannot read the config.json of {reference.base!r}: {error}") from error
 
@@ -146,6 +157,11 @@ def load_language_model(reference: BaseReference) -> PreTrainedModel:
         from peft import PeftModel
 
         lm = PeftModel.from_pretrained(lm, str(adapter)).merge_and_unload()
+    size = _vocabulary(reference, lm.config.vocab_size)
+    if size > lm.config.vocab_size:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            lm.resize_token_embeddings(size, mean_resizing=False)
     return lm.eval()  # type: ignore[no-any-return]
 
 
@@ -163,6 +179,38 @@ def empty_language_model(config: PreTrainedConfig, attn_implementation: str) -> 
         return AutoModelForCausalLM.from_config(  # type: ignore[no-any-return]
             config, attn_implementation=attn_implementation
         ).eval()
+
+
+def load_tokenizer(reference: BaseReference) -> PreTrainedTokenizerBase | None:
+    """Tokenizer of the base model, with the reference's pad token if it has none of its own.
+
+    Args:
+        reference: a model section.
+
+    Returns:
+        The tokenizer, or None when the base folder has none.
+    """
+    base, adapter = locate(reference)
+    for folder in (adapter, base):
+        if folder is not None and (folder / "tokenizer_config.json").is_file():
+            tokenizer = AutoTokenizer.from_pretrained(folder)
+            if reference.pad_token is not None and tokenizer.pad_token is None:
+                tokenizer.add_special_tokens({"pad_token": reference.pad_token})
+            return tokenizer  # type: ignore[no-any-return]
+    return None
+
+
+def _vocabulary(reference: BaseReference, size: int) -> int:
+    """Rows of the embedding table once the reference's pad token has been added."""
+    if reference.pad_token is None:
+        return size
+    tokenizer = load_tokenizer(reference)
+    if tokenizer is None:
+        raise ConfigError(
+            f"model.pad_token is {reference.pad_token!r}, but {reference.base!r} has no tokenizer to add it to. "
+            "Leave it out."
+        )
+    return max(size, len(tokenizer))
 
 
 def fingerprint(reference: BaseReference) -> str:

@@ -1,7 +1,11 @@
-"""Checkpoints: a JSON manifest, safetensors and a PEFT adapter folder; never pickle, never the base weights."""
+"""Checkpoints: a JSON manifest, safetensors and a PEFT adapter folder; never pickle, never a frozen model's weights.
+
+A backbone that trains the language model itself has it stored beside them as a transformers folder.
+"""
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import os
@@ -15,10 +19,17 @@ import torch
 from huggingface_hub import HfApi
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
-from l2d_framework.base_model import empty_language_model, fetch, fingerprint, load_config, load_language_model, locate
+from l2d_framework.base_model import (
+    empty_language_model,
+    fetch,
+    fingerprint,
+    load_config,
+    load_language_model,
+    load_tokenizer,
+)
 from l2d_framework.config import DiffusionRun, ModelSection, parse_sampling
 from l2d_framework.config.validation import validated
 from l2d_framework.errors import CheckpointError
@@ -29,6 +40,7 @@ from l2d_framework.registry import registry
 MANIFEST = "l2d.json"
 WEIGHTS = "diffusion.safetensors"
 ADAPTER = "adapter"
+LANGUAGE_MODEL = "language_model"
 FORMAT = 1
 _FIELDS = {
     "model",
@@ -77,23 +89,7 @@ def _assemble(parts: Any, lm: PreTrainedModel, seed: int) -> DiffusionLM:
     return DiffusionLM(parts.schedule, parametrization, backbone, parts.block_size)
 
 
-def load_tokenizer(reference: ModelSection) -> PreTrainedTokenizerBase | None:
-    """Tokenizer of the base model.
-
-    Args:
-        reference: a model section.
-
-    Returns:
-        The tokenizer, or None when the base folder has none.
-    """
-    base, adapter = locate(reference)
-    for folder in (adapter, base):
-        if folder is not None and (folder / "tokenizer_config.json").is_file():
-            return AutoTokenizer.from_pretrained(folder)
-    return None
-
-
-def save(model: DiffusionLM, folder: str | Path, *, notes: str = "") -> None:
+def save(model: DiffusionLM, folder: str | Path, *, notes: str = "", dtype: torch.dtype | None = None) -> None:
     """Write a checkpoint.
 
     Every file is written to a temporary folder beside its target and renamed, the manifest with the hashes of all
@@ -103,6 +99,7 @@ def save(model: DiffusionLM, folder: str | Path, *, notes: str = "") -> None:
         model: the model.
         folder: where to; made when missing.
         notes: markdown to append to the model card.
+        dtype: of the weights in the files; as they are when None.
 
     Raises:
         CheckpointError: if the adapter has been merged.
@@ -113,17 +110,17 @@ def save(model: DiffusionLM, folder: str | Path, *, notes: str = "") -> None:
     folder.mkdir(parents=True, exist_ok=True)
     stage = Path(tempfile.mkdtemp(prefix=".l2d-", dir=folder))
     try:
-        own = model.own_parameters()
+        own = _own(model)
         adapter = model.backbone.peft_adapter()
+        if model.backbone.trains_lm:
+            _save_language_model(model, stage / LANGUAGE_MODEL, dtype)
         if adapter is not None:
             peft_config, state = adapter
-            shared = {tensor.data_ptr() for tensor in state.values()}
-            own = {name: p for name, p in own.items() if p.data_ptr() not in shared}
             base = model.origin.model
             peft_config.base_model_name_or_path = None if base is None else base.base
             peft_config.save_pretrained(str(stage / ADAPTER))
             save_file(_plain(state), stage / ADAPTER / "adapter_model.safetensors", metadata={"format": "pt"})
-        save_file(_plain(own), stage / WEIGHTS, metadata={"format": "pt"})
+        save_file(_plain(own, dtype), stage / WEIGHTS, metadata={"format": "pt"})
         (stage / "README.md").write_text(model_card(model, notes), encoding="utf-8")
         files = [path.relative_to(stage) for path in sorted(stage.rglob("*")) if path.is_file()]
         checked = [path for path in files if path.suffix == ".safetensors"]
@@ -138,8 +135,26 @@ def save(model: DiffusionLM, folder: str | Path, *, notes: str = "") -> None:
         shutil.rmtree(stage, ignore_errors=True)
 
 
-def _plain(state: dict[str, Any]) -> dict[str, Tensor]:
-    return {name: value.detach().cpu().contiguous() for name, value in state.items()}
+def _own(model: DiffusionLM) -> dict[str, nn.Parameter]:
+    """Trained parameters that are neither the adapter's nor the language model's, which have files of their own."""
+    adapter = model.backbone.peft_adapter()
+    elsewhere = {tensor.data_ptr() for tensor in (adapter[1] if adapter else {}).values()}
+    if model.backbone.trains_lm:
+        elsewhere |= {parameter.data_ptr() for parameter in model.backbone.lm.parameters()}
+    return {name: p for name, p in model.own_parameters().items() if p.data_ptr() not in elsewhere}
+
+
+def _save_language_model(model: DiffusionLM, folder: Path, dtype: torch.dtype | None) -> None:
+    lm: Any = model.backbone.lm
+    if dtype not in (None, lm.dtype):
+        lm = copy.deepcopy(lm).to(dtype)
+    lm.save_pretrained(folder)
+    if model.tokenizer is not None:
+        model.tokenizer.save_pretrained(folder)
+
+
+def _plain(state: dict[str, Any], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    return {name: value.detach().cpu().to(dtype or value.dtype).contiguous() for name, value in state.items()}
 
 
 def _hash(path: Path) -> str:
@@ -238,8 +253,10 @@ def load(
     """
     folder = fetch(str(path), revision)
     manifest = read_manifest(folder)
-    reference = base_reference(manifest, base=base, dtype=None if dtype is None else str(dtype).removeprefix("torch."))
-    found = fingerprint(reference)
+    chosen = None if dtype is None else str(dtype).removeprefix("torch.")
+    reference = base_reference(folder, manifest, base=base, dtype=chosen)
+    is_inside = (folder / LANGUAGE_MODEL).is_dir()
+    found = manifest["fingerprint"] if is_inside else fingerprint(reference)
     # A model put together by hand has read no base files, so it could record no fingerprint.
     if manifest["fingerprint"] not in (None, found):
         raise CheckpointError(
@@ -249,9 +266,10 @@ def load(
     parts = _Parts(manifest)
     parts.backbone.check(load_config(reference), parts.block_size)
     model = _assemble(parts, load_language_model(reference), seed=0)
-    load_weights(model, folder)
+    _load_own(model, folder)
+    recorded = manifest["model"] and validated(ModelSection, manifest["model"], "model")
     model.origin = Origin(
-        model=reference,
+        model=recorded if is_inside else reference,
         fingerprint=found,
         classes=tuple(manifest["classes"]),
         sampling=manifest["sampling"] and parse_sampling(manifest["sampling"]),
@@ -271,11 +289,14 @@ class _Parts:
         self.block_size: int | None = manifest["block_size"]
 
 
-def base_reference(manifest: dict[str, Any], *, base: str | None = None, dtype: str | None = None) -> ModelSection:
-    """Model section of a manifest.
+def base_reference(
+    folder: str | Path, manifest: dict[str, Any], *, base: str | None = None, dtype: str | None = None
+) -> ModelSection:
+    """Where the language model of a checkpoint lies: inside it, or where its manifest says.
 
     Args:
-        manifest: of a checkpoint.
+        folder: the checkpoint.
+        manifest: its manifest.
         base: where the base model lies now; as recorded when None.
         dtype: of the weights; as recorded when None.
 
@@ -283,9 +304,15 @@ def base_reference(manifest: dict[str, Any], *, base: str | None = None, dtype: 
         The section.
 
     Raises:
-        CheckpointError: if neither names a base model.
+        CheckpointError: if neither names a base model, or a base is named for a checkpoint that needs none.
     """
     recorded = manifest["model"]
+    inside = Path(folder) / LANGUAGE_MODEL
+    if inside.is_dir():
+        if base is not None:
+            raise CheckpointError(f"{str(folder)!r} holds its own language model, got base={base!r}. Leave base out.")
+        fields = {"base": str(inside), "attn_implementation": (recorded or {}).get("attn_implementation", "sdpa")}
+        return validated(ModelSection, fields | ({} if dtype is None else {"dtype": dtype}), "model")
     if recorded is None and base is None:
         raise CheckpointError("This checkpoint names no base model. Pass its folder or hub id as `base`.")
     changes: dict[str, Any] = {"base": base, "revision": None, "adapter": None} if base is not None else {}
@@ -298,17 +325,29 @@ def load_weights(model: DiffusionLM, folder: str | Path) -> None:
     """Read a checkpoint's weights into a model of the same shape.
 
     Args:
-        model: the model; its language model is left alone.
+        model: the model; a frozen language model is left alone.
         folder: the checkpoint.
 
     Raises:
         CheckpointError: if a file is damaged or a tensor is missing, superfluous or of another shape.
     """
-    folder = Path(folder)
+    _load_own(model, Path(folder))
+    if model.backbone.trains_lm:
+        lm: Any = model.backbone.lm
+        try:
+            saved = type(lm).from_pretrained(Path(folder) / LANGUAGE_MODEL, dtype=lm.dtype)
+            lm.load_state_dict(saved.state_dict())
+        except (SafetensorError, OSError, RuntimeError) as error:
+            raise CheckpointError(
+                f"{str(Path(folder) / LANGUAGE_MODEL)!r} is missing, damaged or of another shape ({error}). Copy it "
+                "again, or use the run file it was trained with."
+            ) from error
+
+
+def _load_own(model: DiffusionLM, folder: Path) -> None:
     adapter = model.backbone.peft_adapter()
     targets: dict[str, Tensor] = {} if adapter is None else dict(adapter[1])
-    shared = {tensor.data_ptr() for tensor in targets.values()}
-    targets |= {name: p for name, p in model.own_parameters().items() if p.data_ptr() not in shared}
+    targets |= _own(model)
     found: dict[str, Tensor] = {}
     for path in [folder / WEIGHTS] + ([folder / ADAPTER / "adapter_model.safetensors"] if adapter else []):
         try:
@@ -371,7 +410,8 @@ def model_card(model: DiffusionLM, notes: str = "") -> str:
             "",
             "# Diffusion language model",
             "",
-            f"A diffusion path of {own:,} parameters over `{base}`; the base weights are not part of this repository.",
+            f"{own:,} trained parameters over `{base}`"
+            + (", which is part of them." if model.backbone.trains_lm else "; its weights are not part of this repository."),
             "",
             "```python",
             "import l2d_framework as l2d",

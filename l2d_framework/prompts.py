@@ -41,7 +41,8 @@ def read_template(chosen: str | None) -> str | None:
     """Source of a chat template that a run file names.
 
     Args:
-        chosen: path to a jinja file, the template itself, or None for the tokenizer's own.
+        chosen: name of a file of `l2d_framework/chat_templates` such as `tulu`, path to a jinja file, the template
+            itself, or None for the tokenizer's own.
 
     Returns:
         Jinja source, or None.
@@ -51,11 +52,12 @@ def read_template(chosen: str | None) -> str | None:
     """
     if chosen is None or "{" in chosen or "\n" in chosen:
         return chosen
-    path = Path(chosen).expanduser()
+    shipped = {path.stem: path for path in (Path(__file__).parent / "chat_templates").glob("*.jinja")}
+    path = shipped.get(chosen, Path(chosen).expanduser())
     if not path.is_file():
         raise DataError(
             f"data.chat_template names the file {chosen!r}, which does not exist (looked in {Path.cwd()}). "
-            "Give the path of a jinja file or the template itself."
+            f"Give the path of a jinja file, the template itself, or a name: {', '.join(sorted(shipped))}."
         )
     return path.read_text(encoding="utf-8")
 

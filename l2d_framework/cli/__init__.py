@@ -25,6 +25,9 @@ class _Entry(NamedTuple):
 
 COMMANDS = {
     "train": _Entry("l2d_framework.cli.train", "train", "Train the run, or the pipeline of runs, of a file."),
+    "train-reward": _Entry(
+        "l2d_framework.cli.train_reward", "train_reward", "Train a reward model, for guidance, on preference pairs."
+    ),
     "generate": _Entry("l2d_framework.cli.generate", "generate", "Generate text with a trained model."),
     "config": _Entry("l2d_framework.cli.config", "app", "Check run files; print their JSON schema."),
     "params": _Entry(
@@ -32,6 +35,7 @@ COMMANDS = {
     ),
     "plugins": _Entry("l2d_framework.cli.plugins", "plugins", "List what is installed, broken plugins included."),
     "convert": _Entry("l2d_framework.cli.convert", "convert", "Convert a checkpoint of another code base."),
+    "eval-text": _Entry("l2d_framework.cli.eval_text", "eval_text", "Measure generated text."),
     "demo": _Entry("l2d_framework.cli.demo", "demo", "Train, generate with and measure a tiny model."),
 }
 """For each command: its module, its function or typer app in there, and what `l2d --help` says about it."""

@@ -14,8 +14,8 @@ from rich.console import Console
 from rich.progress import Progress
 from transformers import GenerationConfig, TextStreamer
 
-from l2d_framework.base_model import fetch, load_config
-from l2d_framework.checkpoint import base_reference, load, load_tokenizer, read_manifest
+from l2d_framework.base_model import fetch, load_config, load_tokenizer
+from l2d_framework.checkpoint import base_reference, load, read_manifest
 from l2d_framework.config import default_sampling, parse_sampling
 from l2d_framework.errors import ConfigError, DataError, suggest
 from l2d_framework.model import DiffusionLM, rescaled
@@ -105,8 +105,9 @@ class Session:
         self.path, self.base, self.dtype = model, base, dtype
         self.sampling, self.options = sampling, options
         self.class_name, self.stop, self.samples = class_name, list(stop), samples
-        manifest = read_manifest(fetch(model))
-        self.reference = base_reference(manifest, base=base, dtype=dtype)
+        folder = fetch(model)
+        manifest = read_manifest(folder)
+        self.reference = base_reference(folder, manifest, base=base, dtype=dtype)
         parametrization: Any = registry().create("parametrization", manifest["parametrization"])
         backbone: Any = registry().create("backbone", manifest["backbone"])
         section = manifest["sampling"] and parse_sampling(manifest["sampling"])

@@ -50,7 +50,7 @@ def train(
     finally:
         for reporter in reporters:
             reporter.close()
-    if not _leave():
+    if not leave():
         return
     for run, card in zip(runs, cards, strict=True):
         console.print(summary(f"{run.output_dir}, finished {card['ended']}", card))
@@ -77,11 +77,11 @@ def summary(title: str, card: dict[str, Any]) -> Table:
 
     result, losses = card["result"], card["result"]["losses"]
     table = Table("", "training", "held out", box=box.SIMPLE_HEAD, title=title)
-    for index in (None, *range(BINS)):
-        key = "loss" if index is None else f"loss_t{index:02d}"
+    names = {"loss": "loss, nats per token", "loss_without_pads": "  without pads"}
+    names |= {f"loss_t{i:02d}": f"  t in [{i / BINS:.1f}, {(i + 1) / BINS:.1f})" for i in range(BINS)}
+    for key, name in names.items():
         shown = [f"{losses[k]:.4f}" if k in losses else "" for k in (key, f"eval_{key}")]
         if any(shown):
-            name = "loss, nats per token" if index is None else f"  t in [{index / BINS:.1f}, {(index + 1) / BINS:.1f})"
             table.add_row(name, *shown)
     table.add_section()
     table.add_row("updates", f"{result['steps']:,}")
@@ -92,8 +92,12 @@ def summary(title: str, card: dict[str, Any]) -> Table:
     return table
 
 
-def _leave() -> bool:
-    """End what the processes have in common; whether this is the first of them."""
+def leave() -> bool:
+    """End what the processes have in common.
+
+    Returns:
+        Whether this is the first of them, which reports.
+    """
     from accelerate import PartialState
 
     state = PartialState()

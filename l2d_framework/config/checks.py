@@ -12,11 +12,17 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+)
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
+from l2d_framework.config.reward import RewardRun
 from l2d_framework.config.runs import DiffusionRun, Run
-from l2d_framework.config.sections import DataSource, ModelSection, ScratchSection
+from l2d_framework.config.sections import ModelSection, RowSource, ScratchSection
 from l2d_framework.errors import ConfigError, UnsupportedModelError, suggest
 
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
@@ -58,6 +64,8 @@ def check_run(run: Run, *, earlier: Sequence[Run] = ()) -> None:
     if isinstance(run, DiffusionRun):
         run.backbone.check(lm_config, run.block_size)
         _check_shapes(run, lm_config)
+    if isinstance(run, RewardRun):
+        _check_reward(run, lm_config)
 
 
 def _check_output(output_dir: str) -> None:
@@ -73,14 +81,14 @@ def _check_output(output_dir: str) -> None:
         ) from error
 
 
-def _sources(run: Run) -> Iterator[tuple[str, DataSource]]:
+def _sources(run: Run) -> Iterator[tuple[str, RowSource]]:
     if run.data is not None:
         yield from ((f"data.train.{i}", source) for i, source in enumerate(run.data.train))
         yield from ((f"data.eval.{i}", source) for i, source in enumerate(run.data.eval))
 
 
-def _check_source(where: str, source: DataSource) -> None:
-    if not Path(source.path).exists():
+def _check_source(where: str, source: RowSource) -> None:
+    if not Path(source.path).exists() and not any(glob.iglob(source.path, recursive=True)):
         if _looks_local(source.path) or source.path.endswith(_DATA_SUFFIXES):
             raise ConfigError(f"{where}.path: no such file or folder, got {source.path!r}; check the path")
         if not _HUB_ID.fullmatch(source.path):
@@ -130,6 +138,21 @@ def _check_shapes(run: DiffusionRun, lm_config: Any) -> None:
             ) from error
         backbone = run.backbone.build(lm.eval())
         run.parametrization.build(backbone.vocab_size, backbone.hidden_size)
+
+
+def _check_reward(run: RewardRun, config: Any) -> None:
+    if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+        raise UnsupportedModelError(
+            f"model.base: {run.model.base!r} of type {config.model_type!r} is no text model that transformers can give "
+            "a reward head; choose another"
+        )
+    limit = getattr(config, "max_position_embeddings", None)
+    field = "max_length" if run.data.pad_to is None else "pad_to"
+    if limit is not None and getattr(run.data, field) > limit:
+        raise ConfigError(
+            f"data.{field}: exceeds the {limit} tokens this language model was made for, got "
+            f"{getattr(run.data, field)}; lower it"
+        )
 
 
 def _scratch_config(scratch: ScratchSection) -> Any:

@@ -10,13 +10,14 @@ from typing import Any
 
 from l2d_framework.component import Component, merged
 from l2d_framework.config.files import override, read_file
+from l2d_framework.config.reward import RewardRun, reward_type, with_reward_preset
 from l2d_framework.config.runs import DiffusionRun, LanguageModelRun, Run, diffusion_type
 from l2d_framework.config.sampling import complete, with_preset
 from l2d_framework.config.validation import validated
 from l2d_framework.errors import ConfigError, L2DError, PluginError, suggest
 from l2d_framework.registry import registry
 
-_KINDS: dict[str, type[Run]] = {"diffusion": DiffusionRun, "language_model": LanguageModelRun}
+_KINDS: dict[str, type[Run]] = {"diffusion": DiffusionRun, "language_model": LanguageModelRun, "reward": RewardRun}
 
 
 def load_run(path: str | Path, overrides: list[str] | None = None) -> list[Run]:
@@ -89,6 +90,8 @@ def parse_run(data: Mapping[str, Any], where: str = "") -> Run:
         raise ConfigError(f"{place}: should be one of {', '.join(_KINDS)}, got {kind!r}{suggest(str(kind), _KINDS)}")
     if _KINDS[kind] is LanguageModelRun:
         return validated(LanguageModelRun, data, where)
+    if _KINDS[kind] is RewardRun:
+        return validated(reward_type(registry()), with_reward_preset(data), where)
     prefix = f"{where}." if where else ""
     try:
         data = _completed(data)
@@ -135,6 +138,11 @@ def _completed(data: Mapping[str, Any]) -> dict[str, Any]:
         # An estimate written in the parametrization is as explicit as one in sampling: it wins over the preset.
         explicit = merged({"estimate": chosen["estimate"]}, sampling) if chosen.get("estimate") else sampling
         out["sampling"] = with_preset(explicit, getattr(state, "default_preset", None))
+    if state is not None:
+        out.setdefault("block_size", state.default_block_size)
+        section = data.get("data")
+        if isinstance(section, Mapping) and section.get("padding") is None:
+            out["data"] = {**section, "padding": state.default_padding}
     network, chosen = _component(data, "backbone")
     if data.get("classes") and network and "num_classes" in network.model_fields and chosen.get("num_classes") is None:
         out["backbone"] = {**chosen, "num_classes": len(data["classes"])}

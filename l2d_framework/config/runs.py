@@ -1,4 +1,4 @@
-"""The two kinds of run and the pipeline that chains them."""
+"""The kinds of run and the pipeline that chains them."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any, Literal, Self
 from pydantic import ConfigDict, Field, SerializeAsAny, TypeAdapter, create_model, model_validator
 
 from l2d_framework.backbone import BackboneConfig
+from l2d_framework.config.reward import RewardRun, reward_type
 from l2d_framework.config.sampling import SamplingSection, component_type, sampling_type
 from l2d_framework.config.sections import (
     DataSection,
@@ -98,12 +99,17 @@ class LanguageModelRun(Section):
         _check_training(self.data, self.training)
         if (self.model is None) == (self.scratch is None):
             raise ValueError(f"give either model or scratch, got {'neither' if self.model is None else 'both'}")
+        if self.data is not None and self.data.masking is not None:
+            raise ValueError("data.masking is for diffusion; a language model learns every next token. Remove it")
         if self.scratch and self.lora:
             raise ValueError("lora needs a model to adapt, got scratch; remove one of them")
         return self
 
 
-Run = DiffusionRun | LanguageModelRun
+TokenRun = DiffusionRun | LanguageModelRun
+"""Runs that learn to predict tokens."""
+
+Run = TokenRun | RewardRun
 
 
 class Pipeline(Section):
@@ -139,7 +145,7 @@ def json_schema() -> dict[str, Any]:
     Returns:
         The schema of one run or a pipeline.
     """
-    run: Any = diffusion_type(registry()) | LanguageModelRun
+    run: Any = diffusion_type(registry()) | LanguageModelRun | reward_type(registry())
     stages: Any = (list[run], Field(min_length=1))
     pipeline = create_model("Pipeline", __base__=Pipeline, __doc__=Pipeline.__doc__, stages=stages)
     either: Any = run | pipeline

@@ -32,6 +32,8 @@ class ModelSection(Section):
     """A PEFT folder merged into the base before anything else."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     attn_implementation: Literal["sdpa", "eager"] = "sdpa"
+    pad_token: str | None = None
+    """Pad token to add, such as `[PAD]`, where the tokenizer has none; the vocabulary grows by one."""
 
 
 class TokenizerSection(Section):
@@ -64,14 +66,25 @@ class LoraSection(Section):
     dropout: float = Field(default=0.0, ge=0, lt=1)
 
 
-class DataSource(Section):
-    """One data set."""
+class RowSource(Section):
+    """Rows of one data set, whatever they hold."""
 
     path: UserPath = Field(min_length=1)
-    """Hub id, folder or file."""
+    """Hub id, folder laid out like one or full of packed JSON lines, file, or pattern of files such as `texts/*.gz`."""
     name: str | None = None
     """Configuration of the data set."""
     split: str = "train"
+    exclude: dict[str, list[str]] = {}
+    """Rows to leave out: values by column."""
+    limit: int | None = Field(default=None, ge=1)
+    """Largest number of examples to take."""
+    revision: str | None = None
+    data_files: str | list[str] | dict[str, str | list[str]] | None = None
+
+
+class DataSource(RowSource):
+    """One data set."""
+
     format: Literal["auto", "messages", "prompt_completion", "text"] = "auto"
     columns: dict[Literal["messages", "prompt", "completion", "text"], str] = {}
     """The source's column for each of our names that it spells differently."""
@@ -79,20 +92,25 @@ class DataSource(Section):
     """Column with the class label of an example."""
     class_name: str | None = None
     """Class of every example of this source, instead of a column."""
-    exclude: dict[str, list[str]] = {}
-    """Rows to leave out: values by column."""
     weight: float = Field(default=1.0, gt=0)
     """Share in a mixture, relative to the other sources."""
-    limit: int | None = Field(default=None, ge=1)
-    """Largest number of examples to take."""
-    revision: str | None = None
-    data_files: str | list[str] | dict[str, str | list[str]] | None = None
 
     @model_validator(mode="after")
     def _one_class(self) -> Self:
         if self.class_column is not None and self.class_name is not None:
             raise ValueError(f"class_column {self.class_column!r} and class_name {self.class_name!r}; keep one of them")
         return self
+
+
+class MaskingSection(Section):
+    """Which tokens of plain texts to generate: the UL2 mixture, as TESS 2 adapts language models (arXiv:2502.13917)."""
+
+    objectives: list[Literal["t5", "aggressive_t5", "prefix"]] = Field(
+        default=["t5", "aggressive_t5", "prefix"], min_length=1
+    )
+    """What each update draws from with equal probabilities: 15 % or 50 % in spans, or all but a prefix."""
+    exact_lengths: bool = False
+    """Spans of exactly 3, 8 or 48 tokens instead of random ones of these means."""
 
 
 class DataSection(Section):
@@ -107,13 +125,22 @@ class DataSection(Section):
     streaming: bool = False
     supervise: Literal["response", "all"] = "response"
     chat_template: str | None = None
-    """Jinja template or a file with one; the tokenizer's own when None."""
+    """Name of a shipped template such as `tulu`, a jinja template or a file with one; the tokenizer's own when None."""
+    turns: Literal["all", "first", "pairs", "accumulated", "sliding"] = "all"
+    """Rows made of a conversation of n questions with answers: one with all answers supervised, or rows in which only
+    the last answer is: the first question, each by itself (n), each with everything before it (n), or every
+    stretch of neighbouring questions (n (n + 1) / 2)."""
     class_map: dict[str, str] = {}
     """Class name for each value of a class column that is not itself a class name."""
     drop_unsupervised: bool = False
     """Leave out examples without a supervised token instead of refusing them."""
     pack: bool = False
-    """Fill sequences up to `max_length` with several texts."""
+    """Join all texts and cut them into sequences of `max_length`; only the last one may be shorter."""
+    masking: MaskingSection | None = None
+    """Which tokens of plain texts to generate; all but the first when None."""
+    padding: Literal["none", "target", "context"] | None = None
+    """What stands behind a sequence: nothing; padding up to `max_length` that is generated like the answer and counts
+    in the loss; or the same without counting. When None, what the parametrization was made for."""
     shuffle_seed: int | None = Field(default=None, ge=0)
     """Seed of the data order; the run's seed when None."""
     shuffle_buffer: int = Field(default=10_000, ge=1)
@@ -123,6 +150,14 @@ class DataSection(Section):
     def _one_held_out_set(self) -> Self:
         if self.eval and self.eval_fraction:
             raise ValueError(f"eval names data and eval_fraction is {self.eval_fraction}; keep one of them")
+        return self
+
+    @model_validator(mode="after")
+    def _supervises_once(self) -> Self:
+        if self.turns != "all" and self.supervise == "all":
+            raise ValueError(f"turns {self.turns!r} supervises one answer and supervise 'all' every token; keep one")
+        if self.masking is not None and self.supervise == "all":
+            raise ValueError("masking decides what is supervised, so supervise 'all' has no meaning; remove one")
         return self
 
 
@@ -160,6 +195,10 @@ class TrainingSection(Section):
     class_dropout: float = Field(default=0.2, ge=0, le=1)
     """Probability with which a class label is left out, for classifier-free guidance."""
     class_dropout_per: Literal["token", "example"] = "token"
+    time_learning_rate: float | None = Field(default=None, gt=0)
+    """Peak rate of the backbone's time embedding; that of everything else when None."""
+    self_conditioning: float = Field(default=0.5, ge=0, le=1)
+    """Probability with which an example is shown a first prediction, where the parametrization reads one."""
     eval_steps: int | None = Field(default=None, ge=1)
     """Updates between evaluations; only at the end when None."""
     save_steps: int | None = Field(default=None, ge=1)

@@ -50,8 +50,8 @@ def _line(where: str, path: Path, texts: list[str]) -> str:
 
 
 def _component_problems(data: Mapping[str, Any]) -> Iterator[tuple[Path, str]]:
-    """Components that cannot be had, in the registry's words; they sit under their kind, here or in `sampling`."""
-    for path, section in (((), data), (("sampling",), data.get("sampling"))):
+    """Components that cannot be had, in the registry's words; they sit under their kind, here or in a section."""
+    for path, section in (((), data), *(((name,), data.get(name)) for name in ("sampling", "noise"))):
         if not isinstance(section, Mapping):
             continue
         for kind in registry().kinds():

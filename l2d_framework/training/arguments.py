@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
-from l2d_framework.config import TrainingSection
+from l2d_framework.config import RewardTraining, TrainingSection
 from l2d_framework.errors import ConfigError
 from l2d_framework.training.collate import Collator
 
@@ -27,15 +27,8 @@ def make_arguments(training: TrainingSection, output: Path, *, seed: int) -> Tra
 
     Returns:
         The arguments.
-
-    Raises:
-        ConfigError: if the batch does not divide over the processes, or the launcher asks for sharded parameters.
     """
-    for variable, name in (("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed")):
-        if os.environ.get(variable, "false").lower() in ("true", "1"):
-            raise ConfigError(
-                f"Training under {name} is not supported. Launch with plain data parallelism (--multi_gpu)."
-            )
+    refuse_sharding()
     arguments = TrainingArguments(
         output_dir=str(output),
         seed=seed,
@@ -57,6 +50,33 @@ def make_arguments(training: TrainingSection, output: Path, *, seed: int) -> Tra
         disable_tqdm=True,
         ddp_timeout=24 * 3600,  # the other processes wait while the first one tokenizes
     )
+    divide_batch(arguments, training)
+    return arguments
+
+
+def refuse_sharding() -> None:
+    """Refuse a launcher that shards parameters.
+
+    Raises:
+        ConfigError: if it does.
+    """
+    for variable, name in (("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed")):
+        if os.environ.get(variable, "false").lower() in ("true", "1"):
+            raise ConfigError(
+                f"Training under {name} is not supported. Launch with plain data parallelism (--multi_gpu)."
+            )
+
+
+def divide_batch(arguments: TrainingArguments, training: TrainingSection | RewardTraining) -> None:
+    """Divide the batch of an update over processes and micro-batches.
+
+    Args:
+        arguments: changed in place.
+        training: the `training` section.
+
+    Raises:
+        ConfigError: if it does not divide.
+    """
     arguments._n_gpu = min(arguments.n_gpu, 1)  # one process per device; DataParallel would split what is keyed
     micro = training.micro_batch_size or max(training.batch_size // arguments.world_size, 1)
     if training.batch_size % (micro * arguments.world_size):
@@ -66,7 +86,6 @@ def make_arguments(training: TrainingSection, output: Path, *, seed: int) -> Tra
         )
     arguments.per_device_train_batch_size = arguments.per_device_eval_batch_size = micro
     arguments.gradient_accumulation_steps = training.batch_size // (micro * arguments.world_size)
-    return arguments
 
 
 @dataclass(frozen=True)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise, takewhile
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import jinja2
 from transformers import PreTrainedTokenizerBase
@@ -19,13 +19,41 @@ _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 Messages = Sequence[Mapping[str, Any]]
 Spans = list[tuple[int, int]]
+Turns = Literal["all", "first", "pairs", "accumulated", "sliding"]
+
+# First and last exchange of each row, of a conversation of n exchanges.
+_STRETCHES: dict[Turns, Callable[[int], Spans]] = {
+    "first": lambda n: [(0, 0)],
+    "pairs": lambda n: [(i, i) for i in range(n)],
+    "accumulated": lambda n: [(0, i) for i in range(n)],
+    "sliding": lambda n: [(i, j) for i in range(n) for j in range(i, n)],
+}
+
+
+def split_turns(messages: Messages, turns: Turns) -> list[Messages]:
+    """Conversations to learn from one conversation, of which each ends in the answer to learn.
+
+    Args:
+        messages: turns with `role` and `content`; an exchange ends with each assistant's turn.
+        turns: `first` exchange only; `pairs`: each exchange alone; `accumulated`: each with all before it; `sliding`:
+            every stretch of neighbouring exchanges, in the order of its first; `all`: the conversation as it is.
+
+    Returns:
+        The conversations, each with the system messages that opened the whole one.
+    """
+    ends = [i + 1 for i, turn in enumerate(messages) if turn["role"] == "assistant"]
+    if turns not in _STRETCHES or not ends:
+        return [messages]
+    opening = sum(1 for _ in takewhile(lambda turn: turn["role"] == "system", messages))
+    starts = [opening, *ends]
+    return [[*messages[:opening], *messages[starts[a] : ends[b]]] for a, b in _STRETCHES[turns](len(ends))]
 
 
 def resolve_template(chosen: str | None, tokenizer: PreTrainedTokenizerBase) -> str:
     """Source text of the chat template to use.
 
     Args:
-        chosen: path to a jinja file, the template itself, or None for the tokenizer's own.
+        chosen: name of a shipped template, path to a jinja file, the template itself, or None for the tokenizer's own.
         tokenizer: the language model's tokenizer.
 
     Returns:
@@ -86,7 +114,7 @@ class ChatEncoder:
         """
         return self._render(messages, add_generation_prompt=add_generation_prompt)[0]
 
-    def encode(self, messages: Messages) -> tuple[list[int], list[bool]]:
+    def encode(self, messages: Messages, *, last_only: bool = False) -> tuple[list[int], list[bool]]:
         """Tokens of a conversation up to the end of its last answer, and which of them are answers.
 
         The end of an answer's turn belongs to it. Answers are found by the template's generation markers, or else by
@@ -94,14 +122,18 @@ class ChatEncoder:
 
         Args:
             messages: turns with `role` and `content`.
+            last_only: count no answer but the last one.
 
         Returns:
             Token ids and, for each, whether it is part of an answer; empty when there is no answer.
         """
+        wanted = slice(-1 if last_only else None, None)
         if _GENERATION.search(self.template):
             text, spans = self._render(messages, marked=True)
+            spans = spans[wanted]
         else:
-            text, spans = self._spans_by_prefix(messages)
+            answers = [i for i, turn in enumerate(messages) if turn.get("role") == "assistant"]
+            text, spans = self._spans_by_prefix(messages, answers[wanted])
         if not spans:
             return [], []
         ids, spans = self._tokenize(text, spans)
@@ -145,12 +177,10 @@ class ChatEncoder:
         texts, spans = rendered
         return texts[0], spans[0] if marked else []
 
-    def _spans_by_prefix(self, messages: Messages) -> tuple[str, Spans]:
+    def _spans_by_prefix(self, messages: Messages, answers: list[int]) -> tuple[str, Spans]:
         text = self.render(messages)
         spans = []
-        for i, turn in enumerate(messages):
-            if turn.get("role") != "assistant":
-                continue
+        for i in answers:
             prompt = self.render(messages[:i], add_generation_prompt=True)
             answered = self.render(messages[: i + 1])
             _require_prefix(prompt, answered, f"the first {i} messages with a generation prompt", f"the first {i + 1}")

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from l2d_framework.errors import ConfigError
+from l2d_framework.training.masking import Masker
 
 IGNORED = -100
 """Label of a position that carries no loss."""
@@ -19,17 +20,28 @@ IGNORED = -100
 class Collator:
     """Pads rows on the right and numbers the blocks to denoise.
 
+    `blocks` alone says what is denoised, `labels` alone what is counted in the loss.
+
     Attributes:
         pad_id: token that fills the padding.
         block_size: tokens per denoised block, or None for one block of all supervised tokens.
         pad_to_multiple_of: round the length of a batch up to a multiple of this many tokens.
+        padding: None or "none" to leave padding out of everything; "target" to fill rows up to `max_length` with
+            padding that is denoised in the last block and counted; "context" for the same without counting.
+        max_length: tokens of a row with its padding; needed by "target" and "context".
+        masker: decides what is supervised in the rows' stead, or None.
     """
 
     pad_id: int
     block_size: int | None = 1
     pad_to_multiple_of: int = 1
+    padding: Literal["none", "target", "context"] | None = None
+    max_length: int | None = None
+    masker: Masker | None = None
 
     def __post_init__(self) -> None:
+        if self._fills and self.max_length is None:
+            raise ConfigError(f"padding {self.padding!r} fills rows up to max_length; got None. Give max_length.")
         for name in ("block_size", "pad_to_multiple_of"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -42,10 +54,12 @@ class Collator:
             rows: rows of `PreparedData`.
 
         Returns:
-            All int64: `input_ids`, `blocks` (-1 padding, 0 known, k >= 1 denoised k-th) and `labels` (-100 where
-            nothing is to be learnt), each (B, S); `class_id` and `index`, each (B,).
+            All int64: `input_ids`, `blocks` (-1 absent, 0 known, k >= 1 denoised k-th) and `labels` (-100 where
+            nothing is counted), each (B, S); `length` without padding, `class_id` and `index`, each (B,).
         """
         longest = max(len(row["input_ids"]) for row in rows)
+        if self._fills:
+            longest = max(longest, self.max_length or 0)
         length = -(-longest // self.pad_to_multiple_of) * self.pad_to_multiple_of
         ids = torch.full((len(rows), length), self.pad_id)
         blocks = torch.full((len(rows), length), -1)
@@ -54,14 +68,23 @@ class Collator:
             here = slice(len(row["input_ids"]))
             ids[i, here] = torch.as_tensor(row["input_ids"])
             blocks[i, here] = 0
-            supervised[i, here] = torch.as_tensor(row["supervised"])
+            supervised[i, here] = torch.as_tensor(row["supervised"] if self.masker is None else self.masker(row))
+        counted = supervised | (blocks < 0) if self.padding == "target" else supervised
+        blocks = torch.where(supervised, number_blocks(supervised, self.block_size), blocks)
+        if self._fills:
+            blocks = torch.where(blocks < 0, blocks.amax(-1, keepdim=True), blocks)
         return {
             "input_ids": ids,
-            "blocks": torch.where(supervised, number_blocks(supervised, self.block_size), blocks),
-            "labels": ids.masked_fill(~supervised, IGNORED),
+            "blocks": blocks,
+            "labels": ids.masked_fill(~counted, IGNORED),
+            "length": torch.tensor([len(row["input_ids"]) for row in rows]),
             "class_id": torch.tensor([int(row["class_id"]) for row in rows]),
             "index": torch.tensor([int(row["index"]) for row in rows]),
         }
+
+    @property
+    def _fills(self) -> bool:
+        return self.padding in ("target", "context")
 
 
 def number_blocks(supervised: Tensor, block_size: int | None) -> Tensor:

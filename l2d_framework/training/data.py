@@ -10,10 +10,17 @@ from typing import TYPE_CHECKING, Any
 
 import datasets
 import numpy as np
+from datasets.fingerprint import Hasher
 from transformers import PreTrainedTokenizerBase
 
 from l2d_framework.errors import DataError
-from l2d_framework.training.data_encode import Columns, Encoding, NothingSupervisedError, encode_example
+from l2d_framework.training.data_encode import (
+    Columns,
+    Encoding,
+    NothingSupervisedError,
+    encode_example,
+    split_example,
+)
 from l2d_framework.training.data_sources import Opened, describe, load_sources
 
 if TYPE_CHECKING:
@@ -30,7 +37,6 @@ _ENCODED = datasets.Features(
 )
 _NUMBERED = datasets.Features({**_ENCODED, "index": datasets.Value("int64")})
 _STREAM_BATCH = 32
-_PACKED_DOCUMENTS = 1000
 
 
 @dataclass(frozen=True)
@@ -95,11 +101,12 @@ def prepare(
         splits["train"] = splits["train"].shuffle(seed=order_seed, buffer_size=section.shuffle_buffer)
     card = {
         "sources": {which: [one.card for one in ones] for which, ones in opened.items()},
-        "splits": {which: _count(data) for which, data in splits.items()},
+        "splits": {which: _count(data, is_masked=section.masking is not None) for which, data in splits.items()},
         "held_out": {"fraction": section.eval_fraction, "seed": seed} if section.eval_fraction else None,
         "max_length": section.max_length,
         "streaming": section.streaming,
         "packed": section.pack,
+        "turns": section.turns,
     }
     return PreparedData(splits["train"], splits.get("eval"), card)
 
@@ -121,6 +128,11 @@ def _check(section: DataSection, opened: list[Opened], classes: Sequence[str]) -
                 f"data.pack joins documents of plain text without classes, but {describe(one.source)} has the format "
                 f"{one.columns.format!r} and class_column {one.columns.class_column!r}. Set data.pack: false."
             )
+        if section.masking is not None and one.columns.format != "text":
+            raise DataError(
+                f"data.masking chooses what to generate of plain text, but {describe(one.source)} has the format "
+                f"{one.columns.format!r}, whose answers are generated. Remove data.masking, or name a text column."
+            )
 
 
 @dataclass(frozen=True)
@@ -137,14 +149,20 @@ class _Encoder:
         names = list(batch)
         for index, values in zip(indices, zip(*(batch[name] for name in names), strict=True), strict=True):
             try:
-                row = encode_example(dict(zip(names, values, strict=True)), self.columns, self.encoding)
+                for row in self._rows(dict(zip(names, values, strict=True))):
+                    for name, value in row.items():
+                        encoded[name].append(value)
             except DataError as error:
-                if self.drop and isinstance(error, NothingSupervisedError):
-                    continue
                 raise type(error)(f"Example {index} of {self.where}: {error}") from error
-            for name, value in row.items():
-                encoded[name].append(value)
         return encoded
+
+    def _rows(self, example: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        for row in split_example(example, self.columns, self.encoding):
+            try:
+                yield encode_example(row, self.columns, self.encoding)
+            except NothingSupervisedError:
+                if not self.drop:
+                    raise
 
 
 def _encode(opened: Opened, section: DataSection, encoding: Encoding) -> Any:
@@ -160,7 +178,8 @@ def _encode(opened: Opened, section: DataSection, encoding: Encoding) -> Any:
     else:
         data = opened.data.map(encoder, desc=f"Encoding {opened.source.path}", **options)
         left = len(data) > 0
-        opened.card["dropped"] = len(opened.data) - len(data)
+        # Where one example gives several rows, they do not tell how many gave none.
+        opened.card["dropped"] = len(opened.data) - len(data) if section.turns in ("all", "first") else None
     if not left:
         raise DataError(f"No example of {where} has a supervised token: data.drop_unsupervised skipped all of them.")
     return data
@@ -191,40 +210,55 @@ def _mix(parts: list[Any], weights: list[float], seed: int) -> Any:
 
 
 def _finish(data: Any, section: DataSection) -> Any:
-    if section.pack:
-        pack = partial(_pack, length=section.max_length)
-        data = data.map(pack, batched=True, batch_size=_PACKED_DOCUMENTS, features=_ENCODED)
+    length = section.max_length if section.pack else None
     if isinstance(data, datasets.Dataset):
+        if length is not None and len(data):
+            fingerprint = Hasher.hash([data._fingerprint, _packed, length])
+            options = {"rows": data, "length": length}
+            data = datasets.Dataset.from_generator(
+                _packed, features=_ENCODED, gen_kwargs=options, fingerprint=fingerprint
+            )
         return data.add_column("index", np.arange(len(data)))
     # One shard, so that numbers stay unique when processes and workers share the stream.
-    return datasets.IterableDataset.from_generator(_numbered, features=_NUMBERED, gen_kwargs={"stream": data})
+    options = {"stream": data, "length": length}
+    return datasets.IterableDataset.from_generator(_numbered, features=_NUMBERED, gen_kwargs=options)
 
 
-def _pack(batch: dict[str, list[Any]], length: int) -> dict[str, list[Any]]:
-    ids = [token for document in batch["input_ids"] for token in document]
-    supervised = [flag for document in batch["supervised"] for flag in document]
-    starts = [start for start in range(0, len(ids), length) if any(supervised[start + 1 : start + length])]
-    return {
-        "input_ids": [ids[start : start + length] for start in starts],
-        "supervised": [[False, *supervised[start + 1 : start + length]] for start in starts],
-        "class_id": [-1] * len(starts),
-    }
-
-
-def _numbered(stream: Any) -> Iterator[dict[str, Any]]:
-    index = 0
+def _rows(data: Any) -> Iterator[dict[str, Any]]:
     # `iter` instead of iterating: inside a worker process the latter would skip shards a second time.
-    for batch in stream.iter(batch_size=_STREAM_BATCH):
-        for values in zip(*batch.values(), strict=True):
-            row = dict(zip(batch, values, strict=True))
+    for batch in data.iter(batch_size=_STREAM_BATCH):
+        for ids, supervised, class_id in zip(*(batch[name] for name in _ENCODED), strict=True):
             # Arrays, because a shuffle buffer of lists would take eight times the memory.
-            row["input_ids"] = np.asarray(row["input_ids"], np.int32)
-            row["supervised"] = np.asarray(row["supervised"], np.bool_)
-            yield {**row, "index": index}
-            index += 1
+            yield {
+                "input_ids": np.asarray(ids, np.int32),
+                "supervised": np.asarray(supervised, np.bool_),
+                "class_id": class_id,
+            }
 
 
-def _count(data: Any) -> dict[str, int | None]:
+def _packed(rows: Any, length: int) -> Iterator[dict[str, Any]]:
+    ids, supervised = np.empty(0, np.int32), np.empty(0, np.bool_)
+    for row in _rows(rows):
+        ids = np.concatenate([ids, row["input_ids"]])
+        supervised = np.concatenate([supervised, row["supervised"]])
+        while len(ids) >= length:
+            yield from _chunk(ids[:length], supervised[:length])
+            ids, supervised = ids[length:], supervised[length:]
+    yield from _chunk(ids, supervised)
+
+
+def _chunk(ids: Any, supervised: Any) -> Iterator[dict[str, Any]]:
+    supervised = supervised & (np.arange(len(ids)) > 0)
+    if supervised.any():
+        yield {"input_ids": ids, "supervised": supervised, "class_id": -1}
+
+
+def _numbered(stream: Any, length: int | None) -> Iterator[dict[str, Any]]:
+    rows = _rows(stream) if length is None else _packed(stream, length)
+    yield from ({**row, "index": index} for index, row in enumerate(rows))
+
+
+def _count(data: Any, *, is_masked: bool) -> dict[str, int | None]:
     if not isinstance(data, datasets.Dataset):
         return {"examples": None, "tokens": None, "supervised_tokens": None}
     tokens = supervised = 0
@@ -232,4 +266,5 @@ def _count(data: Any) -> dict[str, int | None]:
         flags = table["supervised"].combine_chunks().flatten()
         tokens += len(flags)
         supervised += flags.true_count
-    return {"examples": len(data), "tokens": tokens, "supervised_tokens": supervised}
+    # Masks are drawn while training, anew in every epoch.
+    return {"examples": len(data), "tokens": tokens, "supervised_tokens": None if is_masked else supervised}

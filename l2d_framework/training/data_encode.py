@@ -62,6 +62,7 @@ class Encoding:
         bos: token that this tokenizer puts at the start of every sequence, or None.
         max_length: longest example in tokens; the rest is cut off. None for no limit.
         everything: whether prompts are supervised, too.
+        turns: which conversations are made of one.
         chat: encoder of conversations; None if there are none.
         classes: names of the classes; a class is stored as its position here.
         class_map: class name of a label, where the two differ.
@@ -72,6 +73,7 @@ class Encoding:
     bos: int | None
     max_length: int | None
     everything: bool = False
+    turns: chat.Turns = "all"
     chat: chat.ChatEncoder | None = None
     classes: tuple[str, ...] = ()
     class_map: tuple[tuple[str, str], ...] = ()
@@ -105,12 +107,30 @@ class Encoding:
             # Documents are cut into chunks only once they are packed.
             max_length=None if section.pack else section.max_length,
             everything=section.supervise == "all",
+            turns=section.turns,
             chat=chat.ChatEncoder.of(tokenizer, chat.resolve_template(section.chat_template, tokenizer))
             if has_chat
             else None,
             classes=tuple(classes),
             class_map=tuple(section.class_map.items()),
         )
+
+
+def split_example(row: Mapping[str, Any], columns: Columns, encoding: Encoding) -> list[Mapping[str, Any]]:
+    """Rows to learn from one row: several where `data.turns` makes several conversations of one.
+
+    Args:
+        row: one row of a data source.
+        columns: where it keeps what.
+        encoding: how it becomes tokens.
+
+    Returns:
+        Rows for `encode_example`.
+    """
+    if "messages" not in columns.names:
+        return [row]
+    conversations = chat.split_turns(_messages(row, columns), encoding.turns)
+    return [{**row, columns.names["messages"]: list(conversation)} for conversation in conversations]
 
 
 def encode_example(row: Mapping[str, Any], columns: Columns, encoding: Encoding) -> dict[str, Any]:
@@ -153,7 +173,7 @@ def _read_messages(row: Mapping[str, Any], columns: Columns, encoding: Encoding)
         raise DataError("the row is a conversation, but no chat template was prepared.")
     if encoding.everything:
         return encoding.chat.encode_all(messages)
-    ids, supervised = encoding.chat.encode(messages)
+    ids, supervised = encoding.chat.encode(messages, last_only=encoding.turns != "all")
     if supervised and all(supervised[1:]):
         raise DataError(
             "every token of this conversation is supervised, so the prompt was not recognised. Check where the chat "

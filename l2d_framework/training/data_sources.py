@@ -5,7 +5,8 @@ from __future__ import annotations
 import glob
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -18,9 +19,10 @@ from huggingface_hub import constants as hub
 
 from l2d_framework.errors import DataError, suggest
 from l2d_framework.training.data_encode import FIELDS, Columns, Format
+from l2d_framework.training.data_lines import COMPRESSIONS, first_columns, json_lines
 
 if TYPE_CHECKING:
-    from l2d_framework.config import DataSection, DataSource
+    from l2d_framework.config import DataSection, DataSource, RowSource
 
 _LOADERS = {
     ".json": "json",
@@ -31,8 +33,8 @@ _LOADERS = {
     ".csv": "csv",
     ".arrow": "arrow",
 }
-_COMPRESSIONS = {".gz", ".zst", ".bz2", ".xz"}
 _HASHED_ROWS = 1000
+_OTHER_SPLIT = re.compile(r"(?<![a-z])(test|testing|dev|val|valid|validation|eval|evaluation)(?![a-z])")
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ class Opened:
     card: dict[str, Any]
 
 
-_RECORDED = ("path", "name", "split", "revision", "limit", "weight", "class_name", "exclude")
+_RECORDED = ("path", "name", "split", "revision", "limit", "exclude")
 
 
 def load_sources(section: DataSection, which: Literal["train", "eval"]) -> list[Opened]:
@@ -71,7 +73,7 @@ def load_sources(section: DataSection, which: Literal["train", "eval"]) -> list[
     return [_open(source, streaming=section.streaming) for source in sources]
 
 
-def describe(source: DataSource) -> str:
+def describe(source: RowSource) -> str:
     """Short name of a source for messages.
 
     Args:
@@ -84,8 +86,35 @@ def describe(source: DataSource) -> str:
 
 
 def _open(source: DataSource, *, streaming: bool) -> Opened:
+    data, present, files = load_rows(source, streaming=streaming)
+    columns = _columns(source, present, data.features)
+    used = [*columns.names.values(), *([columns.class_column] if columns.class_column else [])]
+    data, card = select_rows(source, data, files, used=used)
+    card |= {
+        "weight": source.weight,
+        "class_name": source.class_name,
+        "format": columns.format,
+        "columns": columns.names,
+    }
+    return Opened(source, data, columns, card)
+
+
+def load_rows(source: RowSource, *, streaming: bool = False) -> tuple[Any, list[str], list[str]]:
+    """Open the rows of a source, all of them.
+
+    Args:
+        source: its entry in the run file.
+        streaming: whether to read them one after the other.
+
+    Returns:
+        (a `Dataset` or, when streaming, an `IterableDataset`; its columns; the local files that the path names).
+    """
     loader, data_files, files = _locate(source)
     with _blaming(source, streaming=streaming):
+        is_whole = source.split == "train" and loader == "json" and files
+        if streaming and is_whole and (columns := first_columns(files[0])):
+            options = {"files": files, "columns": columns}
+            return datasets.IterableDataset.from_generator(json_lines, gen_kwargs=options), list(columns), files
         data = datasets.load_dataset(
             loader,
             source.name,
@@ -94,37 +123,51 @@ def _open(source: DataSource, *, streaming: bool) -> Opened:
             revision=source.revision,
             streaming=streaming,
         )
-        first = next(iter(data))
-    columns = _columns(source, list(first), data.features)
+        return data, list(next(iter(data))), files
+
+
+def select_rows(source: RowSource, data: Any, files: Sequence[str], *, used: list[str]) -> tuple[Any, dict[str, Any]]:
+    """Rows that the source asks for, and facts about them.
+
+    Args:
+        source: its entry in the run file; the columns of `exclude` exist.
+        data: from `load_rows`.
+        files: likewise.
+        used: columns that count in the fingerprint.
+
+    Returns:
+        (the rows that are left, facts that JSON can hold).
+    """
+    streaming = isinstance(data, datasets.IterableDataset)
     with _blaming(source, streaming=streaming):
         if source.exclude:
             data = data.filter(partial(_wanted, exclude=source.exclude))
         if source.limit is not None:
             data = data.take(source.limit) if streaming else data.select(range(min(source.limit, len(data))))
         next(iter(data))
-        digest = {"sha256": _hash_files(files)} if files else {"sha256_of_first_rows": _hash_rows(data, columns)}
-    local = bool(files) or Path(source.path).expanduser().is_dir()
+        # A corpus that is streamed may be too large to read for its digest.
+        whole = bool(files) and not streaming
+        digest = {"sha256": _hash_files(files)} if whole else {"sha256_of_first_rows": _hash_rows(data, used)}
     card = {
         **{key: getattr(source, key) for key in _RECORDED},
-        "format": columns.format,
-        "columns": columns.names,
-        "local": local,
+        "local": bool(files) or Path(source.path).expanduser().is_dir(),
         "fingerprint": None if streaming else data._fingerprint,
         **digest,
         "rows": None if streaming else len(data),
     }
-    return Opened(source, data, columns, card)
+    return data, card
 
 
 def _wanted(row: dict[str, Any], exclude: dict[str, list[str]]) -> bool:
     return not any(str(row[column]) in values for column, values in exclude.items())
 
 
-def _locate(source: DataSource) -> tuple[str, Any, list[str]]:
+def _locate(source: RowSource) -> tuple[str, Any, list[str]]:
     # Loader or path for `load_dataset`, its data files, and the local files where the path names files.
     path = Path(source.path).expanduser()
     if path.is_dir():
-        return str(path), source.data_files, []
+        shards = _shards(path) if source.data_files is None else []
+        return ("json", {"train": shards}, shards) if shards else (str(path), source.data_files, [])
     files = [str(path)] if path.is_file() else []
     if not files and glob.has_magic(source.path):
         files = sorted(name for name in glob.glob(str(path), recursive=True) if Path(name).is_file())
@@ -140,8 +183,21 @@ def _locate(source: DataSource) -> tuple[str, Any, list[str]]:
     return source.path, source.data_files, []
 
 
+def _shards(folder: Path) -> list[str]:
+    # All of a folder that holds nothing but packed JSON, like Dolma's. `datasets` would read only those files that have
+    # "train" in their names where any has, and some of Dolma's have.
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    is_corpus = all(
+        _LOADERS.get(Path(path.stem).suffix) == "json"
+        and path.suffix in COMPRESSIONS
+        and not _OTHER_SPLIT.search(path.name)
+        for path in files
+    )
+    return [str(path) for path in files] if is_corpus else []
+
+
 def _loader_of(files: Sequence[str]) -> str:
-    endings = {next((s for s in reversed(Path(name).suffixes) if s not in _COMPRESSIONS), "") for name in files}
+    endings = {next((s for s in reversed(Path(name).suffixes) if s not in COMPRESSIONS), "") for name in files}
     loaders = {_LOADERS.get(ending) for ending in endings}
     loader = loaders.pop()
     if loader is None or loaders:
@@ -153,7 +209,7 @@ def _loader_of(files: Sequence[str]) -> str:
 
 
 @contextmanager
-def _blaming(source: DataSource, *, streaming: bool) -> Iterator[None]:
+def _blaming(source: RowSource, *, streaming: bool) -> Iterator[None]:
     try:
         yield
     except (ConnectionError, datasets.exceptions.DatasetNotFoundError) as error:
@@ -164,6 +220,8 @@ def _blaming(source: DataSource, *, streaming: bool) -> Iterator[None]:
         ) from error
     except StopIteration as error:
         raise DataError(f"{describe(source)} is empty: it holds no rows.") from error
+    except DataError:
+        raise
     # The libraries below raise whatever a broken file makes them raise; all of it is the data's fault.
     except Exception as error:
         whole = " Streaming reads whole splits: use `limit` instead of a slice." if streaming else ""
@@ -174,20 +232,33 @@ def _blaming(source: DataSource, *, streaming: bool) -> Iterator[None]:
         ) from error
 
 
+def require_columns(source: RowSource, present: list[str], wanted: Iterable[tuple[str, str]]) -> None:
+    """Refuse a source that lacks a column.
+
+    Args:
+        source: its entry in the run file.
+        present: its columns.
+        wanted: pairs of our name for a column and the source's.
+
+    Raises:
+        DataError: naming the first one that is missing.
+    """
+    for field, column in wanted:
+        if column not in present:
+            raise DataError(
+                f"{describe(source)} has no column {column!r} for {field!r}; its columns are {present}"
+                f"{suggest(column, present)}. Name the right one, such as columns: {{prompt: question}}."
+            )
+
+
 def _columns(source: DataSource, present: list[str], features: Any) -> Columns:
-    where = describe(source)
     layout = _format(source, present)
     fields = FIELDS[layout]
     if layout == "messages" and source.columns.keys() >= set(FIELDS["prompt_completion"]):
         fields = FIELDS["prompt_completion"]
     names = {str(field): source.columns.get(field, field) for field in fields}
-    wanted = [*names.items(), ("class_column", source.class_column), *(("exclude", name) for name in source.exclude)]
-    for field, column in wanted:
-        if column is not None and column not in present:
-            raise DataError(
-                f"{where} has no column {column!r} for {field!r}; its columns are {present}"
-                f"{suggest(column, present)}. Name the right one, such as columns: {{prompt: question}}."
-            )
+    classes = [("class_column", source.class_column)] if source.class_column is not None else []
+    require_columns(source, present, [*names.items(), *classes, *(("exclude", name) for name in source.exclude)])
     feature = (features or {}).get(source.class_column)
     class_names = tuple(feature.names) if isinstance(feature, datasets.ClassLabel) else None
     return Columns(layout, names, source.class_column, class_names, source.class_name)
@@ -218,9 +289,8 @@ def _hash_files(files: Sequence[str]) -> str:
     return total.hexdigest()
 
 
-def _hash_rows(data: Any, columns: Columns) -> str:
+def _hash_rows(data: Any, used: list[str]) -> str:
     total = hashlib.sha256()
-    used = [*columns.names.values(), *([columns.class_column] if columns.class_column else [])]
     for row in islice(data, _HASHED_ROWS):
         total.update(json.dumps([row[column] for column in used], default=str).encode())
     return total.hexdigest()

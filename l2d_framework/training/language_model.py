@@ -58,7 +58,14 @@ class NextToken(Learner):
             enable({"use_reentrant": False})
 
     def forward(
-        self, input_ids: Tensor, blocks: Tensor, labels: Tensor, class_id: Tensor, index: Tensor, epoch: Tensor
+        self,
+        input_ids: Tensor,
+        blocks: Tensor,
+        labels: Tensor,
+        length: Tensor,
+        class_id: Tensor,
+        index: Tensor,
+        epoch: Tensor,
     ) -> dict[str, Tensor]:
         """Next-token loss of a batch, with the vocabulary head at supervised positions only.
 
@@ -66,6 +73,7 @@ class NextToken(Learner):
             input_ids: padded on the right, where causal attention does not see it, (B, S), int64.
             blocks: unused; `labels` says what is supervised.
             labels: token ids where supervised, else -100, (B, S), int64.
+            length: unused.
             class_id: unused.
             index: unused.
             epoch: unused.

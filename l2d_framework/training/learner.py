@@ -22,7 +22,14 @@ class Learner(nn.Module, ABC):
 
     @abstractmethod
     def forward(
-        self, input_ids: Tensor, blocks: Tensor, labels: Tensor, class_id: Tensor, index: Tensor, epoch: Tensor
+        self,
+        input_ids: Tensor,
+        blocks: Tensor,
+        labels: Tensor,
+        length: Tensor,
+        class_id: Tensor,
+        index: Tensor,
+        epoch: Tensor,
     ) -> dict[str, Tensor]:
         """Loss of a batch; the arguments are what `EpochCollator` makes.
 
@@ -30,13 +37,14 @@ class Learner(nn.Module, ABC):
             input_ids: (B, S), int64.
             blocks: -1 padding, 0 known, k >= 1 supervised, (B, S), int64.
             labels: token ids where supervised, else -100, (B, S), int64.
+            length: tokens of each row without padding, (B,), int64.
             class_id: (B,), int64, -1 for none.
             index: of each example in data order, (B,), int64.
             epoch: of each example, (B,), int64.
 
         Returns:
             `loss`, the sum over supervised tokens in nats, (), differentiable; `losses` of every draw, (N,), and the
-            `row` each belongs to, (N,); for a diffusion model also its time `t`, (N,).
+            `row` each belongs to, (N,); for a diffusion model also its time `t` and whether it `is_pad`, (N,).
         """
 
     @abstractmethod
@@ -55,6 +63,14 @@ class Learner(nn.Module, ABC):
             folder: where to.
         """
         self.save(folder, "")
+
+    def time_parameters(self) -> list[nn.Parameter]:
+        """Parameters that may have a learning rate of their own; none unless the model knows time.
+
+        Returns:
+            The parameters.
+        """
+        return []
 
     @abstractmethod
     def restore(self, folder: Path) -> None:
@@ -78,10 +94,13 @@ class Denoiser(Learner):
         super().__init__()
         self.model = model
         self._training, self._seed = training, seed
+        self._dtype = model.backbone.lm.dtype if model.backbone.trains_lm else None
         own = {id(parameter) for parameter in model.own_parameters().values()}
         for parameter in model.parameters():
-            if id(parameter) not in own:
-                parameter.requires_grad_(False)
+            parameter.requires_grad_(id(parameter) in own)
+            if parameter.requires_grad:
+                # Small updates vanish in half precision, so the master weights have more; autocast computes in less.
+                parameter.data = parameter.data.float()
         if training.gradient_checkpointing:
             backbone: Any = model.backbone
             backbone.gradient_checkpointing = True
@@ -94,18 +113,31 @@ class Denoiser(Learner):
             run: the run.
 
         Raises:
-            ConfigError: if it asks for gradient checkpointing that the backbone has not.
+                ConfigError: if it asks for gradient checkpointing that the backbone has not, or for several noisy copies of
+                a token where they would see each other.
         """
-        if run.training.gradient_checkpointing:
+        if run.training.gradient_checkpointing or run.training.draws_per_token > 1:
             empty = checkpoint.build_model(run, meta=True)
-            if not hasattr(empty.backbone, "gradient_checkpointing"):
+            if run.training.draws_per_token > 1 and not empty.backbone.independent_positions:
+                raise ConfigError(
+                    f"training.draws_per_token is {run.training.draws_per_token}, but noisy positions of backbone "
+                    f"{run.backbone.component_name()!r} see each other, so a token can be noised once only. Set it to 1."
+                )
+            if run.training.gradient_checkpointing and not hasattr(empty.backbone, "gradient_checkpointing"):
                 raise ConfigError(
                     f"training.gradient_checkpointing is true, but backbone {run.backbone.component_name()!r} offers "
                     "none. Set it to false."
                 )
 
     def forward(
-        self, input_ids: Tensor, blocks: Tensor, labels: Tensor, class_id: Tensor, index: Tensor, epoch: Tensor
+        self,
+        input_ids: Tensor,
+        blocks: Tensor,
+        labels: Tensor,
+        length: Tensor,
+        class_id: Tensor,
+        index: Tensor,
+        epoch: Tensor,
     ) -> dict[str, Tensor]:
         """Denoising loss of a batch.
 
@@ -116,12 +148,13 @@ class Denoiser(Learner):
             input_ids: (B, S), int64.
             blocks: -1 padding, 0 known, k >= 1 denoised k-th, (B, S), int64.
             labels: -100 where a token is denoised but not counted, (B, S), int64.
+            length: tokens of each row without padding, (B,), int64.
             class_id: (B,), int64, -1 for none.
             index: of each example in data order, (B,), int64.
             epoch: of each example, (B,), int64.
 
         Returns:
-            `loss`, `losses`, `row` and `t`, as in `Learner`.
+            `loss`, `losses`, `row`, `t` and `is_pad`, as in `Learner`.
         """
         layout = Layout(input_ids, blocks)
         settings, seed = self._training, self._seed
@@ -139,7 +172,13 @@ class Denoiser(Learner):
         losses = denoising_loss(
             self.model, layout, draws, classes=classes, counted=labels != IGNORED, chunk=settings.loss_chunk
         )
-        return {"loss": losses.total, "losses": losses.tokens, "t": losses.t, "row": losses.row}
+        return {
+            "loss": losses.total,
+            "losses": losses.tokens,
+            "t": losses.t,
+            "row": losses.row,
+            "is_pad": losses.position >= length[losses.row],
+        }
 
     def save(self, folder: Path, notes: str) -> None:
         """Write a checkpoint that `l2d_framework.load` reads.
@@ -148,7 +187,23 @@ class Denoiser(Learner):
             folder: where to.
             notes: markdown for the model card.
         """
-        checkpoint.save(self.model, folder, notes=notes)
+        checkpoint.save(self.model, folder, notes=notes, dtype=self._dtype)
+
+    def checkpoint(self, folder: Path) -> None:
+        """Write the trained weights in float32, as they are.
+
+        Args:
+            folder: where to.
+        """
+        checkpoint.save(self.model, folder)
+
+    def time_parameters(self) -> list[nn.Parameter]:
+        """Parameters of the time embedding, which may have a learning rate of their own.
+
+        Returns:
+            The parameters; empty where the backbone names none.
+        """
+        return self.model.backbone.time_parameters()
 
     def restore(self, folder: Path) -> None:
         """Read the model's own weights.

@@ -22,7 +22,7 @@ class LossMeter:
 
     def __init__(self, device: torch.device) -> None:
         dtype = torch.float32 if device.type == "mps" else torch.float64
-        self._sums = torch.zeros(2, BINS + 1, dtype=dtype, device=device)
+        self._sums = torch.zeros(2, BINS + 2, dtype=dtype, device=device)
 
     def add(self, outputs: dict[str, Tensor], counted: Tensor | None = None) -> None:
         """Take in the losses of one batch.
@@ -35,6 +35,8 @@ class LossMeter:
         weights = torch.ones_like(losses) if counted is None else counted[outputs["row"]].to(losses.dtype)
         pair = torch.stack([losses * weights, weights])
         self._sums[:, BINS] += pair.sum(1)
+        if "is_pad" in outputs:
+            self._sums[:, BINS + 1] += pair[:, ~outputs["is_pad"]].sum(1)
         if "t" in outputs:
             self._sums.index_add_(1, (outputs["t"] * BINS).long().clamp(0, BINS - 1), pair)
 
@@ -46,12 +48,16 @@ class LossMeter:
             prefix: put before every name.
 
         Returns:
-            `loss` and, for each bin that saw a token, `loss_t00` to `loss_t09`, in nats per token.
+            `loss` and, for each bin that saw a token, `loss_t00` to `loss_t09`, in nats per token; where padding was
+            learnt, too, also `loss_without_pads`.
         """
         sums, counts = accelerator.reduce(self._sums.clone()).tolist()
         self._sums.zero_()
-        names = [f"loss_t{i:02d}" for i in range(BINS)] + ["loss"]
-        return {f"{prefix}{n}": s / c for n, s, c in zip(names, sums, counts, strict=True) if c}
+        names = [f"loss_t{i:02d}" for i in range(BINS)] + ["loss", "loss_without_pads"]
+        found = {f"{prefix}{n}": s / c for n, s, c in zip(names, sums, counts, strict=True) if c}
+        if counts[BINS + 1] in (0, counts[BINS]):
+            found.pop(f"{prefix}loss_without_pads", None)
+        return found
 
 
 class Stopwatch:

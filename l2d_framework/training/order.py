@@ -1,7 +1,8 @@
 """The order in which a run sees its examples: one sequence for the whole run, whatever the number of processes.
 
 Batches are cut from this sequence, and each example carries its own epoch. Therefore neither accumulation, nor
-resumption, nor the border between epochs can change which examples an update sees or which noise they get.
+resumption, nor the border between epochs can change which examples an update sees or which noise they get. Each also
+carries its `ordinal`, its place in the sequence: the update it belongs to is ordinal // batch size.
 """
 
 from __future__ import annotations
@@ -40,7 +41,8 @@ class RunOrder(Dataset[dict[str, Any]]):
 
     def __getitem__(self, ordinal: int) -> dict[str, Any]:
         epoch, place = divmod(ordinal, len(self._rows))
-        return {**self._rows[int(_permutation(self._seed, epoch, len(self._rows))[place])], "epoch": epoch}
+        row = self._rows[int(_permutation(self._seed, epoch, len(self._rows))[place])]
+        return {**row, "epoch": epoch, "ordinal": ordinal}
 
 
 @lru_cache(maxsize=2)  # a batch may lie across the border of two epochs
@@ -65,7 +67,7 @@ class RunStream(IterableDataset[dict[str, Any]]):
             self._rows.set_epoch(epoch)
             before = seen
             for row in self._rows:
-                yield {**row, "epoch": epoch}
+                yield {**row, "epoch": epoch, "ordinal": seen}
                 seen += 1
                 if seen == self._total:
                     return

@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from accelerate import PartialState
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, TrainerCallback
 
 from l2d_framework import checkpoint
 from l2d_framework.base_model import load_config
-from l2d_framework.config import DiffusionRun, LanguageModelRun, Run, check_runs, config_hash, resolved_json
+from l2d_framework.config import DiffusionRun, LanguageModelRun, RewardRun, Run, TokenRun, check_runs
 from l2d_framework.errors import ConfigError
 from l2d_framework.prompts import read_template
 from l2d_framework.training import folders
 from l2d_framework.training.arguments import TrainingData, make_arguments
-from l2d_framework.training.card import environment, model_card_table
+from l2d_framework.training.card import model_card_table
 from l2d_framework.training.collate import Collator
 from l2d_framework.training.data import PreparedData, prepare
+from l2d_framework.training.job import CardKeeper, Job, base_tokenizer, output_folder, resolved, wait
 from l2d_framework.training.language_model import (
     NextToken,
     build_language_model,
@@ -31,7 +28,7 @@ from l2d_framework.training.language_model import (
     scratch_tokenizer,
 )
 from l2d_framework.training.learner import Denoiser, Learner
-from l2d_framework.training.meter import Stopwatch, peak_memory
+from l2d_framework.training.masking import Masker
 from l2d_framework.training.trainer import TokenTrainer
 
 _TOKENIZER = "tokenizer"
@@ -56,50 +53,30 @@ def train_runs(
     Raises:
         ConfigError: if a run cannot be started; no weights have been loaded then.
     """
+    token_runs = _ready(runs)
+    for run in token_runs:
+        if not overwrite:
+            folders.check_free(output_folder(run), resolved(run))
+    return [_train(run, overwrite=overwrite, callbacks=callbacks(run)) for run in token_runs]
+
+
+def _ready(runs: Sequence[Run]) -> list[TokenRun]:
+    found: list[TokenRun] = []
     for number, run in enumerate(runs):
+        where = f"Stage {number}" if len(runs) > 1 else "The run"
+        if isinstance(run, RewardRun):
+            raise ConfigError(f"{where} is of kind {run.kind!r}. Train it with `l2d train-reward`, from its own file.")
         if run.data is None or run.output_dir is None:
             missing = "data" if run.data is None else "output_dir"
-            where = f"Stage {number}" if len(runs) > 1 else "The run"
             raise ConfigError(f"{where} has no `{missing}`, which training needs. Add it to the run file.")
+        found.append(run)
     check_runs(runs)
-    for run in runs:
-        if not overwrite:
-            folders.check_free(_output(run), _resolved(run))
-    return [_train(run, overwrite=overwrite, callbacks=callbacks(run)) for run in runs]
+    return found
 
 
-def _output(run: Run) -> Path:
-    return Path(str(run.output_dir)).expanduser()
-
-
-def _resolved(run: Run) -> dict[str, Any]:
-    return dict(json.loads(resolved_json(run)))
-
-
-@dataclass
-class _Job:
-    """A run on its way: where it writes, how it is launched, and its card."""
-
-    run: Run
-    output: Path
-    arguments: TrainingArguments
-    card: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def writes(self) -> bool:
-        return bool(self.arguments.process_index == 0)
-
-
-def _train(run: Run, *, overwrite: bool, callbacks: Sequence[TrainerCallback]) -> dict[str, Any]:
-    output = _output(run)
-    job = _Job(run, output, make_arguments(run.training, output, seed=run.seed))
-    wait = PartialState().wait_for_everyone
-    if overwrite:
-        wait()
-        if job.writes:
-            folders.move_aside(output)
-        wait()
-    earlier = folders.check_free(output, _resolved(run))
+def _train(run: TokenRun, *, overwrite: bool, callbacks: Sequence[TrainerCallback]) -> dict[str, Any]:
+    job = Job(run, make_arguments(run.training, output_folder(run), seed=run.seed))
+    earlier = job.earlier(overwrite=overwrite)
     if earlier is not None and earlier["finished"]:
         return earlier
     if isinstance(run, LanguageModelRun):
@@ -107,20 +84,23 @@ def _train(run: Run, *, overwrite: bool, callbacks: Sequence[TrainerCallback]) -
     else:
         Denoiser.check(run)
     with job.arguments.main_process_first(local=True, desc="preparing data"):
-        tokenizer = _tokenizer(job)
-        data = _prepare(job, tokenizer)
+        tokenizer = _tokenizer(run, job.output)
+        data = _prepare(run, tokenizer)
     wait()
-    job.card = _start(job, data, earlier)
+    job.start(data.card, _seeds(run), earlier)
     if job.writes:
-        _claim(job, tokenizer)
+        job.claim()
+        if run.model is None and not (job.output / _TOKENIZER).is_dir():
+            with folders.staged(job.output / _TOKENIZER) as folder:
+                tokenizer.save_pretrained(folder)
     wait()
     learner = _learner(run, tokenizer)
     trained = [p.numel() for p in learner.parameters() if p.requires_grad]
     job.card["parameters"] = {"trainable": sum(trained), "total": sum(p.numel() for p in learner.parameters())}
     if isinstance(learner, Denoiser):
         job.card["base_fingerprint"] = learner.model.origin.fingerprint
-    found = folders.checkpoints(output)
-    keeper = _CardKeeper(job)
+    found = folders.checkpoints(job.output)
+    keeper = CardKeeper(job)
     trainer = TokenTrainer(
         learner,
         job.arguments,
@@ -135,22 +115,17 @@ def _train(run: Run, *, overwrite: bool, callbacks: Sequence[TrainerCallback]) -
     return job.card
 
 
-def _tokenizer(job: _Job) -> PreTrainedTokenizerBase:
-    run = job.run
+def _tokenizer(run: TokenRun, output: Path) -> PreTrainedTokenizerBase:
     assert run.data is not None  # `train_runs` has refused runs without
     if run.model is not None:
-        found = checkpoint.load_tokenizer(run.model)
-        if found is None:
-            raise ConfigError(f"model.base: {run.model.base!r} has no tokenizer_config.json. Save its tokenizer there.")
-        return found
+        return base_tokenizer(run.model)
     assert run.scratch is not None  # a run has one of the two
-    if (job.output / _TOKENIZER).is_dir():
-        return AutoTokenizer.from_pretrained(job.output / _TOKENIZER)
+    if (output / _TOKENIZER).is_dir():
+        return AutoTokenizer.from_pretrained(output / _TOKENIZER)
     return scratch_tokenizer(run.data, run.scratch.tokenizer.vocab_size)
 
 
-def _prepare(job: _Job, tokenizer: PreTrainedTokenizerBase) -> PreparedData:
-    run = job.run
+def _prepare(run: TokenRun, tokenizer: PreTrainedTokenizerBase) -> PreparedData:
     assert run.data is not None
     if run.model is not None:
         config = load_config(run.model)
@@ -167,20 +142,29 @@ def _prepare(job: _Job, tokenizer: PreTrainedTokenizerBase) -> PreparedData:
     return prepare(run.data, tokenizer, classes=classes, seed=run.seed)
 
 
-def _training_data(run: Run, data: PreparedData, tokenizer: PreTrainedTokenizerBase) -> TrainingData:
+def _training_data(run: TokenRun, data: PreparedData, tokenizer: PreTrainedTokenizerBase) -> TrainingData:
     assert run.data is not None
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    collate = Collator(pad or 0, run.block_size if isinstance(run, DiffusionRun) else 1)
-    return TrainingData(data.train, data.eval, collate, _seeds(run)["order"])
+    masking, seed = run.data.masking, _seeds(run)["order"]
+    collate = Collator(
+        pad or 0,
+        run.block_size if isinstance(run, DiffusionRun) else 1,
+        padding=run.data.padding,
+        max_length=run.data.max_length,
+        masker=None
+        if masking is None
+        else Masker(tuple(masking.objectives), run.training.batch_size, seed, exact_lengths=masking.exact_lengths),
+    )
+    return TrainingData(data.train, data.eval, collate, seed)
 
 
-def _seeds(run: Run) -> dict[str, int]:
+def _seeds(run: TokenRun) -> dict[str, int]:
     assert run.data is not None
     order = run.seed if run.data.shuffle_seed is None else run.data.shuffle_seed
     return {"run": run.seed, "order": order}
 
 
-def _learner(run: Run, tokenizer: PreTrainedTokenizerBase) -> Learner:
+def _learner(run: TokenRun, tokenizer: PreTrainedTokenizerBase) -> Learner:
     if isinstance(run, DiffusionRun):
         return Denoiser(checkpoint.build_model(run), run.training, run.seed)
     if run.data is not None and run.data.chat_template is not None:
@@ -188,74 +172,21 @@ def _learner(run: Run, tokenizer: PreTrainedTokenizerBase) -> Learner:
     return NextToken(build_language_model(run, tokenizer), tokenizer, run.training)
 
 
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-def _start(job: _Job, data: PreparedData, earlier: dict[str, Any] | None) -> dict[str, Any]:
-    before = earlier or {}
-    return {
-        "finished": False,
-        "kind": job.run.kind,
-        "config_hash": config_hash(job.run),
-        "config": _resolved(job.run),
-        "seeds": _seeds(job.run),
-        "data": data.card,
-        **environment(int(job.arguments.world_size)),
-        "started": before.get("started", _now()),
-        "sessions": before.get("sessions", 0) + 1,
-        "seconds": before.get("seconds", 0.0),
-        "peak_memory": before.get("peak_memory", 0),
-    }
-
-
-def _claim(job: _Job, tokenizer: PreTrainedTokenizerBase) -> None:
-    job.output.mkdir(parents=True, exist_ok=True)
-    folders.clean_up(job.output)
-    folders.write_card(job.output, job.card)
-    if job.run.model is None and not (job.output / _TOKENIZER).is_dir():
-        with folders.staged(job.output / _TOKENIZER) as folder:
-            tokenizer.save_pretrained(folder)
-
-
-class _CardKeeper(TrainerCallback):
-    """Keeps the time and memory a run has taken so far in its card, for a session that may be killed."""
-
-    def __init__(self, job: _Job) -> None:
-        self._job, self._watch = job, Stopwatch()
-        self._watch.start()
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.keep()
-
-    def keep(self) -> None:
-        card = self._job.card
-        card["seconds"] += self._watch.lap()
-        self._watch.start()
-        card["peak_memory"] = max(card["peak_memory"], peak_memory(self._job.arguments.device))
-        if self._job.writes:
-            folders.write_card(self._job.output, card)
-
-
-def _finish(job: _Job, trainer: TokenTrainer) -> None:
-    """Write the model, and the card last: it says that the run is finished."""
+def _finish(job: Job, trainer: TokenTrainer) -> None:
     losses: dict[str, float] = {}
     speeds = []
     for entry in trainer.state.log_history:
         losses |= {key: value for key, value in entry.items() if "loss" in key and key != "train_loss"}
         speeds += [entry["tokens_per_second"]] if "tokens_per_second" in entry else []
-    job.card |= {"finished": True, "ended": _now()}
-    job.card["result"] = {
+    result = {
         "steps": trainer.state.global_step,
         "losses": losses,
         "best_eval_loss": trainer.state.best_metric,
         "tokens_per_second": median(speeds or [0.0]),
-        "peak_memory": job.card["peak_memory"],
     }
-    if not job.writes:
-        return
-    stage = job.output / "final.writing"
-    trainer.learner.save(stage, model_card_table(job.card))
-    trainer.state.save_to_json(str(stage / "trainer_state.json"))
-    folders.publish(stage, job.output)
-    folders.write_card(job.output, job.card)
+
+    def write(folder: Path) -> None:
+        trainer.learner.save(folder, model_card_table(job.card))
+        trainer.state.save_to_json(str(folder / "trainer_state.json"))
+
+    job.finish(result, write)

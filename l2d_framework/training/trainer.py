@@ -70,7 +70,7 @@ class TokenTrainer(transformers.Trainer):
             data_collator=EpochCollator(data.collate),
             train_dataset=order,
             eval_dataset=None if data.eval is None else HeldOut(data.eval, multiple),
-            callbacks=[_Boundaries(), *callbacks],
+            callbacks=[Boundaries(), *callbacks],
         )
         self.remove_callback(PrinterCallback)
         self.model_accepts_loss_kwargs = self.loss_is_scaled_for_ga = True
@@ -79,7 +79,7 @@ class TokenTrainer(transformers.Trainer):
         self._stopwatch = Stopwatch()
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """AdamW over everything trainable, with weight decay on matrices only.
+        """AdamW over everything trainable, with weight decay on matrices only and a group for the time embedding.
 
         Args:
             model: the module that holds the parameters; the learner when None.
@@ -88,15 +88,18 @@ class TokenTrainer(transformers.Trainer):
             The optimizer.
         """
         if self.optimizer is None:
-            parameters = [p for p in (model or self.learner).parameters() if p.requires_grad]
-            decay = self.training.weight_decay
+            rate, decay = self.training.learning_rate, self.training.weight_decay
+            time = [p for p in self.learner.time_parameters() if p.requires_grad]
+            alone = {id(p) for p in time}
+            parameters = [p for p in (model or self.learner).parameters() if p.requires_grad and id(p) not in alone]
             groups = [
                 {"params": [p for p in parameters if p.ndim > 1], "weight_decay": decay},
                 {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+                {"params": time, "weight_decay": 0.0, "lr": self.training.time_learning_rate or rate},
             ]
             self.optimizer = AdamW(
                 [group for group in groups if group["params"]],
-                lr=self.training.learning_rate,
+                lr=rate,
                 betas=self.training.betas,
                 eps=self.training.eps,
                 fused=self.args.device.type == "cuda",
@@ -250,7 +253,7 @@ class TokenTrainer(transformers.Trainer):
         return staged(folder, writes=self.args.should_save, wait=self.accelerator.wait_for_everyone)
 
 
-class _Boundaries(TrainerCallback):
+class Boundaries(TrainerCallback):
     """Logs wherever a resumed run could start, so that its losses are the means over the same updates."""
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:

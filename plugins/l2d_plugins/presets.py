@@ -1,4 +1,4 @@
-"""Named sampling settings of the L2D paper and of its released code."""
+"""Named sampling settings of the L2D and TESS 2 papers and of their released code."""
 
 from __future__ import annotations
 
@@ -16,9 +16,11 @@ def l2d_presets() -> dict[str, dict[str, Any]]:
 
     Returns:
         `l2d-paper`; `l2d-release` and `l2d-release-coding`, what the released evaluation script runs on other and on
-        coding tasks; `l2d-adaptive`, the paper's adaptive solver at its tolerances.
+        coding tasks; `l2d-adaptive`, the paper's adaptive solver at its tolerances; `tess2`, the paper's argmax;
+        `tess2-release`, the nucleus that the released scripts draw from; `tess2-perplexity`, the whole distribution, as
+        the scripts of the adaptation metrics do.
 
-    Source: Cetin et al. 2025, arXiv:2501.15781, and its released code.
+    Source: Cetin et al. 2025, arXiv:2501.15781, Tae et al. 2025, arXiv:2502.13917, and their released code.
     """
     annealed = {"name": "polynomial", "power": 1.0, "end": 1.0}
     midpoint = {"solver": {"name": "midpoint"}, "num_inference_steps": 15}
@@ -28,9 +30,16 @@ def l2d_presets() -> dict[str, dict[str, Any]]:
         "l2d-release": _preset(midpoint, {"name": "constant", "value": 0.0}),
         "l2d-release-coding": _preset(midpoint, annealed),
         "l2d-adaptive": _preset(fehlberg2, annealed),
+        "tess2": _tess({"mode": "argmax"}),
+        "tess2-release": _tess({"mode": "nucleus", "top_p": 0.99}),
+        "tess2-perplexity": _tess({"mode": "nucleus", "top_p": 1.0}),
     }
 
 
 def _preset(solver: dict[str, Any], temperature: dict[str, Any]) -> dict[str, Any]:
     guidance = [{"name": "classifier_free", "scale": 1.0}]
     return {**solver, "estimate": {"mode": "sample", "temperature": temperature}, "guidance": guidance}
+
+
+def _tess(estimate: dict[str, Any]) -> dict[str, Any]:
+    return {"solver": {"name": "renoise"}, "num_inference_steps": 100, "estimate": estimate}

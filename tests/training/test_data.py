@@ -346,6 +346,81 @@ def test_packing_fills_chunks_and_loses_no_token(tokenizer):
     assert not any(row["supervised"][0] for row in packed)
 
 
+@pytest.mark.parametrize("streaming", [False, True], ids=["map", "stream"])
+def test_packing_leaves_no_short_row_in_the_middle_of_a_corpus(tokenizer, streaming):
+    sources = [write("a.jsonl", [{"text": f"a {i}"} for i in range(1500)]), write("b.jsonl", TEXTS)]
+    data = prepare(section(*sources, pack=True, max_length=64, streaming=streaming), tokenizer).train
+    lengths = [len(row["input_ids"]) for row in sorted(data, key=lambda row: row["index"])]
+    assert len(lengths) > 100
+    assert set(lengths[:-1]) == {64}
+
+
+def test_packing_again_reads_the_cache_and_other_lengths_do_not(tokenizer):
+    def pack(length):
+        return prepare(section({"path": "a.jsonl"}, pack=True, max_length=length), tokenizer).train
+
+    write("a.jsonl", TEXTS)
+    first = pack(32)
+    written = Path(first.cache_files[0]["filename"])
+    before = written.stat().st_mtime_ns
+    again = pack(32)
+    assert again["input_ids"] == first["input_ids"]
+    assert again.cache_files[0]["filename"] == str(written)
+    assert written.stat().st_mtime_ns == before
+    assert pack(16)["input_ids"] != first["input_ids"]
+
+
+def test_nothing_left_to_hold_out_of_a_packed_corpus_is_said(tokenizer):
+    with pytest.raises(DataError, match="No row is left for eval"):
+        prepare(section(write("a.jsonl", TEXTS[:2]), pack=True, eval_fraction=1e-9), tokenizer)
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["map", "stream"])
+def test_one_conversation_may_give_several_rows_with_one_answer_each(tokenizer, streaming):
+    options = {"streaming": streaming, "shuffle_buffer": 1}
+    rows = {
+        turns: [
+            decoded(tokenizer, row)
+            for row in prepare(section(write("c.jsonl", CHATS), turns=turns, **options), tokenizer).train
+        ]
+        for turns in ("all", "first", "pairs", "accumulated", "sliding")
+    }
+    assert [len(found) for found in rows.values()] == [20, 20, 40, 40, 60]
+    whole, last = rows["all"][3][0], "3 3<|endoftext|>"
+    first = next(found for found in rows["first"] if found[1] == "3<|endoftext|>")
+    assert (whole, last) in rows["accumulated"] and first in rows["accumulated"]
+    assert first in rows["pairs"] and whole.startswith(first[0])
+    assert (whole.removeprefix(first[0]), last) in rows["pairs"]
+    assert Counter(rows["sliding"]) == Counter(set(rows["pairs"]) | set(rows["accumulated"]))
+
+
+def test_rows_of_a_conversation_beyond_the_length_are_dropped_alone(tokenizer):
+    source = write("c.jsonl", [{"messages": [*CHATS[0]["messages"], *CHATS[1]["messages"]]}])
+    options = {"turns": "accumulated", "max_length": 40}
+    assert len(prepare(section(source, **options, drop_unsupervised=True), tokenizer).train) in (2, 3)
+    with pytest.raises(DataError, match=r"Example 0 of .* beyond max_length = 40"):
+        prepare(section(source, **options), tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"turns": "pairs", "supervise": "all"}, "turns 'pairs' supervises one answer"),
+        ({"masking": {}, "supervise": "all"}, "masking decides what is supervised"),
+        ({"masking": {"objectives": []}}, "at least 1 item"),
+    ],
+)
+def test_options_that_contradict_are_refused(options, words):
+    with pytest.raises(ValueError, match=words):
+        section({"path": "a.jsonl"}, **options)
+
+
+def test_masked_tokens_are_not_counted_before_they_are_drawn(tokenizer):
+    data = prepare(section(write("a.jsonl", TEXTS), masking={}), tokenizer)
+    assert data.card["splits"]["train"]["supervised_tokens"] is None
+    assert data.card["splits"]["train"]["tokens"] > 0
+
+
 def test_sizes_on_the_card_are_those_of_the_rows(tokenizer):
     sources = [{**write("a.jsonl", TEXTS), "weight": 2.0}, {**write("b.jsonl", CHATS), "weight": 1.0, "limit": 7}]
     data = prepare(section(*sources, eval=[write("c.jsonl", PAIRS)], eval_fraction=0.0), tokenizer)

@@ -4,7 +4,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from l2d_framework.errors import DataError
-from l2d_framework.training.chat import TEMPLATE_DATE, ChatEncoder, resolve_template
+from l2d_framework.training.chat import TEMPLATE_DATE, ChatEncoder, resolve_template, split_turns
 from l2d_framework.training.tokenizer import train_tokenizer
 
 CHATML = (
@@ -148,6 +148,42 @@ def test_a_template_without_turn_end_gets_the_end_of_text(tokenizer):
     assert ids.count(tokenizer.eos_token_id) == 1
     assert ids[-1] == tokenizer.eos_token_id
     assert supervised[-1]
+
+
+@pytest.mark.parametrize("template", [CHATML, MARKED, ONLY_LAST_TURN_THINKS], ids=["prefix", "marked", "rewriting"])
+def test_the_last_answer_may_be_supervised_alone(tokenizer, template):
+    encoder = ChatEncoder.of(tokenizer, template)
+    ids, supervised = encoder.encode(CONVERSATION, last_only=True)
+    assert tokenizer.decode(ids) == encoder.render(CONVERSATION).rstrip("\n")
+    (answer,) = answers(tokenizer, (ids, supervised))
+    assert answer.endswith("Eight, of course.<|im_end|>")
+
+
+def test_stretches_of_a_conversation_keep_its_opening_and_end_in_an_answer():
+    system, *turns = CONVERSATION
+    pairs = [[system, *turns[:2]], [system, *turns[2:]]]
+    later = [*turns, {"role": "user", "content": "Thanks."}]
+    for conversation in ([system, *turns], [system, *later]):
+        assert split_turns(conversation, "first") == pairs[:1]
+        assert split_turns(conversation, "pairs") == pairs
+        assert split_turns(conversation, "accumulated") == [pairs[0], CONVERSATION]
+        assert split_turns(conversation, "sliding") == [pairs[0], CONVERSATION, pairs[1]]
+        assert split_turns(conversation, "all") == [conversation]
+    assert split_turns([system], "pairs") == [[system]]
+
+
+def test_the_shipped_tulu_template_supervises_every_answer_and_ends_the_last(tokenizer):
+    encoder = ChatEncoder.of(tokenizer, resolve_template("tulu", tokenizer))
+    encoded = encoder.encode(CONVERSATION)
+    assert answers(tokenizer, encoded) == ["It is four.", "Eight, of course.<|endoftext|>"]
+    assert encoder.render(CONVERSATION, add_generation_prompt=True).startswith(
+        "<s><|user|>\nTwo plus two?\n<|assistant|>"
+    )
+
+
+def test_an_unknown_template_is_refused_with_the_names_of_the_shipped_ones(tokenizer):
+    with pytest.raises(DataError, match=r"'tullu', which does not exist .* or a name: .*tulu"):
+        resolve_template("tullu", tokenizer)
 
 
 def test_tokens_after_the_last_answer_are_left_out(tokenizer):

@@ -242,6 +242,14 @@ class InPlace(Backbone):
         found = [p for p in self.lm.parameters() if id(p) not in body] + list(output.parameters())
         return [p for p in {id(p): p for p in found}.values() if p.requires_grad]
 
+    def time_parameters(self) -> list[nn.Parameter]:
+        """Parameters of the time embedding.
+
+        Returns:
+            Its weight and, if it has one, its bias.
+        """
+        return list(self.time.parameters())
+
     def _run(self, inputs: Tensor, visible: Tensor) -> Tensor:
         """Last hidden states, (B, T, H), every position seeing all visible ones."""
         total = visible.shape[1]
@@ -250,7 +258,8 @@ class InPlace(Backbone):
             allowed = allowed & torch.ones(total, total, dtype=torch.bool, device=visible.device).tril()
         mask = torch.zeros(len(visible), 1, total, total, dtype=inputs.dtype, device=inputs.device)
         # A mask of our own: transformers would make a causal one, or see one where there is padding.
-        mask = mask.masked_fill(~allowed, torch.finfo(inputs.dtype).min)
+        # Finite in every type it may be cast to: a row that sees nothing must not become NaN.
+        mask = mask.masked_fill(~allowed, torch.finfo(torch.float16).min)
         position_ids = (visible.cumsum(-1) - 1).clamp_min(0) + self._first_position
         # Not all bodies accept `use_cache`, and none keeps one for a single pass.
         return self._body[0](  # type: ignore[no-any-return]

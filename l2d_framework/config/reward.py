@@ -1,0 +1,211 @@
+"""Runs that train a reward model for guidance."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import cache
+from typing import Any, Literal, Self
+
+from pydantic import ConfigDict, Field, SerializeAsAny, create_model, model_validator
+
+from l2d_framework.component import merged
+from l2d_framework.config.sampling import component_type
+from l2d_framework.config.sections import ModelSection, RowSource, Section, UserPath
+from l2d_framework.registry import Registry
+from l2d_framework.schedule import Schedule
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "tess2-paper": {
+        "data": {"train": [{"path": "weqweasdas/preference_dataset_mixture2_and_safe_pku"}], "max_length": 2048},
+        "training": {
+            "epochs": 1.0,
+            "batch_size": 512,
+            "micro_batch_size": 1,
+            "warmup_ratio": 0.03,
+            "final_fraction": 0.0,
+        },
+    },
+    "tess2-script": {
+        "data": {"train": [{"path": "argilla/ultrafeedback-binarized-preferences-cleaned"}], "max_length": 512},
+        "training": {
+            "epochs": 1.0,
+            "batch_size": 128,
+            "micro_batch_size": 1,
+            "learning_rate": 2e-5,
+            "warmup_ratio": 0.0,
+            "final_fraction": 0.1,
+        },
+    },
+}
+"""Settings of TESS 2's reward model, as the paper describes them and as the authors' script has them.
+
+The paper starts from Mistral 7B v0.1 tuned on Tulu 2. Its learning rate is not known to us, so that of the script, the
+default of `RewardTraining`, stands in. The script asks for warm-up, too, but reads another setting and makes none.
+
+Source: TESS 2, arXiv:2502.13917, appendix on reward modelling; the authors' script for training it.
+"""
+
+
+def _optional(*names: str) -> Callable[[dict[str, Any]], None]:
+    """A run file may leave to a preset what a run cannot do without."""
+
+    def relax(schema: dict[str, Any]) -> None:
+        schema["required"] = [name for name in schema.get("required", []) if name not in names]
+
+    return relax
+
+
+class PairSource(RowSource):
+    """Preference pairs: columns `chosen` and `rejected`, and perhaps `prompt`, with texts or lists of messages."""
+
+    columns: dict[Literal["prompt", "chosen", "rejected", "margin"], str] = Field(default_factory=dict)
+    """The source's column for each of our names that it spells differently; `margin` only if it is given here."""
+
+
+class PairData(Section):
+    """What to compare."""
+
+    model_config = ConfigDict(json_schema_extra=_optional("train"))
+
+    train: list[PairSource] = Field(min_length=1)
+    eval: list[PairSource] = Field(default_factory=list)
+    eval_fraction: float = Field(default=0.0, ge=0, lt=1)
+    """Share of the prompts whose pairs are held out when `eval` is empty."""
+    max_length: int = Field(default=2048, ge=2)
+    """Pairs of which either side has more tokens are left out."""
+    format: Literal["authors", "generation", "tokenizer"] = "authors"
+    """How a conversation is written.
+
+    `authors` is that of TESS 2's reward model: user and assistant tags, the end-of-text token and a line break behind
+    the answer, nothing in front. `generation` is what guidance will show it: the beginning-of-text token in front and
+    no line break behind. `tokenizer` is the tokenizer's own chat template.
+    """
+    chat_template: str | None = None
+    """Jinja template, a file with one or the name of one; replaces `format`."""
+    pad_to: int | None = Field(default=None, ge=2)
+    """Pad every side to this many tokens, let the model see the padding and read the reward at the very end of it, as
+    guidance does at the end of its canvas; otherwise padding is hidden and the reward read at the last token."""
+    add_pad_token: bool = False
+    """Add `[PAD]` to a vocabulary without padding token. Guidance then needs a diffusion model that has it, too;
+    otherwise the end-of-text token pads."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.eval and self.eval_fraction:
+            raise ValueError(f"eval names data and eval_fraction is {self.eval_fraction}; keep one of them")
+        if self.pad_to is not None and self.pad_to < self.max_length:
+            raise ValueError(f"pad_to {self.pad_to} is less than max_length {self.max_length}; make them equal")
+        return self
+
+
+class RewardTraining(Section):
+    """How to train: AdamW in float32, linear warm-up, linear decay."""
+
+    max_steps: int | None = Field(default=None, ge=1)
+    """Optimizer updates; counted from `epochs` when None."""
+    epochs: float = Field(default=1.0, gt=0)
+    batch_size: int = Field(default=32, ge=1)
+    """Pairs per optimizer update over all processes."""
+    micro_batch_size: int | None = Field(default=None, ge=1)
+    """Pairs per forward pass of one process; as many as `batch_size` allows when None."""
+    learning_rate: float = Field(default=2e-5, gt=0)
+    warmup_ratio: float = Field(default=0.0, ge=0, lt=1)
+    """Share of the updates in which the learning rate rises from zero."""
+    final_fraction: float = Field(default=0.0, ge=0, le=1)
+    """Last learning rate as a share of the highest."""
+    margin: float = Field(default=0.0, ge=0)
+    """Lead that the chosen reward should have where a source names no column for it."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = Field(default=0.0, ge=0)
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    bf16: bool = False
+    """Compute in bfloat16; weights stay in float32 until they are saved."""
+    gradient_checkpointing: bool = False
+    eval_steps: int | None = Field(default=None, ge=1)
+    """Updates between evaluations; only at the end when None."""
+    save_steps: int | None = Field(default=None, ge=1)
+    """Updates between checkpoints, from which an interrupted run goes on; none when None."""
+    save_total_limit: int = Field(default=2, ge=1)
+    logging_steps: int = Field(default=10, ge=1)
+    report_to: list[str] = Field(default_factory=list)
+    """Trackers such as `tensorboard` or `wandb`."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.micro_batch_size and self.batch_size % self.micro_batch_size:
+            raise ValueError(
+                f"batch_size {self.batch_size} is no multiple of micro_batch_size {self.micro_batch_size}; change one"
+            )
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas must lie in [0, 1), got {list(self.betas)}")
+        return self
+
+
+class SimplexNoise(Section):
+    """Noise on the simplex under the training texts, so that the reward model knows the drafts guidance shows it."""
+
+    schedule: SerializeAsAny[Schedule]
+    k: float = Field(default=5.0, gt=0)
+    """Half the distance between the true token's coordinate and the others', and the standard deviation of noise."""
+
+
+class RewardRun(Section):
+    """Training a reward model on preference pairs."""
+
+    model_config = ConfigDict(json_schema_extra=_optional("data"))
+
+    kind: Literal["reward"]
+    preset: Literal["tess2-paper", "tess2-script"] | None = None
+    """Settings that hold where the run file says nothing."""
+    model: ModelSection
+    data: PairData
+    training: RewardTraining = RewardTraining()
+    noise: SimplexNoise | None = None
+    output_dir: UserPath | None = None
+    seed: int = Field(default=0, ge=0)
+    """Of the new reward head, the order of the pairs, what is held out, and noise."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.training.eval_steps and not self.data.eval and not self.data.eval_fraction:
+            raise ValueError(
+                f"training.eval_steps is {self.training.eval_steps} but nothing is held out; set data.eval_fraction"
+            )
+        if self.noise is not None and self.data.pad_to is None:
+            raise ValueError(
+                "noise replaces tokens by embeddings, of which transformers reads the last, padding or not; set "
+                "data.pad_to"
+            )
+        return self
+
+
+@cache
+def reward_type(plugins: Registry) -> type[RewardRun]:
+    """Reward run whose schedule is a union over plugins.
+
+    Args:
+        plugins: what is installed.
+
+    Returns:
+        A subclass of `RewardRun`, the same at every call.
+    """
+    noise: Any = create_model(
+        "SimplexNoise",
+        __base__=SimplexNoise,
+        __doc__=SimplexNoise.__doc__,
+        schedule=(component_type(plugins, "schedule", Schedule), ...),
+    )
+    return create_model("RewardRun", __base__=RewardRun, __doc__=RewardRun.__doc__, noise=(noise | None, None))
+
+
+def with_reward_preset(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Raw fields of a reward run laid over those of the preset it names.
+
+    Args:
+        data: what the run file says.
+
+    Returns:
+        The fields; an unknown preset stays for validation to name.
+    """
+    preset = data.get("preset")
+    return merged(PRESETS.get(preset, {}) if isinstance(preset, str) else {}, data)
