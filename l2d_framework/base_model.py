@@ -29,6 +29,9 @@ from transformers import (
 
 from l2d_framework.errors import CheckpointError, ConfigError
 
+LANGUAGE_MODEL = "language_model"
+"""Folder inside a diffusion checkpoint whose backbone trains the language model itself."""
+
 _FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
 _SAMPLED_ROWS = 16
 _SAMPLED_ENTRIES = 4096
@@ -86,7 +89,8 @@ def locate(reference: BaseReference) -> tuple[Path, Path | None]:
     """Folders of the base weights and of the PEFT adapter merged into them.
 
     Args:
-        reference: a model section; its base may itself be a PEFT folder.
+        reference: a model section; its base may itself be a PEFT folder, or a diffusion checkpoint that holds its own
+            language model.
 
     Returns:
         (base folder, adapter folder or None).
@@ -105,6 +109,8 @@ def locate(reference: BaseReference) -> tuple[Path, Path | None]:
         from peft import PeftConfig
 
         folder, adapter = fetch(str(PeftConfig.from_pretrained(str(folder)).base_model_name_or_path)), folder
+    if not (folder / "config.json").is_file() and (folder / LANGUAGE_MODEL / "config.json").is_file():
+        folder = folder / LANGUAGE_MODEL
     if not (folder / "config.json").is_file():
         raise ConfigError(f"{str(folder)!r} holds no config.json, so it is no transformers model. Check model.base.")
     return folder, adapter
@@ -196,12 +202,16 @@ def load_tokenizer(reference: BaseReference) -> PreTrainedTokenizerBase | None:
             tokenizer = AutoTokenizer.from_pretrained(folder)
             if reference.pad_token is not None and tokenizer.pad_token is None:
                 tokenizer.add_special_tokens({"pad_token": reference.pad_token})
-            return tokenizer  # type: ignore[no-any-return]
+            return tokenizer
     return None
 
 
 def _vocabulary(reference: BaseReference, size: int) -> int:
-    """Rows of the embedding table once the reference's pad token has been added."""
+    """Rows of the embedding table once the reference's pad token has been added.
+
+    Raises:
+        ConfigError: if there is no tokenizer to add it to.
+    """
     if reference.pad_token is None:
         return size
     tokenizer = load_tokenizer(reference)

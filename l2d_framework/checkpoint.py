@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from l2d_framework.base_model import (
+    LANGUAGE_MODEL,
     empty_language_model,
     fetch,
     fingerprint,
@@ -40,7 +41,6 @@ from l2d_framework.registry import registry
 MANIFEST = "l2d.json"
 WEIGHTS = "diffusion.safetensors"
 ADAPTER = "adapter"
-LANGUAGE_MODEL = "language_model"
 FORMAT = 1
 _FIELDS = {
     "model",
@@ -56,19 +56,23 @@ _FIELDS = {
 
 
 def build_model(run: DiffusionRun, *, meta: bool = False) -> DiffusionLM:
-    """Fresh diffusion model over a base model.
+    """Diffusion model over a base model.
 
     Args:
         run: the run file.
         meta: make shapes only, on the meta device; no weights are read.
 
     Returns:
-        The model, its own weights initialised from the run's seed.
+        The model, its own weights initialised from the run's seed, or those of the diffusion checkpoint that its base
+        is.
     """
     config = load_config(run.model)
     run.backbone.check(config, run.block_size)
     lm = empty_language_model(config, run.model.attn_implementation) if meta else load_language_model(run.model)
     model = _assemble(run, lm, run.seed)
+    if not meta and ((folder := fetch(run.model.base, run.model.revision)) / MANIFEST).is_file():
+        read_manifest(folder)
+        _load_own(model, folder)
     template = read_template(run.data.chat_template) if run.data is not None else None
     model.origin = Origin(
         model=run.model,
@@ -400,6 +404,7 @@ def model_card(model: DiffusionLM, notes: str = "") -> str:
     """
     base = model.origin.model.base if model.origin.model is not None else None
     own = sum(p.numel() for p in model.own_parameters().values())
+    rest = "which is part of them" if model.backbone.trains_lm else "whose weights are not part of this repository"
     is_hub = base is not None and not Path(base).exists() and base.count("/") == 1
     head = ["---", "library_name: l2d-framework", "pipeline_tag: text-generation", "tags: [diffusion, l2d-framework]"]
     head += [f"base_model: {base}"] if is_hub else []
@@ -410,8 +415,7 @@ def model_card(model: DiffusionLM, notes: str = "") -> str:
             "",
             "# Diffusion language model",
             "",
-            f"{own:,} trained parameters over `{base}`"
-            + (", which is part of them." if model.backbone.trains_lm else "; its weights are not part of this repository."),
+            f"{own:,} trained parameters over `{base}`, {rest}.",
             "",
             "```python",
             "import l2d_framework as l2d",

@@ -17,6 +17,7 @@ from l2d_framework.backbone import Backbone
 from l2d_framework.config import ModelSection, SamplingSection, default_sampling
 from l2d_framework.errors import ConfigError, suggest
 from l2d_framework.generation import Generation, Picking, Requests, generate
+from l2d_framework.infilling import Gapped, Infilled, infill, read_gaps
 from l2d_framework.parametrization import Parametrization
 from l2d_framework.problem import Observer
 from l2d_framework.process import Process
@@ -117,9 +118,9 @@ class DiffusionLM(Process):
 
         Takes the arguments of transformers' `generate` for picking tokens (`max_new_tokens`, `do_sample`,
         `temperature`, `top_p`, `eos_token_id`, `stop_strings`, ...) and the fields of the `sampling` section for
-        diffusing (`num_inference_steps`, `solver`, `guidance`, `estimate`, `end_time`, `seed`, `preset`). Tokens are
-        picked greedily from the last logits unless `do_sample` is set here or in the base model's generation config;
-        the L2D paper samples at temperature 1.
+        diffusing (`num_inference_steps`, `solver`, `guidance`, `estimate`, `end_time`, `block_size`, `patience`,
+        `seed`, `preset`); `seed` may be a list with one per prompt. Tokens are picked greedily from the last logits
+        unless `do_sample` is set here or in the base model's generation config; the L2D paper samples at temperature 1.
 
         Args:
             prompts: one text or conversation or a list of them, token ids (B, S) without padding, or an encoded batch.
@@ -140,7 +141,11 @@ class DiffusionLM(Process):
             ConfigError: if an option is unknown or does not fit the model.
         """
         diffusing = {name: options.pop(name) for name in tuple(options) if name in SamplingSection.model_fields}
+        seeds = None
+        if isinstance(diffusing.get("seed"), Sequence):
+            seeds = diffusing.pop("seed")
         sampling = self.sampling(**diffusing)
+        self._check_guidance(sampling)
         scales = None
         if isinstance(guidance_scale, (int, float)):
             sampling = rescaled(sampling, float(guidance_scale))
@@ -157,9 +162,43 @@ class DiffusionLM(Process):
             guidance_scale=scales,
             keys=encoded.keys,
             samples=num_return_sequences,
+            seeds=seeds,
         )
         picking = Picking(config, logits_processor or LogitsProcessorList(), criteria, streamer)
         return generate(self, requests, sampling=sampling, picking=picking, observer=observer)
+
+    def infill(
+        self, texts: str | Sequence[str] | Gapped, *, observer: Observer | None = None, **options: Any
+    ) -> Infilled:
+        """Fill gaps in texts, in sight of what stands before and after them.
+
+        Args:
+            texts: one or several, with `<mask:8>` for a gap of 8 tokens; or tokens and blocks.
+            observer: called after every network evaluation.
+            **options: fields of the `sampling` section.
+
+        Returns:
+            The filled texts.
+
+        Raises:
+            ConfigError: if an option is unknown, a text has no gap or is too long, or the backbone cannot look ahead.
+        """
+        for name in options:
+            if name not in SamplingSection.model_fields:
+                hint = suggest(name, SamplingSection.model_fields) or "."
+                raise ConfigError(f"Unknown option {name}={options[name]!r}{hint} Remove or correct it.")
+        sampling = self.sampling(**options)
+        self._check_guidance(sampling)
+        if isinstance(texts, Gapped):
+            gapped = texts
+        else:
+            gapped = read_gaps(self.tokenizer, [texts] if isinstance(texts, str) else texts, self.backbone.lm.config)
+        placed = Gapped(gapped.tokens.to(self.device), gapped.blocks.to(self.device))
+        return infill(self, placed, sampling=sampling, observer=observer)
+
+    def _check_guidance(self, sampling: SamplingSection) -> None:
+        for guidance in sampling.guidance:
+            guidance.check(self.tokenizer)
 
     def _encoded(self, prompts: Prompt | Sequence[Prompt] | Tensor | Encoded) -> Encoded:
         if isinstance(prompts, Tensor):

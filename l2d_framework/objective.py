@@ -105,7 +105,9 @@ def draw(process: Process, layout: Layout, rule: NoiseRule) -> Draws:
     batch = _Batch(examples, width, device)
     u = batch.stack([example.uniform() for example in examples])
     noise = process.parametrization.noise(batch)
-    drops = [example.random.random(len(example.positions) if rule.dropout_per == "token" else 1) for example in examples]
+    drops = [
+        example.random.random(len(example.positions) if rule.dropout_per == "token" else 1) for example in examples
+    ]
     kept = [np.broadcast_to(d >= rule.class_dropout, len(e.positions)) for d, e in zip(drops, examples, strict=True)]
     counts = torch.tensor([len(example.positions) for example in examples], device=device)
     t = process.schedule.sample_times(u)

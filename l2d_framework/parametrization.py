@@ -128,7 +128,7 @@ class Parametrization(nn.Module, ABC):
             table: the backbone's embedding table, (V, H).
 
         Returns:
-            (B, n, M), M other than V unless it is the logits themselves, as it is unless a parametrization knows better.
+            (B, n, M), where M is not V unless these are the logits themselves, which is the default.
         """
         return logits
 

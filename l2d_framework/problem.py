@@ -17,7 +17,7 @@ from l2d_framework.process import Process
 from l2d_framework.schedule import Schedule
 from l2d_framework.settling import Settling
 from l2d_framework.solver import Time, as_time
-from l2d_framework.types import Layout, Predict, Prediction, Query, Space
+from l2d_framework.types import Layout, Predict, Prediction, Query, Random, Space
 from l2d_framework.wide import CHUNK
 
 
@@ -190,7 +190,9 @@ class TokenProblem:
                 estimates.append(self._parametrization.estimate(logits, until[:, part], self._codebook, draws.of(part)))
             if until is not None and self._parametrization.uses_previous:
                 whole = logits.shape == answer.values.shape
-                memory.append(logits if whole else self._parametrization.remember(logits, self._process.backbone.table()))
+                memory.append(
+                    logits if whole else self._parametrization.remember(logits, self._process.backbone.table())
+                )
             if self._settling is not None:
                 tokens.append(logits.argmax(-1))
         if memory:
@@ -236,6 +238,7 @@ class _Space:
     def __init__(self, problem: TokenProblem, until: Tensor, random: AllTokens | ActiveTokens, evaluation: int) -> None:
         self._problem, self._until, self._random, self.evaluation = problem, until, random, evaluation
         self._estimates = 0
+        self._recorded: set[str] = set()
 
     @property
     def layout(self) -> Layout:
@@ -254,8 +257,14 @@ class _Space:
     def encode(self, tokens: Tensor) -> Tensor:
         return self._problem._parametrization.encode(tokens, self._problem._process.backbone.table())
 
+    def random(self) -> Random:
+        # Below the numbers of estimates, so that neither changes what the other draws.
+        return self._random.branch(-1)
+
     def record(self, name: str, values: Tensor) -> None:
-        self._problem.metrics.setdefault(name, []).append(self._random.spread(values.detach().float()))
+        if name not in self._recorded:
+            self._recorded.add(name)
+            self._problem.metrics.setdefault(name, []).append(self._random.spread(values.detach().float()))
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from torch import Tensor
 from l2d_framework.answer import Answer
 
 
-class Settled(Exception):  # noqa: N818 -- no error
+class Settled(Exception):
     """Every row of a block has settled, so the solver may stop.
 
     Args:

@@ -68,8 +68,8 @@ class Problem(Protocol):
 class Solver(Component):
     """A rule for moving; sees neither tokens, logits nor the network.
 
-    A solver overrides `stages`, `order`, `is_stochastic` and `evaluates_end` by class variables, or by properties where they depend on
-    its fields.
+    A solver overrides `stages`, `order`, `is_stochastic` and `evaluates_end` by class variables, or by properties where
+    they depend on its fields.
 
     Attributes:
         is_adaptive: chooses its own steps, so the number of evaluations is not known in advance.

@@ -186,7 +186,7 @@ def no_weights(monkeypatch):
 
 
 REFUSED = [
-    ((), "There is nothing to answer. Give --prompt, --file, or --chat"),
+    ((), "There is nothing to answer. Give --prompt, --file, --infill, or --chat"),
     (("--prompt", "a", "--solver", "midpont"), "Unknown solver 'midpont'; did you mean 'midpoint'"),
     (("--prompt", "a", "--guidance", "classifier"), "did you mean 'classifier_free'"),
     (("--prompt", "a", "--preset", "l2d-papr"), "did you mean 'l2d-paper'"),

@@ -14,10 +14,12 @@ from rich.console import Console
 from rich.progress import Progress
 from transformers import GenerationConfig, TextStreamer
 
-from l2d_framework.base_model import fetch, load_config, load_tokenizer
+from l2d_framework.base_model import empty_language_model, fetch, load_config, load_tokenizer
 from l2d_framework.checkpoint import base_reference, load, read_manifest
+from l2d_framework.cli.drafts import Drafts
 from l2d_framework.config import default_sampling, parse_sampling
 from l2d_framework.errors import ConfigError, DataError, suggest
+from l2d_framework.infilling import check_infilling, read_gaps
 from l2d_framework.model import DiffusionLM, rescaled
 from l2d_framework.noise import request_keys
 from l2d_framework.prompts import Prompt, check_length, encode_prompts, pad_left
@@ -120,6 +122,7 @@ class Session:
             num_classes=backbone.num_classes,
             has_condition=class_name is not None,
         )
+        self.resolved, self.backbone = resolved, backbone
         known = manifest["classes"]
         if class_name is not None and class_name not in known:
             hint = suggest(class_name, known) or "."
@@ -127,6 +130,14 @@ class Session:
         self.chat_template = manifest["chat_template"]
         self.lm_config = load_config(self.reference)
         self.tokenizer = load_tokenizer(self.reference)
+        for guidance in resolved.guidance:
+            guidance.check(self.tokenizer)
+        if resolved.num_inference_steps == 0 and not self._empty_backbone().identity_at_zero:
+            raise ConfigError(
+                "--num-inference-steps 0 means the plain language model, which backbone "
+                f"{backbone.component_name()!r} does not contain. Use at least 1."
+            )
+        self.is_whole = (resolved.block_size or manifest["block_size"]) != 1
         self.lm: DiffusionLM | None = None
 
     def encode(self, prompts: Sequence[Prompt]) -> list[list[int]]:
@@ -182,16 +193,68 @@ class Session:
         if merge:
             self.lm.backbone.merge()
 
-    def answer(self, batch: Sequence[Sequence[int]], keys: Sequence[str], streamer: Any = None) -> list[dict[str, Any]]:
+    def check_infilling(self, texts: Sequence[str]) -> None:
+        """Refuse texts with gaps that this model cannot fill; needs no weights.
+
+        Args:
+            texts: with gaps.
+
+        Raises:
+            ConfigError: if a text has no gap, or the backbone sees no later tokens.
+        """
+        read_gaps(self.tokenizer, texts, self.lm_config)
+        check_infilling(self._empty_backbone())
+
+    def _empty_backbone(self) -> Any:
+        return self.backbone.build(empty_language_model(self.lm_config, self.reference.attn_implementation))
+
+    def infill(self, texts: Sequence[str], *, output: Path | None) -> None:
+        """Fill gaps in texts, print and write the results.
+
+        Args:
+            texts: with gaps.
+            output: JSONL file, written in one piece at the end.
+        """
+        assert self.lm is not None
+        filled = [self.lm.infill(text, **self.sampling) for text in texts]
+        found = [one.texts(self.tokenizer)[0] for one in filled]  # type: ignore[arg-type]
+        for text in found:
+            typer.echo(text)
+        pairs = zip(texts, found, strict=True)
+        write_rows(output, [{"prompt": text, "answers": [{"text": new}]} for text, new in pairs])
+
+    def trace(self, prompt: Prompt, path: Path, *, output: Path | None) -> None:
+        """Answer one prompt, print and write the answer, and write how it took shape.
+
+        Args:
+            prompt: text or conversation.
+            path: page (.html) or picture (.png) to write.
+            output: JSONL file for the answer.
+        """
+        from l2d_framework.tracing import Recorder, write_trace
+
+        recorder = Recorder()
+        batch = self.encode([prompt])
+        found = self.answer(batch, request_keys(batch), observer=recorder)[0]
+        title = prompt if isinstance(prompt, str) else str(prompt[-1]["content"])
+        trace = recorder.finish([*batch[0], *found.pop("ids")])
+        write_trace(trace, self.tokenizer, path, title=title)  # type: ignore[arg-type]
+        typer.echo(found["text"])
+        write_rows(output, [{"prompt": prompt, "answers": [found]}])
+
+    def answer(
+        self, batch: Sequence[Sequence[int]], keys: Sequence[str], *, streamer: Any = None, observer: Any = None
+    ) -> list[dict[str, Any]]:
         """Answers to encoded prompts.
 
         Args:
             batch: ids of each prompt.
             keys: name of each request for its noise.
             streamer: transformers' streamer, or None.
+            observer: called after every network evaluation, or None.
 
         Returns:
-            Per answer its text, number of tokens and mean evaluations.
+            Per answer its text, token ids, number of tokens and mean evaluations.
         """
         assert self.lm is not None
         tokenizer: Any = self.tokenizer
@@ -203,16 +266,22 @@ class Session:
             classes=None if self.class_name is None else [self.class_name] * len(batch),
             num_return_sequences=self.samples,
             streamer=streamer,
+            observer=observer,
             **options,
         )
-        return [
+        found = [
             {
                 "text": self._cut(tokenizer.decode(tokens[: int(count)], skip_special_tokens=True)),
+                "ids": tokens[: int(count)].tolist(),
                 "tokens": int(count),
                 "evaluations_per_token": round(float(cost[: int(count)].float().mean()), 2),
             }
             for tokens, cost, count in zip(output.answers, output.evaluations, output.lengths, strict=True)
         ]
+        for name, values in output.metrics.items():
+            for row, answer in zip(values.tolist(), found, strict=True):
+                answer[name] = [round(value, 4) for value in row if value == value]
+        return found
 
     def _cut(self, text: str) -> str:
         found = [text.find(stop) for stop in self.stop if stop in text]
@@ -228,8 +297,14 @@ class Session:
             The answer.
         """
         batch = self.encode([prompt])
+        keys = request_keys(batch)
+        if self.is_whole:
+            with Drafts(self.tokenizer) as drafts:
+                text = str(self.answer(batch, keys, observer=drafts)[0]["text"])
+            typer.echo(text)
+            return text
         streamer = TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)  # type: ignore[arg-type]
-        return str(self.answer(batch, request_keys(batch), streamer)[0]["text"])
+        return str(self.answer(batch, keys, streamer=streamer)[0]["text"])
 
     def answer_all(
         self,
@@ -264,10 +339,20 @@ class Session:
             for answers in rows:
                 for answer in answers:
                     typer.echo(answer["text"])
-        if output is not None:
-            lines = [
-                json.dumps({"prompt": p, "answers": a}, ensure_ascii=False) for p, a in zip(prompts, rows, strict=True)
-            ]
-            temporary = output.with_name(output.name + ".part")
-            temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
-            os.replace(temporary, output)
+        for answer in (answer for answers in rows for answer in answers):
+            answer.pop("ids", None)
+        write_rows(output, [{"prompt": p, "answers": a} for p, a in zip(prompts, rows, strict=True)])
+
+
+def write_rows(output: Path | None, rows: list[dict[str, Any]]) -> None:
+    """Write a JSONL file in one piece.
+
+    Args:
+        output: the file, or None to write nothing.
+        rows: one per line.
+    """
+    if output is None:
+        return
+    temporary = output.with_name(output.name + ".part")
+    temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    os.replace(temporary, output)

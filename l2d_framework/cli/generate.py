@@ -17,6 +17,9 @@ def generate(
     model: Annotated[str, typer.Argument(help="Checkpoint folder or hub id.")],
     prompt: Annotated[list[str] | None, typer.Option(help="Prompt; may be given several times.")] = None,
     file: Annotated[Path | None, typer.Option(help="Prompts: a text file with one a line, or JSONL.")] = None,
+    infill: Annotated[
+        list[str] | None, typer.Option(help="Text whose gaps, such as <mask:8> for 8 tokens, are to be filled.")
+    ] = None,
     chat: Annotated[bool, typer.Option(help="Use the chat template; without prompts, talk on the terminal.")] = False,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 256,
     num_inference_steps: Annotated[
@@ -40,7 +43,12 @@ def generate(
     num_return_sequences: Annotated[int, typer.Option(min=1, help="Answers per prompt.")] = 1,
     seed: Annotated[int | None, typer.Option(min=0, help="Of all random numbers.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts at a time; does not change the answers.")] = 8,
-    stream: Annotated[bool, typer.Option(help="Print tokens as they come; one prompt only.")] = False,
+    stream: Annotated[
+        bool, typer.Option(help="Print tokens as they come, or drafts of a whole answer; one prompt only.")
+    ] = False,
+    trace: Annotated[
+        Path | None, typer.Option(help="Write how the answer took shape to this .html page or .png; one prompt only.")
+    ] = None,
     output: Annotated[Path | None, typer.Option(help="Also write the answers to this JSONL file.")] = None,
     base: Annotated[str | None, typer.Option(help="Where the base model lies now, if it has moved.")] = None,
     dtype: Annotated[str | None, typer.Option(help="Of the weights: float32, bfloat16 or float16.")] = None,
@@ -53,6 +61,7 @@ def generate(
         model: checkpoint.
         prompt: prompts.
         file: file with prompts.
+        infill: texts with gaps.
         chat: use the chat template.
         max_new_tokens: longest answer.
         num_inference_steps: network evaluations per token.
@@ -71,6 +80,7 @@ def generate(
         seed: of all random numbers.
         batch_size: prompts at a time.
         stream: print tokens as they come.
+        trace: page or picture of the answer taking shape.
         output: file for the answers.
         base: where the base model lies.
         dtype: of the weights.
@@ -84,8 +94,14 @@ def generate(
     from l2d_framework.config.files import override
 
     prompts = read_prompts(prompt or [], file, chat=chat)
-    if not prompts and not chat:
-        raise ConfigError("There is nothing to answer. Give --prompt, --file, or --chat to talk.")
+    if infill and (prompts or chat or stream or trace or num_return_sequences > 1):
+        raise ConfigError("--infill fills gaps and answers nothing. Leave out prompts, --chat, --stream and --trace.")
+    if not prompts and not chat and not infill:
+        raise ConfigError("There is nothing to answer. Give --prompt, --file, --infill, or --chat to talk.")
+    if trace is not None and (len(prompts) != 1 or num_return_sequences > 1 or stream):
+        raise ConfigError("--trace shows how one answer takes shape. Give one prompt, one answer, and no --stream.")
+    if trace is not None and num_inference_steps == 0:
+        raise ConfigError("--trace shows network evaluations, and with --num-inference-steps 0 there are none.")
     if not do_sample and any(value is not None for value in (temperature, top_p, top_k)):
         raise ConfigError("--temperature, --top-p and --top-k shape a draw. Add --do-sample, or leave them out.")
     if (stream or not prompts) and num_return_sequences > 1:
@@ -113,11 +129,22 @@ def generate(
         stop=stop or [],
         samples=num_return_sequences,
     )
+    if trace is not None:
+        from l2d_framework.tracing import check_trace_file
+
+        check_trace_file(trace)
+    session.check_output(output)
+    if infill:
+        session.check_infilling(infill)
+        session.load(device, merge=merge)
+        session.infill(infill, output=output)
+        return
     # Without prompts there will be a conversation: find out now whether this tokenizer can hold one.
     encoded = session.encode(prompts or [[{"role": "user", "content": "?"}]])
-    session.check_output(output)
     session.load(device, merge=merge)
-    if prompts:
+    if trace is not None:
+        session.trace(prompts[0], trace, output=output)
+    elif prompts:
         session.answer_all(prompts, encoded, batch_size=batch_size, stream=stream, output=output)
     else:
         _talk(session)

@@ -20,6 +20,8 @@ from transformers import (
 )
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
+from l2d_framework.backbone import Backbone
+from l2d_framework.base_model import LANGUAGE_MODEL
 from l2d_framework.config.reward import RewardRun
 from l2d_framework.config.runs import DiffusionRun, Run
 from l2d_framework.config.sections import ModelSection, RowSource, ScratchSection
@@ -63,7 +65,7 @@ def check_run(run: Run, *, earlier: Sequence[Run] = ()) -> None:
     lm_config = _lm_config(run, earlier)
     if isinstance(run, DiffusionRun):
         run.backbone.check(lm_config, run.block_size)
-        _check_shapes(run, lm_config)
+        _backbone(run, lm_config)
     if isinstance(run, RewardRun):
         _check_reward(run, lm_config)
 
@@ -120,13 +122,17 @@ def _lm_config(run: Run, earlier: Sequence[Run]) -> Any:
     base = run.model.base
     for stage in reversed(earlier):
         if stage.output_dir is not None and Path(stage.output_dir).absolute() == Path(base).absolute():
-            if isinstance(stage, DiffusionRun):
-                raise ConfigError(f"model.base: {base!r} will hold a diffusion model; start from a language model")
-            return _lm_config(stage, earlier[: earlier.index(stage)])
+            config = _lm_config(stage, earlier[: earlier.index(stage)])
+            if isinstance(stage, DiffusionRun) and not _backbone(stage, config).trains_lm:
+                raise ConfigError(
+                    f"model.base: {base!r} will hold a diffusion model without a language model of its own; start from "
+                    f"{stage.model.base!r}"
+                )
+            return config
     return _saved_config(run.model)
 
 
-def _check_shapes(run: DiffusionRun, lm_config: Any) -> None:
+def _backbone(run: DiffusionRun, lm_config: Any) -> Backbone:
     # On the meta device a backbone finds out what it cannot serve.
     with torch.device("meta"):
         try:
@@ -138,6 +144,7 @@ def _check_shapes(run: DiffusionRun, lm_config: Any) -> None:
             ) from error
         backbone = run.backbone.build(lm.eval())
         run.parametrization.build(backbone.vocab_size, backbone.hidden_size)
+        return backbone
 
 
 def _check_reward(run: RewardRun, config: Any) -> None:
@@ -188,6 +195,8 @@ def _saved_config(model: ModelSection) -> Any:
                     f"model.adapter: {base!r} is itself an adapter, got also {adapter!r}; merge one first"
                 )
             return _saved_config(ModelSection(base=_adapter_base(base, "model.base")))
+        if not (folder / "config.json").exists() and (folder / LANGUAGE_MODEL).is_dir():
+            return _saved_config(ModelSection(base=str(folder / LANGUAGE_MODEL)))
         for needed in (("config.json",), _WEIGHTS):
             if not any(any(folder.glob(pattern)) for pattern in needed):
                 raise ConfigError(

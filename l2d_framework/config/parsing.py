@@ -15,6 +15,7 @@ from l2d_framework.config.runs import DiffusionRun, LanguageModelRun, Run, diffu
 from l2d_framework.config.sampling import complete, with_preset
 from l2d_framework.config.validation import validated
 from l2d_framework.errors import ConfigError, L2DError, PluginError, suggest
+from l2d_framework.parametrization import ParametrizationConfig
 from l2d_framework.registry import registry
 
 _KINDS: dict[str, type[Run]] = {"diffusion": DiffusionRun, "language_model": LanguageModelRun, "reward": RewardRun}
@@ -138,7 +139,7 @@ def _completed(data: Mapping[str, Any]) -> dict[str, Any]:
         # An estimate written in the parametrization is as explicit as one in sampling: it wins over the preset.
         explicit = merged({"estimate": chosen["estimate"]}, sampling) if chosen.get("estimate") else sampling
         out["sampling"] = with_preset(explicit, getattr(state, "default_preset", None))
-    if state is not None:
+    if state is not None and issubclass(state, ParametrizationConfig):
         out.setdefault("block_size", state.default_block_size)
         section = data.get("data")
         if isinstance(section, Mapping) and section.get("padding") is None:

@@ -21,7 +21,7 @@ from transformers import (
     AutoTokenizer,
 )
 
-from l2d_framework.base_model import fetch
+from l2d_framework.base_model import fetch, load_tokenizer
 from l2d_framework.checkpoint import MANIFEST, base_reference, read_manifest
 from l2d_framework.errors import ConfigError
 

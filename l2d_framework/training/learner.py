@@ -113,7 +113,7 @@ class Denoiser(Learner):
             run: the run.
 
         Raises:
-                ConfigError: if it asks for gradient checkpointing that the backbone has not, or for several noisy copies of
+            ConfigError: if it asks for gradient checkpointing that the backbone has not, or for several noisy copies of
                 a token where they would see each other.
         """
         if run.training.gradient_checkpointing or run.training.draws_per_token > 1:
@@ -121,7 +121,7 @@ class Denoiser(Learner):
             if run.training.draws_per_token > 1 and not empty.backbone.independent_positions:
                 raise ConfigError(
                     f"training.draws_per_token is {run.training.draws_per_token}, but noisy positions of backbone "
-                    f"{run.backbone.component_name()!r} see each other, so a token can be noised once only. Set it to 1."
+                    f"{run.backbone.component_name()!r} see each other: a token can be noised only once. Set it to 1."
                 )
             if run.training.gradient_checkpointing and not hasattr(empty.backbone, "gradient_checkpointing"):
                 raise ConfigError(

@@ -257,4 +257,5 @@ class Boundaries(TrainerCallback):
     """Logs wherever a resumed run could start, so that its losses are the means over the same updates."""
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Log before saving and at the end."""
         control.should_log |= control.should_save or control.should_training_stop

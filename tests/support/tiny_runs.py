@@ -39,6 +39,20 @@ def diffusion_run(base: Path, data: Path, output: Path, **training: Any) -> dict
     }
 
 
+def tess_run(base: Path, data: Path, output: Path, **training: Any) -> dict[str, Any]:
+    """Fields of a small TESS 2 run; `training` overrides its training section."""
+    return {
+        "model": {"base": str(base)},
+        "schedule": {"name": "cosine"},
+        "parametrization": {"name": "simplex"},
+        "backbone": {"name": "in_place"},
+        "sampling": {"num_inference_steps": 6},
+        "data": {"train": [{"path": str(data)}], "eval_fraction": 0.25, "max_length": 24},
+        "training": {**SMALL, "learning_rate": 3e-3, **training},
+        "output_dir": str(output),
+    }
+
+
 def language_model_run(data: Path, output: Path, **fields: Any) -> dict[str, Any]:
     """Fields of a small next-token run; `fields` are at the top level, `training` among them is merged."""
     training = {**SMALL, **fields.pop("training", {})}

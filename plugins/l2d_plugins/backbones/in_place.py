@@ -107,7 +107,8 @@ class InPlace(Backbone):
 
     def __init__(self, config: InPlaceConfig, lm: PreTrainedModel) -> None:
         super().__init__()
-        self.config = config
+        # Whoever loads this model again must not forget what it has learnt.
+        self.config = config.model_copy(update={"initialization": "pretrained"})
         is_meta = lm.device.type == "meta"
         if config.initialization == "random" and not is_meta:
             lm = _forgotten(lm)
@@ -155,7 +156,8 @@ class InPlace(Backbone):
         Returns:
             (V, H).
         """
-        return self.lm.get_input_embeddings().weight  # type: ignore[no-any-return]
+        embeddings: Any = self.lm.get_input_embeddings()
+        return embeddings.weight  # type: ignore[no-any-return]
 
     def read(self, layout: Layout) -> InPlaceContext:
         """Embed the known tokens.
@@ -202,7 +204,7 @@ class InPlace(Backbone):
             shared_time: not used.
 
         Returns:
-            (B, L, H); zero for slot 0 under a label shift, about which no output speaks.
+            (B, L, H); zero for the first token under a label shift, about which no output speaks.
         """
         rows, length = positions.shape
         context = _long_enough(context, int(positions.max()) + 1)
@@ -212,13 +214,16 @@ class InPlace(Backbone):
         column = positions.new_full((rows, total), -1).scatter(1, positions, order)
         noisy, column = column >= 0, column.clamp_min(0)
         mark = self.time((1 - t)[..., None].to(self.time.weight.dtype))
-        if condition is not None and self.config.num_classes:
-            mark = mark + self.classes(torch.where(condition < 0, self.config.num_classes, condition))
+        if self.config.num_classes:
+            label = torch.full_like(positions, -1) if condition is None else condition
+            mark = mark + self.classes(torch.where(label < 0, self.config.num_classes, label))
         embedded = _take(h, column).to(mark.dtype) + _take(mark, column)
         inputs = torch.where(noisy[..., None], embedded.to(context.embedded.dtype), context.embedded)
-        hidden = self._run(inputs, context.known | noisy)
-        found = _take(hidden, (positions - self.shift).clamp_min(0))
-        return found.masked_fill((positions < self.shift)[..., None], 0) if self.shift else found
+        visible = context.known | noisy
+        hidden = self._run(inputs, visible)
+        before = (positions - self.shift).clamp_min(0)
+        speaks = visible.gather(1, before) & (positions >= self.shift)
+        return _take(hidden, before).masked_fill(~speaks[..., None], 0)
 
     def head(self, features: Tensor) -> Tensor:
         """Vocabulary head of the language model.
