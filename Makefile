@@ -58,7 +58,7 @@ endef
 	touch $@
 
 .venv/.dev: .venv/.created pyproject.toml constraints.txt
-	.venv/bin/python -m pip install --quiet --editable ".[all]" --group dev
+	.venv/bin/python -m pip install --quiet --editable ".[all,text-metrics]" --group dev
 	touch $@
 
 # By way of the source distribution, which must be complete too.
@@ -68,7 +68,7 @@ wheel: .venv/.dev
 
 .venv-test/.created: pyproject.toml constraints.txt | wheel
 	$(call create-environment,.venv-test)
-	.venv-test/bin/python -m pip install --quiet "$$(echo dist/*.whl)[all]" --group test
+	.venv-test/bin/python -m pip install --quiet "$$(echo dist/*.whl)[all,text-metrics]" --group test
 	touch $@
 
 install-wheel: wheel .venv-test/.created

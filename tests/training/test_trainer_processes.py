@@ -2,7 +2,9 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny_runs
@@ -11,10 +13,11 @@ from l2d_framework.config import parse_run
 from l2d_framework.training.run import train_runs
 
 
-def test_two_processes_train_like_one(tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", [tiny_runs.diffusion_run, tiny_runs.tess_run])
+def test_two_processes_train_like_one(tmp_path: Path, method: Callable[..., dict[str, Any]]) -> None:
     tiny_runs.write_base(tmp_path / "base")
     tiny_runs.write_sums(tmp_path / "sums.jsonl", 14)
-    run = tiny_runs.diffusion_run(tmp_path / "base", tmp_path / "sums.jsonl", tmp_path / "two", max_steps=6)
+    run = method(tmp_path / "base", tmp_path / "sums.jsonl", tmp_path / "two", max_steps=6)
     (tmp_path / "run.json").write_text(json.dumps(run))
     # Each process takes one sequence at a time: two micro-batches per update, unlike the single process below.
     launch = [
