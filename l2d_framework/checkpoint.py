@@ -65,14 +65,16 @@ def build_model(run: DiffusionRun, *, meta: bool = False) -> DiffusionLM:
     Returns:
         The model, its own weights initialised from the run's seed, or those of the diffusion checkpoint that its base
         is.
+
+    Raises:
+        CheckpointError: if that checkpoint is one of another state space or backbone.
     """
     config = load_config(run.model)
     run.backbone.check(config, run.block_size)
     lm = empty_language_model(config, run.model.attn_implementation) if meta else load_language_model(run.model)
     model = _assemble(run, lm, run.seed)
     if not meta and ((folder := fetch(run.model.base, run.model.revision)) / MANIFEST).is_file():
-        read_manifest(folder)
-        _load_own(model, folder)
+        _go_on(model, run, folder)
     template = read_template(run.data.chat_template) if run.data is not None else None
     model.origin = Origin(
         model=run.model,
@@ -83,6 +85,18 @@ def build_model(run: DiffusionRun, *, meta: bool = False) -> DiffusionLM:
     )
     model.tokenizer = None if meta else load_tokenizer(run.model)
     return model
+
+
+def _go_on(model: DiffusionLM, run: DiffusionRun, folder: Path) -> None:
+    manifest = read_manifest(folder)
+    for kind in ("parametrization", "backbone"):
+        earlier, wanted = manifest[kind]["name"], getattr(run, kind).component_name()
+        if earlier != wanted:
+            raise CheckpointError(
+                f"model.base: {run.model.base!r} is a diffusion model with {kind} {earlier!r}, but the run asks for "
+                f"{wanted!r}. Make them agree, or start from a language model."
+            )
+    _load_own(model, folder)
 
 
 def _assemble(parts: Any, lm: PreTrainedModel, seed: int) -> DiffusionLM:

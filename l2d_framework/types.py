@@ -6,7 +6,8 @@ and N for a flat count. Time t runs from 0 (noise) to 1 (data).
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, Self
 
 from torch import Tensor
@@ -138,11 +139,20 @@ class Space(Protocol):
         ...
 
     def record(self, name: str, values: Tensor) -> None:
-        """Note a number per row for whoever generates, such as a reward.
+        """Note a number per row for whoever generates, such as a reward; the first of a name at an evaluation counts.
 
         Args:
             name: of the number.
             values: (B,), float.
+        """
+        ...
+
+    def random(self) -> Random:
+        """Random numbers for guidance, one stream per token asked about, independent of those of estimates.
+
+        Returns:
+            The same streams at every evaluation; they go on where they were, or start over for solvers that compare
+            slopes. Use `uniform` only.
         """
         ...
 
@@ -213,13 +223,19 @@ class Foreign:
 
     Attributes:
         parts: `schedule`, `parametrization`, `backbone`, `block_size` and the number of classes `num_classes`, as in a
-            run file.
-        own: the diffusion model's weights under this package's names.
-        base_config: transformers config of the language model.
-        base: the language model's weights under transformers' names.
+            run file; None for a reward model, which is a sequence classifier with one output and no diffusion model.
+        own: the diffusion model's weights under this package's names, without those of the language model.
+        base_config: transformers config of the language model or the sequence classifier.
+        base: its weights under transformers' names.
+        lost: weights that the other code base fails to save, with the reason in a sentence; `base` can supply them.
+        chat_template: name of a shipped template for conversations; None for the tokenizer's own.
+        notes: what the user should know of the reading, a sentence each.
     """
 
-    parts: dict[str, Any]
+    parts: dict[str, Any] | None
     own: dict[str, Tensor]
     base_config: dict[str, Any]
     base: dict[str, Tensor]
+    lost: Mapping[str, str] = field(default_factory=dict)
+    chat_template: str | None = None
+    notes: tuple[str, ...] = ()

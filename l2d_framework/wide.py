@@ -11,22 +11,26 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree
 
-CHUNK = 2**23
+CHUNK = 2**24
 """Largest number of entries of a tensor as wide as the vocabulary that is made in one piece."""
 
+_CACHED = 2**17
+"""Number of entries that several passes in a row find in the cache of a CPU."""
 
-def pieces(rows: int, length: int, width: int) -> Iterator[slice]:
+
+def pieces(rows: int, length: int, width: int, limit: int | None = None) -> Iterator[slice]:
     """Slices of positions small enough to be as wide as the vocabulary.
 
     Args:
         rows: B.
         length: L.
         width: entries per position.
+        limit: largest number of entries of a piece; `CHUNK` when None.
 
     Returns:
-        Slices that cover `length` in order, each of at most `CHUNK` entries if one position allows it.
+        Slices that cover `length` in order, each of at most so many entries if one position allows it.
     """
-    step = max(1, CHUNK // max(rows * width, 1))
+    step = max(1, (CHUNK if limit is None else limit) // max(rows * width, 1))
     return (slice(start, min(start + step, length)) for start in range(0, length, step))
 
 
@@ -49,7 +53,7 @@ class WideState(Tensor):
 
     It is a weighted sum of a constant, one-hot vectors and seeded noise. Adding such states, scaling them per position
     and taking positions keeps them so; whatever else torch is asked to do with one makes it dense first, so that code
-    which knows nothing of it is right, if larger.
+    which knows nothing of it is right, if larger. It cannot be changed in place.
 
     Args:
         level: value of every component, (B, L), float32.
@@ -105,27 +109,53 @@ class WideState(Tensor):
             (B, L, D), float32.
         """
         out = torch.empty(self.shape, device=self.device)
+        for place, state in self._places(out):
+            state._write(place).add_(state.level[..., None])
+        return out
+
+    def _softmax(self) -> Tensor:
+        out = torch.empty(self.shape, device=self.device)
+        for place, state in self._places(out):
+            # No level: what all components share does not change their softmax.
+            torch.softmax(state._write(place), -1, out=place)
+        return out
+
+    def _places(self, out: Tensor) -> Iterator[tuple[Tensor, WideState]]:
+        """Consecutive places of `out`, each (1, n, D), with the states that belong there."""
+        whole, out = _map(self, lambda values: values.reshape(1, -1)), out.view(1, -1, self.shape[-1])
+        for part in cached_pieces(out):
+            yield out[:, part], _map(whole, lambda values, part=part: values[:, part])  # type: ignore[misc]
+
+    def _write(self, out: Tensor) -> Tensor:
+        """Fill `out` with everything but the level."""
         noises = [(atom.ids, weight) for atom, weight in self.parts if isinstance(atom, _Normals)]
         if noises:
-            _fill(out, noises[0][0]).mul_(noises[0][1][..., None])
-            out.add_(self.level[..., None])
+            _fill(out, *noises[0])
         else:
-            out.copy_(self.level[..., None].expand(self.shape))
-        for seeds, weight in noises[1:]:
-            out.add_(_fill(torch.empty_like(out), seeds) * weight[..., None])
+            out.zero_()
+        for noise in noises[1:]:
+            out.add_(_fill(torch.empty_like(out), *noise))
         for atom, weight in self.parts:
             if isinstance(atom, _Tokens):
                 out.scatter_add_(-1, atom.ids[..., None], weight[..., None])
         return out
 
-    def __repr__(self, **_: Any) -> str:
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         """Shape and number of parts, since printing must not make it dense."""
         return f"WideState(shape={tuple(self.shape)}, parts={len(self.parts)})"
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Keep linear operations symbolic; make everything else dense."""
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        """Keep linear operations symbolic; make everything else dense.
+
+        Raises:
+            TypeError: if it is to be changed in place.
+        """
         kwargs = kwargs or {}
+        if func._schema.is_mutable and isinstance(args[0], WideState):
+            raise TypeError(f"A WideState cannot be changed in place by {func}. Make a new one, as in `x = x * 2`.")
         rule = _rules().get(func)
         found = NotImplemented if rule is None else rule(*args, **kwargs)
         if found is NotImplemented:
@@ -146,11 +176,27 @@ def dense(state: Tensor) -> Tensor:
     return state.dense() if isinstance(state, WideState) else state
 
 
-def _fill(out: Tensor, seeds: Tensor) -> Tensor:
+def cached_pieces(values: Tensor) -> Iterator[slice]:
+    """Slices of positions of a tensor that several operations in a row should visit one after the other.
+
+    Args:
+        values: (B, L, D).
+
+    Returns:
+        Slices that cover L in order: as small as a cache on a CPU, of at most `CHUNK` entries elsewhere.
+    """
+    rows, length, width = values.shape
+    return pieces(rows, length, width, limit=min(_CACHED, CHUNK) if values.device.type == "cpu" else None)
+
+
+def _fill(out: Tensor, seeds: Tensor, weights: Tensor) -> Tensor:
+    """Weighted noise; the weight is applied while it is drawn, which saves a pass."""
     generator = torch.Generator(out.device)
-    for row, values in zip(out, seeds.tolist(), strict=True):
-        for place, seed in zip(row, values, strict=True):
-            place.normal_(generator=generator.manual_seed(seed))
+    for row, *numbers in zip(out, seeds.tolist(), weights.tolist(), strict=True):
+        for place, seed, weight in zip(row, *numbers, strict=True):
+            place.normal_(0.0, abs(weight), generator=generator.manual_seed(seed))
+            if weight < 0:
+                place.neg_()
     return out
 
 
@@ -162,9 +208,10 @@ def _map(state: WideState, change: Callable[[Tensor], Tensor]) -> WideState:
 
 def _scale(state: WideState, factor: Any) -> Any:
     if isinstance(factor, Tensor):
-        if isinstance(factor, WideState) or (factor.ndim and factor.shape[-1] != 1) or factor.ndim > 3:
+        shape = (*state.shape[:2], 1)
+        if isinstance(factor, WideState) or (factor.ndim and torch.broadcast_shapes(factor.shape, shape) != shape):
             return NotImplemented
-        factor = factor.float().expand(*state.shape[:2], 1).squeeze(-1) if factor.ndim else factor.float()
+        factor = factor.float().expand(shape).squeeze(-1) if factor.ndim else factor.float()
     return WideState(state.level * factor, [(atom, weight * factor) for atom, weight in state.parts], state.shape[-1])
 
 
@@ -179,11 +226,12 @@ def _divide(a: Any, b: Any) -> Any:
 def _add(a: Any, b: Any, *, alpha: float = 1) -> Any:
     if not (isinstance(a, WideState) and isinstance(b, WideState)) or a.shape != b.shape:
         return NotImplemented
-    weights = {id(atom): (atom, weight) for atom, weight in a.parts}
+    weights = {(type(atom), id(atom.ids)): (atom, weight) for atom, weight in a.parts}
     for atom, weight in b.parts:
         # The same noise or token on both sides is one part, or every step of a solver would double their number.
-        before = weights.get(id(atom))
-        weights[id(atom)] = (atom, alpha * weight if before is None else before[1] + alpha * weight)
+        name = (type(atom), id(atom.ids))
+        before = weights.get(name)
+        weights[name] = (atom, alpha * weight if before is None else before[1] + alpha * weight)
     return WideState(a.level + alpha * b.level, list(weights.values()), a.shape[-1])
 
 
@@ -218,12 +266,17 @@ def _cat(states: Any, dim: int = 0) -> Any:
     return WideState(torch.cat([state.level for state in states], dim), parts, states[0].shape[-1])
 
 
+def _softmax(state: Any, dim: int, is_half: bool) -> Any:
+    return state._softmax() if dim in (-1, 2) and not is_half else NotImplemented
+
+
 def _same(state: Any, **_: Any) -> Any:
     return _map(state, lambda values: values)
 
 
-def _cast(state: Any, *, dtype: Any = None, **_: Any) -> Any:
-    return _same(state) if dtype in (None, torch.float32) else NotImplemented
+def _cast(state: Any, *, dtype: Any = None, device: Any = None, **_: Any) -> Any:
+    is_same = dtype in (None, torch.float32) and device in (None, state.device)
+    return _same(state) if is_same else NotImplemented
 
 
 @lru_cache(maxsize=1)
@@ -238,6 +291,7 @@ def _rules() -> dict[Any, Callable[..., Any]]:
         aten.slice.Tensor: _slice,
         aten.index.Tensor: _index,
         aten.cat.default: _cat,
+        aten._softmax.default: _softmax,
         aten.detach.default: _same,
         aten.alias.default: _same,
         aten._to_copy.default: _cast,

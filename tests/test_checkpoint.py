@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 import l2d_framework as l2d
 from l2d_framework import checkpoint
 from l2d_framework.checkpoint import build_model, load, load_weights, push_to_hub, read_manifest, save
-from l2d_framework.config import parse_run
+from l2d_framework.config import check_runs, parse_run
 from l2d_framework.errors import CheckpointError, L2DError, PluginError
 from l2d_framework.types import Query
 
@@ -431,6 +431,41 @@ def test_loading_and_saving_again_loses_nothing(base, tmp_path):
     save(load(tmp_path / "one"), tmp_path / "two")
     one, two = (load_file(tmp_path / name / "diffusion.safetensors") for name in ("one", "two"))
     assert all(torch.equal(one[name], two[name]) and one[name].dtype == two[name].dtype for name in one)
+
+
+def _in_place(base, **fields):
+    parts = {"schedule": {"name": "cosine"}, "parametrization": {"name": "simplex"}, "backbone": {"name": "in_place"}}
+    return parse_run({"model": {"base": str(base)}, **parts, **fields})
+
+
+def test_a_run_goes_on_from_a_diffusion_model_that_holds_its_language_model(base, tmp_path):
+    first = _in_place(base, output_dir=str(tmp_path / "one"))
+    second = _in_place(tmp_path / "one", seed=7)
+    check_runs([first, second])
+    model = build_model(first)
+    with torch.no_grad():
+        for weight in model.own_parameters().values():
+            weight.add_(0.3 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(1)))
+    save(model, tmp_path / "one")
+    check_runs([second])
+    found = build_model(second)
+    assert found.tokenizer.get_vocab() == model.tokenizer.get_vocab()
+    for name, weight in found.own_parameters().items():
+        assert torch.equal(weight, model.own_parameters()[name]), name
+
+
+def test_a_model_that_began_at_random_keeps_what_it_has_learnt(base, tmp_path):
+    model = build_model(_in_place(base, backbone={"name": "in_place", "initialization": "random"}))
+    save(model, tmp_path)
+    found = load(tmp_path).own_parameters()
+    assert all(torch.equal(weight, found[name]) for name, weight in model.own_parameters().items())
+
+
+def test_a_run_refuses_a_diffusion_model_of_another_kind(base, tmp_path):
+    save(build_model(_in_place(base)), tmp_path)
+    parts = {"parametrization": {"name": "embedding", **SPACE}, "backbone": {"name": "two_stream", **NETWORK}}
+    with pytest.raises(CheckpointError, match="diffusion model with parametrization 'simplex', but the run asks for"):
+        build_model(_in_place(tmp_path, schedule={"name": "linear"}, **parts))
 
 
 def test_a_type_may_be_named_or_given(saved):

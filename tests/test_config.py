@@ -288,7 +288,7 @@ def test_a_later_stage_may_start_from_an_earlier_one(tmp_path):
         check_runs(refusing)
 
 
-def test_a_stage_cannot_start_from_a_diffusion_model(saved_tiny_lm, tmp_path):
+def test_a_stage_cannot_start_from_a_diffusion_model_without_a_language_model_of_its_own(saved_tiny_lm, tmp_path):
     first = fields(model={"base": str(saved_tiny_lm())}, output_dir=str(tmp_path / "out"))
     with pytest.raises(ConfigError, match="will hold a diffusion model"):
         check_runs(parse_stages({"stages": [first, fields(model={"base": str(tmp_path / "out")})]}))

@@ -19,6 +19,16 @@ VARIANTS = [
     ("backbone", "two_stream", {"num_classes": 3, "rank": 4, "targets": ["q_proj", "up_proj"]}),
     ("backbone", "two_stream", {"variant": "full"}),
     ("backbone", "two_stream", {"variant": "full_random", "num_classes": 1}),
+    ("schedule", "cosine", {"steps": None}),
+    ("parametrization", "simplex", {"k": 3.0, "estimate": {"mode": "nucleus", "top_p": 0.9, "temperature": 0.7}}),
+    ("parametrization", "simplex", {"estimate": {"mode": "nucleus", "top_p": 1.0}, "self_conditioning": "none"}),
+    ("parametrization", "simplex", {"estimate": {"mode": "average"}, "self_conditioning": "sum"}),
+    ("parametrization", "simplex", {"self_conditioning": "max", "train_table": True}),
+    ("parametrization", "simplex", {"self_conditioning": "product"}),
+    ("backbone", "in_place", {"attention": "causal", "num_classes": 2}),
+    ("backbone", "in_place", {"initialization": "random", "time_bias": True}),
+    ("backbone", "in_place", {"label_shift": False, "num_classes": 1}),
+    ("solver", "renoise", {"deterministic": True}),
     ("guidance", "classifier_free", {"scale": 2.0}),
     *(("solver", "torchdiffeq_fixed", {"method": method}) for method in ("euler", "heun2", "heun3", "rk4")),
     *(("solver", "torchdiffeq_adaptive", {"method": method}) for method in ("dopri8", "bosh3", "fehlberg2")),
@@ -26,7 +36,7 @@ VARIANTS = [
 
 
 @parametrize_with_checks(
-    [found() for found in BUILT_IN.values()]
+    [found() for found in BUILT_IN.values() if not any(field.is_required() for field in found.model_fields.values())]
     + [BUILT_IN[kind, name].model_validate(fields) for kind, name, fields in VARIANTS]
 )
 def test_conformance(component, check):

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import tiny_runs
 import torch
-from transformers import AutoModelForCausalLM, TrainerCallback
+from tiny_models import tiny_tokenizer
+from transformers import AutoModelForCausalLM, LlamaForSequenceClassification, TrainerCallback
 from typer.testing import CliRunner
 
 from l2d_framework import checkpoint
@@ -249,3 +250,42 @@ def test_padding_on_the_left_changes_no_answer(lm: DiffusionLM) -> None:
     alone = lm.generate(pad_left([ids]), max_new_tokens=5)
     padded = lm.generate(pad_left([ids, [7] * 11]), max_new_tokens=5)
     assert torch.equal(alone.answers[0], padded.answers[0])
+
+
+@pytest.fixture(scope="module")
+def reward(folder: Path) -> Path:
+    """A random reward model over the same tokens."""
+    config = LlamaForSequenceClassification.config_class.from_pretrained(folder / "base", num_labels=1)
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        LlamaForSequenceClassification(config).save_pretrained(folder / "reward")
+    tiny_tokenizer().save_pretrained(folder / "reward")
+    return folder / "reward"
+
+
+def test_a_reward_guides_from_the_command_line(folder: Path, reward: Path, tmp_path: Path) -> None:
+    asked = ("--prompt", "1+1=", "--max-new-tokens", 5, "--output")
+    guided = ("--guidance", "reward_gradient", "--set", f"guidance.0.model={reward}")
+    rows = []
+    for name, options in {"plain": (), "zero": (*guided, "--guidance-scale", 0), "guided": guided}.items():
+        found = cli(folder / "whole", *asked, tmp_path / name, *options)
+        assert found.exit_code == 0, found.exception
+        rows.append(json.loads((tmp_path / name).read_text())["answers"][0])
+    plain, zero, steered = rows
+    assert plain == zero
+    assert len(steered["reward"]) == 6, "one per evaluation"
+
+
+def test_a_reward_model_of_other_tokens_is_refused_before_weights_load(
+    folder: Path, reward: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    strange = tiny_tokenizer()
+    strange.add_tokens(["<|other|>"])
+    for file in reward.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    strange.save_pretrained(tmp_path)
+    monkeypatch.setattr(checkpoint, "load_language_model", None)
+    options = ("--guidance", "reward_gradient", "--set", f"guidance.0.model={tmp_path}")
+    found = cli(folder / "whole", "--prompt", "1+1=", "--max-new-tokens", 5, *options)
+    assert isinstance(found.exception, ConfigError)
+    assert "vocabular" in str(found.exception)

@@ -11,7 +11,7 @@ from torch import Tensor
 from l2d_framework.noise import TokenStreams
 from l2d_framework.schedule import Schedule
 from l2d_framework.solver import Time, as_time
-from l2d_framework.types import Prediction, Query
+from l2d_framework.types import Layout, Prediction, Query
 
 CleanLaw = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Clean state of (x, t, key), elementwise in tokens: (B, L, D), (B, L, 1) and (B, L, 1) to (B, L, D)."""
@@ -136,14 +136,42 @@ class ToySpace:
     Args:
         vocab_size: V.
         state_size: D.
+        rows: B.
+        length: L.
 
     Attributes:
         codebook: clean state of every token, (V, D), float32.
+        layout: the same few known tokens in every row.
+        evaluation: 0.
+        recorded: what guidance recorded, by name.
     """
 
-    def __init__(self, vocab_size: int, state_size: int) -> None:
+    evaluation = 0
+
+    def __init__(self, vocab_size: int, state_size: int, rows: int = 1, length: int = 3) -> None:
         generator = torch.Generator().manual_seed(1)
         self.codebook = torch.randn(vocab_size, state_size, generator=generator)
+        tokens = (torch.arange(7) % vocab_size).expand(rows, -1)
+        self.layout = Layout(tokens, torch.zeros_like(tokens))
+        self.recorded: dict[str, Tensor] = {}
+        self._streams = toy_streams(torch.arange(length).expand(rows, -1))
+
+    def random(self) -> TokenStreams:
+        """Streams that are alike in every row.
+
+        Returns:
+            One per token.
+        """
+        return self._streams
+
+    def record(self, name: str, values: Tensor) -> None:
+        """Note a number per row.
+
+        Args:
+            name: of the number.
+            values: (B,), float.
+        """
+        self.recorded[name] = values
 
     def estimate(self, logits: Tensor) -> Tensor:
         """Average of the codebook.

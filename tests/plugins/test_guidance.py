@@ -55,8 +55,8 @@ def branches(network, asked):
     return network.answer(asked), network.answer(asked.replace(condition=None))
 
 
-def test_the_guidance_is_offered_under_its_name():
-    assert [c.component_name() for c in l2d_components()] == ["classifier_free"]
+def test_guidances_are_offered_under_their_names():
+    assert [c.component_name() for c in l2d_components()] == ["classifier_free", "reward_gradient"]
     assert ClassifierFree.needs_classes
     assert ClassifierFree().scale == ClassifierFree.neutral_scale == 1.0
 

@@ -5,6 +5,8 @@ from typing import Any
 
 from l2d_framework.hooks import hookimpl
 from l2d_plugins.converters.l2d_reference import read_l2d_reference
+from l2d_plugins.converters.tess1_reference import read_tess1
+from l2d_plugins.converters.tess2_reference import read_tess2, read_tess2_reward
 
 
 @hookimpl
@@ -14,4 +16,9 @@ def l2d_converters() -> Mapping[str, Callable[..., Any]]:
     Returns:
         Reader by format name.
     """
-    return {"l2d-reference": read_l2d_reference}
+    return {
+        "l2d-reference": read_l2d_reference,
+        "tess1": read_tess1,
+        "tess2": read_tess2,
+        "tess2-reward": read_tess2_reward,
+    }

@@ -12,9 +12,10 @@ from l2d_framework.noise import categorical
 from l2d_framework.parametrization import Parametrization, ParametrizationConfig
 from l2d_framework.schedule import Schedule
 from l2d_framework.types import Random
-from l2d_framework.wide import WideState, dense, pieces
+from l2d_framework.wide import WideState, cached_pieces, pieces
 
 _CANDIDATES = 256
+_MARGIN = 1e-5
 
 
 class SimplexEstimate(BaseModel):
@@ -131,16 +132,17 @@ class Simplex(Parametrization):
 
     def _embed(self, x: Tensor, table: Tensor, previous: Tensor | None) -> Tensor:
         mix = self.config.self_conditioning
-        now = dense(x).softmax(-1)
+        now = x.softmax(-1)
         if mix == "none":
             return now.to(table.dtype) @ table
         if previous is not None and previous.shape[-1] == self.state_size:
-            return _mixed(now, previous.float().softmax(-1), mix).to(table.dtype) @ table
-        if mix in ("mean", "sum"):
+            both = _mixed(now, previous, mix).to(table.dtype) @ table
+        elif mix in ("mean", "sum"):
             before = table.mean(0) if previous is None else previous
             both = now.to(table.dtype) @ table + before.to(table.dtype)
-            return 0.5 * both if mix == "mean" else both
-        return _mixed(now, torch.full_like(now[..., :1], 1 / self.state_size), mix).to(table.dtype) @ table
+        else:
+            both = _mixed(now, now.new_zeros(1, 1, 1).expand(now.shape), mix).to(table.dtype) @ table
+        return 0.5 * both if mix == "mean" else both
 
     def remember(self, logits: Tensor, table: Tensor) -> Tensor:
         """Expected embeddings of a prediction, all that the mixtures linear in it need.
@@ -163,7 +165,7 @@ class Simplex(Parametrization):
             logits: (B, L, V), float32.
             t: not used.
             codebook: not used.
-            random: one number per token is drawn in mode `nucleus`.
+            random: two numbers per token are drawn in mode `nucleus`, one if it is the whole vocabulary.
 
         Returns:
             (B, L, V), float32.
@@ -172,20 +174,28 @@ class Simplex(Parametrization):
         """
         options = self.config.estimate
         if options.mode == "average":
-            return 2 * self.config.k * (logits / options.temperature).softmax(-1) - self.config.k
+            return 2 * self.config.k * _cooled(logits, options).softmax(-1) - self.config.k
         if options.mode == "argmax":
             tokens = logits.argmax(-1)
         else:
-            tokens = _draw(logits / options.temperature, options.top_p, random.uniform())
+            tokens = _draw(logits, options, random)
         return WideState.simplex(tokens, self.config.k, self.state_size)
 
 
-def _mixed(now: Tensor, before: Tensor, mix: str) -> Tensor:
-    if mix == "mean":
-        return now.add_(before).mul_(0.5) if not now.requires_grad else 0.5 * (now + before)
-    if mix == "sum":
-        return now + before
-    return torch.maximum(now, before) if mix == "max" else now * before
+def _mixed(now: Tensor, previous: Tensor, mix: str) -> Tensor:
+    """Mixture of the probabilities `now`, which may be overwritten, and those of previous logits; a mean not halved."""
+    if now.requires_grad or previous.requires_grad:
+        before = previous.float().softmax(-1)
+        return torch.maximum(now, before) if mix == "max" else now * before if mix == "product" else now + before
+    for part in cached_pieces(now):
+        here, before = now[:, part], previous[:, part].float().softmax(-1)
+        if mix == "max":
+            torch.maximum(here, before, out=here)
+        elif mix == "product":
+            here.mul_(before)
+        else:
+            here.add_(before)
+    return now
 
 
 def nucleus(logits: Tensor, top_p: float) -> Tensor:
@@ -212,16 +222,50 @@ def _likeliest(logits: Tensor, top_p: float, count: int) -> tuple[Tensor, Tensor
     return mass, (mass.cumsum(-1) - mass < top_p) | (top_p == 1), order
 
 
-def _draw(logits: Tensor, top_p: float, u: Tensor) -> Tensor:
-    """A token of the nucleus for each number `u`; the whole vocabulary is sorted only where the top does not reach."""
+def _draw(logits: Tensor, options: SimplexEstimate, random: Random) -> Tensor:
+    """A token of the nucleus, without sorting wherever one drawn from the whole vocabulary lies well inside.
+
+    To draw from the whole and, if that is outside, from the nucleus, is to draw from the nucleus.
+    """
+    top_p, u = options.top_p, random.uniform()
+    found = [_propose(_cooled(logits[:, part], options), u[:, part]) for part in cached_pieces(logits)]
+    tokens, mass = (torch.cat(parts, 1) for parts in zip(*found, strict=True))
     if top_p == 1:
-        return categorical(logits.softmax(-1), u)
+        return tokens
+    again = random.uniform()
+    # A margin for rounding and for tokens as likely as this one, which may come before or after it.
+    unsure = mass > top_p - _MARGIN
+    if bool(unsure.any()):
+        tokens[unsure] = _settled(_cooled(logits[unsure], options), top_p, tokens[unsure], again[unsure])
+    return tokens
+
+
+def _cooled(logits: Tensor, options: SimplexEstimate) -> Tensor:
+    return logits if options.temperature == 1 else logits / options.temperature
+
+
+def _propose(logits: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+    """A token of the whole vocabulary for each number `u`, and the mass of the others that are at least as likely."""
+    mass = logits.softmax(-1)
+    tokens = categorical(mass, u)
+    own = mass.gather(-1, tokens[..., None])
+    # Zeros and ones as numbers, since choosing by truth values is several times slower on a CPU.
+    at_least = torch.ge(mass, own, out=torch.empty_like(mass))
+    return tokens, at_least.mul_(mass).sum(-1) - own[..., 0]
+
+
+def _settled(logits: Tensor, top_p: float, tokens: Tensor, u: Tensor, candidates: int = _CANDIDATES) -> Tensor:
+    """The tokens, (N,), where the nucleus has them, else one of it for each number `u`.
+
+    The whole vocabulary is sorted only where its likeliest tokens do not fill the nucleus.
+    """
     size = logits.shape[-1]
-    count = min(_CANDIDATES, size)
+    count = min(candidates, size)
     mass, inside, order = _likeliest(logits, top_p, count)
-    tokens = order.gather(-1, categorical(mass * inside, u)[..., None]).squeeze(-1)
+    found = order.gather(-1, categorical(mass * inside, u)[..., None]).squeeze(-1)
+    kept = ((order == tokens[..., None]) & inside).any(-1)
+    found = torch.where(kept, tokens, found)
     short = inside[..., -1] & (count < size)
     if bool(short.any()):
-        mass, inside, order = _likeliest(logits[short], top_p, size)
-        tokens[short] = order.gather(-1, categorical(mass * inside, u[short])[..., None]).squeeze(-1)
-    return tokens
+        found[short] = _settled(logits[short], top_p, tokens[short], u[short], size)
+    return found

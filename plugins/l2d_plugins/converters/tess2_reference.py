@@ -1,0 +1,183 @@
+"""Readers of what the authors' TESS 2 code saves: diffusion language models and reward models."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from l2d_framework.errors import CheckpointError
+from l2d_framework.types import Foreign
+from l2d_plugins.converters.stored import read_config, read_state
+
+_MIXES = {"logits_mean": "mean", "logits_addition": "sum", "logits_max": "max", "logits_multiply": "product"}
+_OTHER_NETWORKS = (
+    "deepmind_conditional",
+    "disable_timestep_embed",
+    "self_condition_mix_logits_before_weights",
+    "self_condition_zeros_after_softmax",
+)
+"""Switches that are off in all published models; set, the network computes something else."""
+_NOT_THE_LANGUAGE_MODELS = {
+    *_OTHER_NETWORKS,
+    "_name_or_path",
+    "architectures",
+    "auto_map",
+    "classifier_free_simplex_inputs",
+    "classifier_free_uncond_input",
+    "dtype",
+    "empty_token_be_mask",
+    "is_causal",
+    "mask_padding_in_loss",
+    "padding_side",
+    "self_condition",
+    "self_condition_mix_before_weights",
+    "self_condition_mlp_projection",
+    "simplex_value",
+    "torch_dtype",
+    "transformers_version",
+}
+_LOST_HEAD = (
+    "The authors' Llama class leaves it out when it saves and draws a new one when it loads, so what this checkpoint "
+    "generates in their code is meaningless, too."
+)
+
+
+def read_tess2(folder: Path) -> Foreign:
+    """Read a checkpoint of the authors' TESS 2 code, such as `hamishivi/tess2`.
+
+    Their loader switches self-conditioning off unless a command line switches it on, and stores that, so stored flags
+    are believed only if they name a way to mix.
+
+    Args:
+        folder: in transformers' layout, with `timestep_embed.weight` among the weights.
+
+    Returns:
+        Its parts.
+
+    Raises:
+        CheckpointError: if a file is missing or damaged, or the folder holds another kind of model.
+
+    Source: key names and flags from github.com/hamishivi/tess-2.
+    """
+    config, state = read_config(folder), read_state(folder)
+    if "timestep_embed.weight" not in state:
+        problem = (
+            "it is a reward model. Use --from tess2-reward"
+            if "score.weight" in state
+            else "it has no timestep_embed.weight. Give the folder of a diffusion model"
+        )
+        raise CheckpointError(f"{str(folder)!r} is no TESS 2 checkpoint: {problem}.")
+    if any(key.startswith("roberta.") for key in state):
+        raise CheckpointError(f"{str(folder)!r} is a TESS 1 checkpoint. Use --from tess1.")
+    time = {"backbone.time.weight": state.pop("timestep_embed.weight")}
+    space, notes = read_space(folder, config)
+    is_lost = (
+        config["model_type"] == "llama" and "lm_head.weight" not in state and not config.get("tie_word_embeddings")
+    )
+    return Foreign(
+        parts={
+            "schedule": {"name": "cosine"},
+            "parametrization": space,
+            "backbone": {
+                "name": "in_place",
+                "attention": "causal" if config.get("is_causal") else "bidirectional",
+                "label_shift": True,
+            },
+            "block_size": None,
+        },
+        own=time,
+        base_config=plain_config(config),
+        base=without_rotations(state),
+        lost={"lm_head.weight": _LOST_HEAD} if is_lost else {},
+        chat_template="tulu",
+        notes=notes,
+    )
+
+
+def read_tess2_reward(folder: Path) -> Foreign:
+    """Read a reward model of the authors' TESS 2 code, such as `hamishivi/tess_mistral_rm`.
+
+    Args:
+        folder: in transformers' layout, with `score.weight` of one row among the weights.
+
+    Returns:
+        Its parts.
+
+    Raises:
+        CheckpointError: if a file is missing or damaged, or the folder holds another kind of model.
+    """
+    config, state = read_config(folder), read_state(folder)
+    if "score.weight" not in state:
+        hint = " Use --from tess2." if "timestep_embed.weight" in state else ""
+        raise CheckpointError(f"{str(folder)!r} is no reward model: it has no score.weight.{hint}")
+    counts = {len(state["score.weight"]), len(config.pop("id2label", None) or "1"), config.pop("num_labels", 1)}
+    config.pop("label2id", None)
+    if counts != {1}:
+        raise CheckpointError(
+            f"{str(folder)!r} has {max(counts)} outputs; a reward model has one. Give the folder of a reward model."
+        )
+    return Foreign(None, {}, plain_config(config) | {"num_labels": 1}, without_rotations(state))
+
+
+def read_space(folder: Path, config: dict[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """The state space that the stored flags describe.
+
+    Args:
+        folder: for messages.
+        config: the checkpoint's settings.
+
+    Returns:
+        The `parametrization` section of a run file, and sentences on what was not taken as stored.
+
+    Raises:
+        CheckpointError: if a flag is set that no published model uses.
+    """
+    for name in _OTHER_NETWORKS:
+        if config.get(name):
+            raise CheckpointError(
+                f"{str(folder)!r} sets {name}={config[name]!r}; only networks without it can be converted."
+            )
+    chosen, notes = config.get("self_condition"), []
+    if not chosen:
+        chosen = "logits_mean"
+        notes.append(
+            "The stored flags switch self-conditioning off, which is what the authors' loader does by default; it is "
+            "taken to be logits_mean, with which their scripts train."
+        )
+    elif not config.get("self_condition_mix_before_weights"):
+        notes.append(
+            f"Self-conditioning {chosen} is stored as inactive; it is taken to be active, as in their scripts."
+        )
+    if chosen not in _MIXES:
+        raise CheckpointError(
+            f"{str(folder)!r} mixes predictions by self_condition={chosen!r}; only {', '.join(_MIXES)} can be "
+            "converted."
+        )
+    k = float(config.get("simplex_value", 5.0))
+    return {"name": "simplex", "k": k, "self_conditioning": _MIXES[chosen]}, tuple(notes)
+
+
+def plain_config(config: dict[str, Any]) -> dict[str, Any]:
+    """The language model's part of the settings.
+
+    Args:
+        config: the checkpoint's settings.
+
+    Returns:
+        Fields that transformers' own class knows.
+    """
+    return {name: value for name, value in config.items() if name not in _NOT_THE_LANGUAGE_MODELS}
+
+
+def without_rotations(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Weights without the rotary frequencies that old versions of transformers saved along.
+
+    Args:
+        state: weights by name.
+
+    Returns:
+        The others.
+    """
+    return {name: value for name, value in state.items() if not name.endswith("rotary_emb.inv_freq")}

@@ -1,0 +1,245 @@
+"""The reward model of `reward_gradient`: refused before its weights are loaded, loaded once, read on soft tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import (
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+)
+
+from l2d_framework.errors import CheckpointError, ConfigError, UnsupportedModelError
+
+
+@dataclass(frozen=True)
+class RewardNetwork:
+    """A frozen sequence classifier with one output that reads from left to right.
+
+    Attributes:
+        name: what it was asked for as.
+        body: its decoder, in evaluation mode.
+        score: its head, from H to 1.
+        table: what the decoder reads for every token, (V, H).
+        ends: ids of end tokens.
+    """
+
+    name: str
+    body: nn.Module
+    score: nn.Module
+    table: Tensor
+    ends: tuple[int, ...]
+
+    def rewards(self, inputs: Tensor) -> Tensor:
+        """Reward of every beginning of the sequences.
+
+        Args:
+            inputs: embedded tokens without a gap, (B, T, H), type of `table`.
+
+        Returns:
+            (B, T), float32; entry i has read the inputs up to i.
+        """
+        return self.score(self._hidden(inputs)).squeeze(-1).float()  # type: ignore[no-any-return]
+
+    def check_width(self, size: int) -> None:
+        """Refuse logits over another number of tokens.
+
+        Args:
+            size: V of the logits.
+
+        Raises:
+            ConfigError: if it is not this model's.
+        """
+        if len(self.table) != size:
+            raise ConfigError(
+                f"Reward model {self.name!r} embeds {len(self.table)} tokens, but the diffusion model predicts {size}. "
+                "Guidance needs the same vocabulary: train a reward model on the same base with `l2d train-reward`."
+            )
+
+    def prove(self) -> None:
+        """See on an example that no output depends on later inputs.
+
+        Raises:
+            UnsupportedModelError: if one does.
+        """
+        inputs = self.table[:5][None]
+        later = torch.cat([inputs[:, :-1], inputs[:, -1:] + 1], 1)
+        with torch.no_grad():
+            plain, changed = self._hidden(inputs), self._hidden(later)
+        if not torch.allclose(plain[:, :-1].float(), changed[:, :-1].float(), rtol=1e-3, atol=1e-3):
+            raise UnsupportedModelError(
+                f"Reward model {self.name!r} lets tokens see later ones, so no output is the reward of a text so far. "
+                "Choose a sequence classifier over a decoder, such as LlamaForSequenceClassification."
+            )
+
+    def _hidden(self, inputs: Tensor) -> Tensor:
+        return self.body(inputs_embeds=inputs, use_cache=False).last_hidden_state  # type: ignore[no-any-return]
+
+
+def check_reward_model(name: str, tokenizer: Any, *, needs_end: bool) -> None:
+    """Refuse a reward model that cannot guide, without loading its weights.
+
+    Args:
+        name: folder or hub id.
+        tokenizer: of the diffusion model; None where there is none.
+        needs_end: whether the id of the end token has to be known.
+
+    Raises:
+        ConfigError: if it is missing, lacks a tokenizer, has another vocabulary or number of outputs, or no end token.
+        UnsupportedModelError: if it is no sequence classifier with a `score` head over a decoder.
+    """
+    size = None if tokenizer is None else len(tokenizer)
+    _check(name, tokenizer, size, needs_end, _stamps(name))
+
+
+def load_reward_model(name: str, device: torch.device, dtype: torch.dtype) -> RewardNetwork:
+    """The reward model, loaded once and kept for the next call.
+
+    Args:
+        name: folder or hub id; a folder that was written again is loaded again.
+        device: where it is to compute.
+        dtype: of its weights.
+
+    Returns:
+        The frozen network.
+
+    Raises:
+        ConfigError: if transformers cannot load it.
+        CheckpointError: if weights are missing.
+        UnsupportedModelError: if it is no sequence classifier over a decoder.
+    """
+    return _load(name, device, dtype, _stamps(name))
+
+
+def _stamps(name: str) -> tuple[int, ...]:
+    """What changes when a folder is written again."""
+    return tuple(sorted(file.stat().st_mtime_ns for file in Path(name).iterdir())) if Path(name).is_dir() else ()
+
+
+@lru_cache(maxsize=4)
+def _check(name: str, tokenizer: Any, size: int | None, needs_end: bool, stamps: tuple[int, ...]) -> None:
+    """Every request asks, and comparing large vocabularies takes a while.
+
+    Raises:
+        ConfigError: see `check_reward_model`.
+        UnsupportedModelError: likewise.
+    """
+    config = _config(name)
+    with torch.device("meta"):
+        empty = AutoModelForSequenceClassification.from_config(config)
+    if not isinstance(getattr(empty, "score", None), nn.Module):
+        raise UnsupportedModelError(
+            f"Reward model {name!r} is a {type(empty).__name__}, which has no `score` head over a decoder. Choose one "
+            "that has, such as LlamaForSequenceClassification, or train one with `l2d train-reward`."
+        )
+    if needs_end and not _ends(config):
+        raise ConfigError(
+            f"position='expected_end' needs an end token; the config.json of reward model {name!r} has no "
+            "eos_token_id. Add it, or use position='canvas_end'."
+        )
+    if tokenizer is not None:
+        _check_vocabulary(name, tokenizer)
+
+
+@lru_cache(maxsize=2)
+@torch.inference_mode(False)
+def _load(name: str, device: torch.device, dtype: torch.dtype, stamps: tuple[int, ...]) -> RewardNetwork:
+    config = _config(name)
+    try:
+        model, report = AutoModelForSequenceClassification.from_pretrained(name, dtype=dtype, output_loading_info=True)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ConfigError(f"transformers cannot load the weights of reward model {name!r}: {error}") from error
+    if report["missing_keys"]:
+        raise CheckpointError(
+            f"Reward model {name!r} lacks the weights {sorted(report['missing_keys'])[:3]}, which would be random. "
+            "Download or train it again."
+        )
+    model = model.to(device).eval().requires_grad_(False)
+    layer = model.get_input_embeddings()
+    # Gemma's embedding layers scale the rows that they look up.
+    scale = getattr(layer, "embed_scale", None)
+    table = layer.weight if scale is None else layer.weight * scale.to(dtype)
+    network = RewardNetwork(name, model.base_model, model.score, table.detach(), _ends(config))
+    network.prove()
+    return network
+
+
+def _config(name: str) -> Any:
+    """Its configuration, refused unless it is one of a sequence classifier with one output.
+
+    Raises:
+        ConfigError: if it cannot be read, or has another number of outputs.
+        UnsupportedModelError: if it is of something else.
+    """
+    is_path = Path(name).is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
+    if is_path and not Path(name).is_dir():
+        raise ConfigError(
+            f"There is no folder {name!r}. Give the folder that `l2d train-reward` wrote, or a hub id, such as "
+            "org/name, as `model` of the guidance 'reward_gradient'."
+        )
+    try:
+        config = AutoConfig.from_pretrained(name)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"Reward model {name!r} is neither a model folder here nor a hub repository that can be reached: {error}"
+        ) from error
+    if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+        raise UnsupportedModelError(
+            f"Reward model {name!r} is of type {config.model_type!r}, for which there is no sequence classifier. "
+            "Choose a reward model over a decoder such as llama, mistral or qwen2."
+        )
+    kind: Any = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(config)]
+    wanted, saved = kind.__name__, config.architectures or []
+    if wanted not in saved:
+        raise UnsupportedModelError(
+            f"Reward model {name!r} was saved as {' or '.join(saved) or 'no architecture'}, not as {wanted}. Train a "
+            "reward model with `l2d train-reward`, and give its folder."
+        )
+    if config.num_labels != 1:
+        raise ConfigError(
+            f"Reward model {name!r} has {config.num_labels} outputs; a reward is one number. Choose a model with "
+            "num_labels=1."
+        )
+    return config
+
+
+def _ends(config: Any) -> tuple[int, ...]:
+    text = config.get_text_config()
+    ends = text.eos_token_id if isinstance(text.eos_token_id, list) else [text.eos_token_id]
+    # Some configs name tokens that their vocabulary lacks.
+    return tuple({end for end in ends if end is not None and 0 <= end < text.vocab_size})
+
+
+def _check_vocabulary(name: str, tokenizer: Any) -> None:
+    """Refuse another vocabulary.
+
+    Raises:
+        ConfigError: naming the first token that differs.
+    """
+    try:
+        theirs = _by_id(AutoTokenizer.from_pretrained(name))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(
+            f"Reward model {name!r} has no tokenizer that could be compared with the model's ({error}). Put the "
+            "tokenizer it was trained with into its folder."
+        ) from error
+    ours = _by_id(tokenizer)
+    if ours != theirs:
+        first = min(i for i in ours.keys() | theirs.keys() if ours.get(i) != theirs.get(i))
+        raise ConfigError(
+            f"Reward model {name!r} has another vocabulary: token {first} is {theirs.get(first)!r} there and "
+            f"{ours.get(first)!r} here ({len(theirs)} and {len(ours)} tokens). Its gradient would be about other "
+            "words. Train a reward model on the same base with `l2d train-reward`."
+        )
+
+
+def _by_id(tokenizer: Any) -> dict[int, str]:
+    return {number: token for token, number in tokenizer.get_vocab().items()}
