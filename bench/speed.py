@@ -85,6 +85,11 @@ class Sample:
     first: float = 0.0
 
 
+def seconds() -> tuple[float, float]:
+    """Seconds of the process and of the clock."""
+    return time.process_time(), time.perf_counter()
+
+
 class Bench:
     """Models of one set of random weights, made when a case first needs them.
 
@@ -100,7 +105,7 @@ class Bench:
         """CPU and wall seconds, once the device has done all its work."""
         if self.device.type == "cuda":
             torch.cuda.synchronize()
-        return time.process_time(), time.perf_counter()
+        return seconds()
 
     @cached_property
     def lm(self) -> Any:
@@ -279,7 +284,11 @@ def memory_alone(device: str, cases: Cases) -> dict[str, dict[str, int]]:
 
 
 def summarize(
-    samples: Mapping[str, Mapping[str, Sequence[Sample]]], *, unit: str, memory: Mapping[str, Mapping[str, int]]
+    samples: Mapping[str, Mapping[str, Sequence[Sample]]],
+    *,
+    unit: str,
+    memory: Mapping[str, Mapping[str, int]],
+    targets: Sequence[tuple[str, str, str, float]] = TARGETS,
 ) -> dict[str, Any]:
     """Medians and ratios.
 
@@ -287,6 +296,7 @@ def summarize(
         samples: by group and name, the reference first.
         unit: which seconds count, `cpu` or `wall`.
         memory: peak bytes by group and name; may be empty.
+        targets: as `TARGETS`.
 
     Returns:
         `groups`, with `cost` in multiples of the reference's seconds (median over rounds) and `speed`, its inverse; and
@@ -307,15 +317,15 @@ def summarize(
                 "peak_memory": memory.get(group, {}).get(name),
                 "samples": [asdict(sample) for sample in found],
             }
-    targets = [
+    compared: list[dict[str, Any]] = [
         {"group": g, "case": n, "what": what, "limit": limit, "found": groups[g][n][what]}
-        for g, n, what, limit in TARGETS
+        for g, n, what, limit in targets
         if n in groups.get(g, {})
     ]
-    for target in targets:
+    for target in compared:
         found, limit = target["found"], target["limit"]
         target["met"] = found <= limit if target["what"] == "cost" else found >= limit
-    return {"groups": groups, "targets": targets}
+    return {"groups": groups, "targets": compared}
 
 
 def tables(result: Mapping[str, Any]) -> list[Table]:
@@ -348,6 +358,20 @@ def tables(result: Mapping[str, Any]) -> list[Table]:
     return [*found, table]
 
 
+def write(out: Path, card: Mapping[str, Any]) -> None:
+    """Write a result file and say where it is.
+
+    Args:
+        out: the file.
+        card: what to write.
+    """
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = out.with_suffix(".writing")
+    temporary.write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
+    temporary.replace(out)
+    Console().print(f"Written to {out}", highlight=False)
+
+
 def main(
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     rounds: Annotated[int, typer.Option(min=1, help="Samples of every case.")] = 7,
@@ -375,12 +399,7 @@ def main(
     console = Console()
     for table in tables(card):
         console.print(table)
-    out = out or Path(__file__).parent / "results" / f"speed_{bench.device.type}.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_suffix(".writing")
-    temporary.write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
-    temporary.replace(out)
-    console.print(f"Written to {out}", highlight=False)
+    write(out or Path(__file__).parent / "results" / f"speed_{bench.device.type}.json", card)
 
 
 if __name__ == "__main__":

@@ -121,6 +121,9 @@ def generate(
             f"num_inference_steps=0 means the plain language model, which {type(process.backbone).__name__} does not "
             "contain. Use at least 1."
         )
+    if sampling.block_size is not None and process.block_size is not None:
+        # A model of one block per sequence may grow its answer in blocks of any size.
+        process.backbone.config.check(process.backbone.lm.config, sampling.block_size)
     check_sampling(
         sampling,
         num_classes=process.backbone.config.num_classes,

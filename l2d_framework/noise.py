@@ -74,9 +74,10 @@ def categorical(probabilities: Tensor, u: Tensor) -> Tensor:
     """
     cumulative = probabilities.cumsum(-1)
     total = cumulative[..., -1:]
-    index = torch.searchsorted(cumulative, (u[..., None] * total).to(cumulative.dtype), right=True)
-    last = (cumulative < total).sum(-1, keepdim=True)
-    return torch.minimum(index, last).squeeze(-1)
+    # Below the total even where the product is rounded up to it, so that no token of weight zero at the end is found.
+    below = torch.nextafter(total, torch.full_like(total, -torch.inf))
+    index = torch.searchsorted(cumulative, torch.minimum((u[..., None] * total).to(total.dtype), below), right=True)
+    return index.clamp_max(cumulative.shape[-1] - 1).squeeze(-1)
 
 
 class TokenStreams:

@@ -101,7 +101,7 @@ class Schedule(Component):
             u: numbers in [0, 1), any shape.
 
         Returns:
-            Times in [0, 1), same shape; the identity unless a schedule says otherwise.
+            Times in [0, 1], same shape, rising or falling with `u`; the identity unless a schedule says otherwise.
         """
         return u
 

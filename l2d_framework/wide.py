@@ -148,14 +148,10 @@ class WideState(Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        """Keep linear operations symbolic; make everything else dense.
-
-        Raises:
-            TypeError: if it is to be changed in place.
-        """
+        """Keep linear operations symbolic, refuse what changes it in place, and make everything else dense."""
         kwargs = kwargs or {}
         if func._schema.is_mutable and isinstance(args[0], WideState):
-            raise TypeError(f"A WideState cannot be changed in place by {func}. Make a new one, as in `x = x * 2`.")
+            _refuse(func)
         rule = _rules().get(func)
         found = NotImplemented if rule is None else rule(*args, **kwargs)
         if found is NotImplemented:
@@ -187,6 +183,10 @@ def cached_pieces(values: Tensor) -> Iterator[slice]:
     """
     rows, length, width = values.shape
     return pieces(rows, length, width, limit=min(_CACHED, CHUNK) if values.device.type == "cpu" else None)
+
+
+def _refuse(func: Any) -> None:
+    raise TypeError(f"A WideState cannot be changed in place by {func}. Make a new one, as in `x = x * 2`.")
 
 
 def _fill(out: Tensor, seeds: Tensor, weights: Tensor) -> Tensor:

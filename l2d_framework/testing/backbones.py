@@ -9,7 +9,12 @@ import torch
 
 from l2d_framework.backbone import BackboneConfig
 from l2d_framework.testing.assertions import distance, ensure, ensure_close
-from l2d_framework.testing.models import tiny_llama
+from l2d_framework.testing.inner_models import (
+    check_backbone_is_the_language_model_at_zero,
+    check_backbone_leaves_the_language_model,
+    check_backbone_merge_changes_nothing,
+    check_backbone_names_its_head_parameters,
+)
 from l2d_framework.testing.scenes import LENGTH, Scene, block_sizes, built, known_layout, noisy_scene
 from l2d_framework.types import Layout
 
@@ -34,6 +39,7 @@ def backbone_checks(config: BackboneConfig) -> Sequence[Callable[[Any], None]]:
         check_backbone_ignores_padding,
         check_backbone_selects_rows,
         check_backbone_shared_time,
+        check_backbone_sees_later_where_declared,
         check_backbone_unconditional_is_no_class,
         check_backbone_merge_changes_nothing,
     ]
@@ -44,6 +50,8 @@ def backbone_checks(config: BackboneConfig) -> Sequence[Callable[[Any], None]]:
         checks += [check_backbone_is_the_language_model_at_zero, check_backbone_leaves_the_language_model]
     if backbone.independent_positions:
         checks.append(check_backbone_positions_are_independent)
+    if backbone.trains_lm:
+        checks.append(check_backbone_names_its_head_parameters)
     return checks
 
 
@@ -56,7 +64,12 @@ def check_backbone_shapes(config: BackboneConfig) -> None:
     """
     backbone = built(config)
     ensure(bool(block_sizes(config)), "check() refuses every block size: 1, 2 and null.")
-    ensure(backbone.config == config, f"The module's config is {backbone.config!r}, not the one it was built from.")
+    again = built(backbone.config)
+    shapes, shapes_again = ({n: w.shape for n, w in module.state_dict().items()} for module in (backbone, again))
+    ensure(
+        again.config == backbone.config and shapes_again == shapes,
+        f"Built from {config!r}, the module's config is {backbone.config!r}, from which another one is built.",
+    )
     expected = (backbone.lm.config.vocab_size, backbone.lm.config.hidden_size)
     for name, shape in {
         "table()": tuple(backbone.table().shape),
@@ -115,6 +128,30 @@ def check_backbone_does_not_leak(config: BackboneConfig) -> None:
                     ensure(effect > _VISIBLE, f"A noisy position does not see an earlier block: {where}.")
                 else:
                     ensure(effect <= 1e-6, f"A noisy position sees its own or a later block: {where}.")
+
+
+@torch.no_grad()
+def check_backbone_sees_later_where_declared(config: BackboneConfig) -> None:
+    """A noisy position sees the known tokens after it if, and only if, the backbone declares `sees_later`.
+
+    Args:
+        config: any backbone.
+    """
+    backbone, place = built(config), 4
+    layout = known_layout()
+    blocks = layout.blocks.clone()
+    blocks[:, place] = 1
+    scene = Scene(Layout(layout.tokens, blocks), [place])
+    base = scene.ask(backbone)
+    for later in range(place + 1, LENGTH):
+        tokens = layout.tokens.clone()
+        tokens[:, later] = (tokens[:, later] + 5) % backbone.vocab_size
+        effect = distance(scene.ask(backbone, layout=Layout(tokens, blocks)), base)
+        ensure(
+            effect > _VISIBLE if backbone.sees_later else effect <= 1e-6,
+            f"sees_later is {backbone.sees_later}, but known token {later} changes what is said about position {place} "
+            f"by {effect:.3g}.",
+        )
 
 
 @torch.no_grad()
@@ -239,67 +276,6 @@ def check_backbone_uses_classes(config: BackboneConfig) -> None:
     for label in range(config.num_classes):
         other = scene.ask(backbone, condition=torch.full_like(scene.t, label, dtype=torch.int64))
         ensure(distance(other, base) > _VISIBLE, f"Class {label} of {config.num_classes} changes nothing.")
-
-
-@torch.no_grad()
-def check_backbone_merge_changes_nothing(config: BackboneConfig) -> None:
-    """Merging adapters changes neither the answers nor a single weight of the language model.
-
-    Args:
-        config: any backbone.
-    """
-    lm = tiny_llama()
-    weights = [(weight, weight.clone()) for weight in lm.parameters()]
-    backbone = built(config, lm)
-    for size in block_sizes(config):
-        scene = noisy_scene(size)
-        before = backbone.head(scene.ask(backbone))
-        backbone.merge()
-        ensure_close(backbone.head(scene.ask(backbone)), before, "merge must not change the logits")
-    ensure(all(torch.equal(now, then) for now, then in weights), "merge changes a weight of the language model.")
-
-
-@torch.no_grad()
-def check_backbone_is_the_language_model_at_zero(config: BackboneConfig) -> None:
-    """At t = 0, and with no diffusion path at all, logits are bit for bit those of the language model.
-
-    Args:
-        config: a backbone that declares `identity_at_zero`.
-    """
-    lm, layout = tiny_llama(), known_layout()
-    expected = lm(layout.tokens, use_cache=False).logits
-    backbone = built(config, lm)
-    scene = Scene(layout, list(range(1, LENGTH + 1)))
-    zero = torch.zeros_like(scene.t)
-    context = backbone.read(layout)
-    for name, features in {
-        "at t = 0": scene.ask(backbone, t=zero),
-        "at shared_time = 0": scene.ask(backbone, t=zero, shared_time=0.0),
-        "of plain()": backbone.plain(scene.positions, context),
-    }.items():
-        change = float((backbone.head(features) - expected).abs().max())
-        ensure(change == 0, f"Logits {name} differ from the language model's by {change:.3g}.")
-    mixed = zero.clone()
-    mixed[:, ::2] = 0.5
-    logits = backbone.head(scene.ask(backbone, t=mixed))
-    ensure(
-        torch.equal(logits[:, 1::2], expected[:, 1::2]),
-        "A position at t = 0 differs from the language model when its neighbours are at another time.",
-    )
-
-
-@torch.no_grad()
-def check_backbone_leaves_the_language_model(config: BackboneConfig) -> None:
-    """The language model itself answers as before it was wrapped.
-
-    Args:
-        config: a backbone that declares `identity_at_zero`.
-    """
-    lm, layout = tiny_llama(), known_layout()
-    expected = lm(layout.tokens, use_cache=False).logits
-    backbone = built(config, lm)
-    Scene(layout, [LENGTH]).ask(backbone)
-    ensure(torch.equal(lm(layout.tokens, use_cache=False).logits, expected), "The language model's own logits changed.")
 
 
 @torch.no_grad()

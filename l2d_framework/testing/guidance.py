@@ -60,7 +60,7 @@ def check_guidance_leaves_its_inputs(guidance: Guidance) -> None:
         guidance: any guidance.
     """
     query, fresh, predict = _query(), _query(), ToyPredict(_VOCAB, _SIZE, _CLASSES)
-    guidance(predict, query, ToySpace(_VOCAB, _SIZE))
+    guidance(predict, query, _space(query))
     ensure(bool(predict.given), "The guidance never asked for a prediction.")
     ensure(torch.equal(query.x, fresh.x) and torch.equal(query.t, fresh.t), "The query was changed in place.")
     ensure(all(torch.equal(now, then) for now, then in predict.given), "The wrapped logits were changed in place.")
@@ -94,7 +94,7 @@ def check_guidance_is_neutral(guidance: Guidance) -> None:
     requested = _query().replace(guidance_scale=torch.full((2, 3), guidance.neutral_scale))
     for asked, query in ((neutral, _query()), (guidance, requested)):
         for predict in (ToyPredict(_VOCAB, _SIZE, _CLASSES), ToyGuided(_VOCAB, _SIZE, _CLASSES)):
-            plain, guided = predict(query), asked(predict, query, ToySpace(_VOCAB, _SIZE))
+            plain, guided = predict(query), asked(predict, query, _space(query))
             change = float((guided.logits - plain.logits).abs().max())
             ensure(torch.equal(guided.logits, plain.logits), f"At its neutral scale the logits change by {change:.3g}.")
             ensure(
@@ -129,7 +129,11 @@ def check_guidance_obeys_requested_scales(guidance: Guidance) -> None:
 
 
 def _guide(guidance: Guidance, query: Query) -> Prediction:
-    return guidance(ToyPredict(_VOCAB, _SIZE, _CLASSES), query, ToySpace(_VOCAB, _SIZE))
+    return guidance(ToyPredict(_VOCAB, _SIZE, _CLASSES), query, _space(query))
+
+
+def _space(query: Query) -> ToySpace:
+    return ToySpace(_VOCAB, _SIZE, len(query.positions))
 
 
 def _clean(prediction: Prediction) -> Tensor:

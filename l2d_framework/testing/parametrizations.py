@@ -12,9 +12,9 @@ from torch import Tensor
 from l2d_framework.errors import ConfigError
 from l2d_framework.parametrization import Parametrization, ParametrizationConfig
 from l2d_framework.testing.assertions import distance, ensure, ensure_close
+from l2d_framework.testing.space_noise import check_noise_is_standard_normal, check_noise_keeps_to_its_streams
+from l2d_framework.testing.spaces import HIDDEN, VOCAB, built_space, questions
 from l2d_framework.testing.toys import ToySchedule, toy_streams
-
-_VOCAB, _HIDDEN = 13, 24
 
 
 def parametrization_checks(config: ParametrizationConfig) -> Sequence[Callable[[Any], None]]:
@@ -36,8 +36,12 @@ def parametrization_checks(config: ParametrizationConfig) -> Sequence[Callable[[
         check_embed_is_finite,
         check_embed_is_tokenwise,
         check_embed_uses_previous_where_declared,
+        check_noise_is_standard_normal,
+        check_noise_keeps_to_its_streams,
         check_parametrization_is_its_state_dict,
     ]
+    if built_space(config)[0].uses_previous:
+        checks += [check_no_previous_is_uniform, check_embed_needs_only_what_is_remembered]
     return [*checks, check_estimate_options] if "estimate" in type(config).model_fields else checks
 
 
@@ -48,12 +52,12 @@ def check_parametrization_shapes(config: ParametrizationConfig) -> None:
     Args:
         config: any parametrization.
     """
-    space, table = _built(config)
+    space, table = built_space(config)
     ensure(
         math.isfinite(space.prior_scale) and space.prior_scale > 0, f"prior_scale is {space.prior_scale}, not positive."
     )
     ensure(space.config == config, f"The module's config is {space.config!r}, not the one it was built from.")
-    tokens, logits, t = _questions()
+    tokens, logits, t = questions()
     for name, x in {
         "encode": space.encode(tokens, table),
         "estimate": space.estimate(logits, t, space.codebook(table), toy_streams(tokens)),
@@ -72,9 +76,9 @@ def check_parametrization_tells_tokens_apart(config: ParametrizationConfig) -> N
     Args:
         config: any parametrization.
     """
-    space, table = _built(config)
-    clean = space.encode(torch.arange(_VOCAB)[None], table)[0]
-    gaps = torch.cdist(clean, clean) + torch.eye(_VOCAB) * clean.norm(dim=-1).max()
+    space, table = built_space(config)
+    clean = space.encode(torch.arange(VOCAB)[None], table)[0]
+    gaps = torch.cdist(clean, clean) + torch.eye(VOCAB) * clean.norm(dim=-1).max()
     ensure(gaps.min() > 1e-3 * clean.norm(dim=-1).max(), "encode gives two tokens the same clean state.")
 
 
@@ -85,8 +89,8 @@ def check_estimate_of_onehot_is_encode(config: ParametrizationConfig) -> None:
     Args:
         config: any parametrization.
     """
-    space, table = _built(config)
-    tokens, _, _ = _questions()
+    space, table = built_space(config)
+    tokens, _, _ = questions()
     for time in (0.0, 0.5, 1.0):
         found = space.estimate(
             _certain(tokens), torch.full(tokens.shape, time), space.codebook(table), toy_streams(tokens)
@@ -103,8 +107,8 @@ def check_codebook_is_not_stale(config: ParametrizationConfig) -> None:
     Args:
         config: any parametrization.
     """
-    space, table = _built(config)
-    tokens, logits, t = _questions()
+    space, table = built_space(config)
+    tokens, logits, t = questions()
     kept = space.codebook(table)
     first = space.estimate(logits, t, kept, toy_streams(tokens))
     for codebook, claim in (
@@ -129,8 +133,8 @@ def check_estimate_keeps_to_its_streams(config: ParametrizationConfig) -> None:
     Args:
         config: any parametrization.
     """
-    space, table = _built(config)
-    tokens, logits, t = _questions()
+    space, table = built_space(config)
+    tokens, logits, t = questions()
     codebook = space.codebook(table)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
@@ -150,8 +154,8 @@ def check_estimate_is_tokenwise(config: ParametrizationConfig) -> None:
     Args:
         config: any parametrization.
     """
-    space, table = _built(config)
-    tokens, logits, t = _questions()
+    space, table = built_space(config)
+    tokens, logits, t = questions()
     codebook = space.codebook(table)
     together = space.estimate(logits, t, codebook, toy_streams(tokens))
     alone = space.estimate(logits[1:, 1:2], t[1:, 1:2], codebook, toy_streams(tokens[1:, 1:2]))
@@ -165,8 +169,8 @@ def check_embed_is_finite(config: ParametrizationConfig) -> None:
     Args:
         config: any parametrization.
     """
-    space, table = _built(config)
-    tokens, logits, _ = _questions()
+    space, table = built_space(config)
+    tokens, logits, _ = questions()
     schedule = ToySchedule()
     noise = space.prior_scale * toy_streams(tokens).normal(space.state_size)
     for time in (0.0, 1e-6, 0.5, 1 - 1e-6, 1.0):
@@ -174,7 +178,7 @@ def check_embed_is_finite(config: ParametrizationConfig) -> None:
         x = schedule.interpolate(space.encode(tokens, table), noise, t)
         for previous in (None, logits):
             h = space.embed(x, t, schedule, table, previous)
-            ensure(h.shape == (*tokens.shape, _HIDDEN), f"embed gave {tuple(h.shape)} for H = {_HIDDEN}.")
+            ensure(h.shape == (*tokens.shape, HIDDEN), f"embed gave {tuple(h.shape)} for H = {HIDDEN}.")
             ensure(h.isfinite().all(), f"embed gave numbers that are not finite at t = {time}.")
 
 
@@ -185,8 +189,8 @@ def check_embed_is_tokenwise(config: ParametrizationConfig) -> None:
     Args:
         config: any parametrization.
     """
-    space, table = _built(config)
-    tokens, _, t = _questions()
+    space, table = built_space(config)
+    tokens, _, t = questions()
     x = space.prior_scale * toy_streams(tokens).normal(space.state_size)
     together = space.embed(x, t, ToySchedule(), table, None)
     alone = space.embed(x[1:, 1:2], t[1:, 1:2], ToySchedule(), table, None)
@@ -200,8 +204,8 @@ def check_embed_uses_previous_where_declared(config: ParametrizationConfig) -> N
     Args:
         config: any parametrization.
     """
-    space, table = _built(config)
-    tokens, logits, t = _questions()
+    space, table = built_space(config)
+    tokens, logits, t = questions()
     x = space.encode(tokens, table)
     without, with_previous = (space.embed(x, t, ToySchedule(), table, previous) for previous in (None, logits))
     effect = distance(with_previous, without)
@@ -212,14 +216,52 @@ def check_embed_uses_previous_where_declared(config: ParametrizationConfig) -> N
 
 
 @torch.no_grad()
+def check_no_previous_is_uniform(config: ParametrizationConfig) -> None:
+    """No previous answer is the same as one that finds every token equally likely, before and after it is remembered.
+
+    Args:
+        config: a parametrization that declares `uses_previous`.
+    """
+    space, table = built_space(config)
+    tokens, logits, t = questions()
+    x, zero = space.encode(tokens, table), torch.zeros_like(logits)
+    without = space.embed(x, t, ToySchedule(), table, None)
+    for previous in (zero, space.remember(zero, table)):
+        found = space.embed(x, t, ToySchedule(), table, previous)
+        ensure_close(found, without, "no previous answer must equal logits of zero")
+
+
+@torch.no_grad()
+def check_embed_needs_only_what_is_remembered(config: ParametrizationConfig) -> None:
+    """What is remembered of an answer serves the network input as well as its logits, and is never taken for logits.
+
+    Args:
+        config: a parametrization that declares `uses_previous`.
+    """
+    space, table = built_space(config)
+    tokens, logits, t = questions()
+    memory, x = space.remember(logits, table), space.encode(tokens, table)
+    ensure(memory.shape[:2] == logits.shape[:2], f"remember gave {tuple(memory.shape)} for {tuple(logits.shape)}.")
+    ensure(
+        memory.shape[-1] != VOCAB or torch.equal(memory, logits),
+        "remember gives something as wide as logits that is not the logits; embed cannot tell it from them.",
+    )
+    ensure_close(
+        space.embed(x, t, ToySchedule(), table, memory),
+        space.embed(x, t, ToySchedule(), table, logits),
+        "the network input of what is remembered must be that of the logits",
+    )
+
+
+@torch.no_grad()
 def check_parametrization_is_its_state_dict(config: ParametrizationConfig) -> None:
     """Two modules of one configuration and one state dict encode and embed alike.
 
     Args:
         config: any parametrization.
     """
-    (space, table), (other, _) = _built(config, seed=0), _built(config, seed=1)
-    tokens, logits, t = _questions()
+    (space, table), (other, _) = built_space(config, seed=0), built_space(config, seed=1)
+    tokens, logits, t = questions()
     other.load_state_dict(space.state_dict())
     clean = space.encode(tokens, table)
     ensure_close(other.encode(tokens, table), clean, "encode must depend on the state dict only")
@@ -236,7 +278,7 @@ def check_estimate_options(config: ParametrizationConfig) -> None:
     Args:
         config: a parametrization with a field `estimate`.
     """
-    space, _ = _built(config)
+    space, _ = built_space(config)
     other = space.with_estimate(config.to_json()["estimate"])
     ensure(other.config == config, f"Repeating the options changed the config to {other.config!r}.")
     pairs = zip(space.parameters(), other.parameters(), strict=True)
@@ -252,18 +294,5 @@ def _refuses(space: Parametrization, options: dict[str, Any]) -> bool:
     return False
 
 
-def _built(config: ParametrizationConfig, seed: int = 0) -> tuple[Parametrization, Tensor]:
-    table = torch.randn(_VOCAB, _HIDDEN, generator=torch.Generator().manual_seed(7))
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return config.build(_VOCAB, _HIDDEN).eval(), table
-
-
-def _questions() -> tuple[Tensor, Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(8)
-    tokens = torch.tensor([[0, 3, 5, 7], [11, 12, 1, 2]])
-    return tokens, torch.randn(2, 4, _VOCAB, generator=generator), torch.rand(2, 4, generator=generator)
-
-
 def _certain(tokens: Tensor) -> Tensor:
-    return 1e4 * torch.nn.functional.one_hot(tokens, _VOCAB).float()
+    return 1e4 * torch.nn.functional.one_hot(tokens, VOCAB).float()

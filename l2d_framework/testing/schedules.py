@@ -30,6 +30,7 @@ def schedule_checks(schedule: Schedule) -> Sequence[Callable[[Any], None]]:
         check_schedule_noise_inverts_interpolate,
         check_schedule_velocity_follows_path,
         check_schedule_training_times,
+        check_schedule_noisier,
         check_schedule_grid,
     ]
 
@@ -121,21 +122,39 @@ def check_schedule_velocity_follows_path(schedule: Schedule) -> None:
 
 
 def check_schedule_training_times(schedule: Schedule) -> None:
-    """Training times of uniform numbers lie in [0, 1), rise with them, and reach 1 for none that float32 can hold.
+    """Training times of uniform numbers lie in [0, 1], and rise or fall with them all the way.
 
     Args:
         schedule: any schedule.
     """
-    below_one = torch.nextafter(torch.tensor(1.0), torch.tensor(0.0))
-    u = torch.cat([torch.linspace(0, 1, 1001)[:-1], below_one[None]])
+    u = _uniform_numbers()
     t = schedule.sample_times(u)
     ensure(
         t.shape == u.shape and t.dtype == u.dtype, f"sample_times changed {u.shape} {u.dtype} to {t.shape} {t.dtype}."
     )
-    outside = (t < 0) | (t >= 1) | ~t.isfinite()
+    outside = (t < 0) | (t > 1) | ~t.isfinite()
     ensure(not outside.any(), f"sample_times gives {t[outside].tolist()[:3]} for u = {u[outside].tolist()[:3]}.")
-    ensure((t.diff() >= 0).all(), f"sample_times falls after u = {_first(u, t.diff() < 0)}.")
-    ensure(t[-1] > t[0], "sample_times gives every u the same time.")
+    ensure(t[-1] != t[0], "sample_times gives the first and the last u the same time.")
+    back = t.diff() * (t[-1] - t[0]) < 0
+    ensure(not back.any(), f"sample_times turns back after u = {_first(u, back)}.")
+
+
+def check_schedule_noisier(schedule: Schedule) -> None:
+    """The time of a first prediction lies in [0, 1], never later than the training time it serves and mostly earlier.
+
+    Args:
+        schedule: any schedule.
+    """
+    t = schedule.sample_times(_uniform_numbers())
+    noisier = schedule.noisier(t)
+    ensure(
+        noisier.shape == t.shape and noisier.dtype == t.dtype,
+        f"noisier changed {t.shape} {t.dtype} to {noisier.shape} {noisier.dtype}.",
+    )
+    outside = (noisier < 0) | (noisier > 1) | ~noisier.isfinite()
+    ensure(not outside.any(), f"noisier leaves [0, 1] for t = {t[outside].tolist()[:3]}.")
+    ensure((noisier <= t).all(), f"noisier moves away from the noise at t = {t[noisier > t].tolist()[:3]}.")
+    ensure((noisier < t).float().mean() > 0.5, "noisier leaves most times where they are.")
 
 
 def check_schedule_grid(schedule: Schedule) -> None:
@@ -154,6 +173,11 @@ def check_schedule_grid(schedule: Schedule) -> None:
                 f"grid({count}, {end}) does not rise: {times}.",
             )
             ensure(count == 1 or abs(times[-1] - end) < 1e-6, f"grid({count}, {end}) ends at {times[-1]}.")
+
+
+def _uniform_numbers() -> Tensor:
+    below_one = torch.nextafter(torch.tensor(1.0), torch.tensor(0.0))
+    return torch.cat([torch.linspace(0, 1, 1001)[:-1], below_one[None]])
 
 
 def _inner_times() -> Tensor:

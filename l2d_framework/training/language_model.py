@@ -184,7 +184,7 @@ def _texts(data: DataSection) -> Iterator[str]:
         names = opened.columns.names
         rows = islice(opened.data, _STREAMED_TEXTS) if data.streaming else opened.data
         for row in rows:
-            if opened.columns.format == "messages":
+            if "messages" in names:
                 yield from (str(turn["content"]) for turn in row[names["messages"]])
             else:
                 yield from (str(row[column]) for column in names.values())

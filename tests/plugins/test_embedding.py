@@ -50,8 +50,8 @@ def times(rows=3, length=4, value=0.5):
     return torch.full((rows, length), value)
 
 
-def test_the_space_is_offered_under_its_name():
-    assert [component.component_name() for component in l2d_components()] == ["embedding"]
+def test_the_spaces_are_offered_under_their_names():
+    assert {component.component_name() for component in l2d_components()} == {"embedding", "simplex"}
     assert EmbeddingConfig.default_preset == "l2d-paper"
 
 

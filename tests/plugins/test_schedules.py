@@ -7,6 +7,7 @@ from safetensors.torch import load_file
 
 from l2d_framework.schedule import Schedule
 from l2d_plugins.schedules import l2d_components
+from l2d_plugins.schedules.cosine import Cosine
 from l2d_plugins.schedules.linear import Linear
 
 T = torch.linspace(0, 0.98, 50).reshape(5, 10)
@@ -18,8 +19,8 @@ def states():
     return 64 * x, clean
 
 
-def test_the_schedule_is_offered_under_its_name():
-    assert [c.component_name() for c in l2d_components()] == ["linear"]
+def test_the_schedules_are_offered_under_their_names():
+    assert {c.component_name() for c in l2d_components()} == {"linear", "cosine"}
 
 
 def test_the_path_runs_from_noise_to_data():
@@ -91,3 +92,57 @@ def test_golden_cosmap_times(golden_dir):
 def test_values_out_of_range_are_refused(wrong):
     with pytest.raises(ValidationError, match=next(iter(wrong))):
         Linear(**wrong)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 100, 5000])
+def test_a_cosine_table_of_any_length_is_the_one_law_at_its_own_points(steps):
+    t = 1 - torch.arange(steps, dtype=torch.float64) / steps
+    torch.testing.assert_close(Cosine().table(steps), (Cosine().alpha(t) ** 2).float(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(Cosine().table(steps)[::2], Cosine().table(2 * steps)[::4], rtol=1e-6, atol=0)
+
+
+def test_signal_and_noise_of_the_cosine_law_share_a_variance_of_one():
+    t = torch.linspace(0, 1, 1001, dtype=torch.float64)
+    total = Cosine().alpha(t) ** 2 + Cosine().sigma(t) ** 2
+    torch.testing.assert_close(total, torch.ones_like(total), rtol=0, atol=3e-7)
+
+
+def test_the_cosine_law_has_no_noise_at_all_at_the_data():
+    one = torch.tensor([1.0])
+    assert Cosine().sigma(one) == 0
+    assert Cosine().alpha(one) == 1
+
+
+def test_cosine_training_times_are_the_points_of_the_table_the_data_first():
+    found = Cosine(steps=4).sample_times(torch.tensor([0.0, 0.24, 0.25, 0.6, 0.99, float(BELOW_ONE)]))
+    assert found.tolist() == [1.0, 1.0, 0.75, 0.5, 0.25, 0.25]
+    u = torch.rand(4000)
+    counts = torch.bincount((4 * Cosine(steps=4).sample_times(u)).long())
+    assert counts[0] == 0
+    assert (counts[1:] > 900).all()
+    assert torch.equal(Cosine(steps=None).sample_times(T), 1 - T)
+
+
+@pytest.mark.parametrize("steps", [1, 3, 50, 5000])
+def test_the_noisier_time_is_the_next_point_of_the_table_the_last_its_own(steps):
+    index = torch.arange(steps)
+    t = 1 - index / steps
+    wanted = 1 - (index + 1).clamp_max(steps - 1) / steps
+    assert torch.equal(Cosine(steps=steps).noisier(t), wanted)
+
+
+@pytest.mark.parametrize("schedule", [Linear(), Cosine(steps=None)])
+def test_without_a_table_the_noisier_time_is_a_thousandth_nearer_to_the_noise(schedule):
+    found = schedule.noisier(torch.tensor([1.0, 0.5, 0.0005, 0.0]))
+    torch.testing.assert_close(found, torch.tensor([0.999, 0.499, 0.0, 0.0]))
+
+
+@pytest.mark.parametrize("end", [1.0, 0.8])
+def test_cosine_sampling_starts_one_step_from_the_noise_and_takes_equal_steps(end):
+    assert Cosine().grid(4, end) == [end / 4, end / 2, 3 * end / 4, end]
+
+
+@pytest.mark.parametrize("wrong", [{"steps": 0}, {"steps": 1.5}, {"offset": 1e-4}])
+def test_cosine_values_out_of_range_are_refused(wrong):
+    with pytest.raises(ValidationError, match=next(iter(wrong))):
+        Cosine(**wrong)

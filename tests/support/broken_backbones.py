@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from toy_components import Beside, BesideNetwork, Read, appended
+from toy_components import Beside, BesideNetwork, Canvas, CanvasNetwork, Read, appended
 
 from l2d_framework.testing import backbones
 from l2d_framework.types import Layout
@@ -18,6 +18,12 @@ class HalfPrecision(BesideNetwork):
 class BatchHead(BesideNetwork):
     def head(self, features):
         return super().head(features - features.mean(1, keepdim=True))
+
+
+class Misreports(BesideNetwork):
+    def __init__(self, config, lm):
+        super().__init__(config, lm)
+        self.config = config.model_copy(update={"num_classes": config.num_classes + 1})
 
 
 class Deaf(BesideNetwork):
@@ -145,6 +151,27 @@ class Mixes(BesideNetwork):
         return super().features(h + h.mean(1, keepdim=True), t, positions, context, condition)
 
 
+class ClaimsLater(BesideNetwork):
+    sees_later = True
+
+
+class OwnHead(CanvasNetwork):
+    def head_parameters(self):
+        return []
+
+
+def canvas(network: type[CanvasNetwork]) -> Canvas:
+    class Broken(Canvas):
+        module = network
+
+    Broken.__name__ = network.__name__
+    return Broken()
+
+
+class HidesLater(CanvasNetwork):
+    sees_later = False
+
+
 def beside(network: type[BesideNetwork], **fields: Any) -> Beside:
     class Broken(Beside):
         module = network
@@ -156,10 +183,14 @@ def beside(network: type[BesideNetwork], **fields: Any) -> Beside:
 BROKEN = [
     (backbones.check_backbone_shapes, beside(HalfPrecision), "torch.bfloat16"),
     (backbones.check_backbone_shapes, beside(BatchHead), "every position alike"),
+    (backbones.check_backbone_shapes, beside(Misreports), "from which another one is built"),
     (backbones.check_backbone_uses_state_and_time, beside(Deaf), "noisy state changes nothing"),
     (backbones.check_backbone_uses_state_and_time, beside(Timeless), "time changes nothing"),
     (backbones.check_backbone_does_not_leak, beside(OffByOne), "sees its own or a later block"),
     (backbones.check_backbone_does_not_leak, beside(Blind), "does not see an earlier block"),
+    (backbones.check_backbone_sees_later_where_declared, beside(ClaimsLater), "sees_later is True"),
+    (backbones.check_backbone_sees_later_where_declared, canvas(HidesLater), "sees_later is False"),
+    (backbones.check_backbone_names_its_head_parameters, canvas(OwnHead), "head_parameters leaves out"),
     (backbones.check_backbone_extends_what_it_read, beside(Forgetful), r"extend\(tokens\) must equal"),
     (backbones.check_backbone_ignores_padding, beside(PaddingCounts), "padding must not matter"),
     (backbones.check_backbone_selects_rows, beside(SortsRows), "select must keep"),

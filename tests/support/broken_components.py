@@ -84,7 +84,27 @@ class Backwards(Circle):
 
 class LateTimes(Circle):
     def sample_times(self, u):
-        return u + (1 - u) * 0.99999999
+        return 1.001 * u
+
+
+class Wavering(Circle):
+    def sample_times(self, u):
+        return (u + 0.05 * torch.sin(50 * u)).clamp(0, 1)
+
+
+class LessNoise(Circle):
+    def noisier(self, t):
+        return (t + 1e-3).clamp_max(1)
+
+
+class BeyondNoise(Circle):
+    def noisier(self, t):
+        return t - 1e-3
+
+
+class SameNoise(Circle):
+    def noisier(self, t):
+        return t
 
 
 class LongGrid(Circle):
@@ -100,6 +120,10 @@ SCHEDULES = [
     (schedules.check_schedule_noise_inverts_interpolate, UnscaledNoise(), "must undo interpolate"),
     (schedules.check_schedule_velocity_follows_path, Backwards(), "must point along the path"),
     (schedules.check_schedule_training_times, LateTimes(), r"sample_times gives \[1.0"),
+    (schedules.check_schedule_training_times, Wavering(), "sample_times turns back after"),
+    (schedules.check_schedule_noisier, LessNoise(), "moves away from the noise"),
+    (schedules.check_schedule_noisier, BeyondNoise(), r"noisier leaves \[0, 1\]"),
+    (schedules.check_schedule_noisier, SameNoise(), "leaves most times where they are"),
     (schedules.check_schedule_grid, LongGrid(), r"grid\(1, 1.0\) has 2 times"),
 ]
 
@@ -148,6 +172,51 @@ class BatchNormal(ProjectedSpace):
         return super().embed(x / x.std(), t, schedule, table, previous)
 
 
+class ForgetsNothing(ProjectedSpace):
+    """Takes no previous answer for one that says nothing, not for one that says anything is as likely."""
+
+    def embed(self, x, t, schedule, table, previous):
+        if previous is None:
+            previous = torch.eye(len(table))[0].expand(*x.shape[:2], -1) * 1e4
+        return super().embed(x, t, schedule, table, previous)
+
+
+class RemembersBest(ProjectedSpace):
+    def embed(self, x, t, schedule, table, previous):
+        if previous is not None and previous.shape[-1] == len(table):
+            previous = super().remember(previous, table)
+        return super().embed(x, t, schedule, table, previous)
+
+    def remember(self, logits, table):
+        return table[logits.argmax(-1)]
+
+
+class Ambiguous(ProjectedSpace):
+    def remember(self, logits, table):
+        return logits / 2
+
+
+class FlatNoise(ProjectedSpace):
+    def noise(self, random):
+        return 12**0.5 * (torch.stack([random.uniform() for _ in range(self.state_size)], -1) - 0.5)
+
+
+class OneNumber(ProjectedSpace):
+    def noise(self, random):
+        return random.normal(1).expand(-1, -1, self.state_size)
+
+
+class GlobalNoise(ProjectedSpace):
+    def noise(self, random):
+        return torch.randn_like(random.normal(self.state_size))
+
+
+class CentredNoise(ProjectedSpace):
+    def noise(self, random):
+        noise = random.normal(self.state_size)
+        return noise - 0.5 * noise.mean((0, 1))
+
+
 class Undeclared(ProjectedSpace):
     uses_previous: ClassVar[bool] = False
 
@@ -184,6 +253,13 @@ PARAMETRIZATIONS = [
     (parametrizations.check_embed_is_finite, projected(Explodes), "not finite at t = 1.0"),
     (parametrizations.check_embed_is_tokenwise, projected(BatchNormal), "must not depend on its batch mates"),
     (parametrizations.check_embed_uses_previous_where_declared, projected(Undeclared), "uses_previous is False"),
+    (parametrizations.check_no_previous_is_uniform, projected(ForgetsNothing), "must equal logits of zero"),
+    (parametrizations.check_embed_needs_only_what_is_remembered, projected(RemembersBest), "of what is remembered"),
+    (parametrizations.check_embed_needs_only_what_is_remembered, projected(Ambiguous), "as wide as logits"),
+    (parametrizations.check_noise_is_standard_normal, projected(FlatNoise), "not standard normal"),
+    (parametrizations.check_noise_is_standard_normal, projected(OneNumber), "of one token are not independent"),
+    (parametrizations.check_noise_keeps_to_its_streams, projected(GlobalNoise), "global generator"),
+    (parametrizations.check_noise_keeps_to_its_streams, projected(CentredNoise), "must not depend on its batch mates"),
     (parametrizations.check_parametrization_is_its_state_dict, projected(HiddenWeights), "on the state dict only"),
     (parametrizations.check_estimate_options, projected(Copies), "must share the weights"),
 ]

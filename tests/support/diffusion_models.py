@@ -9,12 +9,17 @@ from tiny_models import tiny_lm, tiny_tokenizer
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from l2d_framework.config import SamplingSection
 from l2d_framework.model import DiffusionLM, Origin
 from l2d_framework.objective import Losses, NoiseRule, denoising_loss, draw
 from l2d_framework.types import Layout, Query
+from l2d_plugins.backbones.in_place import InPlaceConfig
 from l2d_plugins.backbones.two_stream import TwoStream, TwoStreamConfig
 from l2d_plugins.parametrizations.embedding import EmbeddingConfig
+from l2d_plugins.parametrizations.simplex import SimplexConfig
+from l2d_plugins.schedules.cosine import Cosine
 from l2d_plugins.schedules.linear import Linear
+from l2d_plugins.solvers.renoise import Renoise
 
 PROVEN = ("llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3_text", "smollm3", "phi3", "olmo2")
 """Families that the two-stream backbone promises to serve."""
@@ -58,6 +63,43 @@ def diffusion_lm(lm: PreTrainedModel | str = "llama", **options: Any) -> Diffusi
 def shared_lm(family: str = "llama", **options: Any) -> DiffusionLM:
     """The same model at every call of a session; not to be changed."""
     return diffusion_lm(family, **options)
+
+
+BIDIRECTIONAL = ("llama", "qwen2", "qwen3", "mistral", "smollm3", "phi3", "olmo2", "gpt2", "roberta", "bert")
+"""Families that the in-place backbone serves."""
+
+
+def tess_lm(
+    lm: PreTrainedModel | str = "llama",
+    *,
+    classes: Sequence[str] = (),
+    tokenizer: bool = False,
+    space: dict[str, Any] | None = None,
+    **backbone: Any,
+) -> DiffusionLM:
+    """TESS 2 over a language model or a family of `tiny_models`, its time and class embeddings moved to matter."""
+    lm = tiny_lm(lm) if isinstance(lm, str) else lm
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        network = InPlaceConfig(num_classes=len(classes), **backbone).build(lm)
+    own = [*network.time.parameters(), *(network.classes.parameters() if classes else ())]
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for weight in own:
+            weight.copy_(0.5 * torch.randn(weight.shape, generator=generator))
+    model = DiffusionLM(
+        Cosine(), SimplexConfig(**(space or {})).build(network.vocab_size, network.hidden_size), network, None
+    )
+    sampling = SamplingSection(solver=Renoise(), num_inference_steps=4, block_size=None)
+    model.origin = Origin(classes=tuple(classes), sampling=sampling)
+    model.tokenizer = tiny_tokenizer(chat=True) if tokenizer else None
+    return model.eval()
+
+
+@cache
+def shared_tess(family: str = "llama", **options: Any) -> DiffusionLM:
+    """The same model at every call of a session; not to be changed."""
+    return tess_lm(family, **options)
 
 
 def random_tokens(rows: int, length: int, *, seed: int = 0) -> Tensor:

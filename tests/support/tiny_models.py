@@ -42,7 +42,13 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "phi3": {},
     "olmo2": {},
     "gpt2": {},
+    # One more place than a position, which the family keeps for padding.
+    "roberta": {"pad_token_id": 1, "bos_token_id": 0, "max_position_embeddings": 130},
+    "bert": {},
 }
+
+MASKED = ("roberta", "bert")
+"""Families pretrained to fill in masks, served by transformers' causal classes all the same."""
 
 
 def tiny_lm(family: str = "llama", *, seed: int = 0, **overrides: Any) -> PreTrainedModel:

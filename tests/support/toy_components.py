@@ -66,7 +66,12 @@ class ProjectedSpace(Parametrization):
 
     def embed(self, x, t, schedule, table, previous):
         h = self.up(x / (schedule.alpha(t) + self.prior_scale * schedule.sigma(t))[..., None])
-        return h if previous is None else h + previous.softmax(-1) @ table
+        if previous is None:
+            return h + table.mean(0)
+        return h + (self.remember(previous, table) if previous.shape[-1] == len(table) else previous)
+
+    def remember(self, logits, table):
+        return logits.softmax(-1) @ table
 
     def estimate(self, logits, t, codebook, random):
         weights = (logits / self.config.estimate.temperature).softmax(-1)
@@ -214,16 +219,20 @@ class Canvas(BackboneConfig):
     """Denoises one block in the language model itself, in which every position sees every other."""
 
     name: Literal["canvas"] = "canvas"
+    module: ClassVar[type[Backbone]]
 
     def check(self, lm_config, block_size):
         if block_size is not None:
             raise ConfigError(f"block_size must be null, got {block_size}.")
 
     def build(self, lm):
-        return CanvasNetwork(self, lm)
+        return self.module(self, lm)
 
 
 class CanvasNetwork(Backbone):
+    trains_lm: ClassVar[bool] = True
+    sees_later = True
+
     def __init__(self, config, lm):
         super().__init__()
         self.config, self.lm = config, lm
@@ -253,6 +262,12 @@ class CanvasNetwork(Backbone):
 
     def head(self, features):
         return self.lm.lm_head(features)
+
+    def head_parameters(self):
+        return list(self.lm.lm_head.parameters())
+
+
+Canvas.module = CanvasNetwork
 
 
 def appended(layout: Layout, tokens: Tensor) -> Layout:

@@ -170,6 +170,15 @@ def test_a_lora_on_an_adapter_is_refused(folder: Path) -> None:
         train(run)
 
 
+def test_chats_made_of_two_columns_train_the_tokenizer_and_a_model(folder: Path) -> None:
+    rows = folder / "columns.jsonl"
+    rows.write_text('{"question": "2+2?", "answer": "It is 4."}\n' * 8)
+    run = fields(folder, "columns", scratch=SCRATCH, training={"max_steps": 1, "eval_steps": None})
+    source = {"path": str(rows), "format": "messages", "columns": {"prompt": "question", "completion": "answer"}}
+    run["data"] = {"train": [source], "max_length": 64}
+    assert train(run)["data"]["splits"]["train"]["examples"] == 8
+
+
 def test_messages_train_the_tokenizer_and_are_answered_with_its_template(folder: Path) -> None:
     rows = folder / "chat.jsonl"
     turn = '{"messages": [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "It is 4."}]}\n'
