@@ -89,9 +89,10 @@ def tess() -> Iterator[ModuleType]:
         yield importlib.import_module("tess_measure")
 
 
-def _entry(tess, strength, rewards, plain, *, distinct=0.9, tokens=50.0, loops=0.0):
+def _entry(tess, strength, rewards, plain, **text):
     entry = {name: tess.compare(np.array(rewards), np.array(plain)) for name in ("guiding", "held_out")}
-    entry |= {"strength": strength, "text": {"distinct_2": distinct, "tokens": tokens, "loops": loops}}
+    sound = {"distinct_2": 0.9, "tokens": 50.0, "loops": 0.0, "ended": 0.8, "perplexity": 20.0}
+    entry |= {"strength": strength, "text": sound | text}
     return entry
 
 
@@ -99,7 +100,9 @@ def _entry(tess, strength, rewards, plain, *, distinct=0.9, tokens=50.0, loops=0
     ("change", "sign"),
     [
         ({}, []),
-        ({"distinct": 0.7}, ["distinct word pairs"]),
+        ({"distinct_2": 0.7}, ["distinct word pairs"]),
+        ({"ended": 0.5}, ["end"]),
+        ({"perplexity": 31.0}, ["perplexity"]),
         ({"tokens": 24.0}, ["length"]),
         ({"loops": 0.2}, ["loops"]),
         ({"rewards": [0.0, -1.0, 1.0]}, ["held-out reward"]),

@@ -26,7 +26,8 @@ class ModelSection(Section):
     """The language model to start from."""
 
     base: UserPath = Field(min_length=1)
-    """Hub id or folder; a folder with a PEFT adapter stands for its base with the adapter merged."""
+    """Hub id or folder; a folder with a PEFT adapter stands for its base with the adapter merged, one with a diffusion
+    model that is its own language model for that, and a diffusion run over it goes on from all of its weights."""
     revision: str | None = None
     adapter: UserPath | None = None
     """A PEFT folder merged into the base before anything else."""
@@ -180,6 +181,8 @@ class TrainingSection(Section):
     learning_rate: float = Field(default=1e-4, gt=0)
     final_learning_rate: float = Field(default=1e-6, ge=0)
     warmup_steps: int = Field(default=100, ge=0)
+    warmup_ratio: float | None = Field(default=None, ge=0, lt=1)
+    """Share of all updates to warm up for, rounded up, instead of `warmup_steps`."""
     warmup: Literal["linear", "log"] = "log"
     decay: Literal["linear", "cosine", "constant"] = "linear"
     betas: tuple[float, float] = (0.9, 0.95)

@@ -24,6 +24,8 @@ def learning_rate(training: TrainingSection, step: int, total_steps: int) -> flo
     Source: the authors' released code of arXiv:2501.15781 (DeepSpeed's `WarmupDecayLR` with `warmup_type: log`).
     """
     low, high, warmup = training.final_learning_rate, training.learning_rate, training.warmup_steps
+    if training.warmup_ratio is not None:
+        warmup = math.ceil(training.warmup_ratio * total_steps)
     if step < warmup and training.warmup == "log":
         share = math.log(step + 1) / math.log(max(warmup, 2))
     elif step < warmup:

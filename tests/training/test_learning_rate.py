@@ -38,3 +38,7 @@ def test_a_constant_rate_stays_at_the_peak() -> None:
 @pytest.mark.parametrize(("warmup_steps", "steps"), [(0, 1), (1, 1), (1, 2), (5, 3), (5, 5)])
 def test_short_runs_have_rates_in_range(warmup_steps: int, steps: int) -> None:
     assert all(1e-6 <= rate <= 1e-4 for rate in rates(steps, warmup_steps=warmup_steps))
+
+
+def test_a_share_of_the_updates_takes_the_place_of_a_number() -> None:
+    assert rates(101, warmup_ratio=0.03) == rates(101, warmup_steps=4)
