@@ -148,17 +148,27 @@ def load_language_model(reference: BaseReference) -> PreTrainedModel:
 
     Raises:
         ConfigError: if transformers cannot load it as asked.
+        CheckpointError: if weights are missing.
     """
     folder, adapter = locate(reference)
     try:
-        lm = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=reference.dtype, attn_implementation=reference.attn_implementation
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=reference.dtype,
+            attn_implementation=reference.attn_implementation,
+            output_loading_info=True,
         )
     except (ValueError, OSError, SafetensorError) as error:
         raise ConfigError(
             f"transformers cannot load {reference.base!r} as a causal language model with "
             f"attn_implementation={reference.attn_implementation!r}: {error}"
         ) from error
+    lm, report = loaded
+    if report["missing_keys"]:
+        raise CheckpointError(
+            f"{reference.base!r} lacks the weights {sorted(report['missing_keys'])[:3]}, which would be random. It may "
+            "hold a reward model, or a file saved without them; name a folder with the whole language model."
+        )
     if adapter is not None:
         from peft import PeftModel
 

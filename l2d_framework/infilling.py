@@ -17,6 +17,7 @@ from l2d_framework.errors import ConfigError
 from l2d_framework.noise import request_keys
 from l2d_framework.problem import Observer
 from l2d_framework.process import Process
+from l2d_framework.prompts import context_length
 from l2d_framework.sampling import Sampling, check_sampling
 from l2d_framework.types import Layout
 
@@ -78,23 +79,33 @@ def read_gaps(tokenizer: PreTrainedTokenizerBase | None, texts: Sequence[str], l
         The texts as one batch.
 
     Raises:
-        ConfigError: if there is no tokenizer, or a text has no gap or exceeds the model's context.
+        ConfigError: if there is no tokenizer or text, or a text has no gap, begins with one or exceeds the model's
+            context.
     """
-    context = getattr(lm_config, "max_position_embeddings", None)
+    context = context_length(lm_config)
     if tokenizer is None:
         raise ConfigError("This model has no tokenizer, so it cannot read texts with gaps. Save one in its folder.")
+    if not texts:
+        raise ConfigError("There is no text. Give at least one, with gaps like <mask:8>, for 8 tokens.")
     rows = []
     for number, text in enumerate(texts):
         parts = _GAP.split(text)
         row: list[int] = list(tokenizer(parts[0])["input_ids"])
-        for count, after in zip(parts[1::2], parts[2::2], strict=True):
-            row += [_UNKNOWN] * int(count)
-            row += tokenizer(after, add_special_tokens=False)["input_ids"] if after else []
+        gaps = [int(count) for count in parts[1::2]]
+        following = [tokenizer(after, add_special_tokens=False)["input_ids"] if after else [] for after in parts[2::2]]
+        length = len(row) + sum(gaps) + sum(map(len, following))
+        if context is not None and length > context:
+            raise ConfigError(
+                f"Text {number} has {length} tokens with its gaps, but the model's context is {context}. Shorten it."
+            )
+        for count, after in zip(gaps, following, strict=True):
+            row += [_UNKNOWN] * count + after
         if _UNKNOWN not in row:
             raise ConfigError(f"Text {number} has no gap, got {text!r}. Write gaps like <mask:8>, for 8 tokens.")
-        if context is not None and len(row) > context:
+        if row[0] == _UNKNOWN:
             raise ConfigError(
-                f"Text {number} has {len(row)} tokens with its gaps, but the model's context is {context}. Shorten it."
+                f"Text {number} begins with a gap, got {text!r}, and this tokenizer puts no token in front from which "
+                "the first one could be predicted. Begin with a word, or a special token such as <s>."
             )
         rows.append(row)
     width = max(map(len, rows))
@@ -158,6 +169,6 @@ def check_infilling(backbone: Backbone) -> None:
     if not backbone.sees_later:
         name = backbone.config.component_name()
         raise ConfigError(
-            f"Infilling needs a backbone that sees the tokens after a gap; {name!r} sees earlier ones only. "
-            "Use a model with the backbone 'in_place'."
+            f"Infilling needs a backbone that sees the tokens after a gap; this one, {name!r}, sees earlier ones only. "
+            "Use a model trained with the backbone 'in_place', with attention: bidirectional."
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import AutoModel, GenerationConfig, PreTrainedTokenizerBase
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from l2d_framework.errors import ConfigError, DataError
 
@@ -126,6 +128,26 @@ def pad_left(batch: Sequence[Sequence[int]], keys: Sequence[str] | None = None) 
     return Encoded(ids, mask, keys)
 
 
+def context_length(lm_config: Any) -> int | None:
+    """Longest text that a language model has positions for.
+
+    Args:
+        lm_config: its configuration.
+
+    Returns:
+        Tokens; None where there is no limit.
+    """
+    limit = getattr(lm_config, "max_position_embeddings", None)
+    if limit is None or lm_config.model_type not in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
+        return limit
+    shallow = copy.copy(lm_config)
+    shallow.num_hidden_layers = 1
+    with torch.device("meta"):
+        embeddings = getattr(AutoModel.from_config(shallow), "embeddings", None)
+    # The RoBERTa family keeps the places up to that of its padding token.
+    return int(limit) - 1 - int(getattr(embeddings, "padding_idx", -1))
+
+
 def check_length(lengths: Sequence[int], config: GenerationConfig, lm_config: Any) -> None:
     """Refuse prompts whose answers would exceed the model's context.
 
@@ -137,7 +159,7 @@ def check_length(lengths: Sequence[int], config: GenerationConfig, lm_config: An
     Raises:
         ConfigError: naming the first prompt that is too long.
     """
-    context = getattr(lm_config, "max_position_embeddings", None)
+    context = context_length(lm_config)
     if context is None:
         return
     for number, length in enumerate(lengths):

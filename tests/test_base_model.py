@@ -175,6 +175,15 @@ def test_what_transformers_cannot_load_is_named(saved_tiny_lm):
             load_config(section(base))
 
 
+def test_weights_that_a_folder_lacks_are_never_made_up(base):
+    file = base / "model.safetensors"
+    state = load_file(file)
+    del state["lm_head.weight"]
+    save_file(state, file, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"lacks the weights \['lm_head.weight'\]"):
+        load_language_model(section(base))
+
+
 def test_shapes_alone_take_no_storage(base):
     empty = empty_language_model(load_config(section(base)), "sdpa")
     assert {weight.device.type for weight in empty.parameters()} == {"meta"}

@@ -196,6 +196,7 @@ REFUSED = [
     (("--prompt", "a", "--set", "solvr=euler"), "solvr: unknown field.*did you mean 'solver'"),
     (("--prompt", "a", "--set", "estimate.mod=argmax"), "estimate.mod: Extra inputs are not permitted"),
     (("--prompt", "a", "--set", "nothing"), "nothing"),
+    (("--prompt", "a", "--set", "block_size=2"), "denoises one token per block; got block_size=2"),
     (("--prompt", "a", "--solver", "heun", "--set", "end_time=1.0"), "'heun' needs the velocity at the end time"),
     (("--prompt", "a", "--set", "guidance=[]", "--guidance-scale", "2"), "exactly one guidance; 0 are set"),
     (("--prompt", "a" * 130), "Prompt 0 has 130 tokens and with its answer would reach 386, but .* context is 128"),

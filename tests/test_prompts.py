@@ -1,9 +1,17 @@
 import pytest
 import torch
+from tiny_models import tiny_lm
 from transformers import GenerationConfig, LlamaConfig
 
 from l2d_framework.errors import ConfigError, DataError
-from l2d_framework.prompts import TEMPLATE_DATE, check_length, encode_prompts, pad_left, read_template
+from l2d_framework.prompts import (
+    TEMPLATE_DATE,
+    check_length,
+    context_length,
+    encode_prompts,
+    pad_left,
+    read_template,
+)
 
 CONVERSATION = [
     {"role": "user", "content": "hi"},
@@ -91,3 +99,16 @@ def test_a_prompt_that_fills_the_context_has_no_room_for_a_token():
 def test_prompts_that_fit_are_let_through():
     check_length([3, 8], GenerationConfig(max_new_tokens=8), LlamaConfig(max_position_embeddings=16))
     check_length([3, 8000], GenerationConfig(max_new_tokens=8), object())
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bert", "roberta"])
+def test_a_model_reads_as_many_tokens_as_its_context_says(family):
+    lm = tiny_lm(family)
+    limit = context_length(lm.config)
+    layer = {"roberta": "position_embeddings", "bert": "position_embeddings", "gpt2": "wpe"}.get(family)
+    assert limit is not None
+    with torch.no_grad():
+        lm(torch.full((1, limit), 7))
+        if layer is not None:
+            with pytest.raises((IndexError, RuntimeError)):
+                lm(torch.full((1, limit + 1), 7))

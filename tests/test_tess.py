@@ -175,20 +175,22 @@ def test_infilling_keeps_what_is_known_and_looks_ahead(lm: DiffusionLM) -> None:
     assert text.startswith("12+")
     assert "=4" in text
     options: dict[str, Any] = {"preset": "tess2-release", "num_inference_steps": 4}
-    several = ["1<mask:2>", "12+<mask:3>=4<mask:1>", "<mask:4>=7"]
+    several = ["1<mask:2>", "12+<mask:3>=4<mask:1>", "1<mask:4>=7"]
     together = lm.infill(several, **options).texts(lm.tokenizer)
     assert together == [lm.infill(one, **options).texts(lm.tokenizer)[0] for one in several]
     seen: list[torch.Tensor] = []
     for end in ("7", "8"):
-        lm.infill(f"<mask:4>={end}", observer=lambda e: seen.append(e.logits), num_inference_steps=1)
+        lm.infill(f"1<mask:4>={end}", observer=lambda e: seen.append(e.logits), num_inference_steps=1)
     assert not torch.allclose(seen[0], seen[1])
+    with pytest.raises(ConfigError, match="There is no text"):
+        lm.infill([])
 
 
 def test_infilling_from_the_command_line(folder: Path, tmp_path: Path) -> None:
     found = cli(folder / "whole", "--infill", "1+<mask:2>=3", "--output", tmp_path / "out.jsonl")
     assert found.exit_code == 0, found.exception
     row = json.loads((tmp_path / "out.jsonl").read_text())
-    assert row["prompt"] == "1+<mask:2>=3"
+    assert row["infill"] == "1+<mask:2>=3"
     assert row["answers"][0]["text"] == found.stdout.rstrip("\n")
 
 
@@ -205,7 +207,12 @@ def test_a_page_and_a_picture_of_an_answer(folder: Path, tmp_path: Path) -> None
     ("options", "message"),
     [
         (("--infill", "no gap"), "has no gap"),
-        (("--infill", "<mask:300>"), "context is 128"),
+        (("--infill", "1<mask:300>"), "context is 128"),
+        (("--infill", "1<mask:99999999999>"), "has 100000000000 tokens with its gaps"),
+        (("--infill", "<mask:3>=4"), "begins with a gap"),
+        (("--infill", "1<mask:2>", "--do-sample"), "most likely tokens"),
+        (("--infill", "1<mask:2>", "--stop", "x"), "most likely tokens"),
+        (("--infill", "1<mask:2>", "--class", "x"), "most likely tokens"),
         (("--infill", "<mask:3>", "--prompt", "x"), "fills gaps and answers nothing"),
         (("--trace", "x.html", "--prompt", "a", "--prompt", "b"), "one answer takes shape"),
         (("--trace", "x.gif", "--prompt", "a"), r"\.html"),

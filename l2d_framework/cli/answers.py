@@ -129,6 +129,8 @@ class Session:
             raise ConfigError(f"Unknown class {class_name!r}{hint} This model knows {known}.")
         self.chat_template = manifest["chat_template"]
         self.lm_config = load_config(self.reference)
+        if resolved.block_size is not None and manifest["block_size"] is not None:
+            backbone.check(self.lm_config, resolved.block_size)
         self.tokenizer = load_tokenizer(self.reference)
         for guidance in resolved.guidance:
             guidance.check(self.tokenizer)
@@ -221,7 +223,7 @@ class Session:
         for text in found:
             typer.echo(text)
         pairs = zip(texts, found, strict=True)
-        write_rows(output, [{"prompt": text, "answers": [{"text": new}]} for text, new in pairs])
+        write_rows(output, [{"infill": text, "answers": [{"text": new}]} for text, new in pairs])
 
     def trace(self, prompt: Prompt, path: Path, *, output: Path | None) -> None:
         """Answer one prompt, print and write the answer, and write how it took shape.

@@ -96,6 +96,8 @@ def generate(
     prompts = read_prompts(prompt or [], file, chat=chat)
     if infill and (prompts or chat or stream or trace or num_return_sequences > 1):
         raise ConfigError("--infill fills gaps and answers nothing. Leave out prompts, --chat, --stream and --trace.")
+    if infill and (do_sample or stop or class_name):
+        raise ConfigError("--infill takes the most likely tokens. Leave out --do-sample, --stop and --class.")
     if not prompts and not chat and not infill:
         raise ConfigError("There is nothing to answer. Give --prompt, --file, --infill, or --chat to talk.")
     if trace is not None and (len(prompts) != 1 or num_return_sequences > 1 or stream):

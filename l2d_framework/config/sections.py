@@ -139,9 +139,9 @@ class DataSection(Section):
     """Join all texts and cut them into sequences of `max_length`; only the last one may be shorter."""
     masking: MaskingSection | None = None
     """Which tokens of plain texts to generate; all but the first when None."""
-    padding: Literal["none", "target", "context"] | None = None
+    padding: Literal["none", "target", "context"] = "none"
     """What stands behind a sequence: nothing; padding up to `max_length` that is generated like the answer and counts
-    in the loss; or the same without counting. When None, what the parametrization was made for."""
+    in the loss; or the same without counting. Left out of a diffusion run, it is the parametrization's."""
     shuffle_seed: int | None = Field(default=None, ge=0)
     """Seed of the data order; the run's seed when None."""
     shuffle_buffer: int = Field(default=10_000, ge=1)

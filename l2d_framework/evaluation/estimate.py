@@ -35,7 +35,8 @@ class Estimate:
     def __str__(self) -> str:
         if self.value is None:
             return "-"
-        if not self.standard_error:
+        # Equal numbers differ from their mean by rounding.
+        if not self.standard_error or self.standard_error < 1e-12 * abs(self.value):
             return f"{self.value:.4g}" + ("" if self.standard_error is None else " ± 0")
         # Two digits of the error, and as many decimals of the value.
         decimals = max(0, 1 - math.floor(math.log10(self.standard_error)))

@@ -105,6 +105,8 @@ def pretrained(path: str, *, causal: bool, device: str, dtype: str) -> Pretraine
         ConfigError: if there is none, it has no tokenizer that fits, or transformers cannot serve it.
     """
     folder = fetch(path)
+    if (folder / MANIFEST).is_file():
+        raise ConfigError(f"{path!r} is a diffusion model, which judges no texts. Name a plain language model.")
     try:
         config = AutoConfig.from_pretrained(folder)
     except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
@@ -126,9 +128,15 @@ def pretrained(path: str, *, causal: bool, device: str, dtype: str) -> Pretraine
 
     def load() -> Any:
         try:
-            return auto.from_pretrained(folder, dtype=dtype).eval().to(device)
+            loaded: Any = auto.from_pretrained(folder, dtype=dtype, output_loading_info=True)
         except (ValueError, OSError, SafetensorError) as error:
             raise ConfigError(f"transformers cannot load {path!r}: {error}") from error
+        model, report = loaded
+        if causal and report["missing_keys"]:
+            raise ConfigError(
+                f"{path!r} lacks the weights {sorted(report['missing_keys'])[:3]}, which would be random. Name another."
+            )
+        return model.eval().to(device)
 
     return Pretrained(path, config, tokenizer, load)
 

@@ -26,7 +26,7 @@ class Collator:
         pad_id: token that fills the padding.
         block_size: tokens per denoised block, or None for one block of all supervised tokens.
         pad_to_multiple_of: round the length of a batch up to a multiple of this many tokens.
-        padding: None or "none" to leave padding out of everything; "target" to fill rows up to `max_length` with
+        padding: "none" to leave padding out of everything; "target" to fill rows up to `max_length` with
             padding that is denoised in the last block and counted; "context" for the same without counting.
         max_length: tokens of a row with its padding; needed by "target" and "context".
         masker: decides what is supervised in the rows' stead, or None.
@@ -35,7 +35,7 @@ class Collator:
     pad_id: int
     block_size: int | None = 1
     pad_to_multiple_of: int = 1
-    padding: Literal["none", "target", "context"] | None = None
+    padding: Literal["none", "target", "context"] = "none"
     max_length: int | None = None
     masker: Masker | None = None
 

@@ -167,6 +167,8 @@ def check_free(output: Path, config: Mapping[str, Any]) -> dict[str, Any] | None
         ConfigError: if it holds another run, or files of no run.
     """
     card = read_card(output) if output.is_dir() else None
+    if card is not None and [path.name for path in output.iterdir()] == [RUN_FILE] and _differing(config, card):
+        return None  # a run that was refused when its weights loaded: there is nothing to lose
     if card is None:
         if output.exists() and not (output.is_dir() and all(p.name.endswith(_WRITING) for p in output.iterdir())):
             raise ConfigError(
@@ -174,16 +176,20 @@ def check_free(output: Path, config: Mapping[str, Any]) -> dict[str, Any] | None
                 "Choose another, or use --overwrite, which moves it aside."
             )
         return None
-    ours, theirs = _flat(dict(config)), _flat(card["config"])
-    differing = [key for key in sorted(ours.keys() | theirs.keys()) if ours.get(key) != theirs.get(key)]
-    differing = [key for key in differing if key != "output_dir"]
-    if differing:
+    if differing := _differing(config, card):
+        ours, theirs = _flat(dict(config)), _flat(card["config"])
         shown = "; ".join(f"{key}: {theirs.get(key)!r} there, {ours.get(key)!r} now" for key in differing[:8])
         raise ConfigError(
             f"output_dir {str(output)!r} holds a run with another configuration ({shown}). "
             "Choose another output_dir, or use --overwrite, which moves it aside."
         )
     return card
+
+
+def _differing(config: Mapping[str, Any], card: Mapping[str, Any]) -> list[str]:
+    ours, theirs = _flat(dict(config)), _flat(card["config"])
+    different = [key for key in sorted(ours.keys() | theirs.keys()) if ours.get(key) != theirs.get(key)]
+    return [key for key in different if key != "output_dir"]
 
 
 def move_aside(output: Path) -> Path | None:

@@ -13,7 +13,7 @@ from l2d_framework import checkpoint
 from l2d_framework.base_model import load_config
 from l2d_framework.config import DiffusionRun, LanguageModelRun, RewardRun, Run, TokenRun, check_runs
 from l2d_framework.errors import ConfigError
-from l2d_framework.prompts import read_template
+from l2d_framework.prompts import context_length, read_template
 from l2d_framework.training import folders
 from l2d_framework.training.arguments import TrainingData, make_arguments
 from l2d_framework.training.card import model_card_table
@@ -132,7 +132,7 @@ def _prepare(run: TokenRun, tokenizer: PreTrainedTokenizerBase) -> PreparedData:
     else:
         assert run.scratch is not None  # a run has one of the two
         config = scratch_config(run.scratch, tokenizer)
-    limit = getattr(config, "max_position_embeddings", None)
+    limit = context_length(config)
     if limit is not None and run.data.max_length > limit:
         raise ConfigError(
             f"data.max_length {run.data.max_length} exceeds the {limit} tokens this language model was made for. "

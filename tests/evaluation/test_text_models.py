@@ -6,6 +6,7 @@ import string
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from l2d_framework.errors import ConfigError, DataError
 from l2d_framework.evaluation.likelihood import Judge
@@ -204,6 +205,23 @@ def test_models_that_cannot_judge_are_refused_without_their_weights(saved_tiny_l
         pretrained(str(tmp_path / "missing"), causal=True, **where)
     with pytest.raises(ConfigError, match="tokenizer"):
         open_tokenizer(str(tmp_path))
+
+
+def test_a_judge_without_a_head_of_its_own_is_refused(saved_tiny_lm):
+    folder = saved_tiny_lm(tie_word_embeddings=False)
+    state = load_file(folder / "model.safetensors")
+    del state["lm_head.weight"]
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    judge = pretrained(str(folder), causal=True, device="cpu", dtype="float32")
+    with pytest.raises(ConfigError, match=r"lacks the weights \['lm_head.weight'\]"):
+        judge.model  # noqa: B018 -- loads
+    assert pretrained(str(folder), causal=False, device="cpu", dtype="float32").model is not None
+
+
+def test_a_diffusion_model_is_no_judge(saved_tiny_lm, tmp_path):
+    (tmp_path / "l2d.json").write_text("{}")
+    with pytest.raises(ConfigError, match="is a diffusion model"):
+        pretrained(str(tmp_path), causal=True, device="cpu", dtype="float32")
 
 
 def test_a_token_that_the_model_lacks_is_refused(source):

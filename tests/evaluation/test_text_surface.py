@@ -41,6 +41,11 @@ def test_a_repeated_word_is_one_ngram(n):
     assert distinct_per_word("a " * 10, n) == 1 / 10
 
 
+@pytest.mark.parametrize("value", [2 / 3, 1e-9, 0.0, -7e8])
+def test_samples_that_agree_have_no_error_in_print(value):
+    assert str(mean([value] * 30)) == f"{value:.4g} ± 0"
+
+
 def test_a_text_too_short_for_an_ngram_counts_nothing_for_the_authors_and_is_left_out_when_corrected():
     metrics = evaluate_texts([Sample("", "a b c"), Sample("", "a")])["metrics"]["distinct_2"]
     assert metrics[AUTHORS]["value"] == pytest.approx((2 / 3 + 0) / 2)

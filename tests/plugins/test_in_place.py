@@ -1,5 +1,7 @@
 """The in-place backbone over every family it serves; what holds over a Llama alone is in the conformance kit."""
 
+import warnings
+
 import pytest
 import torch
 from diffusion_models import BIDIRECTIONAL, own_gradients, random_tokens, shared_tess, tess_lm, training_loss
@@ -8,6 +10,7 @@ from tiny_models import MASKED, tiny_lm
 from transformers import T5Config
 
 from l2d_framework.errors import ConfigError, UnsupportedModelError
+from l2d_framework.infilling import check_infilling
 from l2d_framework.prompts import pad_left
 from l2d_framework.types import Layout
 from l2d_plugins.backbones.in_place import InPlaceConfig
@@ -206,7 +209,10 @@ def test_gradient_checkpointing_runs_layers_twice_and_gives_the_same_gradients(f
     plain = own_gradients(model, training_loss(model, where).total)
     once = len(calls)
     model.backbone.gradient_checkpointing = True
-    assert model.backbone.gradient_checkpointing
+    with warnings.catch_warnings():
+        # A user would be told of transformers' old names.
+        warnings.simplefilter("error")
+        assert model.backbone.gradient_checkpointing
     saved = own_gradients(model, training_loss(model, where).total)
     assert len(calls) - once == 2 * once
     model.backbone.gradient_checkpointing = False
@@ -304,6 +310,12 @@ def test_encoder_decoders_are_refused():
 def test_a_family_that_cannot_be_served_faithfully_is_refused(family):
     with pytest.raises(UnsupportedModelError, match=r"cannot serve Gemma\dFor.*: its .*\. Choose a model of another"):
         InPlaceConfig().build(tiny_lm(family))
+
+
+def test_a_model_made_causal_fills_no_gaps_and_says_which_would():
+    with pytest.raises(ConfigError, match="with attention: bidirectional"):
+        check_infilling(shared_tess("llama", attention="causal").backbone)
+    check_infilling(shared_tess("llama").backbone)
 
 
 def test_a_masked_model_cannot_be_made_causal_by_its_own_attention():

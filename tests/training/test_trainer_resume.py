@@ -220,3 +220,16 @@ def test_replacing_a_folder_survives_a_kill_at_every_step(tmp_path: Path) -> Non
         folders.clean_up(tmp_path)
         assert content() == ("new" if done == 2 else "old")
         assert [path.name for path in tmp_path.iterdir()] == ["best"]
+
+
+def test_a_run_that_was_refused_before_its_first_update_leaves_its_folder_free(folder: Path) -> None:
+    run = tiny_runs.diffusion_run(folder / "base", folder / "sums.jsonl", folder / "refused", max_steps=1)
+    (folder / "empty").mkdir()
+    for file in (folder / "base").iterdir():
+        if file.suffix != ".safetensors":
+            (folder / "empty" / file.name).write_bytes(file.read_bytes())
+    (folder / "empty" / "model.safetensors").write_bytes(b"damaged")
+    with pytest.raises(ConfigError, match="cannot load"):
+        train(run | {"model": {"base": str(folder / "empty")}})
+    assert [path.name for path in (folder / "refused").iterdir()] == [folders.RUN_FILE]
+    assert train(run)["finished"]

@@ -138,7 +138,10 @@ class InPlace(Backbone):
     @property
     def gradient_checkpointing(self) -> bool:
         """Whether activations are computed again in the backward pass; setting it switches the language model."""
-        return bool(getattr(self.lm, "is_gradient_checkpointing", False))
+        for name in ("is_activation_checkpointing", "is_gradient_checkpointing"):
+            if hasattr(self.lm, name):
+                return bool(getattr(self.lm, name))
+        return False
 
     @gradient_checkpointing.setter
     def gradient_checkpointing(self, wanted: bool) -> None:
