@@ -35,6 +35,7 @@ COMMANDS = {
     ),
     "plugins": _Entry("l2d_framework.cli.plugins", "plugins", "List what is installed, broken plugins included."),
     "convert": _Entry("l2d_framework.cli.convert", "convert", "Convert a checkpoint of another code base."),
+    "eval": _Entry("l2d_framework.cli.eval", "app", "Evaluate a model on the tasks of lm_eval."),
     "eval-text": _Entry("l2d_framework.cli.eval_text", "eval_text", "Measure generated text."),
     "demo": _Entry("l2d_framework.cli.demo", "demo", "Train, generate with and measure a tiny model."),
 }

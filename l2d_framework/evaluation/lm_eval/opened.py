@@ -1,0 +1,251 @@
+"""Everything about the model `l2d` but its answers: opening, tokens, cache, processes, batches, results.json."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import lm_eval.models  # noqa: F401 -- the table of models fills itself only while it is empty, so before we are in it
+import torch
+from accelerate import find_executable_batch_size
+from lm_eval.models.huggingface import HFLM
+from lm_eval.models.utils import resolve_max_length
+
+from l2d_framework.config import SamplingSection
+from l2d_framework.errors import ConfigError
+from l2d_framework.evaluation.lm_eval.answers import Answers
+from l2d_framework.evaluation.lm_eval.cost import Meter
+from l2d_framework.evaluation.lm_eval.options import PASSED, check_model_options, diffusing
+from l2d_framework.evaluation.lm_eval.provenance import data_sources
+from l2d_framework.evaluation.lm_eval.scoring import MAIN, METHODS, MIXTURE, PSEUDO
+from l2d_framework.evaluation.lm_eval.source import CLASS, Source
+from l2d_framework.evaluation.start_up import steps
+from l2d_framework.model import DiffusionLM
+from l2d_framework.prompts import TEMPLATE_DATE
+
+_LOGGER = logging.getLogger(__name__)
+_AUTO_ON_CPU = 8
+"""Batch size `auto` where memory that runs out ends the process instead of raising an error."""
+
+
+class _Unloaded:
+    """Stands for the language model until the first request; until then everything that can be refused is."""
+
+    def to(self, device: Any) -> _Unloaded:
+        return self
+
+
+class Opened(HFLM):  # type: ignore[misc]
+    """A model that is read, checked and named for the cache, and whose weights are loaded at the first request.
+
+    Args:
+        pretrained: checkpoint folder or hub id; `L2D_PRETRAINED` when None.
+        **options: `base`, `dtype` and `revision` of the checkpoint; `scoring` (mixture, main or pseudo),
+            `noise_samples` and `pseudo_times` of log-likelihoods; fields of the `sampling` section, `class_name` and
+            `guidance_scale`; `batch_size`, `device`, `max_length` and others of lm_eval's `hf`.
+    """
+
+    def __init__(self, pretrained: str | None = None, **options: Any) -> None:
+        check_model_options(options)
+        pretrained = pretrained or os.environ.get(steps.PRETRAINED)
+        if not pretrained:
+            raise ConfigError(steps.MISSING)
+        self.source = Source(
+            str(pretrained), base=options.get("base"), dtype=options.get("dtype"), revision=options.get("revision")
+        )
+        self.options = diffusing(options)
+        self.settings = self.source.sampling(self.options)
+        self.samples = _positive("noise_samples", options.get("noise_samples", 4))
+        self.times = _positive("pseudo_times", options.get("pseudo_times", 4))
+        self.scoring = self._scoring(options.get("scoring"))
+        self.answers = Answers(None, {})
+        self.meters = {"generation": Meter(), "scoring": Meter()}
+        self._states: dict[str, list[Any]] = {name: [meter.state()] for name, meter in self.meters.items()}
+        self._used: dict[str, dict[str, Any]] = {}
+        self._tasks: dict[str, dict[str, Any]] = {}
+        self._is_chat = False
+        self._diffusion: DiffusionLM | None = None
+        passed = {name: options[name] for name in PASSED if name in options}
+        passed["chat_template_args"] = {"date_string": TEMPLATE_DATE, **(passed.get("chat_template_args") or {})}
+        passed.setdefault("device", "cuda" if torch.cuda.is_available() else "cpu")
+        super().__init__(str(pretrained), revision=options.get("revision") or "main", **passed)
+        if hasattr(self, "accelerator"):
+            # HFLM takes note of its processes only where there are several GPUs.
+            self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
+
+    def _scoring(self, wanted: Any) -> str | None:
+        empty, steps = self.source.empty, self.settings.num_inference_steps
+        possible = [MAIN] if empty.identity_at_zero else []
+        possible += [MIXTURE] if empty.independent_positions else [PSEUDO]
+        if wanted is None:
+            return MAIN if steps == 0 else MIXTURE if MIXTURE in possible else None
+        if wanted not in possible:
+            raise ConfigError(f"scoring={wanted!r} does not fit this model. Choose from {possible}, or leave it out.")
+        return str(wanted)
+
+    def _get_config(self, pretrained: str, **options: Any) -> None:
+        self._config = self.source.lm_config
+
+    def _create_tokenizer(self, pretrained: Any, tokenizer: Any, **options: Any) -> None:
+        if tokenizer:
+            super()._create_tokenizer(pretrained, tokenizer, **options)
+        else:
+            self.tokenizer = self.source.tokenizer
+
+    def _create_model(self, pretrained: str, **options: Any) -> None:
+        self._model: Any = _Unloaded()
+
+    @property
+    def diffusion(self) -> DiffusionLM:
+        """The diffusion model, loaded when first asked for; `model` is the language model inside it."""
+        if self._diffusion is None:
+            self._diffusion = self.source.load(self.device)
+            self._model = self._diffusion.backbone.lm
+        return self._diffusion
+
+    @property
+    def max_length(self) -> int:
+        """Most tokens of a prompt and its answer."""
+        return int(self._max_length or resolve_max_length(self.config, self.tokenizer))
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """A conversation as text, which is then encoded as in training: without special tokens beside the template's.
+
+        Args:
+            chat_history: messages.
+            add_generation_prompt: end with the beginning of an answer.
+
+        Returns:
+            The text.
+        """
+        self._is_chat = True
+        return str(super().apply_chat_template(chat_history, add_generation_prompt))
+
+    def chat_template(self, chat_template: bool | str = False) -> str | None:
+        """The chat template; asked for when one is going to be applied.
+
+        Args:
+            chat_template: True, or its name.
+
+        Returns:
+            Jinja source.
+        """
+        self._is_chat = self._is_chat or bool(chat_template)
+        return super().chat_template(chat_template)  # type: ignore[no-any-return]
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **options: Any) -> list[int]:
+        """Token ids of a text.
+
+        Args:
+            string: the text.
+            add_special_tokens: as for a tokenizer; its default when None, and False once a chat template was applied.
+            **options: of lm_eval.
+
+        Returns:
+            The ids.
+        """
+        if add_special_tokens is None and self._is_chat and self.add_bos_token is None:
+            add_special_tokens = False
+        return list(super().tok_encode(string, add_special_tokens=add_special_tokens, **options))
+
+    def set_cache_hook(self, cache_hook: Any) -> None:
+        """Use the harness's cache under this model's own rules.
+
+        Args:
+            cache_hook: holds the store.
+        """
+        self.answers = Answers(cache_hook.dbdict, self._identity())
+        self.cache_hook = self.answers
+
+    def _identity(self) -> dict[str, Any]:
+        return self.source.identity() | {
+            "sampling": self.settings.model_dump(mode="json"),
+            "class_name": self.options.get(CLASS),
+            "scoring": self.scoring,
+            "noise_samples": self.samples,
+            "pseudo_times": self.times,
+            "max_length": self.max_length,
+            "add_bos_token": self.add_bos_token,
+            "prefix_token": self.prefix_token_id,
+            "think_end_token": self.think_end_token,
+            "tokenizer": self.tokenizer.name_or_path,
+        }
+
+    def _gather(self, value: Any) -> list[Any]:
+        if self.world_size == 1:
+            return [value]
+        values = [None] * self.world_size
+        torch.distributed.all_gather_object(values, value)
+        return values
+
+    def _notice(self, requests: Sequence[Any]) -> None:
+        names = {str(request.task_name) for request in requests} - self._tasks.keys()
+        for name, found in data_sources(names).items():
+            self._tasks[name] = found
+            if found["local_folder"] and self.rank == 0:
+                _LOGGER.warning("Task %s: data come from %s, not from the hub.", name, found["local_folder"])
+
+    def _count(self, name: str) -> None:
+        self._states[name] = self._gather(self.meters[name].state())
+
+    def _largest(self, attempt: Callable[[int], Any]) -> int:
+        """Largest batch for which memory is enough."""
+        if self.device.type == "cpu":
+            size = min(self.max_batch_size, _AUTO_ON_CPU)
+        else:
+
+            @find_executable_batch_size(starting_batch_size=self.max_batch_size)  # type: ignore[untyped-decorator]
+            def fits(batch_size: int) -> int:
+                attempt(batch_size)
+                return batch_size
+
+            size = fits()
+        self.batch_sizes[len(self.batch_sizes)] = size
+        return int(size)
+
+    def get_model_info(self) -> dict[str, Any]:
+        """What results.json says of the model.
+
+        Returns:
+            HFLM's facts, and under `l2d` settings, costs, versions, fingerprints and where the data came from.
+        """
+        reads_main = self.source.empty.identity_at_zero
+        costs = {name: meter.report(self._states[name], reads_main=reads_main) for name, meter in self.meters.items()}
+        settings = self.settings.model_dump(mode="json")
+        return dict(super().get_model_info()) | {
+            "l2d": self.source.identity()
+            | {
+                "solver": settings["solver"],
+                "num_inference_steps": settings["num_inference_steps"],
+                "guidance": settings["guidance"],
+                "seed": settings["seed"],
+                "sampling": settings,
+                "sampling_of_generation": list(self._used.values()),
+                "scoring": None if self.scoring is None else {"name": self.scoring, "is": METHODS[self.scoring]},
+                "noise_samples": self.samples,
+                "pseudo_times": self.times,
+                "cost": costs,
+                "data": self._tasks,
+            }
+        }
+
+
+def _positive(name: str, value: Any) -> int:
+    if not isinstance(value, int) or value < 1:
+        raise ConfigError(f"{name} must be a whole number above 0, got {value!r}.")
+    return value
+
+
+def shortest(settings: SamplingSection) -> dict[str, Any]:
+    """As few evaluations as the solver can make, to try out a batch; none of them is larger than another.
+
+    Args:
+        settings: how to sample.
+
+    Returns:
+        Changes to the settings.
+    """
+    steps = settings.num_inference_steps
+    return {} if not steps or settings.solver.is_adaptive else {"num_inference_steps": settings.solver.stages + 1}
