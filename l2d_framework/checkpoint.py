@@ -6,7 +6,6 @@ A backbone that trains the language model itself has it stored beside them as a 
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 import os
 import shutil
@@ -34,25 +33,14 @@ from l2d_framework.base_model import (
 from l2d_framework.config import DiffusionRun, ModelSection, parse_sampling
 from l2d_framework.config.validation import validated
 from l2d_framework.errors import CheckpointError
+from l2d_framework.manifest import FORMAT, MANIFEST, base_reference, file_hash, read_manifest
 from l2d_framework.model import DiffusionLM, Origin
+from l2d_framework.model_card import model_card
 from l2d_framework.prompts import read_template
 from l2d_framework.registry import registry
 
-MANIFEST = "l2d.json"
 WEIGHTS = "diffusion.safetensors"
 ADAPTER = "adapter"
-FORMAT = 1
-_FIELDS = {
-    "model",
-    "fingerprint",
-    "schedule",
-    "parametrization",
-    "backbone",
-    "block_size",
-    "classes",
-    "sampling",
-    "chat_template",
-}
 
 
 def build_model(run: DiffusionRun, *, meta: bool = False) -> DiffusionLM:
@@ -142,7 +130,7 @@ def save(model: DiffusionLM, folder: str | Path, *, notes: str = "", dtype: torc
         (stage / "README.md").write_text(model_card(model, notes), encoding="utf-8")
         files = [path.relative_to(stage) for path in sorted(stage.rglob("*")) if path.is_file()]
         checked = [path for path in files if path.suffix == ".safetensors"]
-        manifest = to_manifest(model) | {"files": {str(path): _hash(stage / path) for path in checked}}
+        manifest = to_manifest(model) | {"files": {str(path): file_hash(stage / path) for path in checked}}
         (stage / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
         for path in [*files, Path(MANIFEST)]:
             # safetensors makes files that only their owner can read.
@@ -175,11 +163,6 @@ def _plain(state: dict[str, Any], dtype: torch.dtype | None = None) -> dict[str,
     return {name: value.detach().cpu().to(dtype or value.dtype).contiguous() for name, value in state.items()}
 
 
-def _hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def to_manifest(model: DiffusionLM) -> dict[str, Any]:
     """Everything a checkpoint says besides weights.
 
@@ -203,46 +186,6 @@ def to_manifest(model: DiffusionLM) -> dict[str, Any]:
         "sampling": None if origin.sampling is None else origin.sampling.model_dump(mode="json"),
         "chat_template": origin.chat_template,
     }
-
-
-def read_manifest(folder: str | Path) -> dict[str, Any]:
-    """Manifest of a checkpoint whose weight files are complete.
-
-    Args:
-        folder: the checkpoint.
-
-    Returns:
-        The manifest.
-
-    Raises:
-        CheckpointError: if the folder is no checkpoint, a file is damaged, or the format is newer than this package.
-    """
-    folder = Path(folder)
-    path = folder / MANIFEST
-    if not path.is_file():
-        raise CheckpointError(
-            f"{str(folder)!r} holds no {MANIFEST}, so it is no l2d-framework checkpoint. Give the output_dir of a run, "
-            "or use `l2d convert` for the authors' checkpoints."
-        )
-    try:
-        manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        version, files = int(manifest["format"]), dict(manifest["files"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{str(path)!r} is damaged ({error!r}). Restore it or save the model again.") from error
-    if version > FORMAT:
-        raise CheckpointError(
-            f"{str(folder)!r} has checkpoint format {version}; this version of l2d-framework reads up to {FORMAT}. "
-            "Upgrade l2d-framework."
-        )
-    if lacking := sorted(_FIELDS - manifest.keys()):
-        raise CheckpointError(f"{str(path)!r} is damaged (it lacks {lacking}). Restore it or save the model again.")
-    for name, digest in files.items():
-        if not (folder / name).is_file() or _hash(folder / name) != digest:
-            raise CheckpointError(
-                f"{str(folder / name)!r} is missing, truncated or changed since it was saved. "
-                "Copy the checkpoint again, or resume from an earlier one."
-            )
-    return manifest
 
 
 def load(
@@ -305,38 +248,6 @@ class _Parts:
         self.parametrization: Any = registry().create("parametrization", manifest["parametrization"])
         self.backbone: Any = registry().create("backbone", manifest["backbone"])
         self.block_size: int | None = manifest["block_size"]
-
-
-def base_reference(
-    folder: str | Path, manifest: dict[str, Any], *, base: str | None = None, dtype: str | None = None
-) -> ModelSection:
-    """Where the language model of a checkpoint lies: inside it, or where its manifest says.
-
-    Args:
-        folder: the checkpoint.
-        manifest: its manifest.
-        base: where the base model lies now; as recorded when None.
-        dtype: of the weights; as recorded when None.
-
-    Returns:
-        The section.
-
-    Raises:
-        CheckpointError: if neither names a base model, or a base is named for a checkpoint that needs none.
-    """
-    recorded = manifest["model"]
-    inside = Path(folder) / LANGUAGE_MODEL
-    if inside.is_dir():
-        if base is not None:
-            raise CheckpointError(f"{str(folder)!r} holds its own language model, got base={base!r}. Leave base out.")
-        fields = {"base": str(inside), "attn_implementation": (recorded or {}).get("attn_implementation", "sdpa")}
-        return validated(ModelSection, fields | ({} if dtype is None else {"dtype": dtype}), "model")
-    if recorded is None and base is None:
-        raise CheckpointError("This checkpoint names no base model. Pass its folder or hub id as `base`.")
-    changes: dict[str, Any] = {"base": base, "revision": None, "adapter": None} if base is not None else {}
-    if dtype is not None:
-        changes["dtype"] = dtype
-    return validated(ModelSection, {**(recorded or {}), **changes}, "model")
 
 
 def load_weights(model: DiffusionLM, folder: str | Path) -> None:
@@ -404,43 +315,3 @@ def push_to_hub(model: DiffusionLM, repo_id: str, *, private: bool = False, note
     with tempfile.TemporaryDirectory() as folder:
         save(model, folder, notes=notes)
         return str(api.upload_folder(repo_id=repo_id, folder_path=folder))
-
-
-def model_card(model: DiffusionLM, notes: str = "") -> str:
-    """Text of the checkpoint's README.md.
-
-    Args:
-        model: the model.
-        notes: markdown to append.
-
-    Returns:
-        Markdown with the hub's metadata in front.
-    """
-    base = model.origin.model.base if model.origin.model is not None else None
-    own = sum(p.numel() for p in model.own_parameters().values())
-    rest = "which is part of them" if model.backbone.trains_lm else "whose weights are not part of this repository"
-    is_hub = base is not None and not Path(base).exists() and base.count("/") == 1
-    head = ["---", "library_name: l2d-framework", "pipeline_tag: text-generation", "tags: [diffusion, l2d-framework]"]
-    head += [f"base_model: {base}"] if is_hub else []
-    return "\n".join(
-        [
-            *head,
-            "---",
-            "",
-            "# Diffusion language model",
-            "",
-            f"{own:,} trained parameters over `{base}`, {rest}.",
-            "",
-            "```python",
-            "import l2d_framework as l2d",
-            "",
-            'lm = l2d.load("PATH_OR_HUB_ID")',
-            'print(lm.tokenizer.decode(lm.generate(["Hello"], max_new_tokens=32).sequences[0]))',
-            "```",
-            "",
-            f"Schedule `{model.schedule.component_name()}`, parametrization "
-            f"`{model.parametrization.config.component_name()}`, backbone `{model.backbone.config.component_name()}`.",
-            "",
-            notes,
-        ]
-    )

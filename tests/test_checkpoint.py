@@ -17,9 +17,10 @@ from transformers import AutoModelForCausalLM
 
 import l2d_framework as l2d
 from l2d_framework import checkpoint
-from l2d_framework.checkpoint import build_model, load, load_weights, push_to_hub, read_manifest, save
+from l2d_framework.checkpoint import build_model, load, load_weights, push_to_hub, save
 from l2d_framework.config import check_runs, parse_run
 from l2d_framework.errors import CheckpointError, L2DError, PluginError
+from l2d_framework.manifest import read_manifest
 from l2d_framework.types import Query
 
 BOTH = pytest.mark.parametrize("variant", ["lora", "full"])

@@ -90,7 +90,8 @@ def generate(
     Raises:
         ConfigError: if the options do not go together.
     """
-    from l2d_framework.cli.answers import Session, read_prompts
+    from l2d_framework.cli.answers import Session
+    from l2d_framework.cli.rows import read_prompts
     from l2d_framework.config.files import override
 
     prompts = read_prompts(prompt or [], file, chat=chat)

@@ -22,8 +22,8 @@ from transformers import (
 )
 
 from l2d_framework.base_model import fetch, load_tokenizer
-from l2d_framework.checkpoint import MANIFEST, base_reference, read_manifest
 from l2d_framework.errors import ConfigError
+from l2d_framework.manifest import MANIFEST, base_reference, read_manifest
 
 Track = Callable[[Sequence[int], str], Iterable[int]]
 """Passes batches through and shows how far they are; gets the batches and a title."""

@@ -12,10 +12,11 @@ from transformers import PreTrainedTokenizerBase
 
 from l2d_framework.backbone import Backbone
 from l2d_framework.base_model import empty_language_model, fetch, fingerprint, load_config, load_tokenizer
-from l2d_framework.checkpoint import MANIFEST, base_reference, build_model, load, read_manifest
+from l2d_framework.checkpoint import build_model, load
 from l2d_framework.config import DiffusionRun, ModelSection, SamplingSection, default_sampling, parse_sampling
 from l2d_framework.config.parsing import parse_run
 from l2d_framework.errors import CheckpointError, ConfigError, suggest
+from l2d_framework.manifest import MANIFEST, base_reference, read_manifest
 from l2d_framework.model import DiffusionLM, rescaled
 from l2d_framework.registry import registry
 from l2d_framework.sampling import check_sampling
