@@ -67,7 +67,7 @@ class Denoised:
 
 
 @dataclass(frozen=True)
-class Denoiser:
+class BlockSolver:
     """A model with the settings of a request.
 
     Attributes:
@@ -83,8 +83,8 @@ class Denoiser:
     observer: Observer | None = None
 
     @classmethod
-    def of(cls, process: Process, sampling: Sampling, observer: Observer | None = None) -> Denoiser:
-        """A denoiser with the sampling's estimate options.
+    def of(cls, process: Process, sampling: Sampling, observer: Observer | None = None) -> BlockSolver:
+        """A solver with the sampling's estimate options.
 
         Args:
             process: the model.
@@ -92,7 +92,7 @@ class Denoiser:
             observer: called after every network evaluation, or None.
 
         Returns:
-            The denoiser.
+            The solver of blocks.
         """
         return cls(process, sampling, process.parametrization.with_estimate(sampling.estimate), observer)
 

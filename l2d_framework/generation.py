@@ -15,7 +15,7 @@ from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
 from l2d_framework.answer import Answer
-from l2d_framework.block import Block, Denoiser
+from l2d_framework.block import Block, BlockSolver
 from l2d_framework.errors import ConfigError
 from l2d_framework.noise import TokenStreams, categorical, request_keys
 from l2d_framework.problem import Observer
@@ -204,7 +204,7 @@ class _Loop:
         self.real = [len(prompts[int(row)]) for row in self.first]
         self.classes = None if requests.classes is None else repeat(requests.classes)
         self.scales = None if requests.guidance_scale is None else repeat(requests.guidance_scale)
-        self.denoise = Denoiser.of(process, sampling, observer)
+        self.denoise = BlockSolver.of(process, sampling, observer)
         self.metrics: list[dict[str, Tensor]] = []
 
     def run(

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from l2d_framework.backbone import Backbone
-from l2d_framework.block import Block, Denoiser
+from l2d_framework.block import Block, BlockSolver
 from l2d_framework.errors import ConfigError
 from l2d_framework.noise import request_keys
 from l2d_framework.problem import Observer
@@ -151,7 +151,7 @@ def infill(process: Process, gapped: Gapped, *, sampling: Sampling, observer: Ob
             for name, row, start in zip(names, positions.cpu(), first.cpu(), strict=True)
         ],
     )
-    found = Denoiser.of(process, sampling, observer)(block)
+    found = BlockSolver.of(process, sampling, observer)(block)
     chosen = torch.stack([logits.argmax(-1) for logits in found.answer.columns()], 1)
     filled = gapped.tokens.scatter(1, positions, chosen)
     return Infilled(filled, gapped.blocks, found.evaluations[:, 0], found.metrics)

@@ -61,6 +61,7 @@ class NextToken(Learner):
         self,
         input_ids: Tensor,
         blocks: Tensor,
+        *,
         labels: Tensor,
         length: Tensor,
         class_id: Tensor,

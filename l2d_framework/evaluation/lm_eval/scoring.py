@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from l2d_framework.block import Block, Denoiser
+from l2d_framework.block import Block, BlockSolver
 from l2d_framework.config import SamplingSection
 from l2d_framework.evaluation.lm_eval.numbering import noise_key
 from l2d_framework.model import DiffusionLM
@@ -147,7 +147,7 @@ class Scorer:
         places = torch.tensor(positions, device=layout.tokens.device)
         label = None if self.label is None else torch.full_like(places, self.label)
         block = Block(positions=places, layout=layout, context=context, keys=keys, condition=label)
-        found = Denoiser.of(self.model, self.sampling.model_copy(update={"patience": None}))(block)
+        found = BlockSolver.of(self.model, self.sampling.model_copy(update={"patience": None}))(block)
         shape = (len(jobs), len(offsets[0]), len(samples))
         spent = found.evaluations.view(shape).sum(-1).tolist()
         for row, counts in zip(offsets, spent, strict=True):
