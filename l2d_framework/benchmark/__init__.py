@@ -1,0 +1,1 @@
+"""The papers' tables, declared in files and run in one command."""

@@ -1,0 +1,53 @@
+"""Data that a profile makes before it trains; a new kind is a class here and a line in `MAKERS`."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from l2d_framework.config.sections import Section
+
+
+class Maker(Section, ABC):
+    """Makes files in a folder; run files name them as `data:KEY/file`."""
+
+    kind: str
+
+    @abstractmethod
+    def make(self, folder: Path) -> None:
+        """Write the files; the same fields make the same files.
+
+        Args:
+            folder: exists and is empty.
+        """
+
+
+class DemoQuestions(Maker):
+    """Questions of `l2d demo`: `base.jsonl` and `new.jsonl` to train on, `held_out_new.jsonl` and
+    `held_out_old.jsonl` to measure with, no question twice."""
+
+    kind: Literal["demo"] = "demo"
+    seed: int = 0
+    base_questions: int = Field(default=40_000, gt=0)
+    new_questions: int = Field(default=30_000, gt=0)
+    answers: int = Field(default=2000, gt=0)
+
+    def make(self, folder: Path) -> None:
+        """Write the four files.
+
+        Args:
+            folder: exists and is empty.
+        """
+        from l2d_framework.demo.runs import Size, make_data
+        from l2d_framework.demo.task import write_questions
+
+        size = Size(self.base_questions, self.new_questions, base_updates=0, updates=0, answers=self.answers)
+        for name, questions in make_data(size, self.seed)._asdict().items():
+            write_questions(folder / f"{name}.jsonl", questions)
+
+
+MAKERS: dict[str, type[Maker]] = {"demo": DemoQuestions}
+"""Kinds of made data by name."""
