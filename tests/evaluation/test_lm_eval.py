@@ -267,6 +267,25 @@ def test_generation_options_win_over_model_options(opened):
     assert whole.generate_until(to_generate()) == model.generate_until(requests)
 
 
+def test_a_class_hint_serves_models_that_know_it_and_stops_no_other(opened, caplog):
+    chosen = opened().generate_until(to_generate(class_name="math", guidance_scale=1.5))
+    model = opened()
+    assert model.generate_until(to_generate(class_hint="math", guidance_scale=1.5)) == chosen
+    assert model.get_model_info()["l2d"]["sampling_of_generation"][0]["class_name"] == "math"
+    # What the user names for certain is stronger than what a task proposes.
+    assert opened(class_name="math").generate_until(to_generate(class_hint="code", guidance_scale=1.5)) == chosen
+    assert caplog.text == ""
+    for name, options in (("l2d", {}), ("tess", {}), ("base", {"num_inference_steps": 0})):
+        other = opened(name, **options)
+        unasked = other.generate_until(to_generate())
+        caplog.clear()
+        assert other.generate_until(to_generate(class_hint="history")) == unasked
+        other.generate_until(to_generate(QUESTIONS[:1], class_hint="history", max_gen_toks=2))
+        assert caplog.text.count("class_hint='history' is ignored") == 1
+    with pytest.raises(ConfigError, match="class_hint must be the name"):
+        opened().generate_until(to_generate(class_hint=3))
+
+
 def test_a_plain_model_is_evaluated_as_one_only(opened):
     with pytest.raises(CheckpointError, match="num_inference_steps=0"):
         opened("base")

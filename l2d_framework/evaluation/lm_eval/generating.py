@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from lm_eval.models.utils import postprocess_generated_text
@@ -65,10 +66,9 @@ class Generating(Opened):
                 f"max_gen_toks={plan.count} leaves no room for the prompt: the model's context is {self.max_length}. "
                 "Lower it in --gen_kwargs."
             )
-        settings = self.source.sampling(self.options | plan.options)
-        self._used[content(plan.options)] = settings.model_dump(mode="json") | {
-            CLASS: (self.options | plan.options).get(CLASS)
-        }
+        plan = replace(plan, options=self.source.classed(self.options | plan.options))
+        settings = self.source.sampling(plan.options)
+        self._used[content(plan.options)] = settings.model_dump(mode="json") | {CLASS: plan.options.get(CLASS)}
         return plan
 
     def _generate(self, plan: Plan, keys: list[Any], bar: Any) -> Iterator[tuple[Any, str, list[int]]]:
@@ -94,7 +94,7 @@ class Generating(Opened):
     ) -> list[tuple[list[int], list[int]]]:
         """Tokens of each answer and the evaluations spent on them."""
         model, meter = self.diffusion, self.meters["generation"]
-        options = self.options | plan.options | changes
+        options = plan.options | changes
         label, scale = options.pop(CLASS, None), options.pop(SCALE, None)
         began = time.perf_counter()
         found = model.generate(
@@ -136,7 +136,7 @@ class Generating(Opened):
         return str(postprocess_generated_text(text.lstrip() if is_token else text, until, None if is_token else end))
 
     def _generation_batch(self, plan: Plan, length: int) -> int:
-        settings = self.source.sampling(self.options | plan.options)
+        settings = self.source.sampling(plan.options)
         if settings.solver.batch_coupled:
             return 1
         if self.batch_size != "auto":

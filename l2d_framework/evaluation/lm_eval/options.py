@@ -11,7 +11,7 @@ from transformers import GenerationConfig
 
 from l2d_framework.config import SamplingSection
 from l2d_framework.errors import ConfigError, suggest
-from l2d_framework.evaluation.lm_eval.source import CLASS, SCALE
+from l2d_framework.evaluation.lm_eval.source import CLASS, HINT, SCALE
 
 DIFFUSING = (*SamplingSection.model_fields, CLASS, SCALE)
 """Options of diffusion, allowed in both places; those of `--gen_kwargs` win."""
@@ -76,7 +76,7 @@ class Plan:
         until: strings that end an answer.
         count: most tokens of an answer.
         picking: fields of transformers' generation configuration.
-        options: of diffusion.
+        options: of diffusion, and `class_hint`.
     """
 
     until: list[str]
@@ -102,12 +102,12 @@ def read_plan(generation: Mapping[str, Any], default_count: int, end: str) -> Pl
     rest: dict[str, Any] = dict(normalize_gen_kwargs(dict(generation), default_count))
     until = handle_stop_sequences(rest.pop("until", None), eos=end)
     count = int(rest.pop("max_gen_toks"))
-    options = diffusing(rest)
+    options = diffusing(rest) | ({HINT: rest[HINT]} if HINT in rest else {})
     picking = {name: value for name, value in rest.items() if name not in options}
     known = set(GenerationConfig().to_dict()) - {"max_length", "max_new_tokens", "num_return_sequences", "num_beams"}
     for name, value in picking.items():
         if name not in known | {"temperature"}:
-            hint = suggest(name, [*known, *DIFFUSING, "max_gen_toks", "until"]) or "."
+            hint = suggest(name, [*known, *DIFFUSING, HINT, "max_gen_toks", "until"]) or "."
             raise ConfigError(f"Unknown generation option {name}={value!r}{hint} Remove or correct it in --gen_kwargs.")
     if not picking.get("do_sample") or not picking.get("temperature"):
         picking.pop("temperature", None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Mapping
 from importlib.metadata import version
 from typing import Any, cast
@@ -21,8 +22,10 @@ from l2d_framework.model import DiffusionLM, rescaled
 from l2d_framework.registry import registry
 from l2d_framework.sampling import check_sampling
 
-CLASS, SCALE = "class_name", "guidance_scale"
-"""Options beside the fields of the `sampling` section."""
+CLASS, HINT, SCALE = "class_name", "class_hint", "guidance_scale"
+"""Options beside the fields of the `sampling` section; a hint is a class for the models that know it."""
+
+_LOGGER = logging.getLogger(__name__)
 
 _UNTRAINED = {
     "schedule": {"name": "linear"},
@@ -74,6 +77,7 @@ class Source:
         self._parametrization, self._backbone = parametrization, backbone
         self.empty: Backbone = backbone.build(empty_language_model(self.lm_config, self.reference.attn_implementation))
         self.classes: list[str] = list(self.manifest["classes"])
+        self._ignored: set[str] = set()
         self.tokenizer = self._tokenizer()
 
     @property
@@ -96,6 +100,38 @@ class Source:
         if self.manifest["chat_template"] is not None:
             tokenizer.chat_template = self.manifest["chat_template"]
         return tokenizer
+
+    def classed(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """Options whose class hint became the class, or was dropped.
+
+        `class_name` is strict and wins: a model that does not know it refuses. `class_hint`, which a task's
+        `generation_kwargs` name for all models, is the class of a model that knows it; others ignore it and log one
+        line.
+
+        Args:
+            options: of a request.
+
+        Returns:
+            A copy without `class_hint`.
+
+        Raises:
+            ConfigError: if the hint is no text.
+        """
+        found = dict(options)
+        hint = found.pop(HINT, None)
+        if hint is None or found.get(CLASS) is not None:
+            return found
+        if not isinstance(hint, str):
+            raise ConfigError(
+                f"{HINT} must be the name of a class, got {hint!r}. Correct it in the task or --gen_kwargs."
+            )
+        if hint in self.classes:
+            return found | {CLASS: hint}
+        if hint not in self._ignored:
+            self._ignored.add(hint)
+            known = f"knows the classes {self.classes}" if self.classes else "has no classes"
+            _LOGGER.warning("%s=%r is ignored: the model %s.", HINT, hint, known)
+        return found
 
     def sampling(self, options: Mapping[str, Any]) -> SamplingSection:
         """Settings of a request.
