@@ -23,6 +23,7 @@ from l2d_framework.problem import Observer
 from l2d_framework.process import Process
 from l2d_framework.prompts import Encoded, Prompt, check_length, encode_prompts, pad_left
 from l2d_framework.schedule import Schedule
+from l2d_framework.transformers_face import TransformersFace, as_transformers
 
 DEFAULT_NEW_TOKENS = 256
 """Answer length where neither the call nor the base model sets one: the L2D paper's for general tasks."""
@@ -195,6 +196,31 @@ class DiffusionLM(Process):
             gapped = read_gaps(self.tokenizer, [texts] if isinstance(texts, str) else texts, self.backbone.lm.config)
         placed = Gapped(gapped.tokens.to(self.device), gapped.blocks.to(self.device))
         return infill(self, placed, sampling=sampling, observer=observer)
+
+    def as_transformers(
+        self, *, class_name: str | None = None, guidance_scale: float | None = None, **options: Any
+    ) -> TransformersFace:
+        """This model as a causal language model of transformers: for beam search, `pipeline` and other tools.
+
+        Its greedy `generate` picks the same tokens as this model's with the same settings. It shares the weights.
+
+        Args:
+            class_name: class label of every text.
+            guidance_scale: scale of the guidance.
+            **options: fields of the `sampling` section.
+
+        Returns:
+            A `PreTrainedModel` with `generate`.
+
+        Raises:
+            ConfigError: if an option is unknown, or the model denoises several tokens together.
+        """
+        sampling = self.sampling(**options)
+        if guidance_scale is not None:
+            sampling = rescaled(sampling, guidance_scale)
+        self._check_guidance(sampling)
+        label = None if class_name is None else int(self.class_ids([class_name])[0])
+        return as_transformers(self, sampling, label)
 
     def _check_guidance(self, sampling: SamplingSection) -> None:
         for guidance in sampling.guidance:
