@@ -33,9 +33,11 @@ class Requests:
         attention_mask: 1 where a real token stands, (B, S), int64; all ones when None.
         classes: class of each prompt, (B,), int64, -1 for none; None for none at all.
         guidance_scale: scale of each prompt, (B,), float32, or None for the guidance's own.
-        keys: name of each request for its noise; made from the prompts when None.
+        keys: names for the noise, of each prompt, whose answers are then numbered, or of each answer; made from the
+            prompts when None.
         samples: answers per prompt; the prompt is read once.
         seeds: seed of each prompt, or None for the one of the sampling settings.
+        context: what the backbone has read of the prompts, so that further answers need no reading; it stays as it is.
     """
 
     input_ids: Tensor
@@ -45,6 +47,7 @@ class Requests:
     keys: Sequence[str] | None = None
     samples: int = 1
     seeds: Sequence[int] | None = None
+    context: Any = None
 
 
 @dataclass(frozen=True)
@@ -163,6 +166,8 @@ def _check_requests(requests: Requests, picking: Picking) -> None:
     count = len(requests.input_ids)
     for name in ("classes", "guidance_scale", "keys", "seeds"):
         values = getattr(requests, name)
+        if name == "keys" and values is not None and len(values) == count * requests.samples:
+            continue
         if values is not None and len(values) != count:
             raise ConfigError(f"{name} must name one value per prompt: got {len(values)} for {count} prompts.")
     config = picking.config
@@ -200,7 +205,10 @@ class _Loop:
         names = requests.keys or request_keys(prompts)
         repeat = partial(torch.repeat_interleave, repeats=requests.samples, dim=0)
         self.first = repeat(torch.arange(len(ids), device=ids.device))
-        self.keys = [(names[int(row)], sample % requests.samples) for sample, row in enumerate(self.first)]
+        if len(names) == len(self.first):
+            self.keys = [(name, 0) for name in names]
+        else:
+            self.keys = [(names[int(row)], sample % requests.samples) for sample, row in enumerate(self.first)]
         self.real = [len(prompts[int(row)]) for row in self.first]
         self.classes = None if requests.classes is None else repeat(requests.classes)
         self.scales = None if requests.guidance_scale is None else repeat(requests.guidance_scale)
@@ -216,8 +224,10 @@ class _Loop:
     ) -> Generation:
         backbone, streamer = self.process.backbone, self.picking.streamer
         prompts = self.requests.input_ids
-        context = backbone.read(Layout(prompts, torch.where(self.mask.bool(), 0, -1)))
-        if len(self.first) > len(prompts):
+        context = self.requests.context
+        if context is None:
+            context = backbone.read(Layout(prompts, torch.where(self.mask.bool(), 0, -1)))
+        if self.requests.context is not None or len(self.first) > len(prompts):
             context = context.select(self.first)
         length, limit = ids.shape[1], config.max_length
         cost, kept = ids.new_zeros(len(ids), 0), ids.new_zeros(len(ids), 0)

@@ -164,6 +164,7 @@ class DiffusionLM(Process):
             keys=encoded.keys,
             samples=num_return_sequences,
             seeds=seeds,
+            context=encoded.context,
         )
         picking = Picking(config, logits_processor or LogitsProcessorList(), criteria, streamer)
         return generate(self, requests, sampling=sampling, picking=picking, observer=observer)

@@ -31,12 +31,14 @@ class Encoded:
     Attributes:
         input_ids: padded on the left, (B, S), int64.
         attention_mask: 1 where a real token stands, (B, S), int64.
-        keys: name of each request for its noise; made from the tokens when None.
+        keys: names for the noise, of each prompt or of each of its answers; made from the tokens when None.
+        context: what a backbone has read of the prompts; they are read anew when None.
     """
 
     input_ids: Tensor
     attention_mask: Tensor
     keys: Sequence[str] | None = None
+    context: Any = None
 
 
 def read_template(chosen: str | None) -> str | None:

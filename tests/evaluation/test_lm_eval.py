@@ -101,7 +101,7 @@ def test_scores_do_not_depend_on_batch_or_order(opened, name, options):
 
 
 def test_auto_takes_the_largest_batch_that_memory_allows(opened, monkeypatch):
-    model, answers, scores = opened(batch_size="auto"), to_generate(), to_score()
+    model, answers, scores = opened(batch_size="auto", max_batch_size=8), to_generate(), to_score()
     assert model.diffusion.device.type == "cpu"
     answer, mixture = model._answer, scoring.Scorer.mixture
 
@@ -136,6 +136,24 @@ def test_repeats_and_seeds_differ(opened, name):
     found = opened(name, batch_size=3).generate_until(requests)
     assert len(set(found)) > 4
     assert opened(name, batch_size=3, seed=1).generate_until(requests) != found
+
+
+@pytest.mark.parametrize("name", ["l2d", "tess"])
+def test_a_prompt_is_read_once_for_all_its_repeats(opened, monkeypatch, name):
+    requests = to_generate(QUESTIONS[:3], repeats=5) + to_generate(QUESTIONS[1:2], repeats=5)
+    every = {}
+    for size in (1, 2, 7, 32):
+        model = opened(name, batch_size=size)
+        read, whole = [], model.diffusion.backbone.read
+        monkeypatch.setattr(
+            model.diffusion.backbone, "read", lambda x, w=whole, r=read: r.append(len(x.tokens)) or w(x)
+        )
+        every[size] = model.generate_until(requests)
+        assert sum(read) == 3
+    assert every[1] == every[2] == every[7] == every[32]
+    assert len(set(every[1])) > 15
+    # Neither the repeats before nor those after a request change its answer.
+    assert opened(name).generate_until(to_generate(QUESTIONS[:1], repeats=2)) == every[1][:2]
 
 
 def test_the_diffusion_noise_alone_makes_repeats_differ(opened):

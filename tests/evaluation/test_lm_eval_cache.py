@@ -63,7 +63,7 @@ def test_resumed_is_uninterrupted(folder, tmp_path, monkeypatch, sampled):
 
     def interrupted(*arguments: Any, **changes: Any) -> Any:
         batches.append(1)
-        if len(batches) == 3:
+        if len(batches) == 4:
             raise KeyboardInterrupt
         return answer(*arguments, **changes)
 
@@ -76,7 +76,7 @@ def test_resumed_is_uninterrupted(folder, tmp_path, monkeypatch, sampled):
     answer = resumed._answer
     monkeypatch.setattr(resumed, "_answer", lambda *a, **o: count.append(1) or answer(*a, **o))
     assert caching.generate_until(generation(**options)) == whole
-    assert len(count) == 4  # of six batches, two were kept
+    assert len(count) == 5  # of eight batches, three were kept, the last in the middle of a question's repeats
     assert caching.loglikelihood(choices()) == scores
     assert resumed.get_model_info()["l2d"]["cost"]["generation"]["tokens"] > 0
 

@@ -6,8 +6,10 @@ import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import groupby
 from typing import Any
 
+import torch
 from lm_eval.models.utils import postprocess_generated_text
 from tqdm import tqdm  # type: ignore[import-untyped]
 from transformers import StoppingCriteriaList
@@ -18,7 +20,9 @@ from l2d_framework.evaluation.lm_eval.opened import Opened, shortest
 from l2d_framework.evaluation.lm_eval.options import Plan, read_plan
 from l2d_framework.evaluation.lm_eval.source import CLASS, SCALE
 from l2d_framework.evaluation.lm_eval.until import Until
+from l2d_framework.evaluation.search import search
 from l2d_framework.prompts import Encoded, pad_left
+from l2d_framework.types import Layout
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -60,7 +64,8 @@ class Generating(Opened):
         return [done[key] for key in keys]
 
     def _plan(self, generation: Mapping[str, Any]) -> Plan:
-        plan = read_plan(generation, self.max_gen_toks, self.tok_decode(self.eot_token_id, skip_special_tokens=False))
+        end = self.tok_decode(self.eot_token_id, skip_special_tokens=False)
+        plan = read_plan(generation, self.max_gen_toks, end, search=self.searching)
         if plan.count >= self.max_length:
             raise ConfigError(
                 f"max_gen_toks={plan.count} leaves no room for the prompt: the model's context is {self.max_length}. "
@@ -68,33 +73,57 @@ class Generating(Opened):
             )
         plan = replace(plan, options=self.source.classed(self.options | plan.options))
         settings = self.source.sampling(plan.options)
-        self._used[content(plan.options)] = settings.model_dump(mode="json") | {CLASS: plan.options.get(CLASS)}
+        searched = None if plan.search is None else plan.search.model_dump()
+        if searched and self.source.is_block:
+            raise ConfigError("Search weighs next tokens, and this model denoises whole answers. Leave search_* out.")
+        used = settings.model_dump(mode="json") | {CLASS: plan.options.get(CLASS), "search": searched}
+        self._used[content(used)] = used
         return plan
 
     def _generate(self, plan: Plan, keys: list[Any], bar: Any) -> Iterator[tuple[Any, str, list[int]]]:
         """Yields key, text and evaluations of each answer."""
-        rows = {key: self.tok_encode(key[0]) or [self.prefix_token_id] for key in keys}
+        asked: dict[str, list[Any]] = {}
+        for key in sorted(keys):
+            asked.setdefault(key[0], []).append(key)
+        rows = {text: self.tok_encode(text) or [self.prefix_token_id] for text in asked}
         # The longest first, so that memory runs out at once or never.
-        keys.sort(key=lambda key: (-len(rows[key]), key))
+        order = sorted(asked, key=lambda text: (-len(rows[text]), text))
         limit = self.max_length - plan.count
-        if keys and len(rows[keys[0]]) > limit:
-            _LOGGER.warning("The longest prompt has %d tokens; prompts keep their last %d.", len(rows[keys[0]]), limit)
-        size = self._generation_batch(plan, min(limit, len(rows[keys[0]]))) if keys else 1
-        for start in range(0, len(keys), size):
-            chunk = keys[start : start + size]
-            batch = pad_left([rows[key][-limit:] for key in chunk], [noise_key(rows[key], key[2]) for key in chunk])
-            answers = self._answer(plan, batch)
-            for key, (tokens, evaluations) in zip(chunk, answers, strict=True):
-                self.meters["generation"].add(evaluations)
-                yield key, self._text(tokens, plan.until), evaluations
-            bar.update(len(chunk))
+        if order and len(rows[order[0]]) > limit:
+            _LOGGER.warning("The longest prompt has %d tokens; prompts keep their last %d.", len(rows[order[0]]), limit)
+        size = self._generation_batch(plan, min(limit, len(rows[order[0]]))) if order else 1
+        for count, texts in _batches(order, [len(asked[text]) for text in order], size):
+            prompts = pad_left([rows[text][-limit:] for text in texts])
+            spent = 0.0
+            if count > size:
+                began = time.perf_counter()
+                prompts = replace(prompts, context=self._read(prompts))
+                spent = time.perf_counter() - began
+            for start in range(0, count, size):
+                chunk = [key for text in texts for key in asked[text][start : start + size]]
+                names = [noise_key(rows[key[0]], key[2]) for key in chunk]
+                answers = self._answer(plan, replace(prompts, keys=names), spent=spent)
+                spent = 0.0
+                for key, (tokens, evaluations) in zip(chunk, answers, strict=True):
+                    self.meters["generation"].add(evaluations)
+                    yield key, self._text(tokens, plan.until), evaluations
+                bar.update(len(chunk))
+
+    def _read(self, prompts: Encoded) -> Any:
+        """What the backbone makes of a prompt that has more answers than fit into a batch."""
+        model = self.diffusion
+        with torch.no_grad():
+            return model.backbone.read(
+                Layout(prompts.input_ids.to(model.device), prompts.attention_mask.to(model.device) - 1)
+            )
 
     def _answer(
-        self, plan: Plan, batch: Encoded, *, is_probe: bool = False, **changes: Any
+        self, plan: Plan, batch: Encoded, *, spent: float = 0.0, is_probe: bool = False
     ) -> list[tuple[list[int], list[int]]]:
-        """Tokens of each answer and the evaluations spent on them."""
+        """Tokens of each answer, one per name of noise, and their evaluations; `spent`: seconds of reading before."""
         model, meter = self.diffusion, self.meters["generation"]
-        options = plan.options | changes
+        samples = len(batch.keys or batch.input_ids) // len(batch.input_ids)
+        options = dict(plan.options)
         label, scale = options.pop(CLASS, None), options.pop(SCALE, None)
         began = time.perf_counter()
         found = model.generate(
@@ -102,24 +131,46 @@ class Generating(Opened):
             stopping_criteria=StoppingCriteriaList([Until(self.tokenizer, plan.until, batch.input_ids.shape[1])]),
             classes=None if label is None else [label] * len(batch.input_ids),
             guidance_scale=scale,
+            num_return_sequences=samples,
             max_new_tokens=plan.count,
             pad_token_id=self.tokenizer.pad_token_id,
             **plan.picking,
             **options,
         )
         lengths = found.lengths.tolist()
-        seconds = time.perf_counter() - began
+        seconds = spent + time.perf_counter() - began
         if not is_probe:
             meter.time(sum(lengths), seconds)
             if not meter.is_compared and self.rank == 0 and found.evaluations.any():
-                meter.compare(seconds / sum(lengths), self._plain_seconds(batch, max(lengths)))
+                meter.compare(seconds / sum(lengths), self._plain_seconds(batch, samples, max(lengths)))
         rows = zip(found.answers.tolist(), found.evaluations.tolist(), lengths, strict=True)
         return [(tokens[:length], evaluations[:length]) for tokens, evaluations, length in rows]
 
-    def _plain_seconds(self, batch: Encoded, count: int) -> float:
+    def _search(self, plan: Plan, batch: Encoded) -> list[tuple[list[int], list[int]]]:
+        """Tokens of each answer that search picked and the network's passes made for them."""
+        assert plan.search is not None and batch.keys is not None
+        options = dict(plan.options)
+        label, scale = options.pop(CLASS, None), options.pop(SCALE, None)
+        face = self.diffusion.as_transformers(class_name=label, guidance_scale=scale, **options)
+        answers = []
+        for ids, mask, key in zip(batch.input_ids, batch.attention_mask.bool(), batch.keys, strict=True):
+            prompt = ids[mask]
+            picking = plan.picking | {
+                "stopping_criteria": StoppingCriteriaList([Until(self.tokenizer, plan.until, len(prompt))]),
+                "max_new_tokens": plan.count,
+                "pad_token_id": self.tokenizer.pad_token_id,
+            }
+            began = time.perf_counter()
+            answers.append(search(face, prompt, plan.search, name=key, picking=picking))
+            self.meters["generation"].time(len(answers[-1][0]), time.perf_counter() - began)
+        return answers
+
+    def _plain_seconds(self, batch: Encoded, samples: int, count: int) -> float:
         """Seconds per answer token of transformers' own generate on the same prompts."""
         began = time.perf_counter()
-        ids, mask = batch.input_ids.to(self.device), batch.attention_mask.to(self.device)
+        ids, mask = (
+            part.to(self.device).repeat_interleave(samples, 0) for part in (batch.input_ids, batch.attention_mask)
+        )
         lengths = {"min_new_tokens": count, "max_new_tokens": count}
         found = self._model.generate(
             ids, attention_mask=mask, do_sample=False, pad_token_id=self.tokenizer.pad_token_id, **lengths
@@ -137,13 +188,21 @@ class Generating(Opened):
 
     def _generation_batch(self, plan: Plan, length: int) -> int:
         settings = self.source.sampling(plan.options)
-        if settings.solver.batch_coupled:
+        if settings.solver.batch_coupled or plan.search is not None:  # hypotheses of one search are a batch already
             return 1
         if self.batch_size != "auto":
             return int(self.batch_size)
         # One token after as long a text as there can be, or one whole block.
         whole = length if self.source.is_block else length + plan.count - 1
-        probe = Plan([], plan.count if self.source.is_block else 1, plan.picking, plan.options)
-        return self._largest(
-            lambda n: self._answer(probe, pad_left([[1] * whole] * n), is_probe=True, **shortest(settings))
-        )
+        count = plan.count if self.source.is_block else 1
+        probe = Plan([], count, plan.picking, plan.options | shortest(settings))
+        return self._largest(lambda n: self._answer(probe, pad_left([[1] * whole] * n), is_probe=True))
+
+
+def _batches(texts: Sequence[str], counts: Sequence[int], size: int) -> Iterator[tuple[int, list[str]]]:
+    """Texts that are read together, and how many answers each of them gets; neighbours stay neighbours."""
+    for count, run in groupby(zip(counts, texts, strict=True), key=lambda pair: pair[0]):
+        together = [text for _, text in run]
+        step = max(1, size // count)
+        for start in range(0, len(together), step):
+            yield count, together[start : start + step]
