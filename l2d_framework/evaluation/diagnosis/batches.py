@@ -1,0 +1,128 @@
+"""Held-out rows as batches of supervised positions with names for their noise."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from l2d_framework.block import Block
+from l2d_framework.model import DiffusionLM
+from l2d_framework.noise import TokenStreams, request_keys
+from l2d_framework.training.collate import Collator
+from l2d_framework.types import Layout
+from l2d_framework.wide import pieces
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Supervised positions of some rows; L is the largest number per row.
+
+    Attributes:
+        layout: tokens and blocks, (B, S).
+        positions: slots, (B, L), int64; those not valid repeat the row's last.
+        valid: (B, L), bool.
+        keys: for each row, one tuple of key parts per position.
+        condition: class per position, (B, L), int64, or None.
+    """
+
+    layout: Layout
+    positions: Tensor
+    valid: Tensor
+    keys: list[list[tuple[int | str, ...]]]
+    condition: Tensor | None
+
+    @property
+    def targets(self) -> Tensor:
+        """The true tokens, (B, L), int64."""
+        return self.layout.tokens.gather(1, self.positions)
+
+    def noise(self, model: DiffusionLM) -> Tensor:
+        """Standard normal noise of every position, the same whatever the batch.
+
+        Args:
+            model: whose state space it is for.
+
+        Returns:
+            (B, L, D), float32.
+        """
+        keys = [[(*parts, "diagnosis") for parts in row] for row in self.keys]
+        return model.parametrization.noise(TokenStreams(keys, self.positions.device))
+
+    def block(self, context: Any) -> Block:
+        """The positions as something to solve, each in sight of the true tokens that its block may see.
+
+        Args:
+            context: what the backbone read of the layout.
+
+        Returns:
+            The block.
+        """
+        return Block(self.positions, self.layout, context, self.keys, self.condition)
+
+    def portions(self, model: DiffusionLM) -> Iterator[Batch]:
+        """Batches of fewer positions, where none of them is denoised together with another.
+
+        Args:
+            model: the model.
+
+        Yields:
+            Batches whose logits are few enough to be held at once, or this one.
+        """
+        if model.block_size != 1:
+            yield self
+            return
+        rows, length = self.positions.shape
+        for part in pieces(rows, length, model.backbone.vocab_size):
+            yield replace(
+                self,
+                positions=self.positions[:, part],
+                valid=self.valid[:, part],
+                keys=[row[part] for row in self.keys],
+                condition=None if self.condition is None else self.condition[:, part],
+            )
+
+
+def batches(model: DiffusionLM, rows: Sequence[Mapping[str, Any]], *, seed: int, size: int) -> list[Batch]:
+    """Rows as batches; noise is named by a row's tokens and the position.
+
+    Args:
+        model: the model they are for.
+        rows: rows of `PreparedData`.
+        seed: of all noise.
+        size: rows at a time; does not change any noise.
+
+    Returns:
+        The batches, rows of like length together.
+    """
+    names = request_keys([row["input_ids"] for row in rows])
+    order = sorted(range(len(rows)), key=lambda number: len(rows[number]["input_ids"]))
+    collate = Collator(pad_id=0, block_size=model.block_size)
+    found = []
+    for first in range(0, len(order), size):
+        chosen = order[first : first + size]
+        tensors = collate([rows[number] for number in chosen])
+        found.append(_batch(model, tensors, [names[number] for number in chosen], seed))
+    return found
+
+
+def _batch(model: DiffusionLM, tensors: Mapping[str, Tensor], names: Sequence[str], seed: int) -> Batch:
+    blocks, device = tensors["blocks"], model.device
+    slots = [row.nonzero()[:, 0] for row in blocks >= 1]
+    width = max(map(len, slots))
+    positions = torch.stack([torch.cat([one, one[-1:].expand(width - len(one))]) for one in slots])
+    valid = torch.arange(width) < torch.tensor([len(one) for one in slots])[:, None]
+    has_classes = bool(model.origin.classes)
+    condition = tensors["class_id"][:, None].expand(-1, width) if has_classes else None
+    return Batch(
+        layout=Layout(tensors["input_ids"].to(device), blocks.to(device)),
+        positions=positions.to(device),
+        valid=valid.to(device),
+        keys=[
+            [(seed, name, int(slot), 0) for slot in row] for name, row in zip(names, positions.tolist(), strict=True)
+        ],
+        condition=None if condition is None else condition.to(device),
+    )

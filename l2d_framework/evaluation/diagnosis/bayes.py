@@ -1,0 +1,54 @@
+"""The exact likelihood of a noisy state under every token, and Bayes' rule with a prior over tokens."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from l2d_framework.process import Process
+from l2d_framework.wide import dense, pieces
+
+
+class TokenLikelihood:
+    """log N(x_t; alpha(t) clean(y), (sigma(t) prior_scale)^2 I) for every token y, up to a number all tokens share.
+
+    The law holds for every schedule and every parametrization, since x_t = alpha(t) clean + sigma(t) prior_scale noise
+    is what `Process.diffuse` makes of any of them.
+
+    Args:
+        process: the model; its weights must not change while this is used.
+    """
+
+    @torch.no_grad()
+    def __init__(self, process: Process) -> None:
+        space, table = process.parametrization, process.backbone.table()
+        tokens = torch.arange(process.backbone.vocab_size, device=table.device)[None]
+        # States as wide as the vocabulary stay symbolic until a piece is used.
+        parts = pieces(1, tokens.shape[1], space.state_size)
+        self._clean = [space.encode(tokens[:, part], table) for part in parts]
+        self._first = dense(self._clean[0][:, :1])
+        self._schedule, self._scale = process.schedule, space.prior_scale
+
+    def __call__(self, x: Tensor, t: float) -> Tensor:
+        """Logarithms of the likelihood, less that of token 0.
+
+        With move(y) = clean(y) - clean(0) the difference of the two squared distances is linear in x:
+        (alpha x . move(y) - alpha^2 (|clean(y)|^2 - |clean(0)|^2) / 2) / (sigma prior_scale)^2. Components that all
+        tokens share, whose sum would swamp the rest in float32, drop out.
+
+        Args:
+            x: noisy states, (B, L, D), float32.
+            t: their time, at which sigma is not 0.
+
+        Returns:
+            (B, L, V), float32; of a state of pure noise at a time without signal it is 0.
+        """
+        time = torch.tensor(t, dtype=torch.float64)
+        alpha, sigma = float(self._schedule.alpha(time)), float(self._schedule.sigma(time)) * self._scale
+        state, found = dense(x), []
+        for part in self._clean:
+            clean = dense(part)
+            move = (clean - self._first)[0]
+            rise = (move * (clean + self._first)[0]).sum(-1) / 2
+            found.append((alpha * (state @ move.T) - alpha**2 * rise) / sigma**2)
+        return torch.cat(found, -1)

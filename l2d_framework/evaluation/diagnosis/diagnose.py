@@ -1,0 +1,179 @@
+"""All of a diagnosis: from a model and held-out rows to what is written about them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from l2d_framework.config import SamplingSection
+from l2d_framework.errors import EvaluationBudgetError
+from l2d_framework.evaluation.diagnosis.batches import Batch, batches
+from l2d_framework.evaluation.diagnosis.bayes import TokenLikelihood
+from l2d_framework.evaluation.diagnosis.curves import ANCHORS, cross_entropies
+from l2d_framework.evaluation.diagnosis.trajectories import evaluations, solve
+from l2d_framework.evaluation.diagnosis.verdict import NEGLIGIBLE, per_token, verdict
+from l2d_framework.model import DiffusionLM
+from l2d_framework.schedule import Schedule
+
+Track = Callable[[Sequence[Batch]], Iterable[Batch]]
+"""Passes batches through and shows how far they are."""
+
+DEFINITIONS = {
+    "cross_entropy": "nats per token of the true token given its state x_t on the true path, the true tokens before it "
+    "given; `combination` is softmax(log p_0(y) + log N(x_t; alpha(t) clean(y), (sigma(t) prior_scale)^2 I)) with the "
+    "network's own prediction p_0 from noise alone, `combination_after_first_move` the same with its prediction at the "
+    "second time, the likelihood of that state divided out; a network of blocks of several tokens also sees its "
+    "neighbours' states, which the combinations do not",
+    "gain": "cross-entropy of the combination minus that of the network, averaged over the later times of the grid, "
+    "in nats per token; above 0 the network knows more than its own earlier prediction and the hint in x_t, which is "
+    f"what further evaluations can bring out. Verdict at 2 standard errors, against {NEGLIGIBLE:g}",
+    "settled": "share of tokens that from this evaluation on are what they are at the read-out",
+    "evaluations": "network evaluations per token, the read-out included",
+    "standard_error": "over rows",
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to diagnose.
+
+    Attributes:
+        times: at which cross-entropies are taken, from `time_grid`.
+        sampling: how to diffuse; its solver takes fixed steps.
+        adaptive: the same with an adaptive solver, or None to leave it out.
+    """
+
+    times: Sequence[float]
+    sampling: SamplingSection
+    adaptive: SamplingSection | None
+
+
+def time_grid(schedule: Schedule, count: int) -> list[float]:
+    """Times as a solver would visit them, those without noise left out.
+
+    Args:
+        schedule: the law of noise.
+        count: how many.
+
+    Returns:
+        `count` increasing times; at the first the state is noise alone.
+    """
+    return schedule.grid(count + 1, 1.0)[:count]
+
+
+class _Sums:
+    """Sums over the tokens of each row."""
+
+    def __init__(self) -> None:
+        self._parts: dict[str, list[Tensor]] = {}
+
+    def add(self, name: str, values: Tensor) -> None:
+        self._parts.setdefault(name, []).append(values.double())
+
+    def __getitem__(self, name: str) -> Tensor:
+        return torch.cat(self._parts[name])
+
+
+def diagnose(
+    model: DiffusionLM,
+    rows: Sequence[Mapping[str, Any]],
+    settings: Settings,
+    *,
+    batch_size: int,
+    track: Track = iter,
+) -> dict[str, Any]:
+    """What held-out text says about further evaluations.
+
+    Args:
+        model: the model.
+        rows: rows of `PreparedData`.
+        settings: how to diagnose.
+        batch_size: rows at a time; does not change the numbers.
+        track: shows the progress.
+
+    Returns:
+        JSON-ready; `DEFINITIONS` says what the numbers are.
+    """
+    likelihood, sums = TokenLikelihood(model), _Sums()
+    spent: list[int] | EvaluationBudgetError = []
+    moves: list[float] = []
+    for batch in track(batches(model, rows, seed=settings.sampling.seed, size=batch_size)):
+        # What the portions of a batch find belongs to the same rows.
+        found: dict[str, Tensor] = {}
+        context = model.backbone.read(batch.layout)
+        for part in batch.portions(model):
+            curves = cross_entropies(model, part, context=context, times=settings.times, likelihood=likelihood)
+            way = solve(model, part, context, settings.sampling)
+            moves, valid, last = way.times, part.valid.cpu(), way.tokens[-1]
+            targets = part.targets.cpu()
+            here = {
+                "tokens": valid.sum(1),
+                "network": curves.network,
+                "combined": curves.combined,
+                "settled": (way.settled & valid).sum(2).T,
+                "differs": ((last != way.base) & valid).sum(1),
+                "right": ((last == targets) & valid).sum(1),
+                "base_right": ((way.base == targets) & valid).sum(1),
+            }
+            found = {name: found[name] + value if found else value for name, value in here.items()}
+            if settings.adaptive is not None and isinstance(spent, list):
+                try:
+                    spent += evaluations(model, part, context, settings.adaptive)
+                except EvaluationBudgetError as error:
+                    spent = error
+        for name, values in found.items():
+            sums.add(name, values)
+    tokens = sums["tokens"]
+    return {
+        "rows": len(tokens),
+        "tokens": int(tokens.sum()),
+        **_curves(sums, settings.times),
+        "settled": [
+            {"t": t, "share": per_token(share, tokens).to_json()}
+            for t, share in zip(moves, sums["settled"].T, strict=True)
+        ],
+        "evaluations": None if settings.adaptive is None else _spent(spent, settings.adaptive),
+        "answers": {
+            "base": "language model" if model.backbone.identity_at_zero else "first evaluation",
+            **{name: per_token(sums[name], tokens).to_json() for name in ("differs", "right", "base_right")},
+        },
+        "definitions": DEFINITIONS,
+    }
+
+
+def _curves(sums: _Sums, times: Sequence[float]) -> dict[str, Any]:
+    tokens, network, combined = sums["tokens"], sums["network"], sums["combined"]
+    names = ("combination", "combination_after_first_move")
+    points = [
+        {"t": t, "network": per_token(network[:, number], tokens).to_json()}
+        | {
+            names[anchor]: per_token(combined[:, anchor, number], tokens).to_json()
+            for anchor in range(min(ANCHORS, number + 1))
+        }
+        for number, t in enumerate(times)
+    ]
+    gains = {}
+    for anchor in range(ANCHORS):
+        # At its own time the combination is the network itself.
+        later = slice(anchor + 1, None)
+        gain = per_token((combined[:, anchor, later] - network[:, later]).mean(1), tokens)
+        gains[f"over_{names[anchor]}"] = gain.to_json() | {"verdict": verdict(gain)}
+    return {"cross_entropy": points, "gain": gains}
+
+
+def _spent(counts: list[int] | EvaluationBudgetError, sampling: SamplingSection) -> dict[str, Any]:
+    solver = sampling.solver.to_json()
+    if isinstance(counts, EvaluationBudgetError):
+        return {"solver": solver, "failed": str(counts)}
+    return {
+        "solver": solver,
+        "mean": float(np.mean(counts)),
+        "p95": int(np.quantile(counts, 0.95, method="inverted_cdf")),
+        "histogram": dict(sorted(Counter(counts).items())),
+    }
