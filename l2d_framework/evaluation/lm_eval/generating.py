@@ -95,7 +95,7 @@ class Generating(Opened):
         for count, texts in _batches(order, [len(asked[text]) for text in order], size):
             prompts = pad_left([rows[text][-limit:] for text in texts])
             spent = 0.0
-            if count > size:
+            if count > size and plan.search is None:
                 began = time.perf_counter()
                 prompts = replace(prompts, context=self._read(prompts))
                 spent = time.perf_counter() - began
@@ -121,6 +121,8 @@ class Generating(Opened):
         self, plan: Plan, batch: Encoded, *, spent: float = 0.0, is_probe: bool = False
     ) -> list[tuple[list[int], list[int]]]:
         """Tokens of each answer, one per name of noise, and their evaluations; `spent`: seconds of reading before."""
+        if plan.search is not None:
+            return self._search(plan, batch)
         model, meter = self.diffusion, self.meters["generation"]
         samples = len(batch.keys or batch.input_ids) // len(batch.input_ids)
         options = dict(plan.options)
@@ -153,8 +155,10 @@ class Generating(Opened):
         label, scale = options.pop(CLASS, None), options.pop(SCALE, None)
         face = self.diffusion.as_transformers(class_name=label, guidance_scale=scale, **options)
         answers = []
-        for ids, mask, key in zip(batch.input_ids, batch.attention_mask.bool(), batch.keys, strict=True):
-            prompt = ids[mask]
+        samples = len(batch.keys) // len(batch.input_ids)
+        for number, key in enumerate(batch.keys):
+            row = number // samples
+            prompt = batch.input_ids[row][batch.attention_mask[row].bool()]
             picking = plan.picking | {
                 "stopping_criteria": StoppingCriteriaList([Until(self.tokenizer, plan.until, len(prompt))]),
                 "max_new_tokens": plan.count,

@@ -21,6 +21,7 @@ from l2d_framework.evaluation.lm_eval.options import PASSED, check_model_options
 from l2d_framework.evaluation.lm_eval.provenance import data_sources
 from l2d_framework.evaluation.lm_eval.scoring import MAIN, METHODS, MIXTURE, PSEUDO
 from l2d_framework.evaluation.lm_eval.source import CLASS, Source
+from l2d_framework.evaluation.search import check_search, split_options
 from l2d_framework.evaluation.start_up import steps
 from l2d_framework.model import DiffusionLM
 from l2d_framework.prompts import TEMPLATE_DATE
@@ -44,7 +45,8 @@ class Opened(HFLM):  # type: ignore[misc]
         pretrained: checkpoint folder or hub id; `L2D_PRETRAINED` when None.
         **options: `base`, `dtype` and `revision` of the checkpoint; `scoring` (mixture, main or pseudo),
             `noise_samples` and `pseudo_times` of log-likelihoods; fields of the `sampling` section, `class_name` and
-            `guidance_scale`; `batch_size`, `device`, `max_length` and others of lm_eval's `hf`.
+            `guidance_scale`; those of token search, `search` and `search_*`; `batch_size`, `device`, `max_length` and
+            others of lm_eval's `hf`.
     """
 
     def __init__(self, pretrained: str | None = None, **options: Any) -> None:
@@ -57,6 +59,10 @@ class Opened(HFLM):  # type: ignore[misc]
         )
         self.options = diffusing(options)
         self.settings = self.source.sampling(self.options)
+        self.searching, _ = split_options(options)
+        self.search = check_search(self.searching)
+        if self.search and self.source.is_block:
+            raise ConfigError("Search weighs next tokens, and this model denoises whole answers. Leave search out.")
         self.samples = _positive("noise_samples", options.get("noise_samples", 4))
         self.times = _positive("pseudo_times", options.get("pseudo_times", 4))
         self.scoring = self._scoring(options.get("scoring"))
@@ -171,6 +177,7 @@ class Opened(HFLM):  # type: ignore[misc]
             "prefix_token": self.prefix_token_id,
             "think_end_token": self.think_end_token,
             "tokenizer": self.tokenizer.name_or_path,
+            **({"search": self.search} if self.search else {}),
         }
 
     def _gather(self, value: Any) -> list[Any]:
@@ -223,6 +230,7 @@ class Opened(HFLM):  # type: ignore[misc]
                 "seed": settings["seed"],
                 "sampling": settings,
                 "sampling_of_generation": list(self._used.values()),
+                "search": self.search,
                 "scoring": None if self.scoring is None else {"name": self.scoring, "is": METHODS[self.scoring]},
                 "noise_samples": self.samples,
                 "pseudo_times": self.times,

@@ -12,6 +12,8 @@ from transformers import GenerationConfig
 from l2d_framework.config import SamplingSection
 from l2d_framework.errors import ConfigError, suggest
 from l2d_framework.evaluation.lm_eval.source import CLASS, HINT, SCALE
+from l2d_framework.evaluation.search import OPTIONS as SEARCHING
+from l2d_framework.evaluation.search import Search, read_search, split_options
 
 DIFFUSING = (*SamplingSection.model_fields, CLASS, SCALE)
 """Options of diffusion, allowed in both places; those of `--gen_kwargs` win."""
@@ -46,7 +48,7 @@ def check_model_options(options: Mapping[str, Any]) -> None:
     Raises:
         ConfigError: naming the first.
     """
-    known = (*_OWN, *PASSED, *DIFFUSING, *_FILLED_IN)
+    known = (*_OWN, *PASSED, *DIFFUSING, *SEARCHING, *_FILLED_IN)
     for name, value in options.items():
         if name not in known:
             hint = suggest(name, known) or "."
@@ -77,21 +79,26 @@ class Plan:
         count: most tokens of an answer.
         picking: fields of transformers' generation configuration.
         options: of diffusion, and `class_hint`.
+        search: among several hypotheses, or None.
     """
 
     until: list[str]
     count: int
     picking: dict[str, Any]
     options: dict[str, Any]
+    search: Search | None = None
 
 
-def read_plan(generation: Mapping[str, Any], default_count: int, end: str) -> Plan:
+def read_plan(
+    generation: Mapping[str, Any], default_count: int, end: str, *, search: Mapping[str, Any] | None = None
+) -> Plan:
     """Plan of a request.
 
     Args:
         generation: its generation options.
         default_count: most tokens where they name no number.
         end: text of the end token.
+        search: options of search for all requests; those of `generation` win.
 
     Returns:
         The plan.
@@ -102,13 +109,14 @@ def read_plan(generation: Mapping[str, Any], default_count: int, end: str) -> Pl
     rest: dict[str, Any] = dict(normalize_gen_kwargs(dict(generation), default_count))
     until = handle_stop_sequences(rest.pop("until", None), eos=end)
     count = int(rest.pop("max_gen_toks"))
+    searching, rest = split_options(rest)
     options = diffusing(rest) | ({HINT: rest[HINT]} if HINT in rest else {})
     picking = {name: value for name, value in rest.items() if name not in options}
     known = set(GenerationConfig().to_dict()) - {"max_length", "max_new_tokens", "num_return_sequences", "num_beams"}
     for name, value in picking.items():
         if name not in known | {"temperature"}:
-            hint = suggest(name, [*known, *DIFFUSING, HINT, "max_gen_toks", "until"]) or "."
+            hint = suggest(name, [*known, *DIFFUSING, *SEARCHING, HINT, "max_gen_toks", "until"]) or "."
             raise ConfigError(f"Unknown generation option {name}={value!r}{hint} Remove or correct it in --gen_kwargs.")
     if not picking.get("do_sample") or not picking.get("temperature"):
         picking.pop("temperature", None)
-    return Plan(until, count, picking, options)
+    return Plan(until, count, picking, options, read_search({**(search or {}), **searching}, options.get(HINT)))
