@@ -2,6 +2,7 @@
 
 import importlib.util
 import io
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -43,10 +44,25 @@ def _stand_in(name):
     return tiny_lm(family, max_position_embeddings=514 if family == "roberta" else 4096)
 
 
-@pytest.mark.parametrize("path", RUNS, ids=lambda path: path.stem)
-def test_run_files_fit_a_model_of_their_family(path, tmp_path, monkeypatch):
+NOTED = re.compile(r"^#   (.+?): ((?:\S+=\S+ ?)+)$", re.MULTILINE)
+"""Overrides that a run file names for other rows of a table."""
+
+
+def _noted(path):
+    return [text.split() for _, text in NOTED.findall(path.read_text(encoding="utf-8"))]
+
+
+CASES = [
+    pytest.param(path, chosen, id="-".join([path.stem, *chosen[-1:]]))
+    for path in RUNS
+    for chosen in ([], *_noted(path))
+]
+
+
+@pytest.mark.parametrize(("path", "chosen"), CASES)
+def test_run_files_fit_a_model_of_their_family(path, chosen, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    runs = load_run(path)
+    runs = load_run(path, chosen)
     for source in (source for run in runs for source in (*run.data.train, *run.data.eval)):
         if source.path.endswith(".jsonl"):  # written by the script that trains the run
             Path(source.path).parent.mkdir(parents=True, exist_ok=True)
@@ -61,7 +77,7 @@ def test_run_files_fit_a_model_of_their_family(path, tmp_path, monkeypatch):
             overrides.append(f"{where}model.base={tmp_path / base}")
             if base not in written:  # stands in for the model of this name on the hub
                 _stand_in(base).save_pretrained(tmp_path / base)
-    check_runs(load_run(path, overrides))
+    check_runs(load_run(path, [*chosen, *overrides]))
 
 
 def test_every_preset_trains_on_the_papers_data():
@@ -69,6 +85,29 @@ def test_every_preset_trains_on_the_papers_data():
     unlabelled = [[s.model_copy(update={"class_name": None, "class_column": None}) for s in r.data.train] for r in runs]
     assert all(sources == unlabelled[0] for sources in unlabelled)
     assert {source.split for run in runs for source in run.data.eval} == {"test"}
+
+
+def test_l2d_and_its_baselines_have_equal_budgets():
+    def budget(run):
+        training = run.training.model_dump(exclude={"learning_rate"})
+        return training | {"max_length": run.data.max_length, "seed": run.seed}
+
+    (l2d,), (lora,), (full,) = (
+        load_run(RUNS[0].parent / f"{name}.yaml")
+        for name in ("l2d_llama_3.2_1b", "l2d_baseline_lora", "l2d_baseline_full")
+    )
+    assert budget(lora) == budget(full) == budget(l2d)
+    # The paper's peaks, and its alpha of LoRA baselines.
+    assert [run.training.learning_rate for run in (l2d, lora, full)] == [1e-4, 1e-5, 1e-5]
+    assert lora.lora.alpha == 64
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_l2d_on_top_of_a_baseline_is_l2d_after_that_very_baseline(kind):
+    first, second = load_run(RUNS[0].parent / f"l2d_from_{kind}.yaml")
+    assert [first] == load_run(RUNS[0].parent / f"l2d_baseline_{kind}.yaml")
+    changes = [f"model.base={first.output_dir}", f"output_dir={second.output_dir}"]
+    assert [second] == load_run(RUNS[0].parent / "l2d_llama_3.2_1b.yaml", changes)
 
 
 def test_tess_presets_share_the_papers_optimizer():
