@@ -94,8 +94,10 @@ class L2DLM(Generating):
             plain: list[tuple[float, bool]] = super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)
             return plain
         jobs: dict[Any, tuple[Job, list[int]]] = {}
+        # The mixture reads all but the last token, which is how pieces of a long text fill the context.
+        most = self.max_length if self.scoring == MIXTURE else self.max_length - 1
         for number, (_, context, answer) in enumerate(requests):
-            if len(answer) >= self.max_length:
+            if len(answer) > most:
                 raise ConfigError(f"An answer of {len(answer)} tokens exceeds the model's context, {self.max_length}.")
             # What comes before the last token is the same text, so one evaluation serves several last tokens.
             shared = tuple(answer[:-1]) if self.scoring == MIXTURE else tuple(answer)

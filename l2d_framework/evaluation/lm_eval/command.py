@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import re
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
-from l2d_framework.errors import ConfigError, DataError, PluginError
+from l2d_framework.errors import ConfigError, PluginError
+from l2d_framework.evaluation.lm_eval.missing import explain
 from l2d_framework.evaluation.start_up import steps
 
-_UNREACHED = re.compile(r"Couldn't reach '([^']+)' on the Hub")
+ALLOW_NETWORK = "--allow-network-in-sandbox"
+"""Option that lm_eval does not have; `L2D_ALLOW_NETWORK_IN_SANDBOX=1` says the same to its own command."""
+
 _SUBCOMMANDS = ("run", "ls", "validate")
 
 
@@ -20,17 +21,18 @@ def run(arguments: Sequence[str]) -> None:
     """Run lm_eval; its model is `l2d` unless the arguments name another.
 
     Args:
-        arguments: as `lm_eval` takes them.
+        arguments: as `lm_eval` takes them, and `--allow-network-in-sandbox`.
 
     Raises:
-        PluginError: if lm_eval is not installed.
+        PluginError: if lm_eval, or a package that a task needs, is not installed.
         ConfigError: if no checkpoint is named.
-        DataError: if the data of a task cannot be reached.
-        ConnectionError: if something else cannot.
+        L2DError: if the data of a task cannot be reached, or nobody agreed to run the programs it asks for.
     """
     if importlib.util.find_spec("lm_eval") is None:
         raise PluginError("Evaluation needs lm_eval. Run: pip install 'l2d-framework[eval]'")
-    asked = list(arguments)
+    asked = [argument for argument in arguments if argument != ALLOW_NETWORK]
+    if len(asked) < len(arguments):
+        os.environ["L2D_ALLOW_NETWORK_IN_SANDBOX"] = "1"
     evaluates = bool(asked) and asked[0] not in ("ls", "validate", "-h", "--help") and asked[1:] != ["--help"]
     if evaluates and not any(a in ("--model", "-M", "-C", "--config") or a.startswith("--model=") for a in asked):
         asked = [*asked[:1], "--model", "l2d", *asked[1:]] if asked[0] == "run" else ["--model", "l2d", *asked]
@@ -43,13 +45,13 @@ def run(arguments: Sequence[str]) -> None:
     from lm_eval.__main__ import cli_evaluate
 
     steps.register()
+    if steps.named_model(asked) == "l2d":
+        steps.prepare(asked)
     sys.argv = ["lm_eval", *asked]
     try:
         cli_evaluate()
-    except ConnectionError as error:
-        if found := _UNREACHED.search(str(error)):
-            raise DataError(
-                f"The data set {found[1]!r} cannot be reached ({error}). Go online once, or give it as the folder "
-                f"{str(Path(found[1]).resolve())!r}: a folder named like a data set is read instead of the hub."
-            ) from error
-        raise
+    except Exception as error:
+        found = explain(error)
+        if found is None or found is error:
+            raise
+        raise found from error

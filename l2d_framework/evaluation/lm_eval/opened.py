@@ -15,10 +15,13 @@ from lm_eval.models.utils import resolve_max_length
 
 from l2d_framework.config import SamplingSection
 from l2d_framework.errors import ConfigError
+from l2d_framework.evaluation.code.metric import serve
+from l2d_framework.evaluation.code.tasks import route
 from l2d_framework.evaluation.lm_eval.answers import Answers
 from l2d_framework.evaluation.lm_eval.cost import Meter
+from l2d_framework.evaluation.lm_eval.missing import check_sentence_data
 from l2d_framework.evaluation.lm_eval.options import PASSED, check_model_options, diffusing
-from l2d_framework.evaluation.lm_eval.provenance import data_sources
+from l2d_framework.evaluation.lm_eval.provenance import data_sources, named_tasks
 from l2d_framework.evaluation.lm_eval.scoring import MAIN, METHODS, MIXTURE, PSEUDO
 from l2d_framework.evaluation.lm_eval.source import CLASS, Source
 from l2d_framework.evaluation.search import check_search, split_options
@@ -51,6 +54,7 @@ class Opened(HFLM):  # type: ignore[misc]
 
     def __init__(self, pretrained: str | None = None, **options: Any) -> None:
         check_model_options(options)
+        serve()
         pretrained = pretrained or os.environ.get(steps.PRETRAINED)
         if not pretrained:
             raise ConfigError(steps.MISSING)
@@ -189,7 +193,11 @@ class Opened(HFLM):  # type: ignore[misc]
 
     def _notice(self, requests: Sequence[Any]) -> None:
         names = {str(request.task_name) for request in requests} - self._tasks.keys()
-        for name, found in data_sources(names).items():
+        tasks = named_tasks(names) if names else []
+        for task in tasks:
+            route(task)
+            check_sentence_data(task)
+        for name, found in data_sources(tasks).items():
             self._tasks[name] = found
             if found["local_folder"] and self.rank == 0:
                 _LOGGER.warning("Task %s: data come from %s, not from the hub.", name, found["local_folder"])

@@ -10,31 +10,53 @@ from typing import Any
 _FILES = ("json", "csv", "parquet", "text")
 
 
-def data_sources(names: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """Data source of each task.
+def named_tasks(names: Iterable[str]) -> list[Any]:
+    """Tasks of lm_eval that are loaded in this process.
 
     Args:
         names: of tasks whose requests this process has seen.
 
     Returns:
-        By task: `dataset_path`, `dataset_name` and `local_folder`, which is None for data of the hub or its cache.
+        Its `ConfigurableTask`s of these names.
     """
     # The harness hands a model requests and no way back to their task.
     from lm_eval.api.task import ConfigurableTask
 
-    wanted, found = set(names), {}
-    for thing in gc.get_objects():
-        if issubclass(type(thing), ConfigurableTask) and thing.config.task in wanted:
-            path = thing.config.dataset_path
-            found[thing.config.task] = {
-                "dataset_path": path,
-                "dataset_name": thing.config.dataset_name,
-                "local_folder": _local(path, thing.config.dataset_kwargs or {}),
-            }
+    wanted = set(names)
+    things = [thing for thing in gc.get_objects() if issubclass(type(thing), ConfigurableTask)]
+    return [thing for thing in things if thing.config.task in wanted]
+
+
+def data_sources(tasks: Iterable[Any]) -> dict[str, dict[str, Any]]:
+    """Data source of each task.
+
+    Args:
+        tasks: those of `named_tasks`.
+
+    Returns:
+        By task: `dataset_path`, `dataset_name` and `local_folder`, which is None for data of the hub or its cache.
+    """
+    found = {}
+    for task in tasks:
+        path = task.config.dataset_path
+        found[task.config.task] = {
+            "dataset_path": path,
+            "dataset_name": task.config.dataset_name,
+            "local_folder": local_folder(path, task.config.dataset_kwargs or {}),
+        }
     return {name: found[name] for name in sorted(found)}
 
 
-def _local(path: str | None, options: dict[str, Any]) -> str | None:
+def local_folder(path: str | None, options: dict[str, Any]) -> str | None:
+    """Where a data set lies on this machine.
+
+    Args:
+        path: its name in the task.
+        options: its `dataset_kwargs` there.
+
+    Returns:
+        A folder or files; None for data of the hub or its cache.
+    """
     if path is None:
         return None
     if path in _FILES and ("data_files" in options or "data_dir" in options):

@@ -1,0 +1,1 @@
+"""Programs that models write: run apart from everything else, and counted by the metric `code_eval`."""

@@ -1,0 +1,319 @@
+"""What runs in the separate processes: sets up isolation and limits, runs one program, says how it ended.
+
+Its text is handed to `python -I -S -c`, so it imports nothing but the standard library and no file of this package is
+read from inside. The supervisor keeps the time, the jailer enters new namespaces, and the prisoner, started anew with
+limits and an empty environment, executes the program.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import resource
+import select
+import signal
+import sys
+import types
+from typing import Any
+
+_NAMESPACES = 0x00020000 | 0x04000000 | 0x08000000 | 0x10000000 | 0x20000000 | 0x40000000
+"""CLONE_NEWNS, NEWUTS, NEWIPC, NEWUSER, NEWPID and NEWNET."""
+_NO_SUID, _NO_DEVICES, _BIND, _RECURSIVE, _PRIVATE = 2, 4, 4096, 16384, 1 << 18
+_MOUNT_SETATTR, _HERE, _WITH_ALL_BELOW, _READ_ONLY = 442, -100, 0x8000, 1
+_PARENT_DEATH_SIGNAL, _SUBREAPER, _NO_NEW_PRIVILEGES = 1, 36, 38
+_NOBODY = 65534
+_ROOM = "/tmp"
+
+
+def _checked(result: int, what: str) -> None:
+    if result != 0:
+        code = ctypes.get_errno()
+        raise OSError(code, f"{what}: {os.strerror(code)}")
+
+
+def _mount(libc: Any, source: str, target: str, kind: str | None, *, flags: int, options: str | None = None) -> None:
+    texts = [None if text is None else text.encode() for text in (source, target, kind, options)]
+    _checked(libc.mount(*texts[:3], ctypes.c_ulong(flags), texts[3]), f"mount {target}")
+
+
+def _hide(libc: Any, folder: str, size: int) -> None:
+    """Put an empty file system in memory over a folder."""
+    if os.path.isdir(folder):
+        options = f"size={size},nr_inodes=4096,mode=755"
+        _mount(libc, "tmpfs", folder, "tmpfs", flags=_NO_SUID | _NO_DEVICES, options=options)
+
+
+def _furnish(libc: Any, job: dict[str, Any], owner: int) -> None:
+    """Make every file read-only and hide some; a small file system in memory with home, Python and packages is left."""
+    sources = {"python": job["prefix"], **{f"packages/{os.path.basename(path)}": path for path in job["packages"]}}
+    opened = {name: os.open(path, os.O_PATH) for name, path in sources.items()}
+    _mount(libc, "none", "/", None, flags=_RECURSIVE | _PRIVATE)
+    attributes = (ctypes.c_uint64 * 4)(_READ_ONLY | _NO_SUID, 0, 0, 0)
+    _checked(libc.syscall(_MOUNT_SETATTR, _HERE, b"/", _WITH_ALL_BELOW, attributes, 32), "mount_setattr")
+    for hidden in (*job["hidden"], _ROOM):
+        _hide(libc, hidden, job["limits"]["disk"])
+    for name, descriptor in opened.items():
+        os.makedirs(f"{_ROOM}/{name}")
+        _mount(libc, f"/proc/self/fd/{descriptor}", f"{_ROOM}/{name}", None, flags=_BIND | _RECURSIVE)
+        os.close(descriptor)
+    _hide(libc, "/proc", 4096)
+    os.mkdir(f"{_ROOM}/home", 0o700)
+    os.chown(f"{_ROOM}/home", owner, owner if owner == _NOBODY else -1)
+
+
+def _limit(limits: dict[str, Any], running: int) -> None:
+    for name, value in (
+        ("AS", limits["memory"]),
+        ("CPU", int(limits["seconds"]) + 1),
+        ("FSIZE", limits["disk"]),
+        ("NPROC", running + limits["processes"]),
+        ("NOFILE", limits["open_files"]),
+        ("CORE", 0),
+    ):
+        kind = getattr(resource, f"RLIMIT_{name}", None)
+        if kind is not None:
+            resource.setrlimit(kind, (value, value))
+
+
+def _running() -> int:
+    """Threads of this user, which an older kernel or one without namespaces counts against the limit."""
+    count = 0
+    for entry in os.listdir("/proc") if os.path.isdir("/proc") else []:
+        try:
+            if entry.isdecimal() and os.stat(f"/proc/{entry}").st_uid == os.getuid():
+                count += len(os.listdir(f"/proc/{entry}/task"))
+        except OSError:
+            continue
+    return count
+
+
+def _become(user: int) -> None:
+    os.setgroups([])
+    os.setresgid(user, user, user)
+    os.setresuid(user, user, user)
+
+
+def _reaches_everyone(path: str) -> bool:
+    """Whether other users than root may execute a file; where nothing is isolated, root's programs run as nobody."""
+    folders = path.split("/")[1:]
+    return all(os.stat("/" + "/".join(folders[:depth])).st_mode & 1 for depth in range(1, len(folders) + 1))
+
+
+def _imprison(job: dict[str, Any], descriptors: tuple[int, int], room: str, running: int) -> None:
+    """Become the prisoner: never returns."""
+    nothing = os.open(os.devnull, os.O_RDWR)
+    for standard in range(3):
+        os.dup2(nothing, standard)
+    for descriptor in descriptors:
+        os.set_inheritable(descriptor, True)
+    os.setsid()
+    home, prefix = f"{room}/home", job["prefix"] if room != _ROOM else f"{room}/python"
+    os.chdir(home)
+    _limit(job["limits"], running)
+    one = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+    environment = {"HOME": home, "TMPDIR": home, "PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", **one}
+    environment["LD_LIBRARY_PATH"] = f"{prefix}/lib"
+    python = f"{prefix}/{job['python']}"
+    numbers = [str(descriptor) for descriptor in descriptors]
+    os.execve(python, [python, "-I", "-S", "-c", job["source"], f"{room}/packages", *numbers], environment)
+
+
+def _jail(job: dict[str, Any], descriptors: tuple[int, int], report: int, mapped: int) -> None:
+    """Enter new namespaces and wait there for the prisoner, with whom everything inside ends."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    _checked(libc.unshare(_NAMESPACES), "unshare")
+    os.write(report, b"?")
+    owner = int(os.read(mapped, 16))
+    _furnish(libc, job, owner)
+    alive, own = os.pipe()
+    first = os.fork()
+    if first:
+        for descriptor in (*descriptors, report):
+            os.close(descriptor)
+        os.waitpid(first, 0)
+        os._exit(0)
+    os.close(own)
+    if owner != os.getuid():
+        _become(owner)
+    libc.prctl(_NO_NEW_PRIVILEGES, 1, 0, 0, 0)
+    # A change of user would take this back, so it comes after.
+    libc.prctl(_PARENT_DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0)
+    if select.select([alive], [], [], 0)[0]:
+        os._exit(1)  # the jailer died before its death could be noticed
+    prisoner = os.fork()
+    if prisoner == 0:
+        _imprison(job, descriptors, _ROOM, 0)
+    # The first process of a namespace takes no signal from inside, so it is not the prisoner; with it all others end.
+    for descriptor in (*descriptors, report):
+        os.close(descriptor)
+    while os.wait()[0] != prisoner:
+        pass
+    os._exit(0)
+
+
+def _map(pid: int) -> int:
+    """Give a process in new namespaces its user; where that is root, one without its rights, whom limits bind."""
+    user, group = os.geteuid(), os.getegid()
+    plain = (f"{user} {user} 1", f"{group} {group} 1", user)
+    both = f"0 0 1\n{_NOBODY} {_NOBODY} 1"
+    for users, groups, owner in ((both, both, _NOBODY), plain) if user == 0 else (plain,):
+        try:
+            if owner != _NOBODY or user != 0:
+                with open(f"/proc/{pid}/setgroups", "w") as file:
+                    file.write("deny")
+            for name, text in (("gid_map", groups), ("uid_map", users)):
+                with open(f"/proc/{pid}/{name}", "w") as file:
+                    file.write(text)
+            return owner
+        except OSError as error:
+            refusal = error
+    raise refusal
+
+
+def _descendants() -> set[int]:
+    parents = {}
+    for entry in filter(str.isdecimal, os.listdir("/proc") if os.path.isdir("/proc") else []):
+        try:
+            with open(f"/proc/{entry}/stat") as file:
+                parents[int(entry)] = int(file.read().rpartition(")")[2].split()[1])
+        except OSError:
+            continue
+    found = {os.getpid()}
+    while more := {child for child, parent in parents.items() if parent in found} - found:
+        found |= more
+    return found - {os.getpid()}
+
+
+def _signal(processes: set[int], number: int) -> None:
+    for process in processes:
+        try:
+            os.kill(process, number)
+        except ProcessLookupError:
+            continue
+
+
+def _bury() -> None:
+    """End what the program left behind; orphans become children of the supervisor."""
+    try:
+        while True:
+            os.waitpid(-1, os.WNOHANG)
+            stopped: set[int] = set()
+            # Those that multiply are stopped before the first is ended and makes room for another.
+            while new := _descendants() - stopped:
+                _signal(new, signal.SIGSTOP)
+                stopped |= new
+            _signal(stopped, signal.SIGKILL)
+            os.waitpid(-1, 0)
+    except ChildProcessError:
+        return
+
+
+def _late(number: int, frame: types.FrameType | None) -> None:
+    raise TimeoutError
+
+
+def _attend(child: int, job: dict[str, Any], descriptor: int) -> bool:
+    """Hand over the program; whether it ended in time."""
+    signal.signal(signal.SIGALRM, _late)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, job["limits"]["seconds"])
+        try:
+            with open(descriptor, "wb") as file:
+                file.write(json.dumps({"program": job["program"], "token": job["token"]}).encode())
+        except BrokenPipeError:
+            pass
+        os.waitpid(child, 0)
+        signal.setitimer(signal.ITIMER_REAL, 0)
+    except TimeoutError:
+        _signal({child}, signal.SIGKILL)
+        return False
+    return True
+
+
+def supervise(job: dict[str, Any]) -> str:
+    """Run a program in a process of its own.
+
+    Args:
+        job: as `sandbox` writes it.
+
+    Returns:
+        "passed", "timed out", or "failed: " or "refused: " and why.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_SUBREAPER, 1, 0, 0, 0)
+    (job_out, job_in), (answer_out, answer_in) = os.pipe(), os.pipe()
+    (report_out, report_in), (mapped_out, mapped_in) = os.pipe(), os.pipe()
+    running = 0 if job["is_isolated"] else _running()
+    child = os.fork()
+    if child == 0:
+        for descriptor in (job_in, answer_out, report_out, mapped_in):
+            os.close(descriptor)
+        try:
+            if job["is_isolated"]:
+                _jail(job, (job_out, answer_in), report_in, mapped_out)
+            if os.getuid() == 0 and _reaches_everyone(f"{job['prefix']}/{job['python']}"):
+                os.chmod(job["room"], 0o711)
+                os.chown(f"{job['room']}/home", _NOBODY, _NOBODY)
+                _become(_NOBODY)
+            if sys.platform == "linux":
+                ctypes.CDLL(None).prctl(_PARENT_DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0)
+            _imprison(job, (job_out, answer_in), job["room"], running)
+        except Exception as error:
+            os.write(report_in, f"refused: {error}".encode())
+        os._exit(1)
+    for descriptor in (job_out, answer_in, report_in, mapped_out):
+        os.close(descriptor)
+    # The report ends, empty, when the prisoner's interpreter is started: from then on nothing on it can be trusted.
+    report = os.read(report_out, 1)
+    if report == b"?":
+        try:
+            os.write(mapped_in, str(_map(child)).encode())
+            report = os.read(report_out, 1)
+        except OSError as error:
+            _signal({child}, signal.SIGKILL)
+            return f"refused: no user in the new namespace: {error}"
+    if report:
+        return (report + os.read(report_out, 500)).decode(errors="replace")
+    in_time = _attend(child, job, job_in)
+    _bury()
+    os.set_blocking(answer_out, False)
+    try:
+        said = os.read(answer_out, 4096).decode(errors="replace")
+    except BlockingIOError:
+        said = ""
+    if not in_time:
+        return "timed out"
+    if said == job["token"]:
+        return "passed"
+    return said if said.startswith("failed: ") else "failed: it ended before its last line had run"
+
+
+def execute(packages: str, job: int, channel: int) -> None:
+    """Execute the program in this process and say so only when its last line has run.
+
+    Args:
+        packages: folder to import from beside the standard library.
+        job: descriptor to read program and token from.
+        channel: descriptor to answer on.
+    """
+    write, leave = os.write, os._exit
+    with open(job, "rb") as file:
+        task = json.load(file)
+    sys.path.append(packages)
+    module = types.ModuleType("program")
+    sys.modules["program"] = module
+    try:
+        exec(compile(task.pop("program"), "program", "exec"), module.__dict__)
+        answer = task["token"]
+    except BaseException as error:
+        answer = f"failed: {type(error).__name__}: {error}"[:500]
+    write(channel, answer.encode(errors="replace"))
+    leave(0)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) > 1:
+        execute(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
+    else:
+        sys.stdout.write(supervise(json.load(sys.stdin)))

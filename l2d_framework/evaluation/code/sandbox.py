@@ -1,0 +1,201 @@
+"""Runs programs written by models in processes of their own."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import secrets
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm  # type: ignore[import-untyped]
+
+from l2d_framework.errors import ConfigError
+
+ALLOW_NETWORK = "L2D_ALLOW_NETWORK_IN_SANDBOX"
+"""Environment variable that lets programs run where the system offers no isolation."""
+
+CONSENT = "HF_ALLOW_CODE_EVAL"
+"""Environment variable by which a user agrees to run programs that models wrote; that of Hugging Face's metric."""
+
+PACKAGES = ("numpy",)
+"""What programs may import beside the standard library; the tests of HumanEval+ and MBPP+ do."""
+
+_GRACE = 30.0
+"""Seconds for everything around a program before its supervisor is taken for dead."""
+
+_LOGGER = logging.getLogger(__name__)
+_ISOLATED = (
+    "Programs written by the model run without network, with limits on time, memory and processes, with home folder, "
+    "/run and /tmp hidden and all other files read-only. They share your kernel and can read what else your user can: "
+    "this stops accidents, not a determined attacker."
+)
+_SHARED = (
+    "Programs written by the model run with limits on time, memory and processes, but WITH your network and your "
+    "files, which they can read, change and delete: this system offers no isolation, and you allowed that."
+)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one program may use.
+
+    Attributes:
+        seconds: of wall-clock time; also, rounded up, of processor time per process.
+        memory: bytes of address space per process.
+        disk: bytes of one file, and of all files where the program is isolated.
+        processes: processes and threads at one time.
+        open_files: file descriptors per process.
+    """
+
+    seconds: float = 3.0
+    memory: int = 1 << 30
+    disk: int = 64 << 20
+    processes: int = 32
+    open_files: int = 64
+
+
+class Sandbox:
+    """Runs programs one process each, with an empty environment and an own temporary folder as home.
+
+    On Linux 5.12 or newer with user namespaces a program has no network and sees no other process; home folder, /run
+    and /tmp are hidden and all other files read-only; root's programs run as nobody. The limits hold on every system.
+    It is protection against accidents, no security boundary: the kernel is shared, files outside the hidden folders
+    that the user may read can be read, and sockets there can be spoken to. A program that means to deceive can find,
+    inside its own process, how passing is reported; one that merely exits early cannot pass.
+
+    Args:
+        limits: of each program.
+    """
+
+    def __init__(self, limits: Limits | None = None) -> None:
+        self.limits = limits or Limits()
+
+    @cached_property
+    def is_isolated(self) -> bool:
+        """Whether programs run without network, found by running an empty one.
+
+        Returns:
+            True, or False where the user has allowed that they do not.
+
+        Raises:
+            ConfigError: if they cannot, and the user has not allowed it.
+        """
+        answer = self._outcome("", is_isolated=True)
+        if answer == "passed":
+            _LOGGER.warning(_ISOLATED)
+            return True
+        if os.environ.get(ALLOW_NETWORK) != "1":
+            raise ConfigError(
+                f"This system cannot run programs without network ({answer}), so none written by a model is run. Use "
+                "Linux 5.12 or newer with user namespaces (containers often forbid them), or accept the risk with "
+                f"`l2d eval --allow-network-in-sandbox` or {ALLOW_NETWORK}=1."
+            )
+        _LOGGER.warning(_SHARED)
+        return False
+
+    def run(self, program: str) -> str:
+        """Run one program.
+
+        Args:
+            program: Python source; it passes when its last line has run without an exception.
+
+        Returns:
+            "passed", "timed out", or "failed: " and why.
+
+        Raises:
+            ConfigError: if the system cannot isolate it and the user has not allowed that.
+        """
+        answer = self._outcome(program, is_isolated=self.is_isolated)
+        if answer.startswith("refused: "):
+            raise ConfigError(f"A program could not be isolated: {answer}. Fewer parallel workers may help.")
+        return answer
+
+    def run_all(self, programs: Sequence[str], *, workers: int, bar: tqdm) -> list[str]:
+        """Run several programs at a time.
+
+        Args:
+            programs: Python sources.
+            workers: how many run at once.
+            bar: told of each that ended.
+
+        Returns:
+            What `run` says of each, in their order.
+        """
+        if programs and self.is_isolated is not None:
+            with ThreadPoolExecutor(max_workers=workers) as pool:
+                return [(answer, bar.update())[0] for answer in pool.map(self.run, programs)]
+        return []
+
+    def _outcome(self, program: str, *, is_isolated: bool) -> str:
+        with tempfile.TemporaryDirectory(prefix="l2d-program-", ignore_cleanup_errors=True) as room:
+            Path(room, "home").mkdir()
+            Path(room, "packages").mkdir()
+            folders = _package_folders()
+            for folder in folders:
+                Path(room, "packages", os.path.basename(folder)).symlink_to(folder)
+            job = {
+                "program": program,
+                "token": secrets.token_hex(16),
+                "is_isolated": is_isolated,
+                "room": room,
+                "limits": asdict(self.limits),
+                "packages": folders,
+                "hidden": sorted({"/run", os.path.expanduser("~")} - {"/", "/tmp"}),
+                "source": _source(),
+                **_interpreter(),
+            }
+            return _supervised(job, self.limits.seconds + _GRACE)
+
+
+def _supervised(job: dict[str, Any], seconds: float) -> str:
+    process = subprocess.Popen(
+        [sys.executable, "-I", "-S", "-c", job["source"]],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={},
+        start_new_session=True,
+        text=True,
+    )
+    try:
+        answer, complaint = process.communicate(json.dumps(job), timeout=seconds)
+    except subprocess.TimeoutExpired:
+        return "timed out"
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+    return answer or f"failed: {complaint.strip()[-300:]}"
+
+
+def _source() -> str:
+    return Path(__file__).with_name("inside.py").read_text(encoding="utf-8")
+
+
+def _interpreter() -> dict[str, str]:
+    """Folder of the Python that runs this, and its program in there, whatever environment it was started from."""
+    prefix = os.path.realpath(sys.base_prefix)
+    program = os.path.realpath(getattr(sys, "_base_executable", None) or sys.executable)
+    return {"prefix": prefix, "python": os.path.relpath(program, prefix)}
+
+
+def _package_folders() -> list[str]:
+    found = []
+    for name in PACKAGES:
+        spec = find_spec(name)
+        if spec is not None and spec.submodule_search_locations:
+            folder = Path(spec.submodule_search_locations[0]).resolve()
+            # Wheels keep the shared libraries of a package beside it.
+            found += [str(path) for path in (folder, folder.with_name(f"{name}.libs")) if path.is_dir()]
+    return found
