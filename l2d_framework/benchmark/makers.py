@@ -1,4 +1,4 @@
-"""Data that a profile makes before it trains; a new kind is a class here and a line in `MAKERS`."""
+"""Data that a profile makes before it trains; a new kind is a class here and a line in `kinds.MAKERS`."""
 
 from __future__ import annotations
 
@@ -26,8 +26,10 @@ class Maker(Section, ABC):
 
 
 class DemoQuestions(Maker):
-    """Questions of `l2d demo`: `base.jsonl` and `new.jsonl` to train on, `held_out_new.jsonl` and
-    `held_out_old.jsonl` to measure with, no question twice."""
+    """Questions of `l2d demo`, none twice.
+
+    `base.jsonl` and `new.jsonl` are to train on, `held_out_new.jsonl` and `held_out_old.jsonl` to measure with.
+    """
 
     kind: Literal["demo"] = "demo"
     seed: int = 0
@@ -47,7 +49,3 @@ class DemoQuestions(Maker):
         size = Size(self.base_questions, self.new_questions, base_updates=0, updates=0, answers=self.answers)
         for name, questions in make_data(size, self.seed)._asdict().items():
             write_questions(folder / f"{name}.jsonl", questions)
-
-
-MAKERS: dict[str, type[Maker]] = {"demo": DemoQuestions}
-"""Kinds of made data by name."""

@@ -88,6 +88,14 @@ class Measure(Section, ABC):
         """
         return None
 
+    def identity(self) -> dict[str, Any]:
+        """What tells this measure from others, part of the name of its results.
+
+        Returns:
+            JSON-ready: its fields, and whatever else a result depends on.
+        """
+        return self.model_dump(mode="json")
+
     @abstractmethod
     def run(self, subject: Subject) -> Outcome:
         """Measure.

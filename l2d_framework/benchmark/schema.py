@@ -164,6 +164,8 @@ class ProfileFile(Section):
     dtype: Literal["float32", "bfloat16", "auto"] = "auto"
     """Of the weights in evaluation."""
     batch_size: int | Literal["auto"] = 16
+    threads: int = Field(default=1, gt=0)
+    """Of torch in each process: matrices of tiny models are slower on two."""
     options: dict[str, Any] = Field(default_factory=dict)
     """Arguments of the adapter below those of models and rows."""
     data: dict[str, dict[str, Any]] = Field(default_factory=dict)

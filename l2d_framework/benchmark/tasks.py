@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 from typing import Any, Literal
 
 from pydantic import Field
 
+from l2d_framework.benchmark.files import bench_folder
 from l2d_framework.benchmark.measure import Measure, Outcome, Subject, Value
+from l2d_framework.errors import PluginError
 
 
 class TaskMeasure(Measure):
@@ -23,12 +26,40 @@ class TaskMeasure(Measure):
     """No chat template; the model's chat template; that with each example as a turn of the past conversation."""
     generation: dict[str, Any] = Field(default_factory=dict)
     """Generation options as in `--gen_kwargs`."""
-    options: dict[str, Any] = Field(default_factory=dict)
-    """Arguments of the adapter for this task, such as `class_name` of its guidance; a row's win."""
     runs_code: bool = False
     """Consent to run the code that models write, which tasks such as HumanEval need."""
     batch_size: int | Literal["auto"] | None = None
     """The profile's when None."""
+
+    def check(self) -> str | None:
+        """Look for lm_eval, the task and its data.
+
+        Returns:
+            Which data sets are missing, and which folders would serve; None if none is.
+
+        Raises:
+            ConfigError: if there is no such task.
+            PluginError: if lm_eval is not installed.
+        """
+        if importlib.util.find_spec("lm_eval") is None:
+            raise PluginError("Benchmarks need lm_eval. Run: pip install 'l2d-framework[eval]'")
+        from l2d_framework.evaluation.lm_eval.harness import check_task
+
+        missing = check_task(self.task, bench_folder() / "tasks")
+        if not missing:
+            return None
+        return f"{', '.join(missing)} cannot be reached; folders of that name in the working directory would serve"
+
+    def identity(self) -> dict[str, Any]:
+        """What tells this measure from others.
+
+        Returns:
+            Its fields without the batch size, which changes no answer, and a fingerprint of the task.
+        """
+        from l2d_framework.evaluation.lm_eval.harness import task_identity
+
+        found = self.model_dump(mode="json", exclude={"batch_size"})
+        return found | {"fingerprint": task_identity(self.task, bench_folder() / "tasks")}
 
     def run(self, subject: Subject) -> Outcome:
         """Answer the task.
@@ -42,18 +73,22 @@ class TaskMeasure(Measure):
         Raises:
             ConfigError: if the model cannot be evaluated so.
         """
-        from l2d_framework.evaluation.lm_eval.harness import Request, evaluate
+        from l2d_framework.evaluation.lm_eval.harness import ModelChoice, TaskChoice, evaluate
 
-        found = evaluate(
-            Request(
-                subject.path,
-                {"dtype": subject.dtype} | self.options | subject.options | {"seed": subject.seed},
-                device=subject.device,
-                batch_size=self.batch_size or subject.batch_size,
-            ),
-            self.task,
-            limit=self.limit,
-            num_fewshot=self.num_fewshot,
-            chat=self.chat,
+        options = {"dtype": subject.dtype} | subject.options | {"seed": subject.seed}
+        asked = TaskChoice(self.task, self.limit, self.num_fewshot, self.chat, self.generation, self.runs_code)
+        batch_size = self.batch_size or subject.batch_size
+        model = ModelChoice(subject.path, options, device=subject.device, batch_size=batch_size)
+        found = evaluate(model, asked, folder=bench_folder() / "tasks")
+        return Outcome(
+            values={name: Value(**numbers) for name, numbers in found.values.items()}, details=_facts(found.details)
         )
-        return Outcome(values={name: Value(**numbers) for name, numbers in found.values.items()}, details=found.details)
+
+
+def _facts(details: dict[str, Any]) -> dict[str, Any]:
+    """The adapter's account, what figures draw of it at the top."""
+    costs = [cost for cost in details["l2d"]["cost"].values() if cost["evaluations_per_token_mean"] is not None]
+    return details | {
+        "evaluations_per_token": costs[0]["evaluations_per_token_mean"] if costs else None,
+        "tokens_per_second": costs[0]["tokens_per_second"] if costs else None,
+    }

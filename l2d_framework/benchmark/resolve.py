@@ -1,0 +1,305 @@
+"""Jobs of a profile: run files filled in, references followed, everything named by its contents."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from l2d_framework.benchmark.files import bench_folder
+from l2d_framework.benchmark.jobs import DataJob, Job, MeasureJob, ModelJob, digest, make_measure
+from l2d_framework.benchmark.kinds import KINDS, MAKERS
+from l2d_framework.benchmark.measure import Measure
+from l2d_framework.benchmark.references import Reference, references, replaced
+from l2d_framework.benchmark.schema import Column, Model, ProfileFile, Row
+from l2d_framework.config.files import override, read_file
+from l2d_framework.config.validation import validated
+from l2d_framework.errors import ConfigError, suggest
+
+
+class Resolver:
+    """Makes the jobs of a profile, each once.
+
+    Args:
+        profile: the profile.
+        out: folder for everything the benchmark writes.
+
+    Attributes:
+        jobs: all made so far, by key.
+
+    Raises:
+        ConfigError: if a measure or data section of the profile is wrong.
+    """
+
+    def __init__(self, profile: ProfileFile, out: Path) -> None:
+        self._profile, self._out = profile, out.absolute()
+        self.jobs: dict[str, Job] = {}
+        self._models: dict[tuple[str, int], str] = {}
+        self._runs: dict[str, dict[str, Any]] = {}
+        self._open: list[str] = []
+        self._checked: dict[str, str | None] = {}
+        for name, section in profile.measures.items():
+            _known_kind("measures", name, section, KINDS)
+            validated(KINDS[section["kind"]], section, f"measures.{name}")
+        for name, section in profile.data.items():
+            _known_kind("data", name, section, MAKERS)
+            validated(MAKERS[section["kind"]], section, f"data.{name}")
+
+    def collect(self, key: str, into: dict[str, Job]) -> None:
+        """A job after everything it needs.
+
+        Args:
+            key: of the job.
+            into: where to put them.
+        """
+        if key not in into:
+            for need in self.jobs[key].needs:
+                self.collect(need, into)
+            into[key] = self.jobs[key]
+
+    def model(self, key: str, where: str) -> Model:
+        """A model of the profile.
+
+        Args:
+            key: of the model.
+            where: what names it, for messages.
+
+        Returns:
+            What the profile says of it.
+
+        Raises:
+            ConfigError: if there is none.
+        """
+        if key not in self._profile.models:
+            hint = suggest(key, self._profile.models) or "."
+            raise ConfigError(
+                f"{where}: the profile has no model {key!r}{hint} Add it there, as `no_data: why` where there is none."
+            )
+        return self._profile.models[key]
+
+    def missing(self, row: Row, column: Column) -> str | None:
+        """Why a row has no number in a column.
+
+        Args:
+            row: the row.
+            column: the column; it has a measure.
+
+        Returns:
+            What is missing; None if nothing is.
+        """
+        if (reason := self.missing_model(str(row.model), f"row {row.label!r}")) is not None:
+            return reason
+        name = str(column.measure)
+        section = self._section(name)
+        for found in references([section, row.options, row.column_options]):
+            if found.kind == "model" and (reason := self.missing_model(found.key, f"measures.{name}")) is not None:
+                return reason
+        if name not in self._checked:
+            self._checked[name] = self._measure(name).check()
+        return self._checked[name]
+
+    def missing_model(self, key: str, where: str) -> str | None:
+        """Why there is no such model: it, its data or what it starts from is missing.
+
+        Args:
+            key: of the model.
+            where: what names it, for messages.
+
+        Returns:
+            What is missing; None if nothing is.
+        """
+        from l2d_framework.evaluation.reachable import is_reachable
+
+        model = self.model(key, where)
+        if model.no_data is not None:
+            return model.no_data
+        if model.pretrained is not None:
+            return None if is_reachable(model.pretrained, "model") else f"model {model.pretrained} cannot be reached"
+        raw = self._raw(key, model)
+        for found in references(raw):
+            if found.kind == "model" and (reason := self.missing_model(found.key, f"models.{key}")) is not None:
+                return reason
+        base = (raw.get("model") or {}).get("base")
+        if base is not None and not list(references(base)) and not is_reachable(base, "model"):
+            return f"model {base} cannot be reached"
+        data = raw.get("data") or {}
+        for source in (*(data.get("train") or ()), *(data.get("eval") or ())):
+            path = str(source.get("path"))
+            if not list(references(path)) and not any(c in path for c in "*?[") and not is_reachable(path, "dataset"):
+                return f"training data {path} cannot be reached"
+        return None
+
+    def model_job(self, key: str, seed: int) -> str:
+        """Key of the job that trains a model.
+
+        Args:
+            key: of the model, one with a run file.
+            seed: of the profile.
+
+        Returns:
+            The key; its job is among `jobs`.
+
+        Raises:
+            ConfigError: if its run file is wrong or it starts from itself.
+        """
+        from l2d_framework.config.parsing import parse_run
+
+        model = self._profile.models[key]
+        seed = seed if model.seed is None else model.seed
+        if (key, seed) in self._models:
+            return self._models[key, seed]
+        if key in self._open:
+            raise ConfigError(f"models.{key} starts from itself, through {' -> '.join([*self._open, key])}. Mend it.")
+        self._open.append(key)
+        raw = self._raw(key, model) | {"seed": seed}
+        raw.pop("output_dir", None)
+        needs = self._needs(raw, seed, f"models.{key}")
+        try:
+            named = parse_run(replaced(raw, lambda found: self._name(found, seed)))
+        except ConfigError as error:
+            raise ConfigError(f"models.{key}, from {model.run}, cannot be used:\n{error}") from error
+        job = f"model-{key}-s{seed}-{digest(named.model_dump(mode='json'))}"
+        output = self._out / "models" / job.removeprefix("model-")
+        filled = replaced(raw, lambda found: self._place(found, seed)) | {"output_dir": str(output)}
+        self.jobs[job] = ModelJob(job, f"train {key}, seed {seed}", output, needs, filled)
+        self._models[key, seed] = job
+        self._open.pop()
+        return job
+
+    def measure_job(self, row: Row, name: str, seed: int) -> str:
+        """Key of the job that measures a row in a column.
+
+        Args:
+            row: the row; it has a model.
+            name: of the column; it has a measure.
+            seed: of the profile.
+
+        Returns:
+            The key; its job is among `jobs`.
+
+        Raises:
+            ConfigError: if an option is unknown or does not fit the model.
+        """
+        column, key = self._profile.columns[name], str(row.model)
+        model = self.model(key, f"row {row.label!r}")
+        options = self._options(row, name, model)
+        section = self._section(str(column.measure))
+        names = make_measure(section).metrics()
+        if names is not None and (column.metric or names[0]) not in names:
+            hint = suggest(str(column.metric), names) or f", there are {', '.join(names)}."
+            raise ConfigError(f"Column {name!r} names the metric {column.metric!r}, which its measure lacks{hint}")
+        needs = (*self._needs([section, options], seed, f"row {row.label!r}"), *self._own_needs(key, model, seed))
+        identity = {
+            "model": self._name(Reference("model", key), seed),
+            "options": replaced(options, lambda found: self._name(found, seed)),
+            "measure": make_measure(replaced(section, lambda found: self._name(found, seed))).identity(),
+            "seed": seed,
+            "dtype": self._profile.dtype,
+        }
+        job = f"{column.measure}-{key}-s{seed}-{digest(identity)}"
+        if job not in self.jobs:
+            subject = {
+                "path": self._place(Reference("model", key), seed),
+                "options": replaced(options, lambda found: self._place(found, seed)),
+                "seed": seed,
+                "device": self.device(),
+                "dtype": self._profile.dtype,
+                "batch_size": self._profile.batch_size,
+            }
+            measured = replaced(section, lambda found: self._place(found, seed))
+            own = row.options | row.column_options.get(name, {})
+            words = "".join(f", {option} {value}" for option, value in own.items())
+            title, output = f"{column.measure} of {key}{words}, seed {seed}", self._out / "results" / f"{job}.json"
+            self.jobs[job] = MeasureJob(job, title, output, tuple(dict.fromkeys(needs)), measured, subject, identity)
+        return job
+
+    def device(self) -> str:
+        """Where to compute.
+
+        Returns:
+            "cpu" or "cuda".
+
+        Raises:
+            ConfigError: if the profile wants a GPU and there is none.
+        """
+        import torch
+
+        has_gpu = torch.cuda.is_available()
+        if self._profile.device == "cuda" and not has_gpu:
+            raise ConfigError("The profile has `device: cuda`, but torch finds no GPU. Run it where one is.")
+        return "cuda" if has_gpu and self._profile.device != "cpu" else "cpu"
+
+    def _options(self, row: Row, column: str, model: Model) -> dict[str, Any]:
+        from l2d_framework.benchmark.options import check_options, is_plain
+
+        plain = {"num_inference_steps": 0} if is_plain(self._raw(str(row.model), model)) else {}
+        pinned = {} if model.revision is None else {"revision": model.revision}
+        options = (
+            self._profile.options | plain | pinned | model.options | row.options | row.column_options.get(column, {})
+        )
+        check_options(options, self._raw(str(row.model), model), f"row {row.label!r}, column {column!r}")
+        return options
+
+    def _own_needs(self, key: str, model: Model, seed: int) -> tuple[str, ...]:
+        return () if model.run is None else (self.model_job(key, seed),)
+
+    def _needs(self, value: Any, seed: int, where: str) -> tuple[str, ...]:
+        needs = []
+        for found in references(value):
+            if found.kind == "data":
+                needs.append(self._data_job(found.key, where))
+            else:
+                needs += self._own_needs(found.key, self.model(found.key, where), seed)
+        return tuple(dict.fromkeys(needs))
+
+    def _data_job(self, key: str, where: str) -> str:
+        if key not in self._profile.data:
+            raise ConfigError(f"{where}: the profile makes no data {key!r}{suggest(key, self._profile.data) or '.'}")
+        section = self._profile.data[key]
+        job = f"data-{key}-{digest(section)}"
+        self.jobs[job] = DataJob(job, f"make {key}", self._out / "data" / job.removeprefix("data-"), (), section)
+        return job
+
+    def _name(self, found: Reference, seed: int) -> str:
+        """What names an entry wherever it lies."""
+        if found.kind == "data":
+            return self._data_job(found.key, "a reference")
+        model = self.model(found.key, "a reference")
+        return f"{model.pretrained}@{model.revision}" if model.run is None else self.model_job(found.key, seed)
+
+    def _place(self, found: Reference, seed: int) -> str:
+        if found.kind == "model" and self._profile.models[found.key].run is None:
+            return str(self._profile.models[found.key].pretrained)
+        return str(self.jobs[self._name(found, seed)].output)
+
+    def _section(self, name: str) -> dict[str, Any]:
+        if name not in self._profile.measures:
+            hint = suggest(name, self._profile.measures) or "."
+            raise ConfigError(f"A column names the measure {name!r}, which the profile lacks{hint} Add or correct it.")
+        return self._profile.measures[name]
+
+    def _measure(self, name: str) -> Measure:
+        return make_measure(self._section(name))
+
+    def _raw(self, key: str, model: Model) -> dict[str, Any]:
+        if key not in self._runs:
+            self._runs[key] = {} if model.run is None else self._read(key, model)
+        return dict(self._runs[key])
+
+    def _read(self, key: str, model: Model) -> dict[str, Any]:
+        data = read_file(bench_folder() / str(model.run))
+        stages = data.get("stages")
+        count = 0 if stages is None else len(stages)
+        if (model.stage is None) != (stages is None) or not 0 <= (model.stage or 0) < max(1, count):
+            has = "one run, so leave stage out" if stages is None else f"{count} stages; name one, from 0"
+            raise ConfigError(f"models.{key}: {model.run} holds {has}.")
+        run: Mapping[str, Any] = data if stages is None else stages[int(model.stage or 0)]
+        return override(dict(run), [f"{name}={json.dumps(value)}" for name, value in model.set.items()])
+
+
+def _known_kind(where: str, name: str, section: Mapping[str, Any], known: Mapping[str, Any]) -> None:
+    kind = section.get("kind")
+    if kind not in known:
+        hint = suggest(str(kind), known) or f", known are {', '.join(known)}."
+        raise ConfigError(f"{where}.{name}.kind: unknown, got {kind!r}{hint}")

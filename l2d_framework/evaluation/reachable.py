@@ -1,0 +1,37 @@
+"""Whether models and data sets can be had: a folder here, the hub's cache, or, online, the hub."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Literal
+
+Kind = Literal["model", "dataset"]
+
+
+def is_reachable(name: str, kind: Kind) -> bool:
+    """Look for a model or data set without downloading it.
+
+    Args:
+        name: a folder, a file or a hub id.
+        kind: what it is.
+
+    Returns:
+        True if it is there.
+    """
+    return Path(name).expanduser().exists() or _is_on_hub(name, kind)
+
+
+@cache
+def _is_on_hub(name: str, kind: Kind) -> bool:
+    from huggingface_hub import HfApi, constants
+
+    if (Path(constants.HF_HUB_CACHE) / f"{kind}s--{name.replace('/', '--')}").is_dir():
+        return True
+    if constants.HF_HUB_OFFLINE:
+        return False
+    try:
+        HfApi().repo_info(name, repo_type=kind, timeout=10)
+    except Exception:  # without a network, errors of an HTTP library that releases of the hub's client exchange
+        return False
+    return True
