@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from l2d_framework.benchmark.measure import Subject
+from l2d_framework.benchmark.measure import Subject, Value
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -113,21 +113,22 @@ class Answerer:
         ]
 
 
-def share(scores: Sequence[float]) -> dict[str, Any]:
-    """Fields of a value: mean and standard error of scores.
+def share(scores: Sequence[float]) -> Value:
+    """Mean and standard error of scores.
 
     Args:
-        scores: one per item.
+        scores: one per item, at least one of them a number; NaN where an item has none.
 
     Returns:
-        `value`, `error`, `items` and `scores`.
+        The mean over the items that have a number; with the scores where all have.
     """
     from l2d_framework.evaluation.estimate import mean
 
     found = mean(scores)
-    return {
-        "value": found.value if found.value is not None else float("nan"),
-        "error": found.standard_error,
-        "items": found.samples,
-        "scores": list(scores),
-    }
+    assert found.value is not None
+    return Value(
+        value=found.value,
+        error=found.standard_error,
+        items=found.samples,
+        scores=None if found.left_out else list(scores),
+    )

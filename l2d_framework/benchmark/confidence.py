@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from l2d_framework.benchmark.measure import Measure, Outcome, Subject, Value
+from l2d_framework.benchmark.measure import Measure, Outcome, Subject
 from l2d_framework.config.sections import UserPath
 
 
@@ -70,7 +70,7 @@ class ConfidenceMeasure(Measure):
                 tokens = [str(answerer.tokenizer.decode([token])) for token in ids]
                 text = str(answerer.tokenizer.decode(ids, skip_special_tokens=True))
         return Outcome(
-            values={"settled": Value(**share(scores))},
+            values={"settled": share(scores)},
             matrix=matrix,
             texts=[{"prompt": rows[0]["prompt"], "text": text}],
             details={"tokens": tokens},

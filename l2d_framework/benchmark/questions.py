@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from l2d_framework.benchmark.measure import Measure, Outcome, Subject, Value
+from l2d_framework.benchmark.measure import Measure, Outcome, Subject
 from l2d_framework.config.sections import UserPath
 
 
@@ -50,7 +50,7 @@ class QuestionsMeasure(Measure):
             float(answer.text.strip() == row["completion"].strip()) for row, answer in zip(rows, found, strict=True)
         ]
         return Outcome(
-            values={"exact_match": Value(**share(scores))},
+            values={"exact_match": share(scores)},
             texts=[
                 {"prompt": row["prompt"], "text": answer.text} for row, answer in zip(rows[:5], found[:5], strict=True)
             ],

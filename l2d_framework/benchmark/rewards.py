@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from l2d_framework.benchmark.measure import Measure, Outcome, Subject, Value
+from l2d_framework.benchmark.measure import Measure, Outcome, Subject
 from l2d_framework.config.sections import UserPath
 
 if TYPE_CHECKING:
@@ -66,7 +66,8 @@ class RewardMeasure(Measure):
             "tokens": [float(len(answer.ids)) for answer in found],
         }
         return Outcome(
-            values={name: Value(**share(values)) for name, values in scores.items()},
+            # Answers of less than two words have no pair of words.
+            values={name: share(values) for name, values in scores.items() if not all(v != v for v in values)},
             texts=[{"prompt": row["prompt"], "text": one.text} for row, one in zip(rows[:8], found[:8], strict=True)],
             details={"evaluations_per_token": sum(answer.evaluations for answer in found) / len(found)},
         )

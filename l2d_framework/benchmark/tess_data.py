@@ -14,7 +14,7 @@ from pydantic import Field
 from l2d_framework.benchmark.makers import Maker
 from l2d_framework.benchmark.rows import Row, write_rows
 
-_LARGEST, _COUNT, _SORTED = 31, 7, 4
+_LARGEST, _COUNT, _SORTED = 31, 9, 6
 _OPERATIONS: dict[str, Callable[[Sequence[int]], int]] = {
     "largest": max,
     "smallest": min,
@@ -45,7 +45,7 @@ class Split(NamedTuple):
 class TessTexts(Maker):
     """What the tiny models of the TESS 2 tables learn from and are measured with.
 
-    Questions of three kinds: `numbers` asks for one computed from seven, `sorting` for four in order, `equations` for
+    Questions of three kinds: `numbers` asks for one computed from nine, `sorting` for six in order, `equations` for
     the value of an expression in the solutions of GSM8K; expressions held out occur in no training solution.
     `stories` are a sentence of GSM8K and the one that follows it. Needs the data sets `openai/gsm8k` and
     `implicit_cot/gsm8k_equations`.
@@ -91,7 +91,7 @@ class TessTexts(Maker):
             `numbers`, `sorting`, `equations` and `stories`.
         """
         return {
-            "numbers": self._drawn("numbers", _one_of_seven),
+            "numbers": self._drawn("numbers", _one_of_nine),
             "sorting": self._drawn("sorting", _in_order),
             "equations": self._equations(),
             "stories": self._stories(),
@@ -167,7 +167,7 @@ class TessTexts(Maker):
         return Split(rows[2 * n :], rows[n : 2 * n], rows[:n])
 
 
-def _one_of_seven(chance: random.Random) -> tuple[str, str]:
+def _one_of_nine(chance: random.Random) -> tuple[str, str]:
     operation = chance.choice(list(_OPERATIONS))
     numbers = [chance.randint(0, _LARGEST) for _ in range(_COUNT)]
     return f"{operation} {_spaced(numbers)} =", f" {_OPERATIONS[operation](numbers)}"
@@ -196,19 +196,16 @@ def _rows(path: str, name: str | None, split: str) -> Any:
 def _preferences(
     stories: Sequence[Row], corrupt: Callable[[list[str], list[str], random.Random], None], seed: int
 ) -> list[Row]:
-    """True continuations against corrupted ones in one half, against those of other stories in the other."""
+    # Every true continuation against one of another story, and against itself corrupted.
     chance = random.Random(seed)
     words = [word for row in stories for word in row["completion"].split()]
     found = []
-    for number, row in enumerate(stories):
+    for row in stories:
         own = row["completion"].split()
-        if number % 2:
-            corrupt(own, words, chance)
-        else:
-            own = chance.choice(stories)["completion"].split()
-        rejected = " " + " ".join(own)
-        if rejected != row["completion"]:
-            found.append({"prompt": row["prompt"], "chosen": row["completion"], "rejected": rejected})
+        corrupt(own, words, chance)
+        for rejected in (chance.choice(stories)["completion"], " " + " ".join(own)):
+            if rejected != row["completion"]:
+                found.append({"prompt": row["prompt"], "chosen": row["completion"], "rejected": rejected})
     return found
 
 
