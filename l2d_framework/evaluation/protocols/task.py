@@ -12,6 +12,8 @@ import lm_eval.tasks
 import yaml
 from lm_eval.api.task import ConfigurableTask
 
+from l2d_framework.errors import ConfigError
+
 _LOGGER = logging.getLogger(__name__)
 
 CONVERSATION, ONE_TURN, OPEN_TURN = "conversation", "one_turn", "open_turn"
@@ -86,6 +88,9 @@ class ProtocolTask(ConfigurableTask):  # type: ignore[misc]
 
         Args:
             **options: as in lm_eval.
+
+        Raises:
+            ConfigError: if it keeps none.
         """
         template = options.get("chat_template")
         if template is None:
@@ -115,6 +120,11 @@ class ProtocolTask(ConfigurableTask):  # type: ignore[misc]
             if not is_too_long(prompt):
                 kept.append(number)
             number += 1
+        if not kept:
+            raise ConfigError(
+                f"{self.config.task}: every prompt exceeds the {self._rule('prompt_tokens')} tokens of the protocol. "
+                "Lower --num_fewshot, or use a model whose tokenizer needs fewer tokens."
+            )
         dropped = number - len(kept)
         self.config.metadata["dropped"] = dropped
         if dropped:
