@@ -91,7 +91,8 @@ def fill(plan: Plan, profile: ProfileFile, failures: Mapping[str, str]) -> Fille
     outcomes = {key: Outcome.model_validate_json(json.dumps(record["outcome"])) for key, record in records.items()}
     cells: dict[tuple[int, str], Cell] = {}
     for (number, name), planned in plan.cells.items():
-        paper = paper_value(plan.table, plan.rows[number].label, name)
+        row = plan.rows[number]
+        paper = paper_value(plan.table, row.paper_row or row.label, name)
         cells[number, name] = _measured(planned, profile.seeds, outcomes, failures, paper)
     for (number, name), planned in plan.cells.items():
         if planned.column is not None and planned.column.mean is not None:

@@ -151,15 +151,14 @@ def paper_value(table: TableFile, row: str, column: str) -> float | str | None:
     Returns:
         A number, a text such as "73M", or None where it prints nothing.
     """
-    if table.paper is None:
-        return None
-    numbers = paper_numbers()[table.paper]
     if table.transposed:
         row, column = column, row
-    if column not in numbers["columns"]:
-        return None
-    place = numbers["columns"].index(column)
-    return next((entry["values"][place] for entry in numbers["rows"] if entry["row"] == row), None)
+    for key in table.paper:
+        numbers = paper_numbers()[key]
+        if column in numbers["columns"]:
+            place = numbers["columns"].index(column)
+            return next((entry["values"][place] for entry in numbers["rows"] if entry["row"] == row), None)
+    return None
 
 
 def _in_order(table: str) -> tuple[Any, ...]:

@@ -9,28 +9,19 @@ from l2d_framework.benchmark.references import references, replaced
 from l2d_framework.errors import ConfigError, L2DError
 
 
-def is_plain(run: Mapping[str, Any]) -> bool:
-    """Whether a run makes a plain language model.
-
-    Args:
-        run: its fields; none of a published model.
-
-    Returns:
-        True for one of kind `language_model`.
-    """
-    return run.get("kind") == "language_model"
-
-
-def check_options(options: Mapping[str, Any], run: Mapping[str, Any], where: str) -> None:
-    """Refuse options that the adapter does not know or the run's model cannot follow.
+def resolved_options(options: Mapping[str, Any], run: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Options with nothing left to a run's own settings, so that equal settings have equal results.
 
     Args:
         options: arguments of the adapter.
         run: fields of the run; none of a published model, whose own settings are not known here.
         where: the row, for messages.
 
+    Returns:
+        The options; for a diffusion run those of sampling stand complete under `sampling`.
+
     Raises:
-        ConfigError: naming the row.
+        ConfigError: if the adapter does not know an option or the run's model cannot follow it.
     """
     from l2d_framework.config import DiffusionRun
     from l2d_framework.config.parsing import parse_run
@@ -39,12 +30,11 @@ def check_options(options: Mapping[str, Any], run: Mapping[str, Any], where: str
 
     try:
         check_model_options(options)
-        if run.get("kind", "diffusion") != "diffusion" or not run:
-            return
-        parsed = parse_run(replaced(dict(run), lambda found: found.key))
-        if isinstance(parsed, DiffusionRun):
-            fields = {name: value for name, value in options.items() if name in SamplingSection.model_fields}
-            if not list(references(fields)):
-                parsed.sampling.resolve(parsed.parametrization, fields)
+        parsed = parse_run(replaced(dict(run), lambda found: found.key)) if run else None
+        fields = {name: value for name, value in options.items() if name in SamplingSection.model_fields}
+        if not isinstance(parsed, DiffusionRun) or list(references(fields)):
+            return dict(options)
+        sampling = parsed.sampling.resolve(parsed.parametrization, fields).model_dump(mode="json")
     except L2DError as error:
         raise ConfigError(f"{where}: {error}") from error
+    return {name: value for name, value in options.items() if name not in fields} | {"sampling": sampling}

@@ -106,7 +106,7 @@ def _changed(table_id: str, table: TableFile, change: TableChange) -> Iterator[R
     for row in table.rows:
         asked: RowChange | None = change.rows.get(row.label)
         given = {} if asked is None else {name: getattr(asked, name) for name in asked.model_fields_set}
-        yield row.model_copy(update=given)
+        yield row.model_copy(update={**given, "paper_row": row.paper_row or row.label})
 
 
 def _unfolded(row: Row) -> Iterator[Row]:
@@ -116,13 +116,17 @@ def _unfolded(row: Row) -> Iterator[Row]:
     option = row.sweep.option
     for value in row.sweep.values:
         x = float(value) if isinstance(value, (int, float)) else row.x
-        changes = {"label": f"{row.label}, {option} {value}", "options": {**row.options, option: value}}
+        label = f"{row.label}, {option.replace('_', ' ')} {value}"
+        changes = {"label": label, "paper_row": label, "options": {**row.options, option: value}}
         yield row.model_copy(update={**changes, "series": row.series or row.label, "x": x, "sweep": None})
 
 
 def _check_columns(plan: Plan, profile: ProfileFile) -> None:
     known = profile.columns
-    named = [*plan.columns, *(name for row in plan.rows for name in (*(row.columns or ()), *row.column_options))]
+    named = [
+        *plan.columns,
+        *(name for row in plan.rows for name in (*(row.columns or ()), *row.column_options, *row.column_models)),
+    ]
     named += [member for name in named if name in known for member in known[name].mean or ()]
     for name in named:
         if name not in known:
@@ -143,7 +147,7 @@ def _cell(row: Row, name: str, profile: ProfileFile, resolver: Resolver) -> Cell
         return CellPlan(reason=NO_DATA, text=column.no_data)
     if column.mean is not None:
         return CellPlan(column)
-    missing = resolver.missing(row, column)
+    missing = resolver.missing(row, name)
     if missing is not None:
         return CellPlan(reason=NO_DATA, text=missing)
     return CellPlan(column, tuple(resolver.measure_job(row, name, seed) for seed in profile.seeds))

@@ -11,8 +11,9 @@ from l2d_framework.benchmark.files import bench_folder
 from l2d_framework.benchmark.jobs import DataJob, Job, MeasureJob, ModelJob, digest, make_measure
 from l2d_framework.benchmark.kinds import KINDS, MAKERS
 from l2d_framework.benchmark.measure import Measure
+from l2d_framework.benchmark.options import resolved_options
 from l2d_framework.benchmark.references import Reference, references, replaced
-from l2d_framework.benchmark.schema import Column, Model, ProfileFile, Row
+from l2d_framework.benchmark.schema import Model, ProfileFile, Row
 from l2d_framework.config.files import override, read_file
 from l2d_framework.config.validation import validated
 from l2d_framework.errors import ConfigError, suggest
@@ -78,21 +79,21 @@ class Resolver:
             )
         return self._profile.models[key]
 
-    def missing(self, row: Row, column: Column) -> str | None:
+    def missing(self, row: Row, column: str) -> str | None:
         """Why a row has no number in a column.
 
         Args:
             row: the row.
-            column: the column; it has a measure.
+            column: name of the column; it has a measure.
 
         Returns:
             What is missing; None if nothing is.
         """
-        if (reason := self.missing_model(str(row.model), f"row {row.label!r}")) is not None:
+        if (reason := self.missing_model(_model_key(row, column), f"row {row.label!r}")) is not None:
             return reason
-        name = str(column.measure)
+        name = str(self._profile.columns[column].measure)
         section = self._section(name)
-        for found in references([section, row.options, row.column_options]):
+        for found in references([section, row.options, row.column_options.get(column, {})]):
             if found.kind == "model" and (reason := self.missing_model(found.key, f"measures.{name}")) is not None:
                 return reason
         if name not in self._checked:
@@ -181,9 +182,10 @@ class Resolver:
         Raises:
             ConfigError: if an option is unknown or does not fit the model.
         """
-        column, key = self._profile.columns[name], str(row.model)
+        column, key = self._profile.columns[name], _model_key(row, name)
         model = self.model(key, f"row {row.label!r}")
         options = self._options(row, name, model)
+        resolved = resolved_options(options, self._raw(key, model), f"row {row.label!r}, column {name!r}")
         section = self._section(str(column.measure))
         names = make_measure(section).metrics()
         if names is not None and (column.metric or names[0]) not in names:
@@ -192,7 +194,7 @@ class Resolver:
         needs = (*self._needs([section, options], seed, f"row {row.label!r}"), *self._own_needs(key, model, seed))
         identity = {
             "model": self._name(Reference("model", key), seed),
-            "options": replaced(options, lambda found: self._name(found, seed)),
+            "options": replaced(resolved, lambda found: self._name(found, seed)),
             "measure": make_measure(replaced(section, lambda found: self._name(found, seed))).identity(),
             "seed": seed,
             "dtype": self._profile.dtype,
@@ -231,15 +233,11 @@ class Resolver:
         return "cuda" if has_gpu and self._profile.device != "cpu" else "cpu"
 
     def _options(self, row: Row, column: str, model: Model) -> dict[str, Any]:
-        from l2d_framework.benchmark.options import check_options, is_plain
-
-        plain = {"num_inference_steps": 0} if is_plain(self._raw(str(row.model), model)) else {}
+        key = _model_key(row, column)
+        plain = {"num_inference_steps": 0} if self._raw(key, model).get("kind") == "language_model" else {}
         pinned = {} if model.revision is None else {"revision": model.revision}
-        options = (
-            self._profile.options | plain | pinned | model.options | row.options | row.column_options.get(column, {})
-        )
-        check_options(options, self._raw(str(row.model), model), f"row {row.label!r}, column {column!r}")
-        return options
+        own = row.options | row.column_options.get(column, {})
+        return self._profile.options | plain | pinned | model.options | own
 
     def _own_needs(self, key: str, model: Model, seed: int) -> tuple[str, ...]:
         return () if model.run is None else (self.model_job(key, seed),)
@@ -296,6 +294,10 @@ class Resolver:
             raise ConfigError(f"models.{key}: {model.run} holds {has}.")
         run: Mapping[str, Any] = data if stages is None else stages[int(model.stage or 0)]
         return override(dict(run), [f"{name}={json.dumps(value)}" for name, value in model.set.items()])
+
+
+def _model_key(row: Row, column: str) -> str:
+    return row.column_models.get(column, str(row.model))
 
 
 def _known_kind(where: str, name: str, section: Mapping[str, Any], known: Mapping[str, Any]) -> None:

@@ -28,6 +28,8 @@ class Row(Section):
     """Arguments of the adapter, `lm_eval --model l2d --model_args`; `model:KEY` stands for another model's folder."""
     columns: list[str] | None = None
     """Columns this row is measured in; all when None."""
+    column_models: dict[str, str] = Field(default_factory=dict)
+    """Other models by column, such as one finetuned for its task."""
     column_options: dict[str, dict[str, Any]] = Field(default_factory=dict)
     """Further options by column, such as a guidance scale tuned for one kind of task."""
     sweep: Sweep | None = None
@@ -35,6 +37,8 @@ class Row(Section):
     """Line of the figure this row belongs to; its label when None."""
     x: float | None = None
     """Place on the figure's horizontal axis; a sweep fills it in."""
+    paper_row: str | None = None
+    """The paper's name of the row where a profile gives it another; the label when None."""
     not_rerun: str | None = None
     """Why the paper's values are printed without a measurement beside them."""
 
@@ -67,8 +71,8 @@ class TableFile(Section):
     title: str
     reference: str
     """Paper and number of the table or figure, such as `L2D (arXiv:2501.15781), Table 1`."""
-    paper: str | None = None
-    """Key in `paper.json`; None for a figure without printed numbers."""
+    paper: list[str] = Field(default_factory=list)
+    """Keys in `paper.json`, the first that has a column counts; none for a figure without printed numbers."""
     transposed: bool = False
     """True where the paper prints models as columns."""
     columns: list[str] = Field(min_length=1)
@@ -134,8 +138,11 @@ class Model(Section):
 class RowChange(Section):
     """What a profile changes about a row; fields left out stay."""
 
+    label: str | None = None
+    """What to call the row here; the paper's numbers stay beside it."""
     model: str | None = None
     options: dict[str, Any] | None = None
+    column_models: dict[str, str] | None = None
     column_options: dict[str, dict[str, Any]] | None = None
     columns: list[str] | None = None
     sweep: Sweep | None = None
