@@ -3,27 +3,29 @@
 from __future__ import annotations
 
 from l2d_framework.benchmark.agreement import AgreementMeasure
-from l2d_framework.benchmark.confidence import ConfidenceMeasure
-from l2d_framework.benchmark.continuations import ContinuationsMeasure
-from l2d_framework.benchmark.loss_curves import LossCurveMeasure
+from l2d_framework.benchmark.loss import LossMeasure
 from l2d_framework.benchmark.makers import DemoQuestions, Maker
 from l2d_framework.benchmark.masked_model import MaskedModel
 from l2d_framework.benchmark.measure import Measure
 from l2d_framework.benchmark.parameters import ParametersMeasure
 from l2d_framework.benchmark.questions import QuestionsMeasure
 from l2d_framework.benchmark.rewards import RewardMeasure
+from l2d_framework.benchmark.samples import SamplesMeasure
 from l2d_framework.benchmark.tasks import TaskMeasure
 from l2d_framework.benchmark.templated import TemplatedRows
 from l2d_framework.benchmark.tess_data import TessTexts
+from l2d_framework.benchmark.text import TextMeasure
+from l2d_framework.benchmark.trace import TraceMeasure
 
 KINDS: dict[str, type[Measure]] = {
     "task": TaskMeasure,
     "parameters": ParametersMeasure,
     "questions": QuestionsMeasure,
-    "continuations": ContinuationsMeasure,
+    "text": TextMeasure,
     "reward": RewardMeasure,
-    "loss_curve": LossCurveMeasure,
-    "confidence": ConfidenceMeasure,
+    "loss": LossMeasure,
+    "trace": TraceMeasure,
+    "samples": SamplesMeasure,
     "agreement": AgreementMeasure,
 }
 """Kinds of measure; a new one is a class in a module of its own and a line here."""

@@ -25,7 +25,7 @@ class RewardMeasure(Measure):
     kind: Literal["reward"] = "reward"
     data: UserPath
     """JSON lines with `prompt`."""
-    reward: UserPath
+    model: UserPath
     """Folder of the reward model; one that no row is guided by."""
     canvas: int = Field(ge=2)
     """Tokens of question, answer and padding."""
@@ -78,8 +78,8 @@ class RewardMeasure(Measure):
 
         from l2d_framework.prompts import encode_prompts
 
-        judge = AutoModelForSequenceClassification.from_pretrained(self.reward).to(answerer.lm.device).eval()
-        tokenizer: Any = AutoTokenizer.from_pretrained(self.reward)
+        judge = AutoModelForSequenceClassification.from_pretrained(self.model).to(answerer.lm.device).eval()
+        tokenizer: Any = AutoTokenizer.from_pretrained(self.model)
         pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         ids = torch.full((len(answers), self.canvas), int(pad), device=answerer.lm.device)
         # Answers are read as text, since a judge need not have the tokens of every model that it judges.

@@ -9,12 +9,13 @@ from tiny_models import tiny_tokenizer
 from tiny_runs import tess_run, write_base, write_sums
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
-from l2d_framework.benchmark.confidence import ConfidenceMeasure
-from l2d_framework.benchmark.continuations import ContinuationsMeasure
-from l2d_framework.benchmark.loss_curves import LossCurveMeasure
+from l2d_framework.benchmark.loss import LossMeasure
 from l2d_framework.benchmark.measure import Subject
 from l2d_framework.benchmark.questions import QuestionsMeasure
 from l2d_framework.benchmark.rewards import RewardMeasure
+from l2d_framework.benchmark.samples import SamplesMeasure
+from l2d_framework.benchmark.text import TextMeasure
+from l2d_framework.benchmark.trace import TraceMeasure
 from l2d_framework.config.parsing import parse_run
 from l2d_framework.errors import DataError
 from l2d_framework.training.folders import read_card
@@ -103,9 +104,7 @@ def test_files_without_rows_or_columns_are_refused(model, write, rows, said):
 def test_a_reward_does_not_depend_on_batch_mates_and_is_read_behind_the_padding(model, reward, write):
     data = write([{"prompt": p} for p in PROMPTS])
     alone, together, longer = (
-        RewardMeasure(data=data, reward=str(reward), canvas=canvas)
-        .run(subject(model, batch_size=size))
-        .values["reward"]
+        RewardMeasure(data=data, model=str(reward), canvas=canvas).run(subject(model, batch_size=size)).values["reward"]
         for size, canvas in ((1, 24), (6, 24), (6, 25))
     )
     assert alone.scores == pytest.approx(together.scores, abs=1e-5)
@@ -114,7 +113,7 @@ def test_a_reward_does_not_depend_on_batch_mates_and_is_read_behind_the_padding(
 
 
 def test_guidance_by_a_reward_model_raises_the_reward_it_gives(model, reward, write):
-    measure = RewardMeasure(data=write([{"prompt": p} for p in PROMPTS]), reward=str(reward), canvas=24)
+    measure = RewardMeasure(data=write([{"prompt": p} for p in PROMPTS]), model=str(reward), canvas=24)
     guidance = {"name": "reward_gradient", "model": str(reward), "scale": 3000.0}
     plain, guided = measure.run(subject(model)), measure.run(subject(model, guidance=[guidance]))
     assert guided.values["reward"].value > plain.values["reward"].value
@@ -123,7 +122,7 @@ def test_guidance_by_a_reward_model_raises_the_reward_it_gives(model, reward, wr
 def test_continuations_are_judged_as_the_text_metrics_do(model, base, write):
     pytest.importorskip("mauve", reason="the extra text-metrics is not installed")
     data = write([{"text": f"{letter} text of some length, {letter}"} for letter in string.ascii_letters[:24]])
-    measure = ContinuationsMeasure(data=data, judge=str(base), samples=24, prefix=8, length=8)
+    measure = TextMeasure(data=data, judge=str(base), samples=24, prefix=8, length=8)
     found = measure.run(subject(model))
     assert set(measure.metrics()) >= set(found.values)
     assert {"perplexity", "distinct_4", "entropy", "mauve"} <= set(found.values)
@@ -132,18 +131,24 @@ def test_continuations_are_judged_as_the_text_metrics_do(model, base, write):
         measure.model_copy(update={"samples": 25}).run(subject(model))
 
 
+def test_samples_are_answers_to_the_first_prompts(model, write):
+    data = write([{"prompt": p, "completion": "?"} for p in PROMPTS])
+    shown = SamplesMeasure(data=data, canvas=12, limit=3, chat=False).run(subject(model)).texts
+    assert shown == QuestionsMeasure(data=data, canvas=12).run(subject(model)).texts[:3]
+
+
 def test_loss_curves_are_what_the_run_logged(model, base):
     log = json.loads((model / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
     logged = [[entry["step"], entry["loss"]] for entry in log if "loss" in entry]
-    found = LossCurveMeasure().run(subject(model))
+    found = LossMeasure().run(subject(model))
     assert found.curves["loss"] == logged
     assert found.values["last"].value == logged[-1][1]
     assert found.values["held_out"].value == [entry["eval_loss"] for entry in log if "eval_loss" in entry][-1]
-    assert LossCurveMeasure().run(subject(base)).curves == {}
+    assert LossMeasure().run(subject(base)).curves == {}
 
 
 def test_a_confidence_map_has_evaluations_down_and_positions_across(model, write):
-    measure = ConfidenceMeasure(data=write([{"prompt": p} for p in PROMPTS[:2]]), new_tokens=7)
+    measure = TraceMeasure(data=write([{"prompt": p} for p in PROMPTS[:2]]), new_tokens=7)
     found = measure.run(subject(model, num_inference_steps=5))
     confidence = torch.tensor(found.matrix)
     assert confidence.shape == (5, 7)

@@ -11,13 +11,13 @@ from l2d_framework.benchmark.measure import Measure, Outcome, Subject, Value
 _NAMES = ("loss", "loss_without_pads", "eval_loss", "eval_loss_without_pads")
 
 
-class LossCurveMeasure(Measure):
+class LossMeasure(Measure):
     """What a run of this profile logged; nothing for a published model.
 
     `last` is the mean training loss over the last tenth of the logged updates, `held_out` the last evaluation's.
     """
 
-    kind: Literal["loss_curve"] = "loss_curve"
+    kind: Literal["loss"] = "loss"
 
     def metrics(self) -> list[str]:
         """Names of the values.

@@ -10,7 +10,7 @@ from l2d_framework.benchmark.measure import Measure, Outcome, Subject
 from l2d_framework.config.sections import UserPath
 
 
-class ConfidenceMeasure(Measure):
+class TraceMeasure(Measure):
     """Heat map of one answer, and when tokens stop to change, over several answers.
 
     `settled` is the share of the evaluations after which the likeliest token of a position stays what it is, mean over
@@ -19,7 +19,7 @@ class ConfidenceMeasure(Measure):
     Source: Tae et al. 2025, arXiv:2502.13917, Figure 4.
     """
 
-    kind: Literal["confidence"] = "confidence"
+    kind: Literal["trace"] = "trace"
     data: UserPath
     """JSON lines with `prompt`; the first is drawn."""
     new_tokens: int = Field(ge=1)

@@ -10,16 +10,16 @@ from l2d_framework.benchmark.measure import Measure, Outcome, Subject, Value
 from l2d_framework.config.sections import UserPath
 
 
-class ContinuationsMeasure(Measure):
+class TextMeasure(Measure):
     """Perplexity under a judge, distinct n-grams, entropy and MAUVE of continuations.
 
     `perplexity`, `distinct_1` to `distinct_4`, `entropy` and `mauve` are defined as the authors of TESS 2 do;
-    `NAME_corrected` stands for what `l2d eval-text` recommends.
+    `NAME,corrected` stands for what `l2d eval-text` recommends.
 
     Source: Tae et al. 2025, arXiv:2502.13917, Table 1.
     """
 
-    kind: Literal["continuations"] = "continuations"
+    kind: Literal["text"] = "text"
     data: UserPath
     """JSON lines with `text`; texts too short are passed over."""
     judge: UserPath
@@ -55,7 +55,7 @@ class ContinuationsMeasure(Measure):
             The names.
         """
         names = ["perplexity", *(f"distinct_{n}" for n in range(1, 5)), "entropy", "mauve"]
-        return [*names, *(f"{name}_corrected" for name in names), "zipf", "repetition", "repetition_corrected"]
+        return [*names, *(f"{name},corrected" for name in names), "zipf", "repetition", "repetition,corrected"]
 
     def run(self, subject: Subject) -> Outcome:
         """Let the model go on, and judge.
@@ -120,6 +120,6 @@ def _values(metrics: dict[str, dict[str, Any]]) -> dict[str, Value]:
     for name, variants in metrics.items():
         for variant, numbers in variants.items():
             if numbers["value"] is not None:
-                key = name if variant == "authors" else f"{name}_{variant}"
+                key = name if variant == "authors" else f"{name},{variant}"
                 found[key] = Value(value=numbers["value"], error=numbers["standard_error"], items=numbers["samples"])
     return found
