@@ -36,6 +36,9 @@ COMMANDS = {
     "plugins": _Entry("l2d_framework.cli.plugins", "plugins", "List what is installed, broken plugins included."),
     "convert": _Entry("l2d_framework.cli.convert", "convert", "Convert a checkpoint of another code base."),
     "eval": _Entry("l2d_framework.cli.eval", "app", "Evaluate a model on the tasks of lm_eval."),
+    "tune-search": _Entry(
+        "l2d_framework.cli.tune_search", "tune_search", "Choose the settings of token search on training items."
+    ),
     "eval-text": _Entry("l2d_framework.cli.eval_text", "eval_text", "Measure generated text."),
     "diagnose": _Entry("l2d_framework.cli.diagnose", "diagnose", "Find out whether more steps will help a model."),
     "bench": _Entry("l2d_framework.cli.bench", "bench", "Run the papers' tables at one size, beside their numbers."),

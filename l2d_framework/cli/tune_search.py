@@ -1,0 +1,129 @@
+"""`l2d tune-search`: settings of token search per category of tasks."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from l2d_framework.errors import ConfigError, PluginError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+_SHOWN = 8
+"""Best rows shown of each task; the file has all."""
+
+
+def tune_search(
+    model_args: Annotated[str, typer.Option("--model_args", help="As for `l2d eval`, such as pretrained=PATH.")],
+    tasks: Annotated[str, typer.Option(help="Tasks of lm_eval with training items, each TASK or CATEGORY=TASK.")],
+    out: Annotated[Path, typer.Option(help="JSON file for the rows and the choice; taken up again if it exists.")],
+    limit: Annotated[int, typer.Option(min=1, help="First training items of each task.")] = 100,
+    beams: Annotated[int, typer.Option(min=2, help="Hypotheses.")] = 15,
+    length_powers: Annotated[str, typer.Option(help="Values of search_length_power to try.")] = "0,0.5,1",
+    repetition_penalties: Annotated[str, typer.Option(help="Values of search_repetition_penalty to try.")] = "1,1.1",
+    temperatures: Annotated[str, typer.Option(help="Values of search_temperature to try.")] = "0,0.1,1",
+    metric: Annotated[str | None, typer.Option(help="Such as exact_match,strict-match; the task's first.")] = None,
+    num_fewshot: Annotated[int | None, typer.Option("--num_fewshot", min=0, help="Examples before a question.")] = None,
+    apply_chat_template: Annotated[
+        bool, typer.Option("--apply_chat_template", help="Ask as a conversation, examples as its past.")
+    ] = False,
+    include_path: Annotated[Path | None, typer.Option("--include_path", help="Folder with further tasks.")] = None,
+    device: Annotated[str | None, typer.Option(help="Such as cuda; the GPU when there is one.")] = None,
+    confirm_run_unsafe_code: Annotated[
+        bool, typer.Option("--confirm_run_unsafe_code", help="Let tasks run code that the model writes.")
+    ] = False,
+) -> None:
+    """Choose length power, repetition penalty and temperature of token search, per category, on training items.
+
+    Tries every combination. Called again it goes on where it was interrupted. `l2d eval --model_args
+    pretrained=PATH,search=FILE` then searches with the settings of each task's category.
+
+    Args:
+        model_args: of the model.
+        tasks: their names.
+        out: file.
+        limit: training items.
+        beams: hypotheses.
+        length_powers: to try.
+        repetition_penalties: to try.
+        temperatures: to try.
+        metric: to maximise.
+        num_fewshot: examples.
+        apply_chat_template: ask as a conversation.
+        include_path: further tasks.
+        device: where to run.
+        confirm_run_unsafe_code: consent.
+
+    Raises:
+        PluginError: if lm_eval is not installed.
+        ConfigError: if the options cannot be used.
+    """
+    if importlib.util.find_spec("lm_eval") is None:
+        raise PluginError("Tuning search needs lm_eval. Run: pip install 'l2d-framework[eval]'")
+    values = {
+        "length-powers": _numbers("length-powers", length_powers),
+        "repetition-penalties": _numbers("repetition-penalties", repetition_penalties, least=1e-3),
+        "temperatures": _numbers("temperatures", temperatures, least=0.0),
+    }
+
+    from lm_eval.utils import simple_parse_args_string
+    from rich.console import Console
+
+    from l2d_framework.evaluation.lm_eval.adapter import L2DLM
+    from l2d_framework.evaluation.search import OPTIONS
+    from l2d_framework.evaluation.search_tuning import Question, grid, tune
+
+    options: dict[str, Any] = simple_parse_args_string(model_args)
+    if given := sorted(set(options) & set(OPTIONS)):
+        raise ConfigError(f"--model_args names {given}, which this command is to choose. Leave them out.")
+    settings = grid(beams, *values.values())
+    lm = L2DLM(**{"batch_size": 1, **({} if device is None else {"device": device}), **options})
+    names = [name for name in tasks.split(",") if name]
+    question = Question(names, limit, metric, num_fewshot, apply_chat_template, include_path, confirm_run_unsafe_code)
+    chosen = tune(lm, question, settings, out=out, track=_track)
+    console = Console()
+    for table in _tables(out, chosen):
+        console.print(table)
+    console.print(f"Search with:  l2d eval --model_args {model_args},search={out} --tasks ...", soft_wrap=True)
+
+
+def _numbers(name: str, text: str, least: float | None = None) -> list[float]:
+    try:
+        found = [float(part) for part in text.split(",")]
+    except ValueError as error:
+        raise ConfigError(f"--{name} takes numbers with commas between them, got {text!r}.") from error
+    if least is not None and min(found) < least:
+        raise ConfigError(f"--{name} must be at least {least:g}, got {min(found):g}.")
+    return found
+
+
+def _track(left: Sequence[Any]) -> Iterator[Any]:
+    from tqdm import tqdm  # type: ignore[import-untyped]
+
+    return iter(tqdm(left, desc="Tuning search", unit="row"))
+
+
+def _tables(out: Path, chosen: dict[str, Any]) -> Iterator[Table]:
+    import json
+
+    from rich import box
+    from rich.table import Table
+
+    found = json.loads(out.read_text(encoding="utf-8"))
+    names = ("length_power", "repetition_penalty", "temperature")
+    for task, where in found["identity"]["tasks"].items():
+        rows = sorted((row for row in found["rows"] if row["task"] == task), key=lambda row: -row["score"])
+        title = f"{task}: {rows[0]['items']} items of {where['split']}, category {where['category']}"
+        table = Table(*names, rows[0]["metric"], "standard error", "", box=box.SIMPLE_HEAD, title=title)
+        for number, row in enumerate(rows):
+            is_chosen = row["settings"] == chosen[where["category"]]
+            if number < _SHOWN or is_chosen:
+                error = "-" if row["error"] is None else f"{row['error']:.4f}"
+                cells = [f"{row['settings'][name]:g}" for name in names]
+                table.add_row(*cells, f"{row['score']:.4f}", error, "chosen" if is_chosen else "")
+        yield table
