@@ -41,7 +41,7 @@ class Bench:
     @property
     def device(self) -> str:
         """Where it computes."""
-        return self._resolver.device()
+        return self._resolver.device
 
     @property
     def jobs(self) -> dict[str, Job]:
@@ -55,6 +55,8 @@ class Bench:
         Raises:
             ConfigError: if a run cannot be trained, or the folder cannot be written.
         """
+        import torch
+
         from l2d_framework.config import check_runs
         from l2d_framework.config.parsing import parse_run
 
@@ -65,6 +67,8 @@ class Bench:
                 f"{str(self.out)!r} cannot be written ({error.strerror}). Choose another --out."
             ) from error
         pending = [job for job in self.jobs.values() if not job.is_done]
+        if pending and self.device == "cuda" and not torch.cuda.is_available():
+            raise ConfigError("The profile has `device: cuda`, but torch finds no GPU. Run it where one is.")
         for job in pending:
             if isinstance(job, DataJob):
                 job.do(lambda done, total, text: None)

@@ -151,6 +151,7 @@ def paper_value(table: TableFile, row: str, column: str) -> float | str | None:
     Returns:
         A number, a text such as "73M", or None where it prints nothing.
     """
+    column = table.paper_columns.get(column, column)
     if table.transposed:
         row, column = column, row
     for key in table.paper:

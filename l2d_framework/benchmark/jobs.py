@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from l2d_framework.benchmark.kinds import KINDS, MAKERS
+from l2d_framework.benchmark.makers import Maker
 from l2d_framework.benchmark.measure import Measure, Subject
 
 Report = Callable[[int, int, str], None]
@@ -80,10 +81,9 @@ class DataJob(Job):
         """
         from l2d_framework.training.folders import staged
 
-        maker = MAKERS[str(self.section["kind"])].model_validate_json(json.dumps(dict(self.section)))
         self.output.parent.mkdir(parents=True, exist_ok=True)
         with staged(self.output) as folder:
-            maker.make(folder)
+            make_maker(self.section).make(folder)
 
 
 @dataclass(frozen=True)
@@ -158,6 +158,18 @@ class MeasureJob(Job):
         temporary = self.output.with_name(self.output.name + ".part")
         temporary.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         os.replace(temporary, self.output)
+
+
+def make_maker(section: Mapping[str, Any]) -> Maker:
+    """Maker of a profile's section.
+
+    Args:
+        section: `kind` and the fields of its class.
+
+    Returns:
+        The maker.
+    """
+    return MAKERS[str(section["kind"])].model_validate_json(json.dumps(dict(section)))
 
 
 def make_measure(section: Mapping[str, Any]) -> Measure:

@@ -10,6 +10,7 @@ from l2d_framework.benchmark.measure import Measure
 from l2d_framework.benchmark.parameters import ParametersMeasure
 from l2d_framework.benchmark.questions import QuestionsMeasure
 from l2d_framework.benchmark.rewards import RewardMeasure
+from l2d_framework.benchmark.row_files import DataSetRows, GivenRows
 from l2d_framework.benchmark.samples import SamplesMeasure
 from l2d_framework.benchmark.tasks import TaskMeasure
 from l2d_framework.benchmark.templated import TemplatedRows
@@ -33,6 +34,8 @@ KINDS: dict[str, type[Measure]] = {
 MAKERS: dict[str, type[Maker]] = {
     "demo": DemoQuestions,
     "templated": TemplatedRows,
+    "given_rows": GivenRows,
+    "data_set_rows": DataSetRows,
     "tess_texts": TessTexts,
     "masked_model": MaskedModel,
 }

@@ -16,6 +16,14 @@ class Maker(Section, ABC):
 
     kind: str
 
+    def missing(self) -> str | None:
+        """Look for what is needed before anything is made.
+
+        Returns:
+            What is missing; None if nothing is.
+        """
+        return None
+
     @abstractmethod
     def make(self, folder: Path) -> None:
         """Write the files; the same fields make the same files.

@@ -148,6 +148,8 @@ def _cell(row: Row, name: str, profile: ProfileFile, resolver: Resolver) -> Cell
     if column.mean is not None:
         return CellPlan(column)
     missing = resolver.missing(row, name)
-    if missing is not None:
-        return CellPlan(reason=NO_DATA, text=missing)
-    return CellPlan(column, tuple(resolver.measure_job(row, name, seed) for seed in profile.seeds))
+    if profile.models[row.column_models.get(name, str(row.model))].no_data is not None:
+        return CellPlan(reason=NO_DATA, text=str(missing))
+    # Resolved in any case, so that a mistake is found where data are missing, too.
+    jobs = tuple(resolver.measure_job(row, name, seed) for seed in profile.seeds)
+    return CellPlan(column, jobs) if missing is None else CellPlan(reason=NO_DATA, text=missing)

@@ -29,7 +29,8 @@ def rows(filled: Filled, profile: ProfileFile) -> list[list[str]]:
         A row of headings, then the rows.
     """
     plan = filled.plan
-    heading = ["", *(_heading(name, profile.columns[name]) for name in plan.columns)]
+    names = plan.table.paper_columns
+    heading = ["", *(_heading(names.get(name, name), profile.columns[name]) for name in plan.columns)]
     body = [
         [row.label, *(shown(filled.cells[number, name], profile.columns[name]) for name in plan.columns)]
         for number, row in enumerate(plan.rows)

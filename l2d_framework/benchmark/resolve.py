@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from l2d_framework.benchmark.files import bench_folder
-from l2d_framework.benchmark.jobs import DataJob, Job, MeasureJob, ModelJob, digest, make_measure
+from l2d_framework.benchmark.jobs import DataJob, Job, MeasureJob, ModelJob, digest, make_maker, make_measure
 from l2d_framework.benchmark.kinds import KINDS, MAKERS
 from l2d_framework.benchmark.measure import Measure
 from l2d_framework.benchmark.options import resolved_options
@@ -40,6 +40,7 @@ class Resolver:
         self._runs: dict[str, dict[str, Any]] = {}
         self._open: list[str] = []
         self._checked: dict[str, str | None] = {}
+        self._missing: dict[str, str | None] = {}
         for name, section in profile.measures.items():
             _known_kind("measures", name, section, KINDS)
             validated(KINDS[section["kind"]], section, f"measures.{name}")
@@ -89,16 +90,15 @@ class Resolver:
         Returns:
             What is missing; None if nothing is.
         """
-        if (reason := self.missing_model(_model_key(row, column), f"row {row.label!r}")) is not None:
-            return reason
-        name = str(self._profile.columns[column].measure)
+        key, name = _model_key(row, column), str(self._profile.columns[column].measure)
+        where = f"row {row.label!r}, column {column!r}"
         section = self._section(name)
-        for found in references([section, row.options, row.column_options.get(column, {})]):
-            if found.kind == "model" and (reason := self.missing_model(found.key, f"measures.{name}")) is not None:
-                return reason
+        # Looked at whatever else is missing, since it may be wrong.
         if name not in self._checked:
             self._checked[name] = self._measure(name).check()
-        return self._checked[name]
+        model = self.model(key, where)
+        below = [section, row.options, row.column_options.get(column, {}), model.options]
+        return self.missing_model(key, where) or self._missing_below(below, where) or self._checked[name]
 
     def missing_model(self, key: str, where: str) -> str | None:
         """Why there is no such model: it, its data or what it starts from is missing.
@@ -110,17 +110,22 @@ class Resolver:
         Returns:
             What is missing; None if nothing is.
         """
+        model = self.model(key, where)
+        if key not in self._missing:
+            self._missing[key] = None  # for one that starts from itself, which `model_job` refuses
+            self._missing[key] = self._missing_for(key, model)
+        return self._missing[key]
+
+    def _missing_for(self, key: str, model: Model) -> str | None:
         from l2d_framework.evaluation.reachable import is_reachable
 
-        model = self.model(key, where)
         if model.no_data is not None:
             return model.no_data
         if model.pretrained is not None:
             return None if is_reachable(model.pretrained, "model") else f"model {model.pretrained} cannot be reached"
         raw = self._raw(key, model)
-        for found in references(raw):
-            if found.kind == "model" and (reason := self.missing_model(found.key, f"models.{key}")) is not None:
-                return reason
+        if (reason := self._missing_below(raw, f"models.{key}")) is not None:
+            return reason
         base = (raw.get("model") or {}).get("base")
         if base is not None and not list(references(base)) and not is_reachable(base, "model"):
             return f"model {base} cannot be reached"
@@ -129,6 +134,17 @@ class Resolver:
             path = str(source.get("path"))
             if not list(references(path)) and not any(c in path for c in "*?[") and not is_reachable(path, "dataset"):
                 return f"training data {path} cannot be reached"
+        return None
+
+    def _missing_below(self, value: Any, where: str) -> str | None:
+        """Why something that a value refers to is missing."""
+        for found in references(value):
+            if found.kind == "model":
+                reason = self.missing_model(found.key, where)
+            else:
+                reason = make_maker(self._data(found.key, where)).missing()
+            if reason is not None:
+                return reason
         return None
 
     def model_job(self, key: str, seed: int) -> str:
@@ -205,7 +221,7 @@ class Resolver:
                 "path": self._place(Reference("model", key), seed),
                 "options": replaced(options, lambda found: self._place(found, seed)),
                 "seed": seed,
-                "device": self.device(),
+                "device": self.device,
                 "dtype": self._profile.dtype,
                 "batch_size": self._profile.batch_size,
             }
@@ -216,21 +232,13 @@ class Resolver:
             self.jobs[job] = MeasureJob(job, title, output, tuple(dict.fromkeys(needs)), measured, subject, identity)
         return job
 
+    @property
     def device(self) -> str:
-        """Where to compute.
-
-        Returns:
-            "cpu" or "cuda".
-
-        Raises:
-            ConfigError: if the profile wants a GPU and there is none.
-        """
+        """Where to compute, "cpu" or "cuda"."""
         import torch
 
-        has_gpu = torch.cuda.is_available()
-        if self._profile.device == "cuda" and not has_gpu:
-            raise ConfigError("The profile has `device: cuda`, but torch finds no GPU. Run it where one is.")
-        return "cuda" if has_gpu and self._profile.device != "cpu" else "cpu"
+        wanted = self._profile.device
+        return wanted if wanted != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
 
     def _options(self, row: Row, column: str, model: Model) -> dict[str, Any]:
         key = _model_key(row, column)
@@ -251,10 +259,13 @@ class Resolver:
                 needs += self._own_needs(found.key, self.model(found.key, where), seed)
         return tuple(dict.fromkeys(needs))
 
-    def _data_job(self, key: str, where: str) -> str:
+    def _data(self, key: str, where: str) -> dict[str, Any]:
         if key not in self._profile.data:
             raise ConfigError(f"{where}: the profile makes no data {key!r}{suggest(key, self._profile.data) or '.'}")
-        section = self._profile.data[key]
+        return self._profile.data[key]
+
+    def _data_job(self, key: str, where: str) -> str:
+        section = self._data(key, where)
         job = f"data-{key}-{digest(section)}"
         self.jobs[job] = DataJob(job, f"make {key}", self._out / "data" / job.removeprefix("data-"), (), section)
         return job

@@ -76,6 +76,8 @@ class TableFile(Section):
     transposed: bool = False
     """True where the paper prints models as columns."""
     columns: list[str] = Field(min_length=1)
+    paper_columns: dict[str, str] = Field(default_factory=dict)
+    """The paper's names of columns that have another here, since both papers have a GSM8K of their own."""
     rows: list[Row] = Field(min_length=1)
     figure: Figure | None = None
     note: str | None = None

@@ -23,7 +23,7 @@ class TaskMeasure(Measure):
     num_fewshot: int | None = Field(default=None, ge=0)
     """Examples before each question; the task's own number when None."""
     chat: Literal["none", "template", "multiturn"] = "none"
-    """No chat template; the model's chat template; that with each example as a turn of the past conversation."""
+    """No chat template; the model's, where it has one; that with each example as a turn of the past conversation."""
     generation: dict[str, Any] = Field(default_factory=dict)
     """Generation options as in `--gen_kwargs`."""
     runs_code: bool = False

@@ -48,7 +48,8 @@ class TaskChoice:
         task: a task, or a group of tasks.
         limit: first items of each task.
         num_fewshot: examples before a question.
-        chat: "none", "template" or "multiturn", the last with examples as turns of the past conversation.
+        chat: "none", "template" or "multiturn", the last with examples as turns of the past conversation; a model
+            without a chat template is asked without.
         generation: as in `--gen_kwargs`.
         runs_code: consent to run code that models write.
     """
@@ -120,7 +121,7 @@ def evaluate(model: ModelChoice, task: TaskChoice, *, folder: Path | None = None
             num_fewshot=task.num_fewshot,
             limit=task.limit,
             gen_kwargs=dict(task.generation) or None,
-            apply_chat_template=task.chat != "none",
+            apply_chat_template=task.chat != "none" and lm.tokenizer.chat_template is not None,
             fewshot_as_multiturn=task.chat == "multiturn",
             task_manager=task_manager(task.task, folder),
             bootstrap_iters=_BOOTSTRAPS,
