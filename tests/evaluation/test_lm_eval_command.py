@@ -20,6 +20,7 @@ from l2d_framework.cli import app
 from l2d_framework.config import ModelSection
 from l2d_framework.errors import ConfigError, DataError, PluginError
 from l2d_framework.evaluation.lm_eval.command import run
+from l2d_framework.evaluation.protocols import folder
 from l2d_framework.evaluation.start_up.steps import lacks_checkpoint
 
 MODULE = ("-m", "l2d_framework.evaluation.lm_eval")
@@ -161,7 +162,14 @@ def test_data_out_of_reach_name_the_folder_that_would_serve(monkeypatch, tmp_pat
         run(["--model", "dummy", "--tasks", "piqa"])
 
 
-def test_arguments_reach_lm_eval_unchanged(monkeypatch):
+def test_an_unknown_task_is_answered_with_those_like_it(monkeypatch):
+    monkeypatch.setattr(sys, "argv", [])
+    with pytest.raises(ConfigError, match=r"no task 'gsm9k'; did you mean 'gsm8k'.*lm_eval ls tasks.*--include_path"):
+        run(["--model", "dummy", "--tasks", "gsm9k,arc_easy"])
+
+
+def test_arguments_reach_lm_eval_after_the_folder_of_our_tasks(monkeypatch):
+    ours = ["--include_path", str(folder())]
     seen: list[list[str]] = []
     monkeypatch.setattr("lm_eval.__main__.cli_evaluate", lambda: seen.append(sys.argv[1:]))
     monkeypatch.setattr(sys, "argv", [])
@@ -169,8 +177,8 @@ def test_arguments_reach_lm_eval_unchanged(monkeypatch):
     for arguments in (["--tasks", "a", "--limit", "2"], ["run", "--model", "hf"], ["ls", "tasks"], ["--help"]):
         assert CliRunner().invoke(app, ["eval", *arguments]).exception is None
     assert seen == [
-        ["run", "--model", "l2d", "--tasks", "a", "--limit", "2"],
-        ["run", "--model", "hf"],
-        ["ls", "tasks"],
+        ["run", *ours, "--model", "l2d", "--tasks", "a", "--limit", "2"],
+        ["run", *ours, "--model", "hf"],
+        ["ls", *ours, "tasks"],
         ["--help"],
     ]

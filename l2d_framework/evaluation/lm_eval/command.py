@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from l2d_framework.errors import ConfigError, PluginError
+from l2d_framework.evaluation import protocols
 from l2d_framework.evaluation.lm_eval.missing import explain
 from l2d_framework.evaluation.start_up import steps
 
@@ -40,6 +41,13 @@ def run(arguments: Sequence[str]) -> None:
         raise ConfigError(steps.MISSING)
     if evaluates and asked[0] not in _SUBCOMMANDS:
         asked = ["run", *asked]
+    if (
+        asked
+        and asked[0] in _SUBCOMMANDS
+        and not any(a in ("-C", "--config") or a.startswith("--config=") for a in asked)
+    ):
+        # Before the user's arguments, of which the last wins.
+        asked[1:1] = ["--include_path", str(protocols.folder())]
 
     import lm_eval.models  # noqa: F401 -- fills the table that the next line adds to
     from lm_eval.__main__ import cli_evaluate
