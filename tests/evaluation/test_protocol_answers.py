@@ -1,10 +1,14 @@
 """Rules by which the papers read answers, on answers made by hand."""
 
 import json
+import warnings
 
 import pytest
 
 pytest.importorskip("lm_eval")
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # its text has escapes that Python will refuse one day
+    import lm_eval.tasks.hendrycks_math.utils  # noqa: F401
 
 from l2d_framework.errors import DataError
 from l2d_framework.evaluation.protocols import answers, prompts, scores, tess
