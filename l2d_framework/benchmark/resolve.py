@@ -200,6 +200,7 @@ class Resolver:
         """
         column, key = self._profile.columns[name], _model_key(row, name)
         model = self.model(key, f"row {row.label!r}")
+        own_needs = self._own_needs(key, model, seed)
         options = self._options(row, name, model)
         resolved = resolved_options(options, self._raw(key, model), f"row {row.label!r}, column {name!r}")
         section = self._section(str(column.measure))
@@ -207,7 +208,7 @@ class Resolver:
         if names is not None and (column.metric or names[0]) not in names:
             hint = suggest(str(column.metric), names) or f", there are {', '.join(names)}."
             raise ConfigError(f"Column {name!r} names the metric {column.metric!r}, which its measure lacks{hint}")
-        needs = (*self._needs([section, options], seed, f"row {row.label!r}"), *self._own_needs(key, model, seed))
+        needs = (*self._needs([section, options], seed, f"row {row.label!r}"), *own_needs)
         identity = {
             "model": self._name(Reference("model", key), seed),
             "options": replaced(resolved, lambda found: self._name(found, seed)),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field
@@ -17,7 +18,7 @@ class TaskMeasure(Measure):
 
     kind: Literal["task"] = "task"
     task: str
-    """A task of lm_eval or of `bench/tasks`."""
+    """A task of lm_eval or of `bench/tasks`, or a task file with the name of its task, such as `mine/sums.yaml`."""
     limit: int | None = Field(default=None, gt=0)
     """First items of each task; all when None."""
     num_fewshot: int | None = Field(default=None, ge=0)
@@ -30,6 +31,11 @@ class TaskMeasure(Measure):
     """Consent to run the code that models write, which tasks such as HumanEval need."""
     batch_size: int | Literal["auto"] | None = None
     """The profile's when None."""
+
+    def _place(self) -> tuple[str, Path]:
+        """Name of the task and folder with its file."""
+        path = Path(self.task)
+        return (path.stem, path.parent) if path.suffix == ".yaml" else (self.task, bench_folder() / "tasks")
 
     def check(self) -> str | None:
         """Look for lm_eval, the task and its data.
@@ -45,7 +51,7 @@ class TaskMeasure(Measure):
             raise PluginError("Benchmarks need lm_eval. Run: pip install 'l2d-framework[eval]'")
         from l2d_framework.evaluation.lm_eval.harness import check_task
 
-        missing = check_task(self.task, bench_folder() / "tasks")
+        missing = check_task(*self._place())
         if not missing:
             return None
         return f"{', '.join(missing)} cannot be reached; folders of that name in the working directory would serve"
@@ -59,7 +65,7 @@ class TaskMeasure(Measure):
         from l2d_framework.evaluation.lm_eval.harness import task_identity
 
         found = self.model_dump(mode="json", exclude={"batch_size"})
-        return found | {"fingerprint": task_identity(self.task, bench_folder() / "tasks")}
+        return found | {"fingerprint": task_identity(*self._place())}
 
     def run(self, subject: Subject) -> Outcome:
         """Answer the task.
@@ -76,10 +82,11 @@ class TaskMeasure(Measure):
         from l2d_framework.evaluation.lm_eval.harness import ModelChoice, TaskChoice, evaluate
 
         options = {"dtype": subject.dtype} | subject.options | {"seed": subject.seed}
-        asked = TaskChoice(self.task, self.limit, self.num_fewshot, self.chat, self.generation, self.runs_code)
+        name, folder = self._place()
+        asked = TaskChoice(name, self.limit, self.num_fewshot, self.chat, self.generation, self.runs_code)
         batch_size = self.batch_size or subject.batch_size
         model = ModelChoice(subject.path, options, device=subject.device, batch_size=batch_size)
-        found = evaluate(model, asked, folder=bench_folder() / "tasks")
+        found = evaluate(model, asked, folder=folder)
         return Outcome(
             values={name: Value(**numbers) for name, numbers in found.values.items()}, details=_facts(found.details)
         )

@@ -11,11 +11,13 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import lm_eval
 from lm_eval import simple_evaluate
 from lm_eval.tasks import TaskManager
 
-from l2d_framework.errors import ConfigError, L2DError, suggest
+from l2d_framework.errors import ConfigError, suggest
 from l2d_framework.evaluation.lm_eval.adapter import L2DLM
+from l2d_framework.evaluation.lm_eval.missing import explain
 from l2d_framework.evaluation.lm_eval.provenance import local_folder
 from l2d_framework.evaluation.reachable import is_reachable
 
@@ -111,7 +113,8 @@ def evaluate(model: ModelChoice, task: TaskChoice, *, folder: Path | None = None
 
     Raises:
         ConfigError: if an option is unknown, or the task cannot be asked so.
-        L2DError: if the model cannot be opened.
+        L2DError: if the model cannot be opened, or something the task needs is missing.
+        Exception: whatever else ends the harness.
     """
     lm = L2DLM(model.pretrained, device=model.device, batch_size=model.batch_size, **model.options)
     try:
@@ -127,10 +130,12 @@ def evaluate(model: ModelChoice, task: TaskChoice, *, folder: Path | None = None
             bootstrap_iters=_BOOTSTRAPS,
             confirm_run_unsafe_code=task.runs_code,
         )
-    except L2DError:
+    except Exception as error:
+        if (known := explain(error)) is not None:
+            raise known from error
+        if isinstance(error, ValueError):
+            raise ConfigError(f"Task {task.task!r}: {error}") from error
         raise
-    except ValueError as error:
-        raise ConfigError(f"Task {task.task!r}: {error}") from error
     assert results is not None  # of the first process, and there is one only
     return _answered(task.task, results, lm)
 
@@ -235,10 +240,14 @@ def task_identity(name: str, folder: Path | None = None) -> str:
         A hash of its settings and of the Python files beside those of its files that lie in the folder.
     """
     manager = task_manager(name, folder)
-    digest = hashlib.sha256(json.dumps(list(_configs(name, manager)), sort_keys=True, default=str).encode())
+    text = json.dumps(list(_configs(name, manager)), sort_keys=True, default=str)
+    # Functions are named by their files; where those are installed changes nothing.
+    for place in (Path(lm_eval.__file__).parent, *([folder] if folder is not None else [])):
+        text = text.replace(str(place), "")
+    digest = hashlib.sha256(text.encode())
     entry = manager.task_index.get(name)
-    place = None if entry is None or entry.yaml_path is None else entry.yaml_path.parent
-    if folder is not None and place is not None and place.is_relative_to(folder):
-        for path in sorted(place.glob("*.py")):
+    beside = None if entry is None or entry.yaml_path is None else entry.yaml_path.parent
+    if folder is not None and beside is not None and beside.is_relative_to(folder):
+        for path in sorted(beside.glob("*.py")):
             digest.update(path.read_bytes())
     return digest.hexdigest()
