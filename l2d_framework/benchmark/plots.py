@@ -69,12 +69,11 @@ def draw(filled: Filled, profile: ProfileFile, path: Path) -> bool:
 
 
 def _drawn(filled: Filled, figure: Figure) -> list[str]:
-    """Columns in which something was measured."""
-    return [
-        name
-        for name in figure.columns or filled.plan.columns
-        if any(filled.cells[number, name].value is not None for number in range(len(filled.plan.rows)))
-    ]
+    """Columns in which something was measured; those of exact numbers, such as parameters, only if asked for."""
+    rows = range(len(filled.plan.rows))
+    if figure.columns is not None:
+        return [name for name in figure.columns if any(filled.cells[i, name].value is not None for i in rows)]
+    return [name for name in filled.plan.columns if any(filled.cells[i, name].error is not None for i in rows)]
 
 
 def _lines(filled: Filled, figure: Figure) -> list[Any]:
@@ -100,7 +99,7 @@ def _lines(filled: Filled, figure: Figure) -> list[Any]:
                     colour = _COLOURS[index % len(_COLOURS)]
                     axes.axhline(cell.value, ls=":", lw=1.1, color=colour, label=plan.rows[number].label)
             if figure.log_x:
-                axes.set_xscale("log")
+                _log_axis(axes, sorted({row.x for row in plan.rows if row.x is not None}))
             _label(axes, figure, name)
 
         return paint
@@ -194,6 +193,12 @@ def _heatmap(matrix: Sequence[Sequence[float]], figure: Figure) -> Any:
         axes.set_ylabel(figure.y)
 
     return paint
+
+
+def _log_axis(axes: Any, places: Sequence[float]) -> None:
+    axes.set_xscale("log")
+    axes.set_xticks(places, [f"{place:g}" for place in places], fontsize=8)
+    axes.minorticks_off()
 
 
 def _style(index: int) -> dict[str, Any]:
