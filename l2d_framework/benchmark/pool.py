@@ -8,11 +8,12 @@ import os
 import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 from l2d_framework.benchmark.jobs import Job
 from l2d_framework.errors import L2DError
@@ -61,17 +62,48 @@ def run_jobs(jobs: dict[str, Job], surroundings: Surroundings, notify: Callable[
     Returns:
         By key, why jobs failed, those among them that need a failed one.
     """
-    failures: dict[str, str] = {}
-    finished = {key for key, job in jobs.items() if job.is_done}
-    waiting = _needed(jobs, finished)
+    board = _Board(jobs, notify)
     if surroundings.workers == 0:
-        for key in waiting:
-            if not _blocked(jobs[key], jobs, failures, notify):
-                notify(Event("started", key))
-                _note(_do(jobs[key], notify), failures, notify)
-        return failures
-    _in_processes(jobs, finished, waiting, surroundings, failures, notify)
-    return failures
+        while (key := board.take()) is not None:
+            board.note(_do(jobs[key], notify))
+    else:
+        _in_processes(board, surroundings)
+    return board.failures
+
+
+class _Board:
+    """What is to be done, what is done, and what failed."""
+
+    def __init__(self, jobs: dict[str, Job], notify: Callable[[Event], None]) -> None:
+        self.jobs, self.notify = jobs, notify
+        self.failures: dict[str, str] = {}
+        self._finished = {key for key, job in jobs.items() if job.is_done}
+        self.waiting = _needed(jobs, self._finished)
+
+    def take(self) -> str | None:
+        """The next job that can be done now; those that need a failed one fail."""
+        for key in list(self.waiting):
+            broken = next((need for need in self.jobs[key].needs if need in self.failures), None)
+            if broken is not None:
+                self.waiting.remove(key)
+                # The first cause, not the chain that led from it.
+                cause = self.failures[broken]
+                is_first = not cause.startswith("could not ")
+                text = f"could not {self.jobs[broken].title}: {cause}" if is_first else cause
+                self.note(Event("failed", key, text=text))
+        ready = next((key for key in self.waiting if self._finished.issuperset(self.jobs[key].needs)), None)
+        if ready is not None:
+            self.waiting.remove(ready)
+            self.notify(Event("started", ready))
+        return ready
+
+    def note(self, event: Event) -> None:
+        """Take note of an event."""
+        if event.kind == "failed":
+            self.failures[event.key] = event.text
+        elif event.kind == "done":
+            self._finished.add(event.key)
+        self.notify(event)
 
 
 def _needed(jobs: dict[str, Job], finished: set[str]) -> list[str]:
@@ -82,24 +114,6 @@ def _needed(jobs: dict[str, Job], finished: set[str]) -> list[str]:
         if key not in finished and (key in wanted or key not in means):
             wanted |= {key, *jobs[key].needs} - finished
     return [key for key in jobs if key in wanted]
-
-
-def _blocked(job: Job, jobs: Mapping[str, Job], failures: dict[str, str], notify: Callable[[Event], None]) -> bool:
-    broken = next((need for need in job.needs if need in failures), None)
-    if broken is None:
-        return False
-    # The first cause, not the chain that led from it.
-    cause = failures[broken] if failures[broken].startswith("could not ") else None
-    _note(
-        Event("failed", job.key, text=cause or f"could not {jobs[broken].title}: {failures[broken]}"), failures, notify
-    )
-    return True
-
-
-def _note(event: Event, failures: dict[str, str], notify: Callable[[Event], None]) -> None:
-    if event.kind == "failed":
-        failures[event.key] = event.text
-    notify(event)
 
 
 def _do(job: Job, notify: Callable[[Event], None]) -> Event:
@@ -128,8 +142,9 @@ class _Worker:
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
         # Torch and OpenMP read these when they are imported, in the process that is started here.
-        with _environment({"OMP_NUM_THREADS": str(surroundings.threads)}):
-            self.process = context.Process(target=_serve, args=(theirs, surroundings), daemon=True)
+        with _environment("OMP_NUM_THREADS", str(surroundings.threads)):
+            # No daemon, since those may not start processes of their own, as data loaders do.
+            self.process = context.Process(target=_serve, args=(theirs, surroundings))
             self.process.start()
         theirs.close()
         self.key: str | None = None
@@ -145,51 +160,32 @@ class _Worker:
         self.process.join()
 
 
-class _environment:
-    def __init__(self, values: Mapping[str, str]) -> None:
-        self._values = values
-
-    def __enter__(self) -> None:
-        self._before = {name: os.environ.get(name) for name in self._values}
-        os.environ.update(self._values)
-
-    def __exit__(self, *error: Any) -> None:
-        for name, value in self._before.items():
-            os.environ.pop(name) if value is None else os.environ.update({name: value})
-
-
-def _in_processes(
-    jobs: Mapping[str, Job],
-    finished: set[str],
-    waiting: list[str],
-    surroundings: Surroundings,
-    failures: dict[str, str],
-    notify: Callable[[Event], None],
-) -> None:
-    workers = [_Worker(surroundings) for _ in range(min(surroundings.workers, len(waiting)))]
+@contextmanager
+def _environment(name: str, value: str) -> Iterator[None]:
+    before = os.environ.get(name)
+    os.environ[name] = value
     try:
-        while waiting or any(worker.key for worker in workers):
-            for key in [key for key in waiting if _blocked(jobs[key], jobs, failures, notify)]:
-                waiting.remove(key)
+        yield
+    finally:
+        os.environ.pop(name) if before is None else os.environ.update({name: before})
+
+
+def _in_processes(board: _Board, surroundings: Surroundings) -> None:
+    workers = [_Worker(surroundings) for _ in range(min(surroundings.workers, len(board.waiting)))]
+    try:
+        while board.waiting or any(worker.key for worker in workers):
             for worker in workers:
-                ready = next((key for key in waiting if finished.issuperset(jobs[key].needs)), None)
-                if worker.key is None and ready is not None:
-                    waiting.remove(ready)
-                    notify(Event("started", ready))
-                    worker.start(jobs[ready])
+                if worker.key is None and (key := board.take()) is not None:
+                    worker.start(board.jobs[key])
             busy = {worker.pipe: number for number, worker in enumerate(workers) if worker.key}
-            for pipe in wait(list(busy)):
+            for pipe in wait(list(busy)) if busy else ():
                 number = busy[pipe]  # type: ignore[index]
                 event = _hear(workers[number])
-                if event.kind == "running":
-                    notify(event)
-                    continue
-                if event.kind == "done":
-                    finished.add(event.key)
-                workers[number].key = None
-                _note(event, failures, notify)
-                if not workers[number].process.is_alive():
-                    workers[number] = _Worker(surroundings)
+                if event.kind != "running":
+                    workers[number].key = None
+                    if not workers[number].process.is_alive():
+                        workers[number] = _Worker(surroundings)
+                board.note(event)
     finally:
         for worker in workers:
             worker.stop()

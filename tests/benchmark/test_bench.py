@@ -341,14 +341,19 @@ def test_a_run_killed_in_the_middle_goes_on_where_it_was(scene, finished, tmp_pa
 def test_a_process_that_dies_fails_its_job_only(tmp_path):
     jobs: dict[str, Job] = {
         "dies": Touch("dies", "die", tmp_path / "dies", (), code=3),
-        "needs": Touch("needs", "need it", tmp_path / "needs", ("dies",)),
         "lives": Touch("lives", "live", tmp_path / "lives", ()),
         "last": Touch("last", "be last", tmp_path / "last", ("lives",)),
+        "dies too": Touch("dies too", "die again", tmp_path / "dies too", (), code=4),
+        "needs": Touch("needs", "need it", tmp_path / "needs", ("dies too",)),
+        "needs that": Touch("needs that", "need that", tmp_path / "needs that", ("needs",)),
     }
     failures = run_jobs(jobs, Surroundings(workers=1, logs=tmp_path / "logs"), lambda event: None)
+    cause = "could not die again: its process ended with code 4"
     assert failures == {
         "dies": "its process ended with code 3",
-        "needs": "could not die: its process ended with code 3",
+        "dies too": "its process ended with code 4",
+        "needs": cause,
+        "needs that": cause,
     }
     assert (tmp_path / "lives").is_file() and (tmp_path / "last").is_file()
 
