@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from l2d_framework.benchmark.files import bench_folder
+from l2d_framework.benchmark.entries import Entries
 from l2d_framework.benchmark.jobs import DataJob, Job, MeasureJob, ModelJob, digest, make_maker, make_measure
-from l2d_framework.benchmark.kinds import KINDS, MAKERS
-from l2d_framework.benchmark.measure import Measure
 from l2d_framework.benchmark.options import resolved_options
 from l2d_framework.benchmark.references import Reference, references, replaced
 from l2d_framework.benchmark.schema import Model, ProfileFile, Row
-from l2d_framework.config.files import override, read_file
-from l2d_framework.config.validation import validated
 from l2d_framework.errors import ConfigError, suggest
 
 
@@ -37,16 +31,10 @@ class Resolver:
         self._profile, self._out = profile, out.absolute()
         self.jobs: dict[str, Job] = {}
         self._models: dict[tuple[str, int], str] = {}
-        self._runs: dict[str, dict[str, Any]] = {}
+        self._entries = Entries(profile)
         self._open: list[str] = []
         self._checked: dict[str, str | None] = {}
         self._missing: dict[str, str | None] = {}
-        for name, section in profile.measures.items():
-            _known_kind("measures", name, section, KINDS)
-            validated(KINDS[section["kind"]], section, f"measures.{name}")
-        for name, section in profile.data.items():
-            _known_kind("data", name, section, MAKERS)
-            validated(MAKERS[section["kind"]], section, f"data.{name}")
 
     def collect(self, key: str, into: dict[str, Job]) -> None:
         """A job after everything it needs.
@@ -60,26 +48,6 @@ class Resolver:
                 self.collect(need, into)
             into[key] = self.jobs[key]
 
-    def model(self, key: str, where: str) -> Model:
-        """A model of the profile.
-
-        Args:
-            key: of the model.
-            where: what names it, for messages.
-
-        Returns:
-            What the profile says of it.
-
-        Raises:
-            ConfigError: if there is none.
-        """
-        if key not in self._profile.models:
-            hint = suggest(key, self._profile.models) or "."
-            raise ConfigError(
-                f"{where}: the profile has no model {key!r}{hint} Add it there, as `no_data: why` where there is none."
-            )
-        return self._profile.models[key]
-
     def missing(self, row: Row, column: str) -> str | None:
         """Why a row has no number in a column.
 
@@ -92,11 +60,11 @@ class Resolver:
         """
         key, name = _model_key(row, column), str(self._profile.columns[column].measure)
         where = f"row {row.label!r}, column {column!r}"
-        section = self._section(name)
+        section = self._entries.measure(name)
         # Looked at whatever else is missing, since it may be wrong.
         if name not in self._checked:
-            self._checked[name] = self._measure(name).check()
-        model = self.model(key, where)
+            self._checked[name] = make_measure(section).check()
+        model = self._entries.model(key, where)
         below = [section, row.options, row.column_options.get(column, {}), model.options]
         return self.missing_model(key, where) or self._missing_below(below, where) or self._checked[name]
 
@@ -110,7 +78,7 @@ class Resolver:
         Returns:
             What is missing; None if nothing is.
         """
-        model = self.model(key, where)
+        model = self._entries.model(key, where)
         if key not in self._missing:
             self._missing[key] = None  # for one that starts from itself, which `model_job` refuses
             self._missing[key] = self._missing_for(key, model)
@@ -123,7 +91,7 @@ class Resolver:
             return model.no_data
         if model.pretrained is not None:
             return None if is_reachable(model.pretrained, "model") else f"model {model.pretrained} cannot be reached"
-        raw = self._raw(key, model)
+        raw = self._entries.run(key)
         if (reason := self._missing_below(raw, f"models.{key}")) is not None:
             return reason
         base = (raw.get("model") or {}).get("base")
@@ -142,7 +110,7 @@ class Resolver:
             if found.kind == "model":
                 reason = self.missing_model(found.key, where)
             else:
-                reason = make_maker(self._data(found.key, where)).missing()
+                reason = make_maker(self._entries.data(found.key, where)).missing()
             if reason is not None:
                 return reason
         return None
@@ -169,7 +137,7 @@ class Resolver:
         if key in self._open:
             raise ConfigError(f"models.{key} starts from itself, through {' -> '.join([*self._open, key])}. Mend it.")
         self._open.append(key)
-        raw = self._raw(key, model) | {"seed": seed}
+        raw = self._entries.run(key) | {"seed": seed}
         raw.pop("output_dir", None)
         needs = self._needs(raw, seed, f"models.{key}")
         try:
@@ -199,11 +167,11 @@ class Resolver:
             ConfigError: if an option is unknown or does not fit the model.
         """
         column, key = self._profile.columns[name], _model_key(row, name)
-        model = self.model(key, f"row {row.label!r}")
+        model = self._entries.model(key, f"row {row.label!r}")
         own_needs = self._own_needs(key, model, seed)
         options = self._options(row, name, model)
-        resolved = resolved_options(options, self._raw(key, model), f"row {row.label!r}, column {name!r}")
-        section = self._section(str(column.measure))
+        resolved = resolved_options(options, self._entries.run(key), f"row {row.label!r}, column {name!r}")
+        section = self._entries.measure(str(column.measure))
         names = make_measure(section).metrics()
         if names is not None and (column.metric or names[0]) not in names:
             hint = suggest(str(column.metric), names) or f", there are {', '.join(names)}."
@@ -243,7 +211,7 @@ class Resolver:
 
     def _options(self, row: Row, column: str, model: Model) -> dict[str, Any]:
         key = _model_key(row, column)
-        plain = {"num_inference_steps": 0} if self._raw(key, model).get("kind") == "language_model" else {}
+        plain = {"num_inference_steps": 0} if self._entries.run(key).get("kind") == "language_model" else {}
         pinned = {} if model.revision is None else {"revision": model.revision}
         own = row.options | row.column_options.get(column, {})
         return self._profile.options | plain | pinned | model.options | own
@@ -257,16 +225,11 @@ class Resolver:
             if found.kind == "data":
                 needs.append(self._data_job(found.key, where))
             else:
-                needs += self._own_needs(found.key, self.model(found.key, where), seed)
+                needs += self._own_needs(found.key, self._entries.model(found.key, where), seed)
         return tuple(dict.fromkeys(needs))
 
-    def _data(self, key: str, where: str) -> dict[str, Any]:
-        if key not in self._profile.data:
-            raise ConfigError(f"{where}: the profile makes no data {key!r}{suggest(key, self._profile.data) or '.'}")
-        return self._profile.data[key]
-
     def _data_job(self, key: str, where: str) -> str:
-        section = self._data(key, where)
+        section = self._entries.data(key, where)
         job = f"data-{key}-{digest(section)}"
         self.jobs[job] = DataJob(job, f"make {key}", self._out / "data" / job.removeprefix("data-"), (), section)
         return job
@@ -275,7 +238,7 @@ class Resolver:
         """What names an entry wherever it lies."""
         if found.kind == "data":
             return self._data_job(found.key, "a reference")
-        model = self.model(found.key, "a reference")
+        model = self._entries.model(found.key, "a reference")
         return f"{model.pretrained}@{model.revision}" if model.run is None else self.model_job(found.key, seed)
 
     def _place(self, found: Reference, seed: int) -> str:
@@ -283,37 +246,6 @@ class Resolver:
             return str(self._profile.models[found.key].pretrained)
         return str(self.jobs[self._name(found, seed)].output)
 
-    def _section(self, name: str) -> dict[str, Any]:
-        if name not in self._profile.measures:
-            hint = suggest(name, self._profile.measures) or "."
-            raise ConfigError(f"A column names the measure {name!r}, which the profile lacks{hint} Add or correct it.")
-        return self._profile.measures[name]
-
-    def _measure(self, name: str) -> Measure:
-        return make_measure(self._section(name))
-
-    def _raw(self, key: str, model: Model) -> dict[str, Any]:
-        if key not in self._runs:
-            self._runs[key] = {} if model.run is None else self._read(key, model)
-        return dict(self._runs[key])
-
-    def _read(self, key: str, model: Model) -> dict[str, Any]:
-        data = read_file(bench_folder() / str(model.run))
-        stages = data.get("stages")
-        count = 0 if stages is None else len(stages)
-        if (model.stage is None) != (stages is None) or not 0 <= (model.stage or 0) < max(1, count):
-            has = "one run, so leave stage out" if stages is None else f"{count} stages; name one, from 0"
-            raise ConfigError(f"models.{key}: {model.run} holds {has}.")
-        run: Mapping[str, Any] = data if stages is None else stages[int(model.stage or 0)]
-        return override(dict(run), [f"{name}={json.dumps(value)}" for name, value in model.set.items()])
-
 
 def _model_key(row: Row, column: str) -> str:
     return row.column_models.get(column, str(row.model))
-
-
-def _known_kind(where: str, name: str, section: Mapping[str, Any], known: Mapping[str, Any]) -> None:
-    kind = section.get("kind")
-    if kind not in known:
-        hint = suggest(str(kind), known) or f", known are {', '.join(known)}."
-        raise ConfigError(f"{where}.{name}.kind: unknown, got {kind!r}{hint}")
