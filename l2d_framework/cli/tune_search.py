@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -71,18 +72,14 @@ def tune_search(
         "temperatures": _numbers("temperatures", temperatures, least=0.0),
     }
 
-    from lm_eval.utils import simple_parse_args_string
     from rich.console import Console
 
-    from l2d_framework.evaluation.lm_eval.adapter import L2DLM
-    from l2d_framework.evaluation.search import OPTIONS
-    from l2d_framework.evaluation.search_tuning import Question, grid, tune
+    from l2d_framework.evaluation.search_tuning import Question, grid, open_model, tune
 
-    options: dict[str, Any] = simple_parse_args_string(model_args)
-    if given := sorted(set(options) & set(OPTIONS)):
-        raise ConfigError(f"--model_args names {given}, which this command is to choose. Leave them out.")
     settings = grid(beams, *values.values())
-    lm = L2DLM(**{"batch_size": 1, **({} if device is None else {"device": device}), **options})
+    lm = open_model(model_args, device)
+    # The harness warns at every row that options replace those of the task, which is what is wanted.
+    logging.getLogger("lm_eval.evaluator").setLevel(logging.ERROR)
     names = [name for name in tasks.split(",") if name]
     question = Question(names, limit, metric, num_fewshot, apply_chat_template, include_path, confirm_run_unsafe_code)
     chosen = tune(lm, question, settings, out=out, track=_track)
@@ -119,7 +116,9 @@ def _tables(out: Path, chosen: dict[str, Any]) -> Iterator[Table]:
     for task, where in found["identity"]["tasks"].items():
         rows = sorted((row for row in found["rows"] if row["task"] == task), key=lambda row: -row["score"])
         title = f"{task}: {rows[0]['items']} items of {where['split']}, category {where['category']}"
-        table = Table(*names, rows[0]["metric"], "standard error", "", box=box.SIMPLE_HEAD, title=title)
+        table = Table(
+            "power", "penalty", "temperature", rows[0]["metric"], "± error", "", box=box.SIMPLE_HEAD, title=title
+        )
         for number, row in enumerate(rows):
             is_chosen = row["settings"] == chosen[where["category"]]
             if number < _SHOWN or is_chosen:

@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from lm_eval import simple_evaluate
+from lm_eval.utils import simple_parse_args_string
 
 from l2d_framework.errors import ConfigError
 from l2d_framework.evaluation.lm_eval.adapter import L2DLM
 from l2d_framework.evaluation.lm_eval.harness import task_manager
 from l2d_framework.evaluation.lm_eval.source import HINT
-from l2d_framework.evaluation.search import PREFIX, Search
+from l2d_framework.evaluation.search import OPTIONS, PREFIX, Search
 
 Track = Callable[[Sequence[Any]], Iterable[Any]]
 """Passes what is left to do through and shows how far it is."""
@@ -123,6 +124,25 @@ class Tuning:
         stage = self.path.with_name(self.path.name + ".part")
         stage.write_text(text + "\n", encoding="utf-8")
         os.replace(stage, self.path)
+
+
+def open_model(arguments: str, device: str | None = None) -> L2DLM:
+    """The model of `--model_args`; its weights are loaded later.
+
+    Args:
+        arguments: such as `pretrained=PATH,num_inference_steps=7`.
+        device: where it is to run; the GPU when there is one for None.
+
+    Returns:
+        The model.
+
+    Raises:
+        ConfigError: if they say how to search.
+    """
+    options: dict[str, Any] = simple_parse_args_string(arguments)
+    if given := sorted(set(options) & set(OPTIONS)):
+        raise ConfigError(f"--model_args names {given}, which this command is to choose. Leave them out.")
+    return L2DLM(**({} if device is None else {"device": device}), **options)
 
 
 def open_tasks(question: Question) -> list[Trained]:
@@ -234,7 +254,7 @@ def _measure(lm: L2DLM, question: Question, trained: Trained, settings: Search) 
         apply_chat_template=question.is_chat,
         fewshot_as_multiturn=question.is_chat,
         task_manager=task_manager(trained.name, question.folder),  # a new one takes ten seconds
-        bootstrap_iters=0,
+        bootstrap_iters=100,  # only for metrics that are no means over items; none at all would drop every error
         log_samples=False,
         confirm_run_unsafe_code=question.runs_code,
     )
