@@ -304,6 +304,27 @@ def test_a_class_hint_serves_models_that_know_it_and_stops_no_other(opened, capl
         opened().generate_until(to_generate(class_hint=3))
 
 
+def test_a_guided_model_waits_for_the_class_of_each_task(opened):
+    guided = opened(guidance_scale=1.5)
+    for ask in (lambda: guided.loglikelihood(to_score()), lambda: guided.generate_until(to_generate())):
+        with pytest.raises(ConfigError, match=r"class_name=NAME to --gen_kwargs.*\['math', 'code'\].*class_hint"):
+            ask()
+    assert guided._diffusion is None
+    chosen = opened().generate_until(to_generate(class_name="code", guidance_scale=1.5))
+    assert guided.generate_until(to_generate(class_hint="code")) == chosen
+    with pytest.raises(ConfigError, match="trained with class labels"):
+        opened("tess", guidance=[{"name": "classifier_free", "scale": 1.5}])
+
+
+def test_results_say_first_what_was_used(opened):
+    model = opened(seed=3)
+    model.generate_until(to_generate(QUESTIONS[:1], num_inference_steps=3, max_gen_toks=2))
+    found = model.get_model_info()["l2d"]
+    assert (found["num_inference_steps"], found["seed"], found["class_name"]) == (3, 3, None)
+    model.loglikelihood(to_score(QUESTIONS[:1]))
+    assert model.get_model_info()["l2d"]["num_inference_steps"] == [3, 5]
+
+
 def test_a_plain_model_is_evaluated_as_one_only(opened):
     with pytest.raises(CheckpointError, match="num_inference_steps=0"):
         opened("base")

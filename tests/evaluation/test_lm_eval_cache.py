@@ -1,12 +1,14 @@
 """lm_eval's `--use_cache`: resumed is uninterrupted, and answers of others are refused."""
 
 import dataclasses
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 from diffusion_models import diffusion_lm
 from tiny_models import tiny_lm, tiny_tokenizer
+from transformers import AutoTokenizer
 
 pytest.importorskip("lm_eval")
 
@@ -95,6 +97,17 @@ def test_answers_of_other_settings_are_refused(folder, tmp_path, options):
     cached(folder, tmp_path / "answers.db")[1].dbdict.close()
     with pytest.raises(CheckpointError, match=r"differ in.*--use_cache"):
         cached(folder, tmp_path / "answers.db", **options)
+
+
+def test_a_model_that_moved_is_the_same_and_another_tokenizer_is_not(folder, tmp_path):
+    cached(folder, tmp_path / "answers.db")[1].dbdict.close()
+    shutil.copytree(folder.parent / "base", tmp_path / "base")
+    cached(folder, tmp_path / "answers.db", base=str(tmp_path / "base"))[1].dbdict.close()
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "base")
+    tokenizer.add_tokens(["Hello"])
+    tokenizer.save_pretrained(tmp_path / "base")
+    with pytest.raises(CheckpointError, match=r"differ in \['tokenizer'\]"):
+        cached(folder, tmp_path / "answers.db", base=str(tmp_path / "base"))
 
 
 def test_answers_of_another_model_are_refused(folder, tmp_path):

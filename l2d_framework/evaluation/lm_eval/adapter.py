@@ -69,6 +69,8 @@ class L2DLM(Generating):
                 "an answer together. Choose tasks that generate, or add scoring=pseudo to --model_args for a "
                 "pseudo-likelihood of multiple-choice answers."
             )
+        if self.scoring != MAIN:
+            self.source.check_class(self.settings, self.options.get(CLASS))
 
     def _remembered(self, kind: str, requests: Sequence[Any], compute: Any, quiet: bool) -> list[Any]:
         # Processes wait for each other inside rolling likelihoods, so each must take part.

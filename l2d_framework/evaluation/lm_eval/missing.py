@@ -9,10 +9,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from l2d_framework.errors import ConfigError, DataError, L2DError, PluginError
+from l2d_framework.errors import ConfigError, DataError, L2DError, PluginError, suggest
 
 _UNREACHED = re.compile(r"Couldn't reach '([^']+)' on the Hub|Dataset '([^']+)' doesn't exist on the Hub")
 _UNSAFE = re.compile(r"run task: (\S+) which is marked as unsafe")
+_UNKNOWN = re.compile(r"^Tasks not found: (.+)$")
 _SENTENCES = "tokenizers/punkt_tab/english"
 
 
@@ -48,9 +49,22 @@ def _explain(error: BaseException) -> L2DError | None:
                 f"The task {unsafe[1]!r} runs programs that the model writes. If you agree, pass "
                 "--confirm_run_unsafe_code."
             )
+        if unknown := _UNKNOWN.match(str(error)):
+            return ConfigError(_unknown_tasks([name.strip() for name in unknown[1].split(",")]))
     if isinstance(error, ModuleNotFoundError) and error.name and (extra := _extra(error.name)):
         return PluginError(f"A task needs {error.name!r}, which is not installed. Run: pip install 'lm_eval[{extra}]'")
     return None
+
+
+def _unknown_tasks(names: list[str]) -> str:
+    from lm_eval.tasks import TaskManager
+
+    known = TaskManager().all_tasks
+    said = "; ".join(f"{name!r}{suggest(name, known)}" for name in names)
+    return (
+        f"lm_eval knows no task {said}. `lm_eval ls tasks` lists all; tasks of your own need --include_path FOLDER, or "
+        "the path of their YAML file."
+    )
 
 
 def _extra(module: str) -> str | None:

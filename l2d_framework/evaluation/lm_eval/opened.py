@@ -23,7 +23,7 @@ from l2d_framework.evaluation.lm_eval.missing import check_sentence_data
 from l2d_framework.evaluation.lm_eval.options import PASSED, check_model_options, diffusing
 from l2d_framework.evaluation.lm_eval.provenance import data_sources, named_tasks
 from l2d_framework.evaluation.lm_eval.scoring import MAIN, METHODS, MIXTURE, PSEUDO
-from l2d_framework.evaluation.lm_eval.source import CLASS, Source
+from l2d_framework.evaluation.lm_eval.source import CLASS, Source, tokenizer_fingerprint
 from l2d_framework.evaluation.search import check_search, split_options
 from l2d_framework.evaluation.start_up import steps
 from l2d_framework.model import DiffusionLM
@@ -32,6 +32,10 @@ from l2d_framework.prompts import TEMPLATE_DATE
 _LOGGER = logging.getLogger(__name__)
 _AUTO_ON_CPU = 8
 """Batch size `auto` where memory that runs out ends the process instead of raising an error."""
+
+
+_HEADLINES = ("solver", "num_inference_steps", "guidance", "seed", CLASS)
+"""Settings that results.json says first, as they were used; a list where tasks used several."""
 
 
 class _Unloaded:
@@ -180,7 +184,7 @@ class Opened(HFLM):  # type: ignore[misc]
             "add_bos_token": self.add_bos_token,
             "prefix_token": self.prefix_token_id,
             "think_end_token": self.think_end_token,
-            "tokenizer": self.tokenizer.name_or_path,
+            "tokenizer": tokenizer_fingerprint(self.tokenizer),
             **({"search": self.search} if self.search else {}),
         }
 
@@ -197,10 +201,14 @@ class Opened(HFLM):  # type: ignore[misc]
         for task in tasks:
             route(task)
             check_sentence_data(task)
+        folders: dict[str, list[str]] = {}
         for name, found in data_sources(tasks).items():
             self._tasks[name] = found
-            if found["local_folder"] and self.rank == 0:
-                _LOGGER.warning("Task %s: data come from %s, not from the hub.", name, found["local_folder"])
+            if found["local_folder"]:
+                folders.setdefault(found["local_folder"], []).append(name)
+        for folder, served in folders.items():
+            if self.rank == 0:
+                _LOGGER.warning("Data of %s come from %s, not from the hub.", ", ".join(served), folder)
 
     def _count(self, name: str) -> None:
         self._states[name] = self._gather(self.meters[name].state())
@@ -229,13 +237,13 @@ class Opened(HFLM):  # type: ignore[misc]
         reads_main = self.source.empty.identity_at_zero
         costs = {name: meter.report(self._states[name], reads_main=reads_main) for name, meter in self.meters.items()}
         settings = self.settings.model_dump(mode="json")
+        used = list(self._used.values())
+        if not used or any(state[0] for state in self._states["scoring"]):
+            used.append(settings | {CLASS: self.options.get(CLASS)})
         return dict(super().get_model_info()) | {
             "l2d": self.source.identity()
             | {
-                "solver": settings["solver"],
-                "num_inference_steps": settings["num_inference_steps"],
-                "guidance": settings["guidance"],
-                "seed": settings["seed"],
+                **{name: _only([one[name] for one in used]) for name in _HEADLINES},
                 "sampling": settings,
                 "sampling_of_generation": list(self._used.values()),
                 "search": self.search,
@@ -246,6 +254,12 @@ class Opened(HFLM):  # type: ignore[misc]
                 "data": self._tasks,
             }
         }
+
+
+def _only(values: list[Any]) -> Any:
+    """What all values are, or a list of those that there are."""
+    distinct = [value for number, value in enumerate(values) if value not in values[:number]]
+    return distinct[0] if len(distinct) == 1 else distinct
 
 
 def _positive(name: str, value: Any) -> int:

@@ -154,7 +154,8 @@ class Source:
         if label is not None and label not in self.classes:
             hint = suggest(str(label), self.classes) or "."
             raise ConfigError(f"Unknown {CLASS} {label!r}{hint} This model knows {self.classes}.")
-        check_sampling(found, num_classes=self._backbone.num_classes, has_condition=label is not None)
+        # Whether a class is named, only a request can tell.
+        check_sampling(found, num_classes=self._backbone.num_classes, has_condition=True)
         for guidance in found.guidance:
             guidance.check(self.tokenizer)
         if found.num_inference_steps == 0 and not self.empty.identity_at_zero:
@@ -168,6 +169,24 @@ class Source:
                 "or evaluate it as the plain language model it is with num_inference_steps=0."
             )
         return found
+
+    def check_class(self, settings: SamplingSection, label: str | None) -> None:
+        """Refuse a guidance towards a class that nobody named.
+
+        Args:
+            settings: of a request.
+            label: its class.
+
+        Raises:
+            ConfigError: if it is missing.
+        """
+        for guidance in settings.guidance:
+            if label is None and guidance.needs_classes and guidance.scale != guidance.neutral_scale:
+                raise ConfigError(
+                    f"Guidance {guidance.component_name()!r} with scale {guidance.scale:g} guides towards a class, and "
+                    f"none is named. Add {CLASS}=NAME to --gen_kwargs or --model_args, one of {self.classes}, or leave "
+                    f"{SCALE} out. A task proposes a class as {HINT}."
+                )
 
     def load(self, device: Any) -> DiffusionLM:
         """Load the weights.
@@ -200,6 +219,23 @@ class Source:
             "l2d_framework": version("l2d-framework"),
             "plugins": _plugins(),
         }
+
+
+def tokenizer_fingerprint(tokenizer: Any) -> str:
+    """What tells a tokenizer from others, wherever it lies.
+
+    Args:
+        tokenizer: of transformers.
+
+    Returns:
+        Hexadecimal digest.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    said = [
+        sorted(tokenizer.get_vocab().items()) if backend is None else backend.to_str(),
+        tokenizer.special_tokens_map,
+    ]
+    return hashlib.sha256(json.dumps(said, default=str).encode()).hexdigest()
 
 
 def _plugins() -> dict[str, str]:
