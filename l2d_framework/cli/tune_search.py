@@ -33,7 +33,9 @@ def tune_search(
     apply_chat_template: Annotated[
         bool, typer.Option("--apply_chat_template", help="Ask as a conversation, examples as its past.")
     ] = False,
-    include_path: Annotated[Path | None, typer.Option("--include_path", help="Folder with further tasks.")] = None,
+    include_path: Annotated[
+        Path | None, typer.Option("--include_path", help="Folder of task files; the papers'.")
+    ] = None,
     device: Annotated[str | None, typer.Option(help="Such as cuda; the GPU when there is one.")] = None,
     confirm_run_unsafe_code: Annotated[
         bool, typer.Option("--confirm_run_unsafe_code", help="Let tasks run code that the model writes.")
@@ -56,7 +58,7 @@ def tune_search(
         metric: to maximise.
         num_fewshot: examples.
         apply_chat_template: ask as a conversation.
-        include_path: further tasks.
+        include_path: task files.
         device: where to run.
         confirm_run_unsafe_code: consent.
 
@@ -74,6 +76,7 @@ def tune_search(
 
     from rich.console import Console
 
+    from l2d_framework.evaluation import protocols
     from l2d_framework.evaluation.search_tuning import Question, grid, open_model, tune
 
     settings = grid(beams, *values.values())
@@ -81,7 +84,15 @@ def tune_search(
     # The harness warns at every row that options replace those of the task, which is what is wanted.
     logging.getLogger("lm_eval.evaluator").setLevel(logging.ERROR)
     names = [name for name in tasks.split(",") if name]
-    question = Question(names, limit, metric, num_fewshot, apply_chat_template, include_path, confirm_run_unsafe_code)
+    question = Question(
+        names,
+        limit,
+        metric,
+        num_fewshot,
+        apply_chat_template,
+        include_path or protocols.folder(),
+        confirm_run_unsafe_code,
+    )
     chosen = tune(lm, question, settings, out=out, track=_track)
     console = Console()
     for table in _tables(out, chosen):
