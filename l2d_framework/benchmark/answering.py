@@ -54,11 +54,11 @@ class Answerer:
         self.batch_size = subject.batch_size if isinstance(subject.batch_size, int) else _DEFAULT_BATCH
 
     def ask(self, prompts: Sequence[Prompt], canvas: int) -> list[Answer]:
-        """Answer prompts, those of similar length together.
+        """Answer prompts, those of equal length together, so that an answer does not depend on its batch mates.
 
         Args:
             prompts: texts or conversations.
-            canvas: tokens of prompt and answer together, shared by a batch as far as its longest prompt allows.
+            canvas: tokens of prompt and answer together.
 
         Returns:
             One answer per prompt, in order.
@@ -74,12 +74,13 @@ class Answerer:
             raise DataError(
                 f"A prompt has {max(lengths)} tokens and leaves no room on a canvas of {canvas}. Raise canvas."
             )
-        order = sorted(range(len(prompts)), key=lengths.__getitem__)
         found: dict[int, Answer] = {}
-        for start in range(0, len(order), self.batch_size):
-            part = order[start : start + self.batch_size]
-            room = canvas - max(lengths[i] for i in part)
-            found |= dict(zip(part, self._batch([prompts[i] for i in part], room), strict=True))
+        for length in sorted(set(lengths)):
+            equal = [i for i, own in enumerate(lengths) if own == length]
+            for start in range(0, len(equal), self.batch_size):
+                part = equal[start : start + self.batch_size]
+                answers = self._batch([prompts[i] for i in part], canvas - length)
+                found |= dict(zip(part, answers, strict=True))
         return [found[i] for i in range(len(prompts))]
 
     def go_on(self, prefixes: Sequence[Sequence[int]], length: int) -> list[str]:

@@ -25,7 +25,8 @@ _EQUATION = re.compile(r"<<(\d+[-+*/]\d+)=(\d+)>>")
 _MARKS = re.compile(r"<<.*?>>")
 _SENTENCES = re.compile(r"(?<=[.?!])\s+")
 _REPEATED = 2
-_CORRUPTED = 0.3
+_CORRUPTED = 0.5
+_Corrupt = Callable[[str, Sequence[str], random.Random], str]
 
 
 class Split(NamedTuple):
@@ -52,7 +53,8 @@ class TessTexts(Maker):
 
     Writes `corpus.jsonl` (`text`), `tune.jsonl`, `trial_KIND.jsonl` and `held_out_KIND.jsonl` (`prompt`, `completion`),
     `documents.jsonl` (`text`, questions of GSM8K's test split) and, for two reward models that share no prompt,
-    `preferences.jsonl` and `preferences_held_out.jsonl` (`prompt`, `chosen`, `rejected`).
+    `preferences.jsonl` and `preferences_held_out.jsonl` (`prompt`, `chosen`, `rejected`): true continuations against
+    such with jumbled letters, or with words made of the parts of two.
     """
 
     kind: Literal["tess_texts"] = "tess_texts"
@@ -81,8 +83,8 @@ class TessTexts(Maker):
         write_rows(folder / "documents.jsonl", [{"text": text} for text in questions])
         stories = splits["stories"].train
         half = len(stories) // 2
-        write_rows(folder / "preferences.jsonl", _preferences(stories[:half], _replace, self.seed))
-        write_rows(folder / "preferences_held_out.jsonl", _preferences(stories[half:], _shuffle, self.seed))
+        write_rows(folder / "preferences.jsonl", _preferences(stories[:half], _jumbled, self.seed))
+        write_rows(folder / "preferences_held_out.jsonl", _preferences(stories[half:], _spliced, self.seed))
 
     def splits(self) -> dict[str, Split]:
         """All rows by kind.
@@ -93,7 +95,7 @@ class TessTexts(Maker):
         return {
             "numbers": self._drawn("numbers", _one_of_nine),
             "sorting": self._drawn("sorting", _in_order),
-            "equations": self._equations(),
+            "equations": self.equations(),
             "stories": self._stories(),
         }
 
@@ -132,7 +134,12 @@ class TessTexts(Maker):
             found.update([draw(chance)])
         return self._split(_pairs(list(found.items())))
 
-    def _equations(self) -> Split:
+    def equations(self) -> Split:
+        """Expressions in solutions of GSM8K and their values; those of training solutions come as often as there.
+
+        Returns:
+            The rows.
+        """
         seen: list[tuple[str, str]] = []
         new: list[tuple[str, str]] = []
         for split in ("train", "validation", "test"):
@@ -193,25 +200,24 @@ def _rows(path: str, name: str | None, split: str) -> Any:
     return load_rows(RowSource(path=path, name=name, split=split))[0]
 
 
-def _preferences(
-    stories: Sequence[Row], corrupt: Callable[[list[str], list[str], random.Random], None], seed: int
-) -> list[Row]:
-    # Every true continuation against one of another story, and against itself corrupted.
+def _preferences(stories: Sequence[Row], corrupt: _Corrupt, seed: int) -> list[Row]:
     chance = random.Random(seed)
     words = [word for row in stories for word in row["completion"].split()]
     found = []
-    for row in stories:
+    for row in stories * _REPEATED:
         own = row["completion"].split()
-        corrupt(own, words, chance)
-        for rejected in (chance.choice(stories)["completion"], " " + " ".join(own)):
-            if rejected != row["completion"]:
-                found.append({"prompt": row["prompt"], "chosen": row["completion"], "rejected": rejected})
+        rejected = " " + " ".join(
+            corrupt(word, words, chance) if chance.random() < _CORRUPTED else word for word in own
+        )
+        if rejected != row["completion"]:
+            found.append({"prompt": row["prompt"], "chosen": row["completion"], "rejected": rejected})
     return found
 
 
-def _replace(own: list[str], words: list[str], chance: random.Random) -> None:
-    own[:] = [chance.choice(words) if chance.random() < _CORRUPTED else word for word in own]
+def _jumbled(word: str, words: Sequence[str], chance: random.Random) -> str:
+    return "".join(chance.sample(word, len(word)))
 
 
-def _shuffle(own: list[str], words: list[str], chance: random.Random) -> None:
-    chance.shuffle(own)
+def _spliced(word: str, words: Sequence[str], chance: random.Random) -> str:
+    first, second = chance.choice(words), chance.choice(words)
+    return first[: (len(first) + 1) // 2] + second[len(second) // 2 :]
