@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from l2d_framework.benchmark.agreement import AgreementMeasure
+from l2d_framework.benchmark.l2d_data import L2DQuestions
 from l2d_framework.benchmark.loss import LossMeasure
 from l2d_framework.benchmark.makers import DemoQuestions, Maker
 from l2d_framework.benchmark.masked_model import MaskedModel
@@ -36,6 +37,7 @@ MAKERS: dict[str, type[Maker]] = {
     "templated": TemplatedRows,
     "given_rows": GivenRows,
     "data_set_rows": DataSetRows,
+    "l2d_questions": L2DQuestions,
     "tess_texts": TessTexts,
     "masked_model": MaskedModel,
 }
