@@ -25,7 +25,7 @@ def marked_number(text: str) -> str | None:
     Returns:
         The number as written, or None without a marked number.
 
-    Source: Cetin et al. 2025, arXiv:2505.16776, evaluation on GSM8K; its text prints three signs, the data have four.
+    Source: Cetin et al. 2025, arXiv:2501.15781, evaluation on GSM8K; its text prints three signs, the data have four.
     """
     found = _MARKED.search(text)
     number = "" if found is None else found[1].replace(",", "")
@@ -66,7 +66,7 @@ def math_answer(text: str) -> str | None:
     Returns:
         The answer as written, or None.
 
-    Source: Cetin et al. 2025, arXiv:2505.16776, evaluation on MATH.
+    Source: Cetin et al. 2025, arXiv:2501.15781, evaluation on MATH.
     """
     found = boxed(text)
     if found is not None:
@@ -85,7 +85,7 @@ def same_math(answer: str, reference: str) -> bool:
     Returns:
         True if they are equal as text, as numbers, or as fractions of integers.
 
-    Source: Hendrycks et al. 2021, arXiv:2103.03874; Cetin et al. 2025, arXiv:2505.16776.
+    Source: Hendrycks et al. 2021, arXiv:2103.03874; Cetin et al. 2025, arXiv:2501.15781.
     """
     mine, wanted = _cleaned(answer), _cleaned(reference)
     if mine == wanted:
@@ -130,7 +130,7 @@ def option(text: str, labels: Sequence[str]) -> str | None:
     Returns:
         A label, or None.
 
-    Source: Cetin et al. 2025, arXiv:2505.16776, evaluation on questions with options.
+    Source: Cetin et al. 2025, arXiv:2501.15781, evaluation on questions with options.
     """
     found = re.search(rf"({'|'.join(map(re.escape, labels))})(?![^\W_])", text)
     return None if found is None else found[1]

@@ -47,7 +47,7 @@ def spread_rows(rows: Any) -> Any:
     Returns:
         Five: numbers 0, N // 5, 2 (N // 5) and so on.
 
-    Source: Cetin et al. 2025, arXiv:2505.16776, evaluation on MATH.
+    Source: Cetin et al. 2025, arXiv:2501.15781, evaluation on MATH.
     """
     return rows.select(_spread(rows))
 
