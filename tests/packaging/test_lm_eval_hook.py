@@ -1,6 +1,8 @@
 """The start-up hook: `lm_eval --model l2d` as anyone types it, and nothing changed for anyone else."""
 
+import dataclasses
 import json
+import os
 import subprocess
 import sys
 import sysconfig
@@ -8,10 +10,14 @@ import time
 from pathlib import Path
 
 import pytest
+from diffusion_models import diffusion_lm
+from tiny_models import tiny_lm, tiny_tokenizer
 
 pytest.importorskip("lm_eval")
 
 import l2d_framework
+from l2d_framework.checkpoint import save
+from l2d_framework.config import ModelSection
 
 LM_EVAL = Path(sysconfig.get_path("scripts"), "lm_eval")
 MODELS = "import lm_eval.models, lm_eval.api.registry as r; print(sorted(r.model_registry.keys()))"
@@ -87,6 +93,10 @@ def wheel(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("editable", [False, True])
 def test_the_real_command_in_a_clean_environment(new_environment, wheel, repository, editable):
     environment = new_environment()
+    # Only the packages outside, not what they start Python with: a hook found here is this environment's own.
+    (outer,) = environment.folder.rglob("outer.pth")
+    outer.write_text(sysconfig.get_path("purelib") + "\n")
+    assert "'l2d'" not in environment.run("-c", MODELS).stdout
     pip = [sys.executable, "-m", "pip", "--python", environment.python]
     source = ["--no-build-isolation", "--editable", repository] if editable else [wheel]
     subprocess.run([*pip, "install", "--quiet", "--no-deps", "--no-index", *source], check=True, capture_output=True)
@@ -104,4 +114,48 @@ def test_the_real_command_in_a_clean_environment(new_environment, wheel, reposit
     subprocess.run([*pip, "uninstall", "--quiet", "--yes", "l2d-framework"], check=True, capture_output=True)
     assert not list(environment.folder.rglob("*l2d_lm_eval*"))
     assert environment.run(LM_EVAL, "--help").returncode == 0
-    assert "'dummy'" in environment.run("-c", MODELS).stdout
+    left = environment.run("-c", MODELS).stdout
+    assert "'dummy'" in left and "'hf'" in left and "'l2d'" not in left
+
+
+LAUNCH = (
+    "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision",
+    "no", "--dynamo_backend", "no",
+)  # fmt: skip
+
+
+@pytest.mark.slow
+def test_models_are_evaluated_by_the_real_command(new_environment, wheel, datasets_dir, tmp_path):
+    lm, tokenizer = tiny_lm("llama", max_position_embeddings=4096), tiny_tokenizer()
+    tokenizer.model_max_length = 4096
+    for part in (lm, tokenizer):
+        part.save_pretrained(tmp_path / "base")
+    model = diffusion_lm(lm)
+    section = ModelSection(base=str(tmp_path / "base"), dtype="float32")
+    model.origin = dataclasses.replace(model.origin, model=section)
+    save(model, tmp_path / "l2d")
+    environment = new_environment()
+    (outer,) = environment.folder.rglob("outer.pth")
+    outer.write_text(sysconfig.get_path("purelib") + "\n")
+    environment.install(wheel)
+    both = ("--tasks", "gsm8k,mmlu_pro", "--limit", "2", "--num_fewshot", "0", "--gen_kwargs", "max_gen_toks=4")
+    one = ("--tasks", "gsm8k", *both[2:])
+    l2d = f"pretrained={tmp_path / 'l2d'},num_inference_steps=3"
+    for arguments in (
+        (LM_EVAL, "--model", "l2d", *both),
+        (*LAUNCH, LM_EVAL, "--model", "l2d", "--model_args", l2d, *one),
+        (LM_EVAL, "--model", "hf", "--model_args", f"pretrained={tmp_path / 'base'}", *one),
+        (LM_EVAL, "--model", "dummy", *one),
+    ):
+        found = subprocess.run(
+            [environment.python, *arguments],
+            cwd=datasets_dir,
+            env=os.environ | {"PYTHONSAFEPATH": "1", "L2D_PRETRAINED": str(tmp_path / "l2d")},
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+        assert found.returncode == 0, found.stderr
+        # Two processes print one table.
+        assert found.stdout.count("strict-match") == 1

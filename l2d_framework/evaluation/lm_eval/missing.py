@@ -60,9 +60,9 @@ def _unknown_tasks(names: list[str]) -> str:
     from lm_eval.tasks import TaskManager
 
     known = TaskManager().all_tasks
-    said = "; ".join(f"{name!r}{suggest(name, known)}" for name in names)
+    said = " ".join(f"lm_eval knows no task {name!r}{suggest(name, known) or '.'}" for name in names)
     return (
-        f"lm_eval knows no task {said}. `lm_eval ls tasks` lists all; tasks of your own need --include_path FOLDER, or "
+        f"{said} `lm_eval ls tasks` lists all; tasks of your own need --include_path FOLDER, or "
         "the path of their YAML file."
     )
 
