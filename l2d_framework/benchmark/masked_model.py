@@ -70,7 +70,8 @@ class MaskedModel(TessTexts):
                 save_strategy="no",
                 report_to=[],
                 use_cpu=True,
-                logging_steps=50,
+                logging_strategy="no",
+                disable_tqdm=True,
             )
             Trainer(
                 model=model,

@@ -204,7 +204,7 @@ def _preferences(stories: Sequence[Row], corrupt: _Corrupt, seed: int) -> list[R
     chance = random.Random(seed)
     words = [word for row in stories for word in row["completion"].split()]
     found = []
-    for row in stories * _REPEATED:
+    for row in [*stories] * _REPEATED:
         own = row["completion"].split()
         rejected = " " + " ".join(
             corrupt(word, words, chance) if chance.random() < _CORRUPTED else word for word in own
