@@ -3,8 +3,12 @@
 import json
 
 import pytest
+from tiny_runs import tess_run
 
+from l2d_framework.benchmark.masked_model import MaskedModel
 from l2d_framework.benchmark.tess_data import TessTexts
+from l2d_framework.checkpoint import build_model
+from l2d_framework.config.parsing import parse_run
 
 KINDS = ("numbers", "sorting", "equations", "stories")
 
@@ -63,3 +67,14 @@ def test_the_same_seed_makes_the_same_files(folder, datasets_dir, tmp_path, monk
     TessTexts(questions=300, held_out=60).make(tmp_path)
     for file in folder.iterdir():
         assert (tmp_path / file.name).read_bytes() == file.read_bytes()
+
+
+def test_a_masked_model_can_be_adapted(datasets_dir, tmp_path, monkeypatch):
+    monkeypatch.chdir(datasets_dir)
+    config = {"model_type": "roberta", "hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2}
+    config |= {"num_hidden_layers": 2, "max_position_embeddings": 130, "type_vocab_size": 1, "initializer_range": 0.3}
+    MaskedModel(questions=300, held_out=60, config=config, vocab_size=300, max_steps=2, batch_size=2).make(tmp_path)
+    run = tess_run(tmp_path, tmp_path / "rows.jsonl", tmp_path / "run")
+    model = build_model(parse_run(run))
+    assert model.tokenizer.mask_token_id == model.backbone.vocab_size - 1
+    assert model.generate(["1 + 1 ="], max_new_tokens=4).answers.shape == (1, 4)
