@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,7 +29,7 @@ class TaskMeasure(Measure):
     generation: dict[str, Any] = Field(default_factory=dict)
     """Generation options as in `--gen_kwargs`."""
     runs_code: bool = False
-    """Consent to run the code that models write, which tasks such as HumanEval need."""
+    """Whether the task runs code that models write, as HumanEval does; who runs the benchmark has to agree."""
     batch_size: int | Literal["auto"] | None = None
     """The profile's when None."""
 
@@ -41,7 +42,7 @@ class TaskMeasure(Measure):
         """Look for lm_eval, the task and its data.
 
         Returns:
-            Which data sets are missing, and which folders would serve; None if none is.
+            Which data sets are missing, and which folders would serve, or whose consent; None if nothing is.
 
         Raises:
             ConfigError: if there is no such task.
@@ -49,8 +50,11 @@ class TaskMeasure(Measure):
         """
         if importlib.util.find_spec("lm_eval") is None:
             raise PluginError("Benchmarks need lm_eval. Run: pip install 'l2d-framework[eval]'")
+        from l2d_framework.evaluation.code.sandbox import CONSENT
         from l2d_framework.evaluation.lm_eval.harness import check_task
 
+        if self.runs_code and os.environ.get(CONSENT) != "1":
+            return "programs that models write run only with --confirm-run-unsafe-code"
         missing = check_task(*self._place())
         if not missing:
             return None

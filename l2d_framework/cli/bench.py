@@ -36,6 +36,9 @@ def bench(
     data: Annotated[
         Path | None, typer.Option(help="Folder with data sets named like on the hub, read instead of it.")
     ] = None,
+    confirm_run_unsafe_code: Annotated[
+        bool, typer.Option("--confirm-run-unsafe-code", help="Run, in a sandbox, programs that models write.")
+    ] = False,
     check: Annotated[bool, typer.Option("--check", help="Check tables and profile, list the work, do none.")] = False,
     listed: Annotated[bool, typer.Option("--list", help="List tables and profiles.")] = False,
 ) -> None:
@@ -51,6 +54,7 @@ def bench(
         seeds: comma-separated.
         workers: processes.
         data: working folder of the jobs.
+        confirm_run_unsafe_code: consent to tasks that run what a model writes.
         check: only check.
         listed: only list.
 
@@ -75,6 +79,10 @@ def bench(
     profile = str(Path(profile).absolute()) if Path(profile).suffix == ".yaml" or Path(profile).is_dir() else profile
     tables = [str(Path(table).absolute()) if table.endswith(".yaml") else table for table in tables]
     _enter(data)
+    if confirm_run_unsafe_code:
+        from l2d_framework.evaluation.code.sandbox import CONSENT
+
+        os.environ[CONSENT] = "1"  # workers inherit it
     ids = table_ids() if tables == [_ALL] else tables
     made = Bench(ids, profile, out, seeds=_seeds(seeds))
     if check:

@@ -14,6 +14,7 @@ from l2d_framework.benchmark.files import (
     table_ids,
 )
 from l2d_framework.benchmark.jobs import ModelJob
+from l2d_framework.evaluation.code.sandbox import CONSENT
 
 SIX = ["GSM8K", "MATH", "HumanEval pass@10", "MBPP pass@10", "MMLU", "MMLU-Pro"]
 
@@ -31,6 +32,7 @@ def test_every_table_fits_every_profile(profile, tmp_path):
 def test_where_everything_can_be_had_every_model_of_the_papers_is_trained(tmp_path, monkeypatch):
     monkeypatch.setattr("l2d_framework.evaluation.reachable._is_on_hub", lambda name, kind: True)
     monkeypatch.setattr("l2d_framework.evaluation.mauve_score.check_installed", lambda: None)
+    monkeypatch.setenv(CONSENT, "1")
     bench = Bench(table_ids(), "paper", tmp_path)
     trained = {
         job.title.removeprefix("train ").split(",")[0] for job in bench.jobs.values() if isinstance(job, ModelJob)
@@ -40,6 +42,14 @@ def test_where_everything_can_be_had_every_model_of_the_papers_is_trained(tmp_pa
         (plan.id, name) for plan in bench.plans for (_, name), cell in plan.cells.items() if cell.reason == "no data"
     }
     assert missing == set()
+
+
+def test_code_that_models_write_runs_only_with_consent(tmp_path, monkeypatch):
+    monkeypatch.setattr("l2d_framework.evaluation.reachable._is_on_hub", lambda name, kind: True)
+    monkeypatch.delenv(CONSENT, raising=False)
+    (plan,) = Bench(["l2d_table13"], "paper", tmp_path).plans
+    refused = {name for (_, name), cell in plan.cells.items() if "--confirm-run-unsafe-code" in (cell.text or "")}
+    assert {"HumanEval pass@10", "MBPP pass@10"} <= refused and "GSM8K" not in refused
 
 
 def test_rows_and_columns_carry_the_papers_names():
