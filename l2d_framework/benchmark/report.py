@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from l2d_framework.benchmark.cells import FAILED, Cell, Filled
+from l2d_framework.benchmark.files import paper_numbers
 from l2d_framework.benchmark.plan import NO_DATA, NOT_RERUN
 from l2d_framework.benchmark.schema import Column, ProfileFile
 
@@ -120,6 +121,7 @@ def markdown(filled: Filled, profile: ProfileFile, pictures: Sequence[str]) -> s
         "",
         *(line for name in pictures for line in (f"![{table.title}]({name})", "")),
         *_seeds(filled, profile),
+        *(line for title, table in printed(filled) for line in _section(f"The paper prints: {title}", table)),
         *_texts(filled),
     ]
     return "\n".join(lines).rstrip() + "\n"
@@ -146,8 +148,32 @@ def _seeds(filled: Filled, profile: ProfileFile) -> list[str]:
             body.append([row.label, *texts])
     if not body:
         return []
-    heading = ["", *plan.columns]
-    return ["## By seed", "", *(_line(row) for row in (heading, ["---"] * len(heading), *body)), ""]
+    return _section("By seed", [["", *plan.columns], *body])
+
+
+def _section(title: str, table: Sequence[Sequence[str]]) -> list[str]:
+    heading, *body = table
+    return [f"## {title}", "", *(_line(row) for row in (heading, ["---"] * len(heading), *body)), ""]
+
+
+def printed(filled: Filled) -> list[tuple[str, list[list[str]]]]:
+    """The paper's own tables, where a profile measures other columns than theirs.
+
+    Args:
+        filled: the table.
+
+    Returns:
+        Title and rows of each, headings first; none whose numbers all stand beside the measured ones.
+    """
+    plan, found = filled.plan, []
+    names = {plan.table.paper_columns.get(name, name) for name in plan.columns}
+    for key in plan.table.paper:
+        theirs = paper_numbers()[key]
+        across = [row["row"] for row in theirs["rows"]] if plan.table.transposed else theirs["columns"]
+        if not set(across) <= names:
+            body = [[row["row"], *("" if v is None else str(v) for v in row["values"])] for row in theirs["rows"]]
+            found.append((theirs["title"], [["", *theirs["columns"]], *body]))
+    return found
 
 
 def _texts(filled: Filled) -> list[str]:

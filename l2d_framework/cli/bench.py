@@ -210,14 +210,16 @@ def _show(console: Console, filled: Filled, profile: ProfileFile) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from l2d_framework.benchmark.report import notes, rows
+    from l2d_framework.benchmark.report import notes, printed, rows
 
-    heading, *body = rows(filled, profile)
-    shown = Table(box=box.SIMPLE_HEAD, title=Text(filled.plan.table.title))
-    for name in heading:
-        shown.add_column(Text(name))
-    for row in body:
-        shown.add_row(*(Text(cell) for cell in row))
-    console.print(shown)
+    own = (filled.plan.table.title, rows(filled, profile))
+    theirs = [(f"The paper prints: {title}", table) for title, table in printed(filled)]
+    for title, (heading, *body) in (own, *theirs):
+        shown = Table(box=box.SIMPLE_HEAD, title=Text(title))
+        for name in heading:
+            shown.add_column(Text(name))
+        for row in body:
+            shown.add_row(*(Text(cell) for cell in row))
+        console.print(shown)
     for note in notes(filled, profile):
         console.print(f"- {note}", highlight=False, markup=False, soft_wrap=True)

@@ -5,6 +5,7 @@ import pytest
 pytest.importorskip("lm_eval")
 
 from l2d_framework.benchmark.bench import Bench
+from l2d_framework.benchmark.cells import Filled
 from l2d_framework.benchmark.files import (
     paper_numbers,
     paper_value,
@@ -14,6 +15,7 @@ from l2d_framework.benchmark.files import (
     table_ids,
 )
 from l2d_framework.benchmark.jobs import ModelJob
+from l2d_framework.benchmark.report import printed
 from l2d_framework.evaluation.code.sandbox import CONSENT
 
 SIX = ["GSM8K", "MATH", "HumanEval pass@10", "MBPP pass@10", "MMLU", "MMLU-Pro"]
@@ -109,3 +111,14 @@ def test_the_paper_prints_what_the_table_shows_beside():
     assert paper_value(read_table("tess_table1"), "RoBERTa", "perplexity") == 20.2
     assert paper_value(read_table("tess_table3"), "TESS 2 v0.3", "GSM8K (TESS 2)") == 36.5
     assert paper_value(read_table("l2d_figure3"), "t = 1", "GSM8K") is None
+
+
+@pytest.mark.parametrize("profile", ["tiny", "paper"])
+def test_what_a_paper_prints_is_shown_beside_the_cells_or_below(profile, tmp_path):
+    for plan in Bench(table_ids(), profile, tmp_path).plans:
+        filled = Filled(plan, {}, {}, {})
+        below = {text for _, rows in printed(filled) for row in rows for text in row}
+        shown = {plan.table.paper_columns.get(name, name) for name in plan.columns} | below
+        for key in plan.table.paper:
+            theirs = paper_numbers()[key]
+            assert shown >= {*([row["row"] for row in theirs["rows"]] if plan.table.transposed else theirs["columns"])}
