@@ -41,7 +41,9 @@ class LossMeasure(Measure):
             return Outcome()
         log = json.loads(path.read_text(encoding="utf-8"))["log_history"]
         curves = {name: [[float(e["step"]), float(e[name])] for e in log if name in e] for name in _NAMES}
-        curves = {name: points for name, points in curves.items() if points}
+        # Packed texts have padding in their last row only, so that the loss without it is logged once or never.
+        least = {"loss_without_pads": 2}
+        curves = {name: points for name, points in curves.items() if len(points) >= least.get(name, 1)}
         values = {}
         if "loss" in curves:
             last = [loss for _, loss in curves["loss"]][-max(1, len(curves["loss"]) // 10) :]
