@@ -6,6 +6,7 @@ import importlib.util
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from textwrap import wrap
 from typing import Any
 
 from l2d_framework.benchmark.cells import Filled
@@ -15,6 +16,8 @@ from l2d_framework.benchmark.schema import Figure, ProfileFile
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _MARKERS = "osD^vPX"
 _ACROSS = 3
+_LETTERS = 64
+"""Of a title, above one panel."""
 
 
 def can_plot() -> bool:
@@ -48,9 +51,9 @@ def draw(filled: Filled, profile: ProfileFile, path: Path) -> bool:
     down = -(-len(panels) // across)
     canvas = Canvas(figsize=(4.6 * across, 3.3 * down + 0.6), dpi=130, layout="constrained")
     axes = list(canvas.subplots(down, across, squeeze=False).flat)
-    for place, (title, paint) in zip(axes, panels, strict=False):
+    for place, (name, paint) in zip(axes, panels, strict=False):
         paint(place)
-        place.set_title(title, fontsize=10)
+        place.set_title(name, fontsize=10)
     for place in axes[len(panels) :]:
         place.set_axis_off()
     handles: dict[str, Any] = {}
@@ -60,7 +63,8 @@ def draw(filled: Filled, profile: ProfileFile, path: Path) -> bool:
         canvas.legend(
             handles.values(), handles, loc="outside lower center", ncols=min(3, len(handles)), frameon=False, fontsize=8
         )
-    canvas.suptitle(f"{filled.plan.table.title} — {profile.title}", fontsize=10)
+    title = wrap(f"{filled.plan.table.title} — {profile.title}", _LETTERS * across)
+    canvas.suptitle("\n".join(title), fontsize=10)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".part")
     canvas.savefig(temporary, format="png")
