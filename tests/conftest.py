@@ -1,5 +1,6 @@
 """What every test may ask for: folders of reference data, tiny language models, tiny tokenizers."""
 
+import logging
 import os
 import shutil
 import tempfile
@@ -36,6 +37,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def _loggers_as_before() -> Iterator[None]:
+    """A command run inside a test quietens loggers for its process, which other tests listen to."""
+    loggers = [logging.getLogger(name) for name in ("l2d_framework", "lm_eval", "lm_eval.evaluator")]
+    levels = [logger.level for logger in loggers]
+    yield
+    for logger, level in zip(loggers, levels, strict=True):
+        logger.setLevel(level)
 
 
 @pytest.fixture(scope="session")

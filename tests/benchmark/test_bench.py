@@ -2,16 +2,15 @@
 
 import json
 import math
-import os
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from bench_jobs import Touch
 from tiny_runs import diffusion_run, language_model_run, write_base, write_sums
 from typer.testing import CliRunner
 
@@ -26,22 +25,6 @@ from l2d_framework.cli import app
 from l2d_framework.errors import ConfigError
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
-
-
-@dataclass(frozen=True)
-class Touch(Job):
-    """Makes an empty file, or ends its process with a code."""
-
-    code: int | None = None
-
-    @property
-    def is_done(self) -> bool:
-        return self.output.is_file()
-
-    def do(self, report: Any) -> None:
-        if self.code is not None:
-            os._exit(self.code)
-        self.output.touch()
 
 
 HERE = Surroundings(workers=0)
