@@ -101,10 +101,13 @@ class Bench:
             The files.
         """
         name = filled.plan.id
-        files = [self.out / f"{name}.md", self.out / f"{name}.json"]
+        files = [self.out / f"{name}.json", self.out / f"{name}.md"]
         picture = self.out / f"{name}.png"
-        is_drawn = filled.plan.table.figure is not None and can_plot() and draw(filled, self.profile, picture)
-        write(files[0], markdown(filled, self.profile, [picture.name] if is_drawn else []))
         found = to_json(filled, self.profile, surroundings)
-        write(files[1], json.dumps(found, indent=1, ensure_ascii=False) + "\n")
-        return [*files, *([picture] if is_drawn else [])]
+        # The numbers first, should the picture fail.
+        write(files[0], json.dumps(found, indent=1, ensure_ascii=False) + "\n")
+        write(files[1], markdown(filled, self.profile, []))
+        if filled.plan.table.figure is not None and can_plot() and draw(filled, self.profile, picture):
+            write(files[1], markdown(filled, self.profile, [picture.name]))
+            files.append(picture)
+        return files

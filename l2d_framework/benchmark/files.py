@@ -89,7 +89,7 @@ def read_profile(profile: str) -> ProfileFile:
     """A profile.
 
     Args:
-        profile: its name, a YAML file, or a folder of YAML files that make one profile together.
+        profile: its name, or else a YAML file or a folder of YAML files that make one profile together.
 
     Returns:
         What it declares.
@@ -97,8 +97,8 @@ def read_profile(profile: str) -> ProfileFile:
     Raises:
         ConfigError: if there is none, it is wrong, or two of its files say the same.
     """
-    given = Path(profile)
-    path = given if given.suffix == ".yaml" or given.is_dir() else bench_folder() / "profiles" / profile
+    # A name first: an output folder may well be called like the profile.
+    path = bench_folder() / "profiles" / profile if profile in profile_names() else Path(profile)
     single = path if path.suffix == ".yaml" else path.with_name(path.name + ".yaml")
     files = [*([single] if single.is_file() else []), *(sorted(path.glob("*.yaml")) if path.is_dir() else [])]
     if not files:

@@ -125,6 +125,7 @@ def _check_columns(plan: Plan, profile: ProfileFile) -> None:
     known = profile.columns
     named = [
         *plan.columns,
+        *((plan.table.figure.columns or ()) if plan.table.figure is not None else ()),
         *(name for row in plan.rows for name in (*(row.columns or ()), *row.column_options, *row.column_models)),
     ]
     named += [member for name in named if name in known for member in known[name].mean or ()]
@@ -152,4 +153,7 @@ def _cell(row: Row, name: str, profile: ProfileFile, resolver: Resolver) -> Cell
         return CellPlan(reason=NO_DATA, text=str(missing))
     # Resolved in any case, so that a mistake is found where data are missing, too.
     jobs = tuple(resolver.measure_job(row, name, seed) for seed in profile.seeds)
-    return CellPlan(column, jobs) if missing is None else CellPlan(reason=NO_DATA, text=missing)
+    # What was measured once stays, also where its data or a consent are missing now.
+    if missing is None or all(resolver.jobs[key].is_done for key in jobs):
+        return CellPlan(column, jobs)
+    return CellPlan(reason=NO_DATA, text=missing)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from l2d_framework.benchmark.schema import ProfileFile
 
 _ALL = "all"
+_INTERRUPTED = 130
+"""Exit code that shells give to what Ctrl-C ended."""
 
 
 def bench(
@@ -45,7 +48,7 @@ def bench(
     """Run the rows of the papers' tables and print them beside the papers' numbers.
 
     Started again with the same --out, it goes on at what is missing. Models and results are shared between tables.
-    Exit code 1 if a cell failed; the others are there all the same.
+    Exit code 1 if a cell failed; the others are there all the same. Interrupted, it writes what there is.
 
     Args:
         tables: ids.
@@ -60,12 +63,12 @@ def bench(
 
     Raises:
         ConfigError: if no table is named, or a table, the profile or an option is wrong.
-        Exit: with code 1 if a cell failed.
+        Exit: with code 1 if a cell failed, 130 if it was interrupted.
     """
     from rich.console import Console
 
     from l2d_framework.benchmark.bench import Bench
-    from l2d_framework.benchmark.files import table_ids
+    from l2d_framework.benchmark.files import profile_names, table_ids
     from l2d_framework.benchmark.pool import Surroundings, quieten
 
     console = Console()
@@ -76,7 +79,7 @@ def bench(
         raise ConfigError("Name a table, or `all`. `l2d bench --list` shows them.")
     start = time.monotonic()
     out = out.expanduser().absolute()
-    profile = str(Path(profile).absolute()) if Path(profile).suffix == ".yaml" or Path(profile).is_dir() else profile
+    profile = profile if profile in profile_names() else str(Path(profile).absolute())
     tables = [str(Path(table).absolute()) if table.endswith(".yaml") else table for table in tables]
     _enter(data)
     if confirm_run_unsafe_code:
@@ -91,15 +94,23 @@ def bench(
     quieten(made.profile.threads)
     made.prepare()
     surroundings = Surroundings(workers, made.profile.threads, made.device, Path.cwd(), out / "logs")
-    failures = _run(console, made, surroundings)
+    failures: dict[str, str] = {}
+    # `timeout` and batch systems end a process by this signal.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        failures = _run(console, made, surroundings)
+        code = 0
+    except KeyboardInterrupt:
+        console.print("Interrupted; the tables hold what there is. The same command goes on.")
+        code = _INTERRUPTED
     tables_done = made.fill(failures)
     facts = _facts(surroundings, time.monotonic() - start)
     for filled in tables_done:
         files = made.write(filled, facts)
         _show(console, filled, made.profile)
         console.print(f"Written: {', '.join(str(path) for path in files)}", highlight=False, soft_wrap=True)
-    if any(filled.has_failed for filled in tables_done):
-        raise typer.Exit(1)
+    if code or any(filled.has_failed for filled in tables_done):
+        raise typer.Exit(code or 1)
 
 
 def _seeds(text: str | None) -> list[int]:

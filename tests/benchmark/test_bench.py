@@ -18,6 +18,7 @@ pytest.importorskip("lm_eval")
 
 from l2d_framework.benchmark.bench import Bench
 from l2d_framework.benchmark.cells import FAILED
+from l2d_framework.benchmark.files import read_profile
 from l2d_framework.benchmark.jobs import Job, MeasureJob, ModelJob
 from l2d_framework.benchmark.plan import NO_DATA, NOT_RERUN
 from l2d_framework.benchmark.pool import Event, Surroundings, run_jobs
@@ -319,6 +320,24 @@ def test_a_run_killed_in_the_middle_goes_on_where_it_was(scene, finished, tmp_pa
     for path in tmp_path.glob("results/*.json"):
         here, there = (json.loads((folder / "results" / path.name).read_text()) for folder in (tmp_path, bench.out))
         assert here["outcome"]["values"] == there["outcome"]["values"]
+
+
+def test_an_interrupted_run_writes_what_there_is(scene, tmp_path):
+    command = [sys.executable, "-m", "l2d_framework.cli", "bench", str(scene / "second.yaml"), "--workers", "1"]
+    command += ["--profile", str(scene / "profile.yaml"), "--out", str(tmp_path)]
+    running = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=scene)
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.glob("models/*")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    running.terminate()
+    assert running.wait(60) == 130
+    assert "not run yet" in (tmp_path / "second.md").read_text()
+
+
+def test_an_output_folder_may_be_called_like_a_profile(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "gpu").mkdir()
+    assert read_profile("gpu").models
 
 
 def test_a_process_that_dies_fails_its_job_only(tmp_path):
