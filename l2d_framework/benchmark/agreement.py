@@ -108,7 +108,8 @@ class AgreementMeasure(Measure):
 def _source(subject: Subject, dtype: str) -> Source:
     from l2d_framework.evaluation.lm_eval.source import Source
 
-    return Source(subject.path, base=None, dtype=dtype, revision=None)
+    own = subject.options
+    return Source(subject.path, base=own.get("base"), dtype=dtype, revision=own.get("revision"))
 
 
 @contextmanager

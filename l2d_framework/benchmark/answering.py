@@ -45,7 +45,8 @@ class Answerer:
         from l2d_framework.evaluation.lm_eval.source import Source
 
         dtype = None if subject.dtype == "auto" else subject.dtype
-        source = Source(subject.path, base=None, dtype=dtype, revision=None)
+        own = subject.options
+        source = Source(subject.path, base=own.get("base"), dtype=own.get("dtype", dtype), revision=own.get("revision"))
         sampling = source.sampling(diffusing(options | subject.options))
         self.options = {name: getattr(sampling, name) for name in type(sampling).model_fields if name != "preset"}
         self.options["seed"] = subject.seed

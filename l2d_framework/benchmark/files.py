@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import importlib.util
 import json
 import subprocess
 from collections.abc import Mapping
@@ -166,3 +168,23 @@ def _in_order(table: str) -> tuple[Any, ...]:
     digits = "".join(letter if letter.isdigit() else " " for letter in table.split("_", 1)[-1]).split()
     kind = table.rstrip("0123456789abc")
     return (kind, int(digits[0]) if digits else 0, table)
+
+
+@cache
+def code_of(*modules: str) -> str:
+    """Fingerprint of source code.
+
+    Args:
+        *modules: names of modules, or of packages, which count with all their files.
+
+    Returns:
+        A hash.
+    """
+    found = hashlib.sha256()
+    for name in sorted(set(modules)):
+        spec = importlib.util.find_spec(name)
+        assert spec is not None and spec.origin is not None  # modules of this package, with files
+        path = Path(spec.origin)
+        for file in sorted(path.parent.rglob("*.py")) if spec.submodule_search_locations else [path]:
+            found.update(file.read_bytes())
+    return found.hexdigest()[:12]

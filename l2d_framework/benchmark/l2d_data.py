@@ -30,6 +30,7 @@ class L2DQuestions(Maker):
     """
 
     kind: Literal["l2d_questions"] = "l2d_questions"
+    sources = ("l2d_framework.demo.task", "l2d_framework.demo.runs", "l2d_framework.benchmark.tess_data")
 
     def missing(self) -> str | None:
         """Look for the data set.

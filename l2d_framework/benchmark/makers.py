@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
+from l2d_framework.benchmark.files import code_of
 from l2d_framework.config.sections import Section
 
 
@@ -15,6 +16,16 @@ class Maker(Section, ABC):
     """Makes files in a folder; run files name them as `data:KEY/file`."""
 
     kind: str
+    sources: ClassVar[tuple[str, ...]] = ()
+    """Modules beside the maker's own whose code decides what is made."""
+
+    def code(self) -> str:
+        """Fingerprint of the code that makes the files: other code may make others.
+
+        Returns:
+            A hash.
+        """
+        return code_of(type(self).__module__, *self.sources)
 
     def missing(self) -> str | None:
         """Look for what is needed before anything is made.
@@ -40,6 +51,7 @@ class DemoQuestions(Maker):
     """
 
     kind: Literal["demo"] = "demo"
+    sources = ("l2d_framework.demo.task", "l2d_framework.demo.runs")
     seed: int = 0
     base_questions: int = Field(default=40_000, gt=0)
     new_questions: int = Field(default=30_000, gt=0)

@@ -183,6 +183,9 @@ class Resolver:
             "measure": make_measure(replaced(section, lambda found: self._name(found, seed))).identity(),
             "seed": seed,
             "dtype": self._profile.dtype,
+            "device": self.device,
+            # In float32 it changes no answer.
+            **({} if self._profile.dtype == "float32" else {"batch_size": self._profile.batch_size}),
         }
         job = f"{column.measure}-{key}-s{seed}-{digest(identity)}"
         if job not in self.jobs:
@@ -230,7 +233,7 @@ class Resolver:
 
     def _data_job(self, key: str, where: str) -> str:
         section = self._entries.data(key, where)
-        job = f"data-{key}-{digest(section)}"
+        job = f"data-{key}-{digest([section, make_maker(section).code()])}"
         self.jobs[job] = DataJob(job, f"make {key}", self._out / "data" / job.removeprefix("data-"), (), section)
         return job
 

@@ -37,6 +37,8 @@ class DataSetRows(Maker):
     path: str
     name: str | None = None
     revision: str | None = None
+    data_files: str | None = None
+    """Files of the split, such as `en/c4-validation.*.json.gz`, where fetching all splits would be too much."""
     split: str
     columns: dict[str, str] = Field(min_length=1)
     """The data set's columns by the names they get."""
@@ -63,7 +65,8 @@ class DataSetRows(Maker):
         """
         import datasets
 
-        rows = datasets.load_dataset(self.path, self.name, split=self.split, revision=self.revision)
+        files = None if self.data_files is None else {self.split: self.data_files}
+        rows = datasets.load_dataset(self.path, self.name, data_files=files, split=self.split, revision=self.revision)
         rows = rows.filter(lambda row: all(len(row[name].split()) >= n for name, n in self.min_words.items()))
         if self.shuffle_seed is not None:
             rows = rows.shuffle(seed=self.shuffle_seed)

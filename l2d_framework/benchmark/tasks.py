@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field
 
-from l2d_framework.benchmark.files import bench_folder
+from l2d_framework.benchmark.files import bench_folder, code_of
 from l2d_framework.benchmark.measure import Measure, Outcome, Subject, Value
 from l2d_framework.errors import PluginError
 
@@ -64,12 +65,16 @@ class TaskMeasure(Measure):
         """What tells this measure from others.
 
         Returns:
-            Its fields without the batch size, which changes no answer, and a fingerprint of the task.
+            Its fields without the batch size, and fingerprints of the task and of the code that scores it.
         """
         from l2d_framework.evaluation.lm_eval.harness import task_identity
 
         found = self.model_dump(mode="json", exclude={"batch_size"})
-        return found | {"fingerprint": task_identity(*self._place())}
+        return found | {
+            "fingerprint": task_identity(*self._place()),
+            "protocols": code_of("l2d_framework.evaluation.protocols"),
+            "lm_eval": version("lm_eval"),
+        }
 
     def run(self, subject: Subject) -> Outcome:
         """Answer the task.

@@ -19,7 +19,7 @@ pytest.importorskip("lm_eval")
 from l2d_framework.benchmark.bench import Bench
 from l2d_framework.benchmark.cells import FAILED
 from l2d_framework.benchmark.files import read_profile
-from l2d_framework.benchmark.jobs import Job, MeasureJob, ModelJob
+from l2d_framework.benchmark.jobs import Job, MeasureJob, ModelJob, make_maker
 from l2d_framework.benchmark.plan import NO_DATA, NOT_RERUN
 from l2d_framework.benchmark.pool import Event, Surroundings, run_jobs
 from l2d_framework.cli import app
@@ -332,6 +332,14 @@ def test_an_interrupted_run_writes_what_there_is(scene, tmp_path):
     running.terminate()
     assert running.wait(60) == 130
     assert "not run yet" in (tmp_path / "second.md").read_text()
+
+
+def test_other_code_makes_other_data(monkeypatch):
+    maker = make_maker({"kind": "demo"})
+    before = maker.code()
+    assert make_maker({"kind": "demo", "seed": 1}).code() == before
+    monkeypatch.setattr(type(maker), "sources", ("l2d_framework.demo.task",))
+    assert maker.code() != before
 
 
 def test_an_output_folder_may_be_called_like_a_profile(tmp_path, monkeypatch):
