@@ -177,6 +177,7 @@ class Resolver:
             hint = suggest(str(column.metric), names) or f", there are {', '.join(names)}."
             raise ConfigError(f"Column {name!r} names the metric {column.metric!r}, which its measure lacks{hint}")
         needs = (*self._needs([section, options], seed, f"row {row.label!r}"), *own_needs)
+        batch_size = section.get("batch_size") or self._profile.batch_size
         identity = {
             "model": self._name(Reference("model", key), seed),
             "options": replaced(resolved, lambda found: self._name(found, seed)),
@@ -185,7 +186,7 @@ class Resolver:
             "dtype": self._profile.dtype,
             "device": self.device,
             # In float32 it changes no answer.
-            **({} if self._profile.dtype == "float32" else {"batch_size": self._profile.batch_size}),
+            **({} if self._profile.dtype == "float32" else {"batch_size": batch_size}),
         }
         job = f"{column.measure}-{key}-s{seed}-{digest(identity)}"
         if job not in self.jobs:

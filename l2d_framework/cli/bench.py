@@ -79,7 +79,8 @@ def bench(
         raise ConfigError("Name a table, or `all`. `l2d bench --list` shows them.")
     start = time.monotonic()
     out = out.expanduser().absolute()
-    profile = profile if profile in profile_names() else str(Path(profile).absolute())
+    if profile not in profile_names() and Path(profile).exists():
+        profile = str(Path(profile).absolute())
     tables = [str(Path(table).absolute()) if table.endswith(".yaml") else table for table in tables]
     _enter(data)
     if confirm_run_unsafe_code:

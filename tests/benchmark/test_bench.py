@@ -346,6 +346,8 @@ def test_an_output_folder_may_be_called_like_a_profile(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "gpu").mkdir()
     assert read_profile("gpu").models
+    answer = CliRunner().invoke(app, ["bench", "l2d_table1", "--profile", "tinny", "--check"])
+    assert isinstance(answer.exception, ConfigError) and "did you mean 'tiny'" in str(answer.exception)
 
 
 def test_a_process_that_dies_fails_its_job_only(tmp_path):
