@@ -34,7 +34,7 @@ class Split(NamedTuple):
 
     Attributes:
         train: to train on.
-        trial: to try settings on; no result uses them.
+        trial: to try settings on; no result of TESS 2 uses them.
         held_out: to measure with.
     """
 
