@@ -12,6 +12,7 @@ from l2d_framework.benchmark.files import read_profile
 from l2d_framework.benchmark.jobs import DataJob, Job, MeasureJob, ModelJob
 from l2d_framework.benchmark.plan import Plan, make_plan
 from l2d_framework.benchmark.plots import can_plot, draw
+from l2d_framework.benchmark.pool import unfinished
 from l2d_framework.benchmark.report import markdown, to_json, write
 from l2d_framework.benchmark.resolve import Resolver
 from l2d_framework.errors import ConfigError, L2DError
@@ -66,16 +67,25 @@ class Bench:
             raise ConfigError(
                 f"{str(self.out)!r} cannot be written ({error.strerror}). Choose another --out."
             ) from error
-        pending = [job for job in self.jobs.values() if not job.is_done]
+        jobs = self.jobs
+        pending = unfinished(jobs)
         if pending and self.device == "cuda" and not torch.cuda.is_available():
             raise ConfigError("The profile has `device: cuda`, but torch finds no GPU. Run it where one is.")
-        for job in pending:
-            if isinstance(job, DataJob):
-                job.do(lambda done, total, text: None)
-        runs = {job.key: job for job in self.jobs.values() if isinstance(job, ModelJob)}
+        broken: set[str] = set()
+        for key in pending:
+            job = jobs[key]
+            if broken.intersection(job.needs):
+                broken.add(key)
+            elif isinstance(job, DataJob):
+                try:
+                    job.do(lambda done, total, text: None)
+                except Exception:  # tried again, and then reported, among the other jobs
+                    broken.add(key)
+        waiting = [job for key in pending if isinstance(job := jobs[key], ModelJob) and key not in broken]
+        earlier = [job for job in jobs.values() if isinstance(job, ModelJob) and job.is_done]
         try:
-            if any(isinstance(job, ModelJob) for job in pending):
-                check_runs([parse_run(job.run) for job in runs.values()])
+            if waiting:
+                check_runs([parse_run(job.run) for job in (*earlier, *waiting)])
         except L2DError as error:
             raise ConfigError(f"A model of the profile cannot be trained: {error}") from error
 

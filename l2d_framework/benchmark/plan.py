@@ -125,7 +125,6 @@ def _check_columns(plan: Plan, profile: ProfileFile) -> None:
     known = profile.columns
     named = [
         *plan.columns,
-        *((plan.table.figure.columns or ()) if plan.table.figure is not None else ()),
         *(name for row in plan.rows for name in (*(row.columns or ()), *row.column_options, *row.column_models)),
     ]
     named += [member for name in named if name in known for member in known[name].mean or ()]
@@ -134,6 +133,12 @@ def _check_columns(plan: Plan, profile: ProfileFile) -> None:
             raise ConfigError(
                 f"Table {plan.id} has a column {name!r} that the profile lacks{suggest(name, known) or '.'} Add it "
                 "there, as `no_data: why` where there is nothing to measure."
+            )
+    for name in (plan.table.figure.columns or ()) if plan.table.figure is not None else ():
+        if name not in plan.columns:
+            raise ConfigError(
+                f"The figure of table {plan.id} shows a column {name!r} that the table lacks"
+                f"{suggest(name, plan.columns) or '.'} Its columns are {plan.columns}."
             )
     for name in named:
         if any(known[member].mean for member in known[name].mean or ()):

@@ -9,7 +9,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -19,6 +19,8 @@ from l2d_framework.benchmark.jobs import Job
 from l2d_framework.errors import L2DError
 
 _PAUSE = 0.2
+_PATIENCE = 10.0
+"""Seconds for a process to end by itself."""
 """Seconds between two reports of progress."""
 
 
@@ -78,7 +80,7 @@ class _Board:
         self.jobs, self.notify = jobs, notify
         self.failures: dict[str, str] = {}
         self._finished = {key for key, job in jobs.items() if job.is_done}
-        self.waiting = _needed(jobs, self._finished)
+        self.waiting = unfinished(jobs)
 
     def take(self) -> str | None:
         """The next job that can be done now; those that need a failed one fail."""
@@ -106,8 +108,16 @@ class _Board:
         self.notify(event)
 
 
-def _needed(jobs: dict[str, Job], finished: set[str]) -> list[str]:
-    """What is to be done, in order; what only finished jobs need is left out."""
+def unfinished(jobs: dict[str, Job]) -> list[str]:
+    """What is to be done; what only finished jobs need is left out.
+
+    Args:
+        jobs: by key, each after those it needs.
+
+    Returns:
+        Keys in the same order.
+    """
+    finished = {key for key, job in jobs.items() if job.is_done}
     means = {need for job in jobs.values() for need in job.needs}
     wanted: set[str] = set()
     for key in reversed(jobs):
@@ -151,13 +161,17 @@ class _Worker:
 
     def start(self, job: Job) -> None:
         self.key = job.key
-        self.pipe.send(job)
+        with suppress(OSError):  # its process ended while it waited, as `_hear` will tell
+            self.pipe.send(job)
 
     def stop(self) -> None:
         self.pipe.close()
         if self.key is not None:
             self.process.terminate()
-        self.process.join()
+        self.process.join(_PATIENCE)
+        if self.process.is_alive():
+            self.process.kill()
+            self.process.join()
 
 
 @contextmanager

@@ -143,12 +143,13 @@ def _seeds(filled: Filled, profile: ProfileFile) -> list[str]:
             digits = [profile.columns[name].digits for name in plan.columns]
             texts = [
                 " / ".join(f"{one['value']:,.{places}f}" for one in cell.seeds.values())
+                + (f" (± {cell.spread:,.{places}f})" if cell.spread else "")
                 for cell, places in zip(cells, digits, strict=True)
             ]
             body.append([row.label, *texts])
     if not body:
         return []
-    return _section("By seed", [["", *plan.columns], *body])
+    return _section("By seed, ± standard error over seeds", [["", *plan.columns], *body])
 
 
 def _section(title: str, table: Sequence[Sequence[str]]) -> list[str]:

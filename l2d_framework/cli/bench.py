@@ -96,22 +96,27 @@ def bench(
     made.prepare()
     surroundings = Surroundings(workers, made.profile.threads, made.device, Path.cwd(), out / "logs")
     failures: dict[str, str] = {}
+    code = 0
     # `timeout` and batch systems end a process by this signal.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         failures = _run(console, made, surroundings)
-        code = 0
     except KeyboardInterrupt:
         console.print("Interrupted; the tables hold what there is. The same command goes on.")
         code = _INTERRUPTED
-    tables_done = made.fill(failures)
-    facts = _facts(surroundings, time.monotonic() - start)
-    for filled in tables_done:
+    has_failed = _finish(console, made, failures, _facts(surroundings, time.monotonic() - start))
+    if code or has_failed:
+        raise typer.Exit(code or 1)
+
+
+def _finish(console: Console, made: Bench, failures: dict[str, str], facts: dict[str, object]) -> bool:
+    """Write and show the tables; returns whether a cell of any lacks its number because something failed."""
+    tables = made.fill(failures)
+    for filled in tables:
         files = made.write(filled, facts)
         _show(console, filled, made.profile)
         console.print(f"Written: {', '.join(str(path) for path in files)}", highlight=False, soft_wrap=True)
-    if code or any(filled.has_failed for filled in tables_done):
-        raise typer.Exit(code or 1)
+    return any(filled.has_failed for filled in tables)
 
 
 def _seeds(text: str | None) -> list[int]:

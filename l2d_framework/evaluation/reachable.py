@@ -6,6 +6,8 @@ from functools import cache
 from pathlib import Path
 from typing import Literal
 
+from l2d_framework.errors import DataError
+
 Kind = Literal["model", "dataset"]
 
 
@@ -18,6 +20,9 @@ def is_reachable(name: str, kind: Kind) -> bool:
 
     Returns:
         True if it is there.
+
+    Raises:
+        DataError: if the hub cannot be asked.
     """
     return Path(name).expanduser().exists() or _is_on_hub(name, kind)
 
@@ -25,6 +30,7 @@ def is_reachable(name: str, kind: Kind) -> bool:
 @cache
 def _is_on_hub(name: str, kind: Kind) -> bool:
     from huggingface_hub import HfApi, constants
+    from huggingface_hub.errors import RepositoryNotFoundError
 
     if (Path(constants.HF_HUB_CACHE) / f"{kind}s--{name.replace('/', '--')}").is_dir():
         return True
@@ -32,6 +38,11 @@ def _is_on_hub(name: str, kind: Kind) -> bool:
         return False
     try:
         HfApi().repo_info(name, repo_type=kind, timeout=10)
-    except Exception:  # without a network, errors of an HTTP library that releases of the hub's client exchange
+    except RepositoryNotFoundError:  # or one that this user may not see
         return False
+    except Exception as error:  # of an HTTP library that releases of the hub's client exchange
+        raise DataError(
+            f"The hub cannot be asked for the {kind} {name!r} ({type(error).__name__}: {error}). Try again, or set "
+            "HF_HUB_OFFLINE=1 to do with what is here."
+        ) from error
     return True

@@ -322,6 +322,26 @@ def test_a_run_killed_in_the_middle_goes_on_where_it_was(scene, finished, tmp_pa
         assert here["outcome"]["values"] == there["outcome"]["values"]
 
 
+def test_data_that_cannot_be_made_fail_only_what_needs_them(scene, tmp_path, monkeypatch):
+    def gone(change):
+        change["data"] = {
+            "gone": {"kind": "data_set_rows", "path": str(scene), "split": "nothing", "columns": {"a": "b"}}
+        }
+        change["models"]["tuned"]["set"] = {"data.train.0.path": "data:gone/rows.jsonl"}
+
+    bench = plan(scene, tmp_path, "second", profile=changed(scene, "gone", gone))
+    failures, _ = run(bench)
+    assert any("could not make gone" in text for text in failures.values())
+
+
+def test_a_figure_shows_columns_of_its_table(scene, tmp_path):
+    table = yaml.safe_load((scene / "second.yaml").read_text())
+    table["figure"] = {"kind": "bars", "columns": ["nothing"]}
+    (scene / "pictured.yaml").write_text(yaml.safe_dump(table))
+    with pytest.raises(ConfigError, match="shows a column 'nothing' that the table lacks"):
+        plan(scene, tmp_path, "pictured")
+
+
 def test_an_interrupted_run_writes_what_there_is(scene, tmp_path):
     command = [sys.executable, "-m", "l2d_framework.cli", "bench", str(scene / "second.yaml"), "--workers", "1"]
     command += ["--profile", str(scene / "profile.yaml"), "--out", str(tmp_path)]
