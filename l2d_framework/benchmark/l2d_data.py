@@ -67,7 +67,7 @@ def held_out() -> dict[str, list[Row]]:
     return {
         "median": list(map(_row, data.held_out_new)),
         "other_skills": list(map(_row, data.held_out_old)),
-        "expressions": TessTexts().equations().trial,
+        "expressions": TessTexts().equations().held_out,
     }
 
 

@@ -200,7 +200,13 @@ def _heatmap(matrix: Sequence[Sequence[float]], figure: Figure) -> Any:
 
 
 def _log_axis(axes: Any, places: Sequence[float]) -> None:
-    axes.set_xscale("log")
+    positive = [place for place in places if place > 0.0]
+    if len(positive) == len(places):
+        axes.set_xscale("log")
+    elif positive:
+        axes.set_xscale("symlog", linthresh=positive[0])  # a logarithm that has a place for zero, too
+    else:
+        return
     axes.set_xticks(places, [f"{place:g}" for place in places], fontsize=8)
     axes.minorticks_off()
 
