@@ -37,7 +37,11 @@ def bench(
     seeds: Annotated[str | None, typer.Option(help="Instead of the profile's, such as 1,2,3.")] = None,
     workers: Annotated[int, typer.Option(min=0, help="Processes that work side by side; 0 for this one.")] = 1,
     data: Annotated[
-        Path | None, typer.Option(help="Folder with data sets named like on the hub, read instead of it.")
+        Path | None,
+        typer.Option(
+            help="Folder with data sets named like on the hub, read instead of it; relative paths in a profile are "
+            "read from there, too."
+        ),
     ] = None,
     confirm_run_unsafe_code: Annotated[
         bool, typer.Option("--confirm-run-unsafe-code", help="Run, in a sandbox, programs that models write.")

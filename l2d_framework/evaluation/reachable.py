@@ -37,8 +37,8 @@ def _is_on_hub(name: str, kind: Kind) -> bool:
     if constants.HF_HUB_OFFLINE:
         return False
     try:
-        HfApi().repo_info(name, repo_type=kind, timeout=10)
-    except RepositoryNotFoundError:  # or one that this user may not see
+        HfApi().auth_check(name, repo_type=kind)
+    except RepositoryNotFoundError:  # or one whose files this user may not have
         return False
     except Exception as error:  # of an HTTP library that releases of the hub's client exchange
         raise DataError(
