@@ -24,8 +24,10 @@ FILE, CATEGORY = "search", "search_category"
 class Search(Section):
     """How to search (arXiv:2501.15781, Table 2 and appendix).
 
-    After each token, `beams` continuations are drawn without replacement from the distribution over all hypotheses'
-    continuations; the score of a finished hypothesis of L tokens, its end token included, is its log-likelihood over
+    After each token transformers draws (1 + end tokens) x `beams` continuations, at least twice `beams`, without
+    replacement from the distribution over all hypotheses' continuations, and goes on with the likeliest `beams` of
+    those that have not ended; of the first `beams` drawn, those that end are finished. So more end tokens make it
+    greedier. The score of a finished hypothesis of L tokens, its end token included, is its log-likelihood over
     L^length_power; the answer is drawn with the scores over `temperature` as logits.
 
     The paper's budget is 15 hypotheses for search alone and 15 evaluations for L2D alone. "L2D and token search" with

@@ -54,6 +54,7 @@ def alive(mark: str) -> bool:
         "import subprocess\nassert subprocess.run(['echo', 'a'], capture_output=True).stdout == b'a\\n'",
         "import threading, time\nthreading.Thread(target=time.sleep, args=(50,)).start()",
         "print('x' * 10_000_000)",
+        "import inspect\ndef f(x: int): ...\nassert inspect.signature(f).parameters['x'].annotation is int",
     ],
 )
 def test_what_solutions_do_passes(sandbox, program):
@@ -81,6 +82,7 @@ def test_what_solutions_do_passes(sandbox, program):
         "def deeper(n):\n    return deeper(n + 1)\ndeeper(0)",
         "input()",
         "import torch",
+        "def first(xs: List[int]) -> int:\n    return xs[0]",
     ],
 )
 def test_what_does_not_reach_its_last_line_fails(sandbox, program):

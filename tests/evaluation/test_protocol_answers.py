@@ -101,6 +101,8 @@ def test_without_a_box_the_last_number_serves_and_loses_its_sign(text, wanted):
         (r"\sqrt", r"\sqrt{2}", False),
         ("(1,2)", "(2,1)", False),
         ("nan", "nan()", False),
+        ("1,2", "12", False),
+        ("1,234,567", "1234567", True),
     ],
 )
 def test_math_answers_agree_as_text_number_or_fraction(mine, wanted, is_same):
@@ -158,6 +160,8 @@ def test_a_question_has_as_many_labels_as_options():
         ("The answer is 35.", 1.0, 1.0),
         ("from 40 to 35", 1.0, 1.0),
         ("-35", 0.0, 1.0),
+        ("70-35", 1.0, 1.0),
+        ("(2)+35", 1.0, 1.0),
         ("3.5", 0.0, 1.0),
         ("35.0", 1.0, 0.0),
         ("it has no number", 0.0, 0.0),

@@ -304,7 +304,8 @@ def execute(packages: str, job: int, channel: int) -> None:
     module = types.ModuleType("program")
     sys.modules["program"] = module
     try:
-        exec(compile(task.pop("program"), "program", "exec"), module.__dict__)
+        # Otherwise the future statements of this file would hold for the program, too.
+        exec(compile(task.pop("program"), "program", "exec", dont_inherit=True), module.__dict__)
         answer = task["token"]
     except BaseException as error:
         answer = f"failed: {type(error).__name__}: {error}"[:500]

@@ -78,7 +78,7 @@ class CodeEval:
             predictions: per problem, its candidate programs.
             references: per problem, the tests, appended to each candidate.
             k: numbers of tries; one for which some problem has too few candidates is left out.
-            num_workers: programs run at once; as many as there are processors when None.
+            num_workers: programs run at once; as many as this process has processors when None.
             timeout: seconds each may take.
 
         Returns:
@@ -92,7 +92,7 @@ class CodeEval:
         pairs = list(zip(predictions, references, strict=True))
         programs = [f"{candidate}\n{tests}" for candidates, tests in pairs for candidate in candidates]
         sandbox = _SANDBOX if timeout == _SANDBOX.limits.seconds else Sandbox(Limits(seconds=timeout))
-        answers = iter(sandbox.run_all(programs, workers=num_workers or os.cpu_count() or 1, bar=_progress()))
+        answers = iter(sandbox.run_all(programs, workers=num_workers or _processors(), bar=_progress()))
         results: dict[int, list[tuple[int, dict[str, Any]]]] = {}
         for task, (candidates, _) in enumerate(pairs):
             results[task] = []
@@ -107,6 +107,12 @@ class CodeEval:
             for tries in possible
         }
         return scores, results
+
+
+def _processors() -> int:
+    """Those that this process may use, shared with the others of a data-parallel run; more would run into timeouts."""
+    mine = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, mine // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 @cache

@@ -78,6 +78,7 @@ class Generating(Opened):
         if searched and self.source.is_block:
             raise ConfigError("Search weighs next tokens, and this model denoises whole answers. Leave search_* out.")
         used = settings.model_dump(mode="json") | {CLASS: plan.options.get(CLASS), "search": searched}
+        used["picking"] = plan.picking
         self._used[content(used)] = used
         return plan
 

@@ -10,8 +10,9 @@ from lm_eval.tasks.hendrycks_math.utils import strip_string
 
 _MARKED = re.compile(r"#### (-?[0-9.,]+)")
 _UNSIGNED = re.compile(r"\d+(?:\.\d+)?|\.\d+")
-_SIGNED = re.compile(r"[-+]?(?:\d+(?:\.\d+)?|\.\d+)")
-_THOUSANDS = re.compile(r"(?<=\d),(?=\d)")
+# In "10-5" and "(3)-5" the sign is an operation.
+_SIGNED = re.compile(r"(?:(?<![\d)])[-+])?(?:\d+(?:\.\d+)?|\.\d+)")
+_THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 _FRACTION = re.compile(r"(-?)(?:\\frac\{(-?\d+)\}\{(-?\d+)\}|(\d+)/(\d+))")
 _BOXED = re.compile(r"\\boxed\s*")
 
