@@ -15,6 +15,7 @@ from l2d_framework.errors import ConfigError
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from l2d_framework.config import SamplingSection
     from l2d_framework.evaluation.diagnosis.diagnose import Settings, Track
     from l2d_framework.evaluation.lm_eval.source import Source
 
@@ -102,6 +103,7 @@ def diagnose(
     }
     options = override({key: value for key, value in given.items() if value is not None}, set_ or [])
     settings = _settings(source, options, adaptive_solver, times)
+    _check_guidance(settings.sampling, class_column)
     rows, card = _rows(source, data, _fields(name, split, columns, class_column, limit), max_length)
 
     from l2d_framework.evaluation.diagnosis.diagnose import diagnose as run
@@ -138,6 +140,15 @@ def _settings(source: Source, options: dict[str, Any], adaptive_solver: str, tim
         adaptive = source.sampling(options | {"solver": other, "num_inference_steps": None, "patience": None})
     schedule: Any = registry().create("schedule", source.manifest["schedule"])
     return Settings(time_grid(schedule, times), sampling, adaptive)
+
+
+def _check_guidance(sampling: SamplingSection, class_column: str | None) -> None:
+    for guidance in sampling.guidance:
+        if class_column is None and guidance.needs_classes and guidance.scale != guidance.neutral_scale:
+            raise ConfigError(
+                f"Guidance {guidance.component_name()!r} with scale {guidance.scale:g} guides towards classes, and the "
+                "rows name none. Add --class-column NAME, or leave the guidance out."
+            )
 
 
 def _fields(

@@ -55,7 +55,7 @@ def tune_search(
         length_powers: to try.
         repetition_penalties: to try.
         temperatures: to try.
-        metric: to maximise.
+        metric: to choose by.
         num_fewshot: examples.
         apply_chat_template: ask as a conversation.
         include_path: task files.
@@ -77,8 +77,11 @@ def tune_search(
     from rich.console import Console
 
     from l2d_framework.evaluation import protocols
-    from l2d_framework.evaluation.search_tuning import Question, grid, open_model, tune
+    from l2d_framework.evaluation.search_tasks import Question
+    from l2d_framework.evaluation.search_tuning import grid, open_model, tune
+    from l2d_framework.evaluation.start_up import steps
 
+    steps.prepare([steps.CONFIRMED] if confirm_run_unsafe_code else [])
     settings = grid(beams, *values.values())
     lm = open_model(model_args, device)
     # The harness warns at every row that options replace those of the task, which is what is wanted.
@@ -125,7 +128,8 @@ def _tables(out: Path, chosen: dict[str, Any]) -> Iterator[Table]:
     found = json.loads(out.read_text(encoding="utf-8"))
     names = ("length_power", "repetition_penalty", "temperature")
     for task, where in found["identity"]["tasks"].items():
-        rows = sorted((row for row in found["rows"] if row["task"] == task), key=lambda row: -row["score"])
+        rows = [row for row in found["rows"] if row["task"] == task]
+        rows.sort(key=lambda row: row["score"], reverse=where["is_better_high"])
         title = f"{task}: {rows[0]['items']} items of {where['split']}, category {where['category']}"
         table = Table(
             "power", "penalty", "temperature", rows[0]["metric"], "± error", "", box=box.SIMPLE_HEAD, title=title

@@ -15,52 +15,12 @@ from lm_eval.utils import simple_parse_args_string
 
 from l2d_framework.errors import ConfigError
 from l2d_framework.evaluation.lm_eval.adapter import L2DLM
-from l2d_framework.evaluation.lm_eval.harness import task_manager
-from l2d_framework.evaluation.lm_eval.source import HINT
+from l2d_framework.evaluation.lm_eval.harness import explained, task_identity, task_manager
 from l2d_framework.evaluation.search import OPTIONS, PREFIX, Search
+from l2d_framework.evaluation.search_tasks import Question, Trained, open_tasks
 
 Track = Callable[[Sequence[Any]], Iterable[Any]]
 """Passes what is left to do through and shows how far it is."""
-
-
-@dataclass(frozen=True)
-class Question:
-    """What is asked of every setting.
-
-    Attributes:
-        tasks: names of tasks, each alone or as `CATEGORY=TASK`.
-        limit: first training items of each.
-        metric: such as `exact_match,strict-match`; the task's first when None.
-        num_fewshot: examples before a question; the task's own number when None.
-        is_chat: apply the chat template, with examples as turns of the past conversation.
-        folder: further tasks beside lm_eval's own.
-        runs_code: consent to run code that models write.
-    """
-
-    tasks: Sequence[str]
-    limit: int
-    metric: str | None = None
-    num_fewshot: int | None = None
-    is_chat: bool = False
-    folder: Path | None = None
-    runs_code: bool = False
-
-
-@dataclass(frozen=True)
-class Trained:
-    """A task that asks its training items.
-
-    Attributes:
-        name: of the task.
-        category: of its settings.
-        split: it takes items from.
-        task: lm_eval's object.
-    """
-
-    name: str
-    category: str
-    split: str
-    task: Any
 
 
 @dataclass
@@ -118,12 +78,20 @@ class Tuning:
 
         Args:
             categories: the best settings of each finished category.
+
+        Raises:
+            ConfigError: if the file cannot be written.
         """
         text = json.dumps({"identity": self.identity, "categories": categories, "rows": self.rows}, indent=2)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         stage = self.path.with_name(self.path.name + ".part")
-        stage.write_text(text + "\n", encoding="utf-8")
-        os.replace(stage, self.path)
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            stage.write_text(text + "\n", encoding="utf-8")
+            os.replace(stage, self.path)
+        except OSError as error:
+            raise ConfigError(
+                f"--out {str(self.path)!r} cannot be written ({error.strerror}). Name another."
+            ) from error
 
 
 def open_model(arguments: str, device: str | None = None) -> L2DLM:
@@ -143,42 +111,6 @@ def open_model(arguments: str, device: str | None = None) -> L2DLM:
     if given := sorted(set(options) & set(OPTIONS)):
         raise ConfigError(f"--model_args names {given}, which this command is to choose. Leave them out.")
     return L2DLM(**({} if device is None else {"device": device}), **options)
-
-
-def open_tasks(question: Question) -> list[Trained]:
-    """Tasks over their training items.
-
-    Args:
-        question: names them.
-
-    Returns:
-        One for each name; its category is the one named, else the task's `class_hint`, else its own name.
-
-    Raises:
-        ConfigError: if a task is unknown, is a group, does not generate or has no training items.
-    """
-    found = []
-    for text in question.tasks:
-        category, equals, name = text.rpartition("=")
-        manager = task_manager(name, question.folder)
-        if name not in manager.all_subtasks:
-            raise ConfigError(f"--tasks: {name!r} is no single task of lm_eval. `l2d eval ls subtasks` lists them.")
-        task = manager.load([name])["tasks"][name]
-        config = task.config
-        if config.output_type != "generate_until":
-            raise ConfigError(
-                f"--tasks: {name!r} scores given answers, so there is nothing to search for. Leave it out."
-            )
-        split = config.training_split or config.fewshot_split
-        if split is None or split == config.test_split:
-            raise ConfigError(
-                f"--tasks: {name!r} names no training_split and no fewshot_split beside its test items, and settings "
-                "must not be chosen on those. Add one to a copy of its task file."
-            )
-        config.test_split = split  # examples before a question are then never the question itself
-        hint = (config.generation_kwargs or {}).get(HINT)
-        found.append(Trained(name, category if equals else str(hint or name), split, task))
-    return found
 
 
 def grid(
@@ -223,6 +155,7 @@ def tune(
     tasks = open_tasks(question)
     tuning = Tuning(out, _identity(lm, question, tasks))
     tuning.read()
+    tuning.write(best(tuning, tasks, settings))  # fails here, if it does, and not after the first row
     left = [(t, s) for s in settings for t in tasks if tuning.find(t.name, s) is None]
     for task, one in track(left):
         tuning.rows.append(_measure(lm, question, task, one))
@@ -233,44 +166,49 @@ def tune(
 
 
 def _identity(lm: L2DLM, question: Question, tasks: Sequence[Trained]) -> dict[str, Any]:
-    return {
-        "model": lm.source.identity(),
-        "sampling": lm.settings.model_dump(mode="json"),
+    return lm.identity() | {
         "limit": question.limit,
-        "metric": question.metric,
         "num_fewshot": question.num_fewshot,
         "is_chat": question.is_chat,
-        "tasks": {task.name: {"category": task.category, "split": task.split} for task in tasks},
+        "tasks": {
+            task.name: {
+                "category": task.category,
+                "split": task.split,
+                "metric": task.metric,
+                "is_better_high": task.is_better_high,
+                "content": task_identity(task.name, question.folder),
+            }
+            for task in tasks
+        },
     }
 
 
 def _measure(lm: L2DLM, question: Question, trained: Trained, settings: Search) -> dict[str, Any]:
-    results = simple_evaluate(
-        lm,
-        tasks=[trained.task],
-        num_fewshot=question.num_fewshot,
-        limit=question.limit,
-        gen_kwargs={PREFIX + name: value for name, value in settings.model_dump().items()},
-        apply_chat_template=question.is_chat,
-        fewshot_as_multiturn=question.is_chat,
-        task_manager=task_manager(trained.name, question.folder),  # a new one takes ten seconds
-        bootstrap_iters=100,  # only for metrics that are no means over items; none at all would drop every error
-        log_samples=False,
-        confirm_run_unsafe_code=question.runs_code,
-    )
+    with explained(trained.name):
+        results = simple_evaluate(
+            lm,
+            tasks=[trained.task],
+            num_fewshot=question.num_fewshot,
+            limit=question.limit,
+            gen_kwargs={PREFIX + name: value for name, value in settings.model_dump().items()},
+            apply_chat_template=question.is_chat,
+            fewshot_as_multiturn=question.is_chat,
+            task_manager=task_manager(trained.name, question.folder),  # a new one takes ten seconds
+            bootstrap_iters=100,  # only for metrics that are no means over items; none at all would drop every error
+            log_samples=False,
+            confirm_run_unsafe_code=question.runs_code,
+        )
     assert results is not None  # of the first process, and there is one only
     table = results["results"][trained.name]
-    metrics = [key for key, value in table.items() if "," in key and "_stderr," not in key and _is_number(value)]
-    chosen = question.metric or metrics[0]
-    if chosen not in metrics:
-        raise ConfigError(f"--metric: task {trained.name!r} has no {chosen!r}. Choose from {metrics}.")
-    name, _, kind = chosen.partition(",")
+    if not _is_number(table.get(trained.metric)):
+        raise ConfigError(f"Task {trained.name!r} gave no number as {trained.metric!r}. Name another --metric.")
+    name, _, kind = trained.metric.partition(",")
     error = table.get(f"{name}_stderr,{kind}")
     return {
         "task": trained.name,
         "settings": settings.model_dump(),
-        "metric": chosen,
-        "score": float(table[chosen]),
+        "metric": trained.metric,
+        "score": float(table[trained.metric]),
         "error": float(error) if _is_number(error) else None,
         "items": results["n-samples"][trained.name]["effective"],
     }
@@ -289,7 +227,7 @@ def best(tuning: Tuning, tasks: Sequence[Trained], settings: Sequence[Search]) -
         settings: to choose from.
 
     Returns:
-        By category, fields of `Search`: those with the highest mean score over its tasks.
+        By category, fields of `Search`: those with the best mean score over its tasks.
     """
     found = {}
     for category in dict.fromkeys(task.category for task in tasks):
@@ -301,7 +239,7 @@ def best(tuning: Tuning, tasks: Sequence[Trained], settings: Sequence[Search]) -
 
 
 def mean(tuning: Tuning, tasks: Sequence[Trained], settings: Search) -> float | None:
-    """Mean score of settings over tasks.
+    """Mean score of settings over tasks; where less is better, a score counts negatively.
 
     Args:
         tuning: the rows.
@@ -311,6 +249,6 @@ def mean(tuning: Tuning, tasks: Sequence[Trained], settings: Search) -> float | 
     Returns:
         The mean; None while a row is missing.
     """
-    rows = [tuning.find(task.name, settings) for task in tasks]
-    scores = [row["score"] for row in rows if row is not None]
+    found = [(task, tuning.find(task.name, settings)) for task in tasks]
+    scores = [row["score"] * (1 if task.is_better_high else -1) for task, row in found if row is not None]
     return sum(scores) / len(scores) if len(scores) == len(tasks) else None

@@ -16,7 +16,7 @@ import evaluate
 from l2d_framework.errors import ConfigError
 from l2d_framework.evaluation.code import metric
 from l2d_framework.evaluation.code.metric import CodeEval, pass_at_k, passes, serve
-from l2d_framework.evaluation.code.sandbox import CONSENT, Sandbox
+from l2d_framework.evaluation.code.sandbox import ALLOW_NETWORK, CONSENT, Sandbox
 from l2d_framework.evaluation.code.tasks import route
 from l2d_framework.evaluation.start_up import steps
 
@@ -111,7 +111,32 @@ def written_in(**names: Any) -> FunctionType:
     return FunctionType((lambda: None).__code__, names)
 
 
-def test_every_way_to_execute_programs_leads_through_the_sandbox_or_is_refused():
+def test_consent_may_stand_in_a_file(monkeypatch, tmp_path):
+    file = tmp_path / "run.yaml"
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    for text, agreed in (
+        ("model: l2d", ""),
+        ("confirm_run_unsafe_code: true", "1"),
+        ("confirm_run_unsafe_code: [", ""),
+    ):
+        file.write_text(text)
+        monkeypatch.setenv(CONSENT, "")
+        steps.prepare(["run", "--config", str(file)])
+        assert metric.os.environ[CONSENT] == agreed
+
+
+def test_isolation_is_tried_before_anything_is_asked(monkeypatch):
+    monkeypatch.setenv(CONSENT, "")
+    monkeypatch.delenv(ALLOW_NETWORK, raising=False)
+    monkeypatch.setattr(metric, "_SANDBOX", Sandbox())
+    monkeypatch.setattr(Sandbox, "_outcome", lambda self, program, *, is_isolated: "refused: no namespaces")
+    with pytest.raises(ConfigError, match="cannot run programs without network"):
+        route(task(written_in(compute_=CodeEval())))
+
+
+def test_every_way_to_execute_programs_leads_through_the_sandbox_or_is_refused(monkeypatch):
+    monkeypatch.setenv(CONSENT, "")  # given back afterwards
+    monkeypatch.setattr(Sandbox, "_outcome", lambda self, program, *, is_isolated: "passed")
     own = written_in(check_correctness=lambda program, timeout: True)
     route(task(own))
     assert own.__globals__["check_correctness"] is passes

@@ -82,6 +82,11 @@ def test_rows_of_every_format_from_several_sources_are_read(folders, tmp_path):
     assert run(folders / "l2d", "--data", folders / "texts.jsonl", "--columns", "text=story", *FAST).exit_code == 0
 
 
+def test_one_row_has_no_standard_error(folders):
+    shown = run(folders / "l2d", "--data", folders / "sums.jsonl", *FAST, "--limit", 1)
+    assert "a single row has no standard error" in shown.stdout
+
+
 def test_a_model_that_denoises_whole_answers_has_no_adaptive_solve(folders, tmp_path):
     out = tmp_path / "out"
     shown = run(folders / "tess", "--data", folders / "sums.jsonl", *FAST, "--out", out)
@@ -107,6 +112,13 @@ def test_a_model_that_denoises_whole_answers_has_no_adaptive_solve(folders, tmp_
         ("l2d", "sums", ("--solver", "midpoint", "--num-inference-steps", 4), ConfigError, "3 or 5"),
         ("l2d", "sums", ("--solver", "midpiont"), L2DError, "did you mean 'midpoint'"),
         ("l2d", "sums", ("--adaptive-solver", "euler"), ConfigError, "does not choose"),
+        (
+            "l2d",
+            "sums",
+            ("--set", "guidance=[{name: classifier_free, scale: 3}]"),
+            ConfigError,
+            "Add --class-column",
+        ),
         ("l2d", "sums", ("--adaptive-solver", "nonesuch"), L2DError, "nonesuch"),
         ("l2d", "sums", ("--dtype", "int8"), ConfigError, "--dtype"),
         ("l2d", "sums", ("--device", "nowhere"), ConfigError, "cannot be used here"),

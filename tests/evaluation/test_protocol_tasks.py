@@ -309,7 +309,10 @@ def test_items_over_the_limit_leave_the_denominator_and_are_counted(load, datase
     assert [row["goal"] for row in list(task.eval_docs)[: len(wanted)]] == [
         task.dataset["validation"][n]["goal"] for n in wanted
     ]
-    assert "left out" in caplog.text and task.config.metadata["dropped"] >= lengths[: wanted[-1]].count(longest)
+    dropped = task.config.metadata["dropped"]
+    assert "left out" in caplog.text and dropped >= lengths[: wanted[-1]].count(longest) > 0
+    prompt_of(task, limit=len(wanted))
+    assert task.config.metadata["dropped"] == dropped
     task.config.metadata["prompt_tokens"] = 3
     with pytest.raises(ConfigError, match="every prompt exceeds the 3 tokens"):
         prompt_of(task)

@@ -203,8 +203,8 @@ def test_the_adapter_searches_whatever_the_batch(adapter, name):
 
 def test_search_makes_another_model_of_it_for_the_cache(adapter):
     plain, searching = adapter(), adapter(search_beams=3)
-    assert "search" not in plain._identity()
-    assert searching._identity() != adapter(search_beams=4)._identity()
+    assert "search" not in plain.identity()
+    assert searching.identity() != adapter(search_beams=4).identity()
 
 
 def test_the_adapter_refuses_wrong_search_before_weights_load(adapter):

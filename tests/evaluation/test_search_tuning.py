@@ -14,10 +14,11 @@ from lm_eval.tasks import TaskManager
 
 from l2d_framework.cli import app
 from l2d_framework.errors import ConfigError
-from l2d_framework.evaluation import search_tuning
+from l2d_framework.evaluation import search_tasks, search_tuning
 from l2d_framework.evaluation.lm_eval.adapter import L2DLM
 from l2d_framework.evaluation.search import Search, read_search
-from l2d_framework.evaluation.search_tuning import Question, grid, open_tasks, tune
+from l2d_framework.evaluation.search_tasks import Question, open_tasks
+from l2d_framework.evaluation.search_tuning import grid, tune
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
 
@@ -32,12 +33,18 @@ doc_to_text: "{{{{question}}}}"
 doc_to_target: answer
 num_fewshot: {shots}
 generation_kwargs: {{until: ["\\n"], max_gen_toks: 3, {hint}}}
-metric_list: [{{metric: exact_match, aggregation: mean, higher_is_better: true}}]
+metric_list: [{{metric: exact_match, aggregation: mean, higher_is_better: {up}}}]
 """
 
 
 def write_task(folder: Path, name: str, **fields: Any) -> None:
-    known = {"output": "generate_until", "splits": "training_split: train", "shots": 0, "hint": "class_hint: sums"}
+    known = {
+        "output": "generate_until",
+        "splits": "training_split: train",
+        "shots": 0,
+        "hint": "class_hint: sums",
+        "up": "true",
+    }
     text = TASK.format(name=name, folder=folder, **{**known, **fields})
     (folder / "tasks" / f"{name}.yaml").write_text(text, encoding="utf-8")
 
@@ -56,6 +63,9 @@ def folder(tmp_path_factory) -> Path:
     write_task(root, "tiny_plain", hint="do_sample: false", splits="fewshot_split: train", shots=2)
     write_task(root, "tiny_tests_only", splits="fewshot_split: test")
     write_task(root, "tiny_choice", output="loglikelihood")
+    write_task(root, "tiny_errors", up="false")
+    write_task(root, "tiny_six_shots", splits="fewshot_split: train", shots=6)
+    write_task(root, "tiny_code", hint="do_sample: false}\nunsafe_code: true\nmetadata: {version: 1")
     return root
 
 
@@ -114,6 +124,38 @@ def test_the_best_mean_of_a_category_is_chosen(folder, tmp_path, monkeypatch):
     assert both == {"m": Search(beams=2, length_power=1.0, temperature=0.0).model_dump()}
 
 
+def test_the_least_is_chosen_where_less_is_better(folder, tmp_path, monkeypatch):
+    scored(monkeypatch, lambda task, s: s.temperature)
+    settings = grid(2, [0.0], [1.0], [0.5, 0.0, 1.0])
+    chosen = tune(opened(folder), question(folder, "tiny_errors"), settings, out=tmp_path / "search.json")
+    assert chosen["sums"]["temperature"] == 0.0
+
+
+def test_rows_of_another_class_or_wording_are_not_taken_over(folder, tmp_path, monkeypatch):
+    scored(monkeypatch, lambda task, s: s.temperature)
+    settings, out = grid(2, [0.0], [1.0], [0.0]), tmp_path / "search.json"
+    tune(opened(folder), question(folder, "tiny_hinted"), settings, out=out)
+    shorter = L2DLM(str(folder / "base"), device="cpu", num_inference_steps=0, max_length=40)
+    with pytest.raises(ConfigError, match=r"\['max_length'\]"):
+        tune(shorter, question(folder, "tiny_hinted"), settings, out=out)
+    monkeypatch.setattr(search_tuning, "task_identity", lambda *_: "another wording")
+    with pytest.raises(ConfigError, match=r"\['tasks'\]"):
+        tune(opened(folder), question(folder, "tiny_hinted"), settings, out=out)
+
+
+def test_a_file_that_cannot_be_written_is_found_before_the_first_row(folder, tmp_path, monkeypatch):
+    measured = scored(monkeypatch, lambda task, s: s.temperature)
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="cannot be written"):
+        tune(opened(folder), question(folder, "tiny_hinted"), grid(2, [0.0], [1.0], [0.0]), out=tmp_path / "file" / "s")
+    assert measured == []
+
+
+def test_a_wrong_metric_is_refused_with_those_there_are(folder):
+    with pytest.raises(ConfigError, match=r"no 'exact_mach,none'.*exact_match,none"):
+        open_tasks(question(folder, "tiny_hinted", metric="exact_mach,none"))
+
+
 def test_an_interrupted_run_goes_on_at_the_missing_row(folder, tmp_path, monkeypatch):
     measured = scored(monkeypatch, lambda task, s: s.temperature)
     settings, out = grid(2, [0.0, 1.0], [1.0], [0.0, 1.0]), tmp_path / "search.json"
@@ -142,11 +184,13 @@ def test_an_interrupted_run_goes_on_at_the_missing_row(folder, tmp_path, monkeyp
         ("tiny_hintde", "no single task"),
         ("tiny_tests_only", "not be chosen on those"),
         ("tiny_choice", "nothing to search for"),
+        ("tiny_six_shots", "Add --num_fewshot 5 or less"),
+        ("tiny_code", "--confirm_run_unsafe_code"),
     ],
 )
 def test_tasks_that_cannot_be_tuned_on_are_refused(folder, monkeypatch, name, message):
     small = TaskManager(include_path=str(folder / "tasks"), include_defaults=False)
-    monkeypatch.setattr(search_tuning, "task_manager", lambda *_: small)
+    monkeypatch.setattr(search_tasks, "task_manager", lambda *_: small)
     with pytest.raises(ConfigError, match=message):
         open_tasks(question(folder, name))
 

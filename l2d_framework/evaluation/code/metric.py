@@ -54,6 +54,15 @@ def check_consent() -> None:
         )
 
 
+def check_isolation() -> None:
+    """Find out, by an empty program, whether programs can be run as the user wants.
+
+    Raises:
+        ConfigError: if not.
+    """
+    _ = _SANDBOX.is_isolated
+
+
 class CodeEval:
     """Stands where tasks expect `evaluate.load("code_eval")`; runs programs in the sandbox.
 

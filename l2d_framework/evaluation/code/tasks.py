@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from l2d_framework.errors import ConfigError
-from l2d_framework.evaluation.code.metric import CodeEval, passes
+from l2d_framework.evaluation.code.metric import CodeEval, check_isolation, passes
+from l2d_framework.evaluation.code.sandbox import CONSENT
 
 _EXECUTOR = "check_correctness"
 """Function by which CRUXEval's tasks execute a program, with this signature: program, timeout -> whether it passed."""
@@ -18,7 +20,8 @@ def route(task: Any) -> None:
         task: a ConfigurableTask of lm_eval, loaded.
 
     Raises:
-        ConfigError: if it is marked as unsafe and executes them in a way that cannot be led there.
+        ConfigError: if it is marked as unsafe and executes them in a way that cannot be led there, or the system
+            cannot isolate them.
     """
     if not task.config.unsafe_code:
         return
@@ -31,6 +34,9 @@ def route(task: Any) -> None:
             f"The task {task.config.task!r} executes programs in a way of its own, outside the sandbox, so the model "
             "'l2d' does not run it. Let its metric use evaluate.load('code_eval')."
         )
+    # Without the user's consent lm_eval would not have come here; the metric asks for it in words of its own.
+    os.environ[CONSENT] = "1"
+    check_isolation()
 
 
 def _functions(task: Any) -> list[Any]:

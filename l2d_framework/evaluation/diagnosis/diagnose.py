@@ -29,7 +29,7 @@ DEFINITIONS = {
     "given; `combination` is softmax(log p_0(y) + log N(x_t; alpha(t) clean(y), (sigma(t) prior_scale)^2 I)) with the "
     "network's own prediction p_0 from noise alone, `combination_after_first_move` the same with its prediction at the "
     "second time, the likelihood of that state divided out; a network of blocks of several tokens also sees its "
-    "neighbours' states, which the combinations do not",
+    "neighbours' states, which the combinations do not; guidance takes no part, though it does in what is solved",
     "gain": "cross-entropy of the combination minus that of the network, averaged over the later times of the grid, "
     "in nats per token; above 0 the network knows more than its own earlier prediction and the hint in x_t, which is "
     f"what further evaluations can bring out. Verdict at 2 standard errors, against {NEGLIGIBLE:g}",

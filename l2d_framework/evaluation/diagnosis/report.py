@@ -32,10 +32,10 @@ def sentences(found: Found) -> list[str]:
     first, later = found["gain"]["over_combination"], found["gain"]["over_combination_after_first_move"]
     answers = found["answers"]
     lines = [
-        f"Will evaluations after the first help? The network {first['verdict']}"
-        f"{_doubt(first)}: {_estimate(first)} nats per token over its first prediction with the exact hint.",
-        f"And more of them, once it has moved? The network {later['verdict']}"
-        f"{_doubt(later)}: {_estimate(later)} nats per token over its second prediction with the exact hint.",
+        f"Will evaluations after the first help? {_verdict(first)}: {_estimate(first)} nats per token over the "
+        "network's first prediction with the exact hint.",
+        f"And more of them, once it has moved? {_verdict(later)}: {_estimate(later)} nats per token over its second "
+        "prediction with the exact hint.",
         f"Tokens that differ from those of the {answers['base']}: {_share(answers['differs'])}. "
         f"Right before: {_share(answers['base_right'])}; after: {_share(answers['right'])}.",
         f"Tokens settled: {_settling(found['settled'])}.",
@@ -48,8 +48,12 @@ def sentences(found: Found) -> list[str]:
     return lines
 
 
-def _doubt(gain: Mapping[str, Any]) -> str:
-    return " (within 2 standard errors)" if gain["verdict"] == "not clear" else ""
+def _verdict(gain: Mapping[str, Any]) -> str:
+    if gain["verdict"] != "not clear":
+        return f"The network {gain['verdict']}"
+    return "It is not clear, " + (
+        "a single row has no standard error" if gain["standard_error"] is None else "within 2 standard errors"
+    )
 
 
 def _settling(points: list[dict[str, Any]]) -> str:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -100,6 +101,31 @@ def task_manager(name: str, folder: Path | None = None) -> TaskManager:
     return _index(folder, has_defaults=True)
 
 
+@contextmanager
+def explained(task: str) -> Iterator[None]:
+    """Say in this package's words what ends lm_eval.
+
+    Args:
+        task: what is asked.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        ConfigError: in place of a ValueError.
+        L2DError: in place of an error that is known.
+        Exception: any other.
+    """
+    try:
+        yield
+    except Exception as error:
+        if (known := explain(error)) is not None:
+            raise known from error
+        if isinstance(error, ValueError):
+            raise ConfigError(f"Task {task!r}: {error}") from error
+        raise
+
+
 def evaluate(model: ModelChoice, task: TaskChoice, *, folder: Path | None = None) -> Answered:
     """Answer a task.
 
@@ -117,7 +143,7 @@ def evaluate(model: ModelChoice, task: TaskChoice, *, folder: Path | None = None
         Exception: whatever else ends the harness.
     """
     lm = L2DLM(model.pretrained, device=model.device, batch_size=model.batch_size, **model.options)
-    try:
+    with explained(task.task):
         results = simple_evaluate(
             lm,
             tasks=[task.task],
@@ -130,12 +156,6 @@ def evaluate(model: ModelChoice, task: TaskChoice, *, folder: Path | None = None
             bootstrap_iters=_BOOTSTRAPS,
             confirm_run_unsafe_code=task.runs_code,
         )
-    except Exception as error:
-        if (known := explain(error)) is not None:
-            raise known from error
-        if isinstance(error, ValueError):
-            raise ConfigError(f"Task {task.task!r}: {error}") from error
-        raise
     assert results is not None  # of the first process, and there is one only
     return _answered(task.task, results, lm)
 

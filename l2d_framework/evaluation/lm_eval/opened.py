@@ -170,10 +170,15 @@ class Opened(HFLM):  # type: ignore[misc]
         Args:
             cache_hook: holds the store.
         """
-        self.answers = Answers(cache_hook.dbdict, self._identity())
+        self.answers = Answers(cache_hook.dbdict, self.identity())
         self.cache_hook = self.answers
 
-    def _identity(self) -> dict[str, Any]:
+    def identity(self) -> dict[str, Any]:
+        """What an answer depends on beside its question.
+
+        Returns:
+            JSON-ready.
+        """
         return self.source.identity() | {
             "sampling": self.settings.model_dump(mode="json"),
             "class_name": self.options.get(CLASS),

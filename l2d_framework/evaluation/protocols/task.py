@@ -108,6 +108,7 @@ class ProtocolTask(ConfigurableTask):  # type: ignore[misc]
     def _drop(self, is_too_long: Any, options: Mapping[str, Any]) -> None:
         names = ("system_instruction", "apply_chat_template", "chat_template")
         asked = {name: options[name] for name in names if name in options}
+        self._kept = None  # of an earlier build
         rows = self.eval_docs
         limit = options.get("limit") or len(rows)
         kept: list[int] = []
@@ -165,7 +166,8 @@ class ProtocolTask(ConfigurableTask):  # type: ignore[misc]
     def _one_turn(self, doc: Mapping[str, Any], count: int) -> str:
         few = self.fewshot_cfg
         examples = []
-        for shot in self.sampler.sample(count) if count else []:
+        own = doc if few.split is not None and few.split == self.config.test_split else None
+        for shot in self.sampler.sample(count, eval_doc=own) if count else []:
             question, answer = self.doc_to_text(shot, few.doc_to_text), self.doc_to_target(shot, few.doc_to_target)
             examples.append(f"{question}{few.target_delimiter}{answer}")
         opening = (self._rule("opening") or self._opening or "").strip()

@@ -84,7 +84,19 @@ def prepare(arguments: Sequence[str]) -> None:
     from l2d_framework.evaluation.lm_eval.missing import show_errors
 
     show_errors()
-    if CONFIRMED in arguments:
+    if CONFIRMED in arguments or _is_confirmed_in_file(arguments):
         # The metric's own consent; the user has just given it, in lm_eval's words.
         os.environ["HF_ALLOW_CODE_EVAL"] = "1"
     serve()
+
+
+def _is_confirmed_in_file(arguments: Sequence[str]) -> bool:
+    import yaml
+
+    files = [arguments[i + 1] for i, name in enumerate(arguments[:-1]) if name in ("--config", "-C")]
+    files += [argument.partition("=")[2] for argument in arguments if argument.startswith("--config=")]
+    try:
+        with open(files[-1], encoding="utf-8") as file:
+            return yaml.safe_load(file).get(CONFIRMED.removeprefix("--")) is True
+    except (OSError, ValueError, yaml.YAMLError, AttributeError, IndexError):
+        return False  # lm_eval says what is wrong with the file
