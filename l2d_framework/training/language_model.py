@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import json
+import tempfile
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -12,7 +14,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 from transformers.pytorch_utils import Conv1D
 
@@ -167,17 +169,27 @@ def scratch_config(scratch: ScratchSection, tokenizer: PreTrainedTokenizerBase) 
     return AutoConfig.for_model(fields.pop("model_type"), **{**fields, **special, "vocab_size": len(tokenizer)})
 
 
-def scratch_tokenizer(data: DataSection, vocab_size: int) -> PreTrainedTokenizerBase:
+def scratch_tokenizer(data: DataSection, scratch: ScratchSection) -> PreTrainedTokenizerBase:
     """Byte-level BPE of the training texts; of a stream, of its first 100,000 rows.
+
+    For some families, Qwen2 among them, transformers reads any tokenizer as the family's own class, which splits texts
+    in its own way; for those it is trained to split so, too.
 
     Args:
         data: the `data` section of the run file.
-        vocab_size: largest number of tokens.
+        scratch: the `scratch` section.
 
     Returns:
-        The tokenizer.
+        The tokenizer; `AutoTokenizer` reads it beside the model's config as what it is.
     """
-    return train_tokenizer(_texts(data), vocab_size)
+    size = scratch.tokenizer.vocab_size
+    made = train_tokenizer(_texts(data), size)
+    with tempfile.TemporaryDirectory() as folder:
+        made.save_pretrained(folder)
+        scratch_config(scratch, made).save_pretrained(folder)
+        read = AutoTokenizer.from_pretrained(folder).backend_tokenizer
+    own, others = (json.loads(one.to_str())["pre_tokenizer"] for one in (made.backend_tokenizer, read))
+    return made if own == others else train_tokenizer(_texts(data), size, like=read)
 
 
 def _texts(data: DataSection) -> Iterator[str]:

@@ -122,7 +122,7 @@ def _tokenizer(run: TokenRun, output: Path) -> PreTrainedTokenizerBase:
     assert run.scratch is not None  # a run has one of the two
     if (output / _TOKENIZER).is_dir():
         return AutoTokenizer.from_pretrained(output / _TOKENIZER)
-    return scratch_tokenizer(run.data, run.scratch.tokenizer.vocab_size)
+    return scratch_tokenizer(run.data, run.scratch)
 
 
 def _prepare(run: TokenRun, tokenizer: PreTrainedTokenizerBase) -> PreparedData:

@@ -20,7 +20,7 @@ CHAT_TEMPLATE = (
 """Special token of the speaker, then the text; answers end with the end-of-text token."""
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+def train_tokenizer(texts: Iterable[str], vocab_size: int, *, like: Tokenizer | None = None) -> PreTrainedTokenizerFast:
     """Train a byte-level BPE with an end-of-text, a padding and two chat tokens.
 
     Every text has an encoding, since single bytes are tokens. The same texts give the same tokenizer.
@@ -28,6 +28,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     Args:
         texts: training texts; read once.
         vocab_size: largest number of tokens, special ones and the 256 bytes included.
+        like: a byte-level tokenizer whose way to normalise and to split a text is taken over.
 
     Returns:
         A tokenizer that adds no token of its own and carries a chat template with generation markers.
@@ -41,7 +42,10 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     if vocab_size < smallest:
         raise ConfigError(f"vocab_size must be at least {smallest} (256 bytes and special tokens); got {vocab_size}.")
     model = Tokenizer(models.BPE())
-    model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    if like is None:
+        model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    else:
+        model.normalizer, model.pre_tokenizer = like.normalizer, like.pre_tokenizer
     model.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size, special_tokens=special, initial_alphabet=alphabet, show_progress=False
