@@ -6,7 +6,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from l2d_framework.benchmark.makers import Maker
+from l2d_framework.benchmark.makers import Maker, missing_data
 from l2d_framework.benchmark.rows import Row, write_rows
 from l2d_framework.benchmark.tess_data import TessTexts
 from l2d_framework.demo.runs import Data, Size, make_data
@@ -38,10 +38,7 @@ class L2DQuestions(Maker):
         Returns:
             What is missing; None if it is there.
         """
-        from l2d_framework.evaluation.reachable import is_reachable
-
-        name = "implicit_cot/gsm8k_equations"
-        return None if is_reachable(name, "dataset") else f"data set {name} cannot be reached"
+        return missing_data("implicit_cot/gsm8k_equations")
 
     def make(self, folder: Path) -> None:
         """Write both files.

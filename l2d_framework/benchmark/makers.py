@@ -44,6 +44,20 @@ class Maker(Section, ABC):
         """
 
 
+def missing_data(*names: str) -> str | None:
+    """Look for data sets.
+
+    Args:
+        *names: of them, as on the hub.
+
+    Returns:
+        The first that is not there, in words; None if all are.
+    """
+    from l2d_framework.evaluation.reachable import is_reachable
+
+    return next((f"data set {name} cannot be reached" for name in names if not is_reachable(name, "dataset")), None)
+
+
 class DemoQuestions(Maker):
     """Questions of `l2d demo`, none twice.
 

@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 
 from pydantic import Field
 
-from l2d_framework.benchmark.makers import Maker
+from l2d_framework.benchmark.makers import Maker, missing_data
 from l2d_framework.benchmark.rows import Row, write_rows
 
 _LARGEST, _COUNT, _SORTED = 31, 9, 6
@@ -65,6 +65,14 @@ class TessTexts(Maker):
     """Held-out questions of each kind; as many again are for trials."""
     longest: int = Field(default=68, gt=0)
     """Characters of the two sentences of a story together."""
+
+    def missing(self) -> str | None:
+        """Look for the data sets.
+
+        Returns:
+            What is missing; None if both are there.
+        """
+        return missing_data("openai/gsm8k", "implicit_cot/gsm8k_equations")
 
     def make(self, folder: Path) -> None:
         """Write the files.
