@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -37,6 +38,7 @@ _ENCODED = datasets.Features(
 )
 _NUMBERED = datasets.Features({**_ENCODED, "index": datasets.Value("int64")})
 _STREAM_BATCH = 32
+_LOGGER = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -179,7 +181,16 @@ def _encode(opened: Opened, section: DataSection, encoding: Encoding) -> Any:
         data = opened.data.map(encoder, desc=f"Encoding {opened.source.path}", **options)
         left = len(data) > 0
         # Where one example gives several rows, they do not tell how many gave none.
-        opened.card["dropped"] = len(opened.data) - len(data) if section.turns in ("all", "first") else None
+        dropped = len(opened.data) - len(data) if section.turns in ("all", "first") else None
+        opened.card["dropped"] = dropped
+        if dropped is not None and 2 * dropped > len(opened.data):
+            _LOGGER.warning(
+                "%s: left out %d of %d examples, in which nothing to learn lies within data.max_length %d.",
+                where,
+                dropped,
+                len(opened.data),
+                section.max_length,
+            )
     if not left:
         raise DataError(f"No example of {where} has a supervised token: data.drop_unsupervised skipped all of them.")
     return data

@@ -394,6 +394,14 @@ def test_one_conversation_may_give_several_rows_with_one_answer_each(tokenizer, 
     assert Counter(rows["sliding"]) == Counter(set(rows["pairs"]) | set(rows["accumulated"]))
 
 
+def test_dropping_most_of_the_data_is_not_silent(tokenizer, caplog):
+    long = {"prompt": "a very long question " * 9, "completion": "yes"}
+    for rows, is_told in (([PAIRS[0], long, long], True), ([PAIRS[0], PAIRS[1], long], False)):
+        caplog.clear()
+        prepare(section(write("a.jsonl", rows), max_length=40, drop_unsupervised=True), tokenizer)
+        assert ("left out 2 of 3 examples" in caplog.text) is is_told
+
+
 def test_rows_of_a_conversation_beyond_the_length_are_dropped_alone(tokenizer):
     source = write("c.jsonl", [{"messages": [*CHATS[0]["messages"], *CHATS[1]["messages"]]}])
     options = {"turns": "accumulated", "max_length": 40}
