@@ -2,12 +2,12 @@
 
 import json
 import pickle
-import re
 
 import pytest
 import torch
 import typer
 from diffusion_models import NETWORK, SPACE, all_known, ask_everywhere, diffusion_lm, random_tokens
+from foreign_checkpoints import their_name, write_l2d
 from tiny_models import tiny_lm
 from typer.testing import CliRunner
 
@@ -15,15 +15,6 @@ from l2d_framework.checkpoint import load
 from l2d_framework.cli.convert import convert as command
 from l2d_framework.convert import convert
 from l2d_framework.errors import CheckpointError, ConfigError, PluginError
-
-THEIRS = {
-    "parametrization.vocabulary": "flow_token_embedder.embedder.layers_module.0",
-    "parametrization.translation": "flow_to_lm_encoder.embedder.layers_module",
-    "backbone.conditioning.time": "timestep_embedder.mlp",
-    "backbone.conditioning.classes": "data_label_embedder",
-    "backbone.conditioning.final": "modulation_head.mlp",
-}
-"""The authors' name for the beginning of ours."""
 
 CASES = [
     ("llama", "lora", {"tie_word_embeddings": True}, ()),
@@ -34,35 +25,11 @@ CASES = [
 ]
 
 
-def their_name(name):
-    for ours, theirs in THEIRS.items():
-        if name.startswith(ours):
-            return "model." + name.replace(ours, theirs, 1)
-    if found := re.match(r"backbone\.conditioning\.layers\.(\d+)\.(.*)", name):
-        return f"model.layers.{found[1]}.modulation_head.mlp.{found[2]}"
-    found = re.match(r"backbone\.shadows\.(\d+)\.shadow\.(\w+)\.(\w+_proj)\.(.*)", name)
-    leaf = {"lora_A.diffusion.weight": "A", "lora_B.diffusion.weight": "B"}.get(found[4], found[4])
-    return f"model.layers.{found[1]}.{found[2]}.flow_{found[3]}.{leaf}"
-
-
 def write(folder, family="llama", variant="lora", config=None, classes=("math", "code"), **flow):
     """The folder that the authors' code would write for a model, and that model."""
-    lm = tiny_lm(family, **(config or {}))
-    model = diffusion_lm(lm, variant=variant, classes=classes)
-    state = {name: weight.clone() for name, weight in lm.state_dict().items()}
-    for name, weight in model.own_parameters().items():
-        theirs = their_name(name)
-        state[theirs] = weight.detach().T.contiguous() if theirs.endswith((".A", ".B")) else weight.detach().clone()
-        if theirs.endswith(".A"):
-            plain = theirs.replace("flow_", "").removesuffix("A")
-            for leaf in ("weight", "bias"):
-                if plain + leaf in state:
-                    state[theirs.removesuffix("A") + "wrapped_layer." + leaf] = state[plain + leaf].clone()
-    folder.mkdir(parents=True, exist_ok=True)
-    torch.save(state, folder / "pytorch_model.bin")
+    model = diffusion_lm(tiny_lm(family, **(config or {})), variant=variant, classes=classes)
     settings = {"noise_rescaling": SPACE["prior_scale"], "flow_lora_alpha": NETWORK["alpha"], **flow}
-    (folder / "config.json").write_text(json.dumps({**lm.config.to_diff_dict(), "flow_config": settings}))
-    return folder, model
+    return write_l2d(folder, model, **settings), model
 
 
 def edit(folder, change):

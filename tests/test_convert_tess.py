@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import shared_folders
 import torch
+from foreign_checkpoints import FLAGS, store, write_tess2
 from golden_tess import TIMES, Case, query, slots, take
 from safetensors.torch import load_file, save_file
 from tiny_models import tiny_lm, tiny_tokenizer
@@ -26,55 +27,11 @@ from l2d_framework.convert import convert
 from l2d_framework.errors import CheckpointError, ConfigError
 from l2d_framework.types import Layout
 
-FLAGS = {
-    "self_condition": "logits_mean",
-    "self_condition_mix_before_weights": True,
-    "self_condition_mix_logits_before_weights": False,
-    "self_condition_zeros_after_softmax": False,
-    "self_condition_mlp_projection": False,
-    "deepmind_conditional": False,
-    "classifier_free_simplex_inputs": False,
-    "classifier_free_uncond_input": "empty_token",
-    "empty_token_be_mask": False,
-    "is_causal": False,
-    "mask_padding_in_loss": False,
-    "padding_side": "right",
-    "disable_timestep_embed": False,
-}
-"""What the authors' code stores beside the language model's settings."""
 
-
-def store(folder, config, state, *, shards=1, suffix="safetensors"):
-    """A folder in transformers' layout."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(config))
-    stem = "model" if suffix == "safetensors" else "pytorch_model"
-    names = sorted(state)
-    files = (
-        [f"{stem}-{i + 1:05}-of-{shards:05}.{suffix}" for i in range(shards)] if shards > 1 else [f"{stem}.{suffix}"]
-    )
-    places = {name: files[i % shards] for i, name in enumerate(names)}
-    for file in files:
-        part = {name: state[name].contiguous() for name in names if places[name] == file}
-        if suffix == "safetensors":
-            save_file(part, folder / file, metadata={"format": "pt"})
-        else:
-            torch.save(part, folder / file)
-    if shards > 1:
-        (folder / f"{stem}.{suffix}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
-    return folder
-
-
-def tess2(folder, family="mistral", *, flags=None, lm=None, change=None, **kwargs):
+def tess2(folder, family="mistral", *, lm=None, **how):
     """A random TESS 2 checkpoint, and its language model."""
     lm = lm or tiny_lm(family)
-    state = {name: weight.clone() for name, weight in lm.state_dict().items()}
-    state["timestep_embed.weight"] = torch.randn(lm.config.hidden_size, 1)
-    if change:
-        change(state)
-    name = f"{lm.config.model_type.title()}ForDiffusionLM"
-    config = {**lm.config.to_diff_dict(), **FLAGS, "architectures": [name], **(flags or {})}
-    return store(folder, {k: v for k, v in config.items() if v != "absent"}, state, **kwargs), lm
+    return write_tess2(folder, lm, torch.randn(lm.config.hidden_size, 1), **how), lm
 
 
 def run(*arguments):
