@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -20,10 +20,13 @@ from l2d_framework.process import Process
 from l2d_framework.sampling import Sampling, check_sampling
 from l2d_framework.types import Layout
 
+_CACHE = next(field.name for field in fields(CausalLMOutputWithPast) if field.name in ("cache", "past_key_values"))
+"""What transformers calls the cache: `past_key_values` before 5.24."""
+
 
 @dataclass
 class FaceCache:
-    """What the backbone remembers of the tokens so far, in the place of transformers' `past_key_values`.
+    """What the backbone remembers of the tokens so far, in the place of transformers' cache.
 
     Attributes:
         context: the backbone's memory.
@@ -161,6 +164,7 @@ class TransformersFace(PreTrainedModel, GenerationMixin):
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         *,
+        cache: FaceCache | None = None,
         past_key_values: FaceCache | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int = 0,
@@ -176,7 +180,8 @@ class TransformersFace(PreTrainedModel, GenerationMixin):
             input_ids: tokens not in the cache yet, (B, N), int64.
             attention_mask: 1 where a real token stands, those in the cache included, (B, S); all when None. Padding
                 stands on the left where a cache is used.
-            past_key_values: what an earlier call returned; changed by this one.
+            cache: what an earlier call returned; changed by this one.
+            past_key_values: its name in transformers before 5.24; either is taken.
             use_cache: return a cache; not when False.
             logits_to_keep: positions from the end to make logits for; all when 0.
             request_keys: name of each prompt for its noise, for rows in as many equal groups, the samples of each;
@@ -190,10 +195,10 @@ class TransformersFace(PreTrainedModel, GenerationMixin):
             ConfigError: if the padding or the number of request keys does not fit.
         """
         count = input_ids.shape[1]
-        if past_key_values is None:
+        cache = past_key_values if cache is None else cache
+        if cache is None:
             cache = self._begin(input_ids, attention_mask, request_keys)
         else:
-            cache = past_key_values
             if attention_mask is not None and not bool(attention_mask[:, -count:].all()):
                 raise ConfigError("There is padding after tokens in the cache. Pad prompts on the left.")
             known = cache.layout.blocks
@@ -201,11 +206,8 @@ class TransformersFace(PreTrainedModel, GenerationMixin):
             cache.context = self.process.backbone.extend(cache.context, input_ids)
             cache.layout = Layout(grown, torch.cat([known, known.new_zeros(len(known), count)], 1))
         kept = min(count, logits_to_keep or count)
-        logits = self._solve(cache, kept)
-        return CausalLMOutputWithPast(
-            logits=logits,
-            past_key_values=None if use_cache is False else cache,  # type: ignore[arg-type]  # stands in for a Cache
-        )
+        memory: Any = {_CACHE: None if use_cache is False else cache}
+        return CausalLMOutputWithPast(logits=self._solve(cache, kept), **memory)
 
     def _begin(self, ids: Tensor, mask: Tensor | None, names: Sequence[str] | None) -> FaceCache:
         present = torch.ones_like(ids) if mask is None else mask.to(ids.dtype)

@@ -24,9 +24,9 @@ from l2d_framework.errors import ConfigError, UnsupportedModelError
 from l2d_framework.types import Layout
 from l2d_plugins.backbones.two_stream import ADAPTER
 
-OTHERS = ("stablelm", "phi", "cohere")
+OTHERS = ("stablelm", "phi", "cohere", "gpt_neox")
 """Families that are served without being promised, since they are built unlike the others: layer norms with biases,
-parallel branches that share a norm, norms without a weight vector of their own class."""
+parallel branches that share a norm, norms without a weight vector of their own class, another name for the cache."""
 
 LENGTH = 9
 PADDING = (0, 2, 5)
@@ -341,7 +341,7 @@ def test_attention_kernels_without_explicit_masks_are_refused(tiny_lm, kernel):
         backbone_config().build(lm)
 
 
-@pytest.mark.parametrize(("family", "name"), [("gpt2", "GPT2LMHeadModel"), ("gpt_neox", "GPTNeoX")])
+@pytest.mark.parametrize(("family", "name"), [("gpt2", "GPT2LMHeadModel"), ("gptj", "GPTJ")])
 def test_families_that_are_built_otherwise_are_refused_by_name(tiny_lm, family, name):
     with pytest.raises(UnsupportedModelError, match=rf"cannot (serve|modulate) {name}.*[Uu]se|Choose a model"):
         backbone_config().build(tiny_lm(family))
@@ -350,11 +350,12 @@ def test_families_that_are_built_otherwise_are_refused_by_name(tiny_lm, family, 
 class LooksPastTheCache(LlamaAttention):
     """Attends to the keys it made itself, as a family with fused attention might."""
 
-    def forward(self, hidden_states, *args, past_key_values=None, **kwargs):
-        out = super().forward(hidden_states, *args, past_key_values=None, **kwargs)
-        if past_key_values is not None:
+    def forward(self, hidden_states, *args, **kwargs):
+        caches = {name: kwargs.pop(name) for name in list(kwargs) if hasattr(kwargs[name], "update")}
+        out = super().forward(hidden_states, *args, **dict.fromkeys(caches), **kwargs)
+        for cache in caches.values():
             shape = (len(hidden_states), 2, hidden_states.shape[1], 8)
-            past_key_values.update(torch.zeros(shape), torch.zeros(shape), self.layer_idx)
+            cache.update(torch.zeros(shape), torch.zeros(shape), self.layer_idx)
         return out
 
 

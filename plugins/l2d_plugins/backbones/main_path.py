@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, field, replace
+from inspect import signature
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ class MainContext:
     Attributes:
         cache: keys and values of all tokens.
         hidden: hidden states before the final norm of the last chunk read, (B, n, H).
-        kwargs: what the model passed to each layer for that chunk.
+        kwargs: what the model passed to each layer for that chunk, with the read-only cache in place of its own.
         present: where real tokens stand, (B, T), bool; None when nothing is padded on the left.
         real: number of real tokens per row, (B,), int64.
         length: T, tokens in the cache, padding included.
@@ -80,11 +81,15 @@ class MainContext:
         layers: list[Any] = self.cache.layers
         for number, layer in enumerate(layers):
             cache.update(layer.keys[rows], layer.values[rows], number)
+        keys = MainKeys(cache)
         return replace(
             self,
             cache=cache,
             hidden=self.hidden[rows],
-            kwargs=[{name: _pick(value, rows, batch) for name, value in kwargs.items()} for kwargs in self.kwargs],
+            kwargs=[
+                {name: keys if isinstance(v, MainKeys) else _pick(v, rows, batch) for name, v in kwargs.items()}
+                for kwargs in self.kwargs
+            ],
             present=None if self.present is None else self.present[rows],
             real=self.real[rows],
         )
@@ -125,6 +130,9 @@ class MainPath:
                 "another family, such as llama, qwen3, gemma3 or olmo2."
             )
         self.layers: nn.ModuleList = layers
+        # Since 5.24 transformers calls it `cache`.
+        names = signature(self.decoder.forward).parameters
+        self._cache_name = "cache" if "cache" in names else "past_key_values"
         self.layers_name = next(n for n, module in lm.named_modules() if module is layers)
         self.final_norm = norms[0]
         # A shallow clone whose decoder is the final norm alone: soft caps and logit scales stay transformers' own code.
@@ -152,7 +160,7 @@ class MainPath:
         with torch.no_grad():
             # Without a cache transformers looks for packed sequences, which needs values that the meta device has not.
             cache = DynamicCache()
-            return find_branches(self.layers, lambda: self.decoder(input_ids=tokens, past_key_values=cache))
+            return find_branches(self.layers, lambda: self.decoder(input_ids=tokens, **{self._cache_name: cache}))
 
     def read(self, layout: Layout) -> MainContext:
         """Run over a batch of prompts.
@@ -197,7 +205,8 @@ class MainPath:
     ) -> MainContext:
         kwargs: list[dict[str, Any]] = []
         hidden: list[Tensor] = []
-        hooks = [layer.register_forward_pre_hook(_capture(kwargs), with_kwargs=True) for layer in self.layers]
+        capture = _capture(kwargs, cache)
+        hooks = [layer.register_forward_pre_hook(capture, with_kwargs=True) for layer in self.layers]
         hooks.append(self.final_norm.register_forward_pre_hook(lambda module, args: hidden.append(args[0])))
         try:
             with torch.no_grad():
@@ -205,8 +214,8 @@ class MainPath:
                     input_ids=tokens,
                     attention_mask=None if present is None else present.long(),
                     position_ids=position_ids,
-                    past_key_values=cache,
                     use_cache=True,
+                    **{self._cache_name: cache},
                 )
         finally:
             for hook in hooks:
@@ -245,7 +254,7 @@ class MainPath:
             arguments = gather_kwargs(context.kwargs[number], everywhere, context.length)
             try:
                 with torch.no_grad():
-                    replay = shadow(inputs[number], **{**arguments, "past_key_values": MainKeys(context.cache)})
+                    replay = shadow(inputs[number], **arguments)
             except (RuntimeError, TypeError, AttributeError) as error:
                 raise UnsupportedModelError(
                     f"Backbone 'two_stream' cannot serve {type(self.lm).__name__}: layer {number} cannot be replayed "
@@ -268,12 +277,15 @@ class _FinalNorm(nn.Module):
         super().__init__()
         self.norm = norm
 
-    def forward(self, inputs_embeds: Tensor, **kwargs: Any) -> MoeModelOutputWithPast:
+    def forward(self, *_: Any, inputs_embeds: Tensor, **__: Any) -> MoeModelOutputWithPast:
         return MoeModelOutputWithPast(last_hidden_state=self.norm(inputs_embeds))
 
 
-def _capture(kwargs: list[dict[str, Any]]) -> Any:
+def _capture(kwargs: list[dict[str, Any]], cache: DynamicCache) -> Any:
+    # Whatever a layer calls its cache, there a shadow takes the read-only one.
+    keys = MainKeys(cache)
+
     def hook(module: nn.Module, args: tuple[Any, ...], given: dict[str, Any]) -> None:
-        kwargs.append(given)
+        kwargs.append({name: keys if value is cache else value for name, value in given.items()})
 
     return hook

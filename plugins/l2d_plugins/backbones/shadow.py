@@ -139,7 +139,7 @@ class Modulated(nn.Module):
         Args:
             y: (B, L, H).
             modulation: (B or 1, L or 1, chunks * H), per branch scale, shift and gate in this order.
-            kwargs: what the model passes to its own layer, with the read-only cache.
+            kwargs: what the model passes to its own layer, with the read-only cache in place of its own.
 
         Returns:
             (B, L, H).

@@ -16,7 +16,7 @@ from l2d_framework.errors import ConfigError, UnsupportedModelError
 from l2d_framework.types import Layout
 from l2d_plugins.backbones.conditioning import Conditioning
 from l2d_plugins.backbones.main_path import MainContext, MainPath
-from l2d_plugins.backbones.shadow import KEY_VALUE, MainKeys, Modulated, gather_kwargs, make_shadow
+from l2d_plugins.backbones.shadow import KEY_VALUE, Modulated, gather_kwargs, make_shadow
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftConfig  # takes seconds to import, and listing plugins needs none of it
@@ -230,7 +230,6 @@ class TwoStream(Backbone):
                 context.tables[shared_time] = self.conditioning.table(shared_time)
             modulations, weight = self.conditioning.look_up(context.tables[shared_time], condition)
         index = context.index(positions)
-        keys = MainKeys(context.cache)
         y = h.to(main.dtype)
         # Weights trained in single precision over a model in half; everything else has one type already.
         is_mixed = weight.dtype == torch.float32 != y.dtype
@@ -240,7 +239,7 @@ class TwoStream(Backbone):
             kind = (id(captured.get("attention_mask")), id(captured.get("position_embeddings")))
             if kind not in gathered:
                 gathered[kind] = gather_kwargs(captured, index, context.length)
-            kwargs = {**gathered[kind], "past_key_values": keys}
+            kwargs = gathered[kind]
             with mixed:
                 if self.gradient_checkpointing and torch.is_grad_enabled():
                     y = checkpoint(layer, y, modulation, kwargs, use_reentrant=False)
