@@ -3,11 +3,14 @@
 #   make check     formatting, lint, types, import contracts, docstrings
 #   make test      check, then the suite against the installed wheel
 #   make test-all  the same with the tests marked slow
+#   make test-newest, make test-oldest   the suite with today's releases, and with the lower bounds of pyproject.toml
 
 PYTHON ?= $(firstword $(foreach name,python3 python3.13 python3.12 python3.11,$(shell \
 	$(name) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $(name))))
 WORKERS ?= 2
 PYTEST_ARGS ?=
+# Holds torch in test-newest and test-oldest, as in TORCH=torch==2.13.0; their rule decides where it is empty.
+TORCH ?=
 
 # Tested versions; a constraint of the caller's own wins.
 export PIP_CONSTRAINT ?= $(CURDIR)/constraints.txt
@@ -15,7 +18,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 # It would put a working tree before the installed wheel.
 unexport PYTHONPATH
 
-.PHONY: demo check wheel install-wheel test test-all clean
+.PHONY: demo check wheel install-wheel test test-all test-newest test-oldest clean
 
 demo: .venv/.demo
 	.venv/bin/l2d demo
@@ -28,18 +31,35 @@ check: .venv/.dev
 	.venv/bin/pydoclint --quiet l2d_framework plugins
 
 test: check install-wheel
-	$(run-suite)
+	$(call run-suite,.venv-test)
 
 test-all: check install-wheel
-	$(run-suite) -m ""
+	$(call run-suite,.venv-test) -m ""
+
+test-newest: wheel
+	echo "$(TORCH)" > dist/newest.txt
+	$(call suite-in-new,newest)
+
+test-oldest: wheel
+	.venv/bin/python .ci/floors.py $(TORCH) > dist/oldest.txt
+	$(call suite-in-new,oldest)
 
 clean:
-	rm -rf .venv .venv-test dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+	rm -rf .venv .venv-test .venv-newest .venv-oldest dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
 
 # From an empty folder, so that only the installed wheel can be imported.
 run-suite = folder=$$(mktemp -d) && trap 'rm -rf "$$folder"' EXIT && cd "$$folder" && \
-	L2D_EXPECT_INSTALLED=1 OMP_NUM_THREADS=1 $(CURDIR)/.venv-test/bin/python -m pytest \
+	L2D_EXPECT_INSTALLED=1 OMP_NUM_THREADS=1 $(CURDIR)/$(1)/bin/python -m pytest \
 	-c $(CURDIR)/pyproject.toml --rootdir $(CURDIR) -n $(WORKERS) $(PYTEST_ARGS) $(CURDIR)/tests
+
+# In a fresh environment .venv-NAME whose only constraints are those of dist/NAME.txt.
+define suite-in-new
+	$(call create-environment,.venv-$(1))
+	PIP_CONSTRAINT=$(CURDIR)/dist/$(1).txt .venv-$(1)/bin/python -m pip install --quiet \
+		"$$(echo dist/*.whl)[all,text-metrics]" --group test
+	.venv-$(1)/bin/python -m pip freeze
+	$(call run-suite,.venv-$(1))
+endef
 
 # pip 25.1 is the first that reads dependency groups.
 define create-environment

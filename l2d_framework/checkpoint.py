@@ -125,7 +125,7 @@ def save(model: DiffusionLM, folder: str | Path, *, notes: str = "", dtype: torc
             base = model.origin.model
             peft_config.base_model_name_or_path = None if base is None else base.base
             peft_config.save_pretrained(str(stage / ADAPTER))
-            save_file(_plain(state), stage / ADAPTER / "adapter_model.safetensors", metadata={"format": "pt"})
+            save_file(_plain(state, dtype), stage / ADAPTER / "adapter_model.safetensors", metadata={"format": "pt"})
         save_file(_plain(own, dtype), stage / WEIGHTS, metadata={"format": "pt"})
         (stage / "README.md").write_text(model_card(model, notes), encoding="utf-8")
         files = [path.relative_to(stage) for path in sorted(stage.rglob("*")) if path.is_file()]
@@ -206,8 +206,8 @@ def load(
         revision: of a hub checkpoint.
 
     Returns:
-        The model in evaluation mode. Its own weights keep the type they were saved in, so saving it again loses
-        nothing; `model.backbone.merge()` brings them to the language model's type.
+        The model in evaluation mode. Its own weights have the type they are trained in, whatever the files' type, so
+        saving it again loses nothing; `model.backbone.merge()` brings them to the language model's.
 
     Raises:
         CheckpointError: if the checkpoint is damaged or belongs to another base model.

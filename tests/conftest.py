@@ -75,6 +75,14 @@ def datasets_dir() -> Path:
 
 
 @pytest.fixture(scope="session")
+def real_model() -> Path:
+    """Folder of SmolLM2-135M-Instruct; fails if L2D_REAL_MODEL points nowhere, skips if it is unset."""
+    if not os.environ.get("L2D_REAL_MODEL"):
+        pytest.skip("L2D_REAL_MODEL is unset: it names a folder with SmolLM2-135M-Instruct")
+    return shared_folders.find("L2D_REAL_MODEL", "")
+
+
+@pytest.fixture(scope="session")
 def tiny_lm() -> Callable[..., Any]:
     """`tiny_lm(family="llama", seed=0, **config)`: a random causal language model of a transformers family."""
     return build_lm

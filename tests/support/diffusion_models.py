@@ -120,7 +120,7 @@ def ask_everywhere(model: DiffusionLM, layout: Layout, *, t: float | Tensor = 0.
     rows, length = layout.tokens.shape
     generator = torch.Generator().manual_seed(seed)
     return Query(
-        x=model.parametrization.prior_scale * torch.randn(rows, length, SPACE["size"], generator=generator),
+        x=model.parametrization.prior_scale * torch.randn(rows, length, model.parametrization.state_size, generator=generator),
         t=torch.as_tensor(t, dtype=torch.float32).expand(rows, length),
         positions=torch.arange(1, length + 1).expand(rows, -1),
         context=model.backbone.read(layout),
