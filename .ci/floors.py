@@ -1,4 +1,4 @@
-"""Print the constraint `name==floor` of every lower bound in pyproject.toml; arguments such as torch==2.13.0 go before."""
+"""Print `name==floor` for every lower bound in pyproject.toml; an argument such as torch==2.13.0 takes its place."""
 
 import re
 import sys

@@ -1,4 +1,4 @@
-"""The commands of README.md, as they are written there, in an empty folder; only their size is cut by further options."""
+"""The commands of README.md, as they are written there, in an empty folder; further options only cut their size."""
 
 import json
 import os
@@ -18,8 +18,9 @@ STANDS_FOR = ("Qwen/Qwen2.5-1.5B-Instruct", "mistralai/Mistral-7B-v0.1", "gpt2")
 
 SMALLER = {
     "l2d train my_run.yaml": "training.batch_size=4",
-    "l2d train tess.yaml": "stages.0.training.max_steps=1 stages.0.training.batch_size=2 stages.0.training.warmup_steps=0"
-    " stages.0.data.max_length=64 stages.1.training.epochs=1 stages.1.training.batch_size=2 stages.1.data.max_length=64",
+    "l2d train tess.yaml": "stages.0.training.max_steps=1 stages.0.training.batch_size=2"
+    " stages.0.training.warmup_steps=0 stages.0.data.max_length=64"
+    " stages.1.training.epochs=1 stages.1.training.batch_size=2 stages.1.data.max_length=64",
     "l2d train-reward": "training.max_steps=1 training.batch_size=2 training.micro_batch_size=2",
     "l2d generate tuned --infill": "--num-inference-steps 3",
     "l2d generate tuned": "--num-inference-steps 3 --max-new-tokens 8",

@@ -118,9 +118,9 @@ def all_known(tokens: Tensor, *, padding: Sequence[int] = ()) -> Layout:
 def ask_everywhere(model: DiffusionLM, layout: Layout, *, t: float | Tensor = 0.5, seed: int = 0) -> Query:
     """Query about every position after the first, at random states."""
     rows, length = layout.tokens.shape
-    generator = torch.Generator().manual_seed(seed)
+    shape = rows, length, model.parametrization.state_size
     return Query(
-        x=model.parametrization.prior_scale * torch.randn(rows, length, model.parametrization.state_size, generator=generator),
+        x=model.parametrization.prior_scale * torch.randn(shape, generator=torch.Generator().manual_seed(seed)),
         t=torch.as_tensor(t, dtype=torch.float32).expand(rows, length),
         positions=torch.arange(1, length + 1).expand(rows, -1),
         context=model.backbone.read(layout),
