@@ -17,7 +17,7 @@ STANDS_FOR = ("Qwen/Qwen2.5-1.5B-Instruct", "mistralai/Mistral-7B-v0.1", "gpt2")
 """Hub ids of README's run files; here folders with the real model."""
 
 SMALLER = {
-    "l2d train my_run.yaml": "training.batch_size=4",
+    "l2d train my_run.yaml": "training.batch_size=4 training.max_steps=2",
     "l2d train tess.yaml": "stages.0.training.max_steps=1 stages.0.training.batch_size=2"
     " stages.0.training.warmup_steps=0 stages.0.data.max_length=64"
     " stages.1.training.epochs=1 stages.1.training.batch_size=2 stages.1.data.max_length=64",
@@ -85,11 +85,11 @@ def folder(real_model: Path, datasets_dir: Path, tmp_path: Path, monkeypatch: py
         link = tmp_path / data.relative_to(datasets_dir)
         link.parent.mkdir(exist_ok=True)
         link.symlink_to(data)
-    write_lines(tmp_path / "my_chats.jsonl", ROWS)
+    write_lines(tmp_path / "my_chats.jsonl", ROWS * 12)
     write_lines(tmp_path / "held_out.jsonl", ROWS[:2])
     write_lines(tmp_path / "allenai/tulu-v2-sft-mixture/train.jsonl", ROWS[:2])
     write_lines(tmp_path / "my_corpus/part.jsonl", [{"text": TEXT}] * 3)
-    pairs = [{"chosen": f"The answer is {i}.", "rejected": f"No idea about {i}."} for i in range(6)]
+    pairs = [{"chosen": f"The answer is {i}.", "rejected": f"No idea about {i}."} for i in range(60)]
     write_lines(tmp_path / "my_pairs.jsonl", pairs)
     for section in sections().values():
         for text in blocks(section, "yaml"):
