@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from l2d_framework.errors import ConfigError
 from l2d_framework.noise import request_keys
 from l2d_framework.problem import Observer
 from l2d_framework.process import Process
-from l2d_framework.prompts import context_length
+from l2d_framework.prompts import context_length, encode_text
 from l2d_framework.sampling import Sampling, check_sampling
 from l2d_framework.types import Layout
 
@@ -66,6 +66,22 @@ class Infilled:
         rows = zip(self.sequences, self.blocks, strict=True)
         return [str(tokenizer.decode(row[here >= 0], skip_special_tokens=True)) for row, here in rows]
 
+    def ended(self, ends: Sequence[int]) -> Infilled:
+        """The same without what follows the end of an answer in its gap.
+
+        Args:
+            ends: tokens that end an answer.
+
+        Returns:
+            A copy in which such a token stands in the rest of its gap, too.
+        """
+        tokens = self.sequences.clone()
+        for place in range(1, tokens.shape[1]):
+            before = tokens[:, place - 1]
+            stops = (self.blocks[:, place - 1 : place + 1] >= 1).all(1) & torch.isin(before, before.new_tensor(ends))
+            tokens[:, place] = torch.where(stops, before, tokens[:, place])
+        return replace(self, sequences=tokens)
+
 
 def read_gaps(tokenizer: PreTrainedTokenizerBase | None, texts: Sequence[str], lm_config: Any) -> Gapped:
     """Tokens of texts in which `<mask:8>` stands for a gap of 8 tokens.
@@ -90,7 +106,7 @@ def read_gaps(tokenizer: PreTrainedTokenizerBase | None, texts: Sequence[str], l
     rows = []
     for number, text in enumerate(texts):
         parts = _GAP.split(text)
-        row: list[int] = list(tokenizer(parts[0])["input_ids"])
+        row = encode_text(tokenizer, parts[0])
         gaps = [int(count) for count in parts[1::2]]
         following = [tokenizer(after, add_special_tokens=False)["input_ids"] if after else [] for after in parts[2::2]]
         length = len(row) + sum(gaps) + sum(map(len, following))

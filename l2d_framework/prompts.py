@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import torch
 from torch import Tensor
 from transformers import AutoModel, GenerationConfig, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from l2d_framework.errors import ConfigError, DataError
 
-Message = Mapping[str, str]
+Message = Mapping[str, Any]
 Prompt = str | Sequence[Message]
 """Plain text, or a conversation as a list of {"role", "content"}."""
 
 
 TEMPLATE_DATE = "26 Jul 2024"
 """Date shown to chat templates that print one; fixed, so that training on another day gives the same tokens."""
+
+EXCHANGE: tuple[Message, ...] = ({"role": "user", "content": "Yes?"}, {"role": "assistant", "content": "Indeed"})
+"""A conversation by which a chat template shows how it ends an answer."""
 
 
 @dataclass(frozen=True)
@@ -33,12 +38,14 @@ class Encoded:
         attention_mask: 1 where a real token stands, (B, S), int64.
         keys: names for the noise, of each prompt or of each of its answers; made from the tokens when None.
         context: what a backbone has read of the prompts; they are read anew when None.
+        chats: which prompts are conversations, whose answers end with their turn; none when None.
     """
 
     input_ids: Tensor
     attention_mask: Tensor
     keys: Sequence[str] | None = None
     context: Any = None
+    chats: Sequence[bool] | None = None
 
 
 def read_template(chosen: str | None) -> str | None:
@@ -66,6 +73,130 @@ def read_template(chosen: str | None) -> str | None:
     return path.read_text(encoding="utf-8")
 
 
+def opening(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Tokens that a tokenizer puts in front of every text; what it puts behind one would end a prompt.
+
+    Args:
+        tokenizer: of the model.
+
+    Returns:
+        Their ids.
+    """
+    if not tokenizer("")["input_ids"]:
+        return []
+    whole, bare = (list(tokenizer("a", add_special_tokens=added)["input_ids"]) for added in (True, False))
+    return whole[: next((n for n in range(len(whole)) if whole[n : n + len(bare)] == bare), 0)]
+
+
+def encode_text(tokenizer: PreTrainedTokenizerBase, text: str, *, front: Sequence[int] | None = None) -> list[int]:
+    """Token ids of a text that something follows: an answer, a gap or the end-of-text token.
+
+    Args:
+        tokenizer: of the model.
+        text: the text; where it begins with what stands in front anyway, that is not doubled.
+        front: what `opening` gave; asked again when None.
+
+    Returns:
+        The ids.
+    """
+    front = list(opening(tokenizer) if front is None else front)
+    ids: list[int] = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    missing = next(n for n in range(len(front) + 1) if front[n:] == ids[: len(front) - n])
+    return [*front[:missing], *ids]
+
+
+def render(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    template: str,
+    *,
+    add_generation_prompt: bool = False,
+    marked: bool = False,
+) -> tuple[str, list[tuple[int, int]]]:
+    """Text of a conversation; it is encoded without special tokens beside the template's.
+
+    Args:
+        tokenizer: of the model.
+        messages: turns with `role` and `content`.
+        template: jinja source.
+        add_generation_prompt: whether to end with what introduces an answer.
+        marked: whether to find the stretches of text between the template's generation markers.
+
+    Returns:
+        The text and the stretches, in characters.
+
+    Raises:
+        DataError: if the template refuses the conversation.
+    """
+    # Optional fields arrive as None from tabular data; templates expect them to be absent.
+    turns = [{name: value for name, value in turn.items() if value is not None} for turn in messages]
+    variables: dict[str, Any] = {**tokenizer.special_tokens_map, "date_string": TEMPLATE_DATE}
+    try:
+        rendered: Any = render_jinja_template(
+            conversations=[turns],
+            chat_template=template,
+            add_generation_prompt=add_generation_prompt,
+            return_assistant_tokens_mask=marked,
+            **variables,
+        )
+    except (jinja2.TemplateError, TypeError) as error:
+        raise DataError(f"The chat template cannot render this conversation: {error}") from error
+    texts, spans = rendered
+    return texts[0], spans[0] if marked else []
+
+
+def special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Tokens that never occur inside a text, among them the ends of turns.
+
+    Args:
+        tokenizer: of the model.
+
+    Returns:
+        Their ids.
+    """
+    added = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return frozenset(added | set(tokenizer.all_special_ids))
+
+
+def turn_end(tokenizer: PreTrainedTokenizerBase | None, template: str | None = None) -> int | None:
+    """Token with which a chat template ends an answer.
+
+    Args:
+        tokenizer: of the model.
+        template: jinja source; the tokenizer's own when None.
+
+    Returns:
+        The first special token that follows the answer, with only blanks between; the end-of-text token where the
+        template writes none, or refuses a question and an answer; None where there is no template.
+    """
+    if tokenizer is None or (template is None and tokenizer.chat_template is None):
+        return None
+    try:
+        text, _ = render(tokenizer, EXCHANGE, template or str(tokenizer.get_chat_template()))
+    except DataError:
+        return tokenizer.eos_token_id
+    special = special_ids(tokenizer)
+    for token in tokenizer(text.rpartition(EXCHANGE[-1]["content"])[2], add_special_tokens=False)["input_ids"]:
+        if token in special:
+            return int(token)
+        if str(tokenizer.decode([token])).strip():
+            break
+    return tokenizer.eos_token_id
+
+
+def add_ends(config: GenerationConfig, ends: Iterable[int]) -> None:
+    """Let further tokens end an answer.
+
+    Args:
+        config: generation configuration, which is changed; untouched where it names all of them.
+        ends: token ids.
+    """
+    known = config.eos_token_id
+    known = [] if known is None else known if isinstance(known, list) else [known]
+    if missing := [token for token in dict.fromkeys(ends) if token not in known]:
+        config.eos_token_id = [*known, *missing]
+
+
 def encode_prompts(
     tokenizer: PreTrainedTokenizerBase | None, prompts: Sequence[Prompt], chat_template: str | None = None
 ) -> list[list[int]]:
@@ -89,21 +220,15 @@ def encode_prompts(
     batch = []
     for number, prompt in enumerate(prompts):
         if isinstance(prompt, str):
-            tokens = tokenizer(prompt)["input_ids"]
+            tokens = encode_text(tokenizer, prompt)
         elif chat_template is None and tokenizer.chat_template is None:
             raise ConfigError(
                 f"Prompt {number} is a conversation, but the tokenizer of {tokenizer.name_or_path!r} has no chat "
                 "template. Give plain text, or set data.chat_template when training."
             )
         else:
-            messages = [dict(message) for message in prompt]
-            text = tokenizer.apply_chat_template(
-                messages,
-                chat_template=chat_template,
-                add_generation_prompt=True,
-                tokenize=False,
-                date_string=TEMPLATE_DATE,
-            )
+            template = chat_template or str(tokenizer.get_chat_template())
+            text, _ = render(tokenizer, prompt, template, add_generation_prompt=True)
             tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
         if not tokens:
             raise ConfigError(f"Prompt {number} is empty. Give at least one token, such as the tokenizer's BOS.")
@@ -111,12 +236,15 @@ def encode_prompts(
     return batch
 
 
-def pad_left(batch: Sequence[Sequence[int]], keys: Sequence[str] | None = None) -> Encoded:
+def pad_left(
+    batch: Sequence[Sequence[int]], keys: Sequence[str] | None = None, *, chats: Sequence[bool] | None = None
+) -> Encoded:
     """Token ids as one batch.
 
     Args:
         batch: ids of each prompt.
         keys: name of each request for its noise.
+        chats: which prompts are conversations.
 
     Returns:
         The batch, padded on the left.
@@ -127,7 +255,7 @@ def pad_left(batch: Sequence[Sequence[int]], keys: Sequence[str] | None = None) 
     for row, tokens in enumerate(batch):
         ids[row, width - len(tokens) :] = torch.tensor(list(tokens))
         mask[row, width - len(tokens) :] = 1
-    return Encoded(ids, mask, keys)
+    return Encoded(ids, mask, keys, chats=chats)
 
 
 def context_length(lm_config: Any) -> int | None:

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from tiny_models import tiny_lm
+from tiny_models import ADDING, tiny_lm
 from transformers import GenerationConfig, LlamaConfig
 
 from l2d_framework.errors import ConfigError, DataError
@@ -9,6 +9,7 @@ from l2d_framework.prompts import (
     check_length,
     context_length,
     encode_prompts,
+    encode_text,
     pad_left,
     read_template,
 )
@@ -20,9 +21,18 @@ CONVERSATION = [
 ]
 
 
-def test_a_text_is_encoded_as_the_tokenizer_does(tiny_tokenizer):
-    tokenizer = tiny_tokenizer()
-    assert encode_prompts(tokenizer, ["abc", "d"]) == [tokenizer("abc")["input_ids"], tokenizer("d")["input_ids"]]
+@pytest.mark.parametrize("adding", ADDING)
+def test_a_text_gets_what_its_tokenizer_puts_in_front_and_nothing_behind(tiny_tokenizer, adding):
+    tokenizer = tiny_tokenizer(adding=adding)
+    front = ADDING[adding].partition("$A")[0].replace(" ", "")
+    assert [tokenizer.decode(ids) for ids in encode_prompts(tokenizer, ["abc", "d"])] == [f"{front}abc", f"{front}d"]
+
+
+@pytest.mark.parametrize("adding", ADDING)
+def test_what_stands_in_front_is_not_doubled_where_a_text_spells_it_out(tiny_tokenizer, adding):
+    tokenizer = tiny_tokenizer(adding=adding)
+    ids = encode_text(tokenizer, "abc")
+    assert encode_text(tokenizer, tokenizer.decode(ids)) == ids
 
 
 def test_a_conversation_ends_with_the_generation_prompt(tiny_tokenizer):
@@ -32,17 +42,10 @@ def test_a_conversation_ends_with_the_generation_prompt(tiny_tokenizer):
     assert tokenizer.decode(tokens) == turns + "<|turn|>assistant\n"
 
 
-def test_special_tokens_are_those_of_the_template_and_no_more(tiny_tokenizer, monkeypatch):
-    tokenizer = tiny_tokenizer(chat=True)
-    seen = []
-    real = type(tokenizer).__call__
-    monkeypatch.setattr(
-        type(tokenizer),
-        "__call__",
-        lambda self, *a, **k: seen.append(k.get("add_special_tokens")) or real(self, *a, **k),
-    )
-    encode_prompts(tokenizer, [CONVERSATION, "text"])
-    assert seen == [False, None]
+@pytest.mark.parametrize("adding", ADDING)
+def test_special_tokens_of_a_conversation_are_those_of_the_template_and_no_more(tiny_tokenizer, adding):
+    plain, other = tiny_tokenizer(chat=True), tiny_tokenizer(chat=True, adding=adding)
+    assert encode_prompts(other, [CONVERSATION]) == encode_prompts(plain, [CONVERSATION])
 
 
 def test_a_given_template_replaces_the_tokenizers_own(tiny_tokenizer):

@@ -75,10 +75,12 @@ class TextMeasure(Measure):
         from l2d_framework.evaluation.pretrained import pretrained
         from l2d_framework.evaluation.samples import Sample
         from l2d_framework.evaluation.text import evaluate_texts
+        from l2d_framework.prompts import opening
 
         answerer = Answerer(subject, self.options)
         ids, golds = self._beginnings(answerer.tokenizer)
-        texts = answerer.go_on(ids, self.length)
+        front = opening(answerer.tokenizer)
+        texts = answerer.go_on([[*front, *prefix] for prefix in ids], self.length)
         prefixes = answerer.tokenizer.batch_decode(ids)
         samples = [Sample(*parts) for parts in zip(prefixes, texts, golds, strict=True)]
         where = {"device": subject.device, "dtype": "float32"}

@@ -18,6 +18,7 @@ from l2d_framework.demo.scores import Outcome, Sheet
 from l2d_framework.demo.task import Question
 from l2d_framework.model import DiffusionLM
 from l2d_framework.problem import Evaluation
+from l2d_framework.prompts import encode_prompts
 
 EVALUATIONS = (3, 7, 15, 31)
 FIXED = ("euler", "midpoint")
@@ -145,7 +146,7 @@ class Measurement:
         return str(self._tokenizer.decode([token]))
 
     def _encode(self, questions: list[Question]) -> Tensor:
-        return torch.tensor(self._tokenizer([question.prompt for question in questions])["input_ids"])
+        return torch.tensor(encode_prompts(self._tokenizer, [question.prompt for question in questions]))
 
     def _sheet(self, questions: list[Question], answer: Answer) -> Sheet:
         answers: list[str] = []

@@ -85,8 +85,8 @@ class Judge:
         Returns:
             What was found.
         """
-        whole = [self.source.encode(sample.prefix + sample.text, add_special_tokens=False) for sample in samples]
-        prefixes = [self.source.encode(sample.prefix, add_special_tokens=False) for sample in samples]
+        whole = [self._encode(sample.prefix + sample.text) for sample in samples]
+        prefixes = [self._encode(sample.prefix) for sample in samples]
         merged = sum(long[: len(short)] != short for long, short in zip(whole, prefixes, strict=True))
         # One token is taken by the beginning of the text.
         room = None if self.max_length is None else self.max_length - 1
@@ -100,6 +100,11 @@ class Judge:
             truncated=truncated,
             merged=merged,
         )
+
+    def _encode(self, text: str) -> _Ids:
+        ids = self.source.encode(text, add_special_tokens=False)
+        # A prompt may spell out the token that every text is begun with.
+        return ids[1:] if ids[:1] == (self.start,) else ids
 
     @torch.inference_mode()
     def _learn(self, texts: set[_Ids], track: Track) -> None:

@@ -8,12 +8,10 @@ from dataclasses import dataclass
 from itertools import pairwise, takewhile
 from typing import Any, Literal, Self
 
-import jinja2
 from transformers import PreTrainedTokenizerBase
-from transformers.utils.chat_template_utils import render_jinja_template
 
 from l2d_framework.errors import DataError
-from l2d_framework.prompts import TEMPLATE_DATE, read_template
+from l2d_framework.prompts import EXCHANGE, read_template, render, special_ids
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
@@ -99,8 +97,7 @@ class ChatEncoder:
         Returns:
             The encoder.
         """
-        added = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-        return cls(tokenizer, template, frozenset(added | set(tokenizer.all_special_ids)))
+        return cls(tokenizer, template, special_ids(tokenizer))
 
     def render(self, messages: Messages, *, add_generation_prompt: bool = False) -> str:
         """Text of a conversation.
@@ -112,7 +109,7 @@ class ChatEncoder:
         Returns:
             The rendered text.
         """
-        return self._render(messages, add_generation_prompt=add_generation_prompt)[0]
+        return render(self.tokenizer, messages, self.template, add_generation_prompt=add_generation_prompt)[0]
 
     def encode(self, messages: Messages, *, last_only: bool = False) -> tuple[list[int], list[bool]]:
         """Tokens of a conversation up to the end of its last answer, and which of them are answers.
@@ -129,7 +126,7 @@ class ChatEncoder:
         """
         wanted = slice(-1 if last_only else None, None)
         if _GENERATION.search(self.template):
-            text, spans = self._render(messages, marked=True)
+            text, spans = render(self.tokenizer, messages, self.template, marked=True)
             spans = spans[wanted]
         else:
             answers = [i for i, turn in enumerate(messages) if turn.get("role") == "assistant"]
@@ -145,6 +142,19 @@ class ChatEncoder:
         ids, supervised = ids[:end], supervised[:end]
         return self._with_eos(ids), supervised + [True] * (ids[-1] not in self.special_ids)
 
+    def last_token(self) -> int | None:
+        """The last token of an answer that ends a conversation.
+
+        Returns:
+            Its id, which is the end-of-text token where the template writes no end; None if the template refuses a
+            question and an answer.
+        """
+        try:
+            ids, _ = self.encode(EXCHANGE)
+        except DataError:
+            return None
+        return ids[-1] if ids else None
+
     def encode_all(self, messages: Messages) -> tuple[list[int], list[bool]]:
         """Tokens of a whole conversation, every one of them supervised.
 
@@ -157,25 +167,6 @@ class ChatEncoder:
         ids = self._ids([self.render(messages)])[0]
         ids = self._with_eos(ids[: self._turn_end(ids, 0, len(ids))])
         return ids, [True] * len(ids)
-
-    def _render(
-        self, messages: Messages, *, add_generation_prompt: bool = False, marked: bool = False
-    ) -> tuple[str, Spans]:
-        # Optional fields arrive as None from tabular data; templates expect them to be absent.
-        turns = [{name: value for name, value in turn.items() if value is not None} for turn in messages]
-        variables: dict[str, Any] = {**self.tokenizer.special_tokens_map, "date_string": TEMPLATE_DATE}
-        try:
-            rendered: Any = render_jinja_template(
-                conversations=[turns],
-                chat_template=self.template,
-                add_generation_prompt=add_generation_prompt,
-                return_assistant_tokens_mask=marked,
-                **variables,
-            )
-        except (jinja2.TemplateError, TypeError) as error:
-            raise DataError(f"The chat template cannot render this conversation: {error}") from error
-        texts, spans = rendered
-        return texts[0], spans[0] if marked else []
 
     def _spans_by_prefix(self, messages: Messages, answers: list[int]) -> tuple[str, Spans]:
         text = self.render(messages)

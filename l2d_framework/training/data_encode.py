@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from transformers import PreTrainedTokenizerBase
 
+from l2d_framework import prompts
 from l2d_framework.errors import DataError
 from l2d_framework.training import chat
 
@@ -27,7 +28,7 @@ FIELDS: dict[Format, tuple[Field, ...]] = {
 }
 """What a row of each format holds; `messages` with columns for prompt and completion makes them a chat of two turns."""
 
-_CODE = hashlib.sha256(Path(__file__).read_bytes() + Path(chat.__file__).read_bytes()).hexdigest()
+_CODE = hashlib.sha256(b"".join(Path(f).read_bytes() for f in (__file__, chat.__file__, prompts.__file__))).hexdigest()
 
 
 class NothingSupervisedError(DataError):
@@ -59,7 +60,7 @@ class Encoding:
 
     Attributes:
         tokenizer: the language model's tokenizer.
-        bos: token that this tokenizer puts at the start of every sequence, or None.
+        front: tokens that this tokenizer puts at the start of every sequence.
         max_length: longest example in tokens; the rest is cut off. None for no limit.
         everything: whether prompts are supervised, too.
         turns: which conversations are made of one.
@@ -70,7 +71,7 @@ class Encoding:
     """
 
     tokenizer: PreTrainedTokenizerBase
-    bos: int | None
+    front: tuple[int, ...]
     max_length: int | None
     everything: bool = False
     turns: chat.Turns = "all"
@@ -97,13 +98,12 @@ class Encoding:
         Raises:
             DataError: if a class of `class_map` does not exist.
         """
-        bos = tokenizer.bos_token_id
         strangers = sorted(set(section.class_map.values()) - set(classes))
         if strangers:
             raise DataError(f"data.class_map leads to {strangers}, but the classes of this run are {classes}.")
         return cls(
             tokenizer,
-            bos=bos if bos is not None and tokenizer("")["input_ids"][:1] == [bos] else None,
+            front=tuple(prompts.opening(tokenizer)),
             # Documents are cut into chunks only once they are packed.
             max_length=None if section.pack else section.max_length,
             everything=section.supervise == "all",
@@ -114,6 +114,23 @@ class Encoding:
             classes=tuple(classes),
             class_map=tuple(section.class_map.items()),
         )
+
+    def ends(self, formats: Iterable[Format]) -> tuple[int, ...]:
+        """Tokens that answers of this encoding end with.
+
+        Args:
+            formats: of the data.
+
+        Returns:
+            The ends of turns for conversations, the end-of-text token for texts.
+        """
+        found: list[int | None] = []
+        for each in formats:
+            if each == "messages" and self.chat is not None:
+                found += [prompts.turn_end(self.tokenizer, self.chat.template), self.chat.last_token()]
+            else:
+                found.append(self.tokenizer.eos_token_id)
+        return tuple(dict.fromkeys(token for token in found if token is not None))
 
 
 def split_example(row: Mapping[str, Any], columns: Columns, encoding: Encoding) -> list[Mapping[str, Any]]:
@@ -236,8 +253,7 @@ def _plain(text: str, encoding: Encoding) -> list[int]:
 
 
 def _started(text: str, encoding: Encoding) -> list[int]:
-    ids = _plain(text, encoding)
-    return ids if encoding.bos is None or ids[:1] == [encoding.bos] else [encoding.bos, *ids]
+    return prompts.encode_text(encoding.tokenizer, text, front=encoding.front)
 
 
 def _ended(ids: list[int], encoding: Encoding) -> list[int]:

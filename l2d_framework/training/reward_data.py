@@ -13,9 +13,10 @@ from typing import Any
 import datasets
 from transformers import PreTrainedTokenizerBase
 
+from l2d_framework import prompts
 from l2d_framework.config import PairSource, RewardRun
 from l2d_framework.errors import DataError
-from l2d_framework.prompts import read_template
+from l2d_framework.prompts import encode_text, opening, read_template
 from l2d_framework.training import chat
 from l2d_framework.training.data_sources import describe, load_rows, require_columns, select_rows
 
@@ -28,7 +29,7 @@ _FEATURES = datasets.Features(
     }
 )
 _SHIPPED = {"authors": "tess2_reward", "generation": "tulu", "tokenizer": None}
-_CODE = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+_CODE = hashlib.sha256(Path(__file__).read_bytes() + Path(prompts.__file__).read_bytes()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -53,12 +54,14 @@ class PairWriter:
     Attributes:
         encoder: writes conversations.
         around: what stands in front of and behind a text without prompt.
+        front: tokens that are put in front of such a text, as in front of a prompt.
         pad_id: token by which transformers tells padding, or None where padding counts as text.
         code: digest of the code that writes, so that no cache outlives it.
     """
 
     encoder: chat.ChatEncoder
     around: tuple[str, str]
+    front: tuple[int, ...]
     pad_id: int | None
     code: str = _CODE
 
@@ -75,14 +78,13 @@ class PairWriter:
         """
         chosen = run.data.chat_template or _SHIPPED[run.data.format]
         chat.require_eos(tokenizer)
-        front, back = "", str(tokenizer.eos_token)
-        if run.data.chat_template is None and run.data.format == "authors":
-            back += "\n"
-        if run.data.chat_template is None and run.data.format == "generation":
-            front = str(tokenizer.bos_token or "")
+        layout = "tokenizer" if run.data.chat_template is not None else run.data.format
+        front = str(tokenizer.bos_token or "") if layout == "generation" else ""
+        back = str(tokenizer.eos_token) + ("\n" if layout == "authors" else "")
         return cls(
             chat.ChatEncoder.of(tokenizer, read_template(chosen) or chat.resolve_template(None, tokenizer)),
             (front, back),
+            tuple(opening(tokenizer)) if layout == "tokenizer" else (),
             tokenizer.pad_token_id if run.data.pad_to is None else None,
         )
 
@@ -98,8 +100,11 @@ class PairWriter:
         Raises:
             DataError: if transformers would take the last of them for padding.
         """
-        text = written.join(self.around) if isinstance(written, str) else self.encoder.render(written)
-        ids: list[int] = self.encoder.tokenizer(text, add_special_tokens=False)["input_ids"]
+        if isinstance(written, str):
+            text, front = written.removeprefix(self.around[0]).join(self.around), self.front
+        else:
+            text, front = self.encoder.render(written), ()
+        ids = encode_text(self.encoder.tokenizer, text, front=front)
         if self.pad_id is not None and ids[-1:] == [self.pad_id]:
             raise DataError(
                 f"it ends in the padding token {self.encoder.tokenizer.pad_token!r}, before which the reward would "

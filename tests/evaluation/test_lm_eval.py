@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from diffusion_models import diffusion_lm, tess_lm
-from tiny_models import tiny_lm, tiny_tokenizer
+from tiny_models import ADDING, tiny_lm, tiny_tokenizer
 
 pytest.importorskip("lm_eval")
 
@@ -23,6 +23,7 @@ from l2d_framework.errors import CheckpointError, ConfigError
 from l2d_framework.evaluation.lm_eval import scoring
 from l2d_framework.evaluation.lm_eval.adapter import L2DLM
 from l2d_framework.evaluation.lm_eval.numbering import occurrences
+from l2d_framework.prompts import encode_prompts, encode_text
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
@@ -407,3 +408,33 @@ def test_numbers_of_repeats_do_not_depend_on_processes():
         occurrences(part, lambda repeats: [sent.append(repeats) or repeats])
     assert occurrences(lists[0], lambda _: sent) == [0, 1, 2, 3]
     assert occurrences(lists[1], lambda _: sent) == [0, 1, 4, 5, 4, 5]
+
+
+@pytest.fixture(scope="module")
+def adding(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], L2DLM]:
+    """`adding(what)`: the same plain language model beside a tokenizer that adds this to every text."""
+    root = tmp_path_factory.mktemp("adding")
+
+    def make(what: str, **options: Any) -> L2DLM:
+        if not (root / what).exists():
+            tiny_lm("llama").save_pretrained(root / what)
+            tiny_tokenizer(chat=True, adding=what).save_pretrained(root / what)
+        return L2DLM(str(root / what), device="cpu", num_inference_steps=0, batch_size=1, **options)
+
+    return make
+
+
+@pytest.mark.parametrize("what", ADDING)
+def test_prompts_are_encoded_as_in_training(adding, what):
+    model, chat = adding(what), [{"role": "user", "content": "2+2?"}]
+    for text in ("2+2=", "<s>2+2="):
+        assert model.tok_encode(text) == encode_text(model.tokenizer, text)
+        assert model.tok_encode(text, left_truncate_len=3) == encode_text(model.tokenizer, text)[-3:]
+    text = model.apply_chat_template(chat)
+    assert [model.tok_encode(text)] == encode_prompts(model.tokenizer, [chat])
+
+
+def test_what_a_tokenizer_puts_behind_a_text_changes_no_score(adding):
+    for fewer, more in (("nothing", "eos"), ("bos", "both")):
+        wanted = adding(fewer).loglikelihood(to_score(QUESTIONS[:3]))
+        assert adding(more).loglikelihood(to_score(QUESTIONS[:3])) == wanted

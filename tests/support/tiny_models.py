@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 SPECIAL_TOKENS = ("<pad>", "<s>", "</s>", "<|turn|>")
@@ -79,13 +79,20 @@ def tiny_lm(family: str = "llama", *, seed: int = 0, **overrides: Any) -> PreTra
     return model.eval()
 
 
-def tiny_tokenizer(*, chat: bool = False) -> PreTrainedTokenizerFast:
+ADDING = {"nothing": "$A", "bos": "<s> $A", "eos": "$A </s>", "both": "<s> $A </s>", "two": "<|turn|> <s> $A"}
+"""What tokenizers put around a text; `both` as those of the RoBERTa family do."""
+
+
+def tiny_tokenizer(*, chat: bool = False, adding: str = "nothing") -> PreTrainedTokenizerFast:
     """Byte-level tokenizer: any text round-trips, one token a byte, left padding."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: index for index, token in enumerate([*SPECIAL_TOKENS, *alphabet])}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
+    if adding != "nothing":
+        special = [(token, vocabulary[token]) for token in SPECIAL_TOKENS]
+        tokenizer.post_processor = processors.TemplateProcessing(single=ADDING[adding], special_tokens=special)
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token="<pad>",

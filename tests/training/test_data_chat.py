@@ -4,7 +4,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from l2d_framework.errors import DataError
-from l2d_framework.training.chat import TEMPLATE_DATE, ChatEncoder, resolve_template, split_turns
+from l2d_framework.prompts import TEMPLATE_DATE, turn_end
+from l2d_framework.training.chat import ChatEncoder, resolve_template, split_turns
 from l2d_framework.training.tokenizer import train_tokenizer
 
 CHATML = (
@@ -24,6 +25,15 @@ MARKED = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 MARKED_WITHOUT_END = MARKED.replace("<|im_end|>{% endgeneration %}", "{% endgeneration %}<|im_end|>")
+END_BEYOND_MARKS = MARKED_WITHOUT_END.replace("{% endgeneration %}<|im_end|>", "{% endgeneration %}\n<|im_end|>")
+BLANK_BEFORE_END = (
+    "{% for m in messages %}[{{ m['role'] }}]: {{ m['content'] }} <|im_end|>{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]:{% endif %}"
+)
+TWO_ENDS = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% else %}{{ eos_token }}{% endif %}"
+)
 BARE = (
     "{% for m in messages %}{{ 'Q: ' if m['role'] == 'user' else 'A:' }}{{ m['content'] }}\n{% endfor %}"
     "{% if add_generation_prompt %}A:{% endif %}"
@@ -96,6 +106,26 @@ def test_tokens_before_an_answer_are_those_generation_starts_from(tokenizer, tem
     n = len(prompt["input_ids"])
     assert ids[:n] == prompt["input_ids"]
     assert supervised == [False] * n + [True] * (len(ids) - n)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [CHATML, LLAMA3, MARKED, MARKED_WITHOUT_END, BARE, BLANK_BEFORE_END, TWO_ENDS, END_BEYOND_MARKS, "tulu"],
+    ids=["chatml", "llama3", "marked", "unended", "bare", "blank", "two", "beyond", "tulu"],
+)
+def test_an_answer_stops_at_the_first_of_the_ends_that_training_taught(tokenizer, template):
+    encoder = ChatEncoder.of(tokenizer, resolve_template(template, tokenizer))
+    ids, supervised = encoder.encode(CONVERSATION[1:3])
+    answer = [i for i, flag in zip(ids, supervised, strict=True) if flag]
+    ends = {turn_end(tokenizer, encoder.template), encoder.last_token()}
+    stop = next(n for n, token in enumerate(answer) if token in ends)
+    assert tokenizer.decode(answer[:stop]).strip() == "It is four."
+    assert not encoder.special_ids.intersection(answer[:stop])
+
+
+def test_a_template_that_refuses_an_exchange_ends_it_with_the_text(tokenizer):
+    assert turn_end(tokenizer, "{{ raise_exception('tools first') }}") == tokenizer.eos_token_id
+    assert ChatEncoder.of(tokenizer, "{{ raise_exception('tools first') }}").last_token() is None
 
 
 def test_marked_and_unmarked_forms_of_a_template_agree(tokenizer):

@@ -27,7 +27,7 @@ from l2d_framework.evaluation.lm_eval.source import CLASS, Source, tokenizer_fin
 from l2d_framework.evaluation.search import check_search, split_options
 from l2d_framework.evaluation.start_up import steps
 from l2d_framework.model import DiffusionLM
-from l2d_framework.prompts import TEMPLATE_DATE
+from l2d_framework.prompts import TEMPLATE_DATE, encode_text
 
 _LOGGER = logging.getLogger(__name__)
 _AUTO_ON_CPU = 8
@@ -150,19 +150,23 @@ class Opened(HFLM):  # type: ignore[misc]
         return super().chat_template(chat_template)  # type: ignore[no-any-return]
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **options: Any) -> list[int]:
-        """Token ids of a text.
+        """Token ids of a text, which is a prompt or the beginning of one.
 
         Args:
             string: the text.
-            add_special_tokens: as for a tokenizer; its default when None, and False once a chat template was applied.
+            add_special_tokens: whether to put in front what the tokenizer does, nothing ever behind; when None as
+                `add_bos_token` says, else unless a chat template was applied.
             **options: of lm_eval.
 
         Returns:
             The ids.
         """
-        if add_special_tokens is None and self._is_chat and self.add_bos_token is None:
-            add_special_tokens = False
-        return list(super().tok_encode(string, add_special_tokens=add_special_tokens, **options))
+        if add_special_tokens is None:
+            add_special_tokens = not self._is_chat if self.add_bos_token is None else self.add_bos_token
+        if not add_special_tokens:
+            return list(super().tok_encode(string, add_special_tokens=False, **options))
+        ids = encode_text(self.tokenizer, string)
+        return ids[-(options.get("left_truncate_len") or 0) :]
 
     def set_cache_hook(self, cache_hook: Any) -> None:
         """Use the harness's cache under this model's own rules.
