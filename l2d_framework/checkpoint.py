@@ -185,6 +185,7 @@ def to_manifest(model: DiffusionLM) -> dict[str, Any]:
         "classes": list(origin.classes),
         "sampling": None if origin.sampling is None else origin.sampling.model_dump(mode="json"),
         "chat_template": origin.chat_template,
+        "ends": None if origin.ends is None else list(origin.ends),
     }
 
 
@@ -235,6 +236,8 @@ def load(
         classes=tuple(manifest["classes"]),
         sampling=manifest["sampling"] and parse_sampling(manifest["sampling"]),
         chat_template=manifest["chat_template"],
+        # Checkpoints of earlier versions have no such field.
+        ends=None if manifest.get("ends") is None else tuple(manifest["ends"]),
     )
     model.tokenizer = load_tokenizer(reference)
     return model.to(device or "cpu").eval()

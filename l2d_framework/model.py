@@ -9,7 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessorList, PreTrainedTokenizerBase, StoppingCriteriaList
+from transformers import (
+    GenerationConfig,
+    LogitsProcessorList,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 from transformers.generation.stopping_criteria import StopStringCriteria
 from transformers.generation.streamers import BaseStreamer
 
@@ -21,7 +27,7 @@ from l2d_framework.infilling import Gapped, Infilled, infill, read_gaps
 from l2d_framework.parametrization import Parametrization
 from l2d_framework.problem import Observer
 from l2d_framework.process import Process
-from l2d_framework.prompts import Encoded, Prompt, check_length, encode_prompts, pad_left
+from l2d_framework.prompts import Encoded, Prompt, add_ends, check_length, encode_prompts, pad_left, turn_end
 from l2d_framework.schedule import Schedule
 from l2d_framework.transformers_face import TransformersFace, as_transformers
 
@@ -39,6 +45,7 @@ class Origin:
         classes: names of the class labels.
         sampling: the `sampling` section of the run file.
         chat_template: template that replaces the tokenizer's own.
+        ends: tokens with which answers ended in training; None where nothing says so.
     """
 
     model: ModelSection | None = None
@@ -46,6 +53,7 @@ class Origin:
     classes: tuple[str, ...] = ()
     sampling: SamplingSection | None = None
     chat_template: str | None = None
+    ends: tuple[int, ...] | None = None
 
 
 class DiffusionLM(Process):
@@ -81,6 +89,21 @@ class DiffusionLM(Process):
         """
         config = self.parametrization.config
         return (self.origin.sampling or default_sampling(config)).resolve(config, options)
+
+    def ends(self, *, is_chat: bool) -> tuple[int, ...]:
+        """Tokens that end an answer beside those of the language model's generation configuration.
+
+        Args:
+            is_chat: whether the prompt is a conversation. Where training has taught how answers end, that holds for any
+                prompt; of other models only the chat template says it.
+
+        Returns:
+            Their ids.
+        """
+        if self.origin.ends is not None:
+            return self.origin.ends
+        end = turn_end(self.tokenizer, self.origin.chat_template) if is_chat else None
+        return () if end is None else (end,)
 
     def class_ids(self, names: Sequence[str | None]) -> Tensor:
         """Ids of class labels.
@@ -122,6 +145,7 @@ class DiffusionLM(Process):
         diffusing (`num_inference_steps`, `solver`, `guidance`, `estimate`, `end_time`, `block_size`, `patience`,
         `seed`, `preset`); `seed` may be a list with one per prompt. Tokens are picked greedily from the last logits
         unless `do_sample` is set here or in the base model's generation config; the L2D paper samples at temperature 1.
+        Unless an `eos_token_id` is named, answers also end with the tokens of `ends`.
 
         Args:
             prompts: one text or conversation or a list of them, token ids (B, S) without padding, or an encoded batch.
@@ -153,8 +177,8 @@ class DiffusionLM(Process):
         elif guidance_scale is not None:
             rescaled(sampling, 1.0)
             scales = torch.tensor(list(guidance_scale), dtype=torch.float32, device=self.device)
-        config, criteria = self._picking(generation_config, options, stopping_criteria)
         encoded = self._encoded(prompts)
+        config, criteria = self._picking(generation_config, options, stopping_criteria, encoded.chats or [False])
         check_length(encoded.attention_mask.sum(-1).tolist(), config, self.backbone.lm.config)
         requests = Requests(
             encoded.input_ids.to(self.device),
@@ -173,6 +197,8 @@ class DiffusionLM(Process):
         self, texts: str | Sequence[str] | Gapped, *, observer: Observer | None = None, **options: Any
     ) -> Infilled:
         """Fill gaps in texts, in sight of what stands before and after them.
+
+        Where a gap is filled with a token of `ends`, that token stands in the rest of the gap, too.
 
         Args:
             texts: one or several, with `<mask:8>` for a gap of 8 tokens; or tokens and blocks.
@@ -196,7 +222,8 @@ class DiffusionLM(Process):
         else:
             gapped = read_gaps(self.tokenizer, [texts] if isinstance(texts, str) else texts, self.backbone.lm.config)
         placed = Gapped(gapped.tokens.to(self.device), gapped.blocks.to(self.device))
-        return infill(self, placed, sampling=sampling, observer=observer)
+        found = infill(self, placed, sampling=sampling, observer=observer)
+        return found.ended(self.ends(is_chat=False))
 
     def as_transformers(
         self, *, class_name: str | None = None, guidance_scale: float | None = None, **options: Any
@@ -221,7 +248,9 @@ class DiffusionLM(Process):
             sampling = rescaled(sampling, guidance_scale)
         self._check_guidance(sampling)
         label = None if class_name is None else int(self.class_ids([class_name])[0])
-        return as_transformers(self, sampling, label)
+        face = as_transformers(self, sampling, label)
+        add_ends(face.generation_config, self.ends(is_chat=False))
+        return face
 
     def _check_guidance(self, sampling: SamplingSection) -> None:
         for guidance in sampling.guidance:
@@ -234,13 +263,21 @@ class DiffusionLM(Process):
             return prompts
         is_single = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], Mapping))
         several: Any = [prompts] if is_single else prompts
-        return pad_left(encode_prompts(self.tokenizer, several, self.origin.chat_template))
+        chats = [not isinstance(prompt, str) for prompt in several]
+        return pad_left(encode_prompts(self.tokenizer, several, self.origin.chat_template), chats=chats)
 
     def _picking(
-        self, config: GenerationConfig | None, options: dict[str, Any], criteria: StoppingCriteriaList | None
+        self,
+        config: GenerationConfig | None,
+        options: dict[str, Any],
+        criteria: StoppingCriteriaList | None,
+        chats: Sequence[bool],
     ) -> tuple[GenerationConfig, StoppingCriteriaList]:
         # Configuration with `options` applied, and criteria with stop strings among them.
         defaults = self.backbone.lm.generation_config
+        is_end_chosen = "eos_token_id" in options or (
+            config is not None and config.eos_token_id not in (None, defaults.eos_token_id)
+        )
         is_length_chosen = "max_length" in options or (config is not None and config.max_length is not None)
         config = copy.deepcopy(config or defaults)
         config.update(**defaults.to_dict(), defaults_only=True, allow_custom_entries=True)
@@ -252,6 +289,10 @@ class DiffusionLM(Process):
             hint = suggest(name, known) or "."
             raise ConfigError(f"Unknown option {name}={value!r}{hint} Remove or correct it.")
         criteria = StoppingCriteriaList(criteria or [])
+        if not is_end_chosen:
+            add_ends(config, self.ends(is_chat=all(chats)))
+            if any(chats) and not all(chats):
+                criteria.append(_TurnEnds(self.ends(is_chat=True), chats))
         if config.stop_strings is not None:
             if self.tokenizer is None:
                 raise ConfigError(f"stop_strings={config.stop_strings!r} needs a tokenizer, which this model lacks.")
@@ -260,6 +301,17 @@ class DiffusionLM(Process):
         if config.max_length is None and config.max_new_tokens is None:
             config.max_new_tokens = DEFAULT_NEW_TOKENS
         return config, criteria
+
+
+class _TurnEnds(StoppingCriteria):
+    """Ends the answers to conversations among other prompts with their turn."""
+
+    def __init__(self, ends: Sequence[int], chats: Sequence[bool]) -> None:
+        self._ends, self._chats = torch.tensor(ends, dtype=torch.int64), torch.tensor(chats)
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
+        rows = self._chats.repeat_interleave(len(input_ids) // len(self._chats)).to(input_ids.device)
+        return rows & torch.isin(input_ids[:, -1], self._ends.to(input_ids.device))
 
 
 def rescaled(sampling: SamplingSection, scale: float) -> SamplingSection:

@@ -171,17 +171,18 @@ def turn_end(tokenizer: PreTrainedTokenizerBase | None, template: str | None = N
     """
     if tokenizer is None or (template is None and tokenizer.chat_template is None):
         return None
+    last: int | None = tokenizer.eos_token_id
     try:
         text, _ = render(tokenizer, EXCHANGE, template or str(tokenizer.get_chat_template()))
     except DataError:
-        return tokenizer.eos_token_id
+        return last
     special = special_ids(tokenizer)
     for token in tokenizer(text.rpartition(EXCHANGE[-1]["content"])[2], add_special_tokens=False)["input_ids"]:
         if token in special:
             return int(token)
         if str(tokenizer.decode([token])).strip():
             break
-    return tokenizer.eos_token_id
+    return last
 
 
 def add_ends(config: GenerationConfig, ends: Iterable[int]) -> None:

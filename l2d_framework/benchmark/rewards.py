@@ -57,12 +57,12 @@ class RewardMeasure(Measure):
         rows = read_rows(self.data, ("prompt",), self.limit)
         answerer, prompts = Answerer(subject, self.options), prompts_of(rows, chat=True)
         found = answerer.ask(prompts, self.canvas)
-        end = answerer.tokenizer.eos_token_id
+        ends = {answerer.tokenizer.eos_token_id, *answerer.lm.ends(is_chat=True)}
         scores = {
-            "reward": self._rewards(answerer, prompts, found),
+            "reward": self._rewards(answerer, prompts, found, ends),
             "distinct_2": [surface.distinct_per_ngram(answer.text, 2) for answer in found],
             "loops": [float(surface.ends_in_loop(answer.ids)) for answer in found],
-            "ended": [float(end in answer.ids) for answer in found],
+            "ended": [float(not ends.isdisjoint(answer.ids)) for answer in found],
             "tokens": [float(len(answer.ids)) for answer in found],
         }
         return Outcome(
@@ -72,19 +72,22 @@ class RewardMeasure(Measure):
             details={"evaluations_per_token": sum(answer.evaluations for answer in found) / len(found)},
         )
 
-    def _rewards(self, answerer: Answerer, prompts: Sequence[Any], answers: Sequence[Answer]) -> list[float]:
+    def _rewards(
+        self, answerer: Answerer, prompts: Sequence[Any], answers: Sequence[Answer], ends: set[int]
+    ) -> list[float]:
         import torch
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-        from l2d_framework.prompts import encode_prompts
+        from l2d_framework.prompts import encode_prompts, turn_end
 
         judge = AutoModelForSequenceClassification.from_pretrained(self.model).to(answerer.lm.device).eval()
         tokenizer: Any = AutoTokenizer.from_pretrained(self.model)
         pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        end = turn_end(tokenizer)
         ids = torch.full((len(answers), self.canvas), int(pad), device=answerer.lm.device)
         # Answers are read as text, since a judge need not have the tokens of every model that it judges.
         for row, prompt, answer in zip(ids, encode_prompts(tokenizer, list(prompts)), answers, strict=True):
-            ended = [tokenizer.eos_token_id] * (answerer.tokenizer.eos_token_id in answer.ids)
+            ended = [end] * (not ends.isdisjoint(answer.ids))
             whole = [*prompt, *tokenizer(answer.text, add_special_tokens=False)["input_ids"], *ended][: self.canvas]
             row[: len(whole)] = torch.tensor(whole)
         embed, rewards = judge.get_input_embeddings(), list[float]()

@@ -196,7 +196,7 @@ class Session:
 
         recorder = Recorder()
         batch = self.encode([prompt])
-        found = self.answer(batch, request_keys(batch), observer=recorder)[0]
+        found = self.answer([prompt], batch, request_keys(batch), observer=recorder)[0]
         title = prompt if isinstance(prompt, str) else str(prompt[-1]["content"])
         trace = recorder.finish([*batch[0], *found.pop("ids")])
         write_trace(trace, self.tokenizer, path, title=title)  # type: ignore[arg-type]
@@ -204,11 +204,18 @@ class Session:
         write_rows(output, [{"prompt": prompt, "answers": [found]}])
 
     def answer(
-        self, batch: Sequence[Sequence[int]], keys: Sequence[str], *, streamer: Any = None, observer: Any = None
+        self,
+        prompts: Sequence[Prompt],
+        batch: Sequence[Sequence[int]],
+        keys: Sequence[str],
+        *,
+        streamer: Any = None,
+        observer: Any = None,
     ) -> list[dict[str, Any]]:
         """Answers to encoded prompts.
 
         Args:
+            prompts: as given.
             batch: ids of each prompt.
             keys: name of each request for its noise.
             streamer: transformers' streamer, or None.
@@ -223,7 +230,7 @@ class Session:
         if self.stop:
             options["stop_strings"] = self.stop
         output = self.lm.generate(
-            pad_left(batch, keys),
+            pad_left(batch, keys, chats=[not isinstance(prompt, str) for prompt in prompts]),
             classes=None if self.class_name is None else [self.class_name] * len(batch),
             num_return_sequences=self.samples,
             streamer=streamer,
@@ -260,12 +267,13 @@ class Session:
         batch = self.encode([prompt])
         keys = request_keys(batch)
         if self.is_whole:
-            with Drafts(self.tokenizer) as drafts:
-                text = str(self.answer(batch, keys, observer=drafts)[0]["text"])
+            assert self.lm is not None
+            with Drafts(self.tokenizer, self.lm.ends(is_chat=not isinstance(prompt, str))) as drafts:
+                text = str(self.answer([prompt], batch, keys, observer=drafts)[0]["text"])
             typer.echo(text)
             return text
         streamer = TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)  # type: ignore[arg-type]
-        return str(self.answer(batch, keys, streamer=streamer)[0]["text"])
+        return str(self.answer([prompt], batch, keys, streamer=streamer)[0]["text"])
 
     def answer_all(
         self,
@@ -295,7 +303,7 @@ class Session:
             with Progress(console=console, transient=True, disable=len(encoded) <= batch_size) as progress:
                 for start in progress.track(range(0, len(encoded), batch_size), description="generating"):
                     part = slice(start, start + batch_size)
-                    found = self.answer(encoded[part], keys[part])
+                    found = self.answer(prompts[part], encoded[part], keys[part])
                     rows += [found[i : i + self.samples] for i in range(0, len(found), self.samples)]
             for answers in rows:
                 for answer in answers:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import takewhile
 from typing import Any, Self
 
 from rich.console import Console
@@ -18,10 +20,12 @@ class Drafts:
 
     Args:
         tokenizer: of the model.
+        ends: tokens that end an answer beside the end-of-text token.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Any, ends: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer
+        self._ends = {tokenizer.eos_token_id, *ends}
         self._before: dict[int, list[int]] = {}
         self._live = Live(console=Console(stderr=True), transient=True, auto_refresh=False)
 
@@ -45,7 +49,6 @@ class Drafts:
         # Blocks that are finished stay in front of the one that is being denoised.
         self._before[int(evaluation.positions[0, 0])] = evaluation.logits[0].argmax(-1).tolist()
         tokens = [token for start in sorted(self._before) for token in self._before[start]]
-        end = self._tokenizer.eos_token_id
-        tokens = tokens[: tokens.index(end)] if end in tokens else tokens
+        tokens = list(takewhile(lambda token: token not in self._ends, tokens))
         text = self._tokenizer.decode(tokens, skip_special_tokens=True)
         self._live.update(Text(f"t = {float(evaluation.t[0, 0]):.2f}  {text}"), refresh=True)

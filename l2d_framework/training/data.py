@@ -52,11 +52,13 @@ class PreparedData:
         train: a `Dataset`, or an `IterableDataset` when streaming.
         eval: likewise, or None.
         card: facts about sources, splits and sizes that JSON can hold.
+        ends: tokens that answers end with.
     """
 
     train: Any
     eval: Any | None
     card: dict[str, Any]
+    ends: tuple[int, ...] = ()
 
 
 def prepare(
@@ -110,7 +112,8 @@ def prepare(
         "packed": section.pack,
         "turns": section.turns,
     }
-    return PreparedData(splits["train"], splits.get("eval"), card)
+    ends = encoding.ends(one.columns.format for one in opened["train"])
+    return PreparedData(splits["train"], splits.get("eval"), card, ends)
 
 
 def _check(section: DataSection, opened: list[Opened], classes: Sequence[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -13,7 +14,7 @@ from l2d_framework import checkpoint
 from l2d_framework.base_model import load_config
 from l2d_framework.config import DiffusionRun, LanguageModelRun, RewardRun, Run, TokenRun, check_runs
 from l2d_framework.errors import ConfigError
-from l2d_framework.prompts import context_length, read_template
+from l2d_framework.prompts import add_ends, context_length, read_template
 from l2d_framework.training import folders
 from l2d_framework.training.arguments import TrainingData, make_arguments
 from l2d_framework.training.card import model_card_table
@@ -94,7 +95,7 @@ def _train(run: TokenRun, *, overwrite: bool, callbacks: Sequence[TrainerCallbac
             with folders.staged(job.output / _TOKENIZER) as folder:
                 tokenizer.save_pretrained(folder)
     wait()
-    learner = _learner(run, tokenizer)
+    learner = _learner(run, tokenizer, data.ends)
     trained = [p.numel() for p in learner.parameters() if p.requires_grad]
     job.card["parameters"] = {"trainable": sum(trained), "total": sum(p.numel() for p in learner.parameters())}
     if isinstance(learner, Denoiser):
@@ -164,12 +165,16 @@ def _seeds(run: TokenRun) -> dict[str, int]:
     return {"run": run.seed, "order": order}
 
 
-def _learner(run: TokenRun, tokenizer: PreTrainedTokenizerBase) -> Learner:
+def _learner(run: TokenRun, tokenizer: PreTrainedTokenizerBase, ends: tuple[int, ...]) -> Learner:
     if isinstance(run, DiffusionRun):
-        return Denoiser(checkpoint.build_model(run), run.training, run.seed)
+        model = checkpoint.build_model(run)
+        model.origin = replace(model.origin, ends=ends)
+        return Denoiser(model, run.training, run.seed)
     if run.data is not None and run.data.chat_template is not None:
         tokenizer.chat_template = read_template(run.data.chat_template)
-    return NextToken(build_language_model(run, tokenizer), tokenizer, run.training)
+    lm = build_language_model(run, tokenizer)
+    add_ends(lm.generation_config, ends)
+    return NextToken(lm, tokenizer, run.training)
 
 
 def _finish(job: Job, trainer: TokenTrainer) -> None:

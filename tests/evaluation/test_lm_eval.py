@@ -438,3 +438,31 @@ def test_what_a_tokenizer_puts_behind_a_text_changes_no_score(adding):
     for fewer, more in (("nothing", "eos"), ("bos", "both")):
         wanted = adding(fewer).loglikelihood(to_score(QUESTIONS[:3]))
         assert adding(more).loglikelihood(to_score(QUESTIONS[:3])) == wanted
+
+
+ENDED_BY_TURNS = (
+    "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}<|turn|>\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+
+
+@pytest.mark.parametrize(("ends", "is_chat"), [(None, True), (None, False), ((3,), True), ((3,), False)])
+@pytest.mark.parametrize("searching", [{}, {"search_beams": 2}], ids=["alone", "searched"])
+def test_an_answer_ends_with_its_turn(tmp_path, monkeypatch, ends, is_chat, searching):
+    lm, tokenizer = tiny_lm("llama"), tiny_tokenizer()
+    tokenizer.chat_template = ENDED_BY_TURNS
+    # Nothing can be said but the end of a turn and a few letters.
+    lm.generation_config.suppress_tokens = [i for i in range(lm.config.vocab_size) if i not in (3, 80, 81, 82)]
+    for part in (lm, tokenizer):
+        part.save_pretrained(tmp_path / "base")
+    model = diffusion_lm(lm)
+    section = ModelSection(base=str(tmp_path / "base"), dtype="float32")
+    model.origin = dataclasses.replace(model.origin, model=section, ends=ends)
+    save(model, tmp_path / "model")
+    opened = L2DLM(str(tmp_path / "model"), device="cpu", num_inference_steps=0, **searching)
+    found, answer = [], opened._answer
+    monkeypatch.setattr(opened, "_answer", lambda *a, **k: found.append(answer(*a, **k)) or found[-1])
+    asked = [opened.apply_chat_template([{"role": "user", "content": q}]) if is_chat else q for q in QUESTIONS]
+    opened.generate_until(to_generate(asked, max_gen_toks=8))
+    goes_on = [3 in tokens[:-1] for answers in found for tokens, _ in answers]
+    assert any(goes_on) == (ends is None and not is_chat)

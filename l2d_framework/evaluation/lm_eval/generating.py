@@ -21,7 +21,7 @@ from l2d_framework.evaluation.lm_eval.options import Plan, read_plan
 from l2d_framework.evaluation.lm_eval.source import CLASS, SCALE
 from l2d_framework.evaluation.lm_eval.until import Until
 from l2d_framework.evaluation.search import search
-from l2d_framework.prompts import Encoded, pad_left
+from l2d_framework.prompts import Encoded, add_ends, pad_left
 from l2d_framework.types import Layout
 
 _LOGGER = logging.getLogger(__name__)
@@ -95,7 +95,7 @@ class Generating(Opened):
             _LOGGER.warning("The longest prompt has %d tokens; prompts keep their last %d.", len(rows[order[0]]), limit)
         size = self._generation_batch(plan, min(limit, len(rows[order[0]]))) if order else 1
         for count, texts in _batches(order, [len(asked[text]) for text in order], size):
-            prompts = pad_left([rows[text][-limit:] for text in texts])
+            prompts = pad_left([rows[text][-limit:] for text in texts], chats=[self._is_chat] * len(texts))
             spent = 0.0
             if count > size and plan.search is None:
                 began = time.perf_counter()
@@ -158,6 +158,7 @@ class Generating(Opened):
         face = self.diffusion.as_transformers(class_name=label, guidance_scale=scale, **options)
         answers = []
         samples = len(batch.keys) // len(batch.input_ids)
+        add_ends(face.generation_config, self.diffusion.ends(is_chat=self._is_chat))
         for number, key in enumerate(batch.keys):
             row = number // samples
             prompt = batch.input_ids[row][batch.attention_mask[row].bool()]
