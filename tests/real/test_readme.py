@@ -35,14 +35,14 @@ SMALLER = {
 """Options for the first key that a command begins with."""
 
 ROWS = [
-    {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}], "topic": topic}
-    for topic, question, answer in (
-        ("math", "What is 3 plus 4?", "3 plus 4 is 7."),
-        ("math", "How many legs have two spiders?", "They have 2 * 8 = 16 legs."),
-        ("coding", "How do I print a line in Python?", "Call print with the line."),
-        ("coding", "Which keyword defines a function?", "The keyword is def."),
-        ("math", "What is half of ten?", "Half of ten is 5."),
-    )
+    {
+        "messages": [
+            {"role": "user", "content": f"What is {number} {'plus' if number % 2 else 'minus'} one?"},
+            {"role": "assistant", "content": f"It is {number + 1 if number % 2 else number - 1}."},
+        ],
+        "topic": "math" if number % 2 else "coding",
+    }
+    for number in range(200)
 ]
 TEXT = "The old wall fell into the garden, and nobody had heard it fall, for the night was loud with rain. " * 4
 
@@ -85,11 +85,11 @@ def folder(real_model: Path, datasets_dir: Path, tmp_path: Path, monkeypatch: py
         link = tmp_path / data.relative_to(datasets_dir)
         link.parent.mkdir(exist_ok=True)
         link.symlink_to(data)
-    write_lines(tmp_path / "my_chats.jsonl", ROWS * 12)
+    write_lines(tmp_path / "my_chats.jsonl", ROWS)
     write_lines(tmp_path / "held_out.jsonl", ROWS[:2])
     write_lines(tmp_path / "allenai/tulu-v2-sft-mixture/train.jsonl", ROWS[:2])
     write_lines(tmp_path / "my_corpus/part.jsonl", [{"text": TEXT}] * 3)
-    pairs = [{"chosen": f"The answer is {i}.", "rejected": f"No idea about {i}."} for i in range(60)]
+    pairs = [{"chosen": f"The answer is {i}.", "rejected": f"No idea about {i}."} for i in range(200)]
     write_lines(tmp_path / "my_pairs.jsonl", pairs)
     for section in sections().values():
         for text in blocks(section, "yaml"):
