@@ -17,6 +17,7 @@ from l2d_framework.config import DiffusionRun
 from l2d_framework.evaluation import surface
 from l2d_framework.model import DiffusionLM
 from l2d_framework.objective import NoiseRule, denoising_loss, draw
+from l2d_framework.prompts import encode_prompts
 from l2d_framework.training.collate import IGNORED, Collator
 from l2d_framework.training.data import prepare
 from l2d_framework.training.masking import Masker
@@ -85,8 +86,7 @@ def prompt_ids(lm: DiffusionLM, question: str) -> list[int]:
     """
     assert lm.tokenizer is not None
     turn = [{"role": "user", "content": question}]
-    text = str(lm.tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False))
-    return list(lm.tokenizer(text, add_special_tokens=False)["input_ids"])
+    return encode_prompts(lm.tokenizer, [turn])[0]
 
 
 def answers(lm: DiffusionLM, questions: Sequence[str], canvas: int, title: str, **options: Any) -> list[list[int]]:

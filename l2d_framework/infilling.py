@@ -13,7 +13,8 @@ from transformers import PreTrainedTokenizerBase
 
 from l2d_framework.backbone import Backbone
 from l2d_framework.block import Block, BlockSolver
-from l2d_framework.errors import ConfigError
+from l2d_framework.chat_template import check_text
+from l2d_framework.errors import ConfigError, DataError
 from l2d_framework.noise import request_keys
 from l2d_framework.problem import Observer
 from l2d_framework.process import Process
@@ -95,8 +96,8 @@ def read_gaps(tokenizer: PreTrainedTokenizerBase | None, texts: Sequence[str], l
         The texts as one batch.
 
     Raises:
-        ConfigError: if there is no tokenizer or text, or a text has no gap, begins with one or exceeds the model's
-            context.
+        ConfigError: if there is no tokenizer or text, or a text has no gap, begins with one, exceeds the model's
+            context or holds a lone surrogate.
     """
     context = context_length(lm_config)
     if tokenizer is None:
@@ -105,7 +106,10 @@ def read_gaps(tokenizer: PreTrainedTokenizerBase | None, texts: Sequence[str], l
         raise ConfigError("There is no text. Give at least one, with gaps like <mask:8>, for 8 tokens.")
     rows = []
     for number, text in enumerate(texts):
-        parts = _GAP.split(text)
+        try:
+            parts = _GAP.split(check_text(text))
+        except DataError as error:
+            raise ConfigError(f"Text {number}: {error}") from error
         row = encode_text(tokenizer, parts[0])
         gaps = [int(count) for count in parts[1::2]]
         following = [tokenizer(after, add_special_tokens=False)["input_ids"] if after else [] for after in parts[2::2]]

@@ -8,22 +8,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import torch
 from torch import Tensor
 from transformers import AutoModel, GenerationConfig, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
-from transformers.utils.chat_template_utils import render_jinja_template
 
+from l2d_framework.chat_template import check_conversation, check_text, render
 from l2d_framework.errors import ConfigError, DataError
 
 Message = Mapping[str, Any]
 Prompt = str | Sequence[Message]
 """Plain text, or a conversation as a list of {"role", "content"}."""
 
-
-TEMPLATE_DATE = "26 Jul 2024"
-"""Date shown to chat templates that print one; fixed, so that training on another day gives the same tokens."""
+_SHIPPED = Path(__file__).parent / "chat_templates"
 
 EXCHANGE: tuple[Message, ...] = ({"role": "user", "content": "Yes?"}, {"role": "assistant", "content": "Indeed"})
 """A conversation by which a chat template shows how it ends an answer."""
@@ -59,18 +56,30 @@ def read_template(chosen: str | None) -> str | None:
         Jinja source, or None.
 
     Raises:
-        DataError: if there is no such file.
+        DataError: if there is no such file, or it is no text.
     """
     if chosen is None or "{" in chosen or "\n" in chosen:
         return chosen
-    shipped = {path.stem: path for path in (Path(__file__).parent / "chat_templates").glob("*.jinja")}
+    shipped = {path.stem: path for path in _SHIPPED.glob("*.jinja")}
     path = shipped.get(chosen, Path(chosen).expanduser())
     if not path.is_file():
         raise DataError(
             f"data.chat_template names the file {chosen!r}, which does not exist (looked in {Path.cwd()}). "
-            f"Give the path of a jinja file, the template itself, or a name: {', '.join(sorted(shipped))}."
+            f"Give the path of a jinja file, the template itself, or a name: {shipped_templates()}."
         )
-    return path.read_text(encoding="utf-8")
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"data.chat_template: {chosen!r} cannot be read ({error}). Give a file in UTF-8.") from error
+
+
+def shipped_templates() -> str:
+    """Names of the chat templates that come with this package.
+
+    Returns:
+        The names, for a message.
+    """
+    return ", ".join(sorted(path.stem for path in _SHIPPED.glob("*.jinja")))
 
 
 def opening(tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -105,46 +114,6 @@ def encode_text(tokenizer: PreTrainedTokenizerBase, text: str, *, front: Sequenc
     return [*front[:missing], *ids]
 
 
-def render(
-    tokenizer: PreTrainedTokenizerBase,
-    messages: Sequence[Message],
-    template: str,
-    *,
-    add_generation_prompt: bool = False,
-    marked: bool = False,
-) -> tuple[str, list[tuple[int, int]]]:
-    """Text of a conversation; it is encoded without special tokens beside the template's.
-
-    Args:
-        tokenizer: of the model.
-        messages: turns with `role` and `content`.
-        template: jinja source.
-        add_generation_prompt: whether to end with what introduces an answer.
-        marked: whether to find the stretches of text between the template's generation markers.
-
-    Returns:
-        The text and the stretches, in characters.
-
-    Raises:
-        DataError: if the template refuses the conversation.
-    """
-    # Optional fields arrive as None from tabular data; templates expect them to be absent.
-    turns = [{name: value for name, value in turn.items() if value is not None} for turn in messages]
-    variables: dict[str, Any] = {**tokenizer.special_tokens_map, "date_string": TEMPLATE_DATE}
-    try:
-        rendered: Any = render_jinja_template(
-            conversations=[turns],
-            chat_template=template,
-            add_generation_prompt=add_generation_prompt,
-            return_assistant_tokens_mask=marked,
-            **variables,
-        )
-    except (jinja2.TemplateError, TypeError) as error:
-        raise DataError(f"The chat template cannot render this conversation: {error}") from error
-    texts, spans = rendered
-    return texts[0], spans[0] if marked else []
-
-
 def special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     """Tokens that never occur inside a text, among them the ends of turns.
 
@@ -173,7 +142,7 @@ def turn_end(tokenizer: PreTrainedTokenizerBase | None, template: str | None = N
         return None
     last: int | None = tokenizer.eos_token_id
     try:
-        text, _ = render(tokenizer, EXCHANGE, template or str(tokenizer.get_chat_template()))
+        text, _ = render(template or str(tokenizer.get_chat_template()), EXCHANGE, tokenizer.special_tokens_map)
     except DataError:
         return last
     special = special_ids(tokenizer)
@@ -199,7 +168,11 @@ def add_ends(config: GenerationConfig, ends: Iterable[int]) -> None:
 
 
 def encode_prompts(
-    tokenizer: PreTrainedTokenizerBase | None, prompts: Sequence[Prompt], chat_template: str | None = None
+    tokenizer: PreTrainedTokenizerBase | None,
+    prompts: Sequence[Prompt],
+    chat_template: str | None = None,
+    *,
+    names: Sequence[str] | None = None,
 ) -> list[list[int]]:
     """Token ids of prompts.
 
@@ -207,12 +180,13 @@ def encode_prompts(
         tokenizer: of the base model.
         prompts: texts or conversations; a conversation ends with the generation prompt of the chat template.
         chat_template: template that replaces the tokenizer's own.
+        names: what messages call each prompt, such as the file and line it comes from.
 
     Returns:
         Ids of each prompt, without padding.
 
     Raises:
-        ConfigError: if the tokenizer or its chat template is missing, or a prompt is empty.
+        ConfigError: if the tokenizer or its chat template is missing, or a prompt is empty or cannot be rendered.
     """
     if tokenizer is None:
         raise ConfigError("This model has no tokenizer, so it takes token ids only. Save one in the base folder.")
@@ -220,19 +194,24 @@ def encode_prompts(
         raise ConfigError("There is no prompt. Give at least one.")
     batch = []
     for number, prompt in enumerate(prompts):
-        if isinstance(prompt, str):
-            tokens = encode_text(tokenizer, prompt)
-        elif chat_template is None and tokenizer.chat_template is None:
+        where = f"Prompt {number}" if names is None else names[number]
+        if not isinstance(prompt, str) and chat_template is None and tokenizer.chat_template is None:
             raise ConfigError(
-                f"Prompt {number} is a conversation, but the tokenizer of {tokenizer.name_or_path!r} has no chat "
+                f"{where} is a conversation, but the tokenizer of {tokenizer.name_or_path!r} has no chat "
                 "template. Give plain text, or set data.chat_template when training."
             )
-        else:
-            template = chat_template or str(tokenizer.get_chat_template())
-            text, _ = render(tokenizer, prompt, template, add_generation_prompt=True)
-            tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
+        try:
+            if isinstance(prompt, str):
+                tokens = encode_text(tokenizer, check_text(prompt))
+            else:
+                template = chat_template or str(tokenizer.get_chat_template())
+                messages = check_conversation(prompt)
+                text, _ = render(template, messages, tokenizer.special_tokens_map, add_generation_prompt=True)
+                tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
+        except DataError as error:
+            raise ConfigError(f"{where}: {error}") from error
         if not tokens:
-            raise ConfigError(f"Prompt {number} is empty. Give at least one token, such as the tokenizer's BOS.")
+            raise ConfigError(f"{where} is empty. Give at least one token, such as the tokenizer's BOS.")
         batch.append(list(tokens))
     return batch
 
@@ -279,13 +258,16 @@ def context_length(lm_config: Any) -> int | None:
     return int(limit) - 1 - int(getattr(embeddings, "padding_idx", -1))
 
 
-def check_length(lengths: Sequence[int], config: GenerationConfig, lm_config: Any) -> None:
+def check_length(
+    lengths: Sequence[int], config: GenerationConfig, lm_config: Any, *, names: Sequence[str] | None = None
+) -> None:
     """Refuse prompts whose answers would exceed the model's context.
 
     Args:
         lengths: tokens of each prompt.
         config: generation configuration with `max_new_tokens` or `max_length`.
         lm_config: the base model's configuration.
+        names: what messages call each prompt.
 
     Raises:
         ConfigError: naming the first prompt that is too long.
@@ -297,7 +279,8 @@ def check_length(lengths: Sequence[int], config: GenerationConfig, lm_config: An
         wanted = length + config.max_new_tokens if config.max_new_tokens is not None else config.max_length or 0
         wanted = max(wanted, length + 1)
         if wanted > context:
+            where = f"Prompt {number}" if names is None else names[number]
             raise ConfigError(
-                f"Prompt {number} has {length} tokens and with its answer would reach {wanted}, but the model's "
+                f"{where} has {length} tokens and with its answer would reach {wanted}, but the model's "
                 f"context is {context}. Shorten the prompt or lower max_new_tokens."
             )

@@ -244,8 +244,8 @@ def test_values_out_of_range_and_unknown_options_are_usage_errors(model, no_weig
         ("a.jsonl", '{"prompt": "a"}\n{"prompt": ', r"a\.jsonl:2 is not a JSON object"),
         ("a.jsonl", '["a"]\n', r"a\.jsonl:1 is not a JSON object"),
         ("a.jsonl", '{"text": "a"}\n', r"a\.jsonl:1 has neither `prompt` nor `messages`; it has \['text'\]"),
-        ("a.jsonl", '{"messages": [{"role": "user"}]}\n', r"a\.jsonl:1 has messages without `role` and `content`"),
-        ("a.jsonl", '{"messages": ["hi"]}\n', r"a\.jsonl:1 has messages without `role` and `content`"),
+        ("a.jsonl", '{"messages": [{"role": "user"}]}\n', r"a\.jsonl:1: turn 0 makes it not a conversation"),
+        ("a.jsonl", '{"messages": ["hi"]}\n', r"a\.jsonl:1: turn 0 makes it not a conversation"),
     ],
 )
 def test_a_file_of_prompts_that_cannot_be_read_is_named(model, no_weights, tmp_path, name, content, message):

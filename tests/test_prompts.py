@@ -3,9 +3,9 @@ import torch
 from tiny_models import ADDING, tiny_lm
 from transformers import GenerationConfig, LlamaConfig
 
+from l2d_framework.chat_template import TEMPLATE_DATE
 from l2d_framework.errors import ConfigError, DataError
 from l2d_framework.prompts import (
-    TEMPLATE_DATE,
     check_length,
     context_length,
     encode_prompts,

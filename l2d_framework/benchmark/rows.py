@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from l2d_framework.errors import DataError
+from l2d_framework.lines import read_objects
 
 Row = dict[str, str]
 
@@ -24,13 +26,12 @@ def read_rows(file: str, columns: Sequence[str], limit: int | None) -> list[Row]
         The rows.
 
     Raises:
-        DataError: if there is no such file, no row, or a row lacks a column.
+        DataError: if there is no such file, no row, or a row is no object or lacks a column.
     """
     path = Path(file)
     if not path.is_file():
         raise DataError(f"There is no file {file!r}. Name a JSONL file with {list(columns)}.")
-    lines = path.read_text(encoding="utf-8").splitlines()[:limit]
-    rows: list[Row] = [json.loads(line) for line in lines]
+    rows: list[Row] = [row for _, row in islice(read_objects(path), limit)]
     if not rows:
         raise DataError(f"{file!r} is empty. Name a JSONL file with {list(columns)}.")
     for number, row in enumerate(rows, 1):

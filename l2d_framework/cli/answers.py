@@ -101,18 +101,19 @@ class Session:
         self.is_whole = (resolved.block_size or manifest["block_size"]) != 1
         self.lm: DiffusionLM | None = None
 
-    def encode(self, prompts: Sequence[Prompt]) -> list[list[int]]:
+    def encode(self, prompts: Sequence[Prompt], names: Sequence[str] | None = None) -> list[list[int]]:
         """Token ids of prompts, refused when an answer would not fit.
 
         Args:
             prompts: texts or conversations.
+            names: what messages call each of them.
 
         Returns:
             Ids of each prompt.
         """
-        batch = encode_prompts(self.tokenizer, prompts, self.chat_template)
+        batch = encode_prompts(self.tokenizer, prompts, self.chat_template, names=names)
         config = GenerationConfig(max_new_tokens=self.options["max_new_tokens"])
-        check_length([len(tokens) for tokens in batch], config, self.lm_config)
+        check_length([len(tokens) for tokens in batch], config, self.lm_config, names=names)
         return batch
 
     def check_output(self, output: Path | None) -> None:

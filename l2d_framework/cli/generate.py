@@ -94,7 +94,8 @@ def generate(
     from l2d_framework.cli.rows import read_prompts
     from l2d_framework.config.files import override
 
-    prompts = read_prompts(prompt or [], file, chat=chat)
+    named = read_prompts(prompt or [], file, chat=chat)
+    prompts = list(named.values())
     if infill and (prompts or chat or stream or trace or num_return_sequences > 1):
         raise ConfigError("--infill fills gaps and answers nothing. Leave out prompts, --chat, --stream and --trace.")
     if infill and (do_sample or stop or class_name):
@@ -143,7 +144,7 @@ def generate(
         session.infill(infill, output=output)
         return
     # Without prompts there will be a conversation: find out now whether this tokenizer can hold one.
-    encoded = session.encode(prompts or [[{"role": "user", "content": "?"}]])
+    encoded = session.encode(prompts, list(named)) if prompts else session.encode([[{"role": "user", "content": "?"}]])
     session.load(device, merge=merge)
     if trace is not None:
         session.trace(prompts[0], trace, output=output)

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from l2d_framework.chat_template import check_conversation
 from l2d_framework.errors import DataError
+from l2d_framework.lines import read_lines, read_objects
 from l2d_framework.prompts import Prompt
 
 
-def read_prompts(texts: Sequence[str], file: Path | None, *, chat: bool) -> list[Prompt]:
+def read_prompts(texts: Sequence[str], file: Path | None, *, chat: bool) -> dict[str, Prompt]:
     """Prompts from the command line and a file.
 
     Args:
@@ -21,37 +23,35 @@ def read_prompts(texts: Sequence[str], file: Path | None, *, chat: bool) -> list
         chat: make a conversation of each plain text.
 
     Returns:
-        The prompts, in order.
+        The prompts in order, by what messages call them.
 
     Raises:
         DataError: if the file is missing, empty, or a line cannot be read.
     """
-    prompts: list[Prompt] = list(texts)
+    prompts: dict[str, Prompt] = {f"Prompt {number}": text for number, text in enumerate(texts)}
     if file is not None:
         if not file.is_file():
             raise DataError(f"There is no file {str(file)!r}. Give a text file with one prompt a line, or JSONL.")
-        try:
-            lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-        except UnicodeDecodeError as error:
-            raise DataError(f"{str(file)!r} is no text in UTF-8 ({error}). Convert it first.") from error
-        if not lines:
+        is_json = any(suffix in (".jsonl", ".json") for suffix in file.suffixes[-2:])
+        read: Iterable[tuple[int, Any]] = read_objects(file) if is_json else read_lines(file)
+        found = {f"{file}:{number}": value for number, value in read}
+        if not found:
             raise DataError(f"{str(file)!r} holds no prompt.")
-        is_json = file.suffix in (".jsonl", ".json")
-        prompts += [_json_prompt(line, f"{file}:{n}") if is_json else line for n, line in enumerate(lines, 1)]
-    return [[{"role": "user", "content": p}] if chat and isinstance(p, str) else p for p in prompts]
+        prompts |= {where: _json_prompt(row, where) if is_json else row for where, row in found.items()}
+    return {
+        where: [{"role": "user", "content": prompt}] if chat and isinstance(prompt, str) else prompt
+        for where, prompt in prompts.items()
+    }
 
 
-def _json_prompt(line: str, where: str) -> Prompt:
-    try:
-        row = json.loads(line)
-        found = row.get("prompt", row.get("messages"))
-    except (ValueError, AttributeError) as error:
-        raise DataError(f"{where} is not a JSON object ({error}).") from error
+def _json_prompt(row: dict[str, Any], where: str) -> Prompt:
+    found = next((row[name] for name in ("prompt", "messages") if row.get(name) is not None), None)
     if not isinstance(found, (str, list)):
         raise DataError(f"{where} has neither `prompt` nor `messages`; it has {list(row)}.")
-    if isinstance(found, list) and not all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in found):
-        raise DataError(f"{where} has messages without `role` and `content`, got {found}.")
-    return found
+    try:
+        return found if isinstance(found, str) else check_conversation(found)
+    except DataError as error:
+        raise DataError(f"{where}: {error}") from error
 
 
 def write_rows(output: Path | None, rows: list[dict[str, Any]]) -> None:

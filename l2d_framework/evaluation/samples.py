@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from l2d_framework.chat_template import check_text
 from l2d_framework.errors import DataError, suggest
+from l2d_framework.lines import read_objects
 
 
 @dataclass(frozen=True)
@@ -94,21 +95,9 @@ def read_golds(file: Path, column: str) -> list[str]:
 def _read_rows(file: Path) -> list[dict[str, Any]]:
     if not file.is_file():
         raise DataError(f"There is no file {str(file)!r}. Give a JSONL file, such as `l2d generate --output` writes.")
-    try:
-        lines = [line for line in file.read_text(encoding="utf-8").split("\n") if line.strip()]
-    except UnicodeDecodeError as error:
-        raise DataError(f"{str(file)!r} is no text in UTF-8 ({error}). Convert it first.") from error
-    if not lines:
+    rows = [row for _, row in read_objects(file)]
+    if not rows:
         raise DataError(f"{str(file)!r} is empty. Give a JSONL file, such as `l2d generate --output` writes.")
-    rows = []
-    for number, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise DataError(f"Row {number} of {str(file)!r} is not JSON ({error}). Write one object a line.") from error
-        if not isinstance(row, dict):
-            raise DataError(f"Row {number} of {str(file)!r} is not a JSON object, got {line[:80]}.")
-        rows.append(row)
     return rows
 
 
@@ -126,15 +115,13 @@ def _optional_string(row: dict[str, Any], column: str, where: str) -> str | None
     found = row.get(column)
     if found is not None and not isinstance(found, str):
         raise DataError(f"{where} has {column!r} of type {type(found).__name__}, not text: {str(found)[:80]}.")
-    return found
+    return found if found is None else _whole(found, where)
 
 
 def _prompt(row: dict[str, Any], where: str) -> str:
     prompt = row.get("prompt")
-    if isinstance(prompt, str):
-        return prompt
     try:
-        return "".join(f"{message['content']}\n" for message in prompt or ())
+        return _whole(prompt if isinstance(prompt, str) else _contents(prompt), where)
     except (TypeError, KeyError) as error:
         raise DataError(f"{where} has a `prompt` that is neither text nor messages: {str(prompt)[:80]}.") from error
 
@@ -146,4 +133,15 @@ def _answers(answers: Any, where: str) -> list[str]:
         raise DataError(f"{where} has `answers` without `text`: {str(answers)[:80]}.") from error
     if not texts or not all(isinstance(text, str) for text in texts):
         raise DataError(f"{where} has no text among its `answers`: {str(answers)[:80]}.")
-    return texts
+    return [_whole(text, where) for text in texts]
+
+
+def _contents(messages: Any) -> str:
+    return "".join(f"{message['content']}\n" for message in messages or ())
+
+
+def _whole(text: str, where: str) -> str:
+    try:
+        return check_text(text)
+    except DataError as error:
+        raise DataError(f"{where}: {error}") from error

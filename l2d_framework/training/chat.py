@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise, takewhile
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 from transformers import PreTrainedTokenizerBase
 
+from l2d_framework.chat_template import Messages, Spans, render
 from l2d_framework.errors import DataError
-from l2d_framework.prompts import EXCHANGE, read_template, render, special_ids
+from l2d_framework.prompts import EXCHANGE, read_template, shipped_templates, special_ids
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
-Messages = Sequence[Mapping[str, Any]]
-Spans = list[tuple[int, int]]
 Turns = Literal["all", "first", "pairs", "accumulated", "sliding"]
 
 # First and last exchange of each row, of a conversation of n exchanges.
@@ -67,8 +66,9 @@ def resolve_template(chosen: str | None, tokenizer: PreTrainedTokenizerBase) -> 
         return str(tokenizer.get_chat_template())
     except ValueError as error:
         raise DataError(
-            "The data holds conversations, but this tokenizer has no chat template. Set data.chat_template to a "
-            "jinja file or to the template itself, or use the tokenizer of an instruction-tuned model."
+            "The data holds conversations, but this tokenizer has no chat template. Set data.chat_template to one that "
+            f"is shipped ({shipped_templates()}), a jinja file or the template itself, or use the tokenizer of an "
+            "instruction-tuned model."
         ) from error
 
 
@@ -109,7 +109,8 @@ class ChatEncoder:
         Returns:
             The rendered text.
         """
-        return render(self.tokenizer, messages, self.template, add_generation_prompt=add_generation_prompt)[0]
+        variables = self.tokenizer.special_tokens_map
+        return render(self.template, messages, variables, add_generation_prompt=add_generation_prompt)[0]
 
     def encode(self, messages: Messages, *, last_only: bool = False) -> tuple[list[int], list[bool]]:
         """Tokens of a conversation up to the end of its last answer, and which of them are answers.
@@ -126,7 +127,7 @@ class ChatEncoder:
         """
         wanted = slice(-1 if last_only else None, None)
         if _GENERATION.search(self.template):
-            text, spans = render(self.tokenizer, messages, self.template, marked=True)
+            text, spans = render(self.template, messages, self.tokenizer.special_tokens_map)
             spans = spans[wanted]
         else:
             answers = [i for i, turn in enumerate(messages) if turn.get("role") == "assistant"]

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 from transformers import PreTrainedTokenizerBase
 
-from l2d_framework import prompts
+from l2d_framework import chat_template, prompts
+from l2d_framework.chat_template import Messages, check_conversation, check_text, short
 from l2d_framework.errors import DataError
 from l2d_framework.training import chat
 
@@ -28,7 +29,8 @@ FIELDS: dict[Format, tuple[Field, ...]] = {
 }
 """What a row of each format holds; `messages` with columns for prompt and completion makes them a chat of two turns."""
 
-_CODE = hashlib.sha256(b"".join(Path(f).read_bytes() for f in (__file__, chat.__file__, prompts.__file__))).hexdigest()
+_FILES = (__file__, chat.__file__, prompts.__file__, str(chat_template.__file__))
+_CODE = hashlib.sha256(b"".join(Path(name).read_bytes() for name in _FILES)).hexdigest()
 
 
 class NothingSupervisedError(DataError):
@@ -200,22 +202,15 @@ def _read_messages(row: Mapping[str, Any], columns: Columns, encoding: Encoding)
     return ids, supervised
 
 
-def _messages(row: Mapping[str, Any], columns: Columns) -> chat.Messages:
+def _messages(row: Mapping[str, Any], columns: Columns) -> Messages:
     if "messages" not in columns.names:
         turns = {"user": columns.names["prompt"], "assistant": columns.names["completion"]}
         return [{"role": role, "content": _text(row, column)} for role, column in turns.items()]
     column = columns.names["messages"]
-    messages = row[column]
-    if (
-        not isinstance(messages, list)
-        or not messages
-        or not all(isinstance(turn, Mapping) and {"role", "content"} <= set(turn) for turn in messages)
-    ):
-        raise DataError(
-            f"column {column!r} holds {_short(messages)}, not a conversation. "
-            "A conversation is a non-empty list of turns with `role` and `content`."
-        )
-    return messages
+    try:
+        return check_conversation(row[column])
+    except DataError as error:
+        raise DataError(f"column {column!r}: {error}") from error
 
 
 def _read_prompt_completion(row: Mapping[str, Any], columns: Columns, encoding: Encoding) -> Tokens:
@@ -243,8 +238,8 @@ _READERS: dict[Format, Callable[[Mapping[str, Any], Columns, Encoding], Tokens]]
 def _text(row: Mapping[str, Any], column: str) -> str:
     value = row[column]
     if not isinstance(value, str):
-        raise DataError(f"column {column!r} holds {_short(value)}, not a text.")
-    return value
+        raise DataError(f"column {column!r} holds {short(value)}, not a text.")
+    return check_text(value)
 
 
 def _plain(text: str, encoding: Encoding) -> list[int]:
@@ -275,8 +270,3 @@ def _class_id(row: Mapping[str, Any], columns: Columns, encoding: Encoding) -> i
             "Add the label to data.class_map, or the class to the run."
         )
     return encoding.classes.index(name)
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."

@@ -18,8 +18,9 @@ import datasets
 from huggingface_hub import constants as hub
 
 from l2d_framework.errors import DataError, suggest
+from l2d_framework.lines import COMPRESSIONS, ENCODING
 from l2d_framework.training.data_encode import FIELDS, Columns, Format
-from l2d_framework.training.data_lines import COMPRESSIONS, first_columns, json_lines
+from l2d_framework.training.data_lines import first_columns, json_lines
 
 if TYPE_CHECKING:
     from l2d_framework.config import DataSection, DataSource, RowSource
@@ -122,6 +123,8 @@ def load_rows(source: RowSource, *, streaming: bool = False) -> tuple[Any, list[
             data_files=data_files,
             revision=source.revision,
             streaming=streaming,
+            # The readers of other formats leave byte-order marks out by themselves.
+            **({"encoding": ENCODING} if _is_text(source, loader) else {}),
         )
         return data, list(next(iter(data))), files
 
@@ -197,7 +200,7 @@ def _shards(folder: Path) -> list[str]:
 
 
 def _loader_of(files: Sequence[str]) -> str:
-    endings = {next((s for s in reversed(Path(name).suffixes) if s not in COMPRESSIONS), "") for name in files}
+    endings = {_ending(name) for name in files}
     loaders = {_LOADERS.get(ending) for ending in endings}
     loader = loaders.pop()
     if loader is None or loaders:
@@ -206,6 +209,21 @@ def _loader_of(files: Sequence[str]) -> str:
             f"Known endings: {', '.join(_LOADERS)}; list other files as sources of their own."
         )
     return loader
+
+
+def _ending(name: str) -> str:
+    return next((suffix for suffix in reversed(Path(name).suffixes) if suffix not in COMPRESSIONS), "")
+
+
+def _is_text(source: RowSource, loader: str) -> bool:
+    # Whether plain text is all that the loader, a name or a folder, will read.
+    folder = Path(source.path).expanduser()
+    if loader in _LOADERS.values() or not folder.is_dir():
+        return loader == "text"
+    chosen = source.data_files
+    groups = list(chosen.values()) if isinstance(chosen, dict) else [chosen or [str(p) for p in folder.rglob("*.*")]]
+    names = [name for group in groups for name in ([group] if isinstance(group, str) else group)]
+    return {_LOADERS.get(_ending(name)) for name in names} - {None} == {"text"}
 
 
 @contextmanager

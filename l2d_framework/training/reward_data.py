@@ -14,6 +14,7 @@ import datasets
 from transformers import PreTrainedTokenizerBase
 
 from l2d_framework import prompts
+from l2d_framework.chat_template import Messages, check_text, short
 from l2d_framework.config import PairSource, RewardRun
 from l2d_framework.errors import DataError
 from l2d_framework.prompts import encode_text, opening, read_template
@@ -88,7 +89,7 @@ class PairWriter:
             tokenizer.pad_token_id if run.data.pad_to is None else None,
         )
 
-    def ids(self, written: str | chat.Messages) -> list[int]:
+    def ids(self, written: str | Messages) -> list[int]:
         """Tokens of one side of a pair.
 
         Args:
@@ -101,7 +102,7 @@ class PairWriter:
             DataError: if transformers would take the last of them for padding.
         """
         if isinstance(written, str):
-            text, front = written.removeprefix(self.around[0]).join(self.around), self.front
+            text, front = check_text(written.removeprefix(self.around[0]).join(self.around)), self.front
         else:
             text, front = self.encoder.render(written), ()
         ids = encode_text(self.encoder.tokenizer, text, front=front)
@@ -213,13 +214,13 @@ def _sides(row: dict[str, Any]) -> tuple[str, list[Any]]:
         if not _is_conversation(answer) or answer[-1]["role"] != "assistant":
             raise DataError(
                 f"`chosen` and `rejected` should be two texts or two lists of messages that end in an answer of the "
-                f"role 'assistant', got {_short(answer)}."
+                f"role 'assistant', got {short(answer)}."
             )
     if all(answer[0]["role"] == "assistant" for answer in answers):
         if isinstance(prompt, str):
             prompt = [{"role": "user", "content": prompt}]
         if not _is_conversation(prompt):
-            raise DataError(f"`prompt` should be a text or a list of messages, got {_short(prompt)}.")
+            raise DataError(f"`prompt` should be a text or a list of messages, got {short(prompt)}.")
         answers = [[*prompt, *answer] for answer in answers]
     asked = [(turn["role"], turn["content"]) for turn in answers[0][:-1]]
     return json.dumps(asked), answers
@@ -231,11 +232,6 @@ def _is_conversation(value: Any) -> bool:
         and bool(value)
         and all(isinstance(turn, Mapping) and isinstance(turn.get("content"), str) and "role" in turn for turn in value)
     )
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def _fits(chosen: list[int], rejected: list[int], limit: int) -> bool:

@@ -194,7 +194,7 @@ def test_dropping_everything_is_refused(tokenizer, streaming):
     [
         ([{"text": "a"}, {"text": None}], {}, "Example 1 of 'a.jsonl'.*'text' holds None, not a text"),
         ([{"text": 3}], {}, "Example 0 of 'a.jsonl'.*'text' holds 3, not a text"),
-        ([{"messages": "hello"}], {}, "'messages' holds 'hello', not a conversation"),
+        ([{"messages": "hello"}], {}, "'messages': 'hello' is not a conversation"),
         ([{"messages": [{"from": "a", "value": "b"}]}], {}, "not a conversation.*`role` and `content`"),
         (CHATS, {"chat_template": "missing.jinja"}, "'missing.jinja', which does not exist"),
         (PAIRS, {"class_map": {"chat": "general"}}, r"class_map leads to \['general'\]"),

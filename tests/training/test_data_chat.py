@@ -3,8 +3,9 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from l2d_framework.chat_template import TEMPLATE_DATE
 from l2d_framework.errors import DataError
-from l2d_framework.prompts import TEMPLATE_DATE, turn_end
+from l2d_framework.prompts import turn_end
 from l2d_framework.training.chat import ChatEncoder, resolve_template, split_turns
 from l2d_framework.training.tokenizer import train_tokenizer
 

@@ -160,7 +160,7 @@ def test_format_follows_the_columns_unless_it_is_named(row, options, expected):
         ({"path": "a.jsonl", "format": "messages"}, "no column 'messages'"),
         ({"path": "empty.jsonl"}, "'empty.jsonl'.* is empty"),
         ({"path": "empty.parquet"}, "'empty.parquet'.*( is empty|no data)"),
-        ({"path": "broken.jsonl"}, "'broken.jsonl'.* cannot be loaded"),
+        ({"path": "broken.jsonl"}, "broken.jsonl.* (cannot be loaded|is not a JSON object)"),
         ({"path": "broken.parquet"}, "'broken.parquet'.* cannot be loaded"),
         ({"path": "someone/set", "data_files": "nope.jsonl"}, "'someone/set'.* cannot be loaded.*nope.jsonl"),
     ],

@@ -13,8 +13,9 @@ from accelerate import find_executable_batch_size
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import resolve_max_length
 
+from l2d_framework.chat_template import TEMPLATE_DATE, render
 from l2d_framework.config import SamplingSection
-from l2d_framework.errors import ConfigError
+from l2d_framework.errors import ConfigError, DataError
 from l2d_framework.evaluation.code.metric import serve
 from l2d_framework.evaluation.code.tasks import route
 from l2d_framework.evaluation.lm_eval.answers import Answers
@@ -27,7 +28,7 @@ from l2d_framework.evaluation.lm_eval.source import CLASS, Source, tokenizer_fin
 from l2d_framework.evaluation.search import check_search, split_options
 from l2d_framework.evaluation.start_up import steps
 from l2d_framework.model import DiffusionLM
-from l2d_framework.prompts import TEMPLATE_DATE, encode_text
+from l2d_framework.prompts import encode_text
 
 _LOGGER = logging.getLogger(__name__)
 _AUTO_ON_CPU = 8
@@ -133,9 +134,25 @@ class Opened(HFLM):  # type: ignore[misc]
 
         Returns:
             The text.
+
+        Raises:
+            DataError: if the template cannot render it, not even without its system messages.
         """
         self._is_chat = True
-        return str(super().apply_chat_template(chat_history, add_generation_prompt))
+        variables = {**self.tokenizer.special_tokens_map, **self.chat_template_args}
+        template = str(self.tokenizer.get_chat_template())
+        options = {"add_generation_prompt": add_generation_prompt}
+        try:
+            text, _ = render(template, chat_history, variables, **options)
+        except DataError:
+            # As lm_eval does, for templates that know no system messages.
+            asked = [turn for turn in chat_history if turn["role"] != "system"]
+            if asked == chat_history:
+                raise
+            _LOGGER.warning("The chat template refuses system messages, so they are left out.")
+            text, _ = render(template, asked, variables, **options)
+        # lm_eval asks for no generation prompt where the last turn is to go on.
+        return text if add_generation_prompt else str(super().apply_chat_template(chat_history, False))
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
         """The chat template; asked for when one is going to be applied.

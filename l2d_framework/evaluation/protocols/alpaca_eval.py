@@ -11,6 +11,7 @@ from typing import Any
 import typer
 
 from l2d_framework.errors import DataError
+from l2d_framework.lines import read_objects
 
 
 def write_outputs(samples: Path, file: Path, generator: str) -> int:
@@ -28,9 +29,8 @@ def write_outputs(samples: Path, file: Path, generator: str) -> int:
         DataError: if the file holds no answers to that task.
     """
     try:
-        lines = samples.read_text(encoding="utf-8").splitlines()
-        rows = [_output(json.loads(line), generator) for line in lines if line.strip()]
-    except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
+        rows = [_output(row, generator) for _, row in read_objects(samples)]
+    except (ValueError, KeyError, IndexError, TypeError) as error:
         raise DataError(
             f"{samples} holds no answers to tess2_alpaca_eval ({error!r}). Give the file samples_tess2_alpaca_eval_*"
             ".jsonl that `l2d eval --tasks tess2_alpaca_eval --log_samples --output_path FOLDER` writes."
