@@ -280,6 +280,8 @@ class _Bounded(ImmutableSandboxedEnvironment):
             _require(len(text) + (text.count(old) + 1) * len(new))
         elif name in _GROWING:
             sizes = [_weight(given[0]), *(abs(e) if isinstance(e, int) else _weight(e) for e in given[1:])]
+            if name == "sum" and any(isinstance(each, list | tuple) for each in given[1:]):
+                sizes.append(sizes[0])  # each addition copies what there is
             _require(math.prod(max(1, size) for size in sizes))
         else:
             specs = _SPEC.findall(str(given[0]))

@@ -13,8 +13,6 @@ from fsspec.utils import infer_compression
 from l2d_framework.errors import DataError
 
 COMPRESSIONS = {".gz", ".zst", ".bz2", ".xz"}
-ENCODING = "utf-8-sig"
-r"""UTF-8 in which a byte-order mark at the beginning is no part of the text."""
 
 
 def read_lines(file: str | Path) -> Iterator[tuple[int, str]]:
@@ -35,7 +33,7 @@ def read_lines(file: str | Path) -> Iterator[tuple[int, str]]:
     if infer_compression(name) is None and Path(name).suffix in COMPRESSIONS:
         raise DataError(f"{name!r} cannot be unpacked without another package. Run: pip install zstandard")
     try:
-        with fsspec.open(name, "rt", compression="infer", encoding=ENCODING, newline="\n") as lines:
+        with fsspec.open(name, "rt", compression="infer", encoding="utf-8-sig", newline="\n") as lines:
             for number, line in enumerate(lines, 1):
                 if line.strip():
                     yield number, line.removesuffix("\n").removesuffix("\r")

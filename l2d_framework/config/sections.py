@@ -133,8 +133,9 @@ class DataSection(Section):
     stretch of neighbouring questions (n (n + 1) / 2)."""
     class_map: dict[str, str] = {}
     """Class name for each value of a class column that is not itself a class name."""
-    drop_unsupervised: bool = False
-    """Leave out examples without a supervised token instead of refusing them."""
+    drop_unsupervised: bool | Annotated[float, Field(ge=0, le=1)] = 0.05
+    """Largest share of a source's examples that may be left out because no token of them is supervised, such as those
+    whose question alone fills `max_length`; more of them stop the run. True for any share, false for none."""
     pack: bool = False
     """Join all texts and cut them into sequences of `max_length`; only the last one may be shorter."""
     masking: MaskingSection | None = None

@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import datasets
@@ -22,12 +23,12 @@ from l2d_framework.training.data_encode import (
     encode_example,
     split_example,
 )
-from l2d_framework.training.data_sources import Opened, describe, load_sources
+from l2d_framework.training.data_sources import Opened, describe, load_sources, open_first
 
 if TYPE_CHECKING:
     from l2d_framework.config import DataSection
 
-__all__ = ["PreparedData", "load_sources", "prepare"]
+__all__ = ["PreparedData", "check_first_rows", "load_sources", "prepare"]
 
 _ENCODED = datasets.Features(
     {
@@ -38,6 +39,7 @@ _ENCODED = datasets.Features(
 )
 _NUMBERED = datasets.Features({**_ENCODED, "index": datasets.Value("int64")})
 _STREAM_BATCH = 32
+_FIRST_ROWS = 200
 _LOGGER = logging.getLogger(__name__)
 
 
@@ -116,6 +118,44 @@ def prepare(
     return PreparedData(splits["train"], splits.get("eval"), card, ends)
 
 
+def check_first_rows(
+    section: DataSection, tokenizer: PreTrainedTokenizerBase | None, *, classes: Sequence[str] = ()
+) -> list[str]:
+    """Encode the first 200 rows of each source, as training will.
+
+    Args:
+        section: the `data` section of the run file.
+        tokenizer: the language model's tokenizer; columns alone are checked while there is none.
+        classes: names of the run's classes.
+
+    Returns:
+        What the user should know though it stops nothing, one sentence each.
+
+    Raises:
+        DataError: if a source, a column or an example cannot be used, or too many examples have nothing to learn.
+    """
+    notes = []
+    found = [(source, open_first(source)) for source in (*section.train, *section.eval)]
+    notes += [
+        f"{describe(source)} cannot be reached now; its rows are not checked." for source, one in found if not one
+    ]
+    opened = [one for _, one in found if one]
+    _check(section, opened, classes)
+    if tokenizer is None:
+        return notes
+    has_chat = any(one.columns.format == "messages" for one in opened)
+    encoding = Encoding.of(section, tokenizer, classes=list(classes), has_chat=has_chat)
+    for one in opened:
+        rows = list(islice(one.data, _FIRST_ROWS))
+        encoder = _Encoder.of(one, section, encoding)
+        encoded = encoder({name: [row.get(name) for row in rows] for name in rows[0]}, list(range(len(rows))))
+        empty = [i for ids, i in zip(encoded["input_ids"], encoded["class_id"], strict=True) if not ids]
+        if empty:
+            count = encoder.tolerate(len(empty), len(encoded["input_ids"]), empty[0], rows[empty[0]])
+            notes.append(f"{count} among the first {len(rows)} rows.")
+    return notes
+
+
 def _check(section: DataSection, opened: list[Opened], classes: Sequence[str]) -> None:
     if section.streaming and section.eval_fraction and not section.eval:
         raise DataError(
@@ -140,39 +180,100 @@ def _check(section: DataSection, opened: list[Opened], classes: Sequence[str]) -
             )
 
 
+@dataclass
+class _Tally:
+    """Rows of a stream so far, in this process."""
+
+    seen: int = 0
+    dropped: int = 0
+
+
 @dataclass(frozen=True)
 class _Encoder:
-    """Encodes batches of rows; a class, so that `datasets` caches by its fields."""
+    """Encodes batches of rows; a class, so that `datasets` caches by its fields.
+
+    An example without a supervised token gives a row without tokens, whose class is the example's number; a stream
+    leaves it out at once.
+    """
 
     columns: Columns
     encoding: Encoding
     where: str
-    drop: bool
+    share: float
+    streams: bool
+    tally: _Tally = field(default_factory=_Tally)
+
+    @classmethod
+    def of(cls, opened: Opened, section: DataSection, encoding: Encoding, *, streams: bool = False) -> _Encoder:
+        return cls(opened.columns, encoding, describe(opened.source), float(section.drop_unsupervised), streams)
 
     def __call__(self, batch: Any, indices: list[int]) -> dict[str, list[Any]]:
         encoded: dict[str, list[Any]] = {name: [] for name in _ENCODED}
         names = list(batch)
         for index, values in zip(indices, zip(*(batch[name] for name in names), strict=True), strict=True):
+            example = dict(zip(names, values, strict=True))
             try:
-                for row in self._rows(dict(zip(names, values, strict=True))):
+                for row in self._rows(example, index):
+                    if self.streams and self._passes_over(row, example):
+                        continue
                     for name, value in row.items():
                         encoded[name].append(value)
+            except NothingSupervisedError:
+                raise
             except DataError as error:
                 raise type(error)(f"Example {index} of {self.where}: {error}") from error
         return encoded
 
-    def _rows(self, example: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    def _rows(self, example: dict[str, Any], index: int) -> Iterator[dict[str, Any]]:
         for row in split_example(example, self.columns, self.encoding):
             try:
                 yield encode_example(row, self.columns, self.encoding)
             except NothingSupervisedError:
-                if not self.drop:
-                    raise
+                yield {"input_ids": [], "supervised": [], "class_id": index}
+
+    def _passes_over(self, row: dict[str, Any], example: dict[str, Any]) -> bool:
+        self.tally.seen += 1
+        if row["input_ids"]:
+            return False
+        self.tally.dropped += 1
+        text = self.tolerate(self.tally.dropped, self.tally.seen, row["class_id"], example)
+        if str(self.tally.dropped).strip("0") == "1":
+            _LOGGER.warning("%s so far.", text)
+        return True
+
+    def tolerate(self, dropped: int, seen: int, first: int, example: dict[str, Any]) -> str:
+        """Refuse more examples without a supervised token than there may be.
+
+        Args:
+            dropped: how many there are.
+            seen: among how many.
+            first: number of one of them.
+            example: the same.
+
+        Returns:
+            Beginning of a sentence that says how many are left out.
+
+        Raises:
+            NothingSupervisedError: if there are too many.
+        """
+        # A share of the first few rows of a stream says nothing.
+        if dropped > self.share * (max(seen, _FIRST_ROWS) if self.streams else seen):
+            try:
+                for row in split_example(example, self.columns, self.encoding):
+                    encode_example(row, self.columns, self.encoding)
+            except NothingSupervisedError as error:
+                raise NothingSupervisedError(
+                    f"Example {first} of {self.where}: {error} It is one of {dropped} in {seen}, and "
+                    f"data.drop_unsupervised allows a share of {self.share:g}."
+                ) from error
+        return (
+            f"{self.where}: left out {dropped} of {seen} examples, in which nothing to learn lies within "
+            f"data.max_length {self.encoding.max_length},"
+        )
 
 
 def _encode(opened: Opened, section: DataSection, encoding: Encoding) -> Any:
-    where = describe(opened.source)
-    encoder = _Encoder(opened.columns, encoding, where, section.drop_unsupervised)
+    encoder = _Encoder.of(opened, section, encoding, streams=section.streaming)
     options: dict[str, Any] = {"batched": True, "with_indices": True, "features": _ENCODED}
     # `features` of a stream may be unknown, so its columns are named by a row.
     options["remove_columns"] = list(next(iter(opened.data)))
@@ -182,21 +283,24 @@ def _encode(opened: Opened, section: DataSection, encoding: Encoding) -> Any:
         opened.card["dropped"] = None
     else:
         data = opened.data.map(encoder, desc=f"Encoding {opened.source.path}", **options)
-        left = len(data) > 0
-        # Where one example gives several rows, they do not tell how many gave none.
-        dropped = len(opened.data) - len(data) if section.turns in ("all", "first") else None
+        empty = _is_empty(data)
+        left, dropped = not empty.all(), int(empty.sum())
         opened.card["dropped"] = dropped
-        if dropped is not None and 2 * dropped > len(opened.data):
-            _LOGGER.warning(
-                "%s: left out %d of %d examples, in which nothing to learn lies within data.max_length %d.",
-                where,
-                dropped,
-                len(opened.data),
-                section.max_length,
-            )
+        if dropped and left:
+            first = data[int(empty.argmax())]["class_id"]
+            text = encoder.tolerate(dropped, len(data), first, opened.data[first])
+            _LOGGER.warning("%s in all.", text)
+            data = data.select(np.flatnonzero(~empty))
     if not left:
-        raise DataError(f"No example of {where} has a supervised token: data.drop_unsupervised skipped all of them.")
+        raise DataError(f"No example of {encoder.where} has a supervised token within data.max_length.")
     return data
+
+
+def _is_empty(data: Any) -> Any:
+    # Of each row, whether it has no token.
+    tables = data.select_columns(["input_ids"]).with_format("arrow").iter(batch_size=1000)
+    lengths = [table["input_ids"].combine_chunks().value_lengths().to_numpy() for table in tables]
+    return np.concatenate(lengths) == 0 if lengths else np.ones(0, np.bool_)
 
 
 def _held_out(ids: Sequence[int], seed: int, fraction: float) -> bool:

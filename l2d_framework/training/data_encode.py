@@ -34,7 +34,7 @@ _CODE = hashlib.sha256(b"".join(Path(name).read_bytes() for name in _FILES)).hex
 
 
 class NothingSupervisedError(DataError):
-    """An example holds no token to learn from; the only fault that `drop_unsupervised` may skip."""
+    """An example holds no token to learn from; the only fault for which `drop_unsupervised` leaves one out."""
 
 
 @dataclass(frozen=True)
@@ -239,7 +239,8 @@ def _text(row: Mapping[str, Any], column: str) -> str:
     value = row[column]
     if not isinstance(value, str):
         raise DataError(f"column {column!r} holds {short(value)}, not a text.")
-    return check_text(value)
+    # Readers of plain text, packed or on the Hub, take the byte-order mark of a file for a part of its first line.
+    return check_text(value.removeprefix("\ufeff"))
 
 
 def _plain(text: str, encoding: Encoding) -> list[int]:

@@ -18,7 +18,7 @@ import datasets
 from huggingface_hub import constants as hub
 
 from l2d_framework.errors import DataError, suggest
-from l2d_framework.lines import COMPRESSIONS, ENCODING
+from l2d_framework.lines import COMPRESSIONS
 from l2d_framework.training.data_encode import FIELDS, Columns, Format
 from l2d_framework.training.data_lines import first_columns, json_lines
 
@@ -100,6 +100,29 @@ def _open(source: DataSource, *, streaming: bool) -> Opened:
     return Opened(source, data, columns, card)
 
 
+def open_first(source: DataSource) -> Opened | None:
+    """Open a source to look at its first rows, without a download of all of them.
+
+    Args:
+        source: its entry in the run file.
+
+    Returns:
+        The opened source, or None if it lies on the Hub and cannot be reached now.
+
+    Raises:
+        DataError: if it cannot be used.
+    """
+    is_here = Path(source.path).expanduser().exists() or glob.has_magic(source.path)
+    if not is_here and (hub.HF_HUB_OFFLINE or "[" in source.split):
+        return None
+    try:
+        return _open(source, streaming="[" not in source.split)
+    except DataError as error:
+        if isinstance(error.__cause__, ConnectionError):
+            return None
+        raise
+
+
 def load_rows(source: RowSource, *, streaming: bool = False) -> tuple[Any, list[str], list[str]]:
     """Open the rows of a source, all of them.
 
@@ -123,8 +146,6 @@ def load_rows(source: RowSource, *, streaming: bool = False) -> tuple[Any, list[
             data_files=data_files,
             revision=source.revision,
             streaming=streaming,
-            # The readers of other formats leave byte-order marks out by themselves.
-            **({"encoding": ENCODING} if _is_text(source, loader) else {}),
         )
         return data, list(next(iter(data))), files
 
@@ -200,7 +221,7 @@ def _shards(folder: Path) -> list[str]:
 
 
 def _loader_of(files: Sequence[str]) -> str:
-    endings = {_ending(name) for name in files}
+    endings = {next((s for s in reversed(Path(name).suffixes) if s not in COMPRESSIONS), "") for name in files}
     loaders = {_LOADERS.get(ending) for ending in endings}
     loader = loaders.pop()
     if loader is None or loaders:
@@ -209,21 +230,6 @@ def _loader_of(files: Sequence[str]) -> str:
             f"Known endings: {', '.join(_LOADERS)}; list other files as sources of their own."
         )
     return loader
-
-
-def _ending(name: str) -> str:
-    return next((suffix for suffix in reversed(Path(name).suffixes) if suffix not in COMPRESSIONS), "")
-
-
-def _is_text(source: RowSource, loader: str) -> bool:
-    # Whether plain text is all that the loader, a name or a folder, will read.
-    folder = Path(source.path).expanduser()
-    if loader in _LOADERS.values() or not folder.is_dir():
-        return loader == "text"
-    chosen = source.data_files
-    groups = list(chosen.values()) if isinstance(chosen, dict) else [chosen or [str(p) for p in folder.rglob("*.*")]]
-    names = [name for group in groups for name in ([group] if isinstance(group, str) else group)]
-    return {_LOADERS.get(_ending(name)) for name in names} - {None} == {"text"}
 
 
 @contextmanager

@@ -200,7 +200,7 @@ def _texts(data: DataSection) -> Iterator[str]:
             if "messages" in names:
                 yield from (str(turn["content"]) for turn in row[names["messages"]])
             else:
-                yield from (str(row[column]) for column in names.values())
+                yield from (str(row[column]).removeprefix("\ufeff") for column in names.values())
 
 
 def check_language_model(run: LanguageModelRun) -> None:

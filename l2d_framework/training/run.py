@@ -19,7 +19,7 @@ from l2d_framework.training import folders
 from l2d_framework.training.arguments import TrainingData, make_arguments
 from l2d_framework.training.card import model_card_table
 from l2d_framework.training.collate import Collator
-from l2d_framework.training.data import PreparedData, prepare
+from l2d_framework.training.data import PreparedData, check_first_rows, prepare
 from l2d_framework.training.job import CardKeeper, Job, base_tokenizer, output_folder, resolved, wait
 from l2d_framework.training.language_model import (
     NextToken,
@@ -59,6 +59,33 @@ def train_runs(
         if not overwrite:
             folders.check_free(output_folder(run), resolved(run))
     return [_train(run, overwrite=overwrite, callbacks=callbacks(run)) for run in token_runs]
+
+
+def check_rows(runs: Sequence[Run]) -> list[str]:
+    """Encode the first rows of the data of runs, without weights.
+
+    Args:
+        runs: what `load_run` returned, after `check_runs`.
+
+    Returns:
+        What the user should know though it stops nothing, one sentence each.
+    """
+    notes = []
+    for number, run in enumerate(runs):
+        if run.data is not None and not isinstance(run, RewardRun):
+            classes = run.classes if isinstance(run, DiffusionRun) else []
+            notes += check_first_rows(run.data, _first_tokenizer(run, runs[:number]), classes=classes)
+    return notes
+
+
+def _first_tokenizer(run: Run, earlier: Sequence[Run]) -> PreTrainedTokenizerBase | None:
+    # That of the base; none while it is still to be trained. A stage takes that of the stage it goes on from.
+    if run.model is None:
+        return None
+    for stage in reversed(earlier):
+        if stage.output_dir is not None and Path(stage.output_dir).absolute() == Path(run.model.base).absolute():
+            return _first_tokenizer(stage, earlier[: earlier.index(stage)])
+    return base_tokenizer(run.model)
 
 
 def _ready(runs: Sequence[Run]) -> list[TokenRun]:

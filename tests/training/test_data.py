@@ -1,3 +1,4 @@
+import gzip
 import json
 from collections import Counter
 from pathlib import Path
@@ -159,7 +160,7 @@ def test_an_example_with_nothing_to_learn_is_refused_by_number_or_dropped(tokeni
     long = {"prompt": "a very long question " * 9, "completion": "yes"}
     source = write("a.jsonl", [PAIRS[0], PAIRS[1], long, PAIRS[2]])
     with pytest.raises(DataError, match=r"Example 2 of 'a.jsonl'.*max_length = 40.*Raise.*drop_unsupervised"):
-        list(prepare(section(source, max_length=40, streaming=streaming), tokenizer).train)
+        list(prepare(section(source, max_length=40, streaming=streaming, drop_unsupervised=False), tokenizer).train)
     data = prepare(section(source, max_length=40, streaming=streaming, drop_unsupervised=True), tokenizer)
     assert len(list(data.train)) == 3
     assert sorted(row["index"] for row in data.train) == [0, 1, 2]
@@ -396,10 +397,101 @@ def test_one_conversation_may_give_several_rows_with_one_answer_each(tokenizer, 
 
 def test_dropping_most_of_the_data_is_not_silent(tokenizer, caplog):
     long = {"prompt": "a very long question " * 9, "completion": "yes"}
-    for rows, is_told in (([PAIRS[0], long, long], True), ([PAIRS[0], PAIRS[1], long], False)):
+    for count in (0, 1, 2):
         caplog.clear()
+        rows = [*PAIRS[: 3 - count], *[long] * count]
         prepare(section(write("a.jsonl", rows), max_length=40, drop_unsupervised=True), tokenizer)
-        assert ("left out 2 of 3 examples" in caplog.text) is is_told
+        assert (f"left out {count} of 3 examples" in caplog.text) is (count > 0)
+
+
+MARKED = [{"text": text} for text in ("one", "a\u2028b\u2029c\u0085d", "two")]
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["map", "stream"])
+@pytest.mark.parametrize("ending", ["jsonl", "txt", "txt.gz", "jsonl.gz"])
+@pytest.mark.parametrize("named", ["set/*", "set", "set/0.{ending}"], ids=["pattern", "folder", "file"])
+def test_a_byte_order_mark_is_never_trained_on_and_stops_no_stream(tokenizer, named, ending, streaming):
+    Path("set").mkdir()
+    for number in range(2):
+        lines = [row["text"] if "txt" in ending else json.dumps(row, ensure_ascii=False) for row in MARKED]
+        content = "\ufeff" + "".join(f"{line}\n" for line in lines)
+        packed = gzip.compress(content.encode()) if ending.endswith("gz") else content.encode()
+        Path(f"set/{number}.{ending}").write_bytes(packed)
+    rows = prepare(section({"path": named.format(ending=ending)}, streaming=streaming), tokenizer).train
+    found = sorted(tokenizer.decode(row["input_ids"], skip_special_tokens=True) for row in rows)
+    assert found == sorted([row["text"] for row in MARKED] * (1 if "0" in named else 2))
+
+
+LONG = {"prompt": "a very long question " * 9, "completion": "yes"}
+
+
+@pytest.mark.parametrize("turns", ["all", "pairs"])
+@pytest.mark.parametrize(
+    ("share", "count"), [({}, 2), ({"drop_unsupervised": 0.5}, 20), ({"drop_unsupervised": True}, 39)]
+)
+def test_examples_without_a_supervised_token_are_left_out_and_counted_up_to_a_share(tokenizer, share, count, turns):
+    rows = [[*PAIRS[: 40 - n], *[LONG] * n] for n in (count, count + 1)]
+    good, bad = (section(write(f"{n}.jsonl", row), max_length=40, turns=turns, **share) for n, row in enumerate(rows))
+    data = prepare(good, tokenizer)
+    assert len(data.train) == 40 - count
+    assert data.card["sources"]["train"][0]["dropped"] == count
+    assert data.card["splits"]["train"]["examples"] == 40 - count
+    with pytest.raises(DataError, match=rf"Example {39 - count} of '1.jsonl'.*one of {count + 1} in 40|No example of"):
+        prepare(bad, tokenizer)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_stream_stops_at_the_same_share_once_it_has_seen_enough(tokenizer, workers, caplog):
+    rows = [LONG if i % 20 == 19 else PAIRS[i % 40] for i in range(400)]
+    data = prepare(section(write("a.jsonl", rows), max_length=40, streaming=True), tokenizer).train
+    assert len(list(DataLoader(data, batch_size=None, num_workers=workers))) == 380
+    rows[250:262] = [LONG] * 12
+    data = prepare(section(write("b.jsonl", rows), max_length=40, streaming=True), tokenizer).train
+    with pytest.raises(DataError, match=r"Example \d+ of 'b.jsonl'.*allows a share of 0.05"):
+        list(DataLoader(data, batch_size=None, num_workers=workers))
+    assert "left out 1 of 20 examples" in caplog.text
+
+
+def test_a_share_is_no_percentage():
+    with pytest.raises(ValueError, match="less than or equal to 1"):
+        section("a.jsonl", drop_unsupervised=5.0)
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["map", "stream"])
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ({"messages": []}, r"column 'messages': \[\] is not a conversation"),
+        ({"messages": [{"role": "user", "content": None}]}, "turn 0 of role 'user' has the content None"),
+        ({"messages": [{"role": "system", "content": "a"}, *CHATS[0]["messages"]]}, "no system"),
+        ({"messages": [{"role": "user", "content": [{"text": "a"}]}]}, "turn 0, a list of parts"),
+    ],
+    ids=["empty", "null", "system", "parts"],
+)
+def test_a_conversation_that_cannot_be_rendered_is_named_by_row_and_turn(tokenizer, row, words, streaming):
+    template = (
+        "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+        "<|user|>{{ m.content }}<|assistant|>{% endfor %}"
+    )
+    if not streaming and isinstance((row["messages"] or [{"content": ""}])[0]["content"], list):
+        pytest.skip("a table has no column of both texts and lists")
+    source = write("a.jsonl", [{"messages": CHATS[i]["messages"]} for i in range(3)] + [row])
+    with pytest.raises(DataError, match=f"Example 3 of 'a.jsonl'.*{words}"):
+        list(prepare(section(source, streaming=streaming, chat_template=template), tokenizer).train)
+
+
+@pytest.mark.parametrize("field", ["text", "prompt", "completion", "messages"])
+def test_half_a_character_is_named_by_row(tokenizer, field):
+    half = "a\ud800"
+    rows = {
+        "text": [*TEXTS[:3], {"text": half}],
+        "prompt": [*PAIRS[:3], {"prompt": half, "completion": "a"}],
+        "completion": [*PAIRS[:3], {"prompt": "a", "completion": half}],
+        "messages": [*CHATS[:3], {"messages": [{"role": "user", "content": half}, CHATS[0]["messages"][1]]}],
+    }
+    source = write("a.jsonl", rows[field])
+    with pytest.raises(DataError, match=r"Example 3 of 'a.jsonl'.*half of a character"):
+        list(prepare(section(source, streaming=True), tokenizer).train)
 
 
 def test_rows_of_a_conversation_beyond_the_length_are_dropped_alone(tokenizer):
