@@ -201,6 +201,8 @@ REFUSED = [
     (("--prompt", "a", "--set", "guidance=[]", "--guidance-scale", "2"), "exactly one guidance; 0 are set"),
     (("--prompt", "a" * 130), "Prompt 0 has 130 tokens and with its answer would reach 386, but .* context is 128"),
     (("--prompt", "a", "--prompt", ""), "Prompt 1 is empty"),
+    (("--prompt", "a", "--prompt", "b\udc80"), "Prompt 1: the text has half of a character"),
+    (("--infill", "a\udc80<mask:3>"), "Text 0: the text has half of a character"),
     (("--prompt", "a", "--prompt", "b", "--stream"), "--stream shows one answer, got 2 prompts"),
     (("--prompt", "a", "--dtype", "fp16"), "--dtype must be float32, bfloat16 or float16, got 'fp16'"),
     (("--prompt", "a", "--do-sample", "--temperature", "0"), "--temperature must be above 0, got 0.0"),
@@ -246,6 +248,14 @@ def test_values_out_of_range_and_unknown_options_are_usage_errors(model, no_weig
         ("a.jsonl", '{"text": "a"}\n', r"a\.jsonl:1 has neither `prompt` nor `messages`; it has \['text'\]"),
         ("a.jsonl", '{"messages": [{"role": "user"}]}\n', r"a\.jsonl:1: turn 0 makes it not a conversation"),
         ("a.jsonl", '{"messages": ["hi"]}\n', r"a\.jsonl:1: turn 0 makes it not a conversation"),
+        ("a.jsonl", '{"messages": []}\n', r"a\.jsonl:1: \[\] is not a conversation"),
+        ("a.jsonl", '{"prompt": [{"role": "user", "content": null}]}\n', r"a\.jsonl:1: .* has the content None"),
+        ("a.jsonl", '{"prompt": "a"}\n\n{"prompt": "a\\ud800"}\n', r"a\.jsonl:3: the text has half of a character"),
+        (
+            "a.jsonl",
+            '{"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}]}\n',
+            r"a\.jsonl:1: .*(a list of parts|cannot render)",
+        ),
     ],
 )
 def test_a_file_of_prompts_that_cannot_be_read_is_named(model, no_weights, tmp_path, name, content, message):

@@ -17,9 +17,10 @@ pytest.importorskip("lm_eval")
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
+from l2d_framework.chat_template import TEMPLATE_DATE
 from l2d_framework.checkpoint import save
 from l2d_framework.config import ModelSection
-from l2d_framework.errors import CheckpointError, ConfigError
+from l2d_framework.errors import CheckpointError, ConfigError, DataError
 from l2d_framework.evaluation.lm_eval import scoring
 from l2d_framework.evaluation.lm_eval.adapter import L2DLM
 from l2d_framework.evaluation.lm_eval.numbering import occurrences
@@ -371,6 +372,18 @@ def test_conversations_get_no_second_beginning(opened):
     text = model.apply_chat_template([{"role": "user", "content": "Hi"}])
     assert text.endswith("<|turn|>assistant\n")
     assert model.tok_encode(text) == model.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def test_conversations_are_rendered_as_in_training_and_within_its_bounds(opened, monkeypatch):
+    model = opened()
+    turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
+    refuses = "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no') }}{% endif %}{{ m.content }}"
+    monkeypatch.setattr(model.tokenizer, "chat_template", refuses + "{% endfor %}{{ date_string }}")
+    assert model.apply_chat_template(turns) == f"Hi{TEMPLATE_DATE}"
+    assert model.apply_chat_template([*turns, {"role": "assistant", "content": "Yo"}], False) == "HiYo"
+    monkeypatch.setattr(model.tokenizer, "chat_template", "{{ 'a' * 10 ** 9 }}")
+    with pytest.raises(DataError, match="more than 10,000,000 characters"):
+        model.apply_chat_template(turns)
 
 
 def test_results_say_what_was_used_and_what_it_cost(opened):
