@@ -34,6 +34,19 @@ class EvaluationBudgetError(L2DError, RuntimeError):
     """An adaptive solve needed more network evaluations than it was allowed."""
 
 
+def shown(value: object) -> str:
+    """A value as a message shows it.
+
+    Args:
+        value: what the user wrote.
+
+    Returns:
+        Its repr, cut to 80 characters.
+    """
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
 def suggest(name: str, known: Iterable[str]) -> str:
     """Sentence fragment that offers the closest known names.
 

@@ -90,7 +90,7 @@ def test_a_scalar_means_what_it_looks_like(text, value):
         ("a: 1\n1: x\n'1': y\n", "run.yaml, line 3: duplicate key '1'"),
         ("a: 1\n[1, 2]: 3\n", "line 2: a key must be a single word"),
         ("a: 1\nb: [1\n", "run.yaml, line 3"),
-        ("a: !!python/name:os.system\n", "run.yaml, line 1: could not determine a constructor"),
+        ("a: !!python/name:os.system\n", "run.yaml, line 1: the tag '!!python/name:os.system' is not understood"),
         ("- a\n", "holds `key: value` lines"),
     ],
 )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import glob
-import json
 import re
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -22,6 +21,7 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK,
 
 from l2d_framework.backbone import Backbone
 from l2d_framework.base_model import LANGUAGE_MODEL
+from l2d_framework.config.files import parse_json, read_text
 from l2d_framework.config.reward import RewardRun
 from l2d_framework.config.runs import DiffusionRun, Run
 from l2d_framework.config.sections import ModelSection, RowSource, ScratchSection
@@ -221,8 +221,8 @@ def _adapter_base(adapter: str, where: str) -> str:
     if not any(any(folder.glob(pattern)) for pattern in ("adapter_model.safetensors", "adapter_model.bin")):
         raise ConfigError(f"{where}: {adapter!r} has no adapter_model.safetensors; save the adapter again")
     try:
-        base = json.loads(file.read_text(encoding="utf-8"))["base_model_name_or_path"]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        base = parse_json(read_text(file), file.name)["base_model_name_or_path"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{where}: {str(file)!r} names no base model ({error}); save the adapter again") from error
     return str(base)
 

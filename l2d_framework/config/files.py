@@ -6,23 +6,90 @@ import copy
 import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
-from l2d_framework.errors import ConfigError
+from l2d_framework.errors import ConfigError, shown
 
+N = TypeVar("N", bound=yaml.Node)
+
+_DEPTH = 100
+"""Sections and lists inside each other; below what a repr, a copy or pydantic can take."""
+_VALUES = 100_000
+"""Values of one text, each alias counted with all it stands for."""
+_YAML_CHARACTERS, _JSON_CHARACTERS = 1_000_000, 64_000_000
+_DIGITS = 400
+"""Longest number; Python refuses to write out one of more than 4,300 digits."""
 _STRING = "tag:yaml.org,2002:str"
 _MERGE = "tag:yaml.org,2002:merge"
+_TOO_DEEP = f"sections and lists lie more than {_DEPTH} deep"
+_TOO_LONG = f"a number has more than {_DIGITS} digits"
+_TOO_MANY = f"it stands for more than {_VALUES:,} values"
+_TAGS: dict[str, list[re.Pattern[str]]] = {}
+"""By tag of a scalar, what it may look like."""
 
 
 class _Loader(yaml.SafeLoader):
-    """The scalars of YAML 1.2 (`1e-5` is a number; `no`, `on` and dates are text), string keys, no duplicate keys."""
+    """The scalars of YAML 1.2 (`1e-5` is a number; `no`, `on` and dates are text), string keys, no duplicate keys.
+
+    Depth and number of values are bounded while the text is read, before aliases are followed.
+    """
 
     yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012 -- declared so by PyYAML
 
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self._depth = 0
+        self._sizes: dict[int, int] = {}
+
+    def fetch_flow_collection_start(self, token: Any) -> None:
+        # The scanner runs ahead of the composer, at a cost that grows with the square of the open brackets.
+        if self.flow_level >= _DEPTH:
+            mark: Any = self.get_mark()
+            raise yaml.MarkedYAMLError(problem=_TOO_DEEP, problem_mark=mark)
+        super().fetch_flow_collection_start(token)
+
+    def compose_node(self, parent: Any, index: Any) -> yaml.Node | None:
+        event: Any = self.peek_event()  # type: ignore[no-untyped-call]
+        self._depth += 1
+        if self._depth > _DEPTH:
+            raise yaml.MarkedYAMLError(problem=_TOO_DEEP, problem_mark=event.start_mark)
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        if node is not None:
+            if isinstance(event, yaml.AliasEvent):
+                if id(node) not in self._sizes:
+                    problem = f"*{event.anchor} stands inside what it names"
+                    raise yaml.MarkedYAMLError(problem=problem, problem_mark=event.start_mark)
+            elif isinstance(node, yaml.ScalarNode):
+                self._sizes[id(node)] = 1
+            else:
+                pairs = isinstance(node, yaml.MappingNode)
+                inner = [part for entry in node.value for part in (entry if pairs else (entry,))]
+                self._sizes[id(node)] = 1 + sum(self._sizes[id(part)] for part in inner)
+            if self._sizes[id(node)] > _VALUES:
+                raise yaml.MarkedYAMLError(problem=_TOO_MANY, problem_mark=event.start_mark)
+        return node
+
+    def compose_scalar_node(self, anchor: Any) -> yaml.ScalarNode:
+        node = super().compose_scalar_node(anchor)
+        problem = None
+        if node.tag not in (_STRING, *_TAGS):
+            problem = _unknown(node)
+        elif node.tag != _STRING and not any(pattern.match(node.value) for pattern in _TAGS[node.tag]):
+            problem = f"{shown(node.value)} is no {node.tag.rpartition(':')[2]}"
+        elif node.tag != _STRING and len(node.value) > _DIGITS:
+            problem = f"{_TOO_LONG}, got {len(node.value)}"
+        if problem:
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
+        return node
+
+    def compose_sequence_node(self, anchor: Any) -> yaml.SequenceNode:
+        return _plain(super().compose_sequence_node(anchor), "seq")
+
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        node = super().compose_mapping_node(anchor)
+        node = _plain(super().compose_mapping_node(anchor), "map")
         seen: set[str] = set()
         for key, _ in node.value:
             if not isinstance(key, yaml.ScalarNode):
@@ -30,10 +97,20 @@ class _Loader(yaml.SafeLoader):
             if key.tag == _MERGE:
                 continue
             if key.value in seen:
-                raise yaml.MarkedYAMLError(problem=f"duplicate key {key.value!r}", problem_mark=key.start_mark)
+                raise yaml.MarkedYAMLError(problem=f"duplicate key {shown(key.value)}", problem_mark=key.start_mark)
             seen.add(key.value)
             key.tag = _STRING
         return node
+
+
+def _plain(node: N, kind: str) -> N:
+    if node.tag != f"tag:yaml.org,2002:{kind}":
+        raise yaml.MarkedYAMLError(problem=_unknown(node), problem_mark=node.start_mark)
+    return node
+
+
+def _unknown(node: yaml.Node) -> str:
+    return f"the tag {shown(node.tag.replace('tag:yaml.org,2002:', '!!'))} is not understood here"
 
 
 for _tag, _pattern, _first in (
@@ -45,6 +122,7 @@ for _tag, _pattern, _first in (
     ("merge", r"<<", ["<"]),
 ):
     _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"({_pattern})\Z"), _first)
+    _TAGS.setdefault(f"tag:yaml.org,2002:{_tag}", []).append(re.compile(rf"({_pattern})\Z"))
 # PyYAML reads a leading zero as octal.
 _Loader.add_constructor("tag:yaml.org,2002:int", lambda _, node: int(node.value))
 
@@ -60,15 +138,82 @@ def parse_yaml(text: str, source: str) -> Any:
         Dictionaries with string keys, lists, strings, numbers, booleans and None.
 
     Raises:
-        ConfigError: if it is not well-formed or holds a key twice; names the line.
+        ConfigError: if it is not well-formed, holds a key twice, or is too long, too deep or recursive; names the line.
     """
+    _check_length(text, source, _YAML_CHARACTERS)
     try:
-        return yaml.load(text, Loader=_Loader)  # a SafeLoader underneath
+        return _checked(yaml.load(text, Loader=_Loader), source)  # a SafeLoader underneath
     except yaml.MarkedYAMLError as error:
         line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise ConfigError(f"{source}{line}: {error.problem}. Correct the YAML.") from error
     except yaml.YAMLError as error:
         raise ConfigError(f"{source}: {error}. Correct the YAML.") from error
+
+
+def parse_json(text: str, source: str) -> Any:
+    """Value of a JSON text that a user, or a stranger, wrote.
+
+    Args:
+        text: one JSON value.
+        source: where it comes from, for messages.
+
+    Returns:
+        Dictionaries, lists, strings, numbers, booleans and None.
+
+    Raises:
+        ConfigError: if it is not well-formed, too long or too deep, or holds a number too long to write or text that
+            no file can hold.
+    """
+    _check_length(text, source, _JSON_CHARACTERS)
+    try:
+        return _checked(json.loads(text), source)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{source}, line {error.lineno}: {error.msg}. Correct the JSON.") from error
+    except RecursionError as error:
+        raise ConfigError(f"{source}: {_TOO_DEEP}. Correct the JSON.") from error
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(f"{source}: {_TOO_LONG}. Correct the JSON.") from error
+
+
+def read_text(path: str | Path) -> str:
+    """Text of a file, but no more than can be parsed.
+
+    Args:
+        path: the file.
+
+    Returns:
+        Its text, without byte-order mark.
+
+    Raises:
+        OSError: if it cannot be read.
+        UnicodeDecodeError: if it is no UTF-8.
+    """
+    with open(path, encoding="utf-8-sig") as file:
+        return file.read(_JSON_CHARACTERS + 1)
+
+
+def _check_length(text: str, source: str, most: int) -> None:
+    if len(text) > most:
+        raise ConfigError(f"{source}: holds more than {most:,} characters. Is it the right file?")
+
+
+def _checked(value: Any, source: str) -> Any:
+    # No recursion, as depth is what is checked: what passes can be copied, compared, written and shown.
+    stack = [(value, 1)]
+    while stack:
+        one, depth = stack.pop()
+        if depth > _DEPTH:
+            raise ConfigError(f"{source}: {_TOO_DEEP}. Write it flatter.")
+        if isinstance(one, dict | list):
+            parts = [*one, *one.values()] if isinstance(one, dict) else one
+            stack += [(part, depth + 1) for part in parts]
+        elif isinstance(one, str) and not one.isascii() and any("\ud800" <= letter <= "\udfff" for letter in one):
+            raise ConfigError(f"{source}: {shown(one)} holds half a character (a lone surrogate). Remove it.")
+        elif isinstance(one, int) and abs(one) >= 10**_DIGITS:
+            raise ConfigError(f"{source}: {_TOO_LONG}. Write a smaller one.")
+    return value
 
 
 def read_file(path: str | Path) -> dict[str, Any]:
@@ -85,20 +230,16 @@ def read_file(path: str | Path) -> dict[str, Any]:
     """
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_text(path)
     except FileNotFoundError as error:
         raise ConfigError(f"Run file {str(path)!r} does not exist. Check the path.") from error
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"Run file {str(path)!r} cannot be read: {error}. Give a YAML or JSON text file.") from error
-    if path.suffix == ".json":
-        try:
-            data = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ConfigError(f"{path}, line {error.lineno}: {error.msg}. Correct the JSON.") from error
-    else:
-        data = parse_yaml(text, str(path))
+    data = (parse_json if path.suffix == ".json" else parse_yaml)(text, str(path))
     if not isinstance(data, dict):
-        raise ConfigError(f"{path}: a run file holds `key: value` lines, got {data!r}. Start from an example run file.")
+        raise ConfigError(
+            f"{path}: a run file holds `key: value` lines, got {shown(data)}. Start from an example run file."
+        )
     return data
 
 
@@ -118,24 +259,25 @@ def override(data: dict[str, Any], assignments: list[str]) -> dict[str, Any]:
     data = copy.deepcopy(data)
     for assignment in assignments:
         path, equals, text = assignment.partition("=")
-        if not equals or not all(path.split(".")):
-            raise ConfigError(f"Override {assignment!r} is no key=value. Write it like training.max_steps=100.")
+        named = f"Override {shown(assignment)}"
+        if not equals or not all(path.split(".")) or path.count(".") > _DEPTH:
+            raise ConfigError(f"{named} is no key=value. Write it like training.max_steps=100.")
         *parents, last = path.split(".")
         section: Any = data
         for key in parents:
-            place = _place(section, key, assignment)
+            place = _place(section, key, named)
             if isinstance(section, dict) and section.get(place) is None:
                 section[place] = {}
             section = section[place]
-        section[_place(section, last, assignment)] = parse_yaml(text, f"Override {assignment!r}")
+        section[_place(section, last, named)] = parse_yaml(text, named)
     return data
 
 
-def _place(section: Any, key: str, assignment: str) -> Any:
+def _place(section: Any, key: str, named: str) -> Any:
     if isinstance(section, dict):
         return key
     if not isinstance(section, list):
-        raise ConfigError(f"Override {assignment!r}: {key!r} lies below the value {section!r}. Give a whole section.")
-    if not key.isdecimal() or int(key) >= len(section):
-        raise ConfigError(f"Override {assignment!r}: the list has {len(section)} entries, got {key!r}. Count from 0.")
+        raise ConfigError(f"{named}: {shown(key)} lies below the value {shown(section)}. Give a whole section.")
+    if not key.isdecimal() or len(key) > 9 or int(key) >= len(section):
+        raise ConfigError(f"{named}: the list has {len(section)} entries, got {shown(key)}. Count from 0.")
     return int(key)

@@ -14,7 +14,7 @@ from l2d_framework.config.reward import RewardRun, reward_type, with_reward_pres
 from l2d_framework.config.runs import DiffusionRun, LanguageModelRun, Run, diffusion_type
 from l2d_framework.config.sampling import complete, with_preset
 from l2d_framework.config.validation import validated
-from l2d_framework.errors import ConfigError, L2DError, PluginError, suggest
+from l2d_framework.errors import ConfigError, L2DError, PluginError, shown, suggest
 from l2d_framework.parametrization import ParametrizationConfig
 from l2d_framework.registry import registry
 
@@ -60,7 +60,9 @@ def parse_stages(data: Mapping[str, Any]) -> list[Run]:
         others = ", ".join(sorted(set(data) - {"stages"}))
         raise ConfigError(f"stages: must stand alone, got also {others}; move it into the stages")
     if not isinstance(stages, list) or not stages or not all(isinstance(stage, Mapping) for stage in stages):
-        raise ConfigError(f"stages: should be a list of runs, got {stages!r}; write one `- kind: ...` section for each")
+        raise ConfigError(
+            f"stages: should be a list of runs, got {shown(stages)}; write one `- kind: ...` section for each"
+        )
     runs, problems = [], []
     for index, stage in enumerate(stages):
         try:
@@ -86,9 +88,11 @@ def parse_run(data: Mapping[str, Any], where: str = "") -> Run:
         ConfigError: with one line for everything that is wrong.
     """
     kind = data.get("kind", "diffusion")
-    if kind not in _KINDS:
+    if not isinstance(kind, str) or kind not in _KINDS:
         place = f"{where}.kind" if where else "kind"
-        raise ConfigError(f"{place}: should be one of {', '.join(_KINDS)}, got {kind!r}{suggest(str(kind), _KINDS)}")
+        raise ConfigError(
+            f"{place}: should be one of {', '.join(_KINDS)}, got {shown(kind)}{suggest(str(kind)[:80], _KINDS)}"
+        )
     if _KINDS[kind] is LanguageModelRun:
         return validated(LanguageModelRun, data, where)
     if _KINDS[kind] is RewardRun:
@@ -145,8 +149,10 @@ def _completed(data: Mapping[str, Any]) -> dict[str, Any]:
         if isinstance(section, Mapping) and section.get("padding") is None:
             out["data"] = {**section, "padding": state.default_padding}
     network, chosen = _component(data, "backbone")
-    if data.get("classes") and network and "num_classes" in network.model_fields and chosen.get("num_classes") is None:
-        out["backbone"] = {**chosen, "num_classes": len(data["classes"])}
+    classes = data.get("classes")
+    has_count = network is not None and "num_classes" in network.model_fields
+    if classes and isinstance(classes, list) and has_count and chosen.get("num_classes") is None:
+        out["backbone"] = {**chosen, "num_classes": len(classes)}
     return out
 
 

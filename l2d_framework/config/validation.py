@@ -8,7 +8,7 @@ from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError
 
-from l2d_framework.errors import ConfigError, PluginError, suggest
+from l2d_framework.errors import ConfigError, PluginError, shown, suggest
 from l2d_framework.registry import registry
 
 M = TypeVar("M", bound=BaseModel)
@@ -45,7 +45,7 @@ def validated(model: type[M], data: Mapping[str, Any], where: str = "") -> M:
 
 
 def _line(where: str, path: Path, texts: list[str]) -> str:
-    place = ".".join(map(str, (where, *path) if where else path))
+    place = ".".join(str(part)[:80] for part in ((where, *path) if where else path))
     return f"{place or 'run'}: {' or '.join(dict.fromkeys(texts))}"
 
 
@@ -66,7 +66,7 @@ def _component_problem(kind: str, entry: Any) -> str:
     name = entry.get("name") if isinstance(entry, Mapping) else None
     if not isinstance(name, str):
         known = ", ".join(registry().components(kind)) or "none"
-        return f"should be a section with a name, got {entry!r}; write {{name: ...}} with one of: {known}"
+        return f"should be a section with a name, got {shown(entry)}; write {{name: ...}} with one of: {known}"
     try:
         registry().get(kind, name)
     except PluginError as error:
@@ -92,7 +92,7 @@ def _text(details: Any, model: type[BaseModel], path: Path) -> str:
     kind, value = details["type"], details["input"]
     if kind == "extra_forbidden":
         known = _known_fields(model, details["loc"])
-        return f"unknown field, got {_shown(value)}{suggest(str(path[-1]), known) or ';'} known: {', '.join(known)}"
+        return f"unknown field, got {shown(value)}{suggest(str(path[-1]), known) or ';'} known: {', '.join(known)}"
     if kind == "missing":
         return "is required; add it"
     if kind == "value_error":
@@ -108,12 +108,7 @@ def _text(details: Any, model: type[BaseModel], path: Path) -> str:
         if kind == "literal_error" and isinstance(value, str)
         else ""
     )
-    return f"{what}, got {_shown(value)}{hint}"
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
+    return f"{what}, got {shown(value)}{hint}"
 
 
 def _known_fields(model: type[BaseModel], loc: Path) -> list[str]:

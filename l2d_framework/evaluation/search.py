@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from l2d_framework.config.files import parse_json, read_text
 from l2d_framework.config.sections import Section
 from l2d_framework.config.validation import validated
 from l2d_framework.errors import ConfigError, suggest
@@ -111,13 +111,13 @@ def check_search(options: Mapping[str, Any]) -> dict[str, Any] | None:
 
 def _categories(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))["categories"]
+        found = parse_json(read_text(path), str(path))["categories"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(
             f"{FILE}={str(path)!r} cannot be read as a result of `l2d tune-search` ({type(error).__name__}: {error}). "
             "Name the file it wrote, or leave the option out."
         ) from error
-    if not isinstance(found, dict) or not found:
+    if not isinstance(found, dict) or not found or not all(isinstance(entry, dict) for entry in found.values()):
         raise ConfigError(f"{FILE}={str(path)!r} holds no tuned category. Run `l2d tune-search` to its end.")
     return found
 

@@ -13,6 +13,7 @@ from typing import Any
 from lm_eval import simple_evaluate
 from lm_eval.utils import simple_parse_args_string
 
+from l2d_framework.config.files import parse_json, read_text
 from l2d_framework.errors import ConfigError
 from l2d_framework.evaluation.lm_eval.adapter import L2DLM
 from l2d_framework.evaluation.lm_eval.harness import explained, task_identity, task_manager
@@ -46,8 +47,8 @@ class Tuning:
         if not self.path.exists():
             return
         try:
-            found = json.loads(self.path.read_text(encoding="utf-8"))
-            earlier, rows = found["identity"], found["rows"]
+            found = parse_json(read_text(self.path), str(self.path))
+            earlier, rows = dict(found["identity"]), [dict(row) for row in found["rows"]]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ConfigError(
                 f"--out {str(self.path)!r} exists and is no result of this command ({error}). Name another."

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from l2d_framework.config.files import parse_json, read_text
 from l2d_framework.errors import ConfigError
 
 RUN_FILE = "run.json"
@@ -133,7 +134,7 @@ def read_card(output: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        card = json.loads(path.read_text(encoding="utf-8"))
+        card = parse_json(read_text(path), str(path))
         return dict(card) | {"config": dict(card["config"])}
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(

@@ -98,5 +98,5 @@ def _is_confirmed_in_file(arguments: Sequence[str]) -> bool:
     try:
         with open(files[-1], encoding="utf-8") as file:
             return yaml.safe_load(file).get(CONFIRMED.removeprefix("--")) is True
-    except (OSError, ValueError, yaml.YAMLError, AttributeError, IndexError):
+    except (OSError, ValueError, yaml.YAMLError, AttributeError, IndexError, RecursionError):
         return False  # lm_eval says what is wrong with the file
