@@ -52,16 +52,17 @@ class _Loader(yaml.SafeLoader):
 
     def compose_node(self, parent: Any, index: Any) -> yaml.Node | None:
         event: Any = self.peek_event()  # type: ignore[no-untyped-call]
+        mark: Any = event.start_mark
         self._depth += 1
         if self._depth > _DEPTH:
-            raise yaml.MarkedYAMLError(problem=_TOO_DEEP, problem_mark=event.start_mark)
+            raise yaml.MarkedYAMLError(problem=_TOO_DEEP, problem_mark=mark)
         node = super().compose_node(parent, index)
         self._depth -= 1
         if node is not None:
             if isinstance(event, yaml.AliasEvent):
                 if id(node) not in self._sizes:
                     problem = f"*{event.anchor} stands inside what it names"
-                    raise yaml.MarkedYAMLError(problem=problem, problem_mark=event.start_mark)
+                    raise yaml.MarkedYAMLError(problem=problem, problem_mark=mark)
             elif isinstance(node, yaml.ScalarNode):
                 self._sizes[id(node)] = 1
             else:
@@ -69,7 +70,7 @@ class _Loader(yaml.SafeLoader):
                 inner = [part for entry in node.value for part in (entry if pairs else (entry,))]
                 self._sizes[id(node)] = 1 + sum(self._sizes[id(part)] for part in inner)
             if self._sizes[id(node)] > _VALUES:
-                raise yaml.MarkedYAMLError(problem=_TOO_MANY, problem_mark=event.start_mark)
+                raise yaml.MarkedYAMLError(problem=_TOO_MANY, problem_mark=mark)
         return node
 
     def compose_scalar_node(self, anchor: Any) -> yaml.ScalarNode:

@@ -5,6 +5,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,13 @@ def alive(mark: str) -> bool:
     found = [Path(folder, "cmdline") for folder in Path("/proc").glob("[0-9]*")]
     words = (path.read_bytes() if path.exists() else b"" for path in found)
     return any(mark.encode() in line for line in words)
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
 
 
 @pytest.mark.parametrize(
@@ -133,6 +141,54 @@ def test_memory_and_disk_are_bounded(sandbox):
     assert "Too many open files" in sandbox.run("import os\nfor n in range(100):\n    os.dup(0)")
 
 
+MIB = 1 << 20
+SEVERAL = (
+    "import os, time\nfor n in range(4):\n    if os.fork() == 0:\n        {}\n        time.sleep(60)\ntime.sleep({})"
+)
+
+
+def test_the_memory_of_all_processes_together_is_bounded():
+    for is_isolated in (True, False):
+        made = Sandbox(Limits(seconds=4.0, memory=400 * MIB))
+        made.__dict__["is_isolated"] = is_isolated
+        assert made.run(SEVERAL.format("x = b'x' * (150 << 20)", 60)).startswith("failed: MemoryError")
+        assert made.run("x = b'x' * (150 << 20)\n" + SEVERAL.format("x[0]", 0.5)) == "passed"  # one copy for all
+        assert made.run(SEVERAL.format("x = b'x' * (20 << 20)", 0.5)) == "passed"
+
+
+def test_shared_memory_can_be_used_and_counts(isolated):
+    assert isolated.run("open('/dev/shm/x', 'wb').write(bytes(10 << 20))") == "passed"
+    files = "for n in range({}):\n    open(f'/dev/shm/{{n}}', 'wb').write(bytes(60 << 20))\n"
+    made = Sandbox(Limits(seconds=3.0, memory=400 * MIB))
+    assert "No space left" in made.run(files.format(4))
+    assert made.run(files.format(3) + "x = b'x' * (250 << 20)\nimport time\ntime.sleep(60)").startswith(
+        "failed: MemoryError"
+    )
+    assert not os.path.exists("/dev/shm/0")
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        "import multiprocessing\nwith multiprocessing.Pool(3) as pool:\n    assert pool.map(abs, [-1, 2]) == [1, 2]",
+        "from concurrent.futures import ProcessPoolExecutor\ndef f(x): return x + 1\n"
+        "with ProcessPoolExecutor(2) as pool:\n    assert list(pool.map(f, [1, 2])) == [2, 3]",
+        "import multiprocessing as m\nvalue, lock = m.Value('i', 0), m.Lock()\n"
+        "def add():\n    with lock:\n        value.value += 1\n"
+        "all = [m.Process(target=add) for _ in range(3)]\n[p.start() for p in all], [p.join() for p in all]\n"
+        "assert value.value == 3",
+        "from multiprocessing.shared_memory import SharedMemory\nblock = SharedMemory(create=True, size=9)\n"
+        "other = SharedMemory(block.name)\nother.buf[0] = 7\nassert block.buf[0] == 7\nother.close()\nblock.close()\n"
+        "block.unlink()",
+    ],
+    ids=["pool", "executor", "lock", "shared memory"],
+)
+def test_programs_may_use_several_processes(sandbox, program):
+    made = Sandbox(Limits(seconds=10.0))
+    made.__dict__["is_isolated"] = sandbox.is_isolated
+    assert made.run(program) == "passed"
+
+
 def test_many_files_are_bounded_together(isolated):
     many = "for n in range(100):\n    open(f'{n}', 'wb').write(bytes(10 << 20))"
     assert "No space left" in isolated.run(many)
@@ -187,8 +243,53 @@ def test_folders_are_cleared_away(sandbox, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_only_what_dead_callers_left_is_cleared_away(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    program = (
+        "import sys, threading, time\nfrom l2d_framework.evaluation.code.sandbox import Limits, Sandbox\n"
+        "def run(): Sandbox(Limits(seconds=30.0))._outcome('import time; time.sleep(30)', is_isolated=False)\n"
+        "threading.Thread(target=run, daemon=True).start()\nprint('started', flush=True)\nsys.stdin.read()"
+    )
+    environ = {**os.environ, "TMPDIR": str(tmp_path)}
+    callers = [
+        subprocess.Popen([sys.executable, "-c", program], env=environ, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        for _ in range(2)
+    ]
+    try:
+        wait_for(lambda: len(list(tmp_path.glob("*/home"))) == 2)
+        (tmp_path / "l2d-program-file").write_text("no room")
+        (tmp_path / "l2d-program-link").symlink_to(tmp_path)
+        (tmp_path / "another").mkdir()
+        callers[0].kill()
+        callers[0].wait()
+        module._clear.cache_clear()
+        assert Sandbox(Limits(seconds=5.0))._outcome("", is_isolated=False) == "passed"
+        left = sorted(path.name for path in tmp_path.iterdir() if not path.name.endswith(("file", "link", "another")))
+        assert len(left) == 1 and (tmp_path / left[0] / "home").is_dir()
+        assert (tmp_path / "l2d-program-file").exists() and (tmp_path / "another").is_dir()
+    finally:
+        for caller in callers:
+            caller.kill()
+            caller.communicate()
+
+
+def test_a_room_that_is_cleared_away_before_it_is_locked_is_made_again(tmp_path, monkeypatch):
+    made, make = [], module.tempfile.mkdtemp
+
+    def lose_the_first(**options):
+        made.append(make(**options))
+        if len(made) == 1:
+            os.rmdir(made[0])
+        return made[-1]
+
+    monkeypatch.setattr(module.tempfile, "mkdtemp", lose_the_first)
+    with module._own_room(str(tmp_path)) as room:
+        assert room == made[1] and module._locked(room, waits=False) is None
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_supervisor_that_hangs_is_ended(monkeypatch):
-    monkeypatch.setattr(module, "_source", lambda: "import time; time.sleep(100)")
+    monkeypatch.setattr(module, "_source", lambda name: "import time; time.sleep(100)")
     monkeypatch.setattr(module, "_GRACE", 0.0)
     assert Sandbox(Limits(seconds=0.5))._outcome("", is_isolated=True) == "timed out"
 

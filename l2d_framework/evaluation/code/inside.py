@@ -1,8 +1,8 @@
-"""What runs in the separate processes: sets up isolation and limits, runs one program, says how it ended.
+"""Sets up isolation and limits around one program, and says how it ended.
 
 Its text is handed to `python -I -S -c`, so it imports nothing but the standard library and no file of this package is
-read from inside. The supervisor keeps the time, the jailer enters new namespaces, and the prisoner, started anew with
-limits and an empty environment, executes the program.
+read from inside. The supervisor keeps time and memory, the jailer enters new namespaces, and prisoners, started anew
+with limits and an empty environment, run `apart.py`: one the program and one its tests, or one both.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import resource
 import select
 import signal
 import sys
+import time
 import types
 from typing import Any
 
@@ -23,7 +24,9 @@ _NO_SUID, _NO_DEVICES, _BIND, _RECURSIVE, _PRIVATE = 2, 4, 4096, 16384, 1 << 18
 _MOUNT_SETATTR, _HERE, _WITH_ALL_BELOW, _READ_ONLY = 442, -100, 0x8000, 1
 _PARENT_DEATH_SIGNAL, _SUBREAPER, _NO_NEW_PRIVILEGES = 1, 36, 38
 _NOBODY = 65534
-_ROOM = "/tmp"
+_ROOM, _SHARED_MEMORY = "/tmp", "/dev/shm"
+_OFTEN = 0.02
+"""Seconds between looks at time and memory."""
 
 
 def _checked(result: int, what: str) -> None:
@@ -37,11 +40,17 @@ def _mount(libc: Any, source: str, target: str, kind: str | None, *, flags: int,
     _checked(libc.mount(*texts[:3], ctypes.c_ulong(flags), texts[3]), f"mount {target}")
 
 
-def _hide(libc: Any, folder: str, size: int) -> None:
+def _cover(libc: Any, folder: str, size: int, mode: int) -> None:
     """Put an empty file system in memory over a folder."""
     if os.path.isdir(folder):
-        options = f"size={size},nr_inodes=4096,mode=755"
+        options = f"size={size},nr_inodes=4096,mode={mode:o}"
         _mount(libc, "tmpfs", folder, "tmpfs", flags=_NO_SUID | _NO_DEVICES, options=options)
+
+
+def _protect(libc: Any, folder: str, *, and_below: bool) -> None:
+    attributes = (ctypes.c_uint64 * 4)(_READ_ONLY | _NO_SUID, 0, 0, 0)
+    below = _WITH_ALL_BELOW if and_below else 0
+    _checked(libc.syscall(_MOUNT_SETATTR, _HERE, folder.encode(), below, attributes, 32), "mount_setattr")
 
 
 def _furnish(libc: Any, job: dict[str, Any], owner: int) -> None:
@@ -49,17 +58,22 @@ def _furnish(libc: Any, job: dict[str, Any], owner: int) -> None:
     sources = {"python": job["prefix"], **{f"packages/{os.path.basename(path)}": path for path in job["packages"]}}
     opened = {name: os.open(path, os.O_PATH) for name, path in sources.items()}
     _mount(libc, "none", "/", None, flags=_RECURSIVE | _PRIVATE)
-    attributes = (ctypes.c_uint64 * 4)(_READ_ONLY | _NO_SUID, 0, 0, 0)
-    _checked(libc.syscall(_MOUNT_SETATTR, _HERE, b"/", _WITH_ALL_BELOW, attributes, 32), "mount_setattr")
+    _protect(libc, "/", and_below=True)
     for hidden in (*job["hidden"], _ROOM):
-        _hide(libc, hidden, job["limits"]["disk"])
+        _cover(libc, hidden, 4096, 0o755)
     for name, descriptor in opened.items():
         os.makedirs(f"{_ROOM}/{name}")
         _mount(libc, f"/proc/self/fd/{descriptor}", f"{_ROOM}/{name}", None, flags=_BIND | _RECURSIVE)
         os.close(descriptor)
-    _hide(libc, "/proc", 4096)
-    os.mkdir(f"{_ROOM}/home", 0o700)
+    os.mkdir(f"{_ROOM}/home")
+    _cover(libc, "/proc", 4096, 0o755)
+    # What the tests import lies under these, so not even their owner may put something else there.
+    for hidden in (*job["hidden"], _ROOM, "/proc"):
+        if os.path.isdir(hidden):
+            _protect(libc, hidden, and_below=False)
+    _cover(libc, f"{_ROOM}/home", job["limits"]["disk"], 0o700)
     os.chown(f"{_ROOM}/home", owner, owner if owner == _NOBODY else -1)
+    _cover(libc, _SHARED_MEMORY, job["limits"]["memory"] // 2, 0o1777)
 
 
 def _limit(limits: dict[str, Any], running: int) -> None:
@@ -67,7 +81,7 @@ def _limit(limits: dict[str, Any], running: int) -> None:
         ("AS", limits["memory"]),
         ("CPU", int(limits["seconds"]) + 1),
         ("FSIZE", limits["disk"]),
-        ("NPROC", running + limits["processes"]),
+        ("NPROC", running + limits["processes"] + 1),  # the tests have a process, too
         ("NOFILE", limits["open_files"]),
         ("CORE", 0),
     ):
@@ -100,13 +114,21 @@ def _reaches_everyone(path: str) -> bool:
     return all(os.stat("/" + "/".join(folders[:depth])).st_mode & 1 for depth in range(1, len(folders) + 1))
 
 
-def _imprison(job: dict[str, Any], descriptors: tuple[int, int], room: str, running: int) -> None:
-    """Become the prisoner: never returns."""
+def _imprison(job: dict[str, Any], task: tuple[str, ...], room: str, running: int) -> None:
+    """Become a prisoner: never returns.
+
+    Args:
+        job: the job.
+        task: what to do, and the descriptors for it.
+        room: folder with home, Python and packages.
+        running: processes of this user that count against the limit already.
+    """
     nothing = os.open(os.devnull, os.O_RDWR)
     for standard in range(3):
         os.dup2(nothing, standard)
+    what, *descriptors = task
     for descriptor in descriptors:
-        os.set_inheritable(descriptor, True)
+        os.set_inheritable(int(descriptor), True)
     os.setsid()
     home, prefix = f"{room}/home", job["prefix"] if room != _ROOM else f"{room}/python"
     os.chdir(home)
@@ -115,8 +137,16 @@ def _imprison(job: dict[str, Any], descriptors: tuple[int, int], room: str, runn
     environment = {"HOME": home, "TMPDIR": home, "PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", **one}
     environment["LD_LIBRARY_PATH"] = f"{prefix}/lib"
     python = f"{prefix}/{job['python']}"
-    numbers = [str(descriptor) for descriptor in descriptors]
-    os.execve(python, [python, "-I", "-S", "-c", job["source"], f"{room}/packages", *numbers], environment)
+    os.execve(python, [python, "-I", "-S", "-c", job["source"], what, f"{room}/packages", *descriptors], environment)
+
+
+def _tasks(job: dict[str, Any], descriptors: tuple[int, int]) -> tuple[tuple[str, ...], tuple[str, ...] | None]:
+    """What the program's process does, and that of the tests if they have one."""
+    outside = tuple(map(str, descriptors))
+    if not job["has_tests"]:
+        return ("alone", *outside), None
+    (asked, ask), (answers, answer) = ((str(end) for end in os.pipe()) for _ in range(2))
+    return ("program", asked, answer), ("tests", *outside, answers, ask)
 
 
 def _jail(job: dict[str, Any], descriptors: tuple[int, int], report: int, mapped: int) -> None:
@@ -126,24 +156,30 @@ def _jail(job: dict[str, Any], descriptors: tuple[int, int], report: int, mapped
     os.write(report, b"?")
     owner = int(os.read(mapped, 16))
     _furnish(libc, job, owner)
+    task, tests = _tasks(job, descriptors)
     alive, own = os.pipe()
     first = os.fork()
-    if first:
+    if first == 0:
+        os.close(own)
+    elif tests is None:
         for descriptor in (*descriptors, report):
             os.close(descriptor)
         os.waitpid(first, 0)
         os._exit(0)
-    os.close(own)
     if owner != os.getuid():
         _become(owner)
     libc.prctl(_NO_NEW_PRIVILEGES, 1, 0, 0, 0)
+    if first and tests:
+        # Outside the new process namespace, where the program can reach neither it nor its memory.
+        os.set_inheritable(own, True)
+        _imprison(job, tests, _ROOM, 0)
     # A change of user would take this back, so it comes after.
     libc.prctl(_PARENT_DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0)
     if select.select([alive], [], [], 0)[0]:
         os._exit(1)  # the jailer died before its death could be noticed
     prisoner = os.fork()
     if prisoner == 0:
-        _imprison(job, descriptors, _ROOM, 0)
+        _imprison(job, task, _ROOM, 0)
     # The first process of a namespace takes no signal from inside, so it is not the prisoner; with it all others end.
     for descriptor in (*descriptors, report):
         os.close(descriptor)
@@ -209,26 +245,81 @@ def _bury() -> None:
         return
 
 
-def _late(number: int, frame: types.FrameType | None) -> None:
-    raise TimeoutError
+def _family() -> list[int]:
+    """As `_descendants`, but quickly where the kernel keeps lists of children."""
+    if not os.path.exists(f"/proc/self/task/{os.getpid()}/children"):
+        return list(_descendants())
+    found = [os.getpid()]
+    for process in found:
+        try:
+            for thread in os.listdir(f"/proc/{process}/task"):
+                with open(f"/proc/{process}/task/{thread}/children") as file:
+                    found += map(int, file.read().split())
+        except OSError:
+            continue
+    return found[1:]
 
 
-def _attend(child: int, job: dict[str, Any], descriptor: int) -> bool:
-    """Hand over the program; whether it ended in time."""
-    signal.signal(signal.SIGALRM, _late)
+def _resident(process: int, *, is_exact: bool) -> int:
+    """Bytes of memory of a process; where that is to be exact, of what it shares only its share."""
     try:
-        signal.setitimer(signal.ITIMER_REAL, job["limits"]["seconds"])
+        if is_exact:
+            with open(f"/proc/{process}/smaps_rollup") as file:
+                return next(int(line.split()[1]) << 10 for line in file if line.startswith("Pss:"))
+        with open(f"/proc/{process}/statm") as file:
+            return int(file.read().split()[1]) * resource.getpagesize()
+    except PermissionError:
+        return _resident(process, is_exact=False) if is_exact else 0
+    except (OSError, StopIteration):
+        return 0
+
+
+def _in_files(process: int) -> int:
+    """Bytes of memory under a prisoner's files."""
+    found = 0
+    for folder in (_SHARED_MEMORY, f"{_ROOM}/home"):
+        try:
+            state = os.statvfs(f"/proc/{process}/root{folder}")
+            found += (state.f_blocks - state.f_bfree) * state.f_frsize
+        except OSError:
+            continue
+    return found
+
+
+def _uses_too_much(child: int, job: dict[str, Any]) -> bool:
+    """Whether all processes and files together hold more memory than one process may; the quick look shows most."""
+    family, most = _family(), job["limits"]["memory"]
+    files = _in_files(child) if job["is_isolated"] else 0
+    return all(files + sum(_resident(one, is_exact=exact) for one in family) > most for exact in (False, True))
+
+
+def _attend(child: int, job: dict[str, Any], descriptor: int) -> str:
+    """Hand over the program; why it had to be ended, if it had to."""
+    end = time.monotonic() + job["limits"]["seconds"]
+
+    def look(number: int, frame: types.FrameType | None) -> None:
+        if time.monotonic() >= end:
+            raise TimeoutError
+        if _uses_too_much(child, job):
+            raise MemoryError
+        signal.setitimer(signal.ITIMER_REAL, _OFTEN)
+
+    signal.signal(signal.SIGALRM, look)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, min(_OFTEN, job["limits"]["seconds"]))
         try:
             with open(descriptor, "wb") as file:
-                file.write(json.dumps({"program": job["program"], "token": job["token"]}).encode())
+                file.write(
+                    json.dumps({name: job[name] for name in ("program", "tests", "token", "is_isolated")}).encode()
+                )
         except BrokenPipeError:
             pass
         os.waitpid(child, 0)
         signal.setitimer(signal.ITIMER_REAL, 0)
-    except TimeoutError:
+    except (TimeoutError, MemoryError) as error:
         _signal({child}, signal.SIGKILL)
-        return False
-    return True
+        return "timed out" if isinstance(error, TimeoutError) else "failed: MemoryError: of all its processes together"
+    return ""
 
 
 def supervise(job: dict[str, Any]) -> str:
@@ -256,9 +347,12 @@ def supervise(job: dict[str, Any]) -> str:
                 os.chmod(job["room"], 0o711)
                 os.chown(f"{job['room']}/home", _NOBODY, _NOBODY)
                 _become(_NOBODY)
+            task, tests = _tasks(job, (job_out, answer_in))
+            if tests is not None and os.fork():
+                task = tests
             if sys.platform == "linux":
                 ctypes.CDLL(None).prctl(_PARENT_DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0)
-            _imprison(job, (job_out, answer_in), job["room"], running)
+            _imprison(job, task, job["room"], running)
         except Exception as error:
             os.write(report_in, f"refused: {error}".encode())
         os._exit(1)
@@ -275,46 +369,19 @@ def supervise(job: dict[str, Any]) -> str:
             return f"refused: no user in the new namespace: {error}"
     if report:
         return (report + os.read(report_out, 500)).decode(errors="replace")
-    in_time = _attend(child, job, job_in)
+    cut_short = _attend(child, job, job_in)
     _bury()
     os.set_blocking(answer_out, False)
     try:
         said = os.read(answer_out, 4096).decode(errors="replace")
     except BlockingIOError:
         said = ""
-    if not in_time:
-        return "timed out"
+    if cut_short:
+        return cut_short
     if said == job["token"]:
         return "passed"
     return said if said.startswith("failed: ") else "failed: it ended before its last line had run"
 
 
-def execute(packages: str, job: int, channel: int) -> None:
-    """Execute the program in this process and say so only when its last line has run.
-
-    Args:
-        packages: folder to import from beside the standard library.
-        job: descriptor to read program and token from.
-        channel: descriptor to answer on.
-    """
-    write, leave = os.write, os._exit
-    with open(job, "rb") as file:
-        task = json.load(file)
-    sys.path.append(packages)
-    module = types.ModuleType("program")
-    sys.modules["program"] = module
-    try:
-        # Otherwise the future statements of this file would hold for the program, too.
-        exec(compile(task.pop("program"), "program", "exec", dont_inherit=True), module.__dict__)
-        answer = task["token"]
-    except BaseException as error:
-        answer = f"failed: {type(error).__name__}: {error}"[:500]
-    write(channel, answer.encode(errors="replace"))
-    leave(0)
-
-
 if __name__ == "__main__":
-    if len(sys.argv) > 1:
-        execute(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
-    else:
-        sys.stdout.write(supervise(json.load(sys.stdin)))
+    sys.stdout.write(supervise(json.load(sys.stdin)))

@@ -85,7 +85,7 @@ class CodeEval:
 
         Args:
             predictions: per problem, its candidate programs.
-            references: per problem, the tests, appended to each candidate.
+            references: per problem, the tests of each candidate.
             k: numbers of tries; one for which some problem has too few candidates is left out.
             num_workers: programs run at once; as many as this process has processors when None.
             timeout: seconds each may take.
@@ -99,7 +99,7 @@ class CodeEval:
         """
         check_consent()
         pairs = list(zip(predictions, references, strict=True))
-        programs = [f"{candidate}\n{tests}" for candidates, tests in pairs for candidate in candidates]
+        programs = [(candidate, tests) for candidates, tests in pairs for candidate in candidates]
         sandbox = _SANDBOX if timeout == _SANDBOX.limits.seconds else Sandbox(Limits(seconds=timeout))
         answers = iter(sandbox.run_all(programs, workers=num_workers or _processors(), bar=_progress()))
         results: dict[int, list[tuple[int, dict[str, Any]]]] = {}

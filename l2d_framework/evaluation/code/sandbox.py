@@ -6,14 +6,16 @@ import json
 import logging
 import os
 import secrets
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -34,6 +36,8 @@ PACKAGES = ("numpy",)
 _GRACE = 30.0
 """Seconds for everything around a program before its supervisor is taken for dead."""
 
+_ROOM = "l2d-program-"
+
 _LOGGER = logging.getLogger(__name__)
 _ISOLATED = (
     "Programs written by the model run without network, with limits on time, memory and processes, with home folder, "
@@ -52,7 +56,7 @@ class Limits:
 
     Attributes:
         seconds: of wall-clock time; also, rounded up, of processor time per process.
-        memory: bytes of address space per process.
+        memory: bytes of address space per process, and of memory of all processes and files together.
         disk: bytes of one file, and of all files where the program is isolated.
         processes: processes and threads at one time.
         open_files: file descriptors per process.
@@ -66,13 +70,25 @@ class Limits:
 
 
 class Sandbox:
-    """Runs programs one process each, with an empty environment and an own temporary folder as home.
+    """Runs programs in processes of their own, with an empty environment and an own temporary folder as home.
 
     On Linux 5.12 or newer with user namespaces a program has no network and sees no other process; home folder, /run
-    and /tmp are hidden and all other files read-only; root's programs run as nobody. The limits hold on every system.
+    and /tmp are hidden and all other files read-only; root's programs run as nobody. The limits hold on every system,
+    that on the memory of all processes together on Linux only: it is looked after fifty times a second, so a program
+    can pass it for a moment, up to the number of processes times what one may have, and memory behind file descriptors
+    that no process has mapped is not seen. Without namespaces, /dev/shm does not count either.
     It is protection against accidents, no security boundary: the kernel is shared, files outside the hidden folders
-    that the user may read can be read, and sockets there can be spoken to. A program that means to deceive can find,
-    inside its own process, how passing is reported; one that merely exits early cannot pass.
+    that the user may read can be read, and sockets there can be spoken to.
+
+    Tests that are given apart from their program run in a second process, which alone knows them and how passing is
+    reported, outside the process namespace of the program. It gets plain values, made anew from their parts, and asks
+    the program about everything else, so neither walking frames nor jumping over lines nor an object that equals
+    everything fakes a pass; only returning the right values does. What that costs: the program's own objects cannot be
+    compared or calculated with values of the tests, tests do not see what it prints, seeds or changes in modules, and
+    its constants are read once. What it does not prevent: helpers that tests take from the program instead of bringing
+    their own do what the program wants, as does a function of the tests that is handed to it and then called; and
+    values that pass tests without being right. A program whose tests are its last lines is alone in its process: one
+    that exits early cannot pass, but one that means to deceive can find there how passing is reported.
 
     Args:
         limits: of each program.
@@ -104,11 +120,13 @@ class Sandbox:
         _LOGGER.warning(_SHARED)
         return False
 
-    def run(self, program: str) -> str:
+    def run(self, program: str, tests: str = "") -> str:
         """Run one program.
 
         Args:
-            program: Python source; it passes when its last line has run without an exception.
+            program: Python source.
+            tests: Python source that uses names of the program; it passes when the last line of both has run without
+                an exception.
 
         Returns:
             "passed", "timed out", or "failed: " and why.
@@ -116,16 +134,16 @@ class Sandbox:
         Raises:
             ConfigError: if the system cannot isolate it and the user has not allowed that.
         """
-        answer = self._outcome(program, is_isolated=self.is_isolated)
+        answer = self._outcome(program, tests, is_isolated=self.is_isolated)
         if answer.startswith("refused: "):
             raise ConfigError(f"A program could not be isolated: {answer}. Fewer parallel workers may help.")
         return answer
 
-    def run_all(self, programs: Sequence[str], *, workers: int, bar: tqdm) -> list[str]:
+    def run_all(self, programs: Sequence[tuple[str, str]], *, workers: int, bar: tqdm) -> list[str]:
         """Run several programs at a time.
 
         Args:
-            programs: Python sources.
+            programs: pairs of a program and its tests.
             workers: how many run at once.
             bar: told of each that ended.
 
@@ -134,11 +152,11 @@ class Sandbox:
         """
         if programs and self.is_isolated is not None:
             with ThreadPoolExecutor(max_workers=workers) as pool:
-                return [(answer, bar.update())[0] for answer in pool.map(self.run, programs)]
+                return [(answer, bar.update())[0] for answer in pool.map(self.run, *zip(*programs, strict=True))]
         return []
 
-    def _outcome(self, program: str, *, is_isolated: bool) -> str:
-        with tempfile.TemporaryDirectory(prefix="l2d-program-", ignore_cleanup_errors=True) as room:
+    def _outcome(self, program: str, tests: str = "", *, is_isolated: bool) -> str:
+        with _own_room(tempfile.gettempdir()) as room:
             Path(room, "home").mkdir()
             Path(room, "packages").mkdir()
             folders = _package_folders()
@@ -146,21 +164,70 @@ class Sandbox:
                 Path(room, "packages", os.path.basename(folder)).symlink_to(folder)
             job = {
                 "program": program,
+                "tests": tests,
+                "has_tests": bool(tests.strip()),
                 "token": secrets.token_hex(16),
                 "is_isolated": is_isolated,
                 "room": room,
                 "limits": asdict(self.limits),
                 "packages": folders,
                 "hidden": sorted({"/run", os.path.expanduser("~")} - {"/", "/tmp"}),
-                "source": _source(),
+                "source": _source("apart.py"),
                 **_interpreter(),
             }
             return _supervised(job, self.limits.seconds + _GRACE)
 
 
+@contextmanager
+def _own_room(parent: str) -> Iterator[str]:
+    """A folder that is locked as long as it is used, so that what a killed caller left behind can be told."""
+    _clear(parent)
+    while True:
+        room = tempfile.mkdtemp(prefix=_ROOM, dir=parent)
+        if (lock := _locked(room, waits=True)) is not None:
+            break
+    try:
+        yield room
+    finally:
+        shutil.rmtree(room, ignore_errors=True)
+        os.close(lock)
+
+
+@cache
+def _clear(parent: str) -> None:
+    """Remove the rooms of this user's callers that were killed; once per process."""
+    for entry in os.scandir(parent):
+        try:
+            is_mine = entry.name.startswith(_ROOM) and entry.stat(follow_symlinks=False).st_uid == os.geteuid()
+            if is_mine and (lock := _locked(entry.path, waits=False)) is not None:
+                shutil.rmtree(entry.path, ignore_errors=True)
+                os.close(lock)
+        except OSError:
+            continue
+
+
+def _locked(room: str, *, waits: bool) -> int | None:
+    """Descriptor that locks a folder until it is closed or its process ends; None where another has or removed it."""
+    import fcntl
+
+    try:
+        descriptor = os.open(room, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if waits else fcntl.LOCK_NB))
+        # Between its making and its locking another caller may have taken it for left behind.
+        if os.path.exists(room):
+            return descriptor
+    except BlockingIOError:
+        pass
+    os.close(descriptor)
+    return None
+
+
 def _supervised(job: dict[str, Any], seconds: float) -> str:
     process = subprocess.Popen(
-        [sys.executable, "-I", "-S", "-c", job["source"]],
+        [sys.executable, "-I", "-S", "-c", _source("inside.py")],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -179,8 +246,9 @@ def _supervised(job: dict[str, Any], seconds: float) -> str:
     return answer or f"failed: {complaint.strip()[-300:]}"
 
 
-def _source() -> str:
-    return Path(__file__).with_name("inside.py").read_text(encoding="utf-8")
+@cache
+def _source(name: str) -> str:
+    return Path(__file__).with_name(name).read_text(encoding="utf-8")
 
 
 def _interpreter() -> dict[str, str]:
