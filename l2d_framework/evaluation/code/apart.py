@@ -205,8 +205,8 @@ class Link:
         self.send([*answer, changes])
 
     def _pack(self, value: Any, seen: _Seen) -> Any:
-        kind: Any = type(value)
-        if value is None or kind in (bool, float, str):
+        kind = type(value)
+        if kind in (type(None), bool, float, str):
             return value
         if kind is Handle:
             return ["yours", value._number]
@@ -230,8 +230,8 @@ class Link:
             return ["made", name, [self._pack(part, seen) for part in _PARTS[name](value)]]
         if isinstance(value, types.ModuleType) and value.__name__ in _MODULES:
             return ["module", value.__name__]
-        if isinstance(value, type) and getattr(builtins, value.__name__, None) is value:
-            return ["type", value.__name__]
+        if isinstance(value, type) and getattr(builtins, name := value.__name__, None) is value:
+            return ["type", name]
         if id(value) not in self._numbers:
             self._numbers[id(value)] = len(self._mine)
             self._mine.append(value)

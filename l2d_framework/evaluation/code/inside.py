@@ -25,7 +25,7 @@ _MOUNT_SETATTR, _HERE, _WITH_ALL_BELOW, _READ_ONLY = 442, -100, 0x8000, 1
 _PARENT_DEATH_SIGNAL, _SUBREAPER, _NO_NEW_PRIVILEGES = 1, 36, 38
 _NOBODY = 65534
 _ROOM, _SHARED_MEMORY = "/tmp", "/dev/shm"
-_OFTEN = 0.02
+_OFTEN = 0.05
 """Seconds between looks at time and memory."""
 
 

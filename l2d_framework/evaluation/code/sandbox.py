@@ -74,7 +74,7 @@ class Sandbox:
 
     On Linux 5.12 or newer with user namespaces a program has no network and sees no other process; home folder, /run
     and /tmp are hidden and all other files read-only; root's programs run as nobody. The limits hold on every system,
-    that on the memory of all processes together on Linux only: it is looked after fifty times a second, so a program
+    that on the memory of all processes together on Linux only: it is looked after twenty times a second, so a program
     can pass it for a moment, up to the number of processes times what one may have, and memory behind file descriptors
     that no process has mapped is not seen. Without namespaces, /dev/shm does not count either.
     It is protection against accidents, no security boundary: the kernel is shared, files outside the hidden folders
