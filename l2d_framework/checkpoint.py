@@ -33,13 +33,24 @@ from l2d_framework.base_model import (
 from l2d_framework.config import DiffusionRun, ModelSection, parse_sampling
 from l2d_framework.config.validation import validated
 from l2d_framework.errors import CheckpointError
-from l2d_framework.manifest import FORMAT, MANIFEST, base_reference, file_hash, read_manifest
+from l2d_framework.manifest import (
+    CARD,
+    FORMAT,
+    MANIFEST,
+    WEIGHTS,
+    base_reference,
+    file_hash,
+    holds_language_model,
+    opened_files,
+    read_manifest,
+    sealed,
+)
 from l2d_framework.model import DiffusionLM, Origin
 from l2d_framework.model_card import model_card
+from l2d_framework.opening import open_model, reading
 from l2d_framework.prompts import read_template
 from l2d_framework.registry import registry
 
-WEIGHTS = "diffusion.safetensors"
 ADAPTER = "adapter"
 
 
@@ -78,7 +89,7 @@ def build_model(run: DiffusionRun, *, meta: bool = False) -> DiffusionLM:
 def _go_on(model: DiffusionLM, run: DiffusionRun, folder: Path) -> None:
     manifest = read_manifest(folder)
     for kind in ("parametrization", "backbone"):
-        earlier, wanted = manifest[kind]["name"], getattr(run, kind).component_name()
+        earlier, wanted = manifest[kind].get("name"), getattr(run, kind).component_name()
         if earlier != wanted:
             raise CheckpointError(
                 f"model.base: {run.model.base!r} is a diffusion model with {kind} {earlier!r}, but the run asks for "
@@ -127,15 +138,20 @@ def save(model: DiffusionLM, folder: str | Path, *, notes: str = "", dtype: torc
             peft_config.save_pretrained(str(stage / ADAPTER))
             save_file(_plain(state, dtype), stage / ADAPTER / "adapter_model.safetensors", metadata={"format": "pt"})
         save_file(_plain(own, dtype), stage / WEIGHTS, metadata={"format": "pt"})
-        (stage / "README.md").write_text(model_card(model, notes), encoding="utf-8")
         files = [path.relative_to(stage) for path in sorted(stage.rglob("*")) if path.is_file()]
-        checked = [path for path in files if path.suffix == ".safetensors"]
-        manifest = to_manifest(model) | {"files": {str(path): file_hash(stage / path) for path in checked}}
+        hashes = {path.as_posix(): file_hash(stage / path) for path in files}
+        manifest = sealed(to_manifest(model) | {"files": hashes})
+        (stage / CARD).write_text(model_card(model, notes), encoding="utf-8")
         (stage / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-        for path in [*files, Path(MANIFEST)]:
+        if model.backbone.trains_lm:
+            # Those of an earlier save, such as shards and files of another tokenizer, would be opened with the new.
+            for name in opened_files(folder) - hashes.keys():
+                if (folder / name).is_file():
+                    (folder / name).unlink()
+        for path in [*files, Path(CARD), Path(MANIFEST)]:
             # safetensors makes files that only their owner can read.
             shutil.copymode(stage / MANIFEST, stage / path)
-            (folder / path).parent.mkdir(exist_ok=True)
+            (folder / path).parent.mkdir(parents=True, exist_ok=True)
             os.replace(stage / path, folder / path)
     finally:
         shutil.rmtree(stage, ignore_errors=True)
@@ -217,7 +233,7 @@ def load(
     manifest = read_manifest(folder)
     chosen = None if dtype is None else str(dtype).removeprefix("torch.")
     reference = base_reference(folder, manifest, base=base, dtype=chosen)
-    is_inside = (folder / LANGUAGE_MODEL).is_dir()
+    is_inside = holds_language_model(manifest)
     found = manifest["fingerprint"] if is_inside else fingerprint(reference)
     # A model put together by hand has read no base files, so it could record no fingerprint.
     if manifest["fingerprint"] not in (None, found):
@@ -225,9 +241,11 @@ def load(
             f"The base model {reference.base!r} has fingerprint {found[:12]}, but this checkpoint was trained on "
             f"{str(manifest['fingerprint'])[:12]}. Pass the right model as `base`."
         )
-    parts = _Parts(manifest)
-    parts.backbone.check(load_config(reference), parts.block_size)
-    model = _assemble(parts, load_language_model(reference), seed=0)
+    config = load_config(reference)
+    with reading(f"what {str(folder / MANIFEST)!r} describes"):
+        parts = _Parts(manifest)
+        parts.backbone.check(config, parts.block_size)
+        model = _assemble(parts, load_language_model(reference), seed=0)
     _load_own(model, folder)
     recorded = manifest["model"] and validated(ModelSection, manifest["model"], "model")
     model.origin = Origin(
@@ -266,14 +284,9 @@ def load_weights(model: DiffusionLM, folder: str | Path) -> None:
     _load_own(model, Path(folder))
     if model.backbone.trains_lm:
         lm: Any = model.backbone.lm
-        try:
-            saved = type(lm).from_pretrained(Path(folder) / LANGUAGE_MODEL, dtype=lm.dtype)
-            lm.load_state_dict(saved.state_dict())
-        except (SafetensorError, OSError, RuntimeError) as error:
-            raise CheckpointError(
-                f"{str(Path(folder) / LANGUAGE_MODEL)!r} is missing, damaged or of another shape ({error}). Copy it "
-                "again, or use the run file it was trained with."
-            ) from error
+        inside = Path(folder) / LANGUAGE_MODEL
+        with reading(f"the language model in {str(inside)!r}", inside):
+            lm.load_state_dict(open_model(type(lm), inside, dtype=lm.dtype)[0].state_dict())
 
 
 def _load_own(model: DiffusionLM, folder: Path) -> None:

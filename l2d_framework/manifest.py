@@ -4,27 +4,61 @@ from __future__ import annotations
 
 import hashlib
 import json
-from pathlib import Path
-from typing import Any
+import os
+from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, Field, ValidationError
 
 from l2d_framework.base_model import LANGUAGE_MODEL
 from l2d_framework.config import ModelSection
+from l2d_framework.config.sections import Section
 from l2d_framework.config.validation import validated
 from l2d_framework.errors import CheckpointError
 
 MANIFEST = "l2d.json"
-FORMAT = 1
-_FIELDS = {
-    "model",
-    "fingerprint",
-    "schedule",
-    "parametrization",
-    "backbone",
-    "block_size",
-    "classes",
-    "sampling",
-    "chat_template",
-}
+WEIGHTS = "diffusion.safetensors"
+CARD = "README.md"
+FORMAT = 2
+"""Format 1 hashes weights; format 2 every file but the model card, which may be edited, and the manifest itself."""
+_OPENED = ("*.json", "*.jinja", "*.safetensors", "*.bin", "*.model", "vocab.txt", "merges.txt")
+"""Files that transformers opens in a folder with a language model."""
+
+
+def _inside(name: str) -> str:
+    path = PurePosixPath(name)
+    if not path.parts or path.is_absolute() or ".." in path.parts or "\\" in name or "\0" in name:
+        raise ValueError(f"should be a path inside the checkpoint, got {name!r}")
+    return name
+
+
+def _with_weights(files: dict[str, str]) -> dict[str, str]:
+    if WEIGHTS not in files:
+        raise ValueError(f"should name {WEIGHTS}")
+    return files
+
+
+class Manifest(Section):
+    """The fields of `l2d.json`; those added after format 2 have a default."""
+
+    format: int = Field(ge=1)
+    l2d_framework: str = ""
+    """Version of the package that saved it."""
+    model: ModelSection | None
+    fingerprint: str | None
+    schedule: dict[str, Any]
+    parametrization: dict[str, Any]
+    backbone: dict[str, Any]
+    block_size: int | None = Field(ge=1)
+    classes: list[str]
+    sampling: dict[str, Any] | None
+    chat_template: str | None
+    files: Annotated[dict[Annotated[str, AfterValidator(_inside)], str], AfterValidator(_with_weights)]
+    """SHA-256 of every file that belongs to the checkpoint, by its path inside it."""
+    seal: str | None = None
+    """SHA-256 of the other fields; from format 2 on."""
 
 
 def file_hash(path: Path) -> str:
@@ -36,18 +70,63 @@ def file_hash(path: Path) -> str:
     Returns:
         Hexadecimal digest.
     """
+    found = path.stat()
+    # Commands read a manifest before they load its model; gigabytes are read once.
+    return _file_hash(path, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+
+
+@lru_cache(maxsize=1024)
+def _file_hash(path: Path, *stamps: int) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def read_manifest(folder: str | Path) -> dict[str, Any]:
-    """Manifest of a checkpoint whose weight files are complete.
+def sealed(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of a manifest with the hash that shows whether they were changed.
+
+    Args:
+        fields: JSON-ready.
+
+    Returns:
+        The fields and their seal.
+    """
+    others = {name: value for name, value in fields.items() if name != "seal"}
+    return others | {"seal": hashlib.sha256(json.dumps(others, sort_keys=True).encode()).hexdigest()}
+
+
+def opened_files(folder: Path) -> set[str]:
+    """Files that are opened where a checkpoint holds its own language model.
 
     Args:
         folder: the checkpoint.
 
     Returns:
-        The manifest.
+        Their paths inside it.
+    """
+    found = (path for pattern in _OPENED for path in (folder / LANGUAGE_MODEL).rglob(pattern))
+    return {path.relative_to(folder).as_posix() for path in found}
+
+
+def holds_language_model(manifest: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint has its language model inside.
+
+    Args:
+        manifest: its manifest.
+
+    Returns:
+        True if it has.
+    """
+    return any(PurePosixPath(name).parts[0] == LANGUAGE_MODEL for name in manifest["files"])
+
+
+def read_manifest(folder: str | Path) -> dict[str, Any]:
+    """Manifest of a checkpoint that is complete and as it was saved.
+
+    Args:
+        folder: the checkpoint.
+
+    Returns:
+        Its fields, those that it lacks at their defaults.
 
     Raises:
         CheckpointError: if the folder is no checkpoint, a file is damaged, or the format is newer than this package.
@@ -59,25 +138,69 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
             f"{str(folder)!r} holds no {MANIFEST}, so it is no l2d-framework checkpoint. Give the output_dir of a run, "
             "or use `l2d convert` for the authors' checkpoints."
         )
-    try:
-        manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        version, files = int(manifest["format"]), dict(manifest["files"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{str(path)!r} is damaged ({error!r}). Restore it or save the model again.") from error
-    if version > FORMAT:
+    text, fields = _fields(path)
+    if isinstance(version := fields.get("format"), int) and version > FORMAT:
         raise CheckpointError(
             f"{str(folder)!r} has checkpoint format {version}; this version of l2d-framework reads up to {FORMAT}. "
             "Upgrade l2d-framework."
         )
-    if lacking := sorted(_FIELDS - manifest.keys()):
-        raise CheckpointError(f"{str(path)!r} is damaged (it lacks {lacking}). Restore it or save the model again.")
-    for name, digest in files.items():
-        if not (folder / name).is_file() or file_hash(folder / name) != digest:
+    try:
+        manifest = Manifest.model_validate_json(text).model_dump(mode="json")
+    except ValidationError as error:
+        wrong = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()[:3])
+        raise CheckpointError(
+            f"{str(path)!r} is damaged ({wrong[:300]}). Restore it or save the model again, or upgrade l2d-framework "
+            "if a newer one saved it."
+        ) from error
+    if manifest["format"] > 1:
+        if sealed(fields) != fields:
             raise CheckpointError(
-                f"{str(folder / name)!r} is missing, truncated or changed since it was saved. "
-                "Copy the checkpoint again, or resume from an earlier one."
+                f"{str(path)!r} was changed since it was saved. Restore it. Where the base model lies now is given as "
+                "`base`, other settings of sampling when generating."
             )
+        for name in sorted(opened_files(folder) - manifest["files"].keys() if holds_language_model(manifest) else ()):
+            raise CheckpointError(
+                f"{str(folder / name)!r} is no part of the checkpoint, but would be opened with it. Move it elsewhere."
+            )
+    for name, digest in manifest["files"].items():
+        _check_file(folder, name, digest)
     return manifest
+
+
+def _fields(path: Path) -> tuple[str, dict[str, Any]]:
+    try:
+        text = path.read_text(encoding="utf-8")
+        fields = json.loads(text)
+        if not isinstance(fields, dict):
+            raise ValueError(f"holds {type(fields).__name__} instead of fields")
+        return text, fields
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(
+            f"{str(path)!r} is damaged ({str(error)[:300]}). Restore it or save the model again."
+        ) from error
+
+
+def _check_file(folder: Path, name: str, digest: str) -> None:
+    """Refuse a file that is not the one that was saved.
+
+    Raises:
+        CheckpointError: naming it.
+    """
+    path, root = folder / name, Path(os.path.realpath(folder))
+    target = Path(os.path.realpath(path))
+    # In the cache of the hub, a snapshot is made of links to blobs.
+    is_blob = root.parent.name == "snapshots" and target.parent == root.parent.parent / "blobs"
+    if not is_blob and not target.is_relative_to(root):
+        raise CheckpointError(f"{str(path)!r} is a link that leaves the checkpoint. Put the file itself there.")
+    try:
+        is_same = path.is_file() and file_hash(path) == digest
+    except OSError:
+        is_same = False
+    if not is_same:
+        raise CheckpointError(
+            f"{str(path)!r} is missing, truncated or changed since it was saved. "
+            "Copy the checkpoint again, or resume from an earlier one."
+        )
 
 
 def base_reference(
@@ -99,7 +222,7 @@ def base_reference(
     """
     recorded = manifest["model"]
     inside = Path(folder) / LANGUAGE_MODEL
-    if inside.is_dir():
+    if holds_language_model(manifest):
         if base is not None:
             raise CheckpointError(f"{str(folder)!r} holds its own language model, got base={base!r}. Leave base out.")
         fields = {"base": str(inside), "attn_implementation": (recorded or {}).get("attn_implementation", "sdpa")}

@@ -20,7 +20,7 @@ from l2d_framework import checkpoint
 from l2d_framework.checkpoint import build_model, load, load_weights, push_to_hub, save
 from l2d_framework.config import check_runs, parse_run
 from l2d_framework.errors import CheckpointError, L2DError, PluginError
-from l2d_framework.manifest import read_manifest
+from l2d_framework.manifest import read_manifest, sealed
 from l2d_framework.types import Query
 
 BOTH = pytest.mark.parametrize("variant", ["lora", "full"])
@@ -146,13 +146,14 @@ def test_the_adapter_is_one_that_peft_loads_onto_the_base(base, saved, recwarn):
 
 def test_the_manifest_is_complete_json(base, saved):
     manifest = json.loads((saved / "l2d.json").read_text())
-    assert manifest["format"] == 1
+    assert manifest["format"] == 2
     assert manifest["l2d_framework"] == version("l2d-framework")
     assert manifest["model"]["base"] == str(base)
     assert manifest["classes"] == ["math", "code"]
     assert manifest["schedule"] == {**manifest["schedule"], "name": "linear", "minimum_noise": 0.125}
     assert manifest["sampling"]["seed"] == 11
-    assert set(manifest["files"]) == {"diffusion.safetensors", "adapter/adapter_model.safetensors"}
+    # The model card may be edited.
+    assert set(manifest["files"]) == files(saved) - {"l2d.json", "README.md"}
 
 
 def test_the_model_card_says_what_it_is_and_how_to_use_it(base, tmp_path):
@@ -243,8 +244,8 @@ def test_a_damaged_manifest_is_refused(saved, no_weights, text):
 
 def test_a_newer_format_is_refused(saved, no_weights):
     manifest = json.loads((saved / "l2d.json").read_text())
-    (saved / "l2d.json").write_text(json.dumps({**manifest, "format": 2}))
-    with pytest.raises(CheckpointError, match=r"checkpoint format 2; this version .* reads up to 1. Upgrade"):
+    (saved / "l2d.json").write_text(json.dumps({**manifest, "format": 3}))
+    with pytest.raises(CheckpointError, match=r"checkpoint format 3; this version .* reads up to 2. Upgrade"):
         load(saved)
 
 
@@ -255,8 +256,7 @@ def test_a_folder_without_a_manifest_is_refused_with_the_way_out(base, no_weight
 
 def test_a_component_that_is_not_installed_is_named(saved, no_weights):
     manifest = json.loads((saved / "l2d.json").read_text())
-    manifest["schedule"] = {"name": "liner"}
-    (saved / "l2d.json").write_text(json.dumps(manifest))
+    (saved / "l2d.json").write_text(json.dumps(sealed(manifest | {"schedule": {"name": "liner"}})))
     with pytest.raises(PluginError, match="'linear'"):
         load(saved)
 

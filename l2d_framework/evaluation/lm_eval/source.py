@@ -208,7 +208,7 @@ class Source:
             Fingerprints of base and own weights, components, type of the weights, versions of package and plugins.
         """
         reference: ModelSection = self.reference
-        own = json.dumps(sorted(self.manifest["files"].items()))
+        own = json.dumps(sorted(item for item in self.manifest["files"].items() if item[0].endswith(".safetensors")))
         return {
             "base_fingerprint": self.manifest["fingerprint"] or fingerprint(reference),
             "adapter_fingerprint": hashlib.sha256(own.encode()).hexdigest() if self.manifest["files"] else None,

@@ -1,0 +1,236 @@
+"""The one door through which transformers and PEFT read folders: nothing in them is run, and what is wrong is named."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from l2d_framework.errors import CheckpointError, L2DError
+
+_ATTENTION = (None, "eager", "sdpa")
+"""What a config.json may choose; other names may stand for code on the hub."""
+
+
+@contextmanager
+def reading(what: str, folder: str | Path | None = None) -> Iterator[None]:
+    """Turn whatever libraries raise over foreign files into one error.
+
+    Args:
+        what: the files, for the message, such as "the weights in '/models/a'".
+        folder: where the damaged file may be looked for.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        CheckpointError: naming the damaged file, or `what` where every file can be read by itself.
+    """
+    try:
+        yield
+    except BaseException as error:
+        # The Rust code of tokenizers panics with something that is no Exception.
+        is_foreign = isinstance(error, Exception) or type(error).__name__ == "PanicException"
+        if not is_foreign or isinstance(error, (L2DError, MemoryError, torch.OutOfMemoryError)):
+            raise
+        raise CheckpointError(_message(what, folder, error)) from error
+
+
+def _message(what: str, folder: str | Path | None, error: BaseException) -> str:
+    subject = what[:1].upper() + what[1:]
+    if "trust_remote_code" in str(error):
+        return (
+            f"{subject} cannot be read without running code that comes with it, which l2d-framework never does. "
+            "Choose a model of a kind that transformers itself knows."
+        )
+    said = f"{type(error).__name__}: {str(error).strip()[:600]}"
+    damaged = None if folder is None else next(filter(_is_damaged, sorted(Path(folder).glob("*"))), None)
+    if damaged is not None:
+        return f"{str(damaged)!r} is damaged, so {what} cannot be read ({said}). Download or save it again."
+    return f"{subject} cannot be read ({said}). It may be damaged or of another kind; download or save it again."
+
+
+def _is_damaged(path: Path) -> bool:
+    """Whether a file is not what its name says, as far as that can be told of it alone."""
+    if path.suffix not in (".safetensors", ".json", ".jinja"):
+        return False
+    try:
+        if not path.is_file():
+            return True
+        if path.suffix == ".safetensors":
+            with safe_open(str(path), framework="pt"):
+                return False
+        text = path.read_text(encoding="utf-8")
+        return path.suffix == ".json" and not isinstance(json.loads(text), dict)
+    except Exception:
+        return True
+
+
+def open_config(source: str | Path, **options: Any) -> PreTrainedConfig:
+    """Config of a model.
+
+    Args:
+        source: folder or hub id.
+        **options: of transformers' `from_pretrained`, such as `revision`.
+
+    Returns:
+        The transformers config.
+
+    Raises:
+        CheckpointError: if transformers cannot read it, or it asks for code that is no part of transformers.
+    """
+    with reading(f"the config.json of {str(source)!r}", source):
+        return _safe(AutoConfig.from_pretrained(source, trust_remote_code=False, **options), source)
+
+
+def make_config(source: str | Path, fields: dict[str, Any]) -> PreTrainedConfig:
+    """Config of a model whose fields have been read already.
+
+    Args:
+        source: where from, for messages.
+        fields: of the config, `model_type` among them.
+
+    Returns:
+        The transformers config.
+
+    Raises:
+        CheckpointError: if transformers refuses it, or it asks for code that is no part of transformers.
+    """
+    with reading(f"the config of {str(source)!r}"):
+        return _safe(AutoConfig.for_model(**fields), source)
+
+
+def _safe(config: PreTrainedConfig, source: str | Path) -> PreTrainedConfig:
+    for part in (config, *(found for name in config.sub_configs if (found := getattr(config, name, None)))):
+        wanted = part._attn_implementation
+        if wanted in _ATTENTION:
+            continue
+        if "/" in str(wanted):
+            raise CheckpointError(
+                f"The config of {str(source)!r} asks for the attention kernel {wanted!r} of the hub, and "
+                "l2d-framework runs no code that a model brings along. Delete _attn_implementation from it."
+            )
+        part._attn_implementation = None
+    return config
+
+
+def open_model(
+    kind: Any, source: str | Path | None, *, config: PreTrainedConfig | None = None, **options: Any
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """A model with its weights.
+
+    Args:
+        kind: class of the model, or one of transformers' Auto classes.
+        source: folder or hub id; None where the options hold the weights.
+        config: its config; the one in the folder when None.
+        **options: of transformers' `from_pretrained`.
+
+    Returns:
+        The model, and transformers' report on missing and unexpected weights.
+
+    Raises:
+        CheckpointError: if transformers cannot load it.
+    """
+    if config is None:
+        assert source is not None
+        config = open_config(source)
+    if source is not None and Path(source, "adapter_config.json").is_file():
+        # transformers puts an adapter beside the weights on the model.
+        _adapter_config(Path(source))
+    with reading(f"the weights of {str(source or config.name_or_path)!r}", source):
+        loaded: Any = kind.from_pretrained(
+            source, config=config, output_loading_info=True, trust_remote_code=False, **options
+        )
+        return loaded  # type: ignore[no-any-return]
+
+
+def new_model(kind: Any, config: PreTrainedConfig, **options: Any) -> PreTrainedModel:
+    """A model with new weights, or on the meta device none.
+
+    Args:
+        kind: class of the model, or one of transformers' Auto classes.
+        config: from this module.
+        **options: `dtype` and `attn_implementation`.
+
+    Returns:
+        The model.
+
+    Raises:
+        CheckpointError: if no such model can be built.
+    """
+    with reading(f"the config of {config.name_or_path!r}"):
+        if isinstance(kind, type) and issubclass(kind, PreTrainedModel):
+            return kind._from_config(config, **options)  # type: ignore[no-any-return]
+        return kind.from_config(config, trust_remote_code=False, **options)  # type: ignore[no-any-return]
+
+
+def open_tokenizer(source: str | Path, **options: Any) -> PreTrainedTokenizerBase:
+    """Tokenizer of a model.
+
+    Args:
+        source: folder or hub id.
+        **options: of transformers' `from_pretrained`.
+
+    Returns:
+        The tokenizer.
+
+    Raises:
+        CheckpointError: if transformers cannot read it, or it asks for code that is no part of transformers.
+    """
+    with reading(f"the tokenizer of {str(source)!r}", source):
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=False, **options)
+
+
+def open_adapter(lm: PreTrainedModel, folder: Path) -> Any:
+    """A model with a PEFT adapter on it.
+
+    Args:
+        lm: the model.
+        folder: of the adapter.
+
+    Returns:
+        The PEFT model.
+
+    Raises:
+        CheckpointError: if PEFT cannot load it, or it names a module to import.
+    """
+    from peft import PeftModel
+
+    _adapter_config(folder)
+    with reading(f"the adapter in {str(folder)!r}", folder):
+        return PeftModel.from_pretrained(lm, str(folder))
+
+
+def adapter_base(folder: Path) -> str:
+    """Folder or hub id of the model that a PEFT adapter was trained on.
+
+    Args:
+        folder: of the adapter.
+
+    Returns:
+        What its config names.
+
+    Raises:
+        CheckpointError: if its config is damaged or names none.
+    """
+    base = _adapter_config(folder).get("base_model_name_or_path")
+    if not isinstance(base, str):
+        raise CheckpointError(f"The adapter_config.json in {str(folder)!r} names no base model, got {base!r}.")
+    return base
+
+
+def _adapter_config(folder: Path) -> dict[str, Any]:
+    with reading(f"the adapter_config.json in {str(folder)!r}", folder):
+        fields = dict(json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")))
+    if module := fields.get("megatron_config") and fields.get("megatron_core"):
+        raise CheckpointError(
+            f"The adapter in {str(folder)!r} names the module {module!r} to import, and l2d-framework runs no code "
+            "that a model brings along. Save the adapter again without megatron_config."
+        )
+    return fields
