@@ -17,6 +17,7 @@ from l2d_framework.config import DiffusionRun
 from l2d_framework.evaluation import surface
 from l2d_framework.model import DiffusionLM
 from l2d_framework.objective import NoiseRule, denoising_loss, draw
+from l2d_framework.opening import open_model
 from l2d_framework.prompts import encode_prompts
 from l2d_framework.training.collate import IGNORED, Collator
 from l2d_framework.training.data import prepare
@@ -173,7 +174,7 @@ def perplexity(base: Path, lm: DiffusionLM, questions: Sequence[str], texts: Seq
     Returns:
         exp of the mean over all answer tokens.
     """
-    plain = AutoModelForCausalLM.from_pretrained(base).eval()
+    plain = open_model(AutoModelForCausalLM, base)[0].eval()
     total, count = 0.0, 0
     for question, text in zip(questions, texts, strict=True):
         before = prompt_ids(lm, question)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import pickle
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,20 +13,21 @@ from huggingface_hub.errors import (
     HfHubHTTPError,
     HFValidationError,
     LocalEntryNotFoundError,
-    StrictDataclassError,
 )
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from l2d_framework.errors import CheckpointError, ConfigError
+from l2d_framework.opening import (
+    adapter_base,
+    new_model,
+    open_adapter,
+    open_config,
+    open_model,
+    open_tokenizer,
+    reading,
+)
 
 LANGUAGE_MODEL = "language_model"
 """Folder inside a diffusion checkpoint whose backbone trains the language model itself."""
@@ -106,9 +106,7 @@ def locate(reference: BaseReference) -> tuple[Path, Path | None]:
                 f"model.base {reference.base!r} is itself a PEFT adapter, so model.adapter {reference.adapter!r} would "
                 "be a second one. Merge one of them first."
             )
-        from peft import PeftConfig
-
-        folder, adapter = fetch(str(PeftConfig.from_pretrained(str(folder)).base_model_name_or_path)), folder
+        folder, adapter = fetch(adapter_base(folder)), folder
     if not (folder / "config.json").is_file() and (folder / LANGUAGE_MODEL / "config.json").is_file():
         folder = folder / LANGUAGE_MODEL
     if not (folder / "config.json").is_file():
@@ -126,15 +124,13 @@ def load_config(reference: BaseReference) -> PreTrainedConfig:
         The transformers config.
 
     Raises:
-        ConfigError: if transformers cannot read it.
+        CheckpointError: if transformers cannot read it.
     """
     folder, _ = locate(reference)
-    try:
-        config = AutoConfig.from_pretrained(folder)
+    config: Any = open_config(folder)
+    with reading(f"the config.json of {reference.base!r}"):
         config.vocab_size = _vocabulary(reference, config.vocab_size)
         return config  # type: ignore[no-any-return]
-    except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
-        raise ConfigError(f"transformers cannot read the config.json of {reference.base!r}: {error}") from error
 
 
 def load_language_model(reference: BaseReference) -> PreTrainedModel:
@@ -147,32 +143,20 @@ def load_language_model(reference: BaseReference) -> PreTrainedModel:
         The model in evaluation mode.
 
     Raises:
-        ConfigError: if transformers cannot load it as asked.
-        CheckpointError: if weights are missing.
+        CheckpointError: if transformers cannot load it as asked, or weights are missing.
     """
     folder, adapter = locate(reference)
-    try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=reference.dtype,
-            attn_implementation=reference.attn_implementation,
-            output_loading_info=True,
-        )
-    except (ValueError, OSError, SafetensorError) as error:
-        raise ConfigError(
-            f"transformers cannot load {reference.base!r} as a causal language model with "
-            f"attn_implementation={reference.attn_implementation!r}: {error}"
-        ) from error
-    lm, report = loaded
+    lm: Any
+    lm, report = open_model(
+        AutoModelForCausalLM, folder, dtype=reference.dtype, attn_implementation=reference.attn_implementation
+    )
     if report["missing_keys"]:
         raise CheckpointError(
             f"{reference.base!r} lacks the weights {sorted(report['missing_keys'])[:3]}, which would be random. It may "
             "hold a reward model, or a file saved without them; name a folder with the whole language model."
         )
     if adapter is not None:
-        from peft import PeftModel
-
-        lm = PeftModel.from_pretrained(lm, str(adapter)).merge_and_unload()
+        lm = open_adapter(lm, adapter).merge_and_unload()
     size = _vocabulary(reference, lm.config.vocab_size)
     if size > lm.config.vocab_size:
         with torch.random.fork_rng(devices=[]):
@@ -192,8 +176,8 @@ def empty_language_model(config: PreTrainedConfig, attn_implementation: str) -> 
         A model without storage.
     """
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(  # type: ignore[no-any-return]
-            config, attn_implementation=attn_implementation
+        return new_model(  # type: ignore[no-any-return]
+            AutoModelForCausalLM, config, attn_implementation=attn_implementation
         ).eval()
 
 
@@ -209,7 +193,7 @@ def load_tokenizer(reference: BaseReference) -> PreTrainedTokenizerBase | None:
     base, adapter = locate(reference)
     for folder in (adapter, base):
         if folder is not None and (folder / "tokenizer_config.json").is_file():
-            tokenizer = AutoTokenizer.from_pretrained(folder)
+            tokenizer = open_tokenizer(folder)
             if reference.pad_token is not None and tokenizer.pad_token is None:
                 tokenizer.add_special_tokens({"pad_token": reference.pad_token})
             return tokenizer
@@ -253,10 +237,11 @@ def fingerprint(reference: BaseReference) -> str:
         if folder is None:
             continue
         count = 0
-        for name, shape, kind, sample in _samples(folder):
-            digest.update(f"{name} {shape} {kind}\n".encode())
-            digest.update(sample.contiguous().view(torch.uint8).numpy().tobytes())
-            count += 1
+        with reading(f"the weights in {str(folder)!r}", folder):
+            for name, shape, kind, sample in _samples(folder):
+                digest.update(f"{name} {shape} {kind}\n".encode())
+                digest.update(sample.contiguous().view(torch.uint8).numpy().tobytes())
+                count += 1
         if not count:
             raise CheckpointError(f"{str(folder)!r} holds no *.safetensors or *.bin weights. Check model.base.")
     return digest.hexdigest()
@@ -264,25 +249,17 @@ def fingerprint(reference: BaseReference) -> str:
 
 def _samples(folder: Path) -> Iterator[tuple[str, list[int], str, Tensor]]:
     for file in sorted(folder.glob("*.safetensors")):
-        try:
-            with safe_open(str(file), framework="pt") as handle:
-                for name in sorted(handle.keys()):
-                    part = handle.get_slice(name)
-                    yield name, part.get_shape(), str(part.get_dtype()), _sample(part, part.get_shape())
-        except SafetensorError as error:
-            raise CheckpointError(
-                f"{str(file)!r} is truncated or not a safetensors file ({error}). Download or save it again."
-            ) from error
+        with safe_open(str(file), framework="pt") as handle:
+            for name in sorted(handle.keys()):
+                part = handle.get_slice(name)
+                yield name, part.get_shape(), str(part.get_dtype()), _sample(part, part.get_shape())
     if not list(folder.glob("*.safetensors")):
         for file in sorted(folder.glob("*model*.bin")):
-            try:
+            # PyTorch's own message does not say which file.
+            with reading(repr(str(file))):
                 state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-            except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
-                raise CheckpointError(
-                    f"{str(file)!r} is truncated or holds more than weights ({error}). Download or save it again."
-                ) from error
-            for name in sorted(state):
-                yield name, list(state[name].shape), str(state[name].dtype), _sample(state[name], state[name].shape)
+                for name in sorted(state):
+                    yield name, list(state[name].shape), str(state[name].dtype), _sample(state[name], state[name].shape)
 
 
 def _sample(values: Any, shape: Any) -> Tensor:

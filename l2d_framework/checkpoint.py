@@ -255,7 +255,7 @@ def load(
         sampling=manifest["sampling"] and parse_sampling(manifest["sampling"]),
         chat_template=manifest["chat_template"],
         # Checkpoints of earlier versions have no such field.
-        ends=None if manifest.get("ends") is None else tuple(manifest["ends"]),
+        ends=None if manifest["ends"] is None else tuple(manifest["ends"]),
     )
     model.tokenizer = load_tokenizer(reference)
     return model.to(device or "cpu").eval()

@@ -12,13 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
-    AutoConfig,
-    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -28,6 +25,7 @@ from l2d_framework.checkpoint import save
 from l2d_framework.config import DiffusionRun, ModelSection, parse_run
 from l2d_framework.errors import CheckpointError, ConfigError
 from l2d_framework.model import DiffusionLM, Origin
+from l2d_framework.opening import make_config, new_model, open_model, reading
 from l2d_framework.prompts import read_template
 from l2d_framework.registry import registry
 from l2d_framework.types import Foreign
@@ -65,7 +63,8 @@ def convert(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{str(out)!r} is not empty. Give a new folder, so that nothing is overwritten.")
     folder = fetch(source)
-    foreign = registry().converter(reader)(folder)
+    with reading(repr(source), folder):
+        foreign = registry().converter(reader)(folder)
     if foreign.parts is None and base is not None:
         raise ConfigError(f"{source!r} is a reward model, which has no base, got base={base!r}. Leave it out.")
     conversion = _Conversion(source, folder, foreign, base)
@@ -83,13 +82,13 @@ class _Conversion:
     def __init__(self, source: str, folder: Path, foreign: Foreign, base: str | None) -> None:
         self.source, self.folder, self.foreign, self.base = source, folder, foreign, base
         self.section = ModelSection(base=str(folder))
-        self.config = _config(source, foreign)
+        self.config = make_config(source, foreign.base_config)
         kinds: Any = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING if foreign.parts is None else MODEL_FOR_CAUSAL_LM_MAPPING
         if type(self.config) not in kinds:
             raise CheckpointError(f"transformers has no suitable model for the model_type of {source!r}.")
         self.kind: Any = kinds[type(self.config)]
         with torch.device("meta"):
-            self.shapes: PreTrainedModel = self.kind._from_config(self.config)
+            self.shapes: PreTrainedModel = new_model(self.kind, self.config)
         self.run: DiffusionRun | None = None
         self.is_frozen = False
         self.notes = list(foreign.notes)
@@ -230,10 +229,8 @@ class _Conversion:
 
     def _load(self, state: dict[str, Tensor]) -> PreTrainedModel:
         dtype = reduce(torch.promote_types, (value.dtype for value in state.values()))
-        lm: PreTrainedModel = self.kind.from_pretrained(
-            None, config=self.config, state_dict=dict(state), dtype=dtype, attn_implementation="sdpa"
-        )
-        return lm.eval()  # type: ignore[no-any-return]
+        options = {"state_dict": dict(state), "dtype": dtype, "attn_implementation": "sdpa"}
+        return open_model(self.kind, None, config=self.config, **options)[0].eval()  # type: ignore[no-any-return]
 
     def _supplied(self) -> dict[str, Tensor]:
         if not self.foreign.lost:
@@ -244,13 +241,6 @@ class _Conversion:
 
     def _card(self) -> str:
         return "\n\n".join([f"Converted from `{self.source}`.", *self.notes]) + "\n"
-
-
-def _config(source: str, foreign: Foreign) -> PreTrainedConfig:
-    try:
-        return AutoConfig.for_model(**foreign.base_config)
-    except (TypeError, ValueError, KeyError, AttributeError, StrictDataclassError) as error:
-        raise CheckpointError(f"transformers cannot read the config of {source!r}: {error}") from error
 
 
 def _run(foreign: Foreign, base: str, classes: tuple[str, ...] | None) -> DiffusionRun:

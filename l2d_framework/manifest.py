@@ -14,6 +14,7 @@ from pydantic import AfterValidator, Field, ValidationError
 
 from l2d_framework.base_model import LANGUAGE_MODEL
 from l2d_framework.config import ModelSection
+from l2d_framework.config.files import parse_json, read_text
 from l2d_framework.config.sections import Section
 from l2d_framework.config.validation import validated
 from l2d_framework.errors import CheckpointError
@@ -55,6 +56,8 @@ class Manifest(Section):
     classes: list[str]
     sampling: dict[str, Any] | None
     chat_template: str | None
+    ends: list[int] | None = None
+    """Tokens that end an answer, as training taught; not recorded by format 1."""
     files: Annotated[dict[Annotated[str, AfterValidator(_inside)], str], AfterValidator(_with_weights)]
     """SHA-256 of every file that belongs to the checkpoint, by its path inside it."""
     seal: str | None = None
@@ -169,12 +172,12 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
 
 def _fields(path: Path) -> tuple[str, dict[str, Any]]:
     try:
-        text = path.read_text(encoding="utf-8")
-        fields = json.loads(text)
+        text = read_text(path)
+        fields = parse_json(text, path.name)
         if not isinstance(fields, dict):
             raise ValueError(f"holds {type(fields).__name__} instead of fields")
         return text, fields
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise CheckpointError(
             f"{str(path)!r} is damaged ({str(error)[:300]}). Restore it or save the model again."
         ) from error

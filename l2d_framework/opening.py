@@ -137,12 +137,14 @@ def open_model(
     Raises:
         CheckpointError: if transformers cannot load it.
     """
-    if config is None:
-        assert source is not None
-        config = open_config(source)
+    base = source
     if source is not None and Path(source, "adapter_config.json").is_file():
-        # transformers puts an adapter beside the weights on the model.
+        # transformers puts the adapter on the model that lies beside it or that it names.
         _adapter_config(Path(source))
+        base = source if Path(source, "config.json").is_file() else adapter_base(Path(source))
+    if config is None:
+        assert base is not None
+        config = open_config(base, **{name: options[name] for name in ("gguf_file", "revision") if name in options})
     with reading(f"the weights of {str(source or config.name_or_path)!r}", source):
         loaded: Any = kind.from_pretrained(
             source, config=config, output_loading_info=True, trust_remote_code=False, **options

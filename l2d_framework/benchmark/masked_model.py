@@ -40,7 +40,6 @@ class MaskedModel(TessTexts):
         import tempfile
 
         from transformers import (
-            AutoConfig,
             AutoModelForMaskedLM,
             DataCollatorForLanguageModeling,
             Trainer,
@@ -48,16 +47,16 @@ class MaskedModel(TessTexts):
             set_seed,
         )
 
+        from l2d_framework.opening import make_config, new_model
         from l2d_framework.training.tokenizer import train_tokenizer
 
         texts = self.corpus(self.tuning(self.splits()))
         tokenizer = train_tokenizer(texts, self.vocab_size)
         tokenizer.add_special_tokens({"mask_token": _MASK})
         set_seed(self.seed)
-        config = AutoConfig.for_model(
-            **self.config, vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, bos_token_id=None
-        )
-        model = AutoModelForMaskedLM.from_config(config)
+        sizes = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id, "bos_token_id": None}
+        config = make_config("masked_model", {**self.config, **sizes})
+        model = new_model(AutoModelForMaskedLM, config)
         with tempfile.TemporaryDirectory() as scratch:
             arguments = TrainingArguments(
                 scratch,

@@ -76,12 +76,14 @@ class RewardMeasure(Measure):
         self, answerer: Answerer, prompts: Sequence[Any], answers: Sequence[Answer], ends: set[int]
     ) -> list[float]:
         import torch
-        from transformers import AutoModelForSequenceClassification, AutoTokenizer
+        from transformers import AutoModelForSequenceClassification
 
+        from l2d_framework.opening import open_model, open_tokenizer
         from l2d_framework.prompts import encode_prompts, turn_end
 
-        judge = AutoModelForSequenceClassification.from_pretrained(self.model).to(answerer.lm.device).eval()
-        tokenizer: Any = AutoTokenizer.from_pretrained(self.model)
+        judge: Any = open_model(AutoModelForSequenceClassification, self.model)[0]
+        judge = judge.to(answerer.lm.device).eval()
+        tokenizer: Any = open_tokenizer(self.model)
         pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         end = turn_end(tokenizer)
         ids = torch.full((len(answers), self.canvas), int(pad), device=answerer.lm.device)

@@ -10,22 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
-from transformers import (
-    CONFIG_MAPPING,
-    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
-    AutoConfig,
-    AutoModelForCausalLM,
-)
+from transformers import CONFIG_MAPPING, MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, AutoModelForCausalLM
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
 from l2d_framework.backbone import Backbone
 from l2d_framework.base_model import LANGUAGE_MODEL
-from l2d_framework.config.files import parse_json, read_text
 from l2d_framework.config.reward import RewardRun
 from l2d_framework.config.runs import DiffusionRun, Run
 from l2d_framework.config.sections import ModelSection, RowSource, ScratchSection
-from l2d_framework.errors import ConfigError, UnsupportedModelError, suggest
+from l2d_framework.errors import CheckpointError, ConfigError, UnsupportedModelError, suggest
+from l2d_framework.opening import adapter_base, make_config, new_model, open_config
 
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
@@ -136,7 +130,7 @@ def _backbone(run: DiffusionRun, lm_config: Any) -> Backbone:
     # On the meta device a backbone finds out what it cannot serve.
     with torch.device("meta"):
         try:
-            lm = AutoModelForCausalLM.from_config(lm_config, attn_implementation=run.model.attn_implementation)
+            lm = new_model(AutoModelForCausalLM, lm_config, attn_implementation=run.model.attn_implementation)
         except ValueError as error:
             raise UnsupportedModelError(
                 f"model.base: {run.model.base!r} of type {lm_config.model_type!r} is no causal language model with "
@@ -169,7 +163,7 @@ def _scratch_config(scratch: ScratchSection) -> Any:
         raise ConfigError(
             f"scratch.config.model_type: unknown to transformers, got {family!r}{suggest(family, CONFIG_MAPPING)}"
         )
-    plain = AutoConfig.for_model(family)
+    plain = make_config(family, {"model_type": family})
     # transformers keeps unknown fields without a word, and a misspelt width would silently be the default one.
     known = {*plain.to_dict(), *plain.attribute_map}
     for name in fields:
@@ -178,8 +172,8 @@ def _scratch_config(scratch: ScratchSection) -> Any:
                 f"scratch.config.{name}: unknown field of {family!r}, got {fields[name]!r}{suggest(name, known)}"
             )
     try:
-        return AutoConfig.for_model(family, **fields)
-    except (TypeError, ValueError, StrictDataclassError) as error:
+        return make_config(family, scratch.config)
+    except CheckpointError as error:
         raise ConfigError(f"scratch.config: transformers refuses it: {error}") from error
 
 
@@ -205,8 +199,8 @@ def _saved_config(model: ModelSection) -> Any:
     elif _looks_local(base) or not _HUB_ID.fullmatch(base):
         raise ConfigError(f"model.base: no such folder, got {base!r}; name a folder or a hub id such as 'org/model'")
     try:
-        return AutoConfig.from_pretrained(base, revision=model.revision)
-    except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
+        return open_config(base, revision=model.revision)
+    except CheckpointError as error:
         raise ConfigError(
             f"model.base: no model can be read from {base!r}, which is a folder or a hub id; check the spelling, the "
             f"connection and access rights ({error})"
@@ -221,10 +215,9 @@ def _adapter_base(adapter: str, where: str) -> str:
     if not any(any(folder.glob(pattern)) for pattern in ("adapter_model.safetensors", "adapter_model.bin")):
         raise ConfigError(f"{where}: {adapter!r} has no adapter_model.safetensors; save the adapter again")
     try:
-        base = parse_json(read_text(file), file.name)["base_model_name_or_path"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        return adapter_base(folder)
+    except CheckpointError as error:
         raise ConfigError(f"{where}: {str(file)!r} names no base model ({error}); save the adapter again") from error
-    return str(base)
 
 
 def _looks_local(path: str) -> bool:

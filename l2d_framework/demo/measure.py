@@ -10,13 +10,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from l2d_framework import checkpoint
 from l2d_framework.demo.runs import BASE, L2D, LORA, Data
 from l2d_framework.demo.scores import Outcome, Sheet
 from l2d_framework.demo.task import Question
 from l2d_framework.model import DiffusionLM
+from l2d_framework.opening import open_model, open_tokenizer
 from l2d_framework.problem import Evaluation
 from l2d_framework.prompts import encode_prompts
 
@@ -62,7 +63,7 @@ class Measurement:
 
     def __init__(self, folder: Path, data: Data) -> None:
         self._data = data
-        self._tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder / BASE)
+        self._tokenizer: PreTrainedTokenizerBase = open_tokenizer(folder / BASE)
         self._model = checkpoint.load(folder / L2D)
         self._ways: list[tuple[str, str | None, Answer]] = [
             ("base", None, _plain(folder / BASE)),
@@ -162,7 +163,7 @@ class Measurement:
 
 def _plain(folder: Path) -> Answer:
     # By transformers alone, so that agreement with it says something.
-    lm = AutoModelForCausalLM.from_pretrained(folder).eval()
+    lm: Any = open_model(AutoModelForCausalLM, folder)[0].eval()
 
     def answer(prompts: Tensor) -> tuple[Tensor, Tensor]:
         mask = torch.ones_like(prompts)

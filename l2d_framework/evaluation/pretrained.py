@@ -9,21 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 from torch import Tensor
-from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    MODEL_MAPPING,
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-)
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING, AutoModel, AutoModelForCausalLM
 
+from l2d_framework import opening
 from l2d_framework.base_model import fetch, load_tokenizer
-from l2d_framework.errors import ConfigError
+from l2d_framework.errors import CheckpointError, ConfigError
 from l2d_framework.manifest import MANIFEST, base_reference, read_manifest
+from l2d_framework.opening import open_config, open_model
 
 Track = Callable[[Sequence[int], str], Iterable[int]]
 """Passes batches through and shows how far they are; gets the batches and a title."""
@@ -107,10 +100,7 @@ def pretrained(path: str, *, causal: bool, device: str, dtype: str) -> Pretraine
     folder = fetch(path)
     if (folder / MANIFEST).is_file():
         raise ConfigError(f"{path!r} is a diffusion model, which judges no texts. Name a plain language model.")
-    try:
-        config = AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
-        raise ConfigError(f"transformers cannot read the config.json of {path!r}: {error}") from error
+    config: Any = open_config(folder)
     auto, known = (AutoModelForCausalLM, MODEL_FOR_CAUSAL_LM_MAPPING) if causal else (AutoModel, MODEL_MAPPING)
     if type(config) not in known:
         kind = "causal language model" if causal else "model with hidden states"
@@ -127,11 +117,8 @@ def pretrained(path: str, *, causal: bool, device: str, dtype: str) -> Pretraine
         )
 
     def load() -> Any:
-        try:
-            loaded: Any = auto.from_pretrained(folder, dtype=dtype, output_loading_info=True)
-        except (ValueError, OSError, SafetensorError) as error:
-            raise ConfigError(f"transformers cannot load {path!r}: {error}") from error
-        model, report = loaded
+        model: Any
+        model, report = open_model(auto, folder, dtype=dtype)
         if causal and report["missing_keys"]:
             raise ConfigError(
                 f"{path!r} lacks the weights {sorted(report['missing_keys'])[:3]}, which would be random. Name another."
@@ -158,8 +145,8 @@ def open_tokenizer(path: str) -> Any:
         if (Path(path) / MANIFEST).is_file():
             found = load_tokenizer(base_reference(path, read_manifest(path)))
         elif Path(path).is_dir() or path.count("/") < 2:
-            found = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+            found = opening.open_tokenizer(path)
+    except CheckpointError as error:
         raise ConfigError(
             f"No tokenizer can be read from {path!r} ({str(error).partition(chr(10))[0]}). Name the folder or hub id "
             "of a language model."

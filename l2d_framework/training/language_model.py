@@ -14,7 +14,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 from transformers.pytorch_utils import Conv1D
 
@@ -22,6 +22,7 @@ from l2d_framework.base_model import empty_language_model, load_config, load_lan
 from l2d_framework.config import DataSection, LanguageModelRun, ScratchSection, TrainingSection
 from l2d_framework.errors import CheckpointError, ConfigError, suggest
 from l2d_framework.objective import chunked_cross_entropy
+from l2d_framework.opening import make_config, new_model, open_model, open_tokenizer
 from l2d_framework.training.collate import IGNORED
 from l2d_framework.training.data import load_sources
 from l2d_framework.training.learner import Learner
@@ -133,7 +134,7 @@ class NextToken(Learner):
                     "Use the run file it was trained with."
                 )
         else:
-            self.lm.load_state_dict(type(self.lm).from_pretrained(folder, dtype=torch.float32).state_dict())
+            self.lm.load_state_dict(open_model(type(self.lm), folder, dtype=torch.float32)[0].state_dict())
 
     def _write(self, folder: Path, dtype: torch.dtype) -> None:
         if isinstance(self.lm, PeftModel):
@@ -164,9 +165,8 @@ def scratch_config(scratch: ScratchSection, tokenizer: PreTrainedTokenizerBase) 
     Returns:
         The config.
     """
-    fields = dict(scratch.config)
     special = {name: getattr(tokenizer, name) for name in ("eos_token_id", "pad_token_id", "bos_token_id")}
-    return AutoConfig.for_model(fields.pop("model_type"), **{**fields, **special, "vocab_size": len(tokenizer)})
+    return make_config("scratch", {**scratch.config, **special, "vocab_size": len(tokenizer)})
 
 
 def scratch_tokenizer(data: DataSection, scratch: ScratchSection) -> PreTrainedTokenizerBase:
@@ -187,7 +187,7 @@ def scratch_tokenizer(data: DataSection, scratch: ScratchSection) -> PreTrainedT
     with tempfile.TemporaryDirectory() as folder:
         made.save_pretrained(folder)
         scratch_config(scratch, made).save_pretrained(folder)
-        read = AutoTokenizer.from_pretrained(folder).backend_tokenizer
+        read = open_tokenizer(folder).backend_tokenizer
     own, others = (json.loads(one.to_str())["pre_tokenizer"] for one in (made.backend_tokenizer, read))
     return made if own == others else train_tokenizer(_texts(data), size, like=read)
 
@@ -243,7 +243,7 @@ def build_language_model(run: LanguageModelRun, tokenizer: PreTrainedTokenizerBa
         torch.manual_seed(run.seed)
         if run.scratch is not None:
             config = scratch_config(run.scratch, tokenizer)
-            return AutoModelForCausalLM.from_config(config, dtype=torch.float32)  # type: ignore[no-any-return]
+            return new_model(AutoModelForCausalLM, config, dtype=torch.float32)
         assert run.model is not None  # a run has one of the two
         lm = load_language_model(run.model)
         if run.lora is None:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors import SafetensorError
 from transformers import (
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     PreTrainedModel,
@@ -20,6 +19,7 @@ from transformers.utils import logging
 from l2d_framework.base_model import fingerprint, load_config, load_language_model, locate
 from l2d_framework.config import RewardRun, Run, check_runs
 from l2d_framework.errors import ConfigError
+from l2d_framework.opening import open_model
 from l2d_framework.training import folders
 from l2d_framework.training.job import CardKeeper, Job, base_tokenizer, output_folder, resolved, wait
 from l2d_framework.training.reward_data import prepare_pairs
@@ -152,7 +152,7 @@ def load_reward_model(run: RewardRun, tokenizer: PreTrainedTokenizerBase) -> Pre
         The model, in the type the run asks for.
 
     Raises:
-        ConfigError: if transformers cannot load it as asked.
+        CheckpointError: if transformers cannot load it as asked.
     """
     section = run.model
     folder, adapter = locate(section)
@@ -160,10 +160,10 @@ def load_reward_model(run: RewardRun, tokenizer: PreTrainedTokenizerBase) -> Pre
     config.num_labels = 1
     options: dict[str, Any] = {"attn_implementation": section.attn_implementation, "config": config}
     if adapter is None:
-        options |= {"pretrained_model_name_or_path": folder, "dtype": section.dtype}
+        options |= {"source": folder, "dtype": section.dtype}
     else:
         merged = load_language_model(section)
-        options |= {"pretrained_model_name_or_path": None, "state_dict": merged.state_dict(), "dtype": merged.dtype}
+        options |= {"source": None, "state_dict": merged.state_dict(), "dtype": merged.dtype}
     verbosity = logging.get_verbosity()
     # That the head is new and the vocabulary head unused is as it should be.
     logging.set_verbosity_error()
@@ -171,14 +171,9 @@ def load_reward_model(run: RewardRun, tokenizer: PreTrainedTokenizerBase) -> Pre
         with torch.random.fork_rng():
             torch.manual_seed(run.seed)
             kind: Any = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(config)]
-            model: Any = kind.from_pretrained(**options)
+            model: Any = open_model(kind, **options)[0]
             if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
                 model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    except (ValueError, OSError, RuntimeError, SafetensorError) as error:
-        raise ConfigError(
-            f"transformers cannot load {section.base!r} as a reward model with "
-            f"attn_implementation={section.attn_implementation!r}: {error}"
-        ) from error
     finally:
         logging.set_verbosity(verbosity)
     # Only now: an embedding made with a padding token never trains it, and here it may be the end of every text.

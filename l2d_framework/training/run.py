@@ -8,12 +8,13 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, TrainerCallback
+from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from l2d_framework import checkpoint
 from l2d_framework.base_model import load_config
 from l2d_framework.config import DiffusionRun, LanguageModelRun, RewardRun, Run, TokenRun, check_runs
 from l2d_framework.errors import ConfigError
+from l2d_framework.opening import open_tokenizer
 from l2d_framework.prompts import add_ends, context_length, read_template
 from l2d_framework.training import folders
 from l2d_framework.training.arguments import TrainingData, make_arguments
@@ -149,7 +150,7 @@ def _tokenizer(run: TokenRun, output: Path) -> PreTrainedTokenizerBase:
         return base_tokenizer(run.model)
     assert run.scratch is not None  # a run has one of the two
     if (output / _TOKENIZER).is_dir():
-        return AutoTokenizer.from_pretrained(output / _TOKENIZER)
+        return open_tokenizer(output / _TOKENIZER)
     return scratch_tokenizer(run.data, run.scratch)
 
 

@@ -127,7 +127,7 @@ def test_a_model_that_denoises_whole_answers_has_no_adaptive_solve(folders, tmp_
 )
 def test_mistakes_are_found_before_weights_are_loaded(folders, monkeypatch, model, data, options, error, message):
     def fail(*args, **options):
-        raise AssertionError("weights were loaded")
+        pytest.fail("weights were loaded")
 
     monkeypatch.setattr(checkpoint, "load_language_model", fail)
     monkeypatch.chdir(folders)

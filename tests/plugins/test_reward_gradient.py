@@ -439,7 +439,7 @@ def test_it_composes_with_classifier_free_guidance_around_it(reward: str) -> Non
 # Refusals
 
 
-class Weights(Exception):
+class Weights(BaseException):
     """Weights were about to be loaded."""
 
 

@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 
 from l2d_framework import checkpoint
 from l2d_framework.config import parse_run
-from l2d_framework.errors import ConfigError
+from l2d_framework.errors import CheckpointError, ConfigError
 from l2d_framework.training import folders
 from l2d_framework.training.run import train_runs
 
@@ -229,7 +229,7 @@ def test_a_run_that_was_refused_before_its_first_update_leaves_its_folder_free(f
         if file.suffix != ".safetensors":
             (folder / "empty" / file.name).write_bytes(file.read_bytes())
     (folder / "empty" / "model.safetensors").write_bytes(b"damaged")
-    with pytest.raises(ConfigError, match="cannot load"):
+    with pytest.raises(CheckpointError, match=r"model\.safetensors' is damaged"):
         train(run | {"model": {"base": str(folder / "empty")}})
     assert [path.name for path in (folder / "refused").iterdir()] == [folders.RUN_FILE]
     assert train(run)["finished"]

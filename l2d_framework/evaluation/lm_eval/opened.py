@@ -28,6 +28,7 @@ from l2d_framework.evaluation.lm_eval.source import CLASS, Source, tokenizer_fin
 from l2d_framework.evaluation.search import check_search, split_options
 from l2d_framework.evaluation.start_up import steps
 from l2d_framework.model import DiffusionLM
+from l2d_framework.opening import open_tokenizer
 from l2d_framework.prompts import encode_text
 
 _LOGGER = logging.getLogger(__name__)
@@ -104,8 +105,11 @@ class Opened(HFLM):  # type: ignore[misc]
         self._config = self.source.lm_config
 
     def _create_tokenizer(self, pretrained: Any, tokenizer: Any, **options: Any) -> None:
-        if tokenizer:
-            super()._create_tokenizer(pretrained, tokenizer, **options)
+        if isinstance(tokenizer, str):
+            passed = {name: options.get(name) for name in ("revision", "subfolder", "add_bos_token")}
+            self.tokenizer = open_tokenizer(tokenizer, **{k: v for k, v in passed.items() if v not in (None, "")})
+        elif tokenizer:
+            self.tokenizer = tokenizer
         else:
             self.tokenizer = self.source.tokenizer
 

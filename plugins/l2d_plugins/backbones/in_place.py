@@ -15,6 +15,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 
 from l2d_framework.backbone import Backbone, BackboneConfig
 from l2d_framework.errors import ConfigError, UnsupportedModelError
+from l2d_framework.opening import new_model
 from l2d_framework.types import Layout
 
 
@@ -309,9 +310,8 @@ class _Through(nn.Module):
 
 def _forgotten(lm: PreTrainedModel) -> PreTrainedModel:
     """A model of the same kind, type and kernel with fresh weights."""
-    kind: Any = type(lm)
-    fresh = kind._from_config(lm.config, dtype=lm.dtype, attn_implementation=lm.config._attn_implementation)
-    return fresh.to(lm.device)  # type: ignore[no-any-return]
+    fresh = new_model(type(lm), lm.config, dtype=lm.dtype, attn_implementation=lm.config._attn_implementation)
+    return fresh.to(lm.device)  # type: ignore[no-any-return,arg-type]
 
 
 def _long_enough(context: InPlaceContext, total: int) -> InPlaceContext:

@@ -8,16 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import (
-    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
-    AutoConfig,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-)
+from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, AutoModelForSequenceClassification
 
 from l2d_framework.errors import CheckpointError, ConfigError, UnsupportedModelError
+from l2d_framework.opening import new_model, open_config, open_model, open_tokenizer
 
 
 @dataclass(frozen=True)
@@ -134,7 +129,7 @@ def _check(name: str, tokenizer: Any, size: int | None, needs_end: bool, stamps:
     """
     config = _config(name)
     with torch.device("meta"):
-        empty = AutoModelForSequenceClassification.from_config(config)
+        empty = new_model(AutoModelForSequenceClassification, config)
     if not isinstance(getattr(empty, "score", None), nn.Module):
         raise UnsupportedModelError(
             f"Reward model {name!r} is a {type(empty).__name__}, which has no `score` head over a decoder. Choose one "
@@ -153,10 +148,8 @@ def _check(name: str, tokenizer: Any, size: int | None, needs_end: bool, stamps:
 @torch.inference_mode(False)
 def _load(name: str, device: torch.device, dtype: torch.dtype, stamps: tuple[int, ...]) -> RewardNetwork:
     config = _config(name)
-    try:
-        model, report = AutoModelForSequenceClassification.from_pretrained(name, dtype=dtype, output_loading_info=True)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise ConfigError(f"transformers cannot load the weights of reward model {name!r}: {error}") from error
+    model: Any
+    model, report = open_model(AutoModelForSequenceClassification, name, dtype=dtype)
     if report["missing_keys"]:
         raise CheckpointError(
             f"Reward model {name!r} lacks the weights {sorted(report['missing_keys'])[:3]}, which would be random. "
@@ -186,8 +179,8 @@ def _config(name: str) -> Any:
             "org/name, as `model` of the guidance 'reward_gradient'."
         )
     try:
-        config = AutoConfig.from_pretrained(name)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        config: Any = open_config(name)
+    except CheckpointError as error:
         raise ConfigError(
             f"Reward model {name!r} is neither a model folder here nor a hub repository that can be reached: {error}"
         ) from error
@@ -225,8 +218,8 @@ def _check_vocabulary(name: str, tokenizer: Any) -> None:
         ConfigError: naming the first token that differs.
     """
     try:
-        theirs = _by_id(AutoTokenizer.from_pretrained(name))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        theirs = _by_id(open_tokenizer(name))
+    except CheckpointError as error:
         raise ConfigError(
             f"Reward model {name!r} has no tokenizer that could be compared with the model's ({error}). Put the "
             "tokenizer it was trained with into its folder."
