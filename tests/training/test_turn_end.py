@@ -106,7 +106,7 @@ def test_without_record_only_conversations_end_with_the_templates_turn(folder):
 
 def test_a_checkpoint_of_before_the_record_is_loaded(folder, tmp_path):
     shutil.copytree(folder / "l2d-chats", tmp_path / "old")
-    manifest = json.loads((tmp_path / "old" / "l2d.json").read_text())
+    manifest = json.loads((tmp_path / "old" / "l2d.json").read_text()) | {"format": 1}
     del manifest["ends"]
     (tmp_path / "old" / "l2d.json").write_text(json.dumps(manifest))
     lm = load(tmp_path / "old")
