@@ -98,8 +98,10 @@ def test_the_velocity_at_the_end_is_asked_for_only_if_declared(solver):
 # The estimate of fehlberg2 is that of its first-order member, whose error constant is small: 1/512.
 @pytest.mark.parametrize(("solver", "constant"), [(Fehlberg2(), 500), (Bosh3(), 100)], ids=["fehlberg2", "bosh3"])
 def test_the_error_follows_the_tolerance(solver, constant):
-    rates, starts = RATES.double(), STARTS.double()
-    exact = torch.cos(torch.tensor(0.9)) + (starts - 1) * torch.exp(-0.9 * rates)
+    # Stability, not the tolerance, bounds the steps of the stiff token: which of them pass hangs on the last digit.
+    smooth = torch.arange(COUNT) != STIFF
+    rates, starts = RATES.double()[smooth], STARTS.double()[smooth]
+    exact = torch.cos(torch.tensor(0.9).double()) + (starts - 1) * torch.exp(-0.9 * rates)
     errors = []
     for tolerance in (1e-4, 1e-6):
         chosen = type(solver)(rtol=tolerance, atol=tolerance, max_evaluations=10**5)

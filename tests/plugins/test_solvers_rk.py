@@ -67,12 +67,11 @@ def test_core_solvers_make_the_moves_of_torchdiffeq(core, method):
     grid = [0.0, 0.2, 0.25, 0.6, 0.9]
     start = torch.tensor([[[0.4, 1.1], [-0.3, 2.0]]], dtype=torch.float64)
     field = Ode(pendulum)
-    states = torchdiffeq.odeint(
-        lambda t, x: field.velocity(x, float(t)), start, torch.tensor(grid).double(), method=method
-    )
+    ends = torch.tensor(grid, dtype=torch.float64)
+    states = torchdiffeq.odeint(lambda t, x: field.velocity(x, float(t)), start, ends, method=method)
     ours, theirs = Ode(pendulum), Ode(pendulum)
     x = CORE[core].solve(ours, start, grid)
-    torch.testing.assert_close(x, states[-1], rtol=0, atol=1e-7)
+    torch.testing.assert_close(x, states[-1], rtol=0, atol=1e-13)
     torch.testing.assert_close(TorchDiffEqFixed(method=method).solve(theirs, start, grid), x, rtol=0, atol=1e-13)
     torch.testing.assert_close(torch.tensor(ours.visits), torch.tensor(theirs.visits), rtol=0, atol=1e-7)
 
