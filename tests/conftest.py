@@ -5,6 +5,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -64,8 +65,14 @@ def _shared(variable: str, name: str) -> Path:
 
 @pytest.fixture(scope="session")
 def golden_dir() -> Path:
-    """Folder of reference numbers; fails if L2D_GOLDEN_DIR points nowhere, skips if there is none."""
+    """Folder of reference numbers, at least the small one here; fails if L2D_GOLDEN_DIR points nowhere."""
     return _shared("L2D_GOLDEN_DIR", "golden")
+
+
+@pytest.fixture(scope="session")
+def golden_file(golden_dir: Path) -> Callable[[str], Path]:
+    """`golden_file("tess/masks.json")`: a file of reference numbers; skips where the folder has no such file."""
+    return partial(shared_folders.existing, golden_dir)
 
 
 @pytest.fixture(scope="session")

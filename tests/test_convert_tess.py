@@ -49,6 +49,8 @@ def golden():
 
 @pytest.fixture(params=golden() or [None], ids=lambda folder: folder.name if folder else "none")
 def case(request, golden_dir):
+    if request.param is None:
+        pytest.skip(f"no cases in {golden_dir / 'tess'}")
     return Case.read(request.param)
 
 

@@ -26,6 +26,17 @@ def test_variable_wins_over_the_folder_beside_the_repository(monkeypatch, tmp_pa
     assert shared_folders.find("L2D_GOLDEN_DIR", "golden") == tmp_path.resolve()
 
 
+def test_without_another_folder_the_small_one_of_the_repository_is_read(monkeypatch, tmp_path):
+    monkeypatch.setattr(shared_folders, "REPOSITORY", tmp_path / "repository")
+    monkeypatch.delenv("L2D_GOLDEN_DIR", raising=False)
+    small = tmp_path / "repository" / "tests" / "golden" / "data"
+    small.mkdir(parents=True)
+    assert shared_folders.find("L2D_GOLDEN_DIR", "golden") == small
+    assert shared_folders.find("L2D_DATASETS_DIR", "datasets") is None
+    (tmp_path / "shared" / "golden").mkdir(parents=True)
+    assert shared_folders.find("L2D_GOLDEN_DIR", "golden") == tmp_path / "shared" / "golden"
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_token_of_the_prefix_is_felt(tiny_lm, family):
     model = tiny_lm(family)

@@ -19,11 +19,8 @@ from l2d_framework.evaluation.surface import (
 from l2d_framework.evaluation.text import AUTHORS, CORRECTED, DEFINITIONS, evaluate_texts
 
 
-def test_distinct_n_of_the_authors_is_reproduced(golden_dir):
-    file = golden_dir / "tess" / "text_formats.json"
-    if not file.is_file():
-        pytest.skip("the reference data holds no text formats")
-    golden = json.loads(file.read_text())
+def test_distinct_n_of_the_authors_is_reproduced(golden_file):
+    golden = json.loads(golden_file("tess/text_formats.json").read_text())
     found = evaluate_texts([Sample("", text) for text in golden["distinct_texts"]])["metrics"]
     assert golden["distinct"] == {f"dist-{n}": found[f"distinct_{n}"][AUTHORS]["value"] for n in range(1, 5)}
 

@@ -24,8 +24,8 @@ TURNS = {"single": "first", "pair": "pairs", "multiturn": "accumulated", "slidin
 
 
 @pytest.fixture(scope="module")
-def golden(golden_dir):
-    return json.loads((golden_dir / "tess" / "text_formats.json").read_text())
+def golden(golden_file):
+    return json.loads(golden_file("tess/text_formats.json").read_text())
 
 
 @pytest.fixture(scope="module")

@@ -78,11 +78,8 @@ def test_training_times_never_reach_the_data(times, minimum_noise):
     assert t[1] < 1
 
 
-def test_golden_cosmap_times(golden_dir):
-    file = golden_dir / "l2d" / "functions.safetensors"
-    if not file.is_file():
-        pytest.skip(f"{file} is not there")
-    golden = load_file(file)
+def test_golden_cosmap_times(golden_file):
+    golden = load_file(golden_file("l2d/functions.safetensors"))
     torch.testing.assert_close(Linear(times="cosmap").sample_times(golden["cosmap.u"]), golden["cosmap.t"])
 
 

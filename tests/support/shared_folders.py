@@ -1,13 +1,17 @@
-"""Folders of reference data that are too large for the repository."""
+"""Folders of reference data, of which the repository holds a small part at most."""
 
 import os
 from pathlib import Path
+
+import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 def find(variable: str, name: str) -> Path | None:
-    """Folder named by an environment variable, else `../shared/NAME` beside the repository, else None.
+    """Folder named by an environment variable, else `../shared/NAME` beside the repository, else `tests/NAME/data`.
+
+    None if there is none of these.
 
     A variable that is set and points nowhere is an error: a run that was meant to check must not skip instead.
     """
@@ -16,5 +20,12 @@ def find(variable: str, name: str) -> Path | None:
         if not Path(chosen).is_dir():
             raise FileNotFoundError(f"{variable}={chosen} is not a folder; correct it or unset it.")
         return Path(chosen).resolve()
-    beside = REPOSITORY.parent / "shared" / name
-    return beside if beside.is_dir() else None
+    folders = (REPOSITORY.parent / "shared" / name, REPOSITORY / "tests" / name / "data")
+    return next((folder for folder in folders if folder.is_dir()), None)
+
+
+def existing(folder: Path, name: str) -> Path:
+    """A file of a folder; the test skips where there is none."""
+    if not (folder / name).is_file():
+        pytest.skip(f"{folder} has no {name}")
+    return folder / name

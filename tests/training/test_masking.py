@@ -34,8 +34,8 @@ def drawn(case):
     return prefix_mask(case["length"], None)
 
 
-def test_masks_are_those_of_the_reference(golden_dir):
-    cases = json.loads((golden_dir / "tess" / "masks.json").read_text())
+def test_masks_are_those_of_the_reference(golden_file):
+    cases = json.loads(golden_file("tess/masks.json").read_text())
     assert {case["kind"] for case in cases} == {"span", "prefix_train", "prefix_eval"}
     for case in cases:
         mask = drawn(case)

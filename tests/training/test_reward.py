@@ -219,8 +219,8 @@ def test_every_form_of_a_pair_is_written_alike(folder, tmp_path, row, layout, ex
     assert tokenizer.decode(found["rejected_ids"]) == expected.replace("A</s>", "B</s>")
 
 
-def test_the_authors_template_is_the_reference(golden_dir):
-    formats = json.loads((golden_dir / "tess" / "text_formats.json").read_text())
+def test_the_authors_template_is_the_reference(golden_file):
+    formats = json.loads(golden_file("tess/text_formats.json").read_text())
     data = {"train": [{"path": "x"}]}
     run = parse_run({"kind": "reward", "model": {"base": "x"}, "data": data})
     writer = PairWriter.of(run, tiny_tokenizer())
