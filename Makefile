@@ -4,6 +4,7 @@
 #   make test      check, then the suite against the installed wheel
 #   make test-all  the same with the tests marked slow
 #   make test-newest, make test-oldest   the suite with today's releases, and with the lower bounds of pyproject.toml
+#   make test-kernels  golden, solver, conformance and generation tests under five sets of a processor's kernels
 
 PYTHON ?= $(firstword $(foreach name,python3 python3.13 python3.12 python3.11,$(shell \
 	$(name) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $(name))))
@@ -18,7 +19,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 # It would put a working tree before the installed wheel.
 unexport PYTHONPATH
 
-.PHONY: demo check wheel install-wheel test test-all test-newest test-oldest clean
+.PHONY: demo check wheel install-wheel test test-all test-newest test-oldest test-kernels clean
 
 demo: .venv/.demo
 	.venv/bin/l2d demo
@@ -44,13 +45,24 @@ test-oldest: wheel
 	.venv/bin/python .ci/floors.py $(TORCH) > dist/oldest.txt
 	$(call suite-in-new,oldest)
 
+# Other kernels round otherwise; what the caller of make has set is the sixth.
+kernel-tests = $(addprefix $(CURDIR)/tests/,golden test_conformance.py test_generation.py plugins/test_solvers.py plugins/test_solvers_rk.py)
+test-kernels: install-wheel
+	$(call run-kernels)
+	$(call run-kernels,MKL_ENABLE_INSTRUCTIONS=AVX2 ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2)
+	$(call run-kernels,ATEN_CPU_CAPABILITY=avx2)
+	$(call run-kernels,ATEN_CPU_CAPABILITY=default)
+	$(call run-kernels,MKL_CBWR=COMPATIBLE)
+
 clean:
 	rm -rf .venv .venv-test .venv-newest .venv-oldest dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
 
 # From an empty folder, so that only the installed wheel can be imported.
-run-suite = folder=$$(mktemp -d) && trap 'rm -rf "$$folder"' EXIT && cd "$$folder" && \
-	L2D_EXPECT_INSTALLED=1 OMP_NUM_THREADS=1 $(CURDIR)/$(1)/bin/python -m pytest \
-	-c $(CURDIR)/pyproject.toml --rootdir $(CURDIR) -n $(WORKERS) $(PYTEST_ARGS) $(CURDIR)/tests
+run-suite = $(call run-tests,$(1),,$(CURDIR)/tests)
+run-kernels = $(call run-tests,.venv-test,$(1),$(kernel-tests))
+run-tests = folder=$$(mktemp -d) && trap 'rm -rf "$$folder"' EXIT && cd "$$folder" && \
+	env $(2) L2D_EXPECT_INSTALLED=1 OMP_NUM_THREADS=1 $(CURDIR)/$(1)/bin/python -m pytest \
+	-c $(CURDIR)/pyproject.toml --rootdir $(CURDIR) -n $(WORKERS) $(PYTEST_ARGS) $(3)
 
 # In a fresh environment .venv-NAME whose only constraints are those of dist/NAME.txt.
 define suite-in-new
