@@ -171,7 +171,7 @@ def place_reward_model(base, plant):
     yield lambda: reward_network.load_reward_model(str(folder), torch.device("cpu"), torch.float32)
     measure = RewardMeasure(data="a", model=str(folder), canvas=8)
     answerer = SimpleNamespace(lm=SimpleNamespace(device="cpu"), tokenizer=tiny_tokenizer(), batch_size=1)
-    yield lambda: measure._rewards(answerer, ["a"], [SimpleNamespace(text="b", ids=[5])], ())
+    yield lambda: measure._rewards(answerer, ["a"], [SimpleNamespace(text="b", ids=[5])], set())
 
 
 def place_judge(base, plant):
