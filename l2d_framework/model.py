@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from threading import Lock
 from typing import Any
 
 import torch
@@ -33,6 +34,9 @@ from l2d_framework.transformers_face import TransformersFace, as_transformers
 
 DEFAULT_NEW_TOKENS = 256
 """Answer length where neither the call nor the base model sets one: the L2D paper's for general tasks."""
+
+_STOP_STRINGS = Lock()
+"""Held while transformers looks stop strings up in a table of the whole process, from which it also removes some."""
 
 
 @dataclass(frozen=True)
@@ -296,7 +300,8 @@ class DiffusionLM(Process):
         if config.stop_strings is not None:
             if self.tokenizer is None:
                 raise ConfigError(f"stop_strings={config.stop_strings!r} needs a tokenizer, which this model lacks.")
-            criteria.append(StopStringCriteria(self.tokenizer, config.stop_strings))
+            with _STOP_STRINGS:
+                criteria.append(StopStringCriteria(self.tokenizer, config.stop_strings))
             config.stop_strings = None
         if config.max_length is None and config.max_new_tokens is None:
             config.max_new_tokens = DEFAULT_NEW_TOKENS

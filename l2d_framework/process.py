@@ -40,9 +40,10 @@ class Process(nn.Module):
         """
         weights = [*self.parametrization.parameters(), self.backbone.table()]
         state = [(weight.data_ptr(), weight._version, weight.dtype, weight.device) for weight in weights]
-        if self._codebook is None or self._codebook[0] != state:
-            self._codebook = state, self.parametrization.codebook(self.backbone.table())
-        return self._codebook[1]
+        made = self._codebook
+        if made is None or made[0] != state:
+            made = self._codebook = state, self.parametrization.codebook(self.backbone.table())
+        return made[1]
 
     def own_parameters(self) -> dict[str, nn.Parameter]:
         """What training changes and checkpoints store; the language model's weights only if the backbone trains them.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -160,11 +161,9 @@ def search(
             "each other. Choose another solver for search."
         )
     spent: list[int] = []
-    face.on_step = lambda evaluations: spent.append(int((evaluations + 1).sum()) - 1)
-    try:
-        found = _hypotheses(face, prompt, settings, name, picking)
-    finally:
-        face.on_step = None
+    watched = copy.copy(face)  # others may be searching with the same
+    watched.on_step = lambda evaluations: spent.append(int((evaluations + 1).sum()) - 1)
+    found = _hypotheses(watched, prompt, settings, name, picking)
     scores, lengths = found.sequences_scores.float().cpu(), (found.beam_indices >= 0).sum(1).tolist()
     if settings.temperature == 0:
         chosen = int(scores.argmax())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
@@ -17,6 +16,7 @@ from l2d_framework.backbone import Backbone, BackboneConfig
 from l2d_framework.errors import ConfigError, UnsupportedModelError
 from l2d_framework.opening import new_model
 from l2d_framework.types import Layout
+from l2d_plugins.twins import private, twin
 
 
 class InPlaceConfig(BackboneConfig):
@@ -119,9 +119,7 @@ class InPlace(Backbone):
         self.shift = int(not masked if config.label_shift is None else config.label_shift)
         self.vocab_size, self.hidden_size = self.table().shape
         self._body: tuple[nn.Module, ...] = (lm.base_model,)  # a tuple, so that no parameter is registered twice
-        head = copy.copy(lm)
-        head._modules = {**lm._modules, lm.base_model_prefix: _Through()}
-        self._head = (head,)
+        self._head = (twin(lm, _modules={**lm._modules, lm.base_model_prefix: _Through()}),)
         # Learned positions of the RoBERTa family start after the one kept for padding.
         embeddings = getattr(lm.base_model, "embeddings", None)
         self._first_position = int(getattr(embeddings, "padding_idx", -1)) + 1 if masked else 0
@@ -271,7 +269,7 @@ class InPlace(Backbone):
         mask = mask.masked_fill(~allowed, torch.finfo(torch.float16).min)
         position_ids = (visible.cumsum(-1) - 1).clamp_min(0) + self._first_position
         # Not all bodies accept `use_cache`, and none keeps one for a single pass.
-        return self._body[0](  # type: ignore[no-any-return]
+        return private(self._body[0])(  # type: ignore[no-any-return]
             inputs_embeds=inputs, attention_mask=mask, position_ids=position_ids, use_cache=False
         ).last_hidden_state
 

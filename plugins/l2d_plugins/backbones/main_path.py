@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass, field, replace
 from inspect import signature
 from typing import Any
@@ -16,6 +15,7 @@ from l2d_framework.errors import UnsupportedModelError
 from l2d_framework.types import Layout
 from l2d_plugins.backbones.branches import Branch, find_branches, is_norm
 from l2d_plugins.backbones.shadow import MainKeys, gather_kwargs
+from l2d_plugins.twins import StandIn, private, twin
 
 _SELF_TEST_TOKENS = 7
 
@@ -135,9 +135,9 @@ class MainPath:
         self._cache_name = "cache" if "cache" in names else "past_key_values"
         self.layers_name = next(n for n, module in lm.named_modules() if module is layers)
         self.final_norm = norms[0]
+        self._norm_name = next(n for n, child in self.decoder.named_children() if child is norms[0])
         # A shallow clone whose decoder is the final norm alone: soft caps and logit scales stay transformers' own code.
-        self._head = copy.copy(lm)
-        self._head._modules = {**lm._modules, name: _FinalNorm(self.final_norm)}
+        self._head = twin(lm, _modules={**lm._modules, name: _FinalNorm(self.final_norm)})
 
     def head(self, features: Tensor) -> Tensor:
         """Final norm and vocabulary head.
@@ -205,21 +205,33 @@ class MainPath:
     ) -> MainContext:
         kwargs: list[dict[str, Any]] = []
         hidden: list[Tensor] = []
-        capture = _capture(kwargs, cache)
-        hooks = [layer.register_forward_pre_hook(capture, with_kwargs=True) for layer in self.layers]
-        hooks.append(self.final_norm.register_forward_pre_hook(lambda module, args: hidden.append(args[0])))
-        try:
-            with torch.no_grad():
-                self.decoder(
-                    input_ids=tokens,
-                    attention_mask=None if present is None else present.long(),
-                    position_ids=position_ids,
-                    use_cache=True,
-                    **{self._cache_name: cache},
-                )
-        finally:
-            for hook in hooks:
-                hook.remove()
+        keys = MainKeys(cache)
+
+        def watched(layer: nn.Module) -> StandIn:
+            def call(*args: Any, **given: Any) -> Any:
+                # Whatever a layer calls its cache, there a shadow takes the read-only one.
+                kwargs.append({name: keys if value is cache else value for name, value in given.items()})
+                return layer(*args, **given)
+
+            return StandIn(layer, call)
+
+        def norm(y: Tensor) -> Tensor:
+            hidden.append(y)
+            return self.final_norm(y)  # type: ignore[no-any-return]
+
+        decoder = private(
+            self.decoder,
+            layers=[watched(layer) for layer in self.layers],
+            **{self._norm_name: StandIn(self.final_norm, norm)},
+        )
+        with torch.no_grad():
+            decoder(
+                input_ids=tokens,
+                attention_mask=None if present is None else present.long(),
+                position_ids=position_ids,
+                use_cache=True,
+                **{self._cache_name: cache},
+            )
         return MainContext(cache, hidden[0], kwargs, present, real, cache.get_seq_length(), tables)
 
     def self_test(self, shadows: nn.ModuleList) -> None:
@@ -279,13 +291,3 @@ class _FinalNorm(nn.Module):
 
     def forward(self, *_: Any, inputs_embeds: Tensor, **__: Any) -> MoeModelOutputWithPast:
         return MoeModelOutputWithPast(last_hidden_state=self.norm(inputs_embeds))
-
-
-def _capture(kwargs: list[dict[str, Any]], cache: DynamicCache) -> Any:
-    # Whatever a layer calls its cache, there a shadow takes the read-only one.
-    keys = MainKeys(cache)
-
-    def hook(module: nn.Module, args: tuple[Any, ...], given: dict[str, Any]) -> None:
-        kwargs.append({name: keys if value is cache else value for name, value in given.items()})
-
-    return hook

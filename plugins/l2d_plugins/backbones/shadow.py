@@ -1,8 +1,8 @@
 """Shadow layers: copies of a language model's decoder layers that share its frozen parameters.
 
 A shadow is the model's own layer object, deep-copied while its Parameters stay shared, so no modelling code is repeated
-and the model itself is never touched. Modulation and gates are hooks on the shadow; keys and values come from the main
-path through a read-only cache.
+and the model itself is never touched. Modulation and gates stand in a twin of the shadow that each call makes for itself;
+keys and values come from the main path through a read-only cache.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from l2d_plugins.backbones.branches import Branch
+from l2d_plugins.twins import StandIn, twin
 
 KEY_VALUE = ("k_proj", "v_proj")
 """Projections whose results the diffusion path never reads."""
@@ -113,20 +114,6 @@ class Modulated(nn.Module):
         super().__init__()
         self.shadow = shadow
         self.branches = branches
-        for branch in branches:
-            if branch.owns_norm:
-                norm = shadow.get_submodule(branch.norm)
-                if not isinstance(norm, (nn.LayerNorm, nn.RMSNorm)):
-                    norm.register_parameter("gamma", norm._parameters.pop("weight"))
-                    norm.__dict__["weight"] = norm._parameters["gamma"]
-                norm.register_forward_hook(_shift)
-        for branch in branches:
-            shadow.get_submodule(branch.gate).register_forward_hook(_gate)
-        # Found once, since every evaluation needs them; a tuple registers none of them a second time.
-        self._hooked = tuple(
-            (shadow.get_submodule(branch.norm) if branch.owns_norm else None, shadow.get_submodule(branch.gate))
-            for branch in branches
-        )
 
     @property
     def chunks(self) -> int:
@@ -145,38 +132,36 @@ class Modulated(nn.Module):
             (B, L, H).
         """
         parts = iter(modulation.to(y.dtype).chunk(self.chunks, -1))
-        for norm, gate in self._hooked:
-            if norm is not None:
-                scale, shift = next(parts), next(parts)
-                norm.__dict__.update(l2d_scale=scale, l2d_shift=shift)
-                if (gamma := norm._parameters.get("gamma")) is not None:
-                    norm.__dict__["weight"] = gamma + scale
-            gate.__dict__["l2d_gate"] = next(parts)
-        try:
-            out = self.shadow(y, **kwargs)
-        finally:
-            for module in (module for pair in self._hooked for module in pair if module is not None):
-                for name in ("l2d_scale", "l2d_shift", "l2d_gate"):
-                    module.__dict__.pop(name, None)
-                if (gamma := module._parameters.get("gamma")) is not None:
-                    module.__dict__["weight"] = gamma
+        children: dict[str, Any] = dict(self.shadow._modules)
+        for branch in self.branches:
+            if branch.owns_norm:
+                children[branch.norm] = _scaled(children[branch.norm], next(parts), next(parts))
+            children[branch.gate] = _gated(children[branch.gate], next(parts))
+        out = twin(self.shadow, _modules=children)(y, **kwargs)
         result: Tensor = out[0] if isinstance(out, tuple) else out
         return result
 
 
-def _shift(norm: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-    scale: Tensor = norm.__dict__["l2d_scale"]
-    shift: Tensor = norm.__dict__["l2d_shift"]
-    if isinstance(norm, nn.LayerNorm):
-        output = output + scale * functional.layer_norm(args[0], norm.normalized_shape, eps=norm.eps)
-    elif isinstance(norm, nn.RMSNorm):
-        output = output + scale * functional.rms_norm(args[0], norm.normalized_shape, eps=norm.eps)
-    return output + shift
+def _scaled(norm: Any, scale: Tensor, shift: Tensor) -> StandIn:
+    def call(y: Tensor) -> Tensor:
+        if isinstance(norm, nn.LayerNorm):
+            out = norm(y) + scale * functional.layer_norm(y, norm.normalized_shape, eps=norm.eps)
+        elif isinstance(norm, nn.RMSNorm):
+            out = norm(y) + scale * functional.rms_norm(y, norm.normalized_shape, eps=norm.eps)
+        else:
+            # An attribute hides the parameter of its name, and need not be one.
+            out = twin(norm, weight=norm.weight + scale)(y)
+        return out + shift
+
+    return StandIn(norm, call)
 
 
-def _gate(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-    gate = module.__dict__["l2d_gate"]
-    return (gate * output[0], *output[1:]) if isinstance(output, tuple) else gate * output
+def _gated(module: nn.Module, gate: Tensor) -> StandIn:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        out = module(*args, **kwargs)
+        return (gate * out[0], *out[1:]) if isinstance(out, tuple) else gate * out
+
+    return StandIn(module, call)
 
 
 def gather_kwargs(kwargs: dict[str, Any], index: Tensor, length: int) -> dict[str, Any]:

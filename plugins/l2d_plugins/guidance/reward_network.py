@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
@@ -13,6 +14,10 @@ from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, AutoModelFor
 
 from l2d_framework.errors import CheckpointError, ConfigError, UnsupportedModelError
 from l2d_framework.opening import new_model, open_config, open_model, open_tokenizer
+from l2d_plugins.twins import private
+
+_OPENING = Lock()
+"""Held while a model is opened: once is enough, and transformers changes settings of the whole process meanwhile."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +81,7 @@ class RewardNetwork:
             )
 
     def _hidden(self, inputs: Tensor) -> Tensor:
-        return self.body(inputs_embeds=inputs, use_cache=False).last_hidden_state  # type: ignore[no-any-return]
+        return private(self.body)(inputs_embeds=inputs, use_cache=False).last_hidden_state  # type: ignore[no-any-return]
 
 
 def check_reward_model(name: str, tokenizer: Any, *, needs_end: bool) -> None:
@@ -92,7 +97,8 @@ def check_reward_model(name: str, tokenizer: Any, *, needs_end: bool) -> None:
         UnsupportedModelError: if it is no sequence classifier with a `score` head over a decoder.
     """
     size = None if tokenizer is None else len(tokenizer)
-    _check(name, tokenizer, size, needs_end, _stamps(name))
+    with _OPENING:
+        _check(name, tokenizer, size, needs_end, _stamps(name))
 
 
 def load_reward_model(name: str, device: torch.device, dtype: torch.dtype) -> RewardNetwork:
@@ -111,7 +117,8 @@ def load_reward_model(name: str, device: torch.device, dtype: torch.dtype) -> Re
         CheckpointError: if weights are missing.
         UnsupportedModelError: if it is no sequence classifier over a decoder.
     """
-    return _load(name, device, dtype, _stamps(name))
+    with _OPENING:
+        return _load(name, device, dtype, _stamps(name))
 
 
 def _stamps(name: str) -> tuple[int, ...]:

@@ -1,0 +1,76 @@
+"""Modules for one call: they share the weights of a module that several threads may run, and keep its changes apart."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+
+def twin(module: nn.Module, **replaced: Any) -> Any:
+    """A module that shares everything with another but some attributes.
+
+    Args:
+        module: the other; it is not changed.
+        **replaced: attributes of the twin.
+
+    Returns:
+        The twin, made in a microsecond.
+    """
+    made = object.__new__(type(module))
+    made.__dict__.update(module.__dict__, **replaced)
+    return made
+
+
+def private(module: nn.Module, **children: Any) -> Any:
+    """A twin whose children do not share what they change about themselves, as rotary embeddings of long texts do.
+
+    Args:
+        module: a decoder or the like; it is not changed.
+        **children: callables in the places of some of its children.
+
+    Returns:
+        The twin.
+    """
+    own = {
+        name: twin(child, _buffers={key: None if b is None else b.clone() for key, b in child._buffers.items()})
+        for name, child in module.named_children()
+        if child._buffers
+    }
+    return twin(module, _modules={**module._modules, **own, **children})
+
+
+class StandIn:
+    """A callable that is otherwise like the module in whose place it stands.
+
+    Args:
+        module: the module.
+        call: what to do instead of calling it.
+    """
+
+    def __init__(self, module: nn.Module, call: Callable[..., Any]) -> None:
+        self._module, self._call = module, call
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Do what it was made for.
+
+        Args:
+            *args: what the module would have been given.
+            **kwargs: likewise.
+
+        Returns:
+            What the module would have returned, perhaps changed.
+        """
+        return self._call(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        """What the module has.
+
+        Args:
+            name: of an attribute.
+
+        Returns:
+            Its value.
+        """
+        return getattr(self._module, name)
