@@ -1,5 +1,7 @@
 """The two-stream backbone over every family it promises; what holds over a Llama alone is in the conformance kit."""
 
+import tomllib
+
 import pytest
 import torch
 from diffusion_models import (
@@ -16,6 +18,7 @@ from diffusion_models import (
     training_loss,
     two_stream,
 )
+from packaging.version import Version
 from torch.nn import functional
 from torch.utils import checkpoint
 from transformers.models.llama.modeling_llama import LlamaAttention
@@ -23,6 +26,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention
 from l2d_framework.errors import ConfigError, UnsupportedModelError
 from l2d_framework.types import Layout
 from l2d_plugins.backbones.two_stream import ADAPTER
+from l2d_plugins.families import TESTED, advice
 
 OTHERS = ("stablelm", "phi", "cohere", "gpt_neox")
 """Families that are served without being promised, since they are built unlike the others: layer norms with biases,
@@ -359,13 +363,84 @@ class LooksPastTheCache(LlamaAttention):
         return out
 
 
-def test_a_model_whose_layers_cannot_be_replayed_is_refused_by_name(tiny_lm):
-    lm = tiny_lm()
+def looks_past_the_cache(lm):
     attention = LooksPastTheCache(lm.config, 1).eval()
     attention.load_state_dict(lm.model.layers[1].self_attn.state_dict())
     lm.model.layers[1].self_attn = attention
+    return lm
+
+
+def test_a_model_whose_layers_cannot_be_replayed_is_refused_by_name(tiny_lm):
     with pytest.raises(UnsupportedModelError, match=r"LlamaForCausalLM: layer 1 replayed .* is off by \d"):
+        backbone_config().build(looks_past_the_cache(tiny_lm()))
+
+
+def refusal(lm):
+    with pytest.raises(UnsupportedModelError) as caught:
         backbone_config().build(lm)
+    return str(caught.value)
+
+
+def raises_type_error(lm):
+    def forward(hidden_states, position_embeddings, cache_of_next_year):
+        raise AssertionError
+
+    lm.model.layers[0].forward = forward
+    return lm
+
+
+def knows_no_such_argument(lm):
+    def forward(input_ids):
+        raise AssertionError
+
+    lm.model.forward = forward
+    return lm
+
+
+def lost_its_layers(lm):
+    lm.model.blocks = lm.model._modules.pop("layers")
+    return lm
+
+
+def lost_a_norm(lm):
+    lm.model.layers[0].input_layernorm = torch.nn.Identity()
+    return lm
+
+
+BROKEN = [
+    (looks_past_the_cache, "layer 1 replayed"),
+    (raises_type_error, "unexpected keyword argument"),
+    (knows_no_such_argument, "unexpected keyword argument"),
+    (lost_its_layers, "found layers: False"),
+    (lost_a_norm, "0 attention and 1 MLP branches"),
+]
+
+
+@pytest.mark.parametrize(("change", "failed"), BROKEN)
+@pytest.mark.parametrize("installed", ["5.16.2", "5.24.1", "5.31.0.dev0"])
+def test_a_served_family_that_fails_blames_the_installed_release(tiny_lm, monkeypatch, change, failed, installed):
+    monkeypatch.setattr("transformers.__version__", installed)
+    message = refusal(change(tiny_lm()))
+    assert failed in message
+    assert f"'llama' is served with transformers 5.17.0 to 5.24.0; {installed} is installed" in message
+    assert "another family" not in message
+    tested = installed.startswith("5.24")
+    assert message.endswith("Load it unchanged." if tested else "Run: pip install 'transformers>=5.17.0,<=5.24.0'")
+
+
+def test_a_family_that_is_not_served_is_never_told_to_choose_itself():
+    assert "gemma2" in advice("gemma3", PROVEN)
+    assert "gemma3" not in advice("gemma3", PROVEN)
+    assert "is installed" not in advice("gpt2", PROVEN)
+
+
+def test_the_tested_releases_are_those_of_the_requirement_and_of_the_constraints(repository):
+    lines = (repository / "constraints.txt").read_text().splitlines()
+    newest = Version(next(line for line in lines if line.startswith("transformers==")).partition("==")[2])
+    project = tomllib.loads((repository / "pyproject.toml").read_text())["project"]
+    floor = next(line for line in project["dependencies"] if line.startswith("transformers>="))
+    assert Version(TESTED[0]) == Version(floor.partition(">=")[2])
+    assert newest <= Version(TESTED[1])
 
 
 def test_an_encoder_decoder_is_refused():

@@ -13,6 +13,7 @@ from l2d_framework.config import SamplingSection
 from l2d_framework.model import DiffusionLM, Origin
 from l2d_framework.objective import Losses, NoiseRule, denoising_loss, draw
 from l2d_framework.types import Layout, Query
+from l2d_plugins.backbones import in_place, main_path
 from l2d_plugins.backbones.in_place import InPlaceConfig
 from l2d_plugins.backbones.two_stream import TwoStream, TwoStreamConfig
 from l2d_plugins.parametrizations.embedding import EmbeddingConfig
@@ -21,8 +22,11 @@ from l2d_plugins.schedules.cosine import Cosine
 from l2d_plugins.schedules.linear import Linear
 from l2d_plugins.solvers.renoise import Renoise
 
-PROVEN = ("llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3_text", "smollm3", "phi3", "olmo2")
+PROVEN = main_path.PROVEN
 """Families that the two-stream backbone promises to serve."""
+
+BIDIRECTIONAL = in_place.PROVEN
+"""Families that the in-place backbone serves."""
 
 NETWORK: dict[str, Any] = {"rank": 2, "alpha": 2.0, "time_features": 8, "conditioning_size": 8}
 SPACE: dict[str, Any] = {"size": 8, "hidden": 8, "prior_scale": 8.0}
@@ -63,10 +67,6 @@ def diffusion_lm(lm: PreTrainedModel | str = "llama", **options: Any) -> Diffusi
 def shared_lm(family: str = "llama", **options: Any) -> DiffusionLM:
     """The same model at every call of a session; not to be changed."""
     return diffusion_lm(family, **options)
-
-
-BIDIRECTIONAL = ("llama", "qwen2", "qwen3", "mistral", "smollm3", "phi3", "olmo2", "gpt2", "roberta", "bert")
-"""Families that the in-place backbone serves."""
 
 
 def tess_lm(

@@ -44,12 +44,13 @@ def is_norm(module: nn.Module) -> bool:
     return "norm" in type(module).__name__.lower() and weight is not None and weight.dim() == 1
 
 
-def find_branches(layers: nn.ModuleList, forward: Callable[[], Any]) -> list[tuple[Branch, Branch]]:
+def find_branches(layers: nn.ModuleList, forward: Callable[[], Any], advice: str) -> list[tuple[Branch, Branch]]:
     """Attention and MLP branch of every layer.
 
     Args:
         layers: decoder layers.
         forward: runs them once.
+        advice: what to do if they cannot be served.
 
     Returns:
         (attention, MLP) per layer.
@@ -68,7 +69,16 @@ def find_branches(layers: nn.ModuleList, forward: Callable[[], Any]) -> list[tup
     finally:
         for handle in handles:
             handle.remove()
-    return [_branches_of(record, layer) for record, layer in zip(calls, layers, strict=True)]
+    try:
+        return [_branches_of(record) for record in calls]
+    except _OtherwiseBuilt as error:
+        raise UnsupportedModelError(
+            f"Backbone 'two_stream' cannot modulate {type(layers[0]).__name__}: {error}. {advice}"
+        ) from None
+
+
+class _OtherwiseBuilt(Exception):
+    """Says what a layer has instead of two branches."""
 
 
 def _recorder(record: _Calls, name: str) -> Callable[..., None]:
@@ -79,7 +89,7 @@ def _recorder(record: _Calls, name: str) -> Callable[..., None]:
     return hook
 
 
-def _branches_of(record: _Calls, layer: nn.Module) -> tuple[Branch, Branch]:
+def _branches_of(record: _Calls) -> tuple[Branch, Branch]:
     outputs = [out for _, _, _, out in record.entries]
     heads = [entry for entry in record.entries if not any(entry[2] is out for out in outputs)]
     chains: list[list[tuple[str, nn.Module]]] = []
@@ -91,13 +101,13 @@ def _branches_of(record: _Calls, layer: nn.Module) -> tuple[Branch, Branch]:
     for chain in chains:
         norms = [name for name, module in chain if is_norm(module)]
         if not norms:
-            _refuse(layer, f"the branch {' -> '.join(name for name, _ in chain)} has no normalisation")
+            raise _OtherwiseBuilt(f"the branch {' -> '.join(name for name, _ in chain)} has no normalisation")
         branch = Branch(norm=norms[0], gate=chain[-1][0], owns_norm=norms[0] not in used)
         used.add(norms[0])
         attends = any(hasattr(part, "layer_idx") for _, module in chain for part in module.modules())
         (attention if attends else mlp).append(branch)
     if len(attention) != 1 or len(mlp) != 1:
-        _refuse(layer, f"it has {len(attention)} attention and {len(mlp)} MLP branches instead of one of each")
+        raise _OtherwiseBuilt(f"it has {len(attention)} attention and {len(mlp)} MLP branches instead of one of each")
     return attention[0], mlp[0]
 
 
@@ -113,10 +123,3 @@ def _follow(
         chains.append(chain)
     for consumer in consumers:
         _follow(record, consumer, chain, chains)
-
-
-def _refuse(layer: nn.Module, why: str) -> None:
-    raise UnsupportedModelError(
-        f"Backbone 'two_stream' cannot modulate {type(layer).__name__}: {why}. Use a model of a proven family "
-        "(llama, qwen2, qwen3, mistral, gemma2, gemma3, smollm3, phi3, olmo2) or another backbone."
-    )

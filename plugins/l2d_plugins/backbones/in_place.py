@@ -16,7 +16,11 @@ from l2d_framework.backbone import Backbone, BackboneConfig
 from l2d_framework.errors import ConfigError, UnsupportedModelError
 from l2d_framework.opening import new_model
 from l2d_framework.types import Layout
+from l2d_plugins.families import advice
 from l2d_plugins.twins import private, twin
+
+PROVEN = ("llama", "qwen2", "qwen3", "mistral", "smollm3", "phi3", "olmo2", "gpt2", "roberta", "bert")
+"""Families that are known to be served."""
 
 
 class InPlaceConfig(BackboneConfig):
@@ -294,8 +298,8 @@ class InPlace(Backbone):
         )
         if problem:
             raise UnsupportedModelError(
-                f"Backbone 'in_place' cannot serve {type(self.lm).__name__}: {problem}. Choose a model of another "
-                "family, such as llama, mistral, qwen2, qwen3 or roberta."
+                f"Backbone 'in_place' cannot serve {type(self.lm).__name__}: {problem}. "
+                f"{advice(self.lm.config.model_type, PROVEN)}"
             )
 
 

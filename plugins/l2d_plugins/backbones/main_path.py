@@ -15,9 +15,15 @@ from l2d_framework.errors import UnsupportedModelError
 from l2d_framework.types import Layout
 from l2d_plugins.backbones.branches import Branch, find_branches, is_norm
 from l2d_plugins.backbones.shadow import MainKeys, gather_kwargs
+from l2d_plugins.families import advice
 from l2d_plugins.twins import StandIn, private, twin
 
+PROVEN = ("llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3_text", "smollm3", "phi3", "olmo2")
+"""Families that are promised to be served."""
+
 _SELF_TEST_TOKENS = 7
+_FAILURES = (RuntimeError, TypeError, AttributeError, LookupError, ValueError)
+"""How code fails that is not built as expected."""
 
 
 @dataclass(frozen=True)
@@ -124,10 +130,9 @@ class MainPath:
         norms = [m for m in self.decoder.children() if is_norm(m)] if layers is not None else []
         name = next((n for n, child in lm.named_children() if child is self.decoder), None)
         if layers is None or len(norms) != 1 or name is None:
-            raise UnsupportedModelError(
-                f"Backbone 'two_stream' cannot serve {type(lm).__name__}: its decoder needs a list `layers` and "
-                f"exactly one final norm (found layers: {layers is not None}, norms: {len(norms)}). Choose a model of "
-                "another family, such as llama, qwen3, gemma3 or olmo2."
+            raise self._refusal(
+                "its decoder needs a list `layers` and exactly one final norm "
+                f"(found layers: {layers is not None}, norms: {len(norms)})"
             )
         self.layers: nn.ModuleList = layers
         # Since 5.24 transformers calls it `cache`.
@@ -138,6 +143,12 @@ class MainPath:
         self._norm_name = next(n for n, child in self.decoder.named_children() if child is norms[0])
         # A shallow clone whose decoder is the final norm alone: soft caps and logit scales stay transformers' own code.
         self._head = twin(lm, _modules={**lm._modules, name: _FinalNorm(self.final_norm)})
+
+    def _refusal(self, why: str) -> UnsupportedModelError:
+        return UnsupportedModelError(
+            f"Backbone 'two_stream' cannot serve {type(self.lm).__name__}: {why}. "
+            f"{advice(self.lm.config.model_type, PROVEN)}"
+        )
 
     def head(self, features: Tensor) -> Tensor:
         """Final norm and vocabulary head.
@@ -155,12 +166,24 @@ class MainPath:
 
         Returns:
             (attention, MLP) per layer.
+
+        Raises:
+            UnsupportedModelError: if the model cannot be run as transformers' decoders are.
         """
         tokens = torch.zeros(1, 2, dtype=torch.int64, device=self.lm.device)
         with torch.no_grad():
             # Without a cache transformers looks for packed sequences, which needs values that the meta device has not.
             cache = DynamicCache()
-            return find_branches(self.layers, lambda: self.decoder(input_ids=tokens, **{self._cache_name: cache}))
+            try:
+                return find_branches(
+                    self.layers,
+                    lambda: self.decoder(input_ids=tokens, **{self._cache_name: cache}),
+                    advice(self.lm.config.model_type, PROVEN),
+                )
+            except UnsupportedModelError:
+                raise
+            except _FAILURES as error:
+                raise self._refusal(f"it cannot be run on two tokens ({type(error).__name__}: {error})") from error
 
     def read(self, layout: Layout) -> MainContext:
         """Run over a batch of prompts.
@@ -257,6 +280,10 @@ class MainPath:
         hooks = [layer.register_forward_hook(keep) for layer in self.layers]
         try:
             context = self.read(Layout(tokens, blocks))
+        except _FAILURES as error:
+            raise self._refusal(
+                f"it cannot be read with a cache of its own ({type(error).__name__}: {error})"
+            ) from error
         finally:
             for hook in hooks:
                 hook.remove()
@@ -267,20 +294,19 @@ class MainPath:
             try:
                 with torch.no_grad():
                     replay = shadow(inputs[number], **arguments)
-            except (RuntimeError, TypeError, AttributeError) as error:
-                raise UnsupportedModelError(
-                    f"Backbone 'two_stream' cannot serve {type(self.lm).__name__}: layer {number} cannot be replayed "
-                    f"on the main path's keys and values ({error}). Choose a model of another family, such as llama."
+            except _FAILURES as error:
+                raise self._refusal(
+                    f"layer {number} cannot be replayed on the main path's keys and values "
+                    f"({type(error).__name__}: {error})"
                 ) from error
             replay = replay[0] if isinstance(replay, tuple) else replay
             real = blocks >= 0
             wanted = outputs[number][real].float()
             off = float((replay[real].float() - wanted).abs().max() / wanted.abs().max().clamp_min(1e-12))
             if not off <= tolerance:
-                raise UnsupportedModelError(
-                    f"Backbone 'two_stream' cannot serve {type(self.lm).__name__}: layer {number} replayed on the main "
-                    f"path's keys and values is off by {off:.1e} (at most {tolerance:.0e} is rounding). "
-                    "Choose a model of another family, such as llama, qwen3, gemma3 or olmo2."
+                raise self._refusal(
+                    f"layer {number} replayed on the main path's keys and values is off by {off:.1e} "
+                    f"(at most {tolerance:.0e} is rounding)"
                 )
 
 

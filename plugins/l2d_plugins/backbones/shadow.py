@@ -1,8 +1,8 @@
 """Shadow layers: copies of a language model's decoder layers that share its frozen parameters.
 
 A shadow is the model's own layer object, deep-copied while its Parameters stay shared, so no modelling code is repeated
-and the model itself is never touched. Modulation and gates stand in a twin of the shadow that each call makes for itself;
-keys and values come from the main path through a read-only cache.
+and the model itself is never touched. Modulation and gates stand in a twin of the shadow that each call makes for
+itself; keys and values come from the main path through a read-only cache.
 """
 
 from __future__ import annotations
@@ -144,6 +144,7 @@ class Modulated(nn.Module):
 
 def _scaled(norm: Any, scale: Tensor, shift: Tensor) -> StandIn:
     def call(y: Tensor) -> Tensor:
+        out: Tensor
         if isinstance(norm, nn.LayerNorm):
             out = norm(y) + scale * functional.layer_norm(y, norm.normalized_shape, eps=norm.eps)
         elif isinstance(norm, nn.RMSNorm):

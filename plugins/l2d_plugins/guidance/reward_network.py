@@ -14,6 +14,7 @@ from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, AutoModelFor
 
 from l2d_framework.errors import CheckpointError, ConfigError, UnsupportedModelError
 from l2d_framework.opening import new_model, open_config, open_model, open_tokenizer
+from l2d_plugins.families import advice
 from l2d_plugins.twins import private
 
 _OPENING = Lock()
@@ -194,7 +195,7 @@ def _config(name: str) -> Any:
     if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
         raise UnsupportedModelError(
             f"Reward model {name!r} is of type {config.model_type!r}, for which there is no sequence classifier. "
-            "Choose a reward model over a decoder such as llama, mistral or qwen2."
+            f"{advice(config.model_type, ('llama', 'mistral', 'qwen2'))}"
         )
     kind: Any = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(config)]
     wanted, saved = kind.__name__, config.architectures or []

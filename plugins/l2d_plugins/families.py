@@ -1,0 +1,37 @@
+"""What to tell whoever has a model that cannot be served: whether its family or an installed release is at fault."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import transformers
+
+TESTED = ("5.17.0", "5.24.0")
+"""Oldest and newest release of transformers that the suite was run with."""
+
+
+def advice(family: str, proven: Sequence[str]) -> str:
+    """What to do about a model that cannot be served.
+
+    Args:
+        family: its `model_type`.
+        proven: families that are served.
+
+    Returns:
+        One or two sentences.
+    """
+    if family not in proven:
+        stem = family.partition("_")[0]
+        others = [name for name in proven if name.partition("_")[0] != stem]
+        return f"Choose a model of another family, such as {', '.join(others)}."
+    oldest, newest = TESTED
+    found = (
+        f"Family {family!r} is served with transformers {oldest} to {newest}; {transformers.__version__} is installed"
+    )
+    if _minor(oldest) <= _minor(transformers.__version__) <= _minor(newest):
+        return f"{found}, so something has changed the model's code or attention. Load it unchanged."
+    return f"{found}. Run: pip install 'transformers>={oldest},<={newest}'"
+
+
+def _minor(version: str) -> list[int]:
+    return [int(part) for part in version.split(".")[:2]]
