@@ -159,3 +159,19 @@ def test_threads_share_the_face_of_transformers():
         return face.generate(encoded.input_ids, attention_mask=encoded.attention_mask, max_new_tokens=3, num_beams=2)
 
     assert all(torch.equal(found, wanted) for found, wanted in at_once_and_one_by_one(answer))
+
+
+@pytest.mark.parametrize("make", [diffusion_lm, tess_lm])
+@pytest.mark.parametrize("output", ["output_hidden_states", "output_attentions"])
+def test_a_base_that_asks_for_more_outputs_gathers_no_hooks_and_answers_as_without(make, output):
+    options = {"num_inference_steps": 3, "max_new_tokens": 3, "eos_token_id": None}
+    lm, prompt = tiny_lm(attn_implementation="eager", **{output: True}), random_tokens(2, 4)
+    model, plain = make(lm), make(tiny_lm(attn_implementation="eager"))
+    assert torch.equal(model.generate(prompt, **options).sequences, plain.generate(prompt, **options).sequences)
+    before = hooks(lm)
+    model.generate(prompt, **options)
+    assert hooks(lm) == before
+
+
+def hooks(lm: PreTrainedModel) -> int:
+    return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in lm.modules())

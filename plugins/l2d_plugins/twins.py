@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 
 def twin(module: nn.Module, **replaced: Any) -> Any:
@@ -39,6 +39,23 @@ def private(module: nn.Module, **children: Any) -> Any:
         if child._buffers
     }
     return twin(module, _modules={**module._modules, **own, **children})
+
+
+def run_body(body: Any, **given: Any) -> Tensor:
+    """Last hidden states of a model's body, run by a twin of its own.
+
+    Args:
+        body: transformers' model without a head.
+        **given: its arguments.
+
+    Returns:
+        (B, T, H).
+    """
+    # A config may ask for more outputs; transformers would collect them by hooks on modules that all twins share.
+    for name in ("output_hidden_states", "output_attentions"):
+        if getattr(body.config, name, False):
+            given[name] = False
+    return private(body)(**given, use_cache=False).last_hidden_state  # type: ignore[no-any-return]
 
 
 class StandIn:

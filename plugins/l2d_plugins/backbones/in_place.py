@@ -17,7 +17,7 @@ from l2d_framework.errors import ConfigError, UnsupportedModelError
 from l2d_framework.opening import new_model
 from l2d_framework.types import Layout
 from l2d_plugins.families import advice
-from l2d_plugins.twins import private, twin
+from l2d_plugins.twins import run_body, twin
 
 PROVEN = ("llama", "qwen2", "qwen3", "mistral", "smollm3", "phi3", "olmo2", "gpt2", "roberta", "bert")
 """Families that are known to be served."""
@@ -272,10 +272,7 @@ class InPlace(Backbone):
         # Finite in every type it may be cast to: a row that sees nothing must not become NaN.
         mask = mask.masked_fill(~allowed, torch.finfo(torch.float16).min)
         position_ids = (visible.cumsum(-1) - 1).clamp_min(0) + self._first_position
-        # Not all bodies accept `use_cache`, and none keeps one for a single pass.
-        return private(self._body[0])(  # type: ignore[no-any-return]
-            inputs_embeds=inputs, attention_mask=mask, position_ids=position_ids, use_cache=False
-        ).last_hidden_state
+        return run_body(self._body[0], inputs_embeds=inputs, attention_mask=mask, position_ids=position_ids)
 
     @torch.no_grad()
     def _self_test(self) -> None:

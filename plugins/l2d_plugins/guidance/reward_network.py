@@ -15,7 +15,7 @@ from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, AutoModelFor
 from l2d_framework.errors import CheckpointError, ConfigError, UnsupportedModelError
 from l2d_framework.opening import new_model, open_config, open_model, open_tokenizer
 from l2d_plugins.families import advice
-from l2d_plugins.twins import private
+from l2d_plugins.twins import run_body
 
 _OPENING = Lock()
 """Held while a model is opened: once is enough, and transformers changes settings of the whole process meanwhile."""
@@ -82,7 +82,7 @@ class RewardNetwork:
             )
 
     def _hidden(self, inputs: Tensor) -> Tensor:
-        return private(self.body)(inputs_embeds=inputs, use_cache=False).last_hidden_state  # type: ignore[no-any-return]
+        return run_body(self.body, inputs_embeds=inputs)
 
 
 def check_reward_model(name: str, tokenizer: Any, *, needs_end: bool) -> None:
