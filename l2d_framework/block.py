@@ -136,5 +136,6 @@ class BlockSolver:
             answer = problem.read_out(solver.solve(problem, x, times), times[-1])
         except Settled as end:
             answer = end.answer
+        problem.check_sound()
         metrics = {name: torch.stack(values, 1) for name, values in problem.metrics.items()}
         return Denoised(answer, problem.evaluations, metrics)

@@ -30,6 +30,7 @@ from l2d_framework.base_model import (
     load_language_model,
     load_tokenizer,
 )
+from l2d_framework.blame import naming_plugins
 from l2d_framework.config import DiffusionRun, ModelSection, parse_sampling
 from l2d_framework.config.validation import validated
 from l2d_framework.errors import CheckpointError
@@ -54,6 +55,7 @@ from l2d_framework.registry import registry
 ADAPTER = "adapter"
 
 
+@naming_plugins()
 def build_model(run: DiffusionRun, *, meta: bool = False) -> DiffusionLM:
     """Diffusion model over a base model.
 

@@ -19,7 +19,7 @@ class Component(BaseModel):
     components are interchangeable, and `model_dump_json` of one is all that a checkpoint stores of it.
     """
 
-    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
 
     kind: ClassVar[str] = ""
     """Name of the interface in a run file, set by each interface."""

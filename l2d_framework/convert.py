@@ -21,6 +21,7 @@ from transformers import (
 )
 
 from l2d_framework.base_model import fetch, fingerprint, load_config, load_language_model, load_tokenizer
+from l2d_framework.blame import naming_plugins
 from l2d_framework.checkpoint import save
 from l2d_framework.config import DiffusionRun, ModelSection, parse_run
 from l2d_framework.errors import CheckpointError, ConfigError
@@ -63,7 +64,7 @@ def convert(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{str(out)!r} is not empty. Give a new folder, so that nothing is overwritten.")
     folder = fetch(source)
-    with reading(repr(source), folder):
+    with reading(repr(source), folder), naming_plugins():
         foreign = registry().converter(reader)(folder)
     if foreign.parts is None and base is not None:
         raise ConfigError(f"{source!r} is a reward model, which has no base, got base={base!r}. Leave it out.")

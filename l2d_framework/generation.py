@@ -104,7 +104,8 @@ def generate(
 ) -> Generation:
     """Answer a batch of prompts.
 
-    A row's answer depends on its own prompt, class, scale, key and the seed, never on its batch mates or padding.
+    A row's answer depends on its own prompt, class, scale, key and the seed, never on its batch mates or padding. Of
+    equal prompts without keys, the second in a call is another request than the first, with noise of its own.
 
     Args:
         process: the model.
@@ -135,7 +136,7 @@ def generate(
     )
     _check_requests(requests, picking)
     loop = _Loop(process, requests, sampling, picking, observer)
-    output: list[Generation] = []
+    prepared: list[Any] = []
 
     def decode(
         model: Any,
@@ -145,21 +146,25 @@ def generate(
         generation_config: GenerationConfig,
         **kwargs: Any,
     ) -> Tensor:
-        output.append(loop.run(input_ids, logits_processor, stopping_criteria, generation_config))
-        return output[0].sequences
+        prepared.extend((input_ids, logits_processor, stopping_criteria, generation_config))
+        return input_ids
 
     # transformers would fill what is None from the model's configuration, also where None was asked for.
     lm: Any = copy.copy(process.backbone.lm)
     lm.generation_config = picking.config
-    lm.generate(
-        requests.input_ids[loop.first],
-        attention_mask=loop.mask[loop.first],
-        generation_config=picking.config,
-        logits_processor=picking.processors,
-        stopping_criteria=picking.criteria,
-        custom_generate=decode,
-    )
-    return output[0]
+    try:
+        lm.generate(
+            requests.input_ids[loop.first],
+            attention_mask=loop.mask[loop.first],
+            generation_config=picking.config,
+            logits_processor=picking.processors,
+            stopping_criteria=picking.criteria,
+            custom_generate=decode,
+        )
+    # Nothing of this package runs in there, and only settings could be wrong.
+    except (ValueError, TypeError, LookupError, AttributeError, ImportError) as error:
+        raise ConfigError(f"transformers refuses these generation settings: {error}") from error
+    return loop.run(*prepared)
 
 
 def _check_requests(requests: Requests, picking: Picking) -> None:
@@ -171,11 +176,6 @@ def _check_requests(requests: Requests, picking: Picking) -> None:
         if values is not None and len(values) != count:
             raise ConfigError(f"{name} must name one value per prompt: got {len(values)} for {count} prompts.")
     config = picking.config
-    if (config.num_beams or 1) > 1 or (config.num_return_sequences or 1) > 1:
-        raise ConfigError(
-            f"num_beams={config.num_beams} and num_return_sequences={config.num_return_sequences} of a generation "
-            "config are not served. Give num_return_sequences to `generate` itself; there is no beam search."
-        )
     if picking.streamer is not None and count * requests.samples > 1:
         raise ConfigError(f"A streamer takes one answer, got {count} prompts and {requests.samples} answers of each.")
     mask = requests.attention_mask

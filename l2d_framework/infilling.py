@@ -138,7 +138,8 @@ def read_gaps(tokenizer: PreTrainedTokenizerBase | None, texts: Sequence[str], l
 def infill(process: Process, gapped: Gapped, *, sampling: Sampling, observer: Observer | None = None) -> Infilled:
     """Fill the gaps with the most likely tokens of the last evaluation.
 
-    A row's result depends on its own text and the seed, never on its batch mates.
+    A row's result depends on its own text and the seed, never on its batch mates; a second copy of a text in one call
+    gets noise of its own.
 
     Args:
         process: the model.

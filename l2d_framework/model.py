@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from threading import Lock
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 from transformers import (
     GenerationConfig,
@@ -20,7 +20,9 @@ from transformers import (
 from transformers.generation.stopping_criteria import StopStringCriteria
 from transformers.generation.streamers import BaseStreamer
 
+from l2d_framework import arguments
 from l2d_framework.backbone import Backbone
+from l2d_framework.blame import naming_plugins
 from l2d_framework.config import ModelSection, SamplingSection, default_sampling
 from l2d_framework.errors import ConfigError, suggest
 from l2d_framework.generation import Generation, Picking, Requests, generate
@@ -28,7 +30,16 @@ from l2d_framework.infilling import Gapped, Infilled, infill, read_gaps
 from l2d_framework.parametrization import Parametrization
 from l2d_framework.problem import Observer
 from l2d_framework.process import Process
-from l2d_framework.prompts import Encoded, Prompt, add_ends, check_length, encode_prompts, pad_left, turn_end
+from l2d_framework.prompts import (
+    Encoded,
+    Prompt,
+    add_ends,
+    check_length,
+    context_length,
+    encode_prompts,
+    pad_left,
+    turn_end,
+)
 from l2d_framework.schedule import Schedule
 from l2d_framework.transformers_face import TransformersFace, as_transformers
 
@@ -124,10 +135,11 @@ class DiffusionLM(Process):
         known = self.origin.classes
         for name in names:
             if name is not None and name not in known:
-                hint = suggest(name, known) or "."
+                hint = suggest(str(name), known) or "."
                 raise ConfigError(f"Unknown class {name!r}{hint} This model knows {list(known)}.")
         return torch.tensor([-1 if n is None else known.index(n) for n in names], device=self.device)
 
+    @naming_plugins()
     def generate(
         self,
         prompts: Prompt | Sequence[Prompt] | Tensor | Encoded,
@@ -150,6 +162,8 @@ class DiffusionLM(Process):
         `seed`, `preset`); `seed` may be a list with one per prompt. Tokens are picked greedily from the last logits
         unless `do_sample` is set here or in the base model's generation config; the L2D paper samples at temperature 1.
         Unless an `eos_token_id` is named, answers also end with the tokens of `ends`.
+        An answer depends on its prompt and the seed, not on batch mates; only a second copy of a prompt in one call
+        gets other noise than the first, unless the encoded prompts carry `keys`.
 
         Args:
             prompts: one text or conversation or a list of them, token ids (B, S) without padding, or an encoded batch.
@@ -170,33 +184,39 @@ class DiffusionLM(Process):
             ConfigError: if an option is unknown or does not fit the model.
         """
         diffusing = {name: options.pop(name) for name in tuple(options) if name in SamplingSection.model_fields}
-        seeds = None
-        if isinstance(diffusing.get("seed"), Sequence):
-            seeds = diffusing.pop("seed")
+        request = arguments.request(
+            classes=classes,
+            guidance_scale=guidance_scale,
+            num_return_sequences=num_return_sequences,
+            seed=diffusing.pop("seed", None),
+        )
+        arguments.check_parts(logits_processor, stopping_criteria, streamer, observer)
+        arguments.check_prompts(prompts, self.backbone.vocab_size)
+        seeds, scales = request.seed, request.guidance_scale
+        if isinstance(seeds, int):
+            diffusing["seed"] = seeds
         sampling = self.sampling(**diffusing)
         self._check_guidance(sampling)
-        scales = None
-        if isinstance(guidance_scale, (int, float)):
-            sampling = rescaled(sampling, float(guidance_scale))
-        elif guidance_scale is not None:
-            rescaled(sampling, 1.0)
-            scales = torch.tensor(list(guidance_scale), dtype=torch.float32, device=self.device)
+        if scales is not None:
+            one = rescaled(sampling, scales if isinstance(scales, float) else 1.0)
+            sampling = one if isinstance(scales, float) else sampling
         encoded = self._encoded(prompts)
         config, criteria = self._picking(generation_config, options, stopping_criteria, encoded.chats or [False])
         check_length(encoded.attention_mask.sum(-1).tolist(), config, self.backbone.lm.config)
         requests = Requests(
-            encoded.input_ids.to(self.device),
-            encoded.attention_mask.to(self.device),
-            classes=None if classes is None else self.class_ids(classes),
-            guidance_scale=scales,
+            encoded.input_ids.to(self.device, torch.int64),
+            encoded.attention_mask.to(self.device, torch.int64),
+            classes=None if request.classes is None else self.class_ids(request.classes),
+            guidance_scale=torch.tensor(scales, device=self.device) if isinstance(scales, list) else None,
             keys=encoded.keys,
-            samples=num_return_sequences,
-            seeds=seeds,
+            samples=request.num_return_sequences,
+            seeds=seeds if isinstance(seeds, list) else None,
             context=encoded.context,
         )
         picking = Picking(config, logits_processor or LogitsProcessorList(), criteria, streamer)
         return generate(self, requests, sampling=sampling, picking=picking, observer=observer)
 
+    @naming_plugins()
     def infill(
         self, texts: str | Sequence[str] | Gapped, *, observer: Observer | None = None, **options: Any
     ) -> Infilled:
@@ -221,14 +241,18 @@ class DiffusionLM(Process):
                 raise ConfigError(f"Unknown option {name}={options[name]!r}{hint} Remove or correct it.")
         sampling = self.sampling(**options)
         self._check_guidance(sampling)
+        arguments.check_parts(None, None, None, observer)
         if isinstance(texts, Gapped):
+            arguments.check_gapped(texts, self.backbone.vocab_size, context_length(self.backbone.lm.config))
             gapped = texts
         else:
+            arguments.check_texts(texts)
             gapped = read_gaps(self.tokenizer, [texts] if isinstance(texts, str) else texts, self.backbone.lm.config)
         placed = Gapped(gapped.tokens.to(self.device), gapped.blocks.to(self.device))
         found = infill(self, placed, sampling=sampling, observer=observer)
         return found.ended(self.ends(is_chat=False))
 
+    @naming_plugins()
     def as_transformers(
         self, *, class_name: str | None = None, guidance_scale: float | None = None, **options: Any
     ) -> TransformersFace:
@@ -282,16 +306,13 @@ class DiffusionLM(Process):
         is_end_chosen = "eos_token_id" in options or (
             config is not None and config.eos_token_id not in (None, defaults.eos_token_id)
         )
-        is_length_chosen = "max_length" in options or (config is not None and config.max_length is not None)
-        config = copy.deepcopy(config or defaults)
-        config.update(**defaults.to_dict(), defaults_only=True, allow_custom_entries=True)
-        if not is_length_chosen:
-            config.max_length = None
-        unknown = config.update(**options)
-        for name, value in unknown.items():
-            known = [*SamplingSection.model_fields, *config.to_dict(), "guidance_scale", "num_return_sequences"]
-            hint = suggest(name, known) or "."
-            raise ConfigError(f"Unknown option {name}={value!r}{hint} Remove or correct it.")
+        config = arguments.picking_config(
+            config,
+            options,
+            defaults=defaults,
+            vocab_size=self.backbone.vocab_size,
+            known=[*SamplingSection.model_fields, "guidance_scale", "num_return_sequences"],
+        )
         criteria = StoppingCriteriaList(criteria or [])
         if not is_end_chosen:
             add_ends(config, self.ends(is_chat=all(chats)))
@@ -330,7 +351,7 @@ def rescaled(sampling: SamplingSection, scale: float) -> SamplingSection:
         A copy.
 
     Raises:
-        ConfigError: if there is no guidance, or more than one.
+        ConfigError: if there is no guidance, more than one, or it cannot have this scale.
     """
     if len(sampling.guidance) != 1:
         raise ConfigError(
@@ -338,6 +359,10 @@ def rescaled(sampling: SamplingSection, scale: float) -> SamplingSection:
             "Set guidance, for example to [{name: classifier_free}]."
         )
     guidance = sampling.guidance[0]
-    return sampling.model_copy(
-        update={"guidance": [type(guidance).model_validate(guidance.to_json() | {"scale": scale})]}
-    )
+    try:
+        changed = type(guidance).model_validate(guidance.to_json() | {"scale": scale})
+    except ValidationError as error:
+        raise ConfigError(
+            f"guidance_scale {scale!r} does not fit guidance {guidance.component_name()!r}: {error.errors()[0]['msg']}."
+        ) from error
+    return sampling.model_copy(update={"guidance": [changed]})

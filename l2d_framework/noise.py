@@ -1,7 +1,7 @@
 """Random numbers keyed by what they are for, so that no result depends on batch mates, order or number of processes.
 
-Every token owns Philox streams whose 128-bit key is a hash of (seed, request, position, sample, purpose). The global
-generators of torch and numpy are never used.
+Every token owns Philox streams whose 128-bit key is a hash of (seed, request, position, sample, purpose). A second copy
+of a prompt in one call is a request of its own. The global generators of torch and numpy are never used.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from l2d_framework.answer import Answer
+from l2d_framework.blame import naming_plugins
 from l2d_framework.noise import keyed_generator
 from l2d_framework.process import Process
 from l2d_framework.types import Layout, Query
@@ -83,6 +84,7 @@ class Losses:
     position: Tensor
 
 
+@naming_plugins()
 def draw(process: Process, layout: Layout, rule: NoiseRule) -> Draws:
     """Times and noise for every supervised position; tokens of one block share their time.
 
@@ -163,6 +165,7 @@ class _Batch:
         return self.stack([e.random.integers(2**63, size=len(e.positions)) for e in self._examples]).cpu()
 
 
+@naming_plugins()
 def denoising_loss(
     process: Process,
     layout: Layout,

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from l2d_framework.active import ActiveTokens, AllTokens, Sliced, Subset
 from l2d_framework.answer import Answer
+from l2d_framework.blame import described
+from l2d_framework.errors import PluginError
 from l2d_framework.guidance import Guidance
 from l2d_framework.noise import TokenStreams
 from l2d_framework.parametrization import Parametrization
@@ -102,6 +105,7 @@ class TokenProblem:
         self._context = query.context
         self._settling = None if patience is None else Settling(patience, len(query.positions))
         self._count = 0
+        self._unsound: dict[int, Tensor] = {}
         self.evaluations = torch.zeros_like(query.positions)
         self.metrics: dict[str, list[Tensor]] = {}
 
@@ -212,9 +216,46 @@ class TokenProblem:
             return Answer(self._process.features(query), size, self._process.backbone.head), None
         predict: Predict = self._process
         for guidance in self._guidance:
-            predict = _Guided(predict, guidance, space)
+            predict = _Guided(predict, guidance, space, self)
         prediction = predict(query)
         return Answer(prediction.logits, size), prediction.clean
+
+    def check_guided(self, guidance: Guidance, query: Query, found: Any) -> None:
+        """Refuse a guided prediction of another shape or type, and note whether there is a NaN.
+
+        Args:
+            guidance: whose prediction it is.
+            query: what was asked.
+            found: the prediction.
+
+        Raises:
+            PluginError: if it is not what a guidance returns.
+        """
+        rows = tuple(query.positions.shape)
+        wanted = {"logits": (*rows, self._process.backbone.vocab_size), "clean": (*rows, query.x.shape[-1])}
+        for name, shape in wanted.items():
+            value = getattr(found, name, None)
+            if value is None and name == "clean":
+                continue
+            if not isinstance(value, Tensor) or tuple(value.shape) != shape or not value.is_floating_point():
+                got = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+                raise PluginError(f"{described(guidance)} returned {name} of {got} instead of float {shape}.")
+        # Read once a block, since asking the device would make the host wait at every evaluation.
+        unsound = found.logits.isnan().any()
+        self._unsound[id(guidance)] = self._unsound.get(id(guidance), unsound) | unsound
+
+    def check_sound(self) -> None:
+        """Refuse a block in which guided logits were NaN.
+
+        Raises:
+            PluginError: naming the innermost guidance that returned one.
+        """
+        for guidance in self._guidance:
+            if id(guidance) in self._unsound and bool(self._unsound[id(guidance)]):
+                raise PluginError(
+                    f"{described(guidance)} returned logits that are NaN. Lower its scale; if they are NaN without it, "
+                    "too, it is the model."
+                )
 
     def _compact(self, active: Tensor) -> Subset:
         rows = active.any(1).nonzero()[:, 0]
@@ -272,9 +313,12 @@ class _Guided:
     predict: Predict
     guidance: Guidance
     space: Space
+    problem: TokenProblem
 
     def __call__(self, query: Query) -> Prediction:
-        return self.guidance(self.predict, query, self.space)
+        found = self.guidance(self.predict, query, self.space)
+        self.problem.check_guided(self.guidance, query, found)
+        return found
 
     def together(self, queries: list[Query]) -> list[Prediction]:
         return [self(query) for query in queries]

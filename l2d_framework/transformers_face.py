@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from l2d_framework.blame import naming_plugins
 from l2d_framework.block import Block, BlockSolver
 from l2d_framework.errors import ConfigError
 from l2d_framework.noise import request_keys as names_of
@@ -158,6 +159,7 @@ class TransformersFace(PreTrainedModel, GenerationMixin):
         # `forward` makes the cache itself.
         return False
 
+    @naming_plugins()
     @torch.no_grad()
     def forward(
         self,

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import Progress
 from transformers import GenerationConfig, TextStreamer
 
+from l2d_framework.arguments import picking
 from l2d_framework.base_model import empty_language_model, fetch, load_config, load_tokenizer
 from l2d_framework.checkpoint import load
 from l2d_framework.cli.drafts import Drafts
@@ -63,6 +64,7 @@ class Session:
                 f"--temperature must be above 0, got {options['temperature']}. Leave --do-sample out for the likeliest "
                 "tokens."
             )
+        picking(options | ({"stop_strings": list(stop)} if stop else {}))
         self.path, self.base, self.dtype = model, base, dtype
         self.sampling, self.options = sampling, options
         self.class_name, self.stop, self.samples = class_name, list(stop), samples

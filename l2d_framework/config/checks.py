@@ -15,6 +15,7 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK,
 
 from l2d_framework.backbone import Backbone
 from l2d_framework.base_model import LANGUAGE_MODEL
+from l2d_framework.blame import naming_plugins
 from l2d_framework.config.reward import RewardRun
 from l2d_framework.config.runs import DiffusionRun, Run
 from l2d_framework.config.sections import ModelSection, RowSource, ScratchSection
@@ -126,6 +127,7 @@ def _lm_config(run: Run, earlier: Sequence[Run]) -> Any:
     return _saved_config(run.model)
 
 
+@naming_plugins()
 def _backbone(run: DiffusionRun, lm_config: Any) -> Backbone:
     # On the meta device a backbone finds out what it cannot serve.
     with torch.device("meta"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from functools import cache
 from typing import Annotated, Any, Union, cast
@@ -11,11 +12,14 @@ from pydantic import ConfigDict, Field, SerializeAsAny, create_model
 from l2d_framework.component import Component, merged
 from l2d_framework.config.sections import Section
 from l2d_framework.config.validation import validated
-from l2d_framework.errors import ConfigError
+from l2d_framework.errors import ConfigError, L2DError
 from l2d_framework.guidance import Guidance
 from l2d_framework.parametrization import ParametrizationConfig, merge_estimate
 from l2d_framework.registry import Registry, registry
 from l2d_framework.solver import Solver
+
+_MOST = 1_000_000
+"""Largest number of evaluations or tokens, so that a slip of the keyboard does not fill the memory."""
 
 
 def _solver_is_optional(schema: dict[str, Any]) -> None:
@@ -29,7 +33,7 @@ class SamplingSection(Section):
 
     preset: str | None = None
     """Named settings below the explicit ones; the parametrization's default preset when None."""
-    num_inference_steps: int | None = Field(default=None, ge=0)
+    num_inference_steps: int | None = Field(default=None, ge=0, le=_MOST)
     """Network evaluations per token, the read-out included; 0 is the plain language model."""
     solver: SerializeAsAny[Solver]
     end_time: float | None = Field(default=None, gt=0, le=1)
@@ -38,16 +42,16 @@ class SamplingSection(Section):
     estimate: dict[str, Any] = Field(default_factory=dict)
     """Fields of the parametrization's `estimate`."""
     seed: int = Field(default=0, ge=0)
-    block_size: int | None = Field(default=None, ge=1)
+    block_size: int | None = Field(default=None, ge=1, le=_MOST)
     """Tokens denoised together; the model's own number when None."""
-    patience: int | None = Field(default=None, ge=1)
+    patience: int | None = Field(default=None, ge=1, le=_MOST)
     """Stop once no token has changed in this many evaluations."""
 
     def resolve(self, parametrization: ParametrizationConfig, user: Mapping[str, Any]) -> SamplingSection:
         """Settings of a request: the user's options over this section.
 
         A preset among the options replaces this section except for its seed and, unless the preset has its own, its
-        guidance.
+        guidance. A solver among them leaves what belongs to the steps of the one before, where it cannot use it.
 
         Args:
             parametrization: the state space, whose `estimate` section holds what nobody chose.
@@ -65,7 +69,7 @@ class SamplingSection(Section):
         if user.get("preset") is not None:
             kept = {name: data[name] for name in ("guidance", "seed")}
             data = merged(kept, registry().preset(user["preset"]))
-        return complete(parse_sampling(merged(data, user)), parametrization)
+        return complete(parse_sampling(_laid_over(data, user)), parametrization)
 
 
 @cache
@@ -123,7 +127,7 @@ def with_preset(sampling: Mapping[str, Any], default: str | None) -> dict[str, A
     preset = sampling.get("preset") or default
     if not isinstance(preset, str) or set(SamplingSection.model_fields) <= set(sampling):
         return dict(sampling)
-    return merged(registry().preset(preset), sampling) | {"preset": preset}
+    return _laid_over(registry().preset(preset), sampling) | {"preset": preset}
 
 
 def parse_sampling(data: Mapping[str, Any]) -> SamplingSection:
@@ -183,12 +187,46 @@ def complete(sampling: SamplingSection, parametrization: ParametrizationConfig) 
     return sampling.model_copy(update={"estimate": estimate})
 
 
+def _laid_over(settings: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings with changes; one that names another solver drops what was said of the steps of the one before.
+
+    Evaluations of a fixed grid are not the budget of a solver that chooses its steps, nor the other way round; such a
+    solver has no grid on which patience could count, and not all can end at time 1.
+    """
+    before, solver = _solver(settings.get("solver")), _solver(changes.get("solver"))
+    unfit: list[str] = []
+    if before and solver and before.component_name() != solver.component_name():
+        unfit += ["num_inference_steps"] if before.is_adaptive != solver.is_adaptive else []
+        unfit += ["patience"] if solver.is_adaptive else []
+        unfit += ["end_time"] if solver.evaluates_end and settings.get("end_time") == 1.0 else []
+    return merged({name: value for name, value in settings.items() if name not in unfit}, changes)
+
+
+def _solver(section: Any) -> Solver | None:
+    """The solver of a section; None where it is missing or wrong, which whoever validates it will say."""
+    try:
+        found: Any = registry().create("solver", section) if isinstance(section, Mapping) else None
+    except L2DError:
+        return None
+    return found  # type: ignore[no-any-return]
+
+
 def _request(user: Mapping[str, Any]) -> dict[str, Any]:
     options = dict(user)
     if "solver" in options:
         options["solver"] = _component_data(options["solver"])
     if isinstance(options.get("guidance"), list | tuple):
         options["guidance"] = [_component_data(entry) for entry in options["guidance"]]
+    for name, value in options.items():
+        # Numbers and arrays of numpy and torch turn into Python's own.
+        try:
+            options[name] = json.loads(json.dumps(value, default=lambda number: number.tolist()))
+        except (AttributeError, TypeError, ValueError, RecursionError) as error:
+            raise ConfigError(
+                f"sampling.{name}: should be numbers, texts, lists and sections, got {value!r}"
+            ) from error
+    if not isinstance(options.get("preset", ""), str | None):
+        raise ConfigError(f"sampling.preset: should be the name of a preset, got {options['preset']!r}")
     return options
 
 

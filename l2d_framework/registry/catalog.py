@@ -17,9 +17,11 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
+from l2d_framework.blame import attribute
 from l2d_framework.component import Component
 from l2d_framework.errors import ConfigError, PluginError
 from l2d_framework.hooks import GROUP
+from l2d_framework.registry.modules import untouched_modules
 from l2d_framework.registry.offers import CONVERTER, INTERFACES, PRESET, Offer, Source, offers_of, source_of, unknown
 
 BUILTIN_DISTRIBUTION = "l2d-framework"
@@ -90,7 +92,9 @@ class Registry:
         registry = cls()
         listed = os.environ.get(ALLOW_LIST)
         allowed = None if listed is None else {name.strip() for name in listed.split(",")} - {""}
-        for entry_point in metadata.entry_points(group=GROUP) if entry_points is None else entry_points:
+        found = metadata.entry_points(group=GROUP) if entry_points is None else entry_points
+        # The built-in ones first, before anybody else's code has run.
+        for entry_point in sorted(found, key=lambda entry_point: not _is_builtin(source_of(entry_point))):
             registry._add(entry_point, allowed)
         for name in sorted((allowed or set()) - registry._loaded - set(registry.broken)):
             error = f"{ALLOW_LIST} names it, but no installed distribution has such an entry point."
@@ -217,19 +221,23 @@ class Registry:
 
     def _add(self, entry_point: EntryPoint, allowed: set[str] | None) -> None:
         source = source_of(entry_point)
-        builtin = source.distribution.replace("_", "-").lower() == BUILTIN_DISTRIBUTION
-        if allowed is not None and not builtin and source.plugin not in allowed:
+        if allowed is not None and not _is_builtin(source) and source.plugin not in allowed:
             self.disabled.append(source)
             return
         try:
-            offers = offers_of(entry_point)
-        # A plugin's code may fail in any way, sys.exit() at import included.
-        except (Exception, SystemExit) as error:
+            with untouched_modules():
+                offers = offers_of(entry_point)
+        except KeyboardInterrupt:
+            raise
+        # A plugin's code may fail in any way, sys.exit() and errors that are no Exception included.
+        except BaseException as error:
             name = source.plugin if source.plugin not in self.broken else f"{source.plugin} of {source.distribution}"
-            self.broken[name] = BrokenPlugin(source.distribution, source.version, f"{type(error).__name__}: {error}")
+            self.broken[name] = BrokenPlugin(source.distribution, source.version, _told(error))
             return
         self._loaded.add(source.plugin)
         for offer in offers:
+            if not _is_builtin(source) and offer.kind != PRESET:
+                attribute(offer.value, source.shipped)
             self._offers.setdefault((offer.kind, offer.name), []).append(offer)
 
     def _unique(self, kind: str) -> dict[str, Any]:
@@ -257,6 +265,17 @@ def registry() -> Registry:
         The same registry at every call.
     """
     return Registry.load()
+
+
+def _is_builtin(source: Source) -> bool:
+    return source.distribution.replace("_", "-").lower() == BUILTIN_DISTRIBUTION
+
+
+def _told(error: BaseException) -> str:
+    try:
+        return f"{type(error).__name__}: {error}"
+    except BaseException:  # an error that cannot even say what it is
+        return type(error).__name__
 
 
 def _row(offer: Offer, offered: list[Offer]) -> PluginRow:

@@ -43,9 +43,14 @@ class Source:
     distribution: str
     version: str
 
+    @property
+    def shipped(self) -> str:
+        """Distribution and version."""
+        return f"{self.distribution} {self.version}".strip()
+
     def __str__(self) -> str:
         """Plugin and distribution, for messages."""
-        return f"{self.plugin!r} ({f'{self.distribution} {self.version}'.strip()})"
+        return f"{self.plugin!r} ({self.shipped})"
 
 
 @dataclass(frozen=True)
@@ -155,6 +160,8 @@ def _kind(component: object) -> str:
     name = component.model_fields.get("name")
     if name is None or get_origin(name.annotation) is not Literal or get_args(name.annotation) != (name.default,):
         raise PluginError(f'{component.__qualname__} needs a field `name: Literal["..."] = "..."`.')
-    # A field that has no JSON schema, or a forward reference nobody resolves, would spoil the run files of all plugins.
+    # A field that has no JSON schema, or a forward reference nobody resolves, would spoil the run files of all plugins,
+    # and a list of requirements that cannot be read their table.
     component.model_json_schema()
+    component.missing_requirements()
     return kinds[0]

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from l2d_framework.blame import naming_plugins
 from l2d_framework.config import SamplingSection
 from l2d_framework.errors import EvaluationBudgetError
 from l2d_framework.evaluation.diagnosis.batches import Batch, batches
@@ -80,6 +81,7 @@ class _Sums:
         return torch.cat(self._parts[name])
 
 
+@naming_plugins()
 def diagnose(
     model: DiffusionLM,
     rows: Sequence[Mapping[str, Any]],

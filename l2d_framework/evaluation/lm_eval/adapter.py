@@ -8,6 +8,7 @@ from typing import Any
 
 from tqdm import tqdm  # type: ignore[import-untyped]
 
+from l2d_framework.blame import naming_plugins
 from l2d_framework.errors import ConfigError
 from l2d_framework.evaluation.lm_eval.generating import Generating
 from l2d_framework.evaluation.lm_eval.numbering import content
@@ -137,6 +138,7 @@ class L2DLM(Generating):
             label=None if label is None else self.source.classes.index(label),
         )
 
+    @naming_plugins()
     def _score(self, scorer: Scorer, jobs: list[Job]) -> list[list[tuple[float, bool]]]:
         return scorer.mixture(jobs) if self.scoring == MIXTURE else scorer.pseudo(jobs)
 

@@ -65,7 +65,8 @@ class Generating(Opened):
 
     def _plan(self, generation: Mapping[str, Any]) -> Plan:
         end = self.tok_decode(self.eot_token_id, skip_special_tokens=False)
-        plan = read_plan(generation, self.max_gen_toks, end, search=self.searching)
+        size = self.source.empty.vocab_size
+        plan = read_plan(generation, self.max_gen_toks, end, search=self.searching, vocab_size=size)
         if plan.count >= self.max_length:
             raise ConfigError(
                 f"max_gen_toks={plan.count} leaves no room for the prompt: the model's context is {self.max_length}. "
@@ -178,7 +179,7 @@ class Generating(Opened):
         ids, mask = (
             part.to(self.device).repeat_interleave(samples, 0) for part in (batch.input_ids, batch.attention_mask)
         )
-        lengths = {"min_new_tokens": count, "max_new_tokens": count}
+        lengths = {"min_new_tokens": count, "max_new_tokens": count, "num_beams": 1}
         found = self._model.generate(
             ids, attention_mask=mask, do_sample=False, pad_token_id=self.tokenizer.pad_token_id, **lengths
         )

@@ -9,6 +9,7 @@ from typing import Any
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
 from transformers import GenerationConfig
 
+from l2d_framework import arguments
 from l2d_framework.config import SamplingSection
 from l2d_framework.errors import ConfigError, suggest
 from l2d_framework.evaluation.lm_eval.source import CLASS, HINT, SCALE
@@ -35,6 +36,7 @@ PASSED = (
 """Options of lm_eval's own Hugging Face model that mean the same here."""
 
 _OWN = ("pretrained", "base", "dtype", "revision", "scoring", "noise_samples", "pseudo_times")
+_COUNTS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 _FILLED_IN = ("trust_remote_code",)
 """What the harness adds by itself; no code of a model folder is ever run."""
 
@@ -90,7 +92,12 @@ class Plan:
 
 
 def read_plan(
-    generation: Mapping[str, Any], default_count: int, end: str, *, search: Mapping[str, Any] | None = None
+    generation: Mapping[str, Any],
+    default_count: int,
+    end: str,
+    *,
+    search: Mapping[str, Any] | None = None,
+    vocab_size: int | None = None,
 ) -> Plan:
     """Plan of a request.
 
@@ -99,24 +106,37 @@ def read_plan(
         default_count: most tokens where they name no number.
         end: text of the end token.
         search: options of search for all requests; those of `generation` win.
+        vocab_size: tokens of the model; None where it is not known.
 
     Returns:
         The plan.
 
     Raises:
-        ConfigError: if an option is unknown.
+        ConfigError: if an option is unknown or out of range.
     """
-    rest: dict[str, Any] = dict(normalize_gen_kwargs(dict(generation), default_count))
-    until = handle_stop_sequences(rest.pop("until", None), eos=end)
+    for name in _COUNTS:
+        value = generation.get(name)
+        if value is not None and not (str(value).isdecimal() and int(value) > 0):
+            raise ConfigError(f"{name} should be a whole number above 0, got {value!r}. Correct it in --gen_kwargs.")
+    try:
+        rest: dict[str, Any] = dict(normalize_gen_kwargs(dict(generation), default_count))
+        until = handle_stop_sequences(rest.pop("until", None), eos=end)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{error}, got {dict(generation)}. Correct it in --gen_kwargs.") from error
+    if not all(isinstance(string, str) for string in until):
+        raise ConfigError(f"until should be a text or a list of texts, got {until!r}. Correct it in --gen_kwargs.")
     count = int(rest.pop("max_gen_toks"))
     searching, rest = split_options(rest)
     options = diffusing(rest) | ({HINT: rest[HINT]} if HINT in rest else {})
     picking = {name: value for name, value in rest.items() if name not in options}
-    known = set(GenerationConfig().to_dict()) - {"max_length", "max_new_tokens", "num_return_sequences", "num_beams"}
+    known = set(GenerationConfig().to_dict()) - {"max_length", "max_new_tokens", "num_return_sequences"}
     for name, value in picking.items():
         if name not in known | {"temperature"}:
             hint = suggest(name, [*known, *DIFFUSING, *SEARCHING, HINT, "max_gen_toks", "until"]) or "."
             raise ConfigError(f"Unknown generation option {name}={value!r}{hint} Remove or correct it in --gen_kwargs.")
     if not picking.get("do_sample") or not picking.get("temperature"):
         picking.pop("temperature", None)
+    if picking.get("do_sample") in (0, 1):  # as a command line may well spell it
+        picking["do_sample"] = bool(picking["do_sample"])
+    picking = arguments.picking(picking, vocab_size=vocab_size)
     return Plan(until, count, picking, options, read_search({**(search or {}), **searching}, options.get(HINT)))

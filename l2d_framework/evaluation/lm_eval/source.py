@@ -149,7 +149,7 @@ class Source:
         fields = {name: value for name, value in options.items() if name not in (CLASS, SCALE)}
         found = self._section.resolve(self._parametrization, fields)
         if options.get(SCALE) is not None:
-            found = rescaled(found, float(options[SCALE]))
+            found = rescaled(found, options[SCALE])
         label = options.get(CLASS)
         if label is not None and label not in self.classes:
             hint = suggest(str(label), self.classes) or "."

@@ -54,7 +54,8 @@ class InPlaceConfig(BackboneConfig):
         if block_size is not None:
             raise ConfigError(
                 f"Backbone 'in_place' denoises one block per sequence; got block_size={block_size}. Set block_size to "
-                "null (sampling.block_size still lets an answer grow block by block), or use the backbone 'two_stream'."
+                "null (sampling.block_size still lets an answer grow block by block)"
+                + (", or use the backbone 'two_stream'." if block_size == 1 else ".")
             )
         if getattr(lm_config, "is_encoder_decoder", False):
             raise UnsupportedModelError(
