@@ -33,6 +33,7 @@ def _known(token: int, info: ValidationInfo) -> int:
 
 Flag = Annotated[bool, Strict()]
 Count = Annotated[int, Strict(), Field(ge=0)]
+Short = Annotated[int, Strict(), Field(ge=0, le=10_000)]  # transformers walks through as many
 Some = Annotated[int, Strict(), Field(ge=1)]
 Number = Annotated[float, Strict()]
 Share = Annotated[float, Strict(), Field(ge=0, le=1)]
@@ -52,7 +53,7 @@ class Request(_Arguments):
 
     classes: Annotated[list[str | None], Strict()] | None = None
     guidance_scale: Number | Annotated[list[Number], Strict()] | None = None
-    num_return_sequences: Some = 1
+    num_return_sequences: Annotated[int, Strict(), Field(ge=1, le=1_000_000)] = 1
     seed: Count | Annotated[list[Count], Strict()] | None = None
 
 
@@ -76,8 +77,8 @@ class Picking(_Arguments):
     eta_cutoff: Below | None = None
     repetition_penalty: Positive | None = None
     encoder_repetition_penalty: Positive | None = None
-    no_repeat_ngram_size: Count | None = None
-    encoder_no_repeat_ngram_size: Count | None = None
+    no_repeat_ngram_size: Short | None = None
+    encoder_no_repeat_ngram_size: Short | None = None
     bad_words_ids: Annotated[list[Tokens], Strict(), Field(min_length=1)] | None = None
     renormalize_logits: Flag | None = None
     remove_invalid_values: Flag | None = None

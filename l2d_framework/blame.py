@@ -83,7 +83,7 @@ def _culprit(frames: list[FrameType]) -> str:
     for frame in reversed(frames):
         this: Any = frame.f_locals.get("self")
         for found in (this, getattr(this, "config", None)):
-            if type(found) in _SHIPPED:
+            if isinstance(found, Component) and type(found) in _SHIPPED:
                 return described(found)
     return f"code of {_PACKAGES[_package(_module(frames[-1]))]}"
 

@@ -12,6 +12,7 @@ from transformers import T5Config
 from l2d_framework.errors import ConfigError, UnsupportedModelError
 from l2d_framework.infilling import check_infilling
 from l2d_framework.prompts import pad_left
+from l2d_framework.registry import registry
 from l2d_framework.types import Layout
 from l2d_plugins.backbones.in_place import InPlaceConfig
 
@@ -292,6 +293,16 @@ def test_all_weights_of_the_language_model_are_trained(family):
     gradients = own_gradients(model, training_loss(model, ragged()).total)
     assert {name for name in gradients if name.startswith("backbone.lm.")}
     assert not [name for name, slope in gradients.items() if slope is None and "pooler" not in name]
+
+
+@pytest.mark.parametrize("size", [1, 2, 8])
+def test_a_backbone_that_a_refusal_recommends_takes_the_block_size(size):
+    with pytest.raises(ConfigError) as caught:
+        InPlaceConfig().check(tiny_lm().config, size)
+    assert ("two_stream" in str(caught.value)) == (size == 1)
+    for name, backbone in registry().components("backbone").items():
+        if f"use the backbone {name!r}" in str(caught.value):
+            backbone().check(tiny_lm().config, size)
 
 
 @pytest.mark.parametrize("size", [1, 2, 7])
