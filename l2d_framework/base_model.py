@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
+import math
+import warnings
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+import transformers
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import (
     HfHubHTTPError,
@@ -15,8 +20,10 @@ from huggingface_hub.errors import (
     LocalEntryNotFoundError,
 )
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.quantizers.auto import AutoHfQuantizer
+from transformers.utils.import_utils import is_gguf_available
 
 from l2d_framework.errors import CheckpointError, ConfigError
 from l2d_framework.opening import (
@@ -47,6 +54,8 @@ class BaseReference(Protocol):
     @property
     def adapter(self) -> str | None: ...  # noqa: D102
     @property
+    def gguf_file(self) -> str | None: ...  # noqa: D102
+    @property
     def dtype(self) -> str: ...  # noqa: D102
     @property
     def attn_implementation(self) -> str: ...  # noqa: D102
@@ -54,12 +63,13 @@ class BaseReference(Protocol):
     def pad_token(self) -> str | None: ...  # noqa: D102
 
 
-def fetch(path: str, revision: str | None = None) -> Path:
+def fetch(path: str, revision: str | None = None, *, gguf_file: str | None = None) -> Path:
     """Local folder of a model: the folder itself, or a snapshot of the hub repository.
 
     Args:
         path: folder or hub id.
         revision: of the hub repository.
+        gguf_file: name of the file there that holds the weights; all other formats when None.
 
     Returns:
         The folder.
@@ -69,11 +79,18 @@ def fetch(path: str, revision: str | None = None) -> Path:
     """
     if Path(path).is_dir():
         return Path(path)
+    if Path(path).suffix == ".gguf" and Path(path).is_file():
+        raise ConfigError(
+            f"{path!r} is a file. Set model.base to its folder and model.gguf_file to {Path(path).name!r}."
+        )
     if Path(path).is_absolute() or path.startswith((".", "~")) or path.count("/") > 1:
         raise ConfigError(
             f"There is no folder {path!r}. Give the path of a model folder, or a hub id such as org/name."
         )
     try:
+        if gguf_file is not None:
+            patterns = [gguf_file, *(pattern for pattern in _FILES if pattern != "*.safetensors")]
+            return Path(snapshot_download(path, revision=revision, allow_patterns=patterns))
         folder = Path(snapshot_download(path, revision=revision, allow_patterns=list(_FILES)))
         if not list(folder.glob("*.safetensors")):
             folder = Path(snapshot_download(path, revision=revision, allow_patterns=[*_FILES, "*.bin"]))
@@ -98,7 +115,8 @@ def locate(reference: BaseReference) -> tuple[Path, Path | None]:
     Raises:
         ConfigError: if a folder is missing or holds no model.
     """
-    folder = fetch(reference.base, reference.revision)
+    gguf_file = reference.gguf_file
+    folder = fetch(reference.base, reference.revision, gguf_file=gguf_file)
     adapter = None if reference.adapter is None else fetch(reference.adapter)
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
         if adapter is not None:
@@ -106,12 +124,37 @@ def locate(reference: BaseReference) -> tuple[Path, Path | None]:
                 f"model.base {reference.base!r} is itself a PEFT adapter, so model.adapter {reference.adapter!r} would "
                 "be a second one. Merge one of them first."
             )
-        folder, adapter = fetch(adapter_base(folder)), folder
+        folder, adapter = fetch(adapter_base(folder), gguf_file=gguf_file), folder
+    if gguf_file is not None:
+        if not (folder / gguf_file).is_file():
+            raise ConfigError(f"model.gguf_file: {str(folder)!r} has no file {gguf_file!r}. {gguf_hint(folder)}")
+        if not is_gguf_available():
+            raise ConfigError(
+                f"model.gguf_file: {gguf_file!r} is read with the package gguf, which is missing or too old. "
+                'Run: pip install "l2d-framework[gguf]", or: pip install gguf'
+            )
+        return folder, adapter
     if not (folder / "config.json").is_file() and (folder / LANGUAGE_MODEL / "config.json").is_file():
         folder = folder / LANGUAGE_MODEL
     if not (folder / "config.json").is_file():
-        raise ConfigError(f"{str(folder)!r} holds no config.json, so it is no transformers model. Check model.base.")
+        raise ConfigError(
+            f"{str(folder)!r} holds no config.json, so it is no transformers model. "
+            f"{gguf_hint(folder) or 'Check model.base.'}"
+        )
     return folder, adapter
+
+
+def gguf_hint(folder: Path) -> str:
+    """What to set where a folder without a model of another format has GGUF files.
+
+    Args:
+        folder: the folder.
+
+    Returns:
+        A sentence, or nothing.
+    """
+    names = sorted(path.name for path in folder.glob("*.gguf"))
+    return f"Set model.gguf_file to one of {names}." if names else ""
 
 
 def load_config(reference: BaseReference) -> PreTrainedConfig:
@@ -125,16 +168,72 @@ def load_config(reference: BaseReference) -> PreTrainedConfig:
 
     Raises:
         CheckpointError: if transformers cannot read it.
+        ConfigError: if a package that its quantization needs is missing.
     """
-    folder, _ = locate(reference)
-    config: Any = open_config(folder)
-    with reading(f"the config.json of {reference.base!r}"):
-        config.vocab_size = _vocabulary(reference, config.vocab_size)
-        return config  # type: ignore[no-any-return]
+    config: Any = _opened(open_config, locate(reference)[0], reference.gguf_file)
+    check_quantization(config, reference.base)
+    if hasattr(config, "vocab_size"):  # else no language model, which a backbone refuses
+        with reading(f"the config.json of {reference.base!r}"):
+            config.vocab_size = _vocabulary(reference, config)
+    return config  # type: ignore[no-any-return]
+
+
+def _opened(opener: Any, folder: Path, gguf_file: str | None) -> Any:
+    """Config or tokenizer in a folder, or in a GGUF file, which is parsed once: a vocabulary takes seconds."""
+    if gguf_file is None:
+        return opener(folder)
+    return copy.deepcopy(_parsed(opener, folder / gguf_file, (folder / gguf_file).stat().st_mtime_ns))
+
+
+@lru_cache(maxsize=4)
+def _parsed(opener: Any, path: Path, changed: int) -> Any:
+    return opener(path.parent, gguf_file=path.name)
+
+
+def check_quantization(config: PreTrainedConfig, base: str, *, whole: bool | None = None) -> None:
+    """Refuse quantized weights that cannot be read here, or not be trained as asked.
+
+    Args:
+        config: transformers config of the base model.
+        base: its name.
+        whole: True if its own weights are to be trained, False if gradients only pass through them, None if it is not
+            trained at all.
+
+    Raises:
+        ConfigError: if a package is missing, transformers does not know the method, or it cannot be trained so.
+    """
+    section = getattr(config, "quantization_config", None)
+    if section is None:
+        return
+    method = section.get("quant_method") if isinstance(section, dict) else getattr(section, "quant_method", section)
+    if whole:
+        raise ConfigError(
+            f"model.base: {base!r} is quantized with {str(method)!r}, and quantized weights cannot be trained. Train a "
+            "LoRA or a frozen model's diffusion path over it, or start from the model before quantization."
+        )
+    try:
+        quantizer = AutoHfQuantizer.from_config(copy.deepcopy(section), pre_quantized=True)
+        quantizer.validate_environment(device_map=None)
+    except (RuntimeError, NotImplementedError):
+        return  # What the machine lacks is said when weights load: a run may be checked on another one.
+    # Every method has checks of its own over what a file may hold.
+    except Exception as error:
+        hint = "" if "pip install" in str(error) else f" Run: pip install {method}"
+        raise ConfigError(
+            f"model.base: {base!r} is quantized with {str(method)!r}, which cannot be read here: {error}"
+            f"{hint if isinstance(error, ImportError) else ''}"
+        ) from error
+    if whole is False and not quantizer.is_trainable:
+        raise ConfigError(
+            f"model.base: {base!r} is quantized with {str(method)!r} in a way through which no gradient passes. Start "
+            "from the model before quantization, or quantize it to 8-bit weights or with bitsandbytes."
+        )
 
 
 def load_language_model(reference: BaseReference) -> PreTrainedModel:
     """The base model with its weights, a PEFT adapter merged in.
+
+    Weights of a GGUF file are unpacked; those that transformers quantized stay so.
 
     Args:
         reference: a model section.
@@ -144,25 +243,64 @@ def load_language_model(reference: BaseReference) -> PreTrainedModel:
 
     Raises:
         CheckpointError: if transformers cannot load it as asked, or weights are missing.
+        ConfigError: if its embedding table is quantized.
     """
     folder, adapter = locate(reference)
+    options: dict[str, Any] = {}
+    if reference.gguf_file is not None:
+        options = {"gguf_file": reference.gguf_file, "config": _opened(open_config, folder, reference.gguf_file)}
+        # transformers before 5.23 knows no other way than to unpack.
+        if (packed := getattr(transformers, "GgufConfig", None)) is not None:
+            options["quantization_config"] = packed(dequantize=True)
     lm: Any
     lm, report = open_model(
-        AutoModelForCausalLM, folder, dtype=reference.dtype, attn_implementation=reference.attn_implementation
+        AutoModelForCausalLM,
+        folder,
+        dtype=reference.dtype,
+        attn_implementation=reference.attn_implementation,
+        **options,
     )
     if report["missing_keys"]:
         raise CheckpointError(
             f"{reference.base!r} lacks the weights {sorted(report['missing_keys'])[:3]}, which would be random. It may "
             "hold a reward model, or a file saved without them; name a folder with the whole language model."
         )
+    if reference.gguf_file is not None and lm.config.__dict__.pop("quantization_config", None) is not None:
+        # transformers from 5.23 on remembers where the weights came from, and would refuse to save them.
+        lm.hf_quantizer, lm.is_quantized = None, False
+    if type(lm.get_input_embeddings().weight) is not nn.Parameter:
+        raise ConfigError(
+            f"{reference.base!r} has a quantized embedding table, which noise must be added to. Quantize the model "
+            "without its embeddings."
+        )
     if adapter is not None:
-        lm = open_adapter(lm, adapter).merge_and_unload()
-    size = _vocabulary(reference, lm.config.vocab_size)
-    if size > lm.config.vocab_size:
+        lm = _merged(lm, reference, adapter)
+    _resize(lm, _vocabulary(reference, lm.config))
+    return lm.eval()  # type: ignore[no-any-return]
+
+
+def _merged(lm: Any, reference: BaseReference, adapter: Path) -> Any:
+    _resize(lm, _adapted_rows(adapter, lm.config))
+    try:
+        with warnings.catch_warnings(), reading("it", adapter):
+            # That an adapter may untie the embeddings: this model is not saved under its old config.
+            warnings.simplefilter("ignore", UserWarning)
+            merged = open_adapter(lm, adapter).merge_and_unload()
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"The PEFT adapter {str(adapter)!r} cannot be merged into {reference.base!r}: {error} "
+            "Check that it was trained on this model, or merge it yourself and name the result as model.base."
+        ) from error
+    if merged.get_input_embeddings().weight is not merged.get_output_embeddings().weight:
+        merged.config.tie_word_embeddings = False
+    return merged
+
+
+def _resize(lm: Any, rows: int) -> None:
+    if rows != lm.config.vocab_size:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            lm.resize_token_embeddings(size, mean_resizing=False)
-    return lm.eval()  # type: ignore[no-any-return]
+            lm.resize_token_embeddings(rows, mean_resizing=False)
 
 
 def empty_language_model(config: PreTrainedConfig, attn_implementation: str) -> PreTrainedModel:
@@ -192,20 +330,68 @@ def load_tokenizer(reference: BaseReference) -> PreTrainedTokenizerBase | None:
     """
     base, adapter = locate(reference)
     for folder in (adapter, base):
-        if folder is not None and (folder / "tokenizer_config.json").is_file():
-            tokenizer = open_tokenizer(folder)
+        if folder is None:
+            continue
+        has_files = (folder / "tokenizer_config.json").is_file()
+        if has_files or (folder == base and reference.gguf_file is not None):
+            tokenizer: PreTrainedTokenizerBase = _opened(
+                open_tokenizer, folder, None if has_files else reference.gguf_file
+            )
             if reference.pad_token is not None and tokenizer.pad_token is None:
                 tokenizer.add_special_tokens({"pad_token": reference.pad_token})
             return tokenizer
     return None
 
 
-def _vocabulary(reference: BaseReference, size: int) -> int:
-    """Rows of the embedding table once the reference's pad token has been added.
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig, base: str) -> None:
+    """Refuse a tokenizer that makes tokens the model has no embedding for.
+
+    Tokens that stand for pictures and sounds are not looked up in the table and may lie outside. So may the token for
+    unknown text, which transformers gives to vocabularies of bytes, too, that know all text.
+
+    Args:
+        tokenizer: of the base model.
+        config: its transformers config.
+        base: its name.
 
     Raises:
-        ConfigError: if there is no tokenizer to add it to.
+        ConfigError: if there is such a token.
     """
+    size, known = getattr(config, "vocab_size", math.inf), tokenizer.get_vocab()
+    unused = {getattr(tokenizer, f"{kind}_token", None) for kind in ("image", "video", "audio", "unk")}
+    beyond = [token for token, number in known.items() if number >= size and token not in unused]
+    if beyond:
+        token = min(beyond, key=known.__getitem__)
+        raise ConfigError(
+            f"model.base: the tokenizer of {base!r} has token {token!r} with number {known[token]}, in all "
+            f"{max(known.values()) + 1} tokens, but the model's embedding table has only {size} rows. Resize the model "
+            "(resize_token_embeddings) and save it again, or save the tokenizer it was trained with beside it."
+        )
+
+
+def _adapted_rows(adapter: Path, config: PreTrainedConfig) -> int:
+    """Rows of the embedding table an adapter was trained with: those of its own copy, or one for every token."""
+    copies = {name: shape[0] for name, shape, _, _ in _samples(adapter) if len(shape) == 2 and ".lora_" not in name}
+    if copies:
+        empty = empty_language_model(config, "eager")
+        ends = (empty.get_input_embeddings(), empty.get_output_embeddings())
+        tables = tuple(f"base_model.model.{name}." for name, module in empty.named_modules() if module in ends)
+        for name, rows in copies.items():
+            if name.startswith(tables) and name.endswith(".weight"):
+                return rows
+    if not (adapter / "tokenizer_config.json").is_file():
+        return int(config.vocab_size)
+    return max(int(config.vocab_size), len(open_tokenizer(adapter)))
+
+
+def _vocabulary(reference: BaseReference, config: PreTrainedConfig) -> int:
+    """Rows of the embedding table once the adapter's tokens and the reference's pad token have been added.
+
+    Raises:
+        ConfigError: if there is no tokenizer to add the pad token to.
+    """
+    _, adapter = locate(reference)
+    size = config.vocab_size if adapter is None else _adapted_rows(adapter, config)
     if reference.pad_token is None:
         return size
     tokenizer = load_tokenizer(reference)
@@ -233,8 +419,12 @@ def fingerprint(reference: BaseReference) -> str:
         CheckpointError: if the folder holds no weights or a file is damaged.
     """
     digest = hashlib.sha256()
-    for folder in locate(reference):
+    base, adapter = locate(reference)
+    for folder in (base, adapter):
         if folder is None:
+            continue
+        if folder == base and reference.gguf_file is not None:
+            _digest_file(digest, folder / reference.gguf_file)
             continue
         count = 0
         with reading(f"the weights in {str(folder)!r}", folder):
@@ -245,6 +435,16 @@ def fingerprint(reference: BaseReference) -> str:
         if not count:
             raise CheckpointError(f"{str(folder)!r} holds no *.safetensors or *.bin weights. Check model.base.")
     return digest.hexdigest()
+
+
+def _digest_file(digest: Any, path: Path) -> None:
+    """Length, beginning and evenly spaced pieces of a file, in whatever way it packs its weights."""
+    size = path.stat().st_size
+    digest.update(f"{size}\n".encode())
+    with path.open("rb") as file:
+        for number in range(_SAMPLED_ENTRIES):
+            file.seek(number * max(size - _SAMPLED_ENTRIES, 0) // (_SAMPLED_ENTRIES - 1))
+            digest.update(file.read(_SAMPLED_ENTRIES))
 
 
 def _samples(folder: Path) -> Iterator[tuple[str, list[int], str, Tensor]]:

@@ -23,6 +23,8 @@ from transformers import PreTrainedModel
 
 from l2d_framework.base_model import (
     LANGUAGE_MODEL,
+    check_quantization,
+    check_vocabulary,
     empty_language_model,
     fetch,
     fingerprint,
@@ -69,9 +71,13 @@ def build_model(run: DiffusionRun, *, meta: bool = False) -> DiffusionLM:
 
     Raises:
         CheckpointError: if that checkpoint is one of another state space or backbone.
+        ConfigError: if the backbone trains a quantized language model, or its tokenizer has tokens without embeddings.
     """
     config = load_config(run.model)
     run.backbone.check(config, run.block_size)
+    tokenizer = None if meta else load_tokenizer(run.model)
+    if tokenizer is not None:
+        check_vocabulary(tokenizer, config, run.model.base)
     lm = empty_language_model(config, run.model.attn_implementation) if meta else load_language_model(run.model)
     model = _assemble(run, lm, run.seed)
     if not meta and ((folder := fetch(run.model.base, run.model.revision)) / MANIFEST).is_file():
@@ -84,7 +90,7 @@ def build_model(run: DiffusionRun, *, meta: bool = False) -> DiffusionLM:
         sampling=run.sampling,
         chat_template=template,
     )
-    model.tokenizer = None if meta else load_tokenizer(run.model)
+    model.tokenizer = tokenizer
     return model
 
 
@@ -104,6 +110,7 @@ def _assemble(parts: Any, lm: PreTrainedModel, seed: int) -> DiffusionLM:
     with torch.random.fork_rng(devices=[]), torch.device(lm.device):
         torch.manual_seed(seed)
         backbone = parts.backbone.build(lm)
+        check_quantization(lm.config, str(lm.config.name_or_path), whole=backbone.trains_lm or None)
         parametrization = parts.parametrization.build(backbone.vocab_size, backbone.hidden_size)
     return DiffusionLM(parts.schedule, parametrization, backbone, parts.block_size)
 

@@ -49,7 +49,7 @@ def _message(what: str, folder: str | Path | None, error: BaseException) -> str:
             f"{subject} cannot be read without running code that comes with it, which l2d-framework never does. "
             "Choose a model of a kind that transformers itself knows."
         )
-    said = f"{type(error).__name__}: {str(error).strip()[:600]}"
+    said = f"{type(error).__name__}: {' '.join(str(error).split())[:600]}"
     damaged = None if folder is None else next(filter(_is_damaged, sorted(Path(folder).glob("*"))), None)
     if damaged is not None:
         return f"{str(damaged)!r} is damaged, so {what} cannot be read ({said}). Download or save it again."
@@ -85,7 +85,7 @@ def open_config(source: str | Path, **options: Any) -> PreTrainedConfig:
     Raises:
         CheckpointError: if transformers cannot read it, or it asks for code that is no part of transformers.
     """
-    with reading(f"the config.json of {str(source)!r}", source):
+    with reading(f"the {options.get('gguf_file') or 'config.json'} of {str(source)!r}", source):
         return _safe(AutoConfig.from_pretrained(source, trust_remote_code=False, **options), source)
 
 
@@ -222,8 +222,11 @@ def adapter_base(folder: Path) -> str:
         CheckpointError: if its config is damaged or names none.
     """
     base = _adapter_config(folder).get("base_model_name_or_path")
-    if not isinstance(base, str):
-        raise CheckpointError(f"The adapter_config.json in {str(folder)!r} names no base model, got {base!r}.")
+    if not isinstance(base, str) or not base:
+        raise CheckpointError(
+            f"The PEFT adapter {str(folder)!r} names no base model: base_model_name_or_path in its adapter_config.json "
+            f"is {base!r}. Set model.base to the model it was trained on and model.adapter to {str(folder)!r}."
+        )
     return base
 
 

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 from fake_plugins import TOYS, installed, plugin
+from safetensors.torch import save_file
 from toy_components import Doubling, Forward, Sharpen
 
 from l2d_framework.config import (
@@ -311,7 +312,7 @@ def test_an_adapter_folder_stands_for_its_base(saved_tiny_lm, tmp_path):
     adapter = tmp_path / "adapter"
     adapter.mkdir()
     (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(saved_tiny_lm())}))
-    (adapter / "adapter_model.safetensors").touch()
+    save_file({}, adapter / "adapter_model.safetensors", {"format": "pt"})
     check_runs([diffusion(model={"base": str(adapter)})])
     with pytest.raises(ConfigError, match="is itself an adapter"):
         check_runs([diffusion(model={"base": str(adapter), "adapter": str(adapter)})])

@@ -14,7 +14,14 @@ from transformers import CONFIG_MAPPING, MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPI
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
 from l2d_framework.backbone import Backbone
-from l2d_framework.base_model import LANGUAGE_MODEL
+from l2d_framework.base_model import (
+    LANGUAGE_MODEL,
+    check_quantization,
+    check_vocabulary,
+    gguf_hint,
+    load_config,
+    load_tokenizer,
+)
 from l2d_framework.blame import naming_plugins
 from l2d_framework.config.reward import RewardRun
 from l2d_framework.config.runs import DiffusionRun, Run
@@ -60,7 +67,10 @@ def check_run(run: Run, *, earlier: Sequence[Run] = ()) -> None:
     lm_config = _lm_config(run, earlier)
     if isinstance(run, DiffusionRun):
         run.backbone.check(lm_config, run.block_size)
-        _backbone(run, lm_config)
+        backbone = _backbone(run, lm_config)
+        check_quantization(lm_config, run.model.base, whole=backbone.trains_lm)
+    elif run.model is not None:
+        check_quantization(lm_config, run.model.base, whole=isinstance(run, RewardRun) or run.lora is None)
     if isinstance(run, RewardRun):
         _check_reward(run, lm_config)
 
@@ -182,44 +192,51 @@ def _scratch_config(scratch: ScratchSection) -> Any:
 def _saved_config(model: ModelSection) -> Any:
     base, adapter = model.base, model.adapter
     folder = Path(base)
-    if adapter is not None and (_looks_local(adapter) or Path(adapter).exists()):
-        _adapter_base(adapter, "model.adapter")
+    adapter_is_here = adapter is not None and (_looks_local(adapter) or Path(adapter).exists())
+    if adapter is not None and adapter_is_here:
+        _check_adapter(adapter, "model.adapter")
     if folder.is_dir():
         if not (folder / "config.json").exists() and (folder / "adapter_config.json").exists():
             if adapter is not None:
                 raise ConfigError(
                     f"model.adapter: {base!r} is itself an adapter, got also {adapter!r}; merge one first"
                 )
-            return _saved_config(ModelSection(base=_adapter_base(base, "model.base")))
+            _check_adapter(base, "model.base")
+            below = {"base": adapter_base(folder), "revision": None, "adapter": base}
+            return _saved_config(model.model_copy(update=below))
         if not (folder / "config.json").exists() and (folder / LANGUAGE_MODEL).is_dir():
-            return _saved_config(ModelSection(base=str(folder / LANGUAGE_MODEL)))
-        for needed in (("config.json",), _WEIGHTS):
+            return _saved_config(model.model_copy(update={"base": str(folder / LANGUAGE_MODEL)}))
+        for needed in (("config.json",), _WEIGHTS) if model.gguf_file is None else ():
             if not any(any(folder.glob(pattern)) for pattern in needed):
                 raise ConfigError(
-                    f"model.base: folder {base!r} has no {' or '.join(needed)}; name a saved language model"
+                    f"model.base: folder {base!r} has no {' or '.join(needed)}; name a saved language model. "
+                    f"{gguf_hint(folder)}".rstrip()
                 )
     elif _looks_local(base) or not _HUB_ID.fullmatch(base):
         raise ConfigError(f"model.base: no such folder, got {base!r}; name a folder or a hub id such as 'org/model'")
     try:
-        return open_config(base, revision=model.revision)
+        if folder.is_dir() and (adapter is None or adapter_is_here):
+            config = load_config(model)
+            if (tokenizer := load_tokenizer(model)) is not None:
+                check_vocabulary(tokenizer, config, base)
+            return config
+        gguf = {} if model.gguf_file is None else {"gguf_file": model.gguf_file}
+        config = open_config(base, revision=model.revision, **gguf)
     except CheckpointError as error:
         raise ConfigError(
             f"model.base: no model can be read from {base!r}, which is a folder or a hub id; check the spelling, the "
             f"connection and access rights ({error})"
         ) from error
+    check_quantization(config, base)
+    return config
 
 
-def _adapter_base(adapter: str, where: str) -> str:
+def _check_adapter(adapter: str, where: str) -> None:
     folder = Path(adapter)
-    file = folder / "adapter_config.json"
-    if not file.is_file():
+    if not (folder / "adapter_config.json").is_file():
         raise ConfigError(f"{where}: no PEFT adapter there, got {adapter!r}; name a folder with adapter_config.json")
     if not any(any(folder.glob(pattern)) for pattern in ("adapter_model.safetensors", "adapter_model.bin")):
         raise ConfigError(f"{where}: {adapter!r} has no adapter_model.safetensors; save the adapter again")
-    try:
-        return adapter_base(folder)
-    except CheckpointError as error:
-        raise ConfigError(f"{where}: {str(file)!r} names no base model ({error}); save the adapter again") from error
 
 
 def _looks_local(path: str) -> bool:

@@ -31,6 +31,8 @@ class ModelSection(Section):
     revision: str | None = None
     adapter: UserPath | None = None
     """A PEFT folder merged into the base before anything else."""
+    gguf_file: str | None = Field(default=None, min_length=1)
+    """Name of the GGUF file in the base folder that holds its weights, which are unpacked."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     attn_implementation: Literal["sdpa", "eager"] = "sdpa"
     pad_token: str | None = None

@@ -12,7 +12,7 @@ from typing import Any
 from accelerate import PartialState
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 
-from l2d_framework.base_model import load_tokenizer
+from l2d_framework.base_model import check_vocabulary, load_config, load_tokenizer
 from l2d_framework.config import ModelSection, Run, config_hash, resolved_json
 from l2d_framework.errors import ConfigError
 from l2d_framework.training import folders
@@ -163,11 +163,12 @@ def base_tokenizer(model: ModelSection) -> PreTrainedTokenizerBase:
         The tokenizer.
 
     Raises:
-        ConfigError: if there is none.
+        ConfigError: if there is none, or it has tokens that the model has not.
     """
     found = load_tokenizer(model)
     if found is None:
         raise ConfigError(f"model.base: {model.base!r} has no tokenizer_config.json. Save its tokenizer there.")
+    check_vocabulary(found, load_config(model), model.base)
     return found
 
 

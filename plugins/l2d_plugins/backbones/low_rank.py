@@ -42,7 +42,6 @@ def adapt(layers: nn.Module, config: LoraConfig, name: str) -> None:
         config: names the modules; without dropout.
         name: of the adapter.
     """
+    # Of every kind: a quantized module computes in its own way what the low-rank product is added to.
+    config._register_custom_module({nn.Module: LowRank})
     inject_adapter_in_model(config, layers, name)
-    for module in layers.modules():
-        if type(module) is Linear:
-            module.__class__ = LowRank

@@ -8,6 +8,7 @@ itself; keys and values come from the main path through a read-only cache.
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Iterable
 from typing import Any
 
@@ -20,6 +21,9 @@ from l2d_plugins.twins import StandIn, twin
 
 KEY_VALUE = ("k_proj", "v_proj")
 """Projections whose results the diffusion path never reads."""
+
+_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+_CHUNK = 1024
 
 
 class NoProjection(nn.Module):
@@ -72,12 +76,64 @@ class MainKeys:
         return layer.keys, layer.values
 
 
-def make_shadow(layer: nn.Module, trainable: Iterable[str]) -> nn.Module:
-    """Copy of a decoder layer that shares its parameters.
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module is a linear projection, of torch or of a library that quantizes.
+
+    Args:
+        module: any module.
+
+    Returns:
+        True for a projection.
+    """
+    return hasattr(module, "in_features") and hasattr(module, "out_features")
+
+
+def is_quantized(module: nn.Module) -> bool:
+    """Whether a projection keeps its weights in another form than a matrix of floats.
+
+    Args:
+        module: any module.
+
+    Returns:
+        True for a quantized projection.
+    """
+    weight = getattr(module, "weight", None)
+    return is_linear(module) and not (type(weight) is nn.Parameter and weight.dtype in _FLOATS)
+
+
+@torch.no_grad()
+def unpacked(module: nn.Module, dtype: torch.dtype) -> nn.Linear:
+    """Ordinary projection that does what a quantized one does, found by asking it.
+
+    Args:
+        module: a quantized projection.
+        dtype: of the model it belongs to.
+
+    Returns:
+        A projection with weights of its own.
+    """
+    bare: Any = copy.copy(module)
+    # The bias is added after rounding, so the weight is read without it.
+    for store in ("_parameters", "_buffers"):
+        bare.__dict__[store] = {name: None if name == "bias" else x for name, x in getattr(module, store).items()}
+    device = next(itertools.chain(module.parameters(), module.buffers())).device
+    size: int = bare.in_features
+    rows = torch.arange(size, device=device).split(_CHUNK)
+    columns = torch.cat([bare(functional.one_hot(part, size).to(dtype)) for part in rows])
+    bias = getattr(module, "bias", None)
+    plain = nn.Linear(size, bare.out_features, bias=bias is not None, device="meta")
+    plain.weight = nn.Parameter(columns.T.contiguous())
+    plain.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach().to(dtype).clone()))
+    return plain
+
+
+def make_shadow(layer: nn.Module, trainable: Iterable[str], dtype: torch.dtype) -> nn.Module:
+    """Copy of a decoder layer that shares its parameters, and whole modules where they are quantized.
 
     Args:
         layer: the model's layer.
         trainable: names of linear modules whose weights are copied and made trainable instead of shared.
+        dtype: of the model, for copies of quantized weights.
 
     Returns:
         The shadow, in evaluation mode, so that no dropout is active.
@@ -85,8 +141,11 @@ def make_shadow(layer: nn.Module, trainable: Iterable[str]) -> nn.Module:
     memo: dict[int, Any] = {}
     own = set(trainable)
     for name, module in layer.named_modules():
-        if name.rpartition(".")[2] in KEY_VALUE and isinstance(module, nn.Linear):
-            memo[id(module)] = NoProjection(module.out_features)
+        if name.rpartition(".")[2] in KEY_VALUE and is_linear(module):
+            memo[id(module)] = NoProjection(int(module.out_features))
+        elif is_quantized(module):
+            # Whatever state its library keeps beside the weights is not ours to copy.
+            memo[id(module)] = unpacked(module, dtype) if name in own else module
         if name not in own:
             memo.update({id(p): p for p in module.parameters(recurse=False)})
         memo.update({id(b): b for b in module.buffers(recurse=False)})

@@ -16,7 +16,14 @@ from l2d_framework.errors import ConfigError, UnsupportedModelError
 from l2d_framework.types import Layout
 from l2d_plugins.backbones.conditioning import Conditioning
 from l2d_plugins.backbones.main_path import MainContext, MainPath
-from l2d_plugins.backbones.shadow import KEY_VALUE, Modulated, gather_kwargs, make_shadow
+from l2d_plugins.backbones.shadow import (
+    KEY_VALUE,
+    Modulated,
+    gather_kwargs,
+    is_linear,
+    is_quantized,
+    make_shadow,
+)
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftConfig  # takes seconds to import, and listing plugins needs none of it
@@ -101,7 +108,7 @@ class TwoStream(Backbone):
         layers = self.main.layers
         names = [_target_names(layer, config.targets) for layer in layers]
         own = names if config.variant != "lora" else [[] for _ in names]
-        shadows = nn.ModuleList(make_shadow(layer, own[i]) for i, layer in enumerate(layers))
+        shadows = nn.ModuleList(make_shadow(layer, own[i], lm.dtype) for i, layer in enumerate(layers))
         if self.table().device.type != "meta":
             self.main.self_test(shadows)
         if config.variant == "full_random":
@@ -292,27 +299,31 @@ class TwoStream(Backbone):
     def merge(self) -> None:
         """Fold the LoRA adapter into projections of the diffusion path's own; the language model's are left alone.
 
-        Costs one more copy of the adapted projections and saves their low-rank products. Copies of the full variants
-        take the language model's type.
+        Costs one more copy of the adapted projections and saves their low-rank products, but where the language model
+        is quantized: there it would cost the memory that quantizing saved, so the products stay. Weights of the
+        path's own take the language model's type.
         """
         for parent, attribute, module in self._lora_modules().values():
             base: Any = module.get_base_layer()
+            if is_quantized(base):
+                continue
             merged = nn.Linear(base.in_features, base.out_features, bias=base.bias is not None, device="meta")
             delta: Tensor = module.get_delta_weight(ADAPTER)  # type: ignore[attr-defined]  # peft's linear LoRA layer
             weight = (base.weight.float() + delta.float()).to(base.weight.dtype)
             merged.weight = nn.Parameter(weight.detach(), requires_grad=False)
             merged.bias = base.bias
             setattr(parent, attribute, merged)
-        self.shadows.to(self.lm.dtype)
+        shared = {id(parameter) for parameter in self.lm.parameters()}
+        for parameter in self.shadows.parameters():
+            if id(parameter) not in shared:
+                parameter.data = parameter.data.to(self.lm.dtype)
         self.is_merged = True
 
 
 def _target_names(layer: nn.Module, targets: tuple[str, ...] | None) -> list[str]:
     # Linear modules of a layer that the diffusion path adapts.
     linear = [
-        name
-        for name, module in layer.named_modules()
-        if isinstance(module, nn.Linear) and name.rpartition(".")[2] not in KEY_VALUE
+        name for name, module in layer.named_modules() if is_linear(module) and name.rpartition(".")[2] not in KEY_VALUE
     ]
     chosen = linear if targets is None else [name for name in linear if name.rpartition(".")[2] in targets]
     known = {name.rpartition(".")[2] for name in linear}
