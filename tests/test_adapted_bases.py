@@ -127,9 +127,7 @@ def test_an_adapter_without_a_base_name_says_so_and_serves_a_base_that_is_named(
         lambda: locate(ModelSection(base=str(tmp_path / "adapter"))),
         lambda: check_run(run_over(tmp_path / "adapter")),
     ):
-        with pytest.raises(
-            CheckpointError, match=r"names no base model.*Set model.base to .* and model.adapter"
-        ):
+        with pytest.raises(CheckpointError, match=r"names no base model.*Set model.base to .* and model.adapter"):
             refused()
     check_run(run_over(base, adapter=str(tmp_path / "adapter")))
     lm = load_language_model(ModelSection(base=str(base), adapter=str(tmp_path / "adapter")))
