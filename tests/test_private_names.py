@@ -90,6 +90,48 @@ def test_peft_adapts_modules_in_place_and_gives_their_update():
     assert layer.get_delta_weight("diffusion").shape == (4, 4)
 
 
+def test_peft_puts_a_class_of_ours_on_modules_of_any_kind():
+    from peft import LoraConfig, inject_adapter_in_model
+    from peft.tuners.lora import Linear
+
+    class Ours(Linear):
+        pass
+
+    config, model = LoraConfig(r=2, target_modules=["a"]), torch.nn.ModuleDict({"a": torch.nn.Linear(4, 4)})
+    config._register_custom_module({torch.nn.Module: Ours})
+    assert isinstance(inject_adapter_in_model(config, model, "diffusion")["a"], Ours)
+
+
+def test_transformers_templates_are_compiled_by_an_environment_that_tracks_generation_markers():
+    from jinja2.environment import Environment
+    from jinja2.utils import Namespace
+    from transformers.utils.chat_template_utils import _compile_jinja_template
+
+    environment = _compile_jinja_template("").environment
+    assert {"tojson"} <= environment.filters.keys() and {
+        "raise_exception",
+        "strftime_now",
+    } <= environment.globals.keys()
+    template = environment.from_string("a{% generation %}b{% endgeneration %}")
+    pieces: list[str] = []
+    spans: list[tuple[int, int]] = []
+    with environment.activate_tracker(pieces, spans):
+        for piece in template.generate():
+            pieces.append(piece)
+    assert ("".join(pieces), spans) == ("ab", [(1, 2)])
+    assert list(inspect.signature(Environment._compile).parameters) == ["self", "source", "filename"]
+    assert Namespace(a=1)._Namespace__attrs == {"a": 1}
+
+
+def test_transformers_knows_a_quantizer_by_its_section_without_weights():
+    from transformers.quantizers.auto import AutoHfQuantizer
+    from transformers.utils.import_utils import is_gguf_available
+
+    quantizer = AutoHfQuantizer.from_config({"quant_method": "bitsandbytes", "load_in_8bit": True}, pre_quantized=True)
+    assert callable(quantizer.validate_environment) and isinstance(quantizer.is_trainable, bool)
+    assert isinstance(is_gguf_available(), bool)
+
+
 def test_torch_lets_a_subclass_stand_for_a_tensor():
     from torch.utils import _pytree
 
