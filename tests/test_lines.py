@@ -81,7 +81,7 @@ def test_the_judge_reads_answers_with_any_separator(tmp_path):
         ("a.jsonl", b"[" * 100_000, r"a\.jsonl:1 is not a JSON object"),
         ("a.jsonl", b'{"a": 1}\n\xff', "is no text in UTF-8"),
         ("a.jsonl", "{}".encode("utf-16"), "is no text in UTF-8"),
-        ("a.jsonl.gz", gzip.compress(b'{"a": 1}\n')[:-5], "cannot be read after line 1: EOFError"),
+        ("a.jsonl.gz", gzip.compress(b'{"a": 1}\n', mtime=0)[:-5], "cannot be read after line 1: EOFError"),
         ("a.jsonl", None, "There is no file"),
     ],
 )
