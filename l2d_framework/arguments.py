@@ -21,6 +21,8 @@ def _plain(value: Any) -> Any:
     """Numbers of numpy and torch as Python's own, and their arrays and tuples as lists."""
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
+    if isinstance(value, dict):
+        return {tuple(map(_plain, key)) if isinstance(key, tuple) else key: _plain(item) for key, item in value.items()}
     return value.tolist() if callable(getattr(value, "tolist", None)) else value
 
 

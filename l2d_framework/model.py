@@ -302,16 +302,16 @@ class DiffusionLM(Process):
         chats: Sequence[bool],
     ) -> tuple[GenerationConfig, StoppingCriteriaList]:
         # Configuration with `options` applied, and criteria with stop strings among them.
-        defaults = self.backbone.lm.generation_config
-        is_end_chosen = "eos_token_id" in options or (
-            config is not None and config.eos_token_id not in (None, defaults.eos_token_id)
-        )
+        defaults, given = self.backbone.lm.generation_config, config
         config = arguments.picking_config(
-            config,
+            given,
             options,
             defaults=defaults,
             vocab_size=self.backbone.vocab_size,
             known=[*SamplingSection.model_fields, "guidance_scale", "num_return_sequences"],
+        )
+        is_end_chosen = "eos_token_id" in options or (
+            given is not None and given.eos_token_id is not None and config.eos_token_id != defaults.eos_token_id
         )
         criteria = StoppingCriteriaList(criteria or [])
         if not is_end_chosen:

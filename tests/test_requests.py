@@ -256,6 +256,15 @@ def test_good_arguments_are_taken_in_any_form():
         **how,
     ).answers
     assert torch.equal(again, wanted)
+    biased = [lm.generate(IDS, sequence_bias={(kind(7),): 90.0}, **how).answers.tolist() for kind in (int, np.int64)]
+    assert biased == [[[7, 7, 7]]] * 2
+
+
+@pytest.mark.parametrize("kind", [list, np.array, torch.tensor], ids=["list", "numpy", "torch"])
+def test_a_configuration_may_name_its_ends_in_any_form(kind):
+    config = GenerationConfig(eos_token_id=kind([7, 8]))
+    found = model().generate(IDS, generation_config=config, sequence_bias={(8,): 90.0}, max_new_tokens=3)
+    assert found.answers.tolist() == [[8]]
 
 
 @pytest.mark.parametrize("name", sorted({*GenerationConfig().to_dict()} - {*_WITHOUT_EFFECT}))
