@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from threading import Lock
@@ -45,6 +46,9 @@ from l2d_framework.transformers_face import TransformersFace, as_transformers
 
 DEFAULT_NEW_TOKENS = 256
 """Answer length where neither the call nor the base model sets one: the L2D paper's for general tasks."""
+
+_BEFORE_THE_END = ("min_length", "min_new_tokens", "exponential_decay_length_penalty")
+"""Settings that make end tokens likelier or less likely."""
 
 _STOP_STRINGS = Lock()
 """Held while transformers looks stop strings up in a table of the whole process, from which it also removes some."""
@@ -317,7 +321,7 @@ class DiffusionLM(Process):
         if not is_end_chosen:
             add_ends(config, self.ends(is_chat=all(chats)))
             if any(chats) and not all(chats):
-                criteria.append(_TurnEnds(self.ends(is_chat=True), chats))
+                criteria.append(self._turn_ends(config, chats))
         if config.stop_strings is not None:
             if self.tokenizer is None:
                 raise ConfigError(f"stop_strings={config.stop_strings!r} needs a tokenizer, which this model lacks.")
@@ -327,6 +331,18 @@ class DiffusionLM(Process):
         if config.max_length is None and config.max_new_tokens is None:
             config.max_new_tokens = DEFAULT_NEW_TOKENS
         return config, criteria
+
+    def _turn_ends(self, config: GenerationConfig, chats: Sequence[bool]) -> StoppingCriteria:
+        # What transformers makes of its end tokens, beside stopping there, holds for all rows of a batch.
+        ends, whole = self.ends(is_chat=True), copy.copy(config)
+        add_ends(whole, ends)
+        for name in _BEFORE_THE_END if whole.eos_token_id != config.eos_token_id else ():
+            if value := getattr(config, name, None):
+                raise ConfigError(
+                    f"{name}={value} would not hold for the conversations among these prompts, whose answers end with "
+                    "their turn. Ask for conversations and texts in a call each."
+                )
+        return _TurnEnds(ends, chats)
 
 
 class _TurnEnds(StoppingCriteria):

@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 from l2d_framework.checkpoint import load
 from l2d_framework.cli import app
 from l2d_framework.config import parse_run
+from l2d_framework.errors import ConfigError
 from l2d_framework.infilling import Infilled
 from l2d_framework.prompts import pad_left
 from l2d_framework.training.run import train_runs
@@ -102,6 +103,20 @@ def test_without_record_only_conversations_end_with_the_templates_turn(folder):
         assert lengths(lm, ["Two plus two?", CHAT], num_return_sequences=2) == [5, 5, 1, 1]
         assert lengths(lm, pad_left([[9, 8]], chats=[True])) == [1]
         assert lengths(lm, pad_left([[9, 8]])) == [5]
+
+
+def test_settings_of_end_tokens_are_refused_where_they_would_not_hold_for_every_row(folder):
+    lm = load(folder / "l2d-chats")
+    lm.origin = replace(lm.origin, ends=None)
+    for name, value in (("min_new_tokens", 3), ("min_length", 3), ("exponential_decay_length_penalty", (1, 2.0))):
+        for prompts in (CHAT, "Two plus two?", [CHAT, CHAT]):
+            lm.generate(prompts, **FEW, **{name: value})
+        with pytest.raises(ConfigError, match=f"^{name}=.* in a call each"):
+            lm.generate(["Two plus two?", CHAT], **FEW, **{name: value})
+    both = {"min_new_tokens": 3, "eos_token_id": [EOS, END]}
+    lm.generate(["Two plus two?", CHAT], **FEW, **both)
+    lm.backbone.lm.generation_config.eos_token_id = [EOS, END]
+    lm.generate(["Two plus two?", CHAT], **FEW, min_new_tokens=3)
 
 
 def test_a_checkpoint_of_before_the_record_is_loaded(folder, tmp_path):
