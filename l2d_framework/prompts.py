@@ -137,7 +137,7 @@ def turn_end(tokenizer: PreTrainedTokenizerBase | None, template: str | None = N
 
     Returns:
         The first special token that follows the answer, with only blanks between; the end-of-text token where the
-        template writes none, or refuses a question and an answer; None where there is no template.
+        template writes none, or refuses or rewrites a question and an answer; None where there is no template.
     """
     if tokenizer is None or (template is None and tokenizer.chat_template is None):
         return None
@@ -147,7 +147,8 @@ def turn_end(tokenizer: PreTrainedTokenizerBase | None, template: str | None = N
     except DataError:
         return last
     special = special_ids(tokenizer)
-    for token in tokenizer(text.rpartition(EXCHANGE[-1]["content"])[2], add_special_tokens=False)["input_ids"]:
+    _, answer, behind = text.rpartition(EXCHANGE[-1]["content"])
+    for token in tokenizer(behind, add_special_tokens=False)["input_ids"] if answer else ():
         if token in special:
             return int(token)
         if str(tokenizer.decode([token])).strip():

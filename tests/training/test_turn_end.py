@@ -18,7 +18,7 @@ from l2d_framework.cli import app
 from l2d_framework.config import parse_run
 from l2d_framework.errors import ConfigError
 from l2d_framework.infilling import Infilled
-from l2d_framework.prompts import pad_left
+from l2d_framework.prompts import pad_left, turn_end
 from l2d_framework.training.run import train_runs
 
 EOS, END = 2, 3
@@ -117,6 +117,12 @@ def test_settings_of_end_tokens_are_refused_where_they_would_not_hold_for_every_
     lm.generate(["Two plus two?", CHAT], **FEW, **both)
     lm.backbone.lm.generation_config.eos_token_id = [EOS, END]
     lm.generate(["Two plus two?", CHAT], **FEW, min_new_tokens=3)
+
+
+def test_a_template_that_rewrites_answers_shows_no_end():
+    template = TEMPLATE.replace("m['content']", "m['content']|upper").replace("{{ m['role'] }}", "<s>")
+    assert turn_end(templated(), template) == EOS
+    assert turn_end(templated(), TEMPLATE) == END
 
 
 def test_a_checkpoint_of_before_the_record_is_loaded(folder, tmp_path):
