@@ -64,6 +64,18 @@ def test_prompts_of_a_text_file_are_its_lines(tmp_path, mark):
     assert list(read_prompts([], path, chat=False).items()) == [(f"{path}:{i}", t) for i, t in enumerate(TEXTS, 1)]
 
 
+def test_a_file_of_prompts_is_json_by_its_own_ending_or_that_below_the_packing(tmp_path):
+    content = b'{"prompt": "a"}\n'
+    for name, made, prompt in (
+        ("a.jsonl", content, "a"),
+        ("a.jsonl.gz", gzip.compress(content), "a"),
+        ("a.jsonl.txt", content, content.decode().strip()),
+        ("a.txt.gz", gzip.compress(content), content.decode().strip()),
+    ):
+        (tmp_path / name).write_bytes(made)
+        assert list(read_prompts([], tmp_path / name, chat=False).values()) == [prompt]
+
+
 def test_the_judge_reads_answers_with_any_separator(tmp_path):
     samples = [
         {"doc_id": i, "doc": {"instruction": text, "dataset": "a"}, "resps": [[text]]} for i, text in enumerate(TEXTS)

@@ -8,6 +8,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from fsspec.utils import infer_compression
+
 from l2d_framework.chat_template import check_conversation
 from l2d_framework.errors import DataError
 from l2d_framework.lines import read_lines, read_objects
@@ -32,7 +34,7 @@ def read_prompts(texts: Sequence[str], file: Path | None, *, chat: bool) -> dict
     if file is not None:
         if not file.is_file():
             raise DataError(f"There is no file {str(file)!r}. Give a text file with one prompt a line, or JSONL.")
-        is_json = any(suffix in (".jsonl", ".json") for suffix in file.suffixes[-2:])
+        is_json = Path(file.stem if infer_compression(str(file)) else file).suffix in (".jsonl", ".json")
         read: Iterable[tuple[int, Any]] = read_objects(file) if is_json else read_lines(file)
         found = {f"{file}:{number}": value for number, value in read}
         if not found:
