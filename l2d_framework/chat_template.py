@@ -56,24 +56,25 @@ def check_conversation(messages: Any) -> Messages:
         The same.
 
     Raises:
-        DataError: if it is no non-empty list of turns with a role and a content.
+        DataError: if it is no non-empty list of turns with a role and a content, which calls of tools may replace.
     """
     if isinstance(messages, str | Mapping) or not isinstance(messages, Sequence) or not messages:
         raise DataError(
             f"{short(messages)} is not a conversation. Give a non-empty list of turns with `role` and `content`."
         )
     for number, turn in enumerate(messages):
-        if not isinstance(turn, Mapping) or not {"role", "content"} <= turn.keys():
+        calls = isinstance(turn, Mapping) and (turn.get("tool_calls") or turn.get("function_call"))
+        if not isinstance(turn, Mapping) or "role" not in turn or not (calls or "content" in turn):
             raise DataError(
                 f"turn {number} makes it not a conversation, got {short(turn)}. Give it `role` and `content`."
             )
         if not isinstance(turn["role"], str):
             raise DataError(f"turn {number} has the role {short(turn['role'])}. Give a text such as 'user'.")
-        calls = turn.get("tool_calls") or turn.get("function_call")
-        if not isinstance(turn["content"], str | list) and not (turn["content"] is None and calls):
+        content = turn.get("content")
+        if not isinstance(content, str | list) and not (content is None and calls):
             raise DataError(
-                f"turn {number} of role {turn['role']!r} has the content {short(turn['content'])}. Give a text, or "
-                "leave the turn out."
+                f"turn {number} of role {turn['role']!r} has the content {short(content)}. Give a text, or leave the "
+                "turn out."
             )
     return messages
 

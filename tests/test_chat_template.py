@@ -178,6 +178,7 @@ def test_a_refused_template_does_not_spend_the_time_of_the_next_in_its_thread(mo
         ({"role": "user", "content": "a"}, "is not a conversation"),
         (["a"], "turn 0 makes it not a conversation, got 'a'"),
         ([*ASKED, {"role": "user"}], "turn 1 makes it not a conversation"),
+        ([{"tool_calls": [1]}], "turn 0 makes it not a conversation"),
         ([{"role": 1, "content": "a"}], "turn 0 has the role 1"),
         ([*ASKED, {"role": "user", "content": None}], "turn 1 of role 'user' has the content None"),
         ([{"role": "user", "content": 5}], "turn 0 of role 'user' has the content 5"),
@@ -189,7 +190,11 @@ def test_what_is_no_conversation_is_named_by_turn_and_field(messages, words):
 
 
 def test_tool_calls_may_stand_in_place_of_content():
-    assert check_conversation(TOOLED) is TOOLED
+    bare = [{name: value for name, value in turn.items() if value is not None} for turn in TOOLED]
+    assert "content" not in bare[1]
+    for messages in (TOOLED, bare):
+        assert check_conversation(messages) is messages
+    assert render(WORKING["everything"], bare, VARIABLES) == render(WORKING["everything"], TOOLED, VARIABLES)
 
 
 PARTS = [{"role": "user", "content": [{"type": "text", "text": "Hi"}]}]

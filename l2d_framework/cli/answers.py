@@ -200,7 +200,7 @@ class Session:
         recorder = Recorder()
         batch = self.encode([prompt])
         found = self.answer([prompt], batch, request_keys(batch), observer=recorder)[0]
-        title = prompt if isinstance(prompt, str) else str(prompt[-1]["content"])
+        title = prompt if isinstance(prompt, str) else str(prompt[-1].get("content"))
         trace = recorder.finish([*batch[0], *found.pop("ids")])
         write_trace(trace, self.tokenizer, path, title=title)  # type: ignore[arg-type]
         typer.echo(found["text"])

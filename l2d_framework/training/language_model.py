@@ -198,7 +198,7 @@ def _texts(data: DataSection) -> Iterator[str]:
         rows = islice(opened.data, _STREAMED_TEXTS) if data.streaming else opened.data
         for row in rows:
             if "messages" in names:
-                yield from (str(turn["content"]) for turn in row[names["messages"]])
+                yield from (str(turn.get("content") or "") for turn in row[names["messages"]])
             else:
                 yield from (str(row[column]).removeprefix("\ufeff") for column in names.values())
 
