@@ -12,7 +12,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, Strict, Valid
 from torch import Tensor
 from transformers import GenerationConfig
 
-from l2d_framework.errors import ConfigError, suggest
+from l2d_framework.errors import ConfigError, shown, suggest
 from l2d_framework.infilling import Gapped
 from l2d_framework.prompts import Encoded
 
@@ -250,11 +250,11 @@ def check_parts(processors: Any, criteria: Any, streamer: Any, observer: Any) ->
     """
     for name, functions in (("logits_processor", processors), ("stopping_criteria", criteria)):
         if functions is not None and not (isinstance(functions, list) and all(map(callable, functions))):
-            raise ConfigError(f"{name} should be a list of functions, got {_shown(functions)}.")
+            raise ConfigError(f"{name} should be a list of functions, got {shown(functions)}.")
     if streamer is not None and not all(callable(getattr(streamer, name, None)) for name in ("put", "end")):
-        raise ConfigError(f"streamer should have the methods put and end, got {_shown(streamer)}.")
+        raise ConfigError(f"streamer should have the methods put and end, got {shown(streamer)}.")
     if observer is not None and not callable(observer):
-        raise ConfigError(f"observer should be a function, got {_shown(observer)}.")
+        raise ConfigError(f"observer should be a function, got {shown(observer)}.")
 
 
 def check_prompts(prompts: Any, vocab_size: int) -> None:
@@ -274,13 +274,13 @@ def check_prompts(prompts: Any, vocab_size: int) -> None:
         check_tokens(prompts, vocab_size)
     elif not isinstance(prompts, str):
         if not isinstance(prompts, Sequence) or isinstance(prompts, bytes):
-            raise ConfigError(f"prompts should be a text, a conversation or a list of them, got {_shown(prompts)}.")
+            raise ConfigError(f"prompts should be a text, a conversation or a list of them, got {shown(prompts)}.")
         is_single = len(prompts) > 0 and isinstance(prompts[0], Mapping)
         for number, prompt in enumerate([prompts] if is_single else prompts):
             turns = [] if isinstance(prompt, str) else prompt
             if not isinstance(turns, Sequence) or not all(isinstance(turn, Mapping) for turn in turns):
                 raise ConfigError(
-                    f"Prompt {number} should be a text or a list of messages, got {_shown(prompt)}. Token ids go into "
+                    f"Prompt {number} should be a text or a list of messages, got {shown(prompt)}. Token ids go into "
                     "a tensor, (B, S)."
                 )
 
@@ -295,7 +295,7 @@ def check_texts(texts: Any) -> None:
         ConfigError: saying what is wrong with them.
     """
     if not isinstance(texts, str) and not (isinstance(texts, Sequence) and all(isinstance(t, str) for t in texts)):
-        raise ConfigError(f"texts should be a text with gaps like <mask:8>, or a list of them, got {_shown(texts)}.")
+        raise ConfigError(f"texts should be a text with gaps like <mask:8>, or a list of them, got {shown(texts)}.")
 
 
 def check_tokens(tokens: Tensor, vocab_size: int) -> None:
@@ -334,7 +334,7 @@ def check_left_padding(tokens: Tensor, mask: Tensor) -> None:
         row = int(wrong.nonzero()[0])
         raise ConfigError(
             f"attention_mask should be 0 on padding, which stands on the left, and 1 elsewhere, got "
-            f"{_shown(mask[row].tolist())} in row {row}."
+            f"{shown(mask[row].tolist())} in row {row}."
         )
 
 
@@ -364,7 +364,7 @@ def check_gapped(gapped: Gapped, vocab_size: int, context: int | None) -> None:
         if not gaps or begins != 0 or (context is not None and length > context):
             raise ConfigError(
                 f"Row {row} should begin with a known token, have a gap and at most {context} tokens, got the blocks "
-                f"{_shown(blocks[row].tolist())}."
+                f"{shown(blocks[row].tolist())}."
             )
 
 
@@ -381,7 +381,7 @@ def _sorted_out(options: Mapping[str, Any], vocab_size: int | None) -> tuple[dic
     for name, (neutral, reason) in _UNSERVED.items():
         value = plain.pop(name, None)
         if value is not None and not (isinstance(value, (int, float)) and value == neutral):
-            problems[name] = f"{name}={_shown(value)} is not served: {reason}."
+            problems[name] = f"{name}={shown(value)} is not served: {reason}."
     try:
         # Copies as they are, not as the model would hold them: transformers knows its own types best.
         Picking.model_validate(plain, context={"vocab_size": vocab_size})
@@ -402,15 +402,10 @@ def _problems(error: ValidationError, given: Mapping[str, Any]) -> dict[str, str
         what = str(details["ctx"]["error"]) if details["type"] == "value_error" else details["msg"]
         what = what.replace("Field required", "has too few entries").partition(" after validation")[0]
         what = what.replace("Input should be", "should be").replace("List should", "should").replace("String s", "s")
-        inner = "" if details["input"] is given[name] else f" ({_shown(details['input'])} in it)"
-        lines[name] = f"{name} {what}, got {_shown(given[name])}{inner}."
+        inner = "" if details["input"] is given[name] else f" ({shown(details['input'])} in it)"
+        lines[name] = f"{name} {what}, got {shown(given[name])}{inner}."
     return lines
 
 
 def _depth(details: Any) -> tuple[int, bool]:
     return len(details["loc"]), not details["type"].endswith("_type")
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -19,7 +19,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
-from l2d_framework.errors import DataError
+from l2d_framework.errors import DataError, shown
 
 TEMPLATE_DATE = "26 Jul 2024"
 """Date shown to chat templates that print one; fixed, so that training on another day gives the same tokens."""
@@ -60,20 +60,20 @@ def check_conversation(messages: Any) -> Messages:
     """
     if isinstance(messages, str | Mapping) or not isinstance(messages, Sequence) or not messages:
         raise DataError(
-            f"{short(messages)} is not a conversation. Give a non-empty list of turns with `role` and `content`."
+            f"{shown(messages)} is not a conversation. Give a non-empty list of turns with `role` and `content`."
         )
     for number, turn in enumerate(messages):
         calls = isinstance(turn, Mapping) and (turn.get("tool_calls") or turn.get("function_call"))
         if not isinstance(turn, Mapping) or "role" not in turn or not (calls or "content" in turn):
             raise DataError(
-                f"turn {number} makes it not a conversation, got {short(turn)}. Give it `role` and `content`."
+                f"turn {number} makes it not a conversation, got {shown(turn)}. Give it `role` and `content`."
             )
         if not isinstance(turn["role"], str):
-            raise DataError(f"turn {number} has the role {short(turn['role'])}. Give a text such as 'user'.")
+            raise DataError(f"turn {number} has the role {shown(turn['role'])}. Give a text such as 'user'.")
         content = turn.get("content")
         if not isinstance(content, str | list) and not (content is None and calls):
             raise DataError(
-                f"turn {number} of role {turn['role']!r} has the content {short(content)}. Give a text, or leave the "
+                f"turn {number} of role {turn['role']!r} has the content {shown(content)}. Give a text, or leave the "
                 "turn out."
             )
     return messages
@@ -151,22 +151,9 @@ def render(
         if isinstance(turn.get("content"), list) and str(turn["content"]) in text:
             raise DataError(
                 f"the chat template writes the content of turn {number}, a list of parts, as it stands: "
-                f"{short(turn['content'])}. Give the content as one text."
+                f"{shown(turn['content'])}. Give the content as one text."
             )
     return check_text(text), spans
-
-
-def short(value: Any) -> str:
-    """A value for a message.
-
-    Args:
-        value: anything.
-
-    Returns:
-        What `repr` says of it, on one line of at most 80 characters.
-    """
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def _turn(turn: Mapping[str, Any]) -> dict[str, Any]:

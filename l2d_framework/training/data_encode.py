@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 from transformers import PreTrainedTokenizerBase
 
 from l2d_framework import chat_template, prompts
-from l2d_framework.chat_template import Messages, check_conversation, check_text, short
-from l2d_framework.errors import DataError
+from l2d_framework.chat_template import Messages, check_conversation, check_text
+from l2d_framework.errors import DataError, shown
 from l2d_framework.training import chat
 
 if TYPE_CHECKING:
@@ -238,7 +238,7 @@ _READERS: dict[Format, Callable[[Mapping[str, Any], Columns, Encoding], Tokens]]
 def _text(row: Mapping[str, Any], column: str) -> str:
     value = row[column]
     if not isinstance(value, str):
-        raise DataError(f"column {column!r} holds {short(value)}, not a text.")
+        raise DataError(f"column {column!r} holds {shown(value)}, not a text.")
     # Readers of plain text, packed or on the Hub, take the byte-order mark of a file for a part of its first line.
     return check_text(value.removeprefix("\ufeff"))
 

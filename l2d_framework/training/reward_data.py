@@ -14,9 +14,9 @@ import datasets
 from transformers import PreTrainedTokenizerBase
 
 from l2d_framework import prompts
-from l2d_framework.chat_template import Messages, check_text, short
+from l2d_framework.chat_template import Messages, check_text
 from l2d_framework.config import PairSource, RewardRun
-from l2d_framework.errors import DataError
+from l2d_framework.errors import DataError, shown
 from l2d_framework.prompts import encode_text, opening, read_template
 from l2d_framework.training import chat
 from l2d_framework.training.data_sources import describe, load_rows, require_columns, select_rows
@@ -214,13 +214,13 @@ def _sides(row: dict[str, Any]) -> tuple[str, list[Any]]:
         if not _is_conversation(answer) or answer[-1]["role"] != "assistant":
             raise DataError(
                 f"`chosen` and `rejected` should be two texts or two lists of messages that end in an answer of the "
-                f"role 'assistant', got {short(answer)}."
+                f"role 'assistant', got {shown(answer)}."
             )
     if all(answer[0]["role"] == "assistant" for answer in answers):
         if isinstance(prompt, str):
             prompt = [{"role": "user", "content": prompt}]
         if not _is_conversation(prompt):
-            raise DataError(f"`prompt` should be a text or a list of messages, got {short(prompt)}.")
+            raise DataError(f"`prompt` should be a text or a list of messages, got {shown(prompt)}.")
         answers = [[*prompt, *answer] for answer in answers]
     asked = [(turn["role"], turn["content"]) for turn in answers[0][:-1]]
     return json.dumps(asked), answers
