@@ -301,6 +301,8 @@ def _asked(method: str, *args: ast.expr) -> ast.Call:
 
 def _weight(value: Any) -> int:
     # About the length of `repr`, in which a part counts as often as it occurs; no more than needed of what is too long.
+    if isinstance(value, str):  # nearly all of what templates make
+        return 1 + len(value)
     total, waiting = 1, [value]
     while waiting and total <= LONGEST:
         one = waiting.pop()
