@@ -10,6 +10,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from datetime import datetime
 from types import CodeType, MappingProxyType
 from typing import Any
 
@@ -23,6 +24,7 @@ from l2d_framework.errors import DataError, shown
 
 TEMPLATE_DATE = "26 Jul 2024"
 """Date shown to chat templates that print one; fixed, so that training on another day gives the same tokens."""
+_TODAY = datetime(2024, 7, 26)
 SECONDS = 10.0
 """Longest time one rendering may compute; time of its own thread, so that a busy machine refuses nothing."""
 LONGEST = 10_000_000
@@ -190,6 +192,7 @@ class _Bounded(ImmutableSandboxedEnvironment):
         )
         # Filler text in any amount is the one function whose size its arguments do not bound.
         self.globals = {name: made for name, made in theirs.globals.items() if name != "lipsum"}
+        self.globals["strftime_now"] = _TODAY.strftime
         self.filters = {name: self._guarded(name, made) for name, made in theirs.filters.items()}
         self.tests = {name: self._guarded(name, made) for name, made in theirs.tests.items()}
         self.concat: Any = self._concat

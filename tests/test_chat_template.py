@@ -136,6 +136,11 @@ def test_whatever_a_template_does_ends_soon_and_in_one_line_of_ours(monkeypatch,
     assert len(str(caught.value)) < 600
 
 
+def test_a_template_prints_the_same_date_on_every_day():
+    for template in ("{{ date_string }}", "{{ strftime_now('%d %b %Y') }}"):
+        assert render(template, ASKED, {})[0] == TEMPLATE_DATE
+
+
 def test_a_long_conversation_is_no_hostile_one():
     turns = [turn for i in range(2000) for turn in (*ASKED, {"role": "assistant", "content": f"{i} " * 200})]
     text, spans = render(WORKING["marked"], turns, VARIABLES)
