@@ -382,8 +382,23 @@ def test_conversations_are_rendered_as_in_training_and_within_its_bounds(opened,
     assert model.apply_chat_template(turns) == f"Hi{TEMPLATE_DATE}"
     assert model.apply_chat_template([*turns, {"role": "assistant", "content": "Yo"}], False) == "HiYo"
     monkeypatch.setattr(model.tokenizer, "chat_template", "{{ 'a' * 10 ** 9 }}")
-    with pytest.raises(DataError, match="more than 10,000,000 characters"):
-        model.apply_chat_template(turns)
+    for asks in (True, False):
+        with pytest.raises(DataError, match="more than 10,000,000 characters"):
+            model.apply_chat_template(turns, asks)
+
+
+@pytest.mark.parametrize("content", ["Yo", " Yo \n", "{{ x }}"])
+@pytest.mark.parametrize("printed", ["{{ m.content }}", "{{ m.content|trim }}"], ids=["whole", "trimmed"])
+def test_a_turn_that_goes_on_stands_open_as_in_transformers(opened, monkeypatch, printed, content):
+    model = opened()
+    template = f"{{% for m in messages %}}<s>{printed}</s>\n{{% endfor %}}"
+    monkeypatch.setattr(model.tokenizer, "chat_template", template)
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": content}]
+    theirs = model.tokenizer.apply_chat_template(turns, tokenize=False, continue_final_message=True)
+    assert model.apply_chat_template(turns, False) == theirs
+    monkeypatch.setattr(model.tokenizer, "chat_template", "{{ messages[0].content }}")
+    with pytest.raises(DataError, match="does not print the last turn"):
+        model.apply_chat_template(turns, False)
 
 
 def test_results_say_what_was_used_and_what_it_cost(opened):

@@ -33,6 +33,7 @@ from l2d_framework.prompts import encode_text
 
 _LOGGER = logging.getLogger(__name__)
 _AUTO_ON_CPU = 8
+_GOES_ON = "<|this turn goes on|> "
 """Batch size `auto` where memory that runs out ends the process instead of raising an error."""
 
 
@@ -146,6 +147,10 @@ class Opened(HFLM):  # type: ignore[misc]
         variables = {**self.tokenizer.special_tokens_map, **self.chat_template_args}
         template = str(self.tokenizer.get_chat_template())
         options = {"add_generation_prompt": add_generation_prompt}
+        if not add_generation_prompt:
+            # lm_eval asks for no generation prompt where the last turn is to go on.
+            *before, last = chat_history
+            chat_history = [*before, {**last, "content": last["content"] + _GOES_ON}]
         try:
             text, _ = render(template, chat_history, variables, **options)
         except DataError:
@@ -155,8 +160,13 @@ class Opened(HFLM):  # type: ignore[misc]
                 raise
             _LOGGER.warning("The chat template refuses system messages, so they are left out.")
             text, _ = render(template, asked, variables, **options)
-        # lm_eval asks for no generation prompt where the last turn is to go on.
-        return text if add_generation_prompt else str(super().apply_chat_template(chat_history, False))
+        if add_generation_prompt:
+            return text
+        begun, found, behind = text.rpartition(_GOES_ON.strip())
+        if not found:
+            raise DataError("the chat template does not print the last turn, which is to go on. Use another template.")
+        # Where the template trims what it prints, blanks in front of an answer are of no meaning, either.
+        return begun if behind.startswith(" ") else begun.rstrip()
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
         """The chat template; asked for when one is going to be applied.
