@@ -292,7 +292,10 @@ def _encode(opened: Opened, section: DataSection, encoding: Encoding) -> Any:
             _LOGGER.warning("%s in all.", text)
             data = data.select(np.flatnonzero(~empty))
     if not left:
-        raise DataError(f"No example of {encoder.where} has a supervised token within data.max_length.")
+        raise DataError(
+            f"No example of {encoder.where} has a supervised token within data.max_length. Raise it, or fill the texts "
+            "and answers that are empty."
+        )
     return data
 
 
