@@ -146,13 +146,20 @@ def check_first_rows(
     has_chat = any(one.columns.format == "messages" for one in opened)
     encoding = Encoding.of(section, tokenizer, classes=list(classes), has_chat=has_chat)
     for one in opened:
-        rows = list(islice(one.data, _FIRST_ROWS))
+        following = iter(one.data)
+        rows = list(islice(following, _FIRST_ROWS))
         encoder = _Encoder.of(one, section, encoding)
         encoded = encoder({name: [row.get(name) for row in rows] for name in rows[0]}, list(range(len(rows))))
         empty = [i for ids, i in zip(encoded["input_ids"], encoded["class_id"], strict=True) if not ids]
         if empty:
-            count = encoder.tolerate(len(empty), len(encoded["input_ids"]), empty[0], rows[empty[0]])
-            notes.append(f"{count} among the first {len(rows)} rows.")
+            try:
+                count = encoder.tolerate(len(empty), len(encoded["input_ids"]), empty[0], rows[empty[0]])
+                notes.append(f"{count} among the first {len(rows)} rows.")
+            except NothingSupervisedError as error:
+                # A stream stops there, too; of other sources the share of all rows counts.
+                if section.streaming or next(following, None) is None:
+                    raise
+                notes.append(f"{error} Training stops if the rows after the first {len(rows)} do not make up for it.")
     return notes
 
 

@@ -1,6 +1,7 @@
 """`l2d config check` reads the first rows of the data as training will, without weights."""
 
 import json
+import re
 
 import pytest
 from tiny_models import tiny_lm, tiny_tokenizer
@@ -63,8 +64,14 @@ def test_examples_cut_to_nothing_are_counted_among_the_first_rows_and_refused_ab
     rows = [LONG if i % 20 == 7 else row for i, row in enumerate(PAIRS)]
     assert "left out 10 of 200 examples" in check(rows, streaming=streaming).stderr
     rows[0] = LONG
-    with pytest.raises(DataError, match=r"Example 0 of 'a.jsonl'.*beyond max_length = 40.*one of 11 in 200"):
-        check(rows, streaming=streaming)
+    why = r"Example 0 of 'a.jsonl'.*beyond max_length = 40.*one of 11 in 200"
+    if streaming:
+        with pytest.raises(DataError, match=why):
+            check(rows, streaming=True)
+    else:
+        assert re.search(why + ".*Training stops if the rows after the first 200", check(rows).stderr.replace("\n", " "))
+        with pytest.raises(DataError, match=why):
+            check(rows[:200])
     assert "left out 11 of 200" in check(rows, streaming=streaming, drop_unsupervised=0.06).stderr
 
 
