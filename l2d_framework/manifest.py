@@ -24,7 +24,7 @@ WEIGHTS = "diffusion.safetensors"
 CARD = "README.md"
 FORMAT = 2
 """Format 1 hashes weights; format 2 every file but the model card, which may be edited, and the manifest itself."""
-_OPENED = ("*.json", "*.jinja", "*.safetensors", "*.bin", "*.model", "vocab.txt", "merges.txt")
+_OPENED = ("*.json", "*.jinja", "*/*.jinja", "*.safetensors", "*.bin", "*.model", "vocab.txt", "merges.txt")
 """Files that transformers opens in a folder with a language model."""
 
 
@@ -106,8 +106,8 @@ def opened_files(folder: Path) -> set[str]:
     Returns:
         Their paths inside it.
     """
-    found = (path for pattern in _OPENED for path in (folder / LANGUAGE_MODEL).rglob(pattern))
-    return {path.relative_to(folder).as_posix() for path in found}
+    found = (path for pattern in _OPENED for path in (folder / LANGUAGE_MODEL).glob(pattern))
+    return {path.relative_to(folder).as_posix() for path in found if not path.name.startswith(".")}
 
 
 def holds_language_model(manifest: Mapping[str, Any]) -> bool:
@@ -191,9 +191,11 @@ def _check_file(folder: Path, name: str, digest: str) -> None:
     """
     path, root = folder / name, Path(os.path.realpath(folder))
     target = Path(os.path.realpath(path))
-    # In the cache of the hub, a snapshot is made of links to blobs.
-    is_blob = root.parent.name == "snapshots" and target.parent == root.parent.parent / "blobs"
-    if not is_blob and not target.is_relative_to(root):
+    allowed = [root]
+    if root.parent.name == "snapshots":
+        # In the cache of the hub, a snapshot is made of links to blobs, which may be links to those of the whole cache.
+        allowed += [Path(os.path.realpath(above / "blobs")) for above in root.parents[1:3]]
+    if not any(target.is_relative_to(folder) for folder in allowed):
         raise CheckpointError(f"{str(path)!r} is a link that leaves the checkpoint. Put the file itself there.")
     try:
         is_same = path.is_file() and file_hash(path) == digest

@@ -156,15 +156,29 @@ def test_a_link_out_of_the_folder_is_refused(checkpoint):
         read_manifest(checkpoint)
 
 
-def test_a_folder_in_the_cache_of_the_hub_is_loaded_and_so_is_a_link_to_one(checkpoint):
+@pytest.mark.parametrize("layout", ["blobs of one repository", "blobs of all repositories", "blobs on another disk"])
+def test_a_folder_in_the_cache_of_the_hub_is_loaded_and_so_is_a_link_to_one(checkpoint, layout):
     snapshot = checkpoint.parent / "models--org--name" / "snapshots" / "0123"
     blobs = snapshot.parent.parent / "blobs"
-    blobs.mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    if layout == "blobs on another disk":
+        (checkpoint.parent / "disk").mkdir()
+        blobs.symlink_to(checkpoint.parent / "disk")
+    else:
+        blobs.mkdir()
     for path in [path for path in checkpoint.rglob("*") if path.is_file()]:
         link = snapshot / path.relative_to(checkpoint)
         link.parent.mkdir(parents=True, exist_ok=True)
-        blob = shutil.copy(path, blobs / file_hash(path))
+        blob = blobs / file_hash(path)
         link.symlink_to(os.path.relpath(blob, link.parent))
+        if layout == "blobs of all repositories":
+            # As huggingface_hub 2 keeps what it gets from Xet.
+            shared = checkpoint.parent / "blobs" / blob.name[:2] / blob.name
+            shared.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, shared)
+            blob.symlink_to(os.path.relpath(shared, blobs))
+        else:
+            shutil.copy(path, blob)
     (checkpoint.parent / "link").symlink_to(snapshot)
     wanted = answer(load(checkpoint, base=base_of(checkpoint)), checkpoint.name)
     for folder in (snapshot, checkpoint.parent / "link"):
@@ -174,6 +188,9 @@ def test_a_folder_in_the_cache_of_the_hub_is_loaded_and_so_is_a_link_to_one(chec
 def test_a_file_that_would_be_opened_beside_the_saved_ones_is_refused(saved, tmp_path):
     folder = shutil.copytree(saved / "tess", tmp_path / "tess")
     (folder / "language_model" / "notes.md").write_text("mine")
+    for name in (".ipynb_checkpoints/config-checkpoint.json", "onnx/config.json", "._config.json"):
+        (folder / "language_model" / name).parent.mkdir(exist_ok=True)
+        (folder / "language_model" / name).write_text("{}")
     read_manifest(folder)
     (folder / "language_model" / "adapter_config.json").write_text("{}")
     with pytest.raises(CheckpointError, match=r"language_model/adapter_config\.json' is no part of the checkpoint"):
