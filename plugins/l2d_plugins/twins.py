@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from types import MethodType
 from typing import Any
 
 from torch import Tensor, nn
+
+_OWN_CALLS = {"forward", "_old_forward"}
+"""What libraries put on single modules: kernels of the hub and Liger their forward, accelerate its hooks around it."""
 
 
 def twin(module: nn.Module, **replaced: Any) -> Any:
@@ -19,8 +24,19 @@ def twin(module: nn.Module, **replaced: Any) -> Any:
         The twin, made in a microsecond.
     """
     made = object.__new__(type(module))
-    made.__dict__.update(module.__dict__, **replaced)
+    # What was compiled would run the other.
+    made.__dict__.update(module.__dict__, _compiled_call_impl=None, **replaced)
+    for name in _OWN_CALLS & made.__dict__.keys():
+        made.__dict__[name] = _rebound(made.__dict__[name], module, made)
     return made
+
+
+def _rebound(call: Any, module: nn.Module, made: nn.Module) -> Any:
+    if isinstance(call, MethodType) and call.__self__ is module:
+        return MethodType(call.__func__, made)
+    if isinstance(call, partial):
+        return partial(call.func, *(made if given is module else given for given in call.args), **call.keywords)
+    return call
 
 
 def private(module: nn.Module, **children: Any) -> Any:

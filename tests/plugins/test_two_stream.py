@@ -1,9 +1,11 @@
 """The two-stream backbone over every family it promises; what holds over a Llama alone is in the conformance kit."""
 
 import tomllib
+from types import MethodType
 
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
 from diffusion_models import (
     PROVEN,
     all_known,
@@ -234,6 +236,31 @@ def test_gradient_checkpointing_gives_the_same_gradients_by_computing_twice(vari
     assert len(calls) == len(two_stream(model).shadows)
     for name, gradient in found[0].items():
         assert torch.equal(found[1][name], gradient), name
+
+
+def with_forwards_of_their_own(lm):
+    for module in lm.modules():
+        module.forward = MethodType(type(module).forward, module)
+
+
+def with_hooks_of_accelerate(lm):
+    for module in lm.modules():
+        add_hook_to_module(module, ModelHook())
+
+
+def compiled(lm):
+    lm.compile(backend="eager")
+    lm.get_decoder().compile(backend="eager")
+
+
+@pytest.mark.parametrize("change", [with_forwards_of_their_own, with_hooks_of_accelerate, compiled])
+def test_what_libraries_put_on_modules_changes_no_logit(tiny_lm, change):
+    layout = all_known(tokens(), padding=PADDING)
+    lm = tiny_lm("llama")
+    wanted = diffusion_lm(lm)(ask_everywhere(shared_lm(), layout)).logits
+    change(lm)
+    model = diffusion_lm(lm)
+    torch.testing.assert_close(model(ask_everywhere(model, layout)).logits, wanted)
 
 
 def test_dropout_of_the_language_model_stays_off_while_the_diffusion_path_trains(tiny_lm):
