@@ -63,6 +63,33 @@ HONEST = {
         "import math\nfrom math import isclose\nfrom typing import List\nLIMIT = [1, 2]\ndef f(): return 0.1 + 0.2",
         "x: List[int] = LIMIT\nassert math.isclose(f(), 0.3) and isclose(f(), 0.3) and x == [1, 2]",
     ),
+    "classes": (
+        "class P:\n    pass\nclass Q(P):\n    pass\ndef f(): return Q()",
+        "assert isinstance(f(), P) and isinstance(f(), Q) and not isinstance(P(), Q) and not isinstance(1, P)",
+    ),
+    "numbers of its own": (
+        "class N:\n    def __init__(self, n): self.n = n\n    def __int__(self): return self.n\n"
+        "    def __float__(self): return self.n / 2\n    def __abs__(self): return N(abs(self.n))\n"
+        "    def __neg__(self): return N(-self.n)\n    def __format__(self, how): return f'{self.n:{how}}'",
+        "n = N(-3)\nassert int(n) == -3 and float(n) == -1.5 and abs(n).n == 3 and (-n).n == 3 and f'{-n:03}' == '003'",
+    ),
+    "dictionaries with defaults": (
+        "from collections import defaultdict\ndef f(d):\n    d['a'] += 1\n    d['b'] += 0\n"
+        "    return defaultdict(list)",
+        "from collections import defaultdict\nd = defaultdict(int)\nassert f(d)['new'] == []\n"
+        "assert d == {'a': 1, 'b': 0} and d['new'] == 0",
+    ),
+    "arrays that change": (
+        "def f(a, b, l):\n    a[0] = 9\n    l.append(b)\n    return a",
+        "import numpy as np\na, b, l = np.zeros((2, 2)), np.arange(3), []\nb.flags.writeable = False\n"
+        "assert f(a, b, l) is a and (a == [[9, 9], [0, 0]]).all() and l[0] is b",
+    ),
+    "times of a zone": (
+        "from datetime import datetime, timedelta, timezone\n"
+        "def f(hours): return datetime(2020, 1, 1, tzinfo=timezone(timedelta(hours=hours)))",
+        "from datetime import datetime, timezone\nassert f(0) == datetime(2020, 1, 1, tzinfo=timezone.utc) != f(1)\n"
+        "assert f(0) != datetime(2020, 1, 1)",
+    ),
     "named like a built-in function": ("def sum(a, b): return a * b", "assert sum(10, 15) == 150"),
     "own checks": (
         "def f(x): return x\nassert f(1) == 1",

@@ -14,7 +14,7 @@ import operator
 import os
 import sys
 import types
-from collections import Counter, OrderedDict, deque
+from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -30,16 +30,19 @@ _PARTS: dict[str, Any] = {
     "fractions.Fraction": lambda value: [value.numerator, value.denominator],
     "decimal.Decimal": lambda value: [str(value)],
     "datetime.date": lambda value: [value.year, value.month, value.day],
-    "datetime.time": lambda value: [value.hour, value.minute, value.second, value.microsecond],
-    "datetime.datetime": lambda value: [*value.timetuple()[:6], value.microsecond],
+    "datetime.time": lambda value: [value.hour, value.minute, value.second, value.microsecond, value.tzinfo],
+    "datetime.datetime": lambda value: [*value.timetuple()[:6], value.microsecond, value.tzinfo],
+    "datetime.timezone": lambda value: [value.utcoffset(None)],
     "datetime.timedelta": lambda value: [value.days, value.seconds, value.microseconds],
 }
 """By class, what its constructor makes an equal value of."""
+_PLAIN = {type(None), bool, float, str}
+_LARGE = 1 << 63
 _MODULES = (*sys.stdlib_module_names, "numpy")
 _FUNCTIONS = (types.FunctionType, types.MethodType, types.BuiltinFunctionType)
 _NOT_DUMPABLE = (4, 0)
 _ENDED = "failed: it ended before its last line had run"
-_ASKED = ("getattr", "setattr", "iter", "next", "len", "bool", "str", "repr", "hash")
+_ASKED = ("getattr", "setattr", "iter", "next", "len", "bool", "str", "repr", "hash", "int", "float", "abs", "format")
 _BETWEEN = (
     "eq",
     "ne",
@@ -61,7 +64,8 @@ _BETWEEN = (
 _SERVED: dict[str, Any] = {
     "call": lambda function, *given, **named: function(*given, **named),
     **{name: getattr(builtins, name) for name in _ASKED},
-    **{name: getattr(operator, name) for name in ("getitem", "setitem", *_BETWEEN)},
+    "instancecheck": lambda kind, value: isinstance(value, kind),
+    **{name: getattr(operator, name) for name in ("getitem", "setitem", "neg", *_BETWEEN)},
 }
 """What one process may ask of an object in the other."""
 
@@ -74,6 +78,9 @@ class Handle:
     def __init__(self, link: Link, number: int) -> None:
         object.__setattr__(self, "_link", link)
         object.__setattr__(self, "_number", number)
+
+    def __instancecheck__(self, other: Any) -> bool:
+        return isinstance(other, Handle) and bool(self._link.ask("instancecheck", self, other))
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -91,7 +98,7 @@ def _between(name: str) -> Any:
 
 
 for _name in _SERVED:
-    if _name != "getattr":
+    if _name not in ("getattr", "instancecheck"):
         setattr(Handle, f"__{_name.strip('_')}__", (_between if _name in _BETWEEN else _forward)(_name))
 
 
@@ -206,55 +213,77 @@ class Link:
 
     def _pack(self, value: Any, seen: _Seen) -> Any:
         kind = type(value)
-        if kind in (type(None), bool, float, str):
+        if kind in _PLAIN:
             return value
         if kind is Handle:
             return ["yours", value._number]
         if id(value) in seen.numbers:
             return ["seen", seen.numbers[id(value)]]
         if (array := _array(value)) is not None:
+            if _is_array(value):
+                seen.append(value)
             return ["array", *array]
         if isinstance(value, int):
-            return int(value) if abs(value) < 1 << 63 else ["int", hex(value)]
+            return int(value) if abs(value) < _LARGE else ["int", hex(value)]
         for base in (float, str):
             if isinstance(value, base):
                 return base(value) if base is float else str.__str__(value)
+        if kind is defaultdict and _is_builtin(value.default_factory):
+            seen.append(value)
+            return ["defaultdict", self._packed(_parts(value), seen), self._pack(value.default_factory, seen)]
         for name, container in _CONTAINERS.items():
             if isinstance(value, container):
                 seen.append(value)
-                return [name, [self._pack(part, seen) for part in _parts(value)]]
+                return [name, self._packed(_parts(value), seen)]
         for plain in (tuple, frozenset):
             if isinstance(value, plain):
-                return [plain.__name__, [self._pack(part, seen) for part in value]]
+                return [plain.__name__, self._packed(value, seen)]
         if (name := f"{kind.__module__}.{kind.__qualname__}") in _PARTS:
-            return ["made", name, [self._pack(part, seen) for part in _PARTS[name](value)]]
+            return ["made", name, self._packed(_PARTS[name](value), seen)]
         if isinstance(value, types.ModuleType) and value.__name__ in _MODULES:
             return ["module", value.__name__]
-        if isinstance(value, type) and getattr(builtins, name := value.__name__, None) is value:
-            return ["type", name]
+        if _is_builtin(value):
+            return ["type", value.__name__]
         if id(value) not in self._numbers:
             self._numbers[id(value)] = len(self._mine)
             self._mine.append(value)
         return ["mine", self._numbers[id(value)]]
 
+    def _packed(self, parts: Iterable[Any], seen: _Seen) -> list[Any]:
+        # Long lists of numbers pass here, so those that need no thought get none.
+        return [
+            part
+            if (kind := type(part)) in _PLAIN or (kind is int and -_LARGE < part < _LARGE)
+            else self._pack(part, seen)
+            for part in parts
+        ]
+
+    def _unpacked(self, parts: list[Any], seen: _Seen) -> list[Any]:
+        return [self._unpack(part, seen) if isinstance(part, list) else part for part in parts]
+
     def _unpack(self, packed: Any, seen: _Seen) -> Any:
         if not isinstance(packed, list):
             return packed
         tag, first, *more = packed
-        if tag in _CONTAINERS:
-            made = _CONTAINERS[tag]()
+        if tag in _CONTAINERS or tag == "defaultdict":
+            made = defaultdict() if tag == "defaultdict" else _CONTAINERS[tag]()
             seen.append(made)
-            _refill(made, [self._unpack(part, seen) for part in first])
+            _refill(made, self._unpacked(first, seen))
+            if tag == "defaultdict":
+                made.default_factory = self._unpack(more[0], seen)
             return made
         if tag in ("tuple", "frozenset"):
-            return getattr(builtins, tag)([self._unpack(part, seen) for part in first])
+            return getattr(builtins, tag)(self._unpacked(first, seen))
         if tag == "made":
             if first not in _PARTS:
                 raise TypeError(f"no value of {first}")
             module, _, name = first.rpartition(".")
-            return getattr(importlib.import_module(module), name)(*(self._unpack(part, seen) for part in more[0]))
+            return getattr(importlib.import_module(module), name)(*self._unpacked(more[0], seen))
         if tag == "array":
-            return _from_array(first, *more)
+            made = _from_array(first, *more)
+            if _is_array(made):
+                seen.append(made)
+            return made
         if tag == "module" and first in _MODULES:
             return importlib.import_module(first)
         if tag == "type" and isinstance(getattr(builtins, first, None), type):
@@ -266,11 +295,26 @@ class Link:
         return {"seen": seen, "yours": self._mine}[tag][first]
 
 
+def _is_builtin(value: Any) -> bool:
+    return isinstance(value, type) and getattr(builtins, value.__name__, None) is value
+
+
+def _is_array(value: Any) -> bool:
+    numpy = sys.modules.get("numpy")
+    return numpy is not None and isinstance(value, numpy.ndarray)
+
+
 def _parts(container: Any) -> Iterable[Any]:
+    if _is_array(container):
+        return [container.copy()]
     return container.items() if isinstance(container, dict) else container
 
 
 def _refill(container: Any, parts: list[Any]) -> None:
+    if _is_array(container):
+        if container.flags.writeable:
+            container[...] = parts[0]
+        return
     if isinstance(container, list | bytearray):
         container[:] = parts
         return

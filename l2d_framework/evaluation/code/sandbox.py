@@ -84,11 +84,14 @@ class Sandbox:
     reported, outside the process namespace of the program. It gets plain values, made anew from their parts, and asks
     the program about everything else, so neither walking frames nor jumping over lines nor an object that equals
     everything fakes a pass; only returning the right values does. What that costs: the program's own objects cannot be
-    compared or calculated with values of the tests, tests do not see what it prints, seeds or changes in modules, and
-    its constants are read once. What it does not prevent: helpers that tests take from the program instead of bringing
-    their own do what the program wants, as does a function of the tests that is handed to it and then called; and
-    values that pass tests without being right. A program whose tests are its last lines is alone in its process: one
-    that exits early cannot pass, but one that means to deceive can find there how passing is reported.
+    compared or calculated with values of the tests, copied or used in a `with`, its classes neither derived from nor
+    named by `except`, and lists in its objects are read, not changed; tests do not see what it prints, seeds or changes
+    in modules, nor it what they do there, such as a `sys.stdin` of theirs; its constants are read once; and a call
+    takes a tenth of a millisecond or more. Tests that need this stand at the end of their program. What it does not
+    prevent: helpers that tests take from the program instead of bringing their own do what the program wants, as does a
+    function of the tests that is handed to it and then called; and values that pass tests without being right. A
+    program whose tests are its last lines is alone in its process: one that exits early cannot pass, but one that means
+    to deceive can find there how passing is reported.
 
     Args:
         limits: of each program.
