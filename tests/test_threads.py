@@ -16,6 +16,7 @@ from transformers import LlamaConfig, LlamaForSequenceClassification, PreTrained
 
 from l2d_framework.model import DiffusionLM
 from l2d_framework.prompts import Encoded, pad_left
+from l2d_framework.registry import catalog
 from l2d_framework.tracing import Recorder
 from l2d_plugins.guidance import reward_network
 from l2d_plugins.guidance.classifier_free import ClassifierFree
@@ -47,6 +48,12 @@ def all_at_once(call: Callable[[int], Any]) -> list[Any]:
 def at_once_and_one_by_one(call: Callable[[int], Any]) -> Iterator[tuple[Any, Any]]:
     """At once first, so that nothing has been made before."""
     return zip(all_at_once(call), map(call, range(THREADS)), strict=True)
+
+
+def test_eight_threads_that_ask_first_get_one_registry_with_nothing_broken():
+    catalog._loaded.cache_clear()
+    first, *others = all_at_once(lambda number: catalog.registry())
+    assert not first.broken and all(other is first for other in others)
 
 
 def prompts(number: int) -> Encoded:

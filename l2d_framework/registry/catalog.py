@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib import metadata
 from importlib.metadata import EntryPoint
+from threading import RLock
 from typing import Any, Literal
 
 from pydantic import ValidationError
@@ -257,13 +258,22 @@ class Registry:
         raise PluginError("\n".join(lines))
 
 
-@cache
+_LOADING = RLock()
+"""Held while plugins load: what a second thread imports meanwhile would be taken for a plugin's doing."""
+
+
 def registry() -> Registry:
     """The plugins of this process, loaded at the first call.
 
     Returns:
         The same registry at every call.
     """
+    with _LOADING:
+        return _loaded()
+
+
+@cache
+def _loaded() -> Registry:
     return Registry.load()
 
 

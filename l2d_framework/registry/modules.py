@@ -27,13 +27,13 @@ def untouched_modules() -> Iterator[None]:
     Raises:
         PluginError: naming what was replaced, in place of whatever else went wrong.
     """
-    before = {name: module for name, module in sys.modules.items() if _is_shared(name)}
+    before = {name: module for name, module in list(sys.modules.items()) if _is_shared(name)}
     path = list(sys.path)
     try:
         yield
     finally:
         replaced = [name for name, module in before.items() if sys.modules.get(name) is not module]
-        shadows = [name for name in sys.modules.keys() - before.keys() if _is_shadow(name, sys.modules[name])]
+        shadows = [name for name in {*sys.modules} - before.keys() if _is_shadow(name, sys.modules[name])]
         if replaced or shadows:
             sys.modules.update(before)
             for name in shadows:

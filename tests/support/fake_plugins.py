@@ -11,7 +11,7 @@ import pytest
 import toy_components as toys
 
 from l2d_framework.hooks import GROUP, hookimpl
-from l2d_framework.registry import registry
+from l2d_framework.registry import catalog
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def installed(*entry_points: FakeEntryPoint) -> Iterator[None]:
     try:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(metadata, "entry_points", found)
-            registry.cache_clear()
+            catalog._loaded.cache_clear()
             yield
     finally:
-        registry.cache_clear()
+        catalog._loaded.cache_clear()
