@@ -69,7 +69,7 @@ class Picking(_Arguments):
     max_time: Positive | None = None
     stop_strings: Text | Annotated[list[Text], Strict(), Field(min_length=1)] | None = None
     do_sample: Flag | None = None
-    temperature: Positive | None = None
+    temperature: Annotated[float, Strict(), Field(ge=0)] | None = None
     top_k: Count | None = None
     top_p: Share | None = None
     min_p: Share | None = None
@@ -231,6 +231,12 @@ def picking_config(
             setattr(found, name, None)
     for name, value in {**base, **given, **chosen}.items():
         setattr(found, name, value)
+    if found.temperature == 0:
+        if found.do_sample:
+            raise ConfigError(
+                "temperature should be greater than 0 to sample, got 0. For the likeliest token, set do_sample=False."
+            )
+        found.temperature = None
     if found.exponential_decay_length_penalty is not None and found.eos_token_id is None:
         raise ConfigError("exponential_decay_length_penalty makes an end token likelier. Name one as eos_token_id.")
     return found

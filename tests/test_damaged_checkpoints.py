@@ -149,10 +149,14 @@ def test_a_manifest_names_no_file_outside_its_folder(checkpoint, name):
         read_manifest(checkpoint)
 
 
-def test_a_link_out_of_the_folder_is_refused(checkpoint):
-    shutil.move(checkpoint / "diffusion.safetensors", checkpoint.parent / "outside")
-    (checkpoint / "diffusion.safetensors").symlink_to(checkpoint.parent / "outside")
-    with pytest.raises(CheckpointError, match=r"diffusion\.safetensors' is a link that leaves the checkpoint"):
+def test_a_link_counts_by_what_it_leads_to(checkpoint):
+    wanted = answer(load(checkpoint, base=base_of(checkpoint)), checkpoint.name)
+    outside = checkpoint.parent / "outside"
+    shutil.move(checkpoint / "diffusion.safetensors", outside)
+    (checkpoint / "diffusion.safetensors").symlink_to(outside)
+    assert answer(load(checkpoint, base=base_of(checkpoint)), checkpoint.name) == wanted
+    outside.write_bytes(outside.read_bytes()[:-1] + b"?")
+    with pytest.raises(CheckpointError, match=r"diffusion\.safetensors' is missing, truncated or changed"):
         read_manifest(checkpoint)
 
 
@@ -187,7 +191,7 @@ def test_a_folder_in_the_cache_of_the_hub_is_loaded_and_so_is_a_link_to_one(chec
 
 def test_a_file_that_would_be_opened_beside_the_saved_ones_is_refused(saved, tmp_path):
     folder = shutil.copytree(saved / "tess", tmp_path / "tess")
-    (folder / "language_model" / "notes.md").write_text("mine")
+    (folder / "language_model" / "notes.json").write_text("mine")
     for name in (".ipynb_checkpoints/config-checkpoint.json", "onnx/config.json", "._config.json"):
         (folder / "language_model" / name).parent.mkdir(exist_ok=True)
         (folder / "language_model" / name).write_text("{}")
@@ -201,10 +205,10 @@ def test_files_of_an_earlier_save_do_not_stay_beside_the_new(saved, tmp_path):
     folder = shutil.copytree(FORMAT_1 / "tess", tmp_path / "tess")
     (folder / "language_model" / "special_tokens_map.json").write_text("{}")
     (folder / "language_model" / "model-00002-of-00002.safetensors").write_text("old")
-    (folder / "language_model" / "notes.md").write_text("mine")
+    (folder / "language_model" / "notes.json").write_text("mine")
     save(load(saved / "tess"), folder)
     assert answer(load(folder), "tess") == answer(load(saved / "tess"), "tess")
-    assert (folder / "language_model" / "notes.md").read_text() == "mine"
+    assert (folder / "language_model" / "notes.json").read_text() == "mine"
 
 
 def test_gigabytes_are_hashed_once(checkpoint, monkeypatch):

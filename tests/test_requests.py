@@ -128,7 +128,7 @@ REFUSED = [
     *(("suppress_tokens", value) for value in (5, [HUGE], ["a"], [-1])),
     *(("begin_suppress_tokens", value) for value in (5, [HUGE])),
     *(("sequence_bias", value) for value in ({(1, HUGE): 2.0}, {(1,): NAN}, [[[], 1.0]], 3)),
-    *(("temperature", value) for value in (0, -1.0, NAN, INF, "1", True)),
+    *(("temperature", value) for value in (-1.0, NAN, INF, "1", True)),
     *(("top_p", value) for value in (-0.1, 1.1, NAN, "0.5")),
     *(("min_p", value) for value in (-0.1, 1.1, NAN)),
     *(("typical_p", value) for value in (0, 1.1, NAN)),
@@ -197,6 +197,15 @@ def test_a_wrong_argument_is_named_before_anything_runs(nothing_runs, name, valu
     with pytest.raises(L2DError) as caught:
         model().generate("ab", **(options | {name: value}))
     assert name[:5] in str(caught.value)
+
+
+def test_a_temperature_of_zero_is_greedy_and_no_way_to_sample():
+    plain, cold = (
+        model().generate("ab", max_new_tokens=3, num_inference_steps=3, **o) for o in ({}, {"temperature": 0})
+    )
+    assert plain.sequences.tolist() == cold.sequences.tolist()
+    with pytest.raises(ConfigError, match=r"temperature should be greater than 0 to sample"):
+        model().generate("ab", max_new_tokens=3, num_inference_steps=3, temperature=0.0, do_sample=True)
 
 
 IDS = torch.tensor([[5, 6, 7]])

@@ -132,7 +132,8 @@ def check_first_rows(
         What the user should know though it stops nothing, one sentence each.
 
     Raises:
-        DataError: if a source, a column or an example cannot be used, or too many examples have nothing to learn.
+        DataError: if a source, a column or an example cannot be used.
+        NothingSupervisedError: if too many examples have nothing to learn.
     """
     notes = []
     found = [(source, open_first(source)) for source in (*section.train, *section.eval)]

@@ -69,7 +69,8 @@ def test_examples_cut_to_nothing_are_counted_among_the_first_rows_and_refused_ab
         with pytest.raises(DataError, match=why):
             check(rows, streaming=True)
     else:
-        assert re.search(why + ".*Training stops if the rows after the first 200", check(rows).stderr.replace("\n", " "))
+        said = check(rows).stderr.replace("\n", " ")
+        assert re.search(why + ".*Training stops if the rows after the first 200", said)
         with pytest.raises(DataError, match=why):
             check(rows[:200])
     assert "left out 11 of 200" in check(rows, streaming=streaming, drop_unsupervised=0.06).stderr
