@@ -8,7 +8,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any
 
 import torch
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, Strict, ValidationError, ValidationInfo
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    Strict,
+    ValidationError,
+    ValidationInfo,
+)
 from torch import Tensor
 from transformers import GenerationConfig
 
@@ -31,6 +40,11 @@ def _known(token: int, info: ValidationInfo) -> int:
     if size is not None and token >= size:
         raise ValueError(f"should be a token of this model, which has {size}")
     return token
+
+
+def _end(value: Any) -> Any:
+    """-1, by which some say that nothing ends an answer, as None."""
+    return None if isinstance(value, int) and value == -1 else value
 
 
 Flag = Annotated[bool, Strict()]
@@ -92,7 +106,7 @@ class Picking(_Arguments):
     forced_eos_token_id: Token | Tokens | None = None
     pad_token_id: Token | None = None
     bos_token_id: Token | None = None
-    eos_token_id: Token | Tokens | None = None
+    eos_token_id: Annotated[Token | Tokens | None, BeforeValidator(_end)] = None
 
 
 _SEARCH = "there is no beam search. as_transformers() has transformers' own"

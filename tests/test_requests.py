@@ -120,7 +120,7 @@ REFUSED = [
     *(("min_new_tokens", value) for value in (-1, "1", 0.5)),
     *(("stop_strings", value) for value in ([], "", ["a", ""], 3, [3], {"a"})),
     *(("pad_token_id", value) for value in (HUGE, -1, "0", 1.0)),
-    *(("eos_token_id", value) for value in (HUGE, -1, [], [1, HUGE], "2", 2.0)),
+    *(("eos_token_id", value) for value in (HUGE, -2, [], [1, HUGE], "2", 2.0)),
     *(("bos_token_id", value) for value in (HUGE, -1)),
     *(("forced_eos_token_id", value) for value in (HUGE, [], [HUGE], -1)),
     *(("forced_bos_token_id", value) for value in (HUGE, -1, [1])),

@@ -103,7 +103,7 @@ def test_a_model_that_denoises_whole_answers_has_no_adaptive_solve(folders, tmp_
         ("silent", "sums", (), ConfigError, "has no tokenizer"),
         ("nowhere", "sums", (), ConfigError, "There is no folder"),
         ("l2d", "nowhere", (), DataError, "no file or folder"),
-        ("l2d", "empty", (), DataError, "no token to learn from"),
+        ("l2d", "empty", (), DataError, "has a supervised token"),
         ("l2d", "texts", (), DataError, "no recognisable format"),
         ("l2d", "sums", ("--columns", "prompt"), ConfigError, "OURS=THEIRS"),
         ("l2d", "sums", ("--columns", "question=prompt"), ConfigError, "columns"),

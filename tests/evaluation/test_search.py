@@ -36,11 +36,12 @@ def test_only_the_request_and_the_seed_decide():
     assert len({tuple(found(seed=seed)[0]) for seed in range(5)}) > 1
 
 
-def test_every_pass_is_counted_once():
+def test_every_pass_is_counted_once(monkeypatch):
     steps: list[int] = []
     face = shared_lm().as_transformers(**FEW)
-    inner = face._solve
-    face._solve = lambda cache, kept: steps.append(len(cache.names)) or inner(cache, kept)
+    inner = type(face)._solve
+    solve = lambda self, cache, kept: steps.append(len(cache.names)) or inner(self, cache, kept)  # noqa: E731
+    monkeypatch.setattr(type(face), "_solve", solve)
     tokens, passes = search(face, random_tokens(1, 6)[0], Search(beams=4), name="a", picking=PICKING)
     assert len(passes) == len(tokens) and sum(passes) == len(steps) * (4 * (5 + 1) - 1)
     assert set(found(steps=0)[1][:-1]) <= {3}
@@ -50,9 +51,10 @@ def hypotheses(monkeypatch, **settings: Any) -> tuple[list[list[int]], torch.Ten
     """All hypotheses of one search with their scores, and the answer picked."""
     face = shared_lm().as_transformers(**FEW)
     seen: list[Any] = []
-    inner = face.generate
-    monkeypatch.setattr(face, "generate", lambda *a, **k: seen.append(inner(*a, **k)) or seen[0])
-    tokens, _ = search(face, random_tokens(1, 6)[0], Search(beams=4, **settings), name="a", picking=PICKING)
+    inner = type(face).generate
+    with monkeypatch.context() as patched:
+        patched.setattr(type(face), "generate", lambda *a, **k: seen.append(inner(*a, **k)) or seen[0])
+        tokens, _ = search(face, random_tokens(1, 6)[0], Search(beams=4, **settings), name="a", picking=PICKING)
     out = seen[0]
     lengths = (out.beam_indices >= 0).sum(1).tolist()
     return (

@@ -88,6 +88,7 @@ def test_the_batch_size_changes_neither_likelihoods_nor_features(source, family)
     np.testing.assert_allclose(alone, together, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated")  # their library's call
 def test_features_are_those_of_the_authors_library(source, library):
     lm = source(model=source("gpt2").model.base_model)
     texts = ["some text", "longer than the other", "x"]
