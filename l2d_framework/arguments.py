@@ -233,7 +233,9 @@ def picking_config(
     given, problems = _sorted_out({} if config is None else _set(config), vocab_size)
     if problems:
         raise ConfigError("generation_config: " + "\n".join(problems.values()))
-    base, problems = _sorted_out(_set(defaults), vocab_size)
+    # What a base would like to be told changes no token.
+    wanted = {name: v for name, v in _set(defaults).items() if _UNSERVED.get(name, (None, ""))[1] is not _OUTPUT}
+    base, problems = _sorted_out(wanted, vocab_size)
     base.pop("max_length", None)
     if problems:
         warnings.warn(

@@ -3,7 +3,7 @@ import sys
 from typing import Any, ClassVar, Literal
 
 import pytest
-from fake_plugins import TOYS, FakeEntryPoint, Toy, broken, installed, module, plugin
+from fake_plugins import TOYS, FakeEntryPoint, Toy, broken, forget_afterwards, installed, module, plugin
 from toy_components import Circle, Doubling, Forward, Sharpen
 
 from l2d_framework.errors import ConfigError, PluginError
@@ -49,6 +49,11 @@ def offering(answer: Any) -> FakeEntryPoint:
 
 def raising() -> Any:
     raise RuntimeError("no luck today")
+
+
+@pytest.fixture(autouse=True)
+def _forgotten(monkeypatch):
+    forget_afterwards(monkeypatch)
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,8 @@ def test_variable_wins_over_the_folder_beside_the_repository(monkeypatch, tmp_pa
 
 def test_without_another_folder_the_small_one_of_the_repository_is_read(monkeypatch, tmp_path):
     monkeypatch.setattr(shared_folders, "REPOSITORY", tmp_path / "repository")
-    monkeypatch.delenv("L2D_GOLDEN_DIR", raising=False)
+    for name in ("L2D_GOLDEN_DIR", "L2D_DATASETS_DIR"):
+        monkeypatch.delenv(name, raising=False)
     small = tmp_path / "repository" / "tests" / "golden" / "data"
     small.mkdir(parents=True)
     assert shared_folders.find("L2D_GOLDEN_DIR", "golden") == small

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import toy_components as toys
 
+from l2d_framework import blame
 from l2d_framework.hooks import GROUP, hookimpl
 from l2d_framework.registry import catalog
 
@@ -72,6 +73,12 @@ TOYS = plugin(
 )
 
 
+def forget_afterwards(patch: pytest.MonkeyPatch) -> None:
+    """Let plugins be blamed for no later error in the modules of tests that play them."""
+    for known in ("_PACKAGES", "_SHIPPED"):
+        patch.setattr(blame, known, {})
+
+
 @contextmanager
 def installed(*entry_points: FakeEntryPoint) -> Iterator[None]:
     """Let this process find exactly these plugins."""
@@ -83,6 +90,7 @@ def installed(*entry_points: FakeEntryPoint) -> Iterator[None]:
     try:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(metadata, "entry_points", found)
+            forget_afterwards(patch)
             catalog._loaded.cache_clear()
             yield
     finally:
