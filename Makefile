@@ -62,7 +62,7 @@ run-suite = $(call run-tests,$(1),,$(CURDIR)/tests)
 run-kernels = $(call run-tests,.venv-test,$(1),$(kernel-tests))
 run-tests = folder=$$(mktemp -d) && trap 'rm -rf "$$folder"' EXIT && cd "$$folder" && \
 	env $(2) L2D_EXPECT_INSTALLED=1 OMP_NUM_THREADS=1 $(CURDIR)/$(1)/bin/python -m pytest \
-	-c $(CURDIR)/pyproject.toml --rootdir $(CURDIR) -n $(WORKERS) $(PYTEST_ARGS) $(3)
+	-c $(CURDIR)/pyproject.toml --rootdir $(CURDIR) -n $(WORKERS) --dist worksteal $(PYTEST_ARGS) $(3)
 
 # In a fresh environment .venv-NAME whose only constraints are those of dist/NAME.txt.
 define suite-in-new
