@@ -11,7 +11,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 from rich.console import Console
-from tiny_models import tiny_lm
+from tiny_models import tiny_lm, tiny_tokenizer
 
 from l2d_framework.config import check_runs, load_run
 
@@ -77,6 +77,7 @@ def test_run_files_fit_a_model_of_their_family(path, chosen, tmp_path, monkeypat
             overrides.append(f"{where}model.base={tmp_path / base}")
             if base not in written:  # stands in for the model of this name on the hub
                 _stand_in(base).save_pretrained(tmp_path / base)
+                tiny_tokenizer().save_pretrained(tmp_path / base)
     check_runs(load_run(path, [*chosen, *overrides]))
 
 

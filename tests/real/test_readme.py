@@ -22,6 +22,7 @@ SMALLER = {
     " stages.0.training.warmup_steps=0 stages.0.data.max_length=64"
     " stages.1.training.epochs=1 stages.1.training.batch_size=2 stages.1.data.max_length=64",
     "l2d train-reward": "training.max_steps=1 training.batch_size=2 training.micro_batch_size=2",
+    "l2d generate my_model": "--max-new-tokens 8",
     "l2d generate tuned --infill": "--num-inference-steps 3",
     "l2d generate tuned": "--num-inference-steps 3 --max-new-tokens 8",
     "lm_eval --model l2d --model_args": "--limit 1 --num_fewshot 0 --gen_kwargs max_gen_toks=2",
