@@ -166,12 +166,17 @@ def _turn(turn: Mapping[str, Any]) -> dict[str, Any]:
     return found if reasoning is None else {"thinking": reasoning, **found, "reasoning_content": reasoning}
 
 
+_COMPILING = threading.Lock()
+
+
 @functools.lru_cache(maxsize=64)
 def _compiled(template: str, thread: int) -> Template:
     # One for each thread: the tracker of generation markers and the clock are the environment's.
     if len(template) > LONGEST // 10:
         raise _TooMuchError(f"the template has {len(template):,} characters")
-    return _Bounded().from_string(template)
+    # Python's trees of code may be made by one thread at a time only.
+    with _COMPILING:
+        return _Bounded().from_string(template)
 
 
 class _Bounded(ImmutableSandboxedEnvironment):
