@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from diffusion_models import NETWORK, SPACE, own_gradients, random_tokens, supervised, training_loss
+from diffusion_models import NETWORK, SPACE, moved, own_gradients, random_tokens, supervised, training_loss
 from tiny_models import tiny_lm, tiny_tokenizer
 from tiny_runs import diffusion_run, language_model_run, losses, tess_run, write_base, write_sums
 from torch import nn
@@ -51,13 +51,7 @@ def diffusion(base, *, dtype="auto", **backbone):
         "parametrization": {"name": "embedding", **SPACE},
         "backbone": {"name": "two_stream", **NETWORK, **backbone},
     }
-    model = build_model(parse_run(run)).eval()
-    generator = torch.Generator().manual_seed(2)
-    with torch.no_grad():
-        for name, weight in model.own_parameters().items():
-            scale = 4.0 if ".final.2." in name else 0.3
-            weight.add_(scale * torch.randn(weight.shape, generator=generator))
-    return model
+    return moved(build_model(parse_run(run)).eval())
 
 
 def text(model, steps):

@@ -54,7 +54,11 @@ def fresh_lm(
 
 def diffusion_lm(lm: PreTrainedModel | str = "llama", **options: Any) -> DiffusionLM:
     """L2D as if trained: every own weight is moved, the final one most, so that states and noise change the tokens."""
-    model = fresh_lm(lm, **options)
+    return moved(fresh_lm(lm, **options))
+
+
+def moved(model: DiffusionLM) -> DiffusionLM:
+    """The model itself, with the weights of `diffusion_lm`."""
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for name, weight in model.own_parameters().items():
