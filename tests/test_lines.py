@@ -6,10 +6,10 @@ import json
 
 import pytest
 
-from l2d_framework.benchmark.rows import read_rows
+from l2d_bench.data.rows import read_rows
+from l2d_bench.protocols.alpaca_eval import write_outputs
 from l2d_framework.cli.rows import read_prompts
 from l2d_framework.errors import DataError
-from l2d_framework.evaluation.protocols.alpaca_eval import write_outputs
 from l2d_framework.evaluation.samples import Columns, read_golds, read_samples
 from l2d_framework.lines import read_lines, read_objects
 from l2d_framework.training.data_lines import first_columns, json_lines

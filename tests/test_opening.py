@@ -19,8 +19,8 @@ from tiny_models import tiny_lm, tiny_tokenizer
 from transformers import AutoModelForSequenceClassification, LlamaConfig
 from typer.testing import CliRunner
 
+from l2d_bench.measures.rewards import RewardMeasure
 from l2d_framework.base_model import fingerprint, load_config, load_language_model, load_tokenizer
-from l2d_framework.benchmark.rewards import RewardMeasure
 from l2d_framework.checkpoint import build_model, load, load_weights, save
 from l2d_framework.cli import app
 from l2d_framework.config import check_runs, parse_run

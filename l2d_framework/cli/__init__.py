@@ -41,7 +41,7 @@ COMMANDS = {
     ),
     "eval-text": _Entry("l2d_framework.cli.eval_text", "eval_text", "Measure generated text."),
     "diagnose": _Entry("l2d_framework.cli.diagnose", "diagnose", "Find out whether more steps will help a model."),
-    "bench": _Entry("l2d_framework.cli.bench", "bench", "Run the papers' tables at one size, beside their numbers."),
+    "bench": _Entry("l2d_bench.cli", "bench", "Run the papers' tables at one size, beside their numbers."),
     "demo": _Entry("l2d_framework.cli.demo", "demo", "Train, generate with and measure a tiny model."),
 }
 """For each command: its module, its function or typer app in there, and what `l2d --help` says about it."""

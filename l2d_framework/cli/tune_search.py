@@ -76,7 +76,7 @@ def tune_search(
 
     from rich.console import Console
 
-    from l2d_framework.evaluation import protocols
+    from l2d_bench import protocols
     from l2d_framework.evaluation.search_tasks import Question
     from l2d_framework.evaluation.search_tuning import grid, open_model, tune
     from l2d_framework.evaluation.start_up import steps

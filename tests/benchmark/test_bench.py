@@ -16,12 +16,12 @@ from typer.testing import CliRunner
 
 pytest.importorskip("lm_eval")
 
-from l2d_framework.benchmark.bench import Bench
-from l2d_framework.benchmark.cells import FAILED
-from l2d_framework.benchmark.files import read_profile
-from l2d_framework.benchmark.jobs import Job, MeasureJob, ModelJob, make_maker
-from l2d_framework.benchmark.plan import NO_DATA, NOT_RERUN
-from l2d_framework.benchmark.pool import Event, Surroundings, run_jobs
+from l2d_bench.bench import Bench
+from l2d_bench.cells import FAILED
+from l2d_bench.files import read_profile
+from l2d_bench.jobs import Job, MeasureJob, ModelJob, make_maker
+from l2d_bench.plan import NO_DATA, NOT_RERUN
+from l2d_bench.pool import Event, Surroundings, run_jobs
 from l2d_framework.cli import app
 from l2d_framework.errors import ConfigError
 
@@ -112,7 +112,7 @@ fewshot_split: test
 output_type: generate_until
 doc_to_text: prompt
 doc_to_target: completion
-process_results: !function l2d_framework.evaluation.protocols.tess.length
+process_results: !function l2d_bench.protocols.tess.length
 generation_kwargs: {{do_sample: true, temperature: 1.0, max_gen_toks: 2, until: []}}
 metric_list: [{{metric: characters, aggregation: mean, higher_is_better: true}}]
 """

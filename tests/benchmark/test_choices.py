@@ -3,8 +3,8 @@
 import pytest
 from lm_eval.tasks import TaskManager
 
-from l2d_framework.benchmark.choices import with_choices
-from l2d_framework.benchmark.files import bench_folder
+from l2d_bench.files import bench_folder
+from l2d_bench.protocols.distractors import with_choices
 
 ROWS = [
     {"prompt": "largest 4 9 4 2 =", "completion": " 9"},

@@ -11,11 +11,11 @@ from tiny_models import tiny_lm, tiny_tokenizer
 from tiny_runs import write_sums
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from l2d_framework.benchmark.agreement import AgreementMeasure
-from l2d_framework.benchmark.devices import Reading, difference, tokens
-from l2d_framework.benchmark.files import bench_folder
-from l2d_framework.benchmark.measure import Subject
-from l2d_framework.benchmark.templated import TemplatedRows
+from l2d_bench.data.templated import TemplatedRows
+from l2d_bench.files import bench_folder
+from l2d_bench.measures.agreement import AgreementMeasure
+from l2d_bench.measures.base import Subject
+from l2d_bench.measures.devices import Reading, difference, tokens
 from l2d_framework.checkpoint import save
 from l2d_framework.config import ModelSection, load_run
 from l2d_framework.errors import ConfigError, DataError, L2DError
@@ -171,7 +171,7 @@ def test_the_base_has_a_hundred_million_parameters_and_all_runs_fit_half_an_hour
 
 
 def test_without_a_gpu_the_profile_says_so(tmp_path, monkeypatch):
-    from l2d_framework.benchmark.bench import Bench
+    from l2d_bench.bench import Bench
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ConfigError, match=r"device: cuda.*finds no GPU"):
@@ -180,8 +180,8 @@ def test_without_a_gpu_the_profile_says_so(tmp_path, monkeypatch):
 
 def test_the_profile_runs_to_its_end_at_a_tiny_size(tmp_path, datasets_dir, monkeypatch):
     pytest.importorskip("lm_eval")
-    from l2d_framework.benchmark.bench import Bench
-    from l2d_framework.benchmark.pool import Surroundings, run_jobs
+    from l2d_bench.bench import Bench
+    from l2d_bench.pool import Surroundings, run_jobs
 
     profile = yaml.safe_load((bench_folder() / "profiles" / "gpu.yaml").read_text())
     profile |= {"device": "cpu", "batch_size": 2, "threads": 1}

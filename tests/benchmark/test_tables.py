@@ -4,9 +4,9 @@ import pytest
 
 pytest.importorskip("lm_eval")
 
-from l2d_framework.benchmark.bench import Bench
-from l2d_framework.benchmark.cells import Filled
-from l2d_framework.benchmark.files import (
+from l2d_bench.bench import Bench
+from l2d_bench.cells import Filled
+from l2d_bench.files import (
     paper_numbers,
     paper_value,
     profile_names,
@@ -14,8 +14,8 @@ from l2d_framework.benchmark.files import (
     read_table,
     table_ids,
 )
-from l2d_framework.benchmark.jobs import ModelJob
-from l2d_framework.benchmark.report import printed
+from l2d_bench.jobs import ModelJob
+from l2d_bench.report import printed
 from l2d_framework.evaluation.code.sandbox import CONSENT
 
 SIX = ["GSM8K", "MATH", "HumanEval pass@10", "MBPP pass@10", "MMLU", "MMLU-Pro"]

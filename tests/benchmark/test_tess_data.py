@@ -5,8 +5,8 @@ import json
 import pytest
 from tiny_runs import tess_run
 
-from l2d_framework.benchmark.masked_model import MaskedModel
-from l2d_framework.benchmark.tess_data import TessTexts
+from l2d_bench.data.masked_model import MaskedModel
+from l2d_bench.data.tess_data import TessTexts
 from l2d_framework.checkpoint import build_model
 from l2d_framework.config.parsing import parse_run
 

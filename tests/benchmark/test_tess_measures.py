@@ -9,13 +9,13 @@ from tiny_models import tiny_tokenizer
 from tiny_runs import tess_run, write_base, write_sums
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
-from l2d_framework.benchmark.loss import LossMeasure
-from l2d_framework.benchmark.measure import Subject
-from l2d_framework.benchmark.questions import QuestionsMeasure
-from l2d_framework.benchmark.rewards import RewardMeasure
-from l2d_framework.benchmark.samples import SamplesMeasure
-from l2d_framework.benchmark.text import TextMeasure
-from l2d_framework.benchmark.trace import TraceMeasure
+from l2d_bench.measures.base import Subject
+from l2d_bench.measures.loss import LossMeasure
+from l2d_bench.measures.questions import QuestionsMeasure
+from l2d_bench.measures.rewards import RewardMeasure
+from l2d_bench.measures.samples import SamplesMeasure
+from l2d_bench.measures.text import TextMeasure
+from l2d_bench.measures.trace import TraceMeasure
 from l2d_framework.config.parsing import parse_run
 from l2d_framework.errors import DataError
 from l2d_framework.training.folders import read_card

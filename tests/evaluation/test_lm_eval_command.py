@@ -15,12 +15,12 @@ from typer.testing import CliRunner
 
 pytest.importorskip("lm_eval")
 
+from l2d_bench.protocols import folder
 from l2d_framework.checkpoint import save
 from l2d_framework.cli import app
 from l2d_framework.config import ModelSection
 from l2d_framework.errors import ConfigError, DataError, PluginError
 from l2d_framework.evaluation.lm_eval.command import run
-from l2d_framework.evaluation.protocols import folder
 from l2d_framework.evaluation.start_up.steps import lacks_checkpoint
 
 MODULE = ("-m", "l2d_framework.evaluation.lm_eval")

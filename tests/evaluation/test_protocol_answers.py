@@ -10,9 +10,9 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # its text has escapes that Python will refuse one day
     import lm_eval.tasks.hendrycks_math.utils  # noqa: F401
 
+from l2d_bench.protocols import answers, prompts, scores, tess
+from l2d_bench.protocols.alpaca_eval import write_outputs
 from l2d_framework.errors import DataError
-from l2d_framework.evaluation.protocols import answers, prompts, scores, tess
-from l2d_framework.evaluation.protocols.alpaca_eval import write_outputs
 
 
 @pytest.mark.parametrize(

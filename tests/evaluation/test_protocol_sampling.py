@@ -13,7 +13,7 @@ pytest.importorskip("lm_eval")
 
 from lm_eval.api.instance import Instance
 
-from l2d_framework.evaluation import protocols
+from l2d_bench import protocols
 from l2d_framework.evaluation.lm_eval.adapter import L2DLM
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")

@@ -21,11 +21,11 @@ import yaml
 from datasets import load_dataset
 from lm_eval.tasks import TaskManager
 
+from l2d_bench.protocols import folder, programs, scores
 from l2d_framework.checkpoint import save
 from l2d_framework.config import ModelSection
 from l2d_framework.errors import ConfigError
 from l2d_framework.evaluation.lm_eval.harness import ModelChoice, TaskChoice, evaluate
-from l2d_framework.evaluation.protocols import folder, programs, scores
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::SyntaxWarning")
 

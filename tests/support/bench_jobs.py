@@ -4,7 +4,7 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
-from l2d_framework.benchmark.jobs import Job
+from l2d_bench.jobs import Job
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ import os
 import sys
 from collections.abc import Sequence
 
+from l2d_bench import protocols
 from l2d_framework.errors import ConfigError, PluginError
-from l2d_framework.evaluation import protocols
 from l2d_framework.evaluation.lm_eval.missing import explain
 from l2d_framework.evaluation.start_up import steps
 

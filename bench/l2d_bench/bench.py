@@ -1,0 +1,123 @@
+"""A benchmark in its folder: tables planned together, run once, written as Markdown, JSON and pictures."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from l2d_bench.cells import Filled, fill
+from l2d_bench.files import read_profile
+from l2d_bench.jobs import DataJob, Job, MeasureJob, ModelJob
+from l2d_bench.plan import Plan, make_plan
+from l2d_bench.plots import can_plot, draw
+from l2d_bench.pool import unfinished
+from l2d_bench.report import markdown, to_json, write
+from l2d_bench.resolve import Resolver
+from l2d_framework.errors import ConfigError, L2DError
+
+
+class Bench:
+    """Tables at the size of one profile; continued where they stopped if started in the same folder again.
+
+    Args:
+        tables: ids of the tables.
+        profile: name or file of the profile.
+        out: folder for everything: `data`, `models`, `results` and the tables.
+        seeds: in place of the profile's.
+
+    Raises:
+        ConfigError: if a table and the profile do not fit together, or an option is wrong.
+    """
+
+    def __init__(self, tables: Sequence[str], profile: str, out: Path, *, seeds: Sequence[int] = ()) -> None:
+        self.profile = read_profile(profile)
+        if seeds:
+            self.profile = self.profile.model_copy(update={"seeds": list(dict.fromkeys(seeds))})
+        self.out = out
+        self._resolver = Resolver(self.profile, out)
+        self.plans: list[Plan] = [make_plan(table, self.profile, self._resolver) for table in tables]
+
+    @property
+    def device(self) -> str:
+        """Where it computes."""
+        return self._resolver.device
+
+    @property
+    def jobs(self) -> dict[str, Job]:
+        """All jobs of all tables, models in front of measurements, each after those it needs."""
+        found = {key: job for plan in self.plans for key, job in plan.jobs.items()}
+        return dict(sorted(found.items(), key=lambda entry: isinstance(entry[1], MeasureJob)))
+
+    def prepare(self) -> None:
+        """Make the data and check every run, so that nothing is trained in front of a mistake.
+
+        Raises:
+            ConfigError: if a run cannot be trained, or the folder cannot be written.
+        """
+        import torch
+
+        from l2d_framework.config import check_runs
+        from l2d_framework.config.parsing import parse_run
+
+        try:
+            self.out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(
+                f"{str(self.out)!r} cannot be written ({error.strerror}). Choose another --out."
+            ) from error
+        jobs = self.jobs
+        pending = unfinished(jobs)
+        if pending and self.device == "cuda" and not torch.cuda.is_available():
+            raise ConfigError("The profile has `device: cuda`, but torch finds no GPU. Run it where one is.")
+        broken: set[str] = set()
+        for key in pending:
+            job = jobs[key]
+            if broken.intersection(job.needs):
+                broken.add(key)
+            elif isinstance(job, DataJob):
+                try:
+                    job.do(lambda done, total, text: None)
+                except Exception:  # tried again, and then reported, among the other jobs
+                    broken.add(key)
+        waiting = [job for key in pending if isinstance(job := jobs[key], ModelJob) and key not in broken]
+        earlier = [job for job in jobs.values() if isinstance(job, ModelJob) and job.is_done]
+        try:
+            if waiting:
+                check_runs([parse_run(job.run) for job in (*earlier, *waiting)])
+        except L2DError as error:
+            raise ConfigError(f"A model of the profile cannot be trained: {error}") from error
+
+    def fill(self, failures: dict[str, str]) -> list[Filled]:
+        """The tables with the numbers there are.
+
+        Args:
+            failures: why jobs failed, by key.
+
+        Returns:
+            One per table.
+        """
+        return [fill(plan, self.profile, failures) for plan in self.plans]
+
+    def write(self, filled: Filled, surroundings: dict[str, Any]) -> list[Path]:
+        """Write a table as Markdown and JSON, and its picture where the paper has a figure.
+
+        Args:
+            filled: the table.
+            surroundings: facts about this run, such as versions and machine.
+
+        Returns:
+            The files.
+        """
+        name = filled.plan.id
+        files = [self.out / f"{name}.json", self.out / f"{name}.md"]
+        picture = self.out / f"{name}.png"
+        found = to_json(filled, self.profile, surroundings)
+        # The numbers first, should the picture fail.
+        write(files[0], json.dumps(found, indent=1, ensure_ascii=False) + "\n")
+        write(files[1], markdown(filled, self.profile, []))
+        if filled.plan.table.figure is not None and can_plot() and draw(filled, self.profile, picture):
+            write(files[1], markdown(filled, self.profile, [picture.name]))
+            files.append(picture)
+        return files

@@ -1,0 +1,1 @@
+"""Data and base models that a profile makes, a kind in each module."""

@@ -1,0 +1,233 @@
+"""Pictures of tables whose paper has a figure; needs matplotlib, the extra `plots`."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from textwrap import wrap
+from typing import Any
+
+from l2d_bench.cells import Filled
+from l2d_bench.schema import Figure, ProfileFile
+
+# Okabe and Ito's colours, which colour-blind readers can tell apart.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+_MARKERS = "osD^vPX"
+_ACROSS = 3
+_LETTERS = 64
+"""Of a title, above one panel."""
+
+
+def can_plot() -> bool:
+    """Whether matplotlib is installed.
+
+    Returns:
+        True if it is.
+    """
+    return importlib.util.find_spec("matplotlib") is not None
+
+
+def draw(filled: Filled, profile: ProfileFile, path: Path) -> bool:
+    """Draw the figure of a table.
+
+    Args:
+        filled: the table; it declares a figure.
+        profile: the profile.
+        path: a PNG file.
+
+    Returns:
+        False if there is nothing to draw yet.
+    """
+    figure = filled.plan.table.figure
+    assert figure is not None
+    panels = {"lines": _lines, "bars": _bars, "curves": _curves, "heatmap": _heatmaps}[figure.kind](filled, figure)
+    if not panels:
+        return False
+    from matplotlib.figure import Figure as Canvas
+
+    across = min(_ACROSS, len(panels))
+    down = -(-len(panels) // across)
+    canvas = Canvas(figsize=(4.6 * across, 3.3 * down + 0.6), dpi=130, layout="constrained")
+    axes = list(canvas.subplots(down, across, squeeze=False).flat)
+    for place, (name, paint) in zip(axes, panels, strict=False):
+        paint(place)
+        place.set_title(name, fontsize=10)
+    for place in axes[len(panels) :]:
+        place.set_axis_off()
+    handles: dict[str, Any] = {}
+    for place in axes:
+        handles |= {text: handle for handle, text in zip(*place.get_legend_handles_labels(), strict=True)}
+    if handles:
+        canvas.legend(
+            handles.values(), handles, loc="outside lower center", ncols=min(3, len(handles)), frameon=False, fontsize=8
+        )
+    title = wrap(f"{filled.plan.table.title} — {profile.title}", _LETTERS * across)
+    canvas.suptitle("\n".join(title), fontsize=10)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".part")
+    canvas.savefig(temporary, format="png")
+    os.replace(temporary, path)
+    return True
+
+
+def _drawn(filled: Filled, figure: Figure) -> list[str]:
+    """Columns in which something was measured; those of exact numbers, such as parameters, only if asked for."""
+    rows = range(len(filled.plan.rows))
+    if figure.columns is not None:
+        return [name for name in figure.columns if any(filled.cells[i, name].value is not None for i in rows)]
+    return [name for name in filled.plan.columns if any(filled.cells[i, name].error is not None for i in rows)]
+
+
+def _lines(filled: Filled, figure: Figure) -> list[Any]:
+    plan = filled.plan
+    series = list(dict.fromkeys(row.series or row.label for row in plan.rows if row.x is not None))
+    level = [number for number, row in enumerate(plan.rows) if row.x is None]
+
+    def panel(name: str) -> Any:
+        def paint(axes: Any) -> None:
+            for index, one in enumerate(series):
+                points = sorted(
+                    (row.x, filled.cells[number, name].value, filled.cells[number, name].error or 0.0)
+                    for number, row in enumerate(plan.rows)
+                    if row.x is not None and (row.series or row.label) == one
+                    if filled.cells[number, name].value is not None
+                )
+                if points:
+                    x, y, error = zip(*points, strict=True)
+                    axes.errorbar(x, y, error, capsize=2, lw=1.4, ms=4, label=one, **_style(index))
+            for index, number in enumerate(level):
+                cell = filled.cells[number, name]
+                if cell.value is not None and len(level) <= len(series) + 4:
+                    colour = _COLOURS[index % len(_COLOURS)]
+                    axes.axhline(cell.value, ls=":", lw=1.1, color=colour, label=plan.rows[number].label)
+            if figure.log_x:
+                _log_axis(axes, sorted({row.x for row in plan.rows if row.x is not None}))
+            _label(axes, figure, name)
+
+        return paint
+
+    names = [
+        n
+        for n in _drawn(filled, figure)
+        if any(row.x is not None and filled.cells[i, n].value is not None for i, row in enumerate(plan.rows))
+    ]
+    return [(name, panel(name)) for name in names]
+
+
+def _bars(filled: Filled, figure: Figure) -> list[Any]:
+    plan, names = filled.plan, _drawn(filled, figure)
+    rows = [i for i in range(len(plan.rows)) if any(filled.cells[i, name].value is not None for name in names)]
+    width = 0.8 / max(1, len(rows))
+
+    def values(axes: Any) -> None:
+        for index, number in enumerate(rows):
+            cells = [filled.cells[number, name] for name in names]
+            heights = [float("nan") if cell.value is None else cell.value for cell in cells]
+            errors = [cell.error or 0.0 for cell in cells]
+            places = [place + (index - (len(rows) - 1) / 2) * width for place in range(len(names))]
+            colour = _COLOURS[index % len(_COLOURS)]
+            axes.bar(places, heights, width, yerr=errors, capsize=2, color=colour, label=plan.rows[number].label)
+        _ticks(axes, names)
+        axes.set_ylabel(figure.y)
+
+    def details(axes: Any) -> None:
+        for index, number in enumerate(rows):
+            heights = [_detail(filled, number, name, str(figure.detail)) for name in names]
+            places = [place + (index - (len(rows) - 1) / 2) * width for place in range(len(names))]
+            axes.bar(places, heights, width, color=_COLOURS[index % len(_COLOURS)])
+        _ticks(axes, names)
+
+    panels: list[Any] = [(figure.y or "score", values)] if names else []
+    return panels + ([(figure.detail.replace("_", " "), details)] if figure.detail and names else [])
+
+
+def _detail(filled: Filled, number: int, name: str, detail: str) -> float:
+    cell = filled.cells[number, name]
+    found = [filled.outcomes[key].details.get(detail) for key in cell.jobs if key in filled.outcomes]
+    known = [float(value) for value in found if isinstance(value, (int, float))]
+    return sum(known) / len(known) if known else float("nan")
+
+
+def _curves(filled: Filled, figure: Figure) -> list[Any]:
+    plan = filled.plan
+    found: dict[str, list[tuple[str, int, list[list[float]]]]] = {}
+    for number, row in enumerate(plan.rows):
+        seen: set[str] = set()
+        for name in plan.columns:
+            for seed, key in enumerate(filled.cells[number, name].jobs):
+                for curve, points in filled.outcomes[key].curves.items() if key in filled.outcomes else ():
+                    if (mark := f"{key} {curve}") not in seen:
+                        seen.add(mark)
+                        found.setdefault(curve, []).append((row.label, seed, points))
+
+    def panel(curve: str) -> Any:
+        def paint(axes: Any) -> None:
+            labels = list(dict.fromkeys(label for label, _, _ in found[curve]))
+            for label, seed, points in found[curve]:
+                x, y = zip(*points, strict=True)
+                index = labels.index(label)
+                shown = label if seed == 0 else None
+                alpha = 1.0 if seed == 0 else 0.45
+                axes.plot(x, y, lw=1.3, alpha=alpha, color=_COLOURS[index % len(_COLOURS)], label=shown)
+            _label(axes, figure, curve)
+
+        return paint
+
+    return [(curve.replace("_", " "), panel(curve)) for curve in found]
+
+
+def _heatmaps(filled: Filled, figure: Figure) -> list[Any]:
+    plan = filled.plan
+    panels = []
+    for number, row in enumerate(plan.rows):
+        keys = [key for name in plan.columns for key in filled.cells[number, name].jobs if key in filled.outcomes]
+        matrix = next((filled.outcomes[key].matrix for key in keys if filled.outcomes[key].matrix), None)
+        if matrix:
+            panels.append((row.label, _heatmap(matrix, figure)))
+    return panels
+
+
+def _heatmap(matrix: Sequence[Sequence[float]], figure: Figure) -> Any:
+    def paint(axes: Any) -> None:
+        image = axes.imshow(matrix, aspect="auto", cmap="viridis", vmin=0.0, vmax=1.0, interpolation="nearest")
+        axes.figure.colorbar(image, ax=axes, shrink=0.85)
+        axes.set_xlabel(figure.x)
+        axes.set_ylabel(figure.y)
+
+    return paint
+
+
+def _log_axis(axes: Any, places: Sequence[float]) -> None:
+    positive = [place for place in places if place > 0.0]
+    if len(positive) == len(places):
+        axes.set_xscale("log")
+    elif positive:
+        axes.set_xscale("symlog", linthresh=positive[0])  # a logarithm that has a place for zero, too
+    else:
+        return
+    axes.set_xticks(places, [f"{place:g}" for place in places], fontsize=8)
+    axes.minorticks_off()
+
+
+def _style(index: int) -> dict[str, Any]:
+    return {"color": _COLOURS[index % len(_COLOURS)], "marker": _MARKERS[index % len(_MARKERS)]}
+
+
+def _label(axes: Any, figure: Figure, name: str) -> None:
+    axes.set_xlabel(figure.x)
+    axes.set_ylabel(figure.y)
+    axes.grid(alpha=0.25)
+
+
+def _ticks(axes: Any, names: Sequence[str]) -> None:
+    axes.set_xticks(
+        range(len(names)),
+        names,
+        rotation=30 if len(names) > 3 else 0,
+        ha="right" if len(names) > 3 else "center",
+        fontsize=8,
+    )
+    axes.grid(axis="y", alpha=0.25)
+    axes.set_axisbelow(True)
