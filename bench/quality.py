@@ -24,11 +24,11 @@ from rich.console import Console
 import l2d_framework as l2d
 from l2d_framework.cli.progress import progress
 from l2d_framework.config import DiffusionRun, load_run
-from l2d_framework.model import DiffusionLM
-from l2d_framework.objective import NoiseRule, chunked_cross_entropy, denoising_loss, draw
-from l2d_framework.training.collate import Collator
-from l2d_framework.training.data import prepare
-from l2d_framework.training.meter import BINS
+from l2d_framework.diffusion.loss import NoiseRule, chunked_cross_entropy, denoising_loss, draw
+from l2d_framework.models.diffusion_lm import DiffusionLM
+from l2d_framework.training.data.collate import Collator
+from l2d_framework.training.data.prepare import prepare
+from l2d_framework.training.metrics import BINS
 from l2d_framework.training.run import train_runs
 from l2d_framework.types import Layout
 

@@ -29,10 +29,10 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, StoppingCriteria, StoppingCriteriaList
 
 from l2d_framework.config import DiffusionRun, parse_run
-from l2d_framework.model import DiffusionLM
-from l2d_framework.objective import NoiseRule, denoising_loss, draw
-from l2d_framework.training.card import environment
-from l2d_framework.training.meter import peak_memory
+from l2d_framework.diffusion.loss import NoiseRule, denoising_loss, draw
+from l2d_framework.models.diffusion_lm import DiffusionLM
+from l2d_framework.training.metrics import peak_memory
+from l2d_framework.training.run_record import environment
 from l2d_framework.types import Layout
 
 SHAPE: dict[str, Any] = {

@@ -31,13 +31,13 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from l2d_framework.active import AllTokens
 from l2d_framework.config import DiffusionRun, parse_run
-from l2d_framework.model import DiffusionLM
-from l2d_framework.noise import TokenStreams
-from l2d_framework.problem import Streams, TokenProblem
-from l2d_framework.training.card import environment
-from l2d_framework.training.meter import peak_memory
+from l2d_framework.diffusion.ode import Streams, TokenProblem
+from l2d_framework.diffusion.rng import TokenStreams
+from l2d_framework.diffusion.selection import AllTokens
+from l2d_framework.models.diffusion_lm import DiffusionLM
+from l2d_framework.training.metrics import peak_memory
+from l2d_framework.training.run_record import environment
 from l2d_framework.types import Layout, Query
 
 SHAPE: dict[str, Any] = {

@@ -23,12 +23,12 @@ from tess_measure import answers, checks, held_out_loss, judge
 from tess_report import plot, report
 
 import l2d_framework as l2d
-from l2d_framework.checkpoint import build_model
 from l2d_framework.cli.progress import progress
 from l2d_framework.config import DiffusionRun, LanguageModelRun, RewardRun, load_run
-from l2d_framework.model import DiffusionLM
-from l2d_framework.training.data_sources import load_rows
-from l2d_framework.training.reward import train_reward
+from l2d_framework.models.checkpoint import build_model
+from l2d_framework.models.diffusion_lm import DiffusionLM
+from l2d_framework.training.data.sources import load_rows
+from l2d_framework.training.reward.run import train_reward
 from l2d_framework.training.run import train_runs
 
 HERE = Path(__file__).parent

@@ -14,14 +14,14 @@ from rich.progress import track
 from transformers import AutoModelForCausalLM
 
 from l2d_framework.config import DiffusionRun
-from l2d_framework.evaluation import surface
-from l2d_framework.model import DiffusionLM
-from l2d_framework.objective import NoiseRule, denoising_loss, draw
+from l2d_framework.diffusion.loss import NoiseRule, denoising_loss, draw
+from l2d_framework.evaluation.text import diversity
+from l2d_framework.generation.prompts import encode_prompts
+from l2d_framework.models.diffusion_lm import DiffusionLM
 from l2d_framework.opening import open_model
-from l2d_framework.prompts import encode_prompts
-from l2d_framework.training.collate import IGNORED, Collator
-from l2d_framework.training.data import prepare
-from l2d_framework.training.masking import Masker
+from l2d_framework.training.data.collate import IGNORED, Collator
+from l2d_framework.training.data.masking import Masker
+from l2d_framework.training.data.prepare import prepare
 from l2d_framework.types import Layout
 from l2d_plugins.guidance.reward_network import load_reward_model
 
@@ -153,9 +153,9 @@ def surface_of(lm: DiffusionLM, texts: Sequence[list[int]]) -> dict[str, float]:
     assert lm.tokenizer is not None
     eos = lm.tokenizer.eos_token_id
     words = [str(lm.tokenizer.decode(ids, skip_special_tokens=True)) for ids in texts]
-    mean = {f"distinct_{n}": np.nanmean([surface.distinct_per_ngram(text, n) for text in words]) for n in (1, 2, 3)}
-    mean["entropy"] = np.nanmean([surface.entropy(ids) for ids in texts])
-    mean["loops"] = np.mean([surface.ends_in_loop(ids) for ids in texts])
+    mean = {f"distinct_{n}": np.nanmean([diversity.distinct_per_ngram(text, n) for text in words]) for n in (1, 2, 3)}
+    mean["entropy"] = np.nanmean([diversity.entropy(ids) for ids in texts])
+    mean["loops"] = np.mean([diversity.ends_in_loop(ids) for ids in texts])
     mean["tokens"] = np.mean([len(ids) for ids in texts])
     mean["ended"] = np.mean([eos in ids for ids in texts])
     return {name: float(value) for name, value in mean.items()}

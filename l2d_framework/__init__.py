@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from l2d_framework import registry
     from l2d_framework.backbone import Backbone, BackboneConfig
-    from l2d_framework.checkpoint import load, push_to_hub, save
     from l2d_framework.component import Component
     from l2d_framework.guidance import Guidance
     from l2d_framework.hooks import hookimpl
-    from l2d_framework.model import DiffusionLM
+    from l2d_framework.models.checkpoint import load, push_to_hub, save
+    from l2d_framework.models.diffusion_lm import DiffusionLM
     from l2d_framework.parametrization import Parametrization, ParametrizationConfig
     from l2d_framework.schedule import Schedule
     from l2d_framework.solver import Solver
@@ -48,7 +48,7 @@ _HOMES = {
     "Backbone": "backbone",
     "BackboneConfig": "backbone",
     "Component": "component",
-    "DiffusionLM": "model",
+    "DiffusionLM": "models.diffusion_lm",
     "Guidance": "guidance",
     "Layout": "types",
     "Parametrization": "parametrization",
@@ -58,9 +58,9 @@ _HOMES = {
     "Schedule": "schedule",
     "Solver": "solver",
     "hookimpl": "hooks",
-    "load": "checkpoint",
-    "push_to_hub": "checkpoint",
-    "save": "checkpoint",
+    "load": "models.checkpoint",
+    "push_to_hub": "models.checkpoint",
+    "save": "models.checkpoint",
 }
 
 

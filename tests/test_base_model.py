@@ -18,9 +18,9 @@ from l2d_framework.base_model import (
     load_language_model,
     locate,
 )
-from l2d_framework.checkpoint import build_model, load, save
 from l2d_framework.config import ModelSection, parse_run
 from l2d_framework.errors import CheckpointError, ConfigError
+from l2d_framework.models.checkpoint import build_model, load, save
 
 
 @pytest.fixture

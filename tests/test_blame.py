@@ -14,10 +14,10 @@ from pydantic import Field
 from tiny_models import tiny_lm
 
 from l2d_framework.config import SamplingSection
+from l2d_framework.diffusion.loss import NoiseRule, denoising_loss, draw
 from l2d_framework.errors import ConfigError, EvaluationBudgetError, PluginError
 from l2d_framework.guidance import Guidance
-from l2d_framework.model import DiffusionLM, Origin
-from l2d_framework.objective import NoiseRule, denoising_loss, draw
+from l2d_framework.models.diffusion_lm import DiffusionLM, Origin
 from l2d_framework.registry import Registry
 from l2d_framework.types import Prediction
 from l2d_plugins.schedules.linear import Linear
@@ -237,7 +237,7 @@ def _replacing(name: str) -> Any:
     return load
 
 
-@pytest.mark.parametrize("name", ["json", "dataclasses", "l2d_framework.noise", "torch", "xdrlib"])
+@pytest.mark.parametrize("name", ["json", "dataclasses", "l2d_framework.diffusion.rng", "torch", "xdrlib"])
 def test_a_plugin_that_replaces_a_shared_module_is_itself_blamed_and_the_module_put_back(name):
     before = sys.modules.get(name)
     built_in: Any = list(metadata.entry_points(group="l2d_framework"))

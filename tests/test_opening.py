@@ -21,16 +21,16 @@ from typer.testing import CliRunner
 
 from l2d_bench.measures.rewards import RewardMeasure
 from l2d_framework.base_model import fingerprint, load_config, load_language_model, load_tokenizer
-from l2d_framework.checkpoint import build_model, load, load_weights, save
 from l2d_framework.cli import app
 from l2d_framework.config import check_runs, parse_run
-from l2d_framework.convert import convert
 from l2d_framework.errors import CheckpointError, L2DError
-from l2d_framework.evaluation.lm_eval.source import Source
-from l2d_framework.evaluation.pretrained import open_tokenizer, pretrained
-from l2d_framework.manifest import file_hash, sealed
+from l2d_framework.evaluation.text.pretrained import open_tokenizer, pretrained
+from l2d_framework.models.checkpoint import build_model, load, load_weights, save
+from l2d_framework.models.convert import convert
+from l2d_framework.models.manifest import file_hash, sealed
+from l2d_framework.models.unloaded import Source
 from l2d_framework.opening import open_adapter
-from l2d_framework.training.reward import load_reward_model as reward_base
+from l2d_framework.training.reward.run import load_reward_model as reward_base
 from l2d_plugins.guidance import reward_network
 
 SMALL = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}

@@ -214,7 +214,7 @@ def _run(console: Console, made: Bench, surroundings: Surroundings) -> dict[str,
 
 def _facts(surroundings: Surroundings, seconds: float) -> dict[str, object]:
     from l2d_bench.files import commit
-    from l2d_framework.training.card import environment
+    from l2d_framework.training.run_record import environment
 
     return {
         "workers": surroundings.workers,

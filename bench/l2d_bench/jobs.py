@@ -79,7 +79,7 @@ class DataJob(Job):
         Args:
             report: progress.
         """
-        from l2d_framework.training.folders import staged
+        from l2d_framework.training.output_dir import staged
 
         self.output.parent.mkdir(parents=True, exist_ok=True)
         with staged(self.output) as folder:
@@ -95,7 +95,7 @@ class ModelJob(Job):
     @property
     def is_done(self) -> bool:
         """Whether its card says so."""
-        from l2d_framework.training.folders import read_card
+        from l2d_framework.training.output_dir import read_card
 
         card = read_card(self.output)
         return card is not None and bool(card["finished"])
@@ -109,7 +109,7 @@ class ModelJob(Job):
         from l2d_bench.watching import Watcher
         from l2d_framework.config import RewardRun
         from l2d_framework.config.parsing import parse_run
-        from l2d_framework.training.reward import train_reward
+        from l2d_framework.training.reward.run import train_reward
         from l2d_framework.training.run import train_runs
 
         run = parse_run(self.run)
@@ -139,8 +139,8 @@ class MeasureJob(Job):
             report: progress.
         """
         from l2d_bench.files import commit
-        from l2d_framework.training.card import environment
-        from l2d_framework.training.folders import read_card
+        from l2d_framework.training.output_dir import read_card
+        from l2d_framework.training.run_record import environment
 
         began = time.perf_counter()
         path = Path(str(self.subject["path"]))

@@ -26,7 +26,7 @@ def resolved_options(options: Mapping[str, Any], run: Mapping[str, Any], where: 
     from l2d_framework.config import DiffusionRun
     from l2d_framework.config.parsing import parse_run
     from l2d_framework.config.sampling import SamplingSection
-    from l2d_framework.evaluation.lm_eval.options import check_model_options
+    from l2d_framework.evaluation.harness.options import check_model_options
 
     try:
         check_model_options(options)

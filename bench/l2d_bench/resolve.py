@@ -85,7 +85,7 @@ class Resolver:
         return self._missing[key]
 
     def _missing_for(self, key: str, model: Model) -> str | None:
-        from l2d_framework.evaluation.reachable import is_reachable
+        from l2d_framework.evaluation.hub import is_reachable
 
         if model.no_data is not None:
             return model.no_data

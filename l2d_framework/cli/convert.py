@@ -30,8 +30,8 @@ def convert(
         base: the language model.
         classes: names of the class labels.
     """
-    from l2d_framework.convert import convert as run
-    from l2d_framework.model import DiffusionLM
+    from l2d_framework.models.convert import convert as run
+    from l2d_framework.models.diffusion_lm import DiffusionLM
 
     names = None if classes is None else tuple(name.strip() for name in classes.split(","))
     model = run(source, out, reader=reader, base=base, classes=names, tell=lambda note: typer.echo(f"Note: {note}"))

@@ -45,7 +45,7 @@ def demo(
     from l2d_framework.demo.plots import can_plot
     from l2d_framework.demo.run import Demo, one_thread
     from l2d_framework.demo.runs import FULL, QUICK
-    from l2d_framework.training.folders import move_aside
+    from l2d_framework.training.output_dir import move_aside
     from l2d_framework.training.run import train_runs
 
     start = time.monotonic()

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from l2d_framework.config import SamplingSection
     from l2d_framework.evaluation.diagnosis.diagnose import Settings, Track
-    from l2d_framework.evaluation.lm_eval.source import Source
+    from l2d_framework.models.unloaded import Source
 
 _NUMBERS, _PICTURE = "diagnosis.json", "diagnosis.png"
 
@@ -82,8 +82,8 @@ def diagnose(
         ConfigError: if the options do not go together or do not fit the model.
     """
     from l2d_framework.config.files import override
-    from l2d_framework.evaluation.lm_eval.source import Source
-    from l2d_framework.evaluation.pretrained import check_device
+    from l2d_framework.evaluation.text.pretrained import check_device
+    from l2d_framework.models.unloaded import Source
 
     if dtype not in (None, "float32", "bfloat16", "float16"):
         raise ConfigError(f"--dtype must be float32, bfloat16 or float16, got {dtype!r}.")
@@ -170,8 +170,8 @@ def _fields(
 def _rows(source: Source, data: list[str], fields: dict[str, Any], max_length: int | None) -> tuple[Any, Any]:
     from l2d_framework.config import DataSection
     from l2d_framework.config.validation import validated
-    from l2d_framework.prompts import context_length
-    from l2d_framework.training.data import prepare
+    from l2d_framework.generation.prompts import context_length
+    from l2d_framework.training.data.prepare import prepare
 
     longest = context_length(source.lm_config)
     if max_length is not None and longest is not None and max_length > longest:
@@ -223,7 +223,7 @@ def _write(found: dict[str, Any], out: Path) -> None:
     import importlib.util
 
     from l2d_framework.evaluation.diagnosis.report import draw
-    from l2d_framework.training.folders import staged
+    from l2d_framework.training.output_dir import staged
 
     can_draw = importlib.util.find_spec("matplotlib") is not None
     with staged(out) as folder:

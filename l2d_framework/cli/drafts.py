@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from l2d_framework.problem import Evaluation
+from l2d_framework.diffusion.ode import Evaluation
 
 
 class Drafts:

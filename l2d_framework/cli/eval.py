@@ -18,6 +18,6 @@ def evaluate(ctx: typer.Context) -> None:
     Args:
         ctx: holds the arguments.
     """
-    from l2d_framework.evaluation.lm_eval.command import run
+    from l2d_framework.evaluation.harness.command import run
 
     run(ctx.args or ["--help"])

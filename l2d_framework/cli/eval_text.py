@@ -15,7 +15,7 @@ from l2d_framework.errors import ConfigError
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from l2d_framework.evaluation.pretrained import Track
+    from l2d_framework.evaluation.text.pretrained import Track
 
 _PICTURE = "eval_text.png"
 
@@ -71,7 +71,7 @@ def eval_text(
     Raises:
         ConfigError: if the options cannot be used.
     """
-    from l2d_framework.evaluation.samples import Columns, read_golds, read_samples
+    from l2d_framework.evaluation.text.samples import Columns, read_golds, read_samples
 
     if dtype not in ("float32", "bfloat16", "float16"):
         raise ConfigError(f"--dtype must be float32, bfloat16 or float16, got {dtype!r}.")
@@ -81,10 +81,10 @@ def eval_text(
     columns = Columns(prefix_column, text_column, gold_column)
     found = {name: read_samples(file, columns, golds=golds) for name, file in _named(files).items()}
 
-    from l2d_framework.evaluation.likelihood import Judge
-    from l2d_framework.evaluation.mauve_score import FEATURES_MODEL, Features, check_golds, check_installed
-    from l2d_framework.evaluation.pretrained import check_device, open_tokenizer, pretrained
-    from l2d_framework.evaluation.text import evaluate_texts
+    from l2d_framework.evaluation.text.likelihood import Judge
+    from l2d_framework.evaluation.text.mauve_score import FEATURES_MODEL, Features, check_golds, check_installed
+    from l2d_framework.evaluation.text.measure import evaluate_texts
+    from l2d_framework.evaluation.text.pretrained import check_device, open_tokenizer, pretrained
 
     where: dict[str, Any] = {"device": check_device(device), "dtype": dtype}
     words = None if tokenizer is None else open_tokenizer(tokenizer)
@@ -142,7 +142,7 @@ def _show(results: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from l2d_framework.evaluation.text_report import notes, table
+    from l2d_framework.evaluation.text.report import notes, table
 
     console = Console()
     heading, *rows = table(results)
@@ -157,9 +157,9 @@ def _show(results: dict[str, Any]) -> None:
 def _write(results: dict[str, Any], output: Path) -> None:
     import importlib.util
 
-    from l2d_framework.evaluation.text import DEFINITIONS
-    from l2d_framework.evaluation.text_report import draw, markdown
-    from l2d_framework.training.folders import staged
+    from l2d_framework.evaluation.text.measure import DEFINITIONS
+    from l2d_framework.evaluation.text.report import draw, markdown
+    from l2d_framework.training.output_dir import staged
 
     is_drawn = len(results) > 1 and importlib.util.find_spec("matplotlib") is not None
     with staged(output) as folder:

@@ -10,7 +10,7 @@ import typer
 from l2d_framework.errors import ConfigError
 
 if TYPE_CHECKING:
-    from l2d_framework.cli.answers import Session
+    from l2d_framework.cli.generate_session import Session
 
 
 def generate(
@@ -90,7 +90,7 @@ def generate(
     Raises:
         ConfigError: if the options do not go together.
     """
-    from l2d_framework.cli.answers import Session
+    from l2d_framework.cli.generate_session import Session
     from l2d_framework.cli.rows import read_prompts
     from l2d_framework.config.files import override
 

@@ -27,8 +27,8 @@ def params(run_file: RunFile, overrides: Overrides = None) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from l2d_framework.checkpoint import build_model
     from l2d_framework.config import DiffusionRun, load_run
+    from l2d_framework.models.checkpoint import build_model
 
     runs = [run for run in load_run(run_file, overrides) if isinstance(run, DiffusionRun)]
     if not runs:

@@ -10,10 +10,10 @@ from typing import Any
 
 from fsspec.utils import infer_compression
 
-from l2d_framework.chat_template import check_conversation
 from l2d_framework.errors import DataError
+from l2d_framework.generation.chat_template import check_conversation
+from l2d_framework.generation.prompts import Prompt
 from l2d_framework.lines import read_lines, read_objects
-from l2d_framework.prompts import Prompt
 
 
 def read_prompts(texts: Sequence[str], file: Path | None, *, chat: bool) -> dict[str, Prompt]:

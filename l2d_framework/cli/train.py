@@ -73,7 +73,7 @@ def summary(title: str, card: dict[str, Any]) -> Table:
     from rich import box
     from rich.table import Table
 
-    from l2d_framework.training.meter import BINS
+    from l2d_framework.training.metrics import BINS
 
     result, losses = card["result"], card["result"]["losses"]
     table = Table("", "training", "held out", box=box.SIMPLE_HEAD, title=title)

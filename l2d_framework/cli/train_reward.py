@@ -34,8 +34,8 @@ def train_reward(
     from l2d_framework.cli.progress import progress
     from l2d_framework.cli.train import leave
     from l2d_framework.config import load_run
-    from l2d_framework.training.reward import check_ready
-    from l2d_framework.training.reward import train_reward as train
+    from l2d_framework.training.reward.run import check_ready
+    from l2d_framework.training.reward.run import train_reward as train
 
     console = Console()
     runs = check_ready(load_run(run_file, overrides), overwrite=overwrite)

@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
-from l2d_framework import checkpoint
 from l2d_framework.demo.runs import BASE, L2D, LORA, Data
 from l2d_framework.demo.scores import Outcome, Sheet
 from l2d_framework.demo.task import Question
-from l2d_framework.model import DiffusionLM
+from l2d_framework.diffusion.ode import Evaluation
+from l2d_framework.generation.prompts import encode_prompts
+from l2d_framework.models import checkpoint
+from l2d_framework.models.diffusion_lm import DiffusionLM
 from l2d_framework.opening import open_model, open_tokenizer
-from l2d_framework.problem import Evaluation
-from l2d_framework.prompts import encode_prompts
 
 EVALUATIONS = (3, 7, 15, 31)
 FIXED = ("euler", "midpoint")

@@ -22,7 +22,7 @@ from l2d_framework.demo.runs import L2D, RUN_FILE, Data, Size, data_file, make_d
 from l2d_framework.demo.scores import Outcome
 from l2d_framework.demo.task import write_questions
 from l2d_framework.errors import ConfigError
-from l2d_framework.training.folders import read_card
+from l2d_framework.training.output_dir import read_card
 
 REPORT, NUMBERS = "report.md", "results.json"
 

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from l2d_framework.noise import TokenStreams
+from l2d_framework.diffusion.rng import TokenStreams
 from l2d_framework.schedule import Schedule
 from l2d_framework.solver import Time, as_time
 from l2d_framework.types import Layout, Prediction, Query

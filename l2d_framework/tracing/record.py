@@ -12,8 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from l2d_framework.diffusion.ode import Evaluation
 from l2d_framework.errors import ConfigError
-from l2d_framework.problem import Evaluation
 
 LIKELIEST = 256
 """Tokens remembered per evaluation of a token once the whole distribution would take too much memory."""

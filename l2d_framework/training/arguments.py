@@ -12,7 +12,7 @@ from transformers import TrainingArguments
 
 from l2d_framework.config import RewardTraining, TrainingSection
 from l2d_framework.errors import ConfigError
-from l2d_framework.training.collate import Collator
+from l2d_framework.training.data.collate import Collator
 
 
 def make_arguments(training: TrainingSection, output: Path, *, seed: int) -> TrainingArguments:

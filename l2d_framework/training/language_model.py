@@ -20,11 +20,11 @@ from transformers.pytorch_utils import Conv1D
 
 from l2d_framework.base_model import empty_language_model, load_config, load_language_model, locate
 from l2d_framework.config import DataSection, LanguageModelRun, ScratchSection, TrainingSection
+from l2d_framework.diffusion.loss import chunked_cross_entropy
 from l2d_framework.errors import CheckpointError, ConfigError, suggest
-from l2d_framework.objective import chunked_cross_entropy
 from l2d_framework.opening import make_config, new_model, open_model, open_tokenizer
-from l2d_framework.training.collate import IGNORED
-from l2d_framework.training.data import load_sources
+from l2d_framework.training.data.collate import IGNORED
+from l2d_framework.training.data.prepare import load_sources
 from l2d_framework.training.learner import Learner
 from l2d_framework.training.tokenizer import train_tokenizer
 

@@ -8,12 +8,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from l2d_framework import checkpoint
 from l2d_framework.config import DiffusionRun, TrainingSection
+from l2d_framework.diffusion.loss import NoiseRule, denoising_loss, draw
 from l2d_framework.errors import ConfigError
-from l2d_framework.model import DiffusionLM
-from l2d_framework.objective import NoiseRule, denoising_loss, draw
-from l2d_framework.training.collate import IGNORED
+from l2d_framework.models import checkpoint
+from l2d_framework.models.diffusion_lm import DiffusionLM
+from l2d_framework.training.data.collate import IGNORED
 from l2d_framework.types import Layout
 
 

@@ -10,18 +10,17 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
-from l2d_framework import checkpoint
 from l2d_framework.base_model import load_config
 from l2d_framework.config import DiffusionRun, LanguageModelRun, RewardRun, Run, TokenRun, check_runs
 from l2d_framework.errors import ConfigError
+from l2d_framework.generation.prompts import add_ends, context_length, read_template
+from l2d_framework.models import checkpoint
 from l2d_framework.opening import open_tokenizer
-from l2d_framework.prompts import add_ends, context_length, read_template
-from l2d_framework.training import folders
+from l2d_framework.training import output_dir
 from l2d_framework.training.arguments import TrainingData, make_arguments
-from l2d_framework.training.card import model_card_table
-from l2d_framework.training.collate import Collator
-from l2d_framework.training.data import PreparedData, check_first_rows, prepare
-from l2d_framework.training.job import CardKeeper, Job, base_tokenizer, output_folder, resolved, wait
+from l2d_framework.training.data.collate import Collator
+from l2d_framework.training.data.masking import Masker
+from l2d_framework.training.data.prepare import PreparedData, check_first_rows, prepare
 from l2d_framework.training.language_model import (
     NextToken,
     build_language_model,
@@ -30,7 +29,8 @@ from l2d_framework.training.language_model import (
     scratch_tokenizer,
 )
 from l2d_framework.training.learner import Denoiser, Learner
-from l2d_framework.training.masking import Masker
+from l2d_framework.training.run_record import model_card_table
+from l2d_framework.training.run_state import CardKeeper, Job, base_tokenizer, output_folder, resolved, wait
 from l2d_framework.training.trainer import TokenTrainer
 
 _TOKENIZER = "tokenizer"
@@ -58,7 +58,7 @@ def train_runs(
     token_runs = _ready(runs)
     for run in token_runs:
         if not overwrite:
-            folders.check_free(output_folder(run), resolved(run))
+            output_dir.check_free(output_folder(run), resolved(run))
     return [_train(run, overwrite=overwrite, callbacks=callbacks(run)) for run in token_runs]
 
 
@@ -120,7 +120,7 @@ def _train(run: TokenRun, *, overwrite: bool, callbacks: Sequence[TrainerCallbac
     if job.writes:
         job.claim()
         if run.model is None and not (job.output / _TOKENIZER).is_dir():
-            with folders.staged(job.output / _TOKENIZER) as folder:
+            with output_dir.staged(job.output / _TOKENIZER) as folder:
                 tokenizer.save_pretrained(folder)
     wait()
     learner = _learner(run, tokenizer, data.ends)
@@ -128,7 +128,7 @@ def _train(run: TokenRun, *, overwrite: bool, callbacks: Sequence[TrainerCallbac
     job.card["parameters"] = {"trainable": sum(trained), "total": sum(p.numel() for p in learner.parameters())}
     if isinstance(learner, Denoiser):
         job.card["base_fingerprint"] = learner.model.origin.fingerprint
-    found = folders.checkpoints(job.output)
+    found = output_dir.checkpoints(job.output)
     keeper = CardKeeper(job)
     trainer = TokenTrainer(
         learner,

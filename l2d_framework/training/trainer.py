@@ -19,12 +19,12 @@ from transformers.trainer_utils import IntervalStrategy
 
 from l2d_framework.config import TrainingSection
 from l2d_framework.training.arguments import TrainingData, total_steps
-from l2d_framework.training.collate import IGNORED
-from l2d_framework.training.folders import BEST, checkpoints, remove, staged
+from l2d_framework.training.data.collate import IGNORED
 from l2d_framework.training.learner import Learner
 from l2d_framework.training.learning_rate import learning_rate
-from l2d_framework.training.meter import LossMeter, Stopwatch, peak_memory
-from l2d_framework.training.order import PADDING, EpochCollator, HeldOut, RunOrder, RunStream
+from l2d_framework.training.metrics import LossMeter, Stopwatch, peak_memory
+from l2d_framework.training.output_dir import BEST, checkpoints, remove, staged
+from l2d_framework.training.samplers import PADDING, EpochCollator, HeldOut, RunOrder, RunStream
 
 
 class TokenTrainer(transformers.Trainer):

@@ -18,9 +18,9 @@ from pydantic import PrivateAttr
 from safetensors.torch import load_file
 from torch import Tensor
 
+from l2d_framework.diffusion.loss import chunked_cross_entropy
+from l2d_framework.diffusion.ode import TokenProblem
 from l2d_framework.guidance import Guidance
-from l2d_framework.objective import chunked_cross_entropy
-from l2d_framework.problem import TokenProblem
 from l2d_framework.registry import registry
 from l2d_framework.solver import Solver
 from l2d_framework.types import Layout, Predict, Prediction, Query, Space

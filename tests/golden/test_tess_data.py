@@ -8,10 +8,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from l2d_framework.config import DataSection
-from l2d_framework.prompts import encode_prompts, read_template
-from l2d_framework.training.chat import ChatEncoder
-from l2d_framework.training.collate import Collator
-from l2d_framework.training.data import prepare
+from l2d_framework.generation.prompts import encode_prompts, read_template
+from l2d_framework.training.data.chat import ChatEncoder
+from l2d_framework.training.data.collate import Collator
+from l2d_framework.training.data.prepare import prepare
 
 CONVERSATION = [
     {"role": "user", "content": " Hi\n"},

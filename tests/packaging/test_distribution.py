@@ -15,7 +15,7 @@ import pytest
 import l2d_framework
 import l2d_plugins
 
-MOVED = {"l2d_framework/evaluation/start_up/_l2d_lm_eval_hook.py"}
+MOVED = {"l2d_framework/evaluation/harness/start_up/_l2d_lm_eval_hook.py"}
 """To the top of the wheel."""
 
 

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import tiny_runs
 
-from l2d_framework.checkpoint import build_model, save
 from l2d_framework.config import load_run, parse_run
 from l2d_framework.errors import ConfigError
+from l2d_framework.models.checkpoint import build_model, save
 
 RUN = """
 model: {{base: {base}}}

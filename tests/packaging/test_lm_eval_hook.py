@@ -16,8 +16,8 @@ from tiny_models import tiny_lm, tiny_tokenizer
 pytest.importorskip("lm_eval")
 
 import l2d_framework
-from l2d_framework.checkpoint import save
 from l2d_framework.config import ModelSection
+from l2d_framework.models.checkpoint import save
 
 LM_EVAL = Path(sysconfig.get_path("scripts"), "lm_eval")
 MODELS = "import lm_eval.models, lm_eval.api.registry as r; print(sorted(r.model_registry.keys()))"
@@ -28,7 +28,7 @@ HERE = Path(l2d_framework.__file__).parents[1]
 @pytest.fixture
 def started(repository, tmp_path):
     """`started(program)`: result of a program that sees the hook at the top of `tmp_path` and installs it first."""
-    files = repository / "l2d_framework/evaluation/start_up"
+    files = repository / "l2d_framework/evaluation/harness/start_up"
 
     def run(program: str, *options: str, first: str = "", **environ: str) -> subprocess.CompletedProcess[str]:
         (tmp_path / NAME).write_text((files / NAME).read_text())

@@ -7,8 +7,8 @@ import torch
 from pydantic import ValidationError
 from torch.nn import functional
 
+from l2d_framework.diffusion.rng import TokenStreams
 from l2d_framework.errors import ConfigError
-from l2d_framework.noise import TokenStreams
 from l2d_plugins.parametrizations import l2d_components
 from l2d_plugins.parametrizations.embedding import (
     ConstantTemperature,

@@ -10,8 +10,8 @@ from tiny_models import MASKED, tiny_lm
 from transformers import T5Config
 
 from l2d_framework.errors import ConfigError, UnsupportedModelError
-from l2d_framework.infilling import check_infilling
-from l2d_framework.prompts import pad_left
+from l2d_framework.generation.infill import check_infilling
+from l2d_framework.generation.prompts import pad_left
 from l2d_framework.registry import registry
 from l2d_framework.types import Layout
 from l2d_plugins.backbones.in_place import InPlaceConfig

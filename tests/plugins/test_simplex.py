@@ -5,11 +5,12 @@ import torch
 from diffusion_models import own_gradients, random_tokens, shared_tess, tess_lm, training_loss
 from pydantic import ValidationError
 
-from l2d_framework import problem, wide
-from l2d_framework.prompts import pad_left
+from l2d_framework import simplex_state
+from l2d_framework.diffusion import ode
+from l2d_framework.generation.prompts import pad_left
+from l2d_framework.simplex_state import WideState, dense
 from l2d_framework.testing.toys import toy_streams
 from l2d_framework.types import Layout
-from l2d_framework.wide import WideState, dense
 from l2d_plugins.parametrizations.simplex import SimplexConfig, nucleus
 from l2d_plugins.schedules.cosine import Cosine
 
@@ -169,7 +170,7 @@ def test_the_network_input_does_not_depend_on_the_size_of_pieces(monkeypatch, mi
     logits = torch.randn(B, L, V)
     given = {"none": None, "logits": logits, "memory": chosen.remember(logits, weights)}[previous]
     whole = chosen.embed(x, T, Cosine(), weights, given)
-    monkeypatch.setattr(wide, "CHUNK", chunk)
+    monkeypatch.setattr(simplex_state, "CHUNK", chunk)
     torch.testing.assert_close(chosen.embed(x, T, Cosine(), weights, given), whole)
 
 
@@ -189,8 +190,8 @@ def test_generation_does_not_depend_on_the_size_of_pieces(monkeypatch, mix, mode
 
     whole = generated()
     assert set(asked) == {6}
-    # `problem` asks whether pieces are needed at all.
-    for module in (wide, problem):
+    # `ode` asks whether pieces are needed at all.
+    for module in (simplex_state, ode):
         monkeypatch.setattr(module, "CHUNK", 2 * 260 * 4)
     found = generated()
     handle.remove()

@@ -13,10 +13,10 @@ from tiny_runs import losses
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from l2d_framework.checkpoint import build_model, load, save
 from l2d_framework.config import parse_run
-from l2d_framework.convert import convert
-from l2d_framework.model import DiffusionLM
+from l2d_framework.models.checkpoint import build_model, load, save
+from l2d_framework.models.convert import convert
+from l2d_framework.models.diffusion_lm import DiffusionLM
 from l2d_framework.training.run import train_runs
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(600)]
@@ -108,7 +108,7 @@ def test_a_conversation_is_answered_as_transformers_answers_it_and_ends_with_its
 @pytest.mark.filterwarnings("ignore")  # of the data sets and the tasks
 def test_the_harness_scores_as_its_own_model_does(real_model, model, datasets_dir, tmp_path, monkeypatch):
     lm_eval = pytest.importorskip("lm_eval")
-    from l2d_framework.evaluation.lm_eval.adapter import L2DLM
+    from l2d_framework.evaluation.harness.model import L2DLM
 
     save(model, tmp_path / "l2d")
     monkeypatch.chdir(datasets_dir)

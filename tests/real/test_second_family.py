@@ -13,8 +13,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from l2d_framework.checkpoint import build_model, load, save
 from l2d_framework.config import parse_run
+from l2d_framework.models.checkpoint import build_model, load, save
 
 pytest.importorskip("gguf")
 pytestmark = [pytest.mark.slow, pytest.mark.real, pytest.mark.timeout(900)]

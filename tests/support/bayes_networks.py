@@ -10,7 +10,7 @@ from toy_components import Projected, Read
 
 from l2d_framework.backbone import Backbone
 from l2d_framework.config import SamplingSection
-from l2d_framework.model import DiffusionLM, Origin
+from l2d_framework.models.diffusion_lm import DiffusionLM, Origin
 from l2d_framework.parametrization import Parametrization
 from l2d_framework.schedule import Schedule
 from l2d_plugins.solvers.euler import Euler

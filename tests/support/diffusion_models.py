@@ -10,8 +10,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from l2d_framework.config import SamplingSection
-from l2d_framework.model import DiffusionLM, Origin
-from l2d_framework.objective import Losses, NoiseRule, denoising_loss, draw
+from l2d_framework.diffusion.loss import Losses, NoiseRule, denoising_loss, draw
+from l2d_framework.models.diffusion_lm import DiffusionLM, Origin
 from l2d_framework.types import Layout, Query
 from l2d_plugins.backbones import in_place, main_path
 from l2d_plugins.backbones.in_place import InPlaceConfig

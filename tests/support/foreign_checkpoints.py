@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from l2d_framework.model import DiffusionLM
+from l2d_framework.models.diffusion_lm import DiffusionLM
 
 THEIRS = {
     "parametrization.vocabulary": "flow_token_embedder.embedder.layers_module.0",

@@ -14,11 +14,11 @@ from float64 import Float64
 from safetensors.torch import load_file
 from torch import Tensor
 
-from l2d_framework.convert import convert
+from l2d_framework.diffusion.ode import Streams, TokenProblem
+from l2d_framework.diffusion.rng import TokenStreams
 from l2d_framework.guidance import Guidance
-from l2d_framework.model import DiffusionLM
-from l2d_framework.noise import TokenStreams
-from l2d_framework.problem import Streams, TokenProblem
+from l2d_framework.models.convert import convert
+from l2d_framework.models.diffusion_lm import DiffusionLM
 from l2d_framework.registry import registry
 from l2d_framework.solver import Solver
 from l2d_framework.types import Layout, Query

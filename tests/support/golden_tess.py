@@ -11,10 +11,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
+from l2d_framework.diffusion.ode import Evaluation, Streams, TokenProblem
+from l2d_framework.diffusion.rng import TokenStreams
 from l2d_framework.guidance import Guidance
-from l2d_framework.model import DiffusionLM
-from l2d_framework.noise import TokenStreams
-from l2d_framework.problem import Evaluation, Streams, TokenProblem
+from l2d_framework.models.diffusion_lm import DiffusionLM
 from l2d_framework.solver import Solver
 from l2d_framework.types import Layout, Query
 from l2d_plugins.backbones.in_place import InPlaceConfig

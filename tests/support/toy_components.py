@@ -9,9 +9,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from l2d_framework.backbone import Backbone, BackboneConfig
+from l2d_framework.diffusion.rng import categorical
 from l2d_framework.errors import ConfigError, EvaluationBudgetError
 from l2d_framework.guidance import Guidance
-from l2d_framework.noise import categorical
 from l2d_framework.parametrization import Parametrization, ParametrizationConfig
 from l2d_framework.schedule import Schedule
 from l2d_framework.solver import Solver

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from l2d_framework.problem import Evaluation
+from l2d_framework.diffusion.ode import Evaluation
 from l2d_framework.tracing import Recorder, Trace
 
 PROMPT = (20, 21, 22)

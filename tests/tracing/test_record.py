@@ -9,7 +9,7 @@ from diffusion_models import shared_lm
 from tracing_scenes import PROMPT, block, evaluation, record
 
 from l2d_framework.errors import ConfigError
-from l2d_framework.prompts import pad_left
+from l2d_framework.generation.prompts import pad_left
 from l2d_framework.tracing import Recorder, Trace, maps
 
 

@@ -8,8 +8,8 @@ from peft import PeftModel
 from tiny_runs import SMALL, write_base, write_sums
 from transformers import AutoModelForCausalLM
 
-from l2d_framework import checkpoint
 from l2d_framework.config import load_run
+from l2d_framework.models import checkpoint
 from l2d_framework.training.run import train_runs
 
 RUNS = Path(__file__).parents[2] / "bench" / "runs"

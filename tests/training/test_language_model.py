@@ -9,9 +9,9 @@ from safetensors.torch import load_file
 from tiny_models import tiny_lm, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
-from l2d_framework import checkpoint
 from l2d_framework.config import TrainingSection, parse_run, parse_stages
 from l2d_framework.errors import ConfigError
+from l2d_framework.models import checkpoint
 from l2d_framework.training import language_model
 from l2d_framework.training.language_model import NextToken
 from l2d_framework.training.run import train_runs

@@ -9,17 +9,17 @@ import torch
 from safetensors import safe_open
 from transformers import TrainerCallback
 
-from l2d_framework import checkpoint
 from l2d_framework.config import TrainingSection, parse_run
+from l2d_framework.diffusion.loss import NoiseRule, denoising_loss, draw
 from l2d_framework.errors import ConfigError
-from l2d_framework.objective import NoiseRule, denoising_loss, draw
+from l2d_framework.models import checkpoint
 from l2d_framework.training.arguments import TrainingData, make_arguments, total_steps
-from l2d_framework.training.collate import Collator
-from l2d_framework.training.data import prepare
+from l2d_framework.training.data.collate import Collator
+from l2d_framework.training.data.prepare import prepare
 from l2d_framework.training.learner import Denoiser
-from l2d_framework.training.meter import BINS, LossMeter
-from l2d_framework.training.order import HeldOut, RunOrder, RunStream
+from l2d_framework.training.metrics import BINS, LossMeter
 from l2d_framework.training.run import train_runs
+from l2d_framework.training.samplers import HeldOut, RunOrder, RunStream
 from l2d_framework.training.trainer import TokenTrainer
 from l2d_framework.types import Layout
 

@@ -11,10 +11,10 @@ import tiny_runs
 import torch
 from transformers import TrainerCallback
 
-from l2d_framework import checkpoint
 from l2d_framework.config import parse_run
 from l2d_framework.errors import CheckpointError, ConfigError
-from l2d_framework.training import folders
+from l2d_framework.models import checkpoint
+from l2d_framework.training import output_dir
 from l2d_framework.training.run import train_runs
 
 KILLED = """
@@ -99,7 +99,7 @@ def test_a_run_killed_between_and_within_checkpoints_resumes_with_the_same_losse
     command = [sys.executable, "-W", "ignore", "-c", KILLED, json.dumps(run)]
     found = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert found.stdout.split() == [str(-signal.SIGKILL)] * 2, found.stderr
-    assert [path.name for path in folders.checkpoints(folder / "killed")] == ["checkpoint-3"]
+    assert [path.name for path in output_dir.checkpoints(folder / "killed")] == ["checkpoint-3"]
     assert (folder / "killed" / "checkpoint-6.writing").is_dir()
     card = train(run)
     assert card["sessions"] == 3
@@ -156,7 +156,7 @@ def test_a_kill_after_the_last_update_resumes_to_a_finished_run(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(folders, "publish", fail)
+        patch.setattr(output_dir, "publish", fail)
         with pytest.raises(KeyboardInterrupt):
             train(run)
     assert not json.loads((folder / "late" / "run.json").read_text())["finished"]
@@ -207,7 +207,7 @@ def test_replacing_a_folder_survives_a_kill_at_every_step(tmp_path: Path) -> Non
 
     for done in range(3):
         for path in tmp_path.iterdir():
-            folders.remove(path)
+            output_dir.remove(path)
         target.mkdir()
         (target / "it").write_text("old")
         stage = tmp_path / "best.writing"
@@ -217,7 +217,7 @@ def test_replacing_a_folder_survives_a_kill_at_every_step(tmp_path: Path) -> Non
             os.replace(target, tmp_path / "best.replaced")
         if done > 1:
             os.replace(stage, target)
-        folders.clean_up(tmp_path)
+        output_dir.clean_up(tmp_path)
         assert content() == ("new" if done == 2 else "old")
         assert [path.name for path in tmp_path.iterdir()] == ["best"]
 
@@ -231,5 +231,5 @@ def test_a_run_that_was_refused_before_its_first_update_leaves_its_folder_free(f
     (folder / "empty" / "model.safetensors").write_bytes(b"damaged")
     with pytest.raises(CheckpointError, match=r"model\.safetensors' is damaged"):
         train(run | {"model": {"base": str(folder / "empty")}})
-    assert [path.name for path in (folder / "refused").iterdir()] == [folders.RUN_FILE]
+    assert [path.name for path in (folder / "refused").iterdir()] == [output_dir.RUN_FILE]
     assert train(run)["finished"]

@@ -53,7 +53,7 @@ def missing_data(*names: str) -> str | None:
     Returns:
         The first that is not there, in words; None if all are.
     """
-    from l2d_framework.evaluation.reachable import is_reachable
+    from l2d_framework.evaluation.hub import is_reachable
 
     return next((f"data set {name} cannot be reached" for name in names if not is_reachable(name, "dataset")), None)
 

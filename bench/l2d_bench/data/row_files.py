@@ -53,7 +53,7 @@ class DataSetRows(Maker):
         Returns:
             What is missing; None if it is there.
         """
-        from l2d_framework.evaluation.reachable import is_reachable
+        from l2d_framework.evaluation.hub import is_reachable
 
         return None if is_reachable(self.path, "dataset") else f"data set {self.path} cannot be reached"
 

@@ -38,7 +38,7 @@ class TemplatedRows(Maker):
             DataError: if a template names a column that is not there.
         """
         from l2d_framework.config.sections import RowSource
-        from l2d_framework.training.data_sources import load_rows
+        from l2d_framework.training.data.sources import load_rows
 
         for split in self.splits:
             data, columns, _ = load_rows(RowSource(path=self.path, name=self.name, split=split))

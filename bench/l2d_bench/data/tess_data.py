@@ -203,7 +203,7 @@ def _pairs(pairs: Sequence[tuple[str, str]]) -> list[Row]:
 
 def _rows(path: str, name: str | None, split: str) -> Any:
     from l2d_framework.config.sections import RowSource
-    from l2d_framework.training.data_sources import load_rows
+    from l2d_framework.training.data.sources import load_rows
 
     return load_rows(RowSource(path=path, name=name, split=split))[0]
 

@@ -14,7 +14,7 @@ from l2d_framework.errors import L2DError
 
 if TYPE_CHECKING:
     from l2d_bench.measures.devices import Reading
-    from l2d_framework.evaluation.lm_eval.source import Source
+    from l2d_framework.models.unloaded import Source
 
 
 class AgreementMeasure(Measure):
@@ -94,8 +94,8 @@ class AgreementMeasure(Measure):
         from l2d_bench.measures.devices import Reading
         from l2d_framework.config import DataSection
         from l2d_framework.config.validation import validated
-        from l2d_framework.evaluation.lm_eval.options import diffusing
-        from l2d_framework.training.data import prepare
+        from l2d_framework.evaluation.harness.options import diffusing
+        from l2d_framework.training.data.prepare import prepare
 
         data = {"train": [{"path": self.data, "limit": self.limit}], "max_length": self.max_length}
         section = validated(DataSection, data | {"drop_unsupervised": True}, "data")
@@ -106,7 +106,7 @@ class AgreementMeasure(Measure):
 
 
 def _source(subject: Subject, dtype: str) -> Source:
-    from l2d_framework.evaluation.lm_eval.source import Source
+    from l2d_framework.models.unloaded import Source
 
     own = subject.options
     return Source(subject.path, base=own.get("base"), dtype=dtype, revision=own.get("revision"))

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from l2d_framework.block import BlockSolver
 from l2d_framework.config import SamplingSection
+from l2d_framework.diffusion.sampler import BlockSolver
 from l2d_framework.errors import ConfigError
 from l2d_framework.evaluation.diagnosis.batches import Batch, batches
-from l2d_framework.model import DiffusionLM
+from l2d_framework.models.diffusion_lm import DiffusionLM
+from l2d_framework.simplex_state import WideState
 from l2d_framework.types import Query
-from l2d_framework.wide import WideState
 
 Rows = Sequence[Mapping[str, Any]]
 """Rows of `PreparedData`."""

@@ -11,8 +11,8 @@ from l2d_bench.measures.base import Subject, Value
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from l2d_framework.model import DiffusionLM
-    from l2d_framework.prompts import Prompt
+    from l2d_framework.generation.prompts import Prompt
+    from l2d_framework.models.diffusion_lm import DiffusionLM
 
 _DEFAULT_BATCH = 32
 
@@ -41,8 +41,8 @@ class Answerer:
     """
 
     def __init__(self, subject: Subject, options: dict[str, Any]) -> None:
-        from l2d_framework.evaluation.lm_eval.options import diffusing
-        from l2d_framework.evaluation.lm_eval.source import Source
+        from l2d_framework.evaluation.harness.options import diffusing
+        from l2d_framework.models.unloaded import Source
 
         dtype = None if subject.dtype == "auto" else subject.dtype
         own = subject.options
@@ -68,7 +68,7 @@ class Answerer:
             DataError: if a prompt fills the canvas.
         """
         from l2d_framework.errors import DataError
-        from l2d_framework.prompts import encode_prompts
+        from l2d_framework.generation.prompts import encode_prompts
 
         lengths = [len(ids) for ids in encode_prompts(self.tokenizer, list(prompts))]
         if max(lengths) >= canvas:
@@ -124,7 +124,7 @@ def share(scores: Sequence[float]) -> Value:
     Returns:
         The mean over the items that have a number; with the scores where all have.
     """
-    from l2d_framework.evaluation.estimate import mean
+    from l2d_framework.evaluation.statistics import mean
 
     found = mean(scores)
     assert found.value is not None

@@ -52,7 +52,7 @@ class RewardMeasure(Measure):
         """
         from l2d_bench.data.rows import prompts_of, read_rows
         from l2d_bench.measures.prompts import Answerer, share
-        from l2d_framework.evaluation import surface
+        from l2d_framework.evaluation.text import diversity
 
         rows = read_rows(self.data, ("prompt",), self.limit)
         answerer, prompts = Answerer(subject, self.options), prompts_of(rows, chat=True)
@@ -60,8 +60,8 @@ class RewardMeasure(Measure):
         ends = {answerer.tokenizer.eos_token_id, *answerer.lm.ends(is_chat=True)}
         scores = {
             "reward": self._rewards(answerer, prompts, found, ends),
-            "distinct_2": [surface.distinct_per_ngram(answer.text, 2) for answer in found],
-            "loops": [float(surface.ends_in_loop(answer.ids)) for answer in found],
+            "distinct_2": [diversity.distinct_per_ngram(answer.text, 2) for answer in found],
+            "loops": [float(diversity.ends_in_loop(answer.ids)) for answer in found],
             "ended": [float(not ends.isdisjoint(answer.ids)) for answer in found],
             "tokens": [float(len(answer.ids)) for answer in found],
         }
@@ -78,8 +78,8 @@ class RewardMeasure(Measure):
         import torch
         from transformers import AutoModelForSequenceClassification
 
+        from l2d_framework.generation.prompts import encode_prompts, turn_end
         from l2d_framework.opening import open_model, open_tokenizer
-        from l2d_framework.prompts import encode_prompts, turn_end
 
         judge: Any = open_model(AutoModelForSequenceClassification, self.model)[0]
         judge = judge.to(answerer.lm.device).eval()

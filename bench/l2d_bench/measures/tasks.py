@@ -52,7 +52,7 @@ class TaskMeasure(Measure):
         if importlib.util.find_spec("lm_eval") is None:
             raise PluginError("Benchmarks need lm_eval. Run: pip install 'l2d-framework[eval]'")
         from l2d_framework.evaluation.code.sandbox import CONSENT
-        from l2d_framework.evaluation.lm_eval.harness import check_task
+        from l2d_framework.evaluation.harness.run import check_task
 
         if self.runs_code and os.environ.get(CONSENT) != "1":
             return "programs that models write run only with --confirm-run-unsafe-code"
@@ -67,7 +67,7 @@ class TaskMeasure(Measure):
         Returns:
             Its fields without the batch size, and fingerprints of the task and of the code that scores it.
         """
-        from l2d_framework.evaluation.lm_eval.harness import task_identity
+        from l2d_framework.evaluation.harness.run import task_identity
 
         found = self.model_dump(mode="json", exclude={"batch_size"})
         return found | {
@@ -88,7 +88,7 @@ class TaskMeasure(Measure):
         Raises:
             ConfigError: if the model cannot be evaluated so.
         """
-        from l2d_framework.evaluation.lm_eval.harness import ModelChoice, TaskChoice, evaluate
+        from l2d_framework.evaluation.harness.run import ModelChoice, TaskChoice, evaluate
 
         options = {"dtype": subject.dtype} | subject.options | {"seed": subject.seed}
         name, folder = self._place()

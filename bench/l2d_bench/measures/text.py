@@ -43,7 +43,7 @@ class TextMeasure(Measure):
         Raises:
             ConfigError: if it is missing.
         """
-        from l2d_framework.evaluation.mauve_score import check_installed
+        from l2d_framework.evaluation.text.mauve_score import check_installed
 
         check_installed()
         return None
@@ -70,12 +70,12 @@ class TextMeasure(Measure):
             DataError: if fewer texts than wanted are long enough.
         """
         from l2d_bench.measures.prompts import Answerer
-        from l2d_framework.evaluation.likelihood import Judge
-        from l2d_framework.evaluation.mauve_score import Features
-        from l2d_framework.evaluation.pretrained import pretrained
-        from l2d_framework.evaluation.samples import Sample
-        from l2d_framework.evaluation.text import evaluate_texts
-        from l2d_framework.prompts import opening
+        from l2d_framework.evaluation.text.likelihood import Judge
+        from l2d_framework.evaluation.text.mauve_score import Features
+        from l2d_framework.evaluation.text.measure import evaluate_texts
+        from l2d_framework.evaluation.text.pretrained import pretrained
+        from l2d_framework.evaluation.text.samples import Sample
+        from l2d_framework.generation.prompts import opening
 
         answerer = Answerer(subject, self.options)
         ids, golds = self._beginnings(answerer.tokenizer)

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from l2d_framework.block import Block
-from l2d_framework.model import DiffusionLM
-from l2d_framework.noise import TokenStreams, request_keys
-from l2d_framework.training.collate import Collator
+from l2d_framework.diffusion.rng import TokenStreams, request_keys
+from l2d_framework.diffusion.sampler import Block
+from l2d_framework.models.diffusion_lm import DiffusionLM
+from l2d_framework.simplex_state import pieces
+from l2d_framework.training.data.collate import Collator
 from l2d_framework.types import Layout
-from l2d_framework.wide import pieces
 
 
 @dataclass(frozen=True)

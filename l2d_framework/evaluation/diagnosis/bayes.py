@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from l2d_framework.process import Process
-from l2d_framework.wide import dense, pieces
+from l2d_framework.diffusion.diffusion import Process
+from l2d_framework.simplex_state import dense, pieces
 
 
 class TokenLikelihood:

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from l2d_framework.answer import Answer
+from l2d_framework.diffusion.logits import Answer
 from l2d_framework.evaluation.diagnosis.batches import Batch
 from l2d_framework.evaluation.diagnosis.bayes import TokenLikelihood
-from l2d_framework.model import DiffusionLM
+from l2d_framework.models.diffusion_lm import DiffusionLM
 from l2d_framework.types import Query
 
 ANCHORS = 2

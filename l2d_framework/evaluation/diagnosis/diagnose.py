@@ -19,7 +19,7 @@ from l2d_framework.evaluation.diagnosis.bayes import TokenLikelihood
 from l2d_framework.evaluation.diagnosis.curves import ANCHORS, cross_entropies
 from l2d_framework.evaluation.diagnosis.trajectories import evaluations, solve
 from l2d_framework.evaluation.diagnosis.verdict import NEGLIGIBLE, per_token, verdict
-from l2d_framework.model import DiffusionLM
+from l2d_framework.models.diffusion_lm import DiffusionLM
 from l2d_framework.schedule import Schedule
 
 Track = Callable[[Sequence[Batch]], Iterable[Batch]]

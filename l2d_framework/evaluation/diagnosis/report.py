@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from l2d_framework.evaluation.estimate import Estimate
+from l2d_framework.evaluation.statistics import Estimate
 
 Found = Mapping[str, Any]
 """What `diagnose` returned."""

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from l2d_framework.block import BlockSolver
 from l2d_framework.config import SamplingSection
+from l2d_framework.diffusion.ode import Evaluation
+from l2d_framework.diffusion.sampler import BlockSolver
 from l2d_framework.evaluation.diagnosis.batches import Batch
-from l2d_framework.model import DiffusionLM
-from l2d_framework.problem import Evaluation
+from l2d_framework.models.diffusion_lm import DiffusionLM
 
 
 @dataclass(frozen=True)

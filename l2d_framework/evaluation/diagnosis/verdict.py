@@ -6,7 +6,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from l2d_framework.evaluation.estimate import Estimate
+from l2d_framework.evaluation.statistics import Estimate
 
 Verdict = Literal["gains", "does not gain", "not clear"]
 

@@ -8,11 +8,11 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from l2d_framework.noise import categorical
+from l2d_framework.diffusion.rng import categorical
 from l2d_framework.parametrization import Parametrization, ParametrizationConfig
 from l2d_framework.schedule import Schedule
+from l2d_framework.simplex_state import WideState, cached_pieces, pieces
 from l2d_framework.types import Random
-from l2d_framework.wide import WideState, cached_pieces, pieces
 
 _CANDIDATES = 256
 _MARGIN = 1e-5

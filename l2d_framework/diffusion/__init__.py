@@ -1,0 +1,1 @@
+"""The one equation: schedule, parametrization and backbone put together, solved, read out and learned."""

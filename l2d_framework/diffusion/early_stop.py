@@ -1,0 +1,63 @@
+"""Early stop: rows whose tokens have stopped changing."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from l2d_framework.diffusion.logits import Answer
+
+
+class Settled(Exception):
+    """Every row of a block has settled, so the solver may stop.
+
+    Args:
+        answer: what they settled with.
+    """
+
+    def __init__(self, answer: Answer) -> None:
+        super().__init__()
+        self.answer = answer
+
+
+class Settling:
+    """Rows whose tokens no longer change keep the answer they had then, whatever their batch mates still do.
+
+    Args:
+        patience: evaluations in a row without a change after which a row has settled.
+        rows: B.
+
+    Attributes:
+        going: rows that have not settled, (B,), bool, on the host.
+    """
+
+    def __init__(self, patience: int, rows: int) -> None:
+        self._patience = patience
+        self._tokens: Tensor | None = None
+        self._kept: Answer | None = None
+        self._unchanged = torch.zeros(rows, dtype=torch.int64)
+        self.going = torch.ones(rows, dtype=torch.bool)
+
+    def add(self, answer: Answer, tokens: Tensor, *, is_last: bool) -> Answer:
+        """Take note of an evaluation.
+
+        Args:
+            answer: its answer.
+            tokens: the most likely tokens, (B, L), int64.
+            is_last: whether it is the read-out.
+
+        Returns:
+            The answer, with that of settled rows in their place.
+
+        Raises:
+            Settled: if no row goes on before the read-out.
+        """
+        if self._tokens is not None:
+            same = (tokens == self._tokens).all(1).cpu()
+            self._unchanged = torch.where(same, self._unchanged + 1, 0)
+        self._tokens = tokens
+        self._kept = answer if self._kept is None else answer.where(self.going.to(tokens.device), self._kept)
+        self.going = self.going & (self._unchanged < self._patience)
+        if not is_last and not self.going.any():
+            raise Settled(self._kept)
+        return self._kept

@@ -1,0 +1,324 @@
+"""The differential equation of a block of tokens, as a solver sees it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from l2d_framework.blame import described
+from l2d_framework.diffusion.diffusion import Process
+from l2d_framework.diffusion.early_stop import Settling
+from l2d_framework.diffusion.logits import Answer
+from l2d_framework.diffusion.rng import TokenStreams
+from l2d_framework.diffusion.selection import ActiveTokens, AllTokens, Sliced, Subset
+from l2d_framework.errors import PluginError
+from l2d_framework.guidance import Guidance
+from l2d_framework.parametrization import Parametrization
+from l2d_framework.schedule import Schedule
+from l2d_framework.simplex_state import CHUNK
+from l2d_framework.solver import Time, as_time
+from l2d_framework.types import Layout, Predict, Prediction, Query, Random, Space
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One evaluation of the network, for observers; all logits of the block are made when there is one.
+
+    Attributes:
+        positions: slots asked about, (B, L), int64.
+        t: times, (B, L), float32.
+        x: noisy states, (B, L, D), float32.
+        logits: guided logits, (B, L, V), float32.
+        is_read_out: True for the evaluation whose logits yield the tokens.
+    """
+
+    positions: Tensor
+    t: Tensor
+    x: Tensor
+    logits: Tensor
+    is_read_out: bool
+
+
+Observer = Callable[[Evaluation], None]
+
+
+@dataclass(frozen=True)
+class Streams:
+    """Random streams of one block.
+
+    Attributes:
+        estimate: for estimates that draw.
+        fresh: for solvers that add noise.
+        repeat: draw the same numbers at every evaluation, so that the slope is a function of state and time. A solver
+            that compares slopes to choose its steps would otherwise mistake the dice for an error of its own.
+    """
+
+    estimate: TokenStreams
+    fresh: TokenStreams
+    repeat: bool = False
+
+
+class TokenProblem:
+    """Turns predictions into clean states and velocities, and counts evaluations.
+
+    Tokens that a solver declares inactive are left out of the network's batch, not merely masked.
+
+    Args:
+        process: the model.
+        query: positions, context, condition and guidance scale of the block; its state and time are ignored.
+        guidance: wrappers around prediction, the first is innermost.
+        parametrization: the model's, with the request's estimate options.
+        codebook: what `parametrization.codebook` returned.
+        streams: random streams of the block.
+        layout: the sequence so far, for guidance; None when there is no guidance that reads it.
+        patience: evaluations in which no token of a row may change before the row is settled; None for never.
+        observer: called after every evaluation, or None.
+
+    Attributes:
+        evaluations: network evaluations spent on each token, (B, L), int64.
+        metrics: for each name that a guidance recorded, one (B,) per evaluation.
+    """
+
+    def __init__(
+        self,
+        process: Process,
+        query: Query,
+        *,
+        guidance: Sequence[Guidance],
+        parametrization: Parametrization,
+        codebook: Tensor,
+        streams: Streams,
+        layout: Layout | None = None,
+        patience: int | None = None,
+        observer: Observer | None = None,
+    ) -> None:
+        self._process, self._query, self._guidance = process, query, guidance
+        self._parametrization, self._codebook = parametrization, codebook
+        self._streams, self._observer = streams, observer
+        self._layout = layout or Layout(query.positions[:, :0], query.positions[:, :0])
+        self._previous: Tensor | None = None
+        self._rows: Tensor | None = None
+        self._context = query.context
+        self._settling = None if patience is None else Settling(patience, len(query.positions))
+        self._count = 0
+        self._unsound: dict[int, Tensor] = {}
+        self.evaluations = torch.zeros_like(query.positions)
+        self.metrics: dict[str, list[Tensor]] = {}
+
+    @property
+    def schedule(self) -> Schedule:
+        """The noise law."""
+        return self._process.schedule
+
+    def fresh_noise(self, x: Tensor) -> Tensor:
+        """New noise from the prior.
+
+        Args:
+            x: a state; its shape is the block's.
+
+        Returns:
+            (B, L, D), with the prior's standard deviation.
+        """
+        return self._parametrization.prior_scale * self._parametrization.noise(self._streams.fresh)
+
+    def velocity(self, x: Tensor, t: Time, *, until: Time | None = None, active: Tensor | None = None) -> Tensor:
+        """Slope dx/dt.
+
+        Args:
+            x: (B, L, D), float.
+            t: time of `x`, below 1.
+            until: time the move made with this slope leads to; `t` when None.
+            active: tokens to evaluate, (B, L), bool; all when None.
+
+        Returns:
+            (B, L, D); zero where not active.
+        """
+        clean = self.clean(x, t, until=until, active=active)
+        slope = self.schedule.velocity(x, clean, as_time(t, x))
+        return slope if active is None else torch.where(active[..., None], slope, 0)
+
+    def clean(self, x: Tensor, t: Time, *, until: Time | None = None, active: Tensor | None = None) -> Tensor:
+        """Estimate of the clean state.
+
+        Args:
+            x: (B, L, D), float.
+            t: time of `x`.
+            until: time the move made with this estimate leads to; `t` when None.
+            active: tokens to evaluate, (B, L), bool; all when None.
+
+        Returns:
+            (B, L, D); zero where not active.
+        """
+        query = self._at(x, t)
+        until_t = query.t if until is None else as_time(until, x).float()
+        if active is None:
+            return self._evaluate(query, until_t, AllTokens(self._streams.estimate))[1]
+        part = self._compact(active)
+        _, found = self._evaluate(part.query(query), part.take(until_t), ActiveTokens(self._streams.estimate, part))
+        return part.put(found)
+
+    def read_out(self, x: Tensor, t: float) -> Answer:
+        """Logits that yield the tokens, from the last evaluation.
+
+        Args:
+            x: state at the end, (B, L, D), float.
+            t: the end time.
+
+        Returns:
+            The logits; those of settled rows are the ones they settled with.
+        """
+        return self._evaluate(self._at(x, t), None, AllTokens(self._streams.estimate))[0]
+
+    def _at(self, x: Tensor, t: Time) -> Query:
+        shared = None if isinstance(t, Tensor) else float(t)
+        return self._query.replace(x=x.float(), t=as_time(t, x).float(), shared_time=shared, previous=self._previous)
+
+    def _evaluate(self, query: Query, until: Tensor | None, random: AllTokens | ActiveTokens) -> tuple[Answer, Tensor]:
+        """Logits, and the clean state for a move `until` a time; the read-out moves no more and gets an empty one."""
+        if self._streams.repeat:
+            self._streams.estimate.rewind()
+        space = _Space(self, query.t if until is None else until, random, self._count)
+        answer, clean = self._predict(query, space)
+        if self._observer is not None:
+            self._observer(Evaluation(query.positions, query.t, query.x, answer.values, until is None))
+        self._count += 1
+        random.count(self.evaluations, None if self._settling is None else self._settling.going)
+        estimates, memory, tokens = [], [], []
+        draws = Sliced(space.branch())
+        for part, logits in answer.parts():
+            if until is not None and clean is None:
+                estimates.append(self._parametrization.estimate(logits, until[:, part], self._codebook, draws.of(part)))
+            if until is not None and self._parametrization.uses_previous:
+                whole = logits.shape == answer.values.shape
+                memory.append(
+                    logits if whole else self._parametrization.remember(logits, self._process.backbone.table())
+                )
+            if self._settling is not None:
+                tokens.append(logits.argmax(-1))
+        if memory:
+            self._previous = random.keep(_joined(memory), self._previous)
+        if self._settling is not None:
+            answer = self._settling.add(answer, torch.cat(tokens, 1), is_last=until is None)
+        return answer, clean if clean is not None else _joined(estimates) if estimates else query.t.new_empty(0)
+
+    def _predict(self, query: Query, space: _Space) -> tuple[Answer, Tensor | None]:
+        """The guided answer and what the guidance moves towards, if it says so.
+
+        Without guidance or observer nobody needs the logits of more than a few positions at once.
+        """
+        rows, length = query.positions.shape
+        size = self._process.backbone.vocab_size
+        if not self._guidance and self._observer is None and rows * length * size > CHUNK:
+            return Answer(self._process.features(query), size, self._process.backbone.head), None
+        predict: Predict = self._process
+        for guidance in self._guidance:
+            predict = _Guided(predict, guidance, space, self)
+        prediction = predict(query)
+        return Answer(prediction.logits, size), prediction.clean
+
+    def check_guided(self, guidance: Guidance, query: Query, found: Any) -> None:
+        """Refuse a guided prediction of another shape or type, and note whether there is a NaN.
+
+        Args:
+            guidance: whose prediction it is.
+            query: what was asked.
+            found: the prediction.
+
+        Raises:
+            PluginError: if it is not what a guidance returns.
+        """
+        rows = tuple(query.positions.shape)
+        wanted = {"logits": (*rows, self._process.backbone.vocab_size), "clean": (*rows, query.x.shape[-1])}
+        for name, shape in wanted.items():
+            value = getattr(found, name, None)
+            if value is None and name == "clean":
+                continue
+            if not isinstance(value, Tensor) or tuple(value.shape) != shape or not value.is_floating_point():
+                got = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+                raise PluginError(f"{described(guidance)} returned {name} of {got} instead of float {shape}.")
+        # Read once a block, since asking the device would make the host wait at every evaluation.
+        unsound = found.logits.isnan().any()
+        self._unsound[id(guidance)] = self._unsound.get(id(guidance), unsound) | unsound
+
+    def check_sound(self) -> None:
+        """Refuse a block in which guided logits were NaN.
+
+        Raises:
+            PluginError: naming the innermost guidance that returned one.
+        """
+        for guidance in self._guidance:
+            if id(guidance) in self._unsound and bool(self._unsound[id(guidance)]):
+                raise PluginError(
+                    f"{described(guidance)} returned logits that are NaN. Lower its scale; if they are NaN without it, "
+                    "too, it is the model."
+                )
+
+    def _compact(self, active: Tensor) -> Subset:
+        rows = active.any(1).nonzero()[:, 0]
+        if len(rows) == len(active):
+            context = self._query.context
+        elif self._rows is not None and torch.equal(rows, self._rows):
+            context = self._context
+        else:
+            self._rows, self._context = rows, self._query.context.select(rows)
+            context = self._context
+        return Subset(rows, active, context)
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+
+class _Space:
+    """The state space at one evaluation, as guidance sees it."""
+
+    def __init__(self, problem: TokenProblem, until: Tensor, random: AllTokens | ActiveTokens, evaluation: int) -> None:
+        self._problem, self._until, self._random, self.evaluation = problem, until, random, evaluation
+        self._estimates = 0
+        self._recorded: set[str] = set()
+
+    @property
+    def layout(self) -> Layout:
+        layout = self._problem._layout
+        return Layout(self._random.rows(layout.tokens), self._random.rows(layout.blocks))
+
+    def branch(self) -> AllTokens | ActiveTokens:
+        # Streams per branch, so that what one branch draws does not depend on whether there is another.
+        self._estimates += 1
+        return self._random.branch(self._estimates - 1)
+
+    def estimate(self, logits: Tensor) -> Tensor:
+        problem = self._problem
+        return problem._parametrization.estimate(logits, self._until, problem._codebook, self.branch())
+
+    def encode(self, tokens: Tensor) -> Tensor:
+        return self._problem._parametrization.encode(tokens, self._problem._process.backbone.table())
+
+    def random(self) -> Random:
+        # Below the numbers of estimates, so that neither changes what the other draws.
+        return self._random.branch(-1)
+
+    def record(self, name: str, values: Tensor) -> None:
+        if name not in self._recorded:
+            self._recorded.add(name)
+            self._problem.metrics.setdefault(name, []).append(self._random.spread(values.detach().float()))
+
+
+@dataclass(frozen=True)
+class _Guided:
+    predict: Predict
+    guidance: Guidance
+    space: Space
+    problem: TokenProblem
+
+    def __call__(self, query: Query) -> Prediction:
+        found = self.guidance(self.predict, query, self.space)
+        self.problem.check_guided(self.guidance, query, found)
+        return found
+
+    def together(self, queries: list[Query]) -> list[Prediction]:
+        return [self(query) for query in queries]

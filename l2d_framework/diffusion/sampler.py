@@ -1,0 +1,141 @@
+"""One block of tokens from noise to logits; the same for every method."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from l2d_framework.diffusion.diffusion import Process
+from l2d_framework.diffusion.early_stop import Settled
+from l2d_framework.diffusion.logits import Answer
+from l2d_framework.diffusion.ode import Observer, Streams, TokenProblem
+from l2d_framework.diffusion.rng import TokenStreams
+from l2d_framework.diffusion.sampling import Sampling, plan
+from l2d_framework.parametrization import Parametrization
+from l2d_framework.types import Layout, Query
+
+
+@dataclass(frozen=True)
+class Block:
+    """Tokens to denoise together.
+
+    Attributes:
+        positions: their slots, (B, L), int64.
+        layout: the sequence so far, (B, S).
+        context: what the backbone remembers of it.
+        keys: for each row, one tuple of key parts per token, which name its noise.
+        condition: class of each token, (B, L), int64, or None.
+        guidance_scale: scale of each token, (B, L), float32, or None.
+    """
+
+    positions: Tensor
+    layout: Layout
+    context: Any
+    keys: Sequence[Sequence[tuple[int | str, ...]]]
+    condition: Tensor | None = None
+    guidance_scale: Tensor | None = None
+
+    def streams(self, purpose: str) -> TokenStreams:
+        """Random streams of the block's tokens.
+
+        Args:
+            purpose: what they are for; others are independent.
+
+        Returns:
+            The streams.
+        """
+        return TokenStreams([[(*parts, purpose) for parts in row] for row in self.keys], self.positions.device)
+
+
+@dataclass(frozen=True)
+class Denoised:
+    """What became of a block.
+
+    Attributes:
+        answer: logits that yield the tokens.
+        evaluations: network evaluations spent on each token, (B, L), int64.
+        metrics: what guidance recorded, by name, (B, evaluations), float32.
+    """
+
+    answer: Answer
+    evaluations: Tensor
+    metrics: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class BlockSolver:
+    """A model with the settings of a request.
+
+    Attributes:
+        process: the model.
+        sampling: how to diffuse.
+        parametrization: the model's, with the request's estimate options.
+        observer: called after every network evaluation, or None.
+    """
+
+    process: Process
+    sampling: Sampling
+    parametrization: Parametrization
+    observer: Observer | None = None
+
+    @classmethod
+    def of(cls, process: Process, sampling: Sampling, observer: Observer | None = None) -> BlockSolver:
+        """A solver with the sampling's estimate options.
+
+        Args:
+            process: the model.
+            sampling: how to diffuse.
+            observer: called after every network evaluation, or None.
+
+        Returns:
+            The solver of blocks.
+        """
+        return cls(process, sampling, process.parametrization.with_estimate(sampling.estimate), observer)
+
+    def __call__(self, block: Block) -> Denoised:
+        """Solve the block and read it out.
+
+        Args:
+            block: what to denoise.
+
+        Returns:
+            Logits and what they cost.
+        """
+        process, sampling, positions = self.process, self.sampling, block.positions
+        backbone, space = process.backbone, self.parametrization
+        if sampling.num_inference_steps == 0:
+            plain = backbone.plain(positions, block.context)
+            answer = Answer(plain, backbone.vocab_size, backbone.head)
+            return Denoised(answer, torch.zeros_like(positions), {})
+        solver, times = plan(process, sampling)
+        x = space.prior_scale * space.noise(block.streams("prior"))
+        x = x.to(torch.float32 if x.device.type == "mps" else space.state_dtype)
+        problem = TokenProblem(
+            process,
+            Query(
+                x=x,
+                t=torch.zeros(positions.shape, device=x.device),
+                positions=positions,
+                context=block.context,
+                condition=block.condition,
+                guidance_scale=block.guidance_scale,
+            ),
+            guidance=sampling.guidance,
+            parametrization=space,
+            codebook=process.codebook(),
+            streams=Streams(block.streams("estimate"), block.streams("fresh"), repeat=solver.is_adaptive),
+            layout=block.layout,
+            patience=sampling.patience,
+            observer=self.observer,
+        )
+        try:
+            answer = problem.read_out(solver.solve(problem, x, times), times[-1])
+        except Settled as end:
+            answer = end.answer
+        problem.check_sound()
+        metrics = {name: torch.stack(values, 1) for name, values in problem.metrics.items()}
+        return Denoised(answer, problem.evaluations, metrics)

@@ -1,0 +1,65 @@
+"""lm_eval's own command line, with the model `l2d` in its table whether or not the start-up hook is there."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from collections.abc import Sequence
+
+from l2d_bench import protocols
+from l2d_framework.errors import ConfigError, PluginError
+from l2d_framework.evaluation.harness.errors import explain
+from l2d_framework.evaluation.harness.start_up import steps
+
+ALLOW_NETWORK = "--allow-network-in-sandbox"
+"""Option that lm_eval does not have; `L2D_ALLOW_NETWORK_IN_SANDBOX=1` says the same to its own command."""
+
+_SUBCOMMANDS = ("run", "ls", "validate")
+
+
+def run(arguments: Sequence[str]) -> None:
+    """Run lm_eval; its model is `l2d` unless the arguments name another.
+
+    Args:
+        arguments: as `lm_eval` takes them, and `--allow-network-in-sandbox`.
+
+    Raises:
+        PluginError: if lm_eval, or a package that a task needs, is not installed.
+        ConfigError: if no checkpoint is named.
+        L2DError: if the data of a task cannot be reached, or nobody agreed to run the programs it asks for.
+    """
+    if importlib.util.find_spec("lm_eval") is None:
+        raise PluginError("Evaluation needs lm_eval. Run: pip install 'l2d-framework[eval]'")
+    asked = [argument for argument in arguments if argument != ALLOW_NETWORK]
+    if len(asked) < len(arguments):
+        os.environ["L2D_ALLOW_NETWORK_IN_SANDBOX"] = "1"
+    evaluates = bool(asked) and asked[0] not in ("ls", "validate", "-h", "--help") and asked[1:] != ["--help"]
+    if evaluates and not any(a in ("--model", "-M", "-C", "--config") or a.startswith("--model=") for a in asked):
+        asked = [*asked[:1], "--model", "l2d", *asked[1:]] if asked[0] == "run" else ["--model", "l2d", *asked]
+    if steps.lacks_checkpoint(asked, os.environ):
+        raise ConfigError(steps.MISSING)
+    if evaluates and asked[0] not in _SUBCOMMANDS:
+        asked = ["run", *asked]
+    if (
+        asked
+        and asked[0] in _SUBCOMMANDS
+        and not any(a in ("-C", "--config") or a.startswith("--config=") for a in asked)
+    ):
+        # Before the user's arguments, of which the last wins.
+        asked[1:1] = ["--include_path", str(protocols.folder())]
+
+    import lm_eval.models  # noqa: F401 -- fills the table that the next line adds to
+    from lm_eval.__main__ import cli_evaluate
+
+    steps.register()
+    if steps.named_model(asked) == "l2d":
+        steps.prepare(asked)
+    sys.argv = ["lm_eval", *asked]
+    try:
+        cli_evaluate()
+    except Exception as error:
+        found = explain(error)
+        if found is None or found is error:
+            raise
+        raise found from error

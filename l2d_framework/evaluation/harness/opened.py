@@ -1,0 +1,321 @@
+"""Everything about the model `l2d` but its answers: opening, tokens, cache, processes, batches, results.json."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import lm_eval.models  # noqa: F401 -- the table of models fills itself only while it is empty, so before we are in it
+import torch
+from accelerate import find_executable_batch_size
+from lm_eval.models.huggingface import HFLM
+from lm_eval.models.utils import resolve_max_length
+
+from l2d_framework.config import SamplingSection
+from l2d_framework.errors import ConfigError, DataError
+from l2d_framework.evaluation.code.metric import serve
+from l2d_framework.evaluation.code.tasks import route
+from l2d_framework.evaluation.harness.cache import Answers
+from l2d_framework.evaluation.harness.cost import Meter
+from l2d_framework.evaluation.harness.errors import check_sentence_data
+from l2d_framework.evaluation.harness.options import PASSED, check_model_options, diffusing
+from l2d_framework.evaluation.harness.provenance import data_sources, named_tasks
+from l2d_framework.evaluation.harness.scorer import MAIN, METHODS, MIXTURE, PSEUDO
+from l2d_framework.evaluation.harness.start_up import steps
+from l2d_framework.evaluation.search.search import check_search, split_options
+from l2d_framework.generation.chat_template import TEMPLATE_DATE, render
+from l2d_framework.generation.prompts import encode_text
+from l2d_framework.models.diffusion_lm import DiffusionLM
+from l2d_framework.models.unloaded import CLASS, Source, tokenizer_fingerprint
+from l2d_framework.opening import open_tokenizer
+
+_LOGGER = logging.getLogger(__name__)
+_AUTO_ON_CPU = 8
+_GOES_ON = "<|this turn goes on|> "
+"""Batch size `auto` where memory that runs out ends the process instead of raising an error."""
+
+
+_HEADLINES = ("solver", "num_inference_steps", "guidance", "seed", CLASS)
+"""Settings that results.json says first, as they were used; a list where tasks used several."""
+
+
+class _Unloaded:
+    """Stands for the language model until the first request; until then everything that can be refused is."""
+
+    def to(self, device: Any) -> _Unloaded:
+        return self
+
+
+class Opened(HFLM):  # type: ignore[misc]
+    """A model that is read, checked and named for the cache, and whose weights are loaded at the first request.
+
+    Args:
+        pretrained: checkpoint folder or hub id; `L2D_PRETRAINED` when None.
+        **options: `base`, `dtype` and `revision` of the checkpoint; `scoring` (mixture, main or pseudo),
+            `noise_samples` and `pseudo_times` of log-likelihoods; fields of the `sampling` section, `class_name` and
+            `guidance_scale`; those of token search, `search` and `search_*`; `batch_size`, `device`, `max_length` and
+            others of lm_eval's `hf`.
+    """
+
+    def __init__(self, pretrained: str | None = None, **options: Any) -> None:
+        check_model_options(options)
+        serve()
+        pretrained = pretrained or os.environ.get(steps.PRETRAINED)
+        if not pretrained:
+            raise ConfigError(steps.MISSING)
+        self.source = Source(
+            str(pretrained), base=options.get("base"), dtype=options.get("dtype"), revision=options.get("revision")
+        )
+        self.options = diffusing(options)
+        self.settings = self.source.sampling(self.options)
+        self.searching, _ = split_options(options)
+        self.search = check_search(self.searching)
+        if self.search and self.source.is_block:
+            raise ConfigError("Search weighs next tokens, and this model denoises whole answers. Leave search out.")
+        self.samples = _positive("noise_samples", options.get("noise_samples", 4))
+        self.times = _positive("pseudo_times", options.get("pseudo_times", 4))
+        self.scoring = self._scoring(options.get("scoring"))
+        self.answers = Answers(None, {})
+        self.meters = {"generation": Meter(), "scoring": Meter()}
+        self._states: dict[str, list[Any]] = {name: [meter.state()] for name, meter in self.meters.items()}
+        self._used: dict[str, dict[str, Any]] = {}
+        self._tasks: dict[str, dict[str, Any]] = {}
+        self._is_chat = False
+        self._diffusion: DiffusionLM | None = None
+        passed = {name: options[name] for name in PASSED if name in options}
+        passed["chat_template_args"] = {"date_string": TEMPLATE_DATE, **(passed.get("chat_template_args") or {})}
+        passed.setdefault("device", "cuda" if torch.cuda.is_available() else "cpu")
+        super().__init__(str(pretrained), revision=options.get("revision") or "main", **passed)
+        if hasattr(self, "accelerator"):
+            # HFLM takes note of its processes only where there are several GPUs.
+            self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
+
+    def _scoring(self, wanted: Any) -> str | None:
+        empty, steps = self.source.empty, self.settings.num_inference_steps
+        possible = [MAIN] if empty.identity_at_zero else []
+        possible += [MIXTURE] if empty.independent_positions else [PSEUDO]
+        if wanted is None:
+            return MAIN if steps == 0 else MIXTURE if MIXTURE in possible else None
+        if wanted not in possible:
+            raise ConfigError(f"scoring={wanted!r} does not fit this model. Choose from {possible}, or leave it out.")
+        return str(wanted)
+
+    def _get_config(self, pretrained: str, **options: Any) -> None:
+        self._config = self.source.lm_config
+
+    def _create_tokenizer(self, pretrained: Any, tokenizer: Any, **options: Any) -> None:
+        if isinstance(tokenizer, str):
+            passed = {name: options.get(name) for name in ("revision", "subfolder", "add_bos_token")}
+            self.tokenizer = open_tokenizer(tokenizer, **{k: v for k, v in passed.items() if v not in (None, "")})
+        elif tokenizer:
+            self.tokenizer = tokenizer
+        else:
+            self.tokenizer = self.source.tokenizer
+
+    def _create_model(self, pretrained: str, **options: Any) -> None:
+        self._model: Any = _Unloaded()
+
+    @property
+    def diffusion(self) -> DiffusionLM:
+        """The diffusion model, loaded when first asked for; `model` is the language model inside it."""
+        if self._diffusion is None:
+            self._diffusion = self.source.load(self.device)
+            self._model = self._diffusion.backbone.lm
+        return self._diffusion
+
+    @property
+    def max_length(self) -> int:
+        """Most tokens of a prompt and its answer."""
+        return int(self._max_length or resolve_max_length(self.config, self.tokenizer))
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """A conversation as text, which is then encoded as in training: without special tokens beside the template's.
+
+        Args:
+            chat_history: messages.
+            add_generation_prompt: end with the beginning of an answer.
+
+        Returns:
+            The text.
+
+        Raises:
+            DataError: if the template cannot render it, not even without its system messages.
+        """
+        self._is_chat = True
+        variables = {**self.tokenizer.special_tokens_map, **self.chat_template_args}
+        template = str(self.tokenizer.get_chat_template())
+        options = {"add_generation_prompt": add_generation_prompt}
+        if not add_generation_prompt:
+            # lm_eval asks for no generation prompt where the last turn is to go on.
+            *before, last = chat_history
+            chat_history = [*before, {**last, "content": last["content"] + _GOES_ON}]
+        try:
+            text, _ = render(template, chat_history, variables, **options)
+        except DataError:
+            # As lm_eval does, for templates that know no system messages.
+            asked = [turn for turn in chat_history if turn["role"] != "system"]
+            if asked == chat_history:
+                raise
+            _LOGGER.warning("The chat template refuses system messages, so they are left out.")
+            text, _ = render(template, asked, variables, **options)
+        if add_generation_prompt:
+            return text
+        begun, found, behind = text.rpartition(_GOES_ON.strip())
+        if not found:
+            raise DataError("the chat template does not print the last turn, which is to go on. Use another template.")
+        # Where the template trims what it prints, blanks in front of an answer are of no meaning, either.
+        return begun if behind.startswith(" ") else begun.rstrip()
+
+    def chat_template(self, chat_template: bool | str = False) -> str | None:
+        """The chat template; asked for when one is going to be applied.
+
+        Args:
+            chat_template: True, or its name.
+
+        Returns:
+            Jinja source.
+        """
+        self._is_chat = self._is_chat or bool(chat_template)
+        return super().chat_template(chat_template)  # type: ignore[no-any-return]
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **options: Any) -> list[int]:
+        """Token ids of a text, which is a prompt or the beginning of one.
+
+        Args:
+            string: the text.
+            add_special_tokens: whether to put in front what the tokenizer does, nothing ever behind; when None as
+                `add_bos_token` says, else unless a chat template was applied.
+            **options: of lm_eval.
+
+        Returns:
+            The ids.
+        """
+        if add_special_tokens is None:
+            add_special_tokens = not self._is_chat if self.add_bos_token is None else self.add_bos_token
+        if not add_special_tokens:
+            return list(super().tok_encode(string, add_special_tokens=False, **options))
+        ids = encode_text(self.tokenizer, string)
+        return ids[-(options.get("left_truncate_len") or 0) :]
+
+    def set_cache_hook(self, cache_hook: Any) -> None:
+        """Use the harness's cache under this model's own rules.
+
+        Args:
+            cache_hook: holds the store.
+        """
+        self.answers = Answers(cache_hook.dbdict, self.identity())
+        self.cache_hook = self.answers
+
+    def identity(self) -> dict[str, Any]:
+        """What an answer depends on beside its question.
+
+        Returns:
+            JSON-ready.
+        """
+        return self.source.identity() | {
+            "sampling": self.settings.model_dump(mode="json"),
+            "class_name": self.options.get(CLASS),
+            "scoring": self.scoring,
+            "noise_samples": self.samples,
+            "pseudo_times": self.times,
+            "max_length": self.max_length,
+            "add_bos_token": self.add_bos_token,
+            "prefix_token": self.prefix_token_id,
+            "think_end_token": self.think_end_token,
+            "tokenizer": tokenizer_fingerprint(self.tokenizer),
+            **({"search": self.search} if self.search else {}),
+        }
+
+    def _gather(self, value: Any) -> list[Any]:
+        if self.world_size == 1:
+            return [value]
+        values = [None] * self.world_size
+        torch.distributed.all_gather_object(values, value)
+        return values
+
+    def _notice(self, requests: Sequence[Any]) -> None:
+        names = {str(request.task_name) for request in requests} - self._tasks.keys()
+        tasks = named_tasks(names) if names else []
+        for task in tasks:
+            route(task)
+            check_sentence_data(task)
+        folders: dict[str, list[str]] = {}
+        for name, found in data_sources(tasks).items():
+            self._tasks[name] = found
+            if found["local_folder"]:
+                folders.setdefault(found["local_folder"], []).append(name)
+        for folder, served in folders.items():
+            if self.rank == 0:
+                _LOGGER.warning("Data of %s come from %s, not from the hub.", ", ".join(served), folder)
+
+    def _count(self, name: str) -> None:
+        self._states[name] = self._gather(self.meters[name].state())
+
+    def _largest(self, attempt: Callable[[int], Any]) -> int:
+        """Largest batch for which memory is enough."""
+        if self.device.type == "cpu":
+            size = min(self.max_batch_size, _AUTO_ON_CPU)
+        else:
+
+            @find_executable_batch_size(starting_batch_size=self.max_batch_size)  # type: ignore[untyped-decorator]
+            def fits(batch_size: int) -> int:
+                attempt(batch_size)
+                return batch_size
+
+            size = fits()
+        self.batch_sizes[len(self.batch_sizes)] = size
+        return int(size)
+
+    def get_model_info(self) -> dict[str, Any]:
+        """What results.json says of the model.
+
+        Returns:
+            HFLM's facts, and under `l2d` settings, costs, versions, fingerprints and where the data came from.
+        """
+        reads_main = self.source.empty.identity_at_zero
+        costs = {name: meter.report(self._states[name], reads_main=reads_main) for name, meter in self.meters.items()}
+        settings = self.settings.model_dump(mode="json")
+        used = list(self._used.values())
+        if not used or any(state[0] for state in self._states["scoring"]):
+            used.append(settings | {CLASS: self.options.get(CLASS)})
+        return dict(super().get_model_info()) | {
+            "l2d": self.source.identity()
+            | {
+                **{name: _only([one[name] for one in used]) for name in _HEADLINES},
+                "sampling": settings,
+                "sampling_of_generation": list(self._used.values()),
+                "search": self.search,
+                "scoring": None if self.scoring is None else {"name": self.scoring, "is": METHODS[self.scoring]},
+                "noise_samples": self.samples,
+                "pseudo_times": self.times,
+                "cost": costs,
+                "data": self._tasks,
+            }
+        }
+
+
+def _only(values: list[Any]) -> Any:
+    """What all values are, or a list of those that there are."""
+    distinct = [value for number, value in enumerate(values) if value not in values[:number]]
+    return distinct[0] if len(distinct) == 1 else distinct
+
+
+def _positive(name: str, value: Any) -> int:
+    if not isinstance(value, int) or value < 1:
+        raise ConfigError(f"{name} must be a whole number above 0, got {value!r}.")
+    return value
+
+
+def shortest(settings: SamplingSection) -> dict[str, Any]:
+    """As few evaluations as the solver can make, to try out a batch; none of them is larger than another.
+
+    Args:
+        settings: how to sample.
+
+    Returns:
+        Changes to the settings.
+    """
+    steps = settings.num_inference_steps
+    return {} if not steps or settings.solver.is_adaptive else {"num_inference_steps": settings.solver.stages + 1}

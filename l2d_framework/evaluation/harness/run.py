@@ -1,0 +1,273 @@
+"""lm_eval inside this process: one task of one model, as plain numbers with standard errors and scores per item."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import lm_eval
+from lm_eval import simple_evaluate
+from lm_eval.tasks import TaskManager
+
+from l2d_framework.errors import ConfigError, suggest
+from l2d_framework.evaluation.harness.errors import explain
+from l2d_framework.evaluation.harness.model import L2DLM
+from l2d_framework.evaluation.harness.provenance import local_folder
+from l2d_framework.evaluation.hub import is_reachable
+
+_BOOTSTRAPS = 1000
+"""Resamplings for the standard error of a metric that is no mean over items."""
+
+
+@dataclass(frozen=True)
+class ModelChoice:
+    """A model and how to open it.
+
+    Attributes:
+        pretrained: checkpoint folder or hub id.
+        options: other arguments of `--model_args`.
+        device: "cpu" or "cuda".
+        batch_size: rows computed together, or "auto".
+    """
+
+    pretrained: str
+    options: dict[str, Any] = field(default_factory=dict)
+    device: str = "cpu"
+    batch_size: int | str = 1
+
+
+@dataclass(frozen=True)
+class TaskChoice:
+    """A task and how it is asked, in the words of lm_eval's command line.
+
+    Attributes:
+        task: a task, or a group of tasks.
+        limit: first items of each task.
+        num_fewshot: examples before a question.
+        chat: "none", "template" or "multiturn", the last with examples as turns of the past conversation; a model
+            without a chat template is asked without.
+        generation: as in `--gen_kwargs`.
+        runs_code: consent to run code that models write.
+    """
+
+    task: str
+    limit: int | None = None
+    num_fewshot: int | None = None
+    chat: str = "none"
+    generation: dict[str, Any] = field(default_factory=dict)
+    runs_code: bool = False
+
+
+@dataclass(frozen=True)
+class Answered:
+    """What a task gave.
+
+    Attributes:
+        values: by `metric,filter`: `value`, `error` (None without), `items` and `scores` (None where the metric is no
+            mean of the items).
+        details: what the adapter says of itself, cost and data among it; versions of tasks.
+    """
+
+    values: dict[str, dict[str, Any]]
+    details: dict[str, Any]
+
+
+@cache
+def _index(folder: Path | None, *, has_defaults: bool) -> TaskManager:
+    return TaskManager(include_path=None if folder is None else str(folder), include_defaults=has_defaults)
+
+
+def task_manager(name: str, folder: Path | None = None) -> TaskManager:
+    """An index of tasks in which one can be found.
+
+    Args:
+        name: of a task or group.
+        folder: further tasks beside lm_eval's own.
+
+    Returns:
+        The index of the folder where that is enough, since reading lm_eval's 14,000 tasks takes ten seconds.
+    """
+    if folder is not None:
+        small = _index(folder, has_defaults=False)
+        if name in small.task_index and all("task" in config for config in _configs(name, small)):
+            return small
+    return _index(folder, has_defaults=True)
+
+
+@contextmanager
+def explained(task: str) -> Iterator[None]:
+    """Say in this package's words what ends lm_eval.
+
+    Args:
+        task: what is asked.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        ConfigError: in place of a ValueError.
+        L2DError: in place of an error that is known.
+        Exception: any other.
+    """
+    try:
+        yield
+    except Exception as error:
+        if (known := explain(error)) is not None:
+            raise known from error
+        if isinstance(error, ValueError):
+            raise ConfigError(f"Task {task!r}: {error}") from error
+        raise
+
+
+def evaluate(model: ModelChoice, task: TaskChoice, *, folder: Path | None = None) -> Answered:
+    """Answer a task.
+
+    Args:
+        model: the model.
+        task: the task.
+        folder: further tasks beside lm_eval's own.
+
+    Returns:
+        What it gave.
+
+    Raises:
+        ConfigError: if an option is unknown, or the task cannot be asked so.
+        L2DError: if the model cannot be opened, or something the task needs is missing.
+        Exception: whatever else ends the harness.
+    """
+    lm = L2DLM(model.pretrained, device=model.device, batch_size=model.batch_size, **model.options)
+    with explained(task.task):
+        results = simple_evaluate(
+            lm,
+            tasks=[task.task],
+            num_fewshot=task.num_fewshot,
+            limit=task.limit,
+            gen_kwargs=dict(task.generation) or None,
+            apply_chat_template=task.chat != "none" and lm.tokenizer.chat_template is not None,
+            fewshot_as_multiturn=task.chat == "multiturn",
+            task_manager=task_manager(task.task, folder),
+            bootstrap_iters=_BOOTSTRAPS,
+            confirm_run_unsafe_code=task.runs_code,
+        )
+    assert results is not None  # of the first process, and there is one only
+    return _answered(task.task, results, lm)
+
+
+def _answered(name: str, results: Mapping[str, Any], lm: L2DLM) -> Answered:
+    table = results["results"].get(name) or results.get("groups", {}).get(name) or {}
+    subtasks = list(_leaves(name, results["group_subtasks"]))
+    samples = [sample for task in subtasks for sample in results["samples"].get(task, [])]
+    items = sum(results["n-samples"][task]["effective"] for task in subtasks if task in results["n-samples"])
+    values = {}
+    for key, value in table.items():
+        metric, comma, chosen = key.partition(",")
+        if not comma or metric.endswith("_stderr") or not isinstance(value, (int, float)):
+            continue
+        scores = _scores(samples, metric, chosen)
+        if scores is None or not math.isclose(sum(scores) / len(scores), value, rel_tol=1e-6, abs_tol=1e-9):
+            scores = None
+        error = table.get(f"{metric}_stderr,{chosen}")
+        values[key] = {
+            "value": float(value),
+            "error": _standard_error(scores) if scores else float(error) if isinstance(error, (int, float)) else None,
+            "items": items,
+            "scores": scores,
+        }
+    info = lm.get_model_info()["l2d"]
+    facts = {name: results[name] for name in ("versions", "n-shot", "n-samples") if name in results}
+    return Answered(values, {"l2d": info, **facts})
+
+
+def _leaves(name: str, groups: Mapping[str, Sequence[str]]) -> Iterator[str]:
+    children = groups.get(name) or []
+    if not children:
+        yield name
+    for child in children:
+        yield from _leaves(child, groups)
+
+
+def _scores(samples: Sequence[Mapping[str, Any]], metric: str, chosen: str) -> list[float] | None:
+    """Score of each item, if the metric gives each a number."""
+    found = [sample.get(metric) for sample in samples if sample["filter"] == chosen]
+    if not found or not all(isinstance(score, (bool, int, float)) for score in found):
+        return None
+    return [float(score) for score in found if score is not None]
+
+
+def _standard_error(scores: Sequence[float]) -> float | None:
+    if len(scores) < 2:
+        return None
+    mean = sum(scores) / len(scores)
+    return math.sqrt(sum((score - mean) ** 2 for score in scores) / (len(scores) - 1) / len(scores))
+
+
+def check_task(name: str, folder: Path | None = None) -> list[str]:
+    """Look for a task and its data without loading either.
+
+    Args:
+        name: of a task or group.
+        folder: further tasks beside lm_eval's own.
+
+    Returns:
+        Data sets that are neither folders here nor files nor in the hub's cache; they would have to be downloaded.
+
+    Raises:
+        ConfigError: if there is no such task.
+    """
+    manager = task_manager(name, folder)
+    if name not in manager.task_index:
+        raise ConfigError(f"Unknown task {name!r}{suggest(name, manager.all_tasks) or '.'} See `l2d eval ls tasks`.")
+    missing = set()
+    for config in _configs(name, manager):
+        path, options = config.get("dataset_path"), config.get("dataset_kwargs") or {}
+        if path is not None and "custom_dataset" not in config and not local_folder(path, options):
+            missing |= set() if is_reachable(path, "dataset") else {str(path)}
+    return sorted(missing)
+
+
+def _configs(name: str, manager: TaskManager) -> Iterator[dict[str, Any]]:
+    """Settings of the tasks below a name; an empty one for each that the index lacks."""
+    entry = manager.task_index.get(name)
+    if entry is None:
+        yield {}
+    elif entry.yaml_path is None:
+        for task in sorted(entry.tags):
+            yield from _configs(task, manager)
+    elif not isinstance((entry.cfg or {}).get("task"), list):
+        yield dict(entry.cfg or {})
+    else:
+        for child in entry.cfg["task"]:
+            changes = {} if isinstance(child, str) else child
+            below = child if isinstance(child, str) else str(child.get("task"))
+            yield from ({**found, **changes} for found in _configs(below, manager))
+
+
+def task_identity(name: str, folder: Path | None = None) -> str:
+    """Fingerprint of what a task asks and how it scores: a result of another wording is another result.
+
+    Args:
+        name: of a task or group.
+        folder: further tasks beside lm_eval's own.
+
+    Returns:
+        A hash of its settings and of the Python files beside those of its files that lie in the folder.
+    """
+    manager = task_manager(name, folder)
+    text = json.dumps(list(_configs(name, manager)), sort_keys=True, default=str)
+    # Functions are named by their files; where those are installed changes nothing.
+    for place in (Path(lm_eval.__file__).parent, *([folder] if folder is not None else [])):
+        text = text.replace(str(place), "")
+    digest = hashlib.sha256(text.encode())
+    entry = manager.task_index.get(name)
+    beside = None if entry is None or entry.yaml_path is None else entry.yaml_path.parent
+    if folder is not None and beside is not None and beside.is_relative_to(folder):
+        for path in sorted(beside.glob("*.py")):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()

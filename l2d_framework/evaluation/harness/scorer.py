@@ -1,0 +1,211 @@
+"""Scores of given answers: the likelihood of a mixture over noise, or a named stand-in where there is no likelihood."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from l2d_framework.config import SamplingSection
+from l2d_framework.diffusion.rng import TokenStreams
+from l2d_framework.diffusion.sampler import Block, BlockSolver
+from l2d_framework.evaluation.harness.request_ids import noise_key
+from l2d_framework.generation.prompts import pad_left
+from l2d_framework.models.diffusion_lm import DiffusionLM
+from l2d_framework.types import Layout, Query
+
+MAIN, MIXTURE, PSEUDO = "main", "mixture", "pseudo"
+METHODS = {
+    MAIN: "log-likelihood of the frozen language model",
+    MIXTURE: "log of the probability averaged over noise_samples fixed noises, token by token, the true tokens before "
+    "each given; its logarithm is biased low for few samples",
+    PSEUDO: "no likelihood: log-probability the network gives the answer's tokens when all of them are noised "
+    "together, summed over tokens, averaged over pseudo_times times and noise_samples noises",
+}
+"""What each score is."""
+
+_LOGITS = 2**25
+"""Most logits held at once."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """Answers to one question that differ in nothing but their last token.
+
+    Attributes:
+        context: tokens of the question, at least one.
+        answers: tokens of each answer, at least one.
+    """
+
+    context: tuple[int, ...]
+    answers: list[tuple[int, ...]]
+
+    def text(self, limit: int) -> list[int]:
+        """All tokens known when the last of an answer is asked for, cut on the left.
+
+        Args:
+            limit: most tokens.
+
+        Returns:
+            The tokens.
+        """
+        return [*self.context, *self.answers[0][:-1]][-limit:]
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """A model with the settings of scoring.
+
+    Attributes:
+        model: the model.
+        sampling: how to diffuse.
+        samples: fixed noises K.
+        times: times of the pseudo-likelihood.
+        limit: most tokens a text may have.
+        label: id of the class of all texts, or None.
+        evaluations: filled with the evaluations spent on each scored token, over all noises.
+    """
+
+    model: DiffusionLM
+    sampling: SamplingSection
+    samples: int
+    times: int
+    limit: int
+    label: int | None = None
+    evaluations: list[int] = field(default_factory=list)
+
+    @torch.no_grad()
+    def mixture(self, jobs: Sequence[Job]) -> list[list[tuple[float, bool]]]:
+        """log p(answer | question) with p(token | text before) = mean over noises of softmax(logits).
+
+        Every position is a block of its own that reads the true tokens before it, so all are solved together. Noise
+        depends on the question, the position and the sample: answers to one question meet the same noise.
+
+        Args:
+            jobs: a batch.
+
+        Returns:
+            For each answer of each job, its log-likelihood and whether every token is the averaged distribution's most
+            likely one.
+        """
+        encoded = pad_left([job.text(self.limit) for job in jobs])
+        device, width = self.model.device, encoded.input_ids.shape[1]
+        layout = Layout(encoded.input_ids.to(device), encoded.attention_mask.to(device) - 1)
+        context = self.model.backbone.read(layout)
+        lengths = [len(job.answers[0]) for job in jobs]
+        # A batch-coupled solver sees one token and one noise at a time.
+        coupled = self.sampling.solver.batch_coupled
+        groups = [[k] for k in range(self.samples)] if coupled else [list(range(self.samples))]
+        step = 1 if coupled else max(1, _LOGITS // (len(jobs) * self.samples * self.model.backbone.vocab_size))
+        likely: list[list[int]] = [[] for _ in jobs]
+        given: list[list[float]] = [[] for _ in jobs]
+        last: dict[int, Tensor] = {}
+        for first in range(0, max(lengths), step):
+            # Shorter answers ask about their last token again.
+            offsets = [[min(j, n - 1) for j in range(first, min(first + step, max(lengths)))] for n in lengths]
+            parts = [self._logarithms(jobs, offsets, width, layout, context, group) for group in groups]
+            average = torch.cat(parts, 2).logsumexp(2) - math.log(self.samples)
+            targets = torch.tensor([[job.answers[0][j] for j in row] for job, row in zip(jobs, offsets, strict=True)])
+            chosen = average.gather(2, targets.to(device)[..., None])[..., 0].tolist()
+            best = average.argmax(-1).tolist()
+            for number, length in enumerate(lengths):
+                count = max(0, min(length - first, len(best[number])))
+                likely[number] += best[number][:count]
+                given[number] += chosen[number][:count]
+                if 0 <= length - 1 - first < len(best[number]):
+                    last[number] = average[number, length - 1 - first]
+        return [
+            [
+                (
+                    sum(given[number][:-1]) + float(last[number][answer[-1]]),
+                    [*likely[number][:-1], int(last[number].argmax())] == list(answer),
+                )
+                for answer in job.answers
+            ]
+            for number, job in enumerate(jobs)
+        ]
+
+    def _logarithms(
+        self,
+        jobs: Sequence[Job],
+        offsets: list[list[int]],
+        width: int,
+        layout: Layout,
+        context: object,
+        samples: list[int],
+    ) -> Tensor:
+        """Log-probabilities of the tokens `offsets` into each answer, (B, L, K, V)."""
+        positions, keys = [], []
+        for job, row in zip(jobs, offsets, strict=True):
+            name, start = noise_key(job.context, 0), len(job.context)
+            first = width - len(job.answers[0]) + 1
+            positions.append([first + j for j in row for _ in samples])
+            keys.append([(self.sampling.seed, name, start + j, k) for j in row for k in samples])
+        places = torch.tensor(positions, device=layout.tokens.device)
+        label = None if self.label is None else torch.full_like(places, self.label)
+        block = Block(positions=places, layout=layout, context=context, keys=keys, condition=label)
+        found = BlockSolver.of(self.model, self.sampling.model_copy(update={"patience": None}))(block)
+        shape = (len(jobs), len(offsets[0]), len(samples))
+        spent = found.evaluations.view(shape).sum(-1).tolist()
+        for row, counts in zip(offsets, spent, strict=True):
+            self.evaluations.extend(n for j, n in enumerate(counts) if j == 0 or row[j] != row[j - 1])
+        logits = torch.cat([part for _, part in found.answer.parts()], 1)
+        return logits.view(*shape, -1).log_softmax(-1)
+
+    @torch.no_grad()
+    def pseudo(self, jobs: Sequence[Job]) -> list[list[tuple[float, bool]]]:
+        """Minus the denoising loss of each answer, as training measures it, at fixed times and noises.
+
+        score = mean over t in {1/2T, 3/2T, ...} and over noises of sum_i log p(y_i | x_t, t, question), where x_t is
+        the whole answer under noise. Noise depends on the question, the position and the sample alone.
+
+        Args:
+            jobs: a batch, one answer each.
+
+        Returns:
+            For each answer of each job, its score and whether every token is the most likely one at every time.
+        """
+        model, device = self.model, self.model.device
+        answers = [job.answers[0] for job in jobs]
+        longest = max(map(len, answers))
+        cut = [job.context[-(self.limit - len(a)) :] for job, a in zip(jobs, answers, strict=True)]
+        encoded = pad_left(cut)
+        layout = Layout(encoded.input_ids.to(device), encoded.attention_mask.to(device) - 1)
+        context = model.backbone.read(layout)
+        # Shorter answers repeat their last token, state and all, which is one slot for the network.
+        offsets = torch.tensor([[min(j, len(a) - 1) for j in range(longest)] for a in answers], device=device)
+        own = torch.tensor([[j < len(a) for j in range(longest)] for a in answers], device=device)
+        padded = torch.tensor([[a[min(j, len(a) - 1)] for j in range(longest)] for a in answers], device=device)
+        label = None if self.label is None else torch.full_like(padded, self.label)
+        scores = torch.zeros(len(jobs), device=device)
+        greedy = torch.ones(len(jobs), dtype=torch.bool, device=device)
+        for sample in range(self.samples):
+            keys = [
+                [
+                    (self.sampling.seed, noise_key(job.context, 0), len(job.context) + int(j), sample, "pseudo")
+                    for j in row
+                ]
+                for job, row in zip(jobs, offsets.tolist(), strict=True)
+            ]
+            for number in range(self.times):
+                noise = model.parametrization.noise(TokenStreams(keys, device))
+                time = (number + 0.5) / self.times
+                t = torch.full(padded.shape, time, device=device)
+                query = Query(
+                    x=model.diffuse(padded, t, noise),
+                    t=t,
+                    positions=encoded.input_ids.shape[1] + offsets,
+                    context=context,
+                    condition=label,
+                    shared_time=time,
+                )
+                logits = model(query).logits.log_softmax(-1)
+                chosen = logits.gather(2, padded[..., None])[..., 0]
+                scores += chosen.masked_fill(~own, 0).sum(1)
+                greedy &= ((logits.argmax(-1) == padded) | ~own).all(1)
+        count = self.samples * self.times
+        self.evaluations.extend(count for a in answers for _ in a)
+        return [[(float(score) / count, bool(hit))] for score, hit in zip(scores, greedy, strict=True)]

@@ -1,0 +1,102 @@
+"""What the start-up hook does once lm_eval is imported; imports nothing but the standard library."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping, Sequence
+
+TARGET = "l2d_framework.evaluation.harness.model:L2DLM"
+PRETRAINED = "L2D_PRETRAINED"
+"""Environment variable that names the checkpoint."""
+
+MISSING = (
+    f"The model 'l2d' needs a checkpoint. Name it as --model_args pretrained=PATH, or set the environment variable "
+    f"{PRETRAINED}=PATH."
+)
+CONFIRMED = "--confirm_run_unsafe_code"
+"""Option of lm_eval by which a user agrees to run programs that the model writes."""
+
+_PROGRAMS = ("lm_eval", "lm-eval", "__main__.py")
+
+
+def register() -> None:
+    """Add `l2d` to lm_eval's table of models, as text: nothing that needs torch is imported."""
+    from lm_eval.api.registry import model_registry
+
+    if "l2d" not in model_registry:
+        model_registry.register("l2d", target=TARGET)
+
+
+def named_model(arguments: Sequence[str]) -> str | None:
+    """Model that a command line of lm_eval names.
+
+    Args:
+        arguments: of the program, its name left out.
+
+    Returns:
+        The last `--model`, or None.
+    """
+    models = [arguments[i + 1] for i, name in enumerate(arguments[:-1]) if name in ("--model", "-M")]
+    models += [argument.partition("=")[2] for argument in arguments if argument.startswith("--model=")]
+    return models[-1] if models else None
+
+
+def lacks_checkpoint(arguments: Sequence[str], environ: Mapping[str, str]) -> bool:
+    """Whether a command line of lm_eval asks for `l2d` and says nowhere which checkpoint.
+
+    Args:
+        arguments: of the program, its name left out.
+        environ: environment variables.
+
+    Returns:
+        True if neither the command line nor the environment can name one; False where a configuration file may.
+    """
+    told = any("pretrained" in argument for argument in arguments) or bool(environ.get(PRETRAINED))
+    filed = any(argument in ("-C", "--config") or argument.startswith("--config=") for argument in arguments)
+    return named_model(arguments) == "l2d" and not told and not filed
+
+
+def check_command() -> None:
+    """Prepare lm_eval's command line where it asks for `l2d`; end it there if no checkpoint is named.
+
+    That is before it reads thousands of task files.
+
+    Raises:
+        SystemExit: then.
+    """
+    if not sys.argv or os.path.basename(sys.argv[0]) not in _PROGRAMS:
+        return
+    if lacks_checkpoint(sys.argv[1:], os.environ):
+        sys.stderr.write(f"Error: {MISSING}\n")
+        raise SystemExit(2)
+    if named_model(sys.argv[1:]) == "l2d":
+        prepare(sys.argv[1:])
+
+
+def prepare(arguments: Sequence[str]) -> None:
+    """Make code tasks use the sandbox, and errors that a user can cause end in one line.
+
+    Args:
+        arguments: of lm_eval's command line.
+    """
+    from l2d_framework.evaluation.code.metric import serve
+    from l2d_framework.evaluation.harness.errors import show_errors
+
+    show_errors()
+    if CONFIRMED in arguments or _is_confirmed_in_file(arguments):
+        # The metric's own consent; the user has just given it, in lm_eval's words.
+        os.environ["HF_ALLOW_CODE_EVAL"] = "1"
+    serve()
+
+
+def _is_confirmed_in_file(arguments: Sequence[str]) -> bool:
+    import yaml
+
+    files = [arguments[i + 1] for i, name in enumerate(arguments[:-1]) if name in ("--config", "-C")]
+    files += [argument.partition("=")[2] for argument in arguments if argument.startswith("--config=")]
+    try:
+        with open(files[-1], encoding="utf-8") as file:
+            return yaml.safe_load(file).get(CONFIRMED.removeprefix("--")) is True
+    except (OSError, ValueError, yaml.YAMLError, AttributeError, IndexError, RecursionError):
+        return False  # lm_eval says what is wrong with the file

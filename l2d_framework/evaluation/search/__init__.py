@@ -1,0 +1,1 @@
+"""Token search of the L2D paper."""

@@ -1,0 +1,255 @@
+"""Choosing the settings of token search per category of tasks, on training items."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lm_eval import simple_evaluate
+from lm_eval.utils import simple_parse_args_string
+
+from l2d_framework.config.files import parse_json, read_text
+from l2d_framework.errors import ConfigError
+from l2d_framework.evaluation.harness.model import L2DLM
+from l2d_framework.evaluation.harness.run import explained, task_identity, task_manager
+from l2d_framework.evaluation.search.search import OPTIONS, PREFIX, Search
+from l2d_framework.evaluation.search.tasks import Question, Trained, open_tasks
+
+Track = Callable[[Sequence[Any]], Iterable[Any]]
+"""Passes what is left to do through and shows how far it is."""
+
+
+@dataclass
+class Tuning:
+    """Rows measured so far, kept in a file after each.
+
+    Attributes:
+        path: of the file.
+        identity: what every row depends on.
+        rows: a task, settings, score, its standard error and the number of items each.
+    """
+
+    path: Path
+    identity: dict[str, Any]
+    rows: list[dict[str, Any]] = field(default_factory=list)
+
+    def read(self) -> None:
+        """Take over the rows of an earlier run.
+
+        Raises:
+            ConfigError: if the file is another's.
+        """
+        if not self.path.exists():
+            return
+        try:
+            found = parse_json(read_text(self.path), str(self.path))
+            earlier, rows = dict(found["identity"]), [dict(row) for row in found["rows"]]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ConfigError(
+                f"--out {str(self.path)!r} exists and is no result of this command ({error}). Name another."
+            ) from error
+        if earlier != json.loads(json.dumps(self.identity)):
+            differing = sorted(n for n in self.identity if earlier.get(n) != self.identity[n])
+            raise ConfigError(
+                f"--out {str(self.path)!r} holds rows of another model or another question; they differ in "
+                f"{differing}. Name another file."
+            )
+        self.rows = rows
+
+    def find(self, task: str, settings: Search) -> dict[str, Any] | None:
+        """A row.
+
+        Args:
+            task: its task.
+            settings: its settings.
+
+        Returns:
+            The row, or None while it is missing.
+        """
+        wanted = settings.model_dump()
+        return next((row for row in self.rows if row["task"] == task and row["settings"] == wanted), None)
+
+    def write(self, categories: Mapping[str, Any]) -> None:
+        """Write everything known.
+
+        Args:
+            categories: the best settings of each finished category.
+
+        Raises:
+            ConfigError: if the file cannot be written.
+        """
+        text = json.dumps({"identity": self.identity, "categories": categories, "rows": self.rows}, indent=2)
+        stage = self.path.with_name(self.path.name + ".part")
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            stage.write_text(text + "\n", encoding="utf-8")
+            os.replace(stage, self.path)
+        except OSError as error:
+            raise ConfigError(
+                f"--out {str(self.path)!r} cannot be written ({error.strerror}). Name another."
+            ) from error
+
+
+def open_model(arguments: str, device: str | None = None) -> L2DLM:
+    """The model of `--model_args`; its weights are loaded later.
+
+    Args:
+        arguments: such as `pretrained=PATH,num_inference_steps=7`.
+        device: where it is to run; the GPU when there is one for None.
+
+    Returns:
+        The model.
+
+    Raises:
+        ConfigError: if they say how to search.
+    """
+    options: dict[str, Any] = simple_parse_args_string(arguments)
+    if given := sorted(set(options) & set(OPTIONS)):
+        raise ConfigError(f"--model_args names {given}, which this command is to choose. Leave them out.")
+    return L2DLM(**({} if device is None else {"device": device}), **options)
+
+
+def grid(
+    beams: int, powers: Sequence[float], penalties: Sequence[float], temperatures: Sequence[float]
+) -> list[Search]:
+    """All combinations.
+
+    Args:
+        beams: hypotheses.
+        powers: of the length.
+        penalties: on repetition.
+        temperatures: of the final pick.
+
+    Returns:
+        Settings, validated.
+    """
+    return [
+        Search(beams=beams, length_power=power, repetition_penalty=penalty, temperature=temperature)
+        for power, penalty, temperature in itertools.product(powers, penalties, temperatures)
+    ]
+
+
+def tune(
+    lm: L2DLM, question: Question, settings: Sequence[Search], *, out: Path, track: Track = lambda left: left
+) -> dict[str, Any]:
+    """Measure every setting on every task and write the best of each category.
+
+    Called again with the same model and question it goes on where it was interrupted, and measures only what the file
+    lacks. The score of the chosen settings is the best of many on the very items they were chosen on, so it is
+    optimistic; measure them on test items.
+
+    Args:
+        lm: the model.
+        question: what to ask.
+        settings: to choose from; where several score the same, the first wins.
+        out: JSON file, which `search=FILE` of the adapter takes.
+        track: shows progress.
+
+    Returns:
+        Best settings by category.
+    """
+    tasks = open_tasks(question)
+    tuning = Tuning(out, _identity(lm, question, tasks))
+    tuning.read()
+    tuning.write(best(tuning, tasks, settings))  # fails here, if it does, and not after the first row
+    left = [(t, s) for s in settings for t in tasks if tuning.find(t.name, s) is None]
+    for task, one in track(left):
+        tuning.rows.append(_measure(lm, question, task, one))
+        tuning.write(best(tuning, tasks, settings))
+    chosen = best(tuning, tasks, settings)
+    tuning.write(chosen)
+    return chosen
+
+
+def _identity(lm: L2DLM, question: Question, tasks: Sequence[Trained]) -> dict[str, Any]:
+    return lm.identity() | {
+        "limit": question.limit,
+        "num_fewshot": question.num_fewshot,
+        "is_chat": question.is_chat,
+        "tasks": {
+            task.name: {
+                "category": task.category,
+                "split": task.split,
+                "metric": task.metric,
+                "is_better_high": task.is_better_high,
+                "content": task_identity(task.name, question.folder),
+            }
+            for task in tasks
+        },
+    }
+
+
+def _measure(lm: L2DLM, question: Question, trained: Trained, settings: Search) -> dict[str, Any]:
+    with explained(trained.name):
+        results = simple_evaluate(
+            lm,
+            tasks=[trained.task],
+            num_fewshot=question.num_fewshot,
+            limit=question.limit,
+            gen_kwargs={PREFIX + name: value for name, value in settings.model_dump().items()},
+            apply_chat_template=question.is_chat,
+            fewshot_as_multiturn=question.is_chat,
+            task_manager=task_manager(trained.name, question.folder),  # a new one takes ten seconds
+            bootstrap_iters=100,  # only for metrics that are no means over items; none at all would drop every error
+            log_samples=False,
+            confirm_run_unsafe_code=question.runs_code,
+        )
+    assert results is not None  # of the first process, and there is one only
+    table = results["results"][trained.name]
+    if not _is_number(table.get(trained.metric)):
+        raise ConfigError(f"Task {trained.name!r} gave no number as {trained.metric!r}. Name another --metric.")
+    name, _, kind = trained.metric.partition(",")
+    error = table.get(f"{name}_stderr,{kind}")
+    return {
+        "task": trained.name,
+        "settings": settings.model_dump(),
+        "metric": trained.metric,
+        "score": float(table[trained.metric]),
+        "error": float(error) if _is_number(error) else None,
+        "items": results["n-samples"][trained.name]["effective"],
+    }
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def best(tuning: Tuning, tasks: Sequence[Trained], settings: Sequence[Search]) -> dict[str, Any]:
+    """Best settings of each category that has been measured completely.
+
+    Args:
+        tuning: the rows.
+        tasks: their tasks.
+        settings: to choose from.
+
+    Returns:
+        By category, fields of `Search`: those with the best mean score over its tasks.
+    """
+    found = {}
+    for category in dict.fromkeys(task.category for task in tasks):
+        means = [mean(tuning, [t for t in tasks if t.category == category], one) for one in settings]
+        known = [value for value in means if value is not None]
+        if len(known) == len(settings):
+            found[category] = settings[known.index(max(known))].model_dump()
+    return found
+
+
+def mean(tuning: Tuning, tasks: Sequence[Trained], settings: Search) -> float | None:
+    """Mean score of settings over tasks; where less is better, a score counts negatively.
+
+    Args:
+        tuning: the rows.
+        tasks: of one category.
+        settings: what was measured.
+
+    Returns:
+        The mean; None while a row is missing.
+    """
+    found = [(task, tuning.find(task.name, settings)) for task in tasks]
+    scores = [row["score"] * (1 if task.is_better_high else -1) for task, row in found if row is not None]
+    return sum(scores) / len(scores) if len(scores) == len(tasks) else None

@@ -1,0 +1,114 @@
+"""MAUVE: how close the distribution of generated texts is to that of human ones; needs the extra `text-metrics`."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from l2d_framework.errors import ConfigError, DataError
+from l2d_framework.evaluation.statistics import Estimate
+from l2d_framework.evaluation.text.pretrained import Pretrained, Track, pad_right
+from l2d_framework.evaluation.text.samples import Sample
+
+FEATURES_MODEL, MAX_LENGTH = "gpt2-large", 256
+"""Of TESS 2's evaluation."""
+
+
+def check_installed() -> None:
+    """Refuse when the library is missing.
+
+    Raises:
+        ConfigError: if it is.
+    """
+    if importlib.util.find_spec("mauve") is None:
+        raise ConfigError(
+            "MAUVE needs the library mauve-text, which is not installed. Run: pip install 'l2d-framework[text-metrics]'"
+        )
+
+
+def check_golds(samples: Sequence[Sample], name: str) -> None:
+    """Refuse samples that cannot be compared with human texts.
+
+    Args:
+        samples: generated texts.
+        name: where they come from.
+
+    Raises:
+        DataError: if golds are missing, or there are fewer than two texts to compare.
+    """
+    lacking = sum(sample.gold is None for sample in samples)
+    if lacking:
+        raise DataError(
+            f"MAUVE compares with what humans wrote, and {lacking} of the {len(samples)} samples of {name!r} have no "
+            "gold text. Add a column `gold`, name it with --gold-column, or give the texts with --gold."
+        )
+    if min(sum(bool(s.text) for s in samples), sum(bool(s.gold) for s in samples)) < 2:
+        raise DataError(f"MAUVE compares distributions; {name!r} has fewer than 2 texts that are not empty.")
+
+
+class Features:
+    """Last hidden state of a language model at a text's last token; what it has read it remembers.
+
+    Source: Pillutla et al. 2021, "MAUVE", section 3; the states are those that the authors' library takes.
+
+    Args:
+        source: the language model.
+        max_length: tokens read of a text, special ones included.
+        batch_size: texts at a time; does not change the result.
+    """
+
+    def __init__(self, source: Pretrained, *, max_length: int = MAX_LENGTH, batch_size: int = 8) -> None:
+        self.source, self.batch_size = source, batch_size
+        self.max_length = source.limit(max_length)
+        self._known: dict[tuple[int, ...], NDArray[np.float32]] = {}
+
+    @torch.inference_mode()
+    def read(self, texts: Sequence[str], track: Track) -> tuple[NDArray[np.float32], int]:
+        """Features of texts.
+
+        Args:
+            texts: none of them empty.
+            track: shows the progress.
+
+        Returns:
+            The features, float32, (N, D), and how many texts were cut.
+        """
+        whole = [self.source.encode(text) for text in texts]
+        cut = [self.source.encode(text, truncation=True, max_length=self.max_length) for text in texts]
+        new = sorted({*cut} - self._known.keys(), key=lambda ids: (len(ids), ids))
+        for first in track(range(0, len(new), self.batch_size), "MAUVE features"):
+            batch = new[first : first + self.batch_size]
+            states = self.source.model(**pad_right(batch, self.source.model.device)).last_hidden_state
+            for row, ids in zip(states, batch, strict=True):
+                self._known[ids] = row[len(ids) - 1].float().cpu().numpy()
+        return np.stack([self._known[ids] for ids in cut]), sum(a != b for a, b in zip(whole, cut, strict=True))
+
+
+def mauve(samples: Sequence[Sample], features: Features, track: Track, *, with_prefix: bool) -> Estimate:
+    """MAUVE of generated against human texts.
+
+    Source: Pillutla et al. 2021, equation 3, with the settings of the authors' library. Empty texts are left out.
+
+    Args:
+        samples: generated texts with golds.
+        features: reads the texts.
+        track: shows the progress.
+        with_prefix: compare prefix and continuation together, instead of the continuation alone.
+
+    Returns:
+        MAUVE, between 0 and 1; it has no standard error.
+    """
+    prefixes = [sample.prefix if with_prefix else "" for sample in samples]
+    ours = [prefix + sample.text for prefix, sample in zip(prefixes, samples, strict=True)]
+    golds = [prefix + (sample.gold or "") for prefix, sample in zip(prefixes, samples, strict=True)]
+    human, cut_human = features.read([text for text in golds if text], track)
+    machine, cut_machine = features.read([text for text in ours if text], track)
+    library: Any = importlib.import_module("mauve")
+    found = library.compute_mauve(p_features=human, q_features=machine)
+    return Estimate(float(found.mauve), None, len(machine), len(ours) - len(machine), cut_human + cut_machine)

@@ -1,0 +1,167 @@
+"""Metrics of several files side by side: a table, its Markdown and a picture."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from l2d_framework.evaluation.statistics import Estimate
+from l2d_framework.evaluation.text.measure import AUTHORS, CORRECTED, DEFINITIONS
+
+Results = Mapping[str, dict[str, Any]]
+"""What `evaluate_texts` returned, by the name of what was measured."""
+
+# Okabe and Ito's colours, which colour-blind readers can tell apart.
+_STYLES: dict[str, dict[str, Any]] = {
+    AUTHORS: {"color": "#0072B2", "label": "as the authors define it"},
+    CORRECTED: {"color": "#E69F00", "hatch": "//", "label": "corrected"},
+}
+_ACROSS = 3
+
+
+def table(results: Results) -> list[tuple[str, ...]]:
+    """Rows of a table.
+
+    Args:
+        results: by name.
+
+    Returns:
+        A row of headings, then per metric and definition its name, `authors` or `corrected`, and a number per result.
+    """
+    rows: list[tuple[str, ...]] = [("metric", "definition", *results)]
+    for metric, definitions in DEFINITIONS.items():
+        for variant in definitions:
+            found = [_estimate(result, metric, variant) for result in results.values()]
+            if any(found):
+                rows.append((metric, variant, *("-" if one is None else str(one) for one in found)))
+    return rows
+
+
+def notes(results: Results) -> list[str]:
+    """What the numbers do not cover: samples left out, texts cut short, prefixes read otherwise.
+
+    Args:
+        results: by name.
+
+    Returns:
+        Sentences, none where nothing happened.
+    """
+    found = []
+    for name, result in results.items():
+        if empty := result["empty_texts"]:
+            found.append(f"{name}: {empty:,} of {result['samples']:,} texts are empty.")
+        if merged := result["settings"].get("perplexity", {}).get("prefixes_merged_with_text"):
+            found.append(
+                f"{name}, perplexity: {merged:,} prefixes end in other tokens when the text follows, so that their "
+                "difference of NLL is not exactly that of the text."
+            )
+        left_out: dict[int, list[str]] = {}
+        for metric, variants in result["metrics"].items():
+            for variant, numbers in variants.items():
+                if numbers["left_out"]:
+                    left_out.setdefault(numbers["left_out"], []).append(f"{metric} ({variant})")
+                if cut := numbers.get("truncated"):
+                    longest = result["settings"][metric]["max_length"]
+                    found.append(f"{name}, {metric} ({variant}): {cut:,} texts were cut to {longest:,} tokens.")
+        for count, where in left_out.items():
+            found.append(f"{name}: {count:,} samples do not define and are left out of {', '.join(where)}.")
+    return found
+
+
+def markdown(results: Results, *, picture: str | None) -> str:
+    """A report.
+
+    Args:
+        results: by name.
+        picture: file name of the picture beside it, or None.
+
+    Returns:
+        Markdown.
+    """
+    heading, *rows = table(results)
+    used = {row[0] for row in rows}
+    said = notes(results)
+    lines = [
+        "# Metrics of generated text",
+        "",
+        *(f"| {' | '.join(row)} |" for row in (heading, ("---",) * len(heading), *rows)),
+        "",
+        "After ± stands the standard error over samples, which are taken as independent.",
+        "",
+        *(f"* {note}" for note in said),
+        *([""] if said else []),
+        *([f"![metrics of the files]({picture})", ""] if picture else []),
+        "## Definitions",
+        "",
+        *(
+            f"* `{metric}`, {variant}: {text}."
+            for metric, definitions in DEFINITIONS.items()
+            if metric in used
+            for variant, text in definitions.items()
+        ),
+        "",
+        "## Settings",
+        "",
+        *(f"* {name}: {_settings(result['settings'])}" for name, result in results.items()),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def draw(results: Results, path: Path) -> None:
+    """One panel of bars per metric; needs matplotlib, the extra `plots`.
+
+    Args:
+        results: by name.
+        path: a PNG file.
+    """
+    from matplotlib.figure import Figure
+
+    metrics = [metric for metric in DEFINITIONS if any(metric in result["metrics"] for result in results.values())]
+    down = -(-len(metrics) // _ACROSS)
+    figure = Figure(figsize=(4.2 * _ACROSS, 2.8 * down + 0.5), dpi=150, layout="constrained")
+    panels = figure.subplots(down, _ACROSS, squeeze=False).flat
+    for axes, metric in zip(panels, metrics, strict=False):
+        _draw_panel(axes, results, metric)
+    for axes in list(panels)[len(metrics) :]:
+        axes.set_axis_off()
+    handles, labels = max((axes.get_legend_handles_labels() for axes in figure.axes), key=lambda found: len(found[1]))
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
+    temporary = path.with_name(path.name + ".part")
+    figure.savefig(temporary, format="png")
+    os.replace(temporary, path)
+
+
+def _draw_panel(axes: Any, results: Results, metric: str) -> None:
+    width = 0.8 / len(DEFINITIONS[metric])
+    for index, variant in enumerate(DEFINITIONS[metric]):
+        found = [_estimate(result, metric, variant) for result in results.values()]
+        shift = (index - (len(DEFINITIONS[metric]) - 1) / 2) * width
+        places = [i + shift for i, one in enumerate(found) if one and one.value is not None]
+        known = [one for one in found if one and one.value is not None]
+        errors = [float("nan") if one.standard_error is None else one.standard_error for one in known]
+        heights = [one.value for one in known]
+        axes.bar(
+            places, heights, width, yerr=errors, capsize=3, edgecolor="white", ecolor="#333333", **_STYLES[variant]
+        )
+    axes.set_title(metric, fontsize=10)
+    axes.set_xticks(range(len(results)), list(results), rotation=0 if len(results) < 4 else 30, fontsize=8)
+    axes.set_xlim(-0.6, len(results) - 0.4)
+    axes.grid(axis="y", alpha=0.25)
+    axes.set_axisbelow(True)
+
+
+def _estimate(result: dict[str, Any], metric: str, variant: str) -> Estimate | None:
+    numbers = result["metrics"].get(metric, {}).get(variant)
+    return None if numbers is None else Estimate(**numbers)
+
+
+def _settings(settings: dict[str, Any]) -> str:
+    parts = [f"tokens of {settings['tokens']}" if settings["tokens"] != "words" else "white-space words as tokens"]
+    if judge := settings.get("perplexity"):
+        parts.append(f"perplexity under `{judge['model']}`, texts begun with `{judge['first_token']}`")
+    if features := settings.get("mauve"):
+        parts.append(f"MAUVE on features of `{features['features']}`, at most {features['max_length']} tokens")
+    return "; ".join(parts)

@@ -1,0 +1,1 @@
+"""Prompts to answers: the loop over blocks, gaps in a text, the interface of transformers' models."""

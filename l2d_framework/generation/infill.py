@@ -1,0 +1,195 @@
+"""Infilling: gaps in a text, denoised together in sight of everything around them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from l2d_framework.backbone import Backbone
+from l2d_framework.diffusion.diffusion import Process
+from l2d_framework.diffusion.ode import Observer
+from l2d_framework.diffusion.rng import request_keys
+from l2d_framework.diffusion.sampler import Block, BlockSolver
+from l2d_framework.diffusion.sampling import Sampling, check_sampling
+from l2d_framework.errors import ConfigError, DataError
+from l2d_framework.generation.chat_template import check_text
+from l2d_framework.generation.prompts import context_length, encode_text
+from l2d_framework.types import Layout
+
+_GAP = re.compile(r"<mask:(\d+)>")
+_UNKNOWN = -1
+
+
+@dataclass(frozen=True)
+class Gapped:
+    """Texts with gaps.
+
+    Attributes:
+        tokens: ids, padded on the left; of no meaning in gaps, (B, S), int64.
+        blocks: -1 padding, 0 known, 1 gap, (B, S), int64.
+    """
+
+    tokens: Tensor
+    blocks: Tensor
+
+
+@dataclass(frozen=True)
+class Infilled:
+    """What `infill` returns.
+
+    Attributes:
+        sequences: texts with their gaps filled, padded on the left, (B, S), int64.
+        blocks: as given, (B, S), int64.
+        evaluations: network evaluations spent on each row, (B,), int64.
+        metrics: what guidance recorded, by name, (B, evaluations), float32.
+    """
+
+    sequences: Tensor
+    blocks: Tensor
+    evaluations: Tensor
+    metrics: dict[str, Tensor]
+
+    def texts(self, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+        """The filled texts.
+
+        Args:
+            tokenizer: of the model.
+
+        Returns:
+            One text per row, without special tokens.
+        """
+        rows = zip(self.sequences, self.blocks, strict=True)
+        return [str(tokenizer.decode(row[here >= 0], skip_special_tokens=True)) for row, here in rows]
+
+    def ended(self, ends: Sequence[int]) -> Infilled:
+        """The same without what follows the end of an answer in its gap.
+
+        Args:
+            ends: tokens that end an answer.
+
+        Returns:
+            A copy in which such a token stands in the rest of its gap, too.
+        """
+        tokens = self.sequences.clone()
+        for place in range(1, tokens.shape[1]):
+            before = tokens[:, place - 1]
+            stops = (self.blocks[:, place - 1 : place + 1] >= 1).all(1) & torch.isin(before, before.new_tensor(ends))
+            tokens[:, place] = torch.where(stops, before, tokens[:, place])
+        return replace(self, sequences=tokens)
+
+
+def read_gaps(tokenizer: PreTrainedTokenizerBase | None, texts: Sequence[str], lm_config: Any) -> Gapped:
+    """Tokens of texts in which `<mask:8>` stands for a gap of 8 tokens.
+
+    Args:
+        tokenizer: of the model.
+        texts: at least one.
+        lm_config: the language model's configuration.
+
+    Returns:
+        The texts as one batch.
+
+    Raises:
+        ConfigError: if there is no tokenizer or text, or a text has no gap, begins with one, exceeds the model's
+            context or holds a lone surrogate.
+    """
+    context = context_length(lm_config)
+    if tokenizer is None:
+        raise ConfigError("This model has no tokenizer, so it cannot read texts with gaps. Save one in its folder.")
+    if not texts:
+        raise ConfigError("There is no text. Give at least one, with gaps like <mask:8>, for 8 tokens.")
+    rows = []
+    for number, text in enumerate(texts):
+        try:
+            parts = _GAP.split(check_text(text))
+        except DataError as error:
+            raise ConfigError(f"Text {number}: {error}") from error
+        row = encode_text(tokenizer, parts[0])
+        gaps = [int(count) for count in parts[1::2]]
+        following = [tokenizer(after, add_special_tokens=False)["input_ids"] if after else [] for after in parts[2::2]]
+        length = len(row) + sum(gaps) + sum(map(len, following))
+        if context is not None and length > context:
+            raise ConfigError(
+                f"Text {number} has {length} tokens with its gaps, but the model's context is {context}. Shorten it."
+            )
+        for count, after in zip(gaps, following, strict=True):
+            row += [_UNKNOWN] * count + after
+        if _UNKNOWN not in row:
+            raise ConfigError(f"Text {number} has no gap, got {text!r}. Write gaps like <mask:8>, for 8 tokens.")
+        if row[0] == _UNKNOWN:
+            raise ConfigError(
+                f"Text {number} begins with a gap, got {text!r}, and this tokenizer puts no token in front from which "
+                "the first one could be predicted. Begin with a word, or a special token such as <s>."
+            )
+        rows.append(row)
+    width = max(map(len, rows))
+    tokens = torch.tensor([[0] * (width - len(row)) + row for row in rows])
+    absent = torch.arange(width) < torch.tensor([[width - len(row)] for row in rows])
+    return Gapped(tokens.clamp_min(0), torch.where(absent, -1, (tokens == _UNKNOWN).long()))
+
+
+@torch.no_grad()
+def infill(process: Process, gapped: Gapped, *, sampling: Sampling, observer: Observer | None = None) -> Infilled:
+    """Fill the gaps with the most likely tokens of the last evaluation.
+
+    A row's result depends on its own text and the seed, never on its batch mates; a second copy of a text in one call
+    gets noise of its own.
+
+    Args:
+        process: the model.
+        gapped: texts with gaps, on the model's device.
+        sampling: how to diffuse; all gaps of a row are one block.
+        observer: called after every network evaluation.
+
+    Returns:
+        The texts.
+
+    Raises:
+        ConfigError: if the backbone sees no later tokens, or a text exceeds its context.
+    """
+    check_infilling(process.backbone)
+    check_sampling(sampling, num_classes=process.backbone.config.num_classes, has_condition=False)
+    rows = [(row >= 1).nonzero()[:, 0] for row in gapped.blocks]
+    width = max(map(len, rows))
+    # Shorter rows ask about their last slot again, with the same noise.
+    positions = torch.stack([torch.cat([row, row[-1:].expand(width - len(row))]) for row in rows])
+    first = (gapped.blocks < 0).sum(1)
+    known = torch.where(gapped.blocks >= 1, _UNKNOWN, gapped.tokens)
+    names = request_keys([row[start:].tolist() for row, start in zip(known, first.tolist(), strict=True)])
+    layout = Layout(gapped.tokens, gapped.blocks)
+    block = Block(
+        positions=positions,
+        layout=layout,
+        context=process.backbone.read(layout),
+        keys=[
+            [(sampling.seed, name, int(place - start), 0) for place in row]
+            for name, row, start in zip(names, positions.cpu(), first.cpu(), strict=True)
+        ],
+    )
+    found = BlockSolver.of(process, sampling, observer)(block)
+    chosen = torch.stack([logits.argmax(-1) for logits in found.answer.columns()], 1)
+    filled = gapped.tokens.scatter(1, positions, chosen)
+    return Infilled(filled, gapped.blocks, found.evaluations[:, 0], found.metrics)
+
+
+def check_infilling(backbone: Backbone) -> None:
+    """Refuse models whose gaps would be filled without a look at what follows.
+
+    Args:
+        backbone: of the model; its weights are not needed.
+
+    Raises:
+        ConfigError: if the backbone sees no later tokens.
+    """
+    if not backbone.sees_later:
+        name = backbone.config.component_name()
+        raise ConfigError(
+            f"Infilling needs a backbone that sees the tokens after a gap; this one, {name!r}, sees earlier ones only. "
+            "Use a model trained with the backbone 'in_place', with attention: bidirectional."
+        )

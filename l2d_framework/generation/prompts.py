@@ -1,0 +1,288 @@
+"""Prompts: from texts and conversations to a batch of token ids."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModel, GenerationConfig, PreTrainedTokenizerBase
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+from l2d_framework.errors import ConfigError, DataError
+from l2d_framework.generation.chat_template import check_conversation, check_text, render
+from l2d_framework.opening import new_model
+
+Message = Mapping[str, Any]
+Prompt = str | Sequence[Message]
+"""Plain text, or a conversation as a list of {"role", "content"}."""
+
+_SHIPPED = Path(__file__).parent / "chat_templates"
+
+EXCHANGE: tuple[Message, ...] = ({"role": "user", "content": "Yes?"}, {"role": "assistant", "content": "Indeed"})
+"""A conversation by which a chat template shows how it ends an answer."""
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Prompts as token ids.
+
+    Attributes:
+        input_ids: padded on the left, (B, S), int64.
+        attention_mask: 1 where a real token stands, (B, S), int64.
+        keys: names for the noise, of each prompt or of each of its answers; made from the tokens when None.
+        context: what a backbone has read of the prompts; they are read anew when None.
+        chats: which prompts are conversations, whose answers end with their turn; none when None.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    keys: Sequence[str] | None = None
+    context: Any = None
+    chats: Sequence[bool] | None = None
+
+
+def read_template(chosen: str | None) -> str | None:
+    """Source of a chat template that a run file names.
+
+    Args:
+        chosen: name of a file of `chat_templates` such as `tulu`, path to a jinja file, the template itself, or
+            None for the tokenizer's own.
+
+    Returns:
+        Jinja source, or None.
+
+    Raises:
+        DataError: if there is no such file, or it is no text.
+    """
+    if chosen is None or "{" in chosen or "\n" in chosen:
+        return chosen
+    shipped = {path.stem: path for path in _SHIPPED.glob("*.jinja")}
+    path = shipped.get(chosen, Path(chosen).expanduser())
+    if not path.is_file():
+        raise DataError(
+            f"data.chat_template names the file {chosen!r}, which does not exist (looked in {Path.cwd()}). "
+            f"Give the path of a jinja file, the template itself, or a name: {shipped_templates()}."
+        )
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"data.chat_template: {chosen!r} cannot be read ({error}). Give a file in UTF-8.") from error
+
+
+def shipped_templates() -> str:
+    """Names of the chat templates that come with this package.
+
+    Returns:
+        The names, for a message.
+    """
+    return ", ".join(sorted(path.stem for path in _SHIPPED.glob("*.jinja")))
+
+
+def opening(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Tokens that a tokenizer puts in front of every text; what it puts behind one would end a prompt.
+
+    Args:
+        tokenizer: of the model.
+
+    Returns:
+        Their ids.
+    """
+    if not tokenizer("")["input_ids"]:
+        return []
+    whole, bare = (list(tokenizer("a", add_special_tokens=added)["input_ids"]) for added in (True, False))
+    return whole[: next((n for n in range(len(whole)) if whole[n : n + len(bare)] == bare), 0)]
+
+
+def encode_text(tokenizer: PreTrainedTokenizerBase, text: str, *, front: Sequence[int] | None = None) -> list[int]:
+    """Token ids of a text that something follows: an answer, a gap or the end-of-text token.
+
+    Args:
+        tokenizer: of the model.
+        text: the text; where it begins with what stands in front anyway, that is not doubled.
+        front: what `opening` gave; asked again when None.
+
+    Returns:
+        The ids.
+    """
+    front = list(opening(tokenizer) if front is None else front)
+    ids: list[int] = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    missing = next(n for n in range(len(front) + 1) if front[n:] == ids[: len(front) - n])
+    return [*front[:missing], *ids]
+
+
+def special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Tokens that never occur inside a text, among them the ends of turns.
+
+    Args:
+        tokenizer: of the model.
+
+    Returns:
+        Their ids.
+    """
+    added = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return frozenset(added | set(tokenizer.all_special_ids))
+
+
+def turn_end(tokenizer: PreTrainedTokenizerBase | None, template: str | None = None) -> int | None:
+    """Token with which a chat template ends an answer.
+
+    Args:
+        tokenizer: of the model.
+        template: jinja source; the tokenizer's own when None.
+
+    Returns:
+        The first special token that follows the answer, with only blanks between; the end-of-text token where the
+        template writes none, or refuses or rewrites a question and an answer; None where there is no template.
+    """
+    if tokenizer is None or (template is None and tokenizer.chat_template is None):
+        return None
+    last: int | None = tokenizer.eos_token_id
+    try:
+        text, _ = render(template or str(tokenizer.get_chat_template()), EXCHANGE, tokenizer.special_tokens_map)
+    except DataError:
+        return last
+    special = special_ids(tokenizer)
+    _, answer, behind = text.rpartition(EXCHANGE[-1]["content"])
+    for token in tokenizer(behind, add_special_tokens=False)["input_ids"] if answer else ():
+        if token in special:
+            return int(token)
+        if str(tokenizer.decode([token])).strip():
+            break
+    return last
+
+
+def add_ends(config: GenerationConfig, ends: Iterable[int]) -> None:
+    """Let further tokens end an answer.
+
+    Args:
+        config: generation configuration, which is changed; untouched where it names all of them.
+        ends: token ids.
+    """
+    known = config.eos_token_id
+    known = [] if known is None else known if isinstance(known, list) else [known]
+    if missing := [token for token in dict.fromkeys(ends) if token not in known]:
+        config.eos_token_id = [*known, *missing]
+
+
+def encode_prompts(
+    tokenizer: PreTrainedTokenizerBase | None,
+    prompts: Sequence[Prompt],
+    chat_template: str | None = None,
+    *,
+    names: Sequence[str] | None = None,
+) -> list[list[int]]:
+    """Token ids of prompts.
+
+    Args:
+        tokenizer: of the base model.
+        prompts: texts or conversations; a conversation ends with the generation prompt of the chat template.
+        chat_template: template that replaces the tokenizer's own.
+        names: what messages call each prompt, such as the file and line it comes from.
+
+    Returns:
+        Ids of each prompt, without padding.
+
+    Raises:
+        ConfigError: if the tokenizer or its chat template is missing, or a prompt is empty or cannot be rendered.
+    """
+    if tokenizer is None:
+        raise ConfigError("This model has no tokenizer, so it takes token ids only. Save one in the base folder.")
+    if not prompts:
+        raise ConfigError("There is no prompt. Give at least one.")
+    batch = []
+    for number, prompt in enumerate(prompts):
+        where = f"Prompt {number}" if names is None else names[number]
+        if not isinstance(prompt, str) and chat_template is None and tokenizer.chat_template is None:
+            raise ConfigError(
+                f"{where} is a conversation, but the tokenizer of {tokenizer.name_or_path!r} has no chat "
+                "template. Give plain text, or set data.chat_template when training."
+            )
+        try:
+            if isinstance(prompt, str):
+                tokens = encode_text(tokenizer, check_text(prompt))
+            else:
+                template = chat_template or str(tokenizer.get_chat_template())
+                messages = check_conversation(prompt)
+                text, _ = render(template, messages, tokenizer.special_tokens_map, add_generation_prompt=True)
+                tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
+        except DataError as error:
+            raise ConfigError(f"{where}: {error}") from error
+        if not tokens:
+            raise ConfigError(f"{where} is empty. Give at least one token, such as the tokenizer's BOS.")
+        batch.append(list(tokens))
+    return batch
+
+
+def pad_left(
+    batch: Sequence[Sequence[int]], keys: Sequence[str] | None = None, *, chats: Sequence[bool] | None = None
+) -> Encoded:
+    """Token ids as one batch.
+
+    Args:
+        batch: ids of each prompt.
+        keys: name of each request for its noise.
+        chats: which prompts are conversations.
+
+    Returns:
+        The batch, padded on the left.
+    """
+    width = max(map(len, batch))
+    ids = torch.zeros(len(batch), width, dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    for row, tokens in enumerate(batch):
+        ids[row, width - len(tokens) :] = torch.tensor(list(tokens))
+        mask[row, width - len(tokens) :] = 1
+    return Encoded(ids, mask, keys, chats=chats)
+
+
+def context_length(lm_config: Any) -> int | None:
+    """Longest text that a language model has positions for.
+
+    Args:
+        lm_config: its configuration.
+
+    Returns:
+        Tokens; None where there is no limit.
+    """
+    limit = getattr(lm_config, "max_position_embeddings", None)
+    if limit is None or lm_config.model_type not in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
+        return limit
+    shallow = copy.copy(lm_config)
+    shallow.num_hidden_layers = 1
+    with torch.device("meta"):
+        embeddings = getattr(new_model(AutoModel, shallow), "embeddings", None)
+    # The RoBERTa family keeps the places up to that of its padding token.
+    return int(limit) - 1 - int(getattr(embeddings, "padding_idx", -1))
+
+
+def check_length(
+    lengths: Sequence[int], config: GenerationConfig, lm_config: Any, *, names: Sequence[str] | None = None
+) -> None:
+    """Refuse prompts whose answers would exceed the model's context.
+
+    Args:
+        lengths: tokens of each prompt.
+        config: generation configuration with `max_new_tokens` or `max_length`.
+        lm_config: the base model's configuration.
+        names: what messages call each prompt.
+
+    Raises:
+        ConfigError: naming the first prompt that is too long.
+    """
+    context = context_length(lm_config)
+    if context is None:
+        return
+    for number, length in enumerate(lengths):
+        wanted = length + config.max_new_tokens if config.max_new_tokens is not None else config.max_length or 0
+        wanted = max(wanted, length + 1)
+        if wanted > context:
+            where = f"Prompt {number}" if names is None else names[number]
+            raise ConfigError(
+                f"{where} has {length} tokens and with its answer would reach {wanted}, but the model's "
+                f"context is {context}. Shorten the prompt or lower max_new_tokens."
+            )

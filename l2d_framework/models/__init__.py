@@ -1,0 +1,1 @@
+"""What users hold, save, load and convert."""

@@ -1,0 +1,342 @@
+"""Checkpoints: a JSON manifest, safetensors and a PEFT adapter folder; never pickle, never a frozen model's weights.
+
+A backbone that trains the language model itself has it stored beside them as a transformers folder.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import shutil
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import HfApi
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from l2d_framework.base_model import (
+    LANGUAGE_MODEL,
+    check_quantization,
+    check_vocabulary,
+    empty_language_model,
+    fetch,
+    fingerprint,
+    load_config,
+    load_language_model,
+    load_tokenizer,
+)
+from l2d_framework.blame import naming_plugins
+from l2d_framework.config import DiffusionRun, ModelSection, parse_sampling
+from l2d_framework.config.validation import validated
+from l2d_framework.errors import CheckpointError
+from l2d_framework.generation.prompts import read_template
+from l2d_framework.models.diffusion_lm import DiffusionLM, Origin
+from l2d_framework.models.manifest import (
+    CARD,
+    FORMAT,
+    MANIFEST,
+    WEIGHTS,
+    base_reference,
+    file_hash,
+    holds_language_model,
+    opened_files,
+    read_manifest,
+    sealed,
+)
+from l2d_framework.models.model_card import model_card
+from l2d_framework.opening import open_model, reading
+from l2d_framework.registry import registry
+
+ADAPTER = "adapter"
+
+
+@naming_plugins()
+def build_model(run: DiffusionRun, *, meta: bool = False) -> DiffusionLM:
+    """Diffusion model over a base model.
+
+    Args:
+        run: the run file.
+        meta: make shapes only, on the meta device; no weights are read.
+
+    Returns:
+        The model, its own weights initialised from the run's seed, or those of the diffusion checkpoint that its base
+        is.
+
+    Raises:
+        CheckpointError: if that checkpoint is one of another state space or backbone.
+        ConfigError: if the backbone trains a quantized language model, or its tokenizer has tokens without embeddings.
+    """
+    config = load_config(run.model)
+    run.backbone.check(config, run.block_size)
+    tokenizer = None if meta else load_tokenizer(run.model)
+    if tokenizer is not None:
+        check_vocabulary(tokenizer, config, run.model.base)
+    lm = empty_language_model(config, run.model.attn_implementation) if meta else load_language_model(run.model)
+    model = _assemble(run, lm, run.seed)
+    if not meta and ((folder := fetch(run.model.base, run.model.revision)) / MANIFEST).is_file():
+        _go_on(model, run, folder)
+    template = read_template(run.data.chat_template) if run.data is not None else None
+    model.origin = Origin(
+        model=run.model,
+        fingerprint=None if meta else fingerprint(run.model),
+        classes=tuple(run.classes),
+        sampling=run.sampling,
+        chat_template=template,
+    )
+    model.tokenizer = tokenizer
+    return model
+
+
+def _go_on(model: DiffusionLM, run: DiffusionRun, folder: Path) -> None:
+    manifest = read_manifest(folder)
+    for kind in ("parametrization", "backbone"):
+        earlier, wanted = manifest[kind].get("name"), getattr(run, kind).component_name()
+        if earlier != wanted:
+            raise CheckpointError(
+                f"model.base: {run.model.base!r} is a diffusion model with {kind} {earlier!r}, but the run asks for "
+                f"{wanted!r}. Make them agree, or start from a language model."
+            )
+    _load_own(model, folder)
+
+
+def _assemble(parts: Any, lm: PreTrainedModel, seed: int) -> DiffusionLM:
+    with torch.random.fork_rng(devices=[]), torch.device(lm.device):
+        torch.manual_seed(seed)
+        backbone = parts.backbone.build(lm)
+        check_quantization(lm.config, str(lm.config.name_or_path), whole=backbone.trains_lm or None)
+        parametrization = parts.parametrization.build(backbone.vocab_size, backbone.hidden_size)
+    return DiffusionLM(parts.schedule, parametrization, backbone, parts.block_size)
+
+
+def save(model: DiffusionLM, folder: str | Path, *, notes: str = "", dtype: torch.dtype | None = None) -> None:
+    """Write a checkpoint.
+
+    Every file is written to a temporary folder beside its target and renamed, the manifest with the hashes of all
+    others last, so an interrupted save leaves either the old checkpoint or one that `load` recognises as incomplete.
+
+    Args:
+        model: the model.
+        folder: where to; made when missing.
+        notes: markdown to append to the model card.
+        dtype: of the weights in the files; as they are when None.
+
+    Raises:
+        CheckpointError: if the adapter has been merged.
+    """
+    if model.backbone.is_merged:
+        raise CheckpointError("The adapter of this model has been merged. Save the model before calling merge().")
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    stage = Path(tempfile.mkdtemp(prefix=".l2d-", dir=folder))
+    try:
+        own = _own(model)
+        adapter = model.backbone.peft_adapter()
+        if model.backbone.trains_lm:
+            _save_language_model(model, stage / LANGUAGE_MODEL, dtype)
+        if adapter is not None:
+            peft_config, state = adapter
+            base = model.origin.model
+            peft_config.base_model_name_or_path = None if base is None else base.base
+            peft_config.save_pretrained(str(stage / ADAPTER))
+            save_file(_plain(state, dtype), stage / ADAPTER / "adapter_model.safetensors", metadata={"format": "pt"})
+        save_file(_plain(own, dtype), stage / WEIGHTS, metadata={"format": "pt"})
+        files = [path.relative_to(stage) for path in sorted(stage.rglob("*")) if path.is_file()]
+        hashes = {path.as_posix(): file_hash(stage / path) for path in files}
+        manifest = sealed(to_manifest(model) | {"files": hashes})
+        (stage / CARD).write_text(model_card(model, notes), encoding="utf-8")
+        (stage / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+        if model.backbone.trains_lm:
+            # Those of an earlier save, such as shards and files of another tokenizer, would be opened with the new.
+            for name in opened_files(folder) - hashes.keys():
+                if (folder / name).is_file():
+                    (folder / name).unlink()
+        for path in [*files, Path(CARD), Path(MANIFEST)]:
+            # safetensors makes files that only their owner can read.
+            shutil.copymode(stage / MANIFEST, stage / path)
+            (folder / path).parent.mkdir(parents=True, exist_ok=True)
+            os.replace(stage / path, folder / path)
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+
+
+def _own(model: DiffusionLM) -> dict[str, nn.Parameter]:
+    """Trained parameters that are neither the adapter's nor the language model's, which have files of their own."""
+    adapter = model.backbone.peft_adapter()
+    elsewhere = {tensor.data_ptr() for tensor in (adapter[1] if adapter else {}).values()}
+    if model.backbone.trains_lm:
+        elsewhere |= {parameter.data_ptr() for parameter in model.backbone.lm.parameters()}
+    return {name: p for name, p in model.own_parameters().items() if p.data_ptr() not in elsewhere}
+
+
+def _save_language_model(model: DiffusionLM, folder: Path, dtype: torch.dtype | None) -> None:
+    lm: Any = model.backbone.lm
+    if dtype not in (None, lm.dtype):
+        lm = copy.deepcopy(lm).to(dtype)
+    lm.save_pretrained(folder)
+    if model.tokenizer is not None:
+        model.tokenizer.save_pretrained(folder)
+
+
+def _plain(state: dict[str, Any], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    return {name: value.detach().cpu().to(dtype or value.dtype).contiguous() for name, value in state.items()}
+
+
+def to_manifest(model: DiffusionLM) -> dict[str, Any]:
+    """Everything a checkpoint says besides weights.
+
+    Args:
+        model: the model.
+
+    Returns:
+        A JSON-ready dictionary.
+    """
+    origin = model.origin
+    return {
+        "format": FORMAT,
+        "l2d_framework": version("l2d-framework"),
+        "model": None if origin.model is None else origin.model.model_dump(mode="json"),
+        "fingerprint": origin.fingerprint,
+        "schedule": model.schedule.to_json(),
+        "parametrization": model.parametrization.config.to_json(),
+        "backbone": model.backbone.config.to_json(),
+        "block_size": model.block_size,
+        "classes": list(origin.classes),
+        "sampling": None if origin.sampling is None else origin.sampling.model_dump(mode="json"),
+        "chat_template": origin.chat_template,
+        "ends": None if origin.ends is None else list(origin.ends),
+    }
+
+
+def load(
+    path: str | Path,
+    *,
+    base: str | None = None,
+    dtype: str | torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    revision: str | None = None,
+) -> DiffusionLM:
+    """Load a checkpoint; its base model is named in the manifest and must have the recorded fingerprint.
+
+    Args:
+        path: checkpoint folder or hub id.
+        base: where the base model lies now, if it has moved.
+        dtype: of the weights; the run file's when None.
+        device: where to put the model; the CPU when None.
+        revision: of a hub checkpoint.
+
+    Returns:
+        The model in evaluation mode. Its own weights have the type they are trained in, whatever the files' type, so
+        saving it again loses nothing; `model.backbone.merge()` brings them to the language model's.
+
+    Raises:
+        CheckpointError: if the checkpoint is damaged or belongs to another base model.
+    """
+    folder = fetch(str(path), revision)
+    manifest = read_manifest(folder)
+    chosen = None if dtype is None else str(dtype).removeprefix("torch.")
+    reference = base_reference(folder, manifest, base=base, dtype=chosen)
+    is_inside = holds_language_model(manifest)
+    found = manifest["fingerprint"] if is_inside else fingerprint(reference)
+    # A model put together by hand has read no base files, so it could record no fingerprint.
+    if manifest["fingerprint"] not in (None, found):
+        raise CheckpointError(
+            f"The base model {reference.base!r} has fingerprint {found[:12]}, but this checkpoint was trained on "
+            f"{str(manifest['fingerprint'])[:12]}. Pass the right model as `base`."
+        )
+    config = load_config(reference)
+    with reading(f"what {str(folder / MANIFEST)!r} describes"):
+        parts = _Parts(manifest)
+        parts.backbone.check(config, parts.block_size)
+        model = _assemble(parts, load_language_model(reference), seed=0)
+    _load_own(model, folder)
+    recorded = manifest["model"] and validated(ModelSection, manifest["model"], "model")
+    model.origin = Origin(
+        model=recorded if is_inside else reference,
+        fingerprint=found,
+        classes=tuple(manifest["classes"]),
+        sampling=manifest["sampling"] and parse_sampling(manifest["sampling"]),
+        chat_template=manifest["chat_template"],
+        # Checkpoints of earlier versions have no such field.
+        ends=None if manifest["ends"] is None else tuple(manifest["ends"]),
+    )
+    model.tokenizer = load_tokenizer(reference)
+    return model.to(device or "cpu").eval()
+
+
+class _Parts:
+    """Components a manifest names."""
+
+    def __init__(self, manifest: dict[str, Any]) -> None:
+        self.schedule: Any = registry().create("schedule", manifest["schedule"])
+        self.parametrization: Any = registry().create("parametrization", manifest["parametrization"])
+        self.backbone: Any = registry().create("backbone", manifest["backbone"])
+        self.block_size: int | None = manifest["block_size"]
+
+
+def load_weights(model: DiffusionLM, folder: str | Path) -> None:
+    """Read a checkpoint's weights into a model of the same shape.
+
+    Args:
+        model: the model; a frozen language model is left alone.
+        folder: the checkpoint.
+
+    Raises:
+        CheckpointError: if a file is damaged or a tensor is missing, superfluous or of another shape.
+    """
+    _load_own(model, Path(folder))
+    if model.backbone.trains_lm:
+        lm: Any = model.backbone.lm
+        inside = Path(folder) / LANGUAGE_MODEL
+        with reading(f"the language model in {str(inside)!r}", inside):
+            lm.load_state_dict(open_model(type(lm), inside, dtype=lm.dtype)[0].state_dict())
+
+
+def _load_own(model: DiffusionLM, folder: Path) -> None:
+    adapter = model.backbone.peft_adapter()
+    targets: dict[str, Tensor] = {} if adapter is None else dict(adapter[1])
+    targets |= _own(model)
+    found: dict[str, Tensor] = {}
+    for path in [folder / WEIGHTS] + ([folder / ADAPTER / "adapter_model.safetensors"] if adapter else []):
+        try:
+            found |= load_file(path)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{str(path)!r} is missing or damaged ({error}). Copy it again.") from error
+    wrong = sorted(
+        name
+        for name in targets.keys() | found.keys()
+        if name not in targets or name not in found or targets[name].shape != found[name].shape
+    )
+    if wrong:
+        raise CheckpointError(
+            f"{str(folder)!r} does not fit this model: {len(wrong)} tensors are missing, superfluous or of another "
+            f"shape, such as {wrong[0]!r}. Use the run file it was trained with."
+        )
+    with torch.no_grad():
+        for name, target in targets.items():
+            target.copy_(found[name])
+
+
+def push_to_hub(model: DiffusionLM, repo_id: str, *, private: bool = False, notes: str = "") -> str:
+    """Upload a checkpoint to the Hugging Face hub.
+
+    Args:
+        model: the model.
+        repo_id: such as "org/name"; made when missing.
+        private: make a new repository private.
+        notes: markdown to append to the model card.
+
+    Returns:
+        Address of the commit.
+    """
+    api = HfApi()
+    api.create_repo(repo_id, private=private, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        save(model, folder, notes=notes)
+        return str(api.upload_folder(repo_id=repo_id, folder_path=folder))

@@ -1,0 +1,384 @@
+"""DiffusionLM: the model users hold; a process that generates text and knows what it was made from."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from threading import Lock
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+from transformers import (
+    GenerationConfig,
+    LogitsProcessorList,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
+from transformers.generation.stopping_criteria import StopStringCriteria
+from transformers.generation.streamers import BaseStreamer
+
+from l2d_framework.backbone import Backbone
+from l2d_framework.blame import naming_plugins
+from l2d_framework.config import ModelSection, SamplingSection, default_sampling
+from l2d_framework.diffusion.diffusion import Process
+from l2d_framework.diffusion.ode import Observer
+from l2d_framework.errors import ConfigError, suggest
+from l2d_framework.generation import arguments
+from l2d_framework.generation.causal_lm import TransformersFace, as_transformers
+from l2d_framework.generation.infill import Gapped, Infilled, infill, read_gaps
+from l2d_framework.generation.loop import Generation, Picking, Requests, generate
+from l2d_framework.generation.prompts import (
+    Encoded,
+    Prompt,
+    add_ends,
+    check_length,
+    context_length,
+    encode_prompts,
+    pad_left,
+    turn_end,
+)
+from l2d_framework.parametrization import Parametrization
+from l2d_framework.schedule import Schedule
+
+DEFAULT_NEW_TOKENS = 256
+"""Answer length where neither the call nor the base model sets one: the L2D paper's for general tasks."""
+
+_BEFORE_THE_END = ("min_length", "min_new_tokens", "exponential_decay_length_penalty")
+"""Settings that make end tokens likelier or less likely."""
+
+_STOP_STRINGS = Lock()
+"""Held while transformers looks stop strings up in a table of the whole process, from which it also removes some."""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a model was made from, as its checkpoint records it.
+
+    Attributes:
+        model: the `model` section of the run file.
+        fingerprint: of the base weights, or None when they were never read.
+        classes: names of the class labels.
+        sampling: the `sampling` section of the run file.
+        chat_template: template that replaces the tokenizer's own.
+        ends: tokens with which answers ended in training; None where nothing says so.
+    """
+
+    model: ModelSection | None = None
+    fingerprint: str | None = None
+    classes: tuple[str, ...] = ()
+    sampling: SamplingSection | None = None
+    chat_template: str | None = None
+    ends: tuple[int, ...] | None = None
+
+
+class DiffusionLM(Process):
+    """A diffusion language model.
+
+    Args:
+        schedule: the law of noise.
+        parametrization: the state space.
+        backbone: the network.
+        block_size: tokens denoised together; None for one block per sequence.
+    """
+
+    def __init__(
+        self, schedule: Schedule, parametrization: Parametrization, backbone: Backbone, block_size: int | None = 1
+    ) -> None:
+        super().__init__(schedule, parametrization, backbone, block_size)
+        self.origin = Origin()
+        self.tokenizer: PreTrainedTokenizerBase | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the language model's weights are."""
+        return self.backbone.lm.device
+
+    def sampling(self, **options: Any) -> SamplingSection:
+        """The checkpoint's sampling settings with some replaced.
+
+        Args:
+            **options: fields of the `sampling` section; components by name or as a mapping.
+
+        Returns:
+            The validated settings.
+        """
+        config = self.parametrization.config
+        return (self.origin.sampling or default_sampling(config)).resolve(config, options)
+
+    def ends(self, *, is_chat: bool) -> tuple[int, ...]:
+        """Tokens that end an answer beside those of the language model's generation configuration.
+
+        Args:
+            is_chat: whether the prompt is a conversation. Where training has taught how answers end, that holds for any
+                prompt; of other models only the chat template says it.
+
+        Returns:
+            Their ids.
+        """
+        if self.origin.ends is not None:
+            return self.origin.ends
+        end = turn_end(self.tokenizer, self.origin.chat_template) if is_chat else None
+        return () if end is None else (end,)
+
+    def class_ids(self, names: Sequence[str | None]) -> Tensor:
+        """Ids of class labels.
+
+        Args:
+            names: one per prompt, None for no class.
+
+        Returns:
+            (B,), int64, -1 for no class.
+
+        Raises:
+            ConfigError: if a name is unknown.
+        """
+        known = self.origin.classes
+        for name in names:
+            if name is not None and name not in known:
+                hint = suggest(str(name), known) or "."
+                raise ConfigError(f"Unknown class {name!r}{hint} This model knows {list(known)}.")
+        return torch.tensor([-1 if n is None else known.index(n) for n in names], device=self.device)
+
+    @naming_plugins()
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt] | Tensor | Encoded,
+        *,
+        generation_config: GenerationConfig | None = None,
+        logits_processor: LogitsProcessorList | None = None,
+        stopping_criteria: StoppingCriteriaList | None = None,
+        streamer: BaseStreamer | None = None,
+        observer: Observer | None = None,
+        classes: Sequence[str | None] | None = None,
+        guidance_scale: float | Sequence[float] | None = None,
+        num_return_sequences: int = 1,
+        **options: Any,
+    ) -> Generation:
+        """Answer prompts.
+
+        Takes the arguments of transformers' `generate` for picking tokens (`max_new_tokens`, `do_sample`,
+        `temperature`, `top_p`, `eos_token_id`, `stop_strings`, ...) and the fields of the `sampling` section for
+        diffusing (`num_inference_steps`, `solver`, `guidance`, `estimate`, `end_time`, `block_size`, `patience`,
+        `seed`, `preset`); `seed` may be a list with one per prompt. Tokens are picked greedily from the last logits
+        unless `do_sample` is set here or in the base model's generation config; the L2D paper samples at temperature 1.
+        Unless an `eos_token_id` is named, answers also end with the tokens of `ends`.
+        An answer depends on its prompt and the seed, not on batch mates; only a second copy of a prompt in one call
+        gets other noise than the first, unless the encoded prompts carry `keys`.
+
+        Args:
+            prompts: one text or conversation or a list of them, token ids (B, S) without padding, or an encoded batch.
+            generation_config: transformers' generation configuration; the base model's when None.
+            logits_processor: further processors of the final logits.
+            stopping_criteria: further criteria.
+            streamer: receives tokens as they are picked; one prompt and one answer only, as in transformers.
+            observer: called after every network evaluation.
+            classes: class label of each prompt.
+            guidance_scale: scale of the guidance, for all prompts or for each.
+            num_return_sequences: answers per prompt; the prompt is read once.
+            **options: as above.
+
+        Returns:
+            Sequences and the evaluations spent on each token.
+
+        Raises:
+            ConfigError: if an option is unknown or does not fit the model.
+        """
+        diffusing = {name: options.pop(name) for name in tuple(options) if name in SamplingSection.model_fields}
+        request = arguments.request(
+            classes=classes,
+            guidance_scale=guidance_scale,
+            num_return_sequences=num_return_sequences,
+            seed=diffusing.pop("seed", None),
+        )
+        arguments.check_parts(logits_processor, stopping_criteria, streamer, observer)
+        arguments.check_prompts(prompts, self.backbone.vocab_size)
+        seeds, scales = request.seed, request.guidance_scale
+        if isinstance(seeds, int):
+            diffusing["seed"] = seeds
+        sampling = self.sampling(**diffusing)
+        self._check_guidance(sampling)
+        if scales is not None:
+            one = rescaled(sampling, scales if isinstance(scales, float) else 1.0)
+            sampling = one if isinstance(scales, float) else sampling
+        encoded = self._encoded(prompts)
+        config, criteria = self._picking(generation_config, options, stopping_criteria, encoded.chats or [False])
+        check_length(encoded.attention_mask.sum(-1).tolist(), config, self.backbone.lm.config)
+        requests = Requests(
+            encoded.input_ids.to(self.device, torch.int64),
+            encoded.attention_mask.to(self.device, torch.int64),
+            classes=None if request.classes is None else self.class_ids(request.classes),
+            guidance_scale=torch.tensor(scales, device=self.device) if isinstance(scales, list) else None,
+            keys=encoded.keys,
+            samples=request.num_return_sequences,
+            seeds=seeds if isinstance(seeds, list) else None,
+            context=encoded.context,
+        )
+        picking = Picking(config, logits_processor or LogitsProcessorList(), criteria, streamer)
+        return generate(self, requests, sampling=sampling, picking=picking, observer=observer)
+
+    @naming_plugins()
+    def infill(
+        self, texts: str | Sequence[str] | Gapped, *, observer: Observer | None = None, **options: Any
+    ) -> Infilled:
+        """Fill gaps in texts, in sight of what stands before and after them.
+
+        Where a gap is filled with a token of `ends`, that token stands in the rest of the gap, too.
+
+        Args:
+            texts: one or several, with `<mask:8>` for a gap of 8 tokens; or tokens and blocks.
+            observer: called after every network evaluation.
+            **options: fields of the `sampling` section.
+
+        Returns:
+            The filled texts.
+
+        Raises:
+            ConfigError: if an option is unknown, a text has no gap or is too long, or the backbone cannot look ahead.
+        """
+        for name in options:
+            if name not in SamplingSection.model_fields:
+                hint = suggest(name, SamplingSection.model_fields) or "."
+                raise ConfigError(f"Unknown option {name}={options[name]!r}{hint} Remove or correct it.")
+        sampling = self.sampling(**options)
+        self._check_guidance(sampling)
+        arguments.check_parts(None, None, None, observer)
+        if isinstance(texts, Gapped):
+            arguments.check_gapped(texts, self.backbone.vocab_size, context_length(self.backbone.lm.config))
+            gapped = texts
+        else:
+            arguments.check_texts(texts)
+            gapped = read_gaps(self.tokenizer, [texts] if isinstance(texts, str) else texts, self.backbone.lm.config)
+        placed = Gapped(gapped.tokens.to(self.device), gapped.blocks.to(self.device))
+        found = infill(self, placed, sampling=sampling, observer=observer)
+        return found.ended(self.ends(is_chat=False))
+
+    @naming_plugins()
+    def as_transformers(
+        self, *, class_name: str | None = None, guidance_scale: float | None = None, **options: Any
+    ) -> TransformersFace:
+        """This model as a causal language model of transformers: for beam search, `pipeline` and other tools.
+
+        Its greedy `generate` picks the same tokens as this model's with the same settings. It shares the weights.
+
+        Args:
+            class_name: class label of every text.
+            guidance_scale: scale of the guidance.
+            **options: fields of the `sampling` section.
+
+        Returns:
+            A `PreTrainedModel` with `generate`.
+
+        Raises:
+            ConfigError: if an option is unknown, or the model denoises several tokens together.
+        """
+        sampling = self.sampling(**options)
+        if guidance_scale is not None:
+            sampling = rescaled(sampling, guidance_scale)
+        self._check_guidance(sampling)
+        label = None if class_name is None else int(self.class_ids([class_name])[0])
+        face = as_transformers(self, sampling, label)
+        add_ends(face.generation_config, self.ends(is_chat=False))
+        return face
+
+    def _check_guidance(self, sampling: SamplingSection) -> None:
+        for guidance in sampling.guidance:
+            guidance.check(self.tokenizer)
+
+    def _encoded(self, prompts: Prompt | Sequence[Prompt] | Tensor | Encoded) -> Encoded:
+        if isinstance(prompts, Tensor):
+            return Encoded(prompts, torch.ones_like(prompts))
+        if isinstance(prompts, Encoded):
+            return prompts
+        is_single = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], Mapping))
+        several: Any = [prompts] if is_single else prompts
+        chats = [not isinstance(prompt, str) for prompt in several]
+        return pad_left(encode_prompts(self.tokenizer, several, self.origin.chat_template), chats=chats)
+
+    def _picking(
+        self,
+        config: GenerationConfig | None,
+        options: dict[str, Any],
+        criteria: StoppingCriteriaList | None,
+        chats: Sequence[bool],
+    ) -> tuple[GenerationConfig, StoppingCriteriaList]:
+        # Configuration with `options` applied, and criteria with stop strings among them.
+        defaults, given = self.backbone.lm.generation_config, config
+        config = arguments.picking_config(
+            given,
+            options,
+            defaults=defaults,
+            vocab_size=self.backbone.vocab_size,
+            known=[*SamplingSection.model_fields, "guidance_scale", "num_return_sequences"],
+        )
+        is_end_chosen = "eos_token_id" in options or (
+            given is not None and given.eos_token_id is not None and config.eos_token_id != defaults.eos_token_id
+        )
+        criteria = StoppingCriteriaList(criteria or [])
+        if not is_end_chosen:
+            add_ends(config, self.ends(is_chat=all(chats)))
+            if any(chats) and not all(chats):
+                criteria.append(self._turn_ends(config, chats))
+        if config.stop_strings is not None:
+            if self.tokenizer is None:
+                raise ConfigError(f"stop_strings={config.stop_strings!r} needs a tokenizer, which this model lacks.")
+            with _STOP_STRINGS:
+                criteria.append(StopStringCriteria(self.tokenizer, config.stop_strings))
+            config.stop_strings = None
+        if config.max_length is None and config.max_new_tokens is None:
+            config.max_new_tokens = DEFAULT_NEW_TOKENS
+        return config, criteria
+
+    def _turn_ends(self, config: GenerationConfig, chats: Sequence[bool]) -> StoppingCriteria:
+        # What transformers makes of its end tokens, beside stopping there, holds for all rows of a batch.
+        ends, whole = self.ends(is_chat=True), copy.copy(config)
+        add_ends(whole, ends)
+        for name in _BEFORE_THE_END if whole.eos_token_id != config.eos_token_id else ():
+            if value := getattr(config, name, None):
+                raise ConfigError(
+                    f"{name}={value} would not hold for the conversations among these prompts, whose answers end with "
+                    "their turn. Ask for conversations and texts in a call each."
+                )
+        return _TurnEnds(ends, chats)
+
+
+class _TurnEnds(StoppingCriteria):
+    """Ends the answers to conversations among other prompts with their turn."""
+
+    def __init__(self, ends: Sequence[int], chats: Sequence[bool]) -> None:
+        self._ends, self._chats = torch.tensor(ends, dtype=torch.int64), torch.tensor(chats)
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
+        rows = self._chats.repeat_interleave(len(input_ids) // len(self._chats)).to(input_ids.device)
+        return rows & torch.isin(input_ids[:, -1], self._ends.to(input_ids.device))
+
+
+def rescaled(sampling: SamplingSection, scale: float) -> SamplingSection:
+    """Settings whose only guidance has another scale.
+
+    Args:
+        sampling: the settings.
+        scale: the new scale.
+
+    Returns:
+        A copy.
+
+    Raises:
+        ConfigError: if there is no guidance, more than one, or it cannot have this scale.
+    """
+    if len(sampling.guidance) != 1:
+        raise ConfigError(
+            f"guidance_scale needs exactly one guidance; {len(sampling.guidance)} are set. "
+            "Set guidance, for example to [{name: classifier_free}]."
+        )
+    guidance = sampling.guidance[0]
+    try:
+        changed = type(guidance).model_validate(guidance.to_json() | {"scale": scale})
+    except ValidationError as error:
+        raise ConfigError(
+            f"guidance_scale {scale!r} does not fit guidance {guidance.component_name()!r}: {error.errors()[0]['msg']}."
+        ) from error
+    return sampling.model_copy(update={"guidance": [changed]})

@@ -1,0 +1,109 @@
+"""Batches of prepared rows as tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from l2d_framework.errors import ConfigError
+from l2d_framework.training.data.masking import Masker
+
+IGNORED = -100
+"""Label of a position that carries no loss."""
+
+
+@dataclass(frozen=True)
+class Collator:
+    """Pads rows on the right and numbers the blocks to denoise.
+
+    `blocks` alone says what is denoised, `labels` alone what is counted in the loss.
+
+    Attributes:
+        pad_id: token that fills the padding.
+        block_size: tokens per denoised block, or None for one block of all supervised tokens.
+        pad_to_multiple_of: round the length of a batch up to a multiple of this many tokens.
+        padding: "none" to leave padding out of everything; "target" to fill rows up to `max_length` with
+            padding that is denoised in the last block and counted; "context" for the same without counting.
+        max_length: tokens of a row with its padding; needed by "target" and "context".
+        masker: decides what is supervised in the rows' stead, or None.
+    """
+
+    pad_id: int
+    block_size: int | None = 1
+    pad_to_multiple_of: int = 1
+    padding: Literal["none", "target", "context"] = "none"
+    max_length: int | None = None
+    masker: Masker | None = None
+
+    def __post_init__(self) -> None:
+        if self._fills and self.max_length is None:
+            raise ConfigError(f"padding {self.padding!r} fills rows up to max_length; got None. Give max_length.")
+        for name in ("block_size", "pad_to_multiple_of"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} must be at least 1; got {value}.")
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        """Tensors of one batch.
+
+        Args:
+            rows: rows of `PreparedData`.
+
+        Returns:
+            All int64: `input_ids`, `blocks` (-1 absent, 0 known, k >= 1 denoised k-th) and `labels` (-100 where
+            nothing is counted), each (B, S); `length` without padding, `class_id` and `index`, each (B,).
+        """
+        longest = max(len(row["input_ids"]) for row in rows)
+        if self._fills:
+            longest = max(longest, self.max_length or 0)
+        length = -(-longest // self.pad_to_multiple_of) * self.pad_to_multiple_of
+        ids = torch.full((len(rows), length), self.pad_id)
+        blocks = torch.full((len(rows), length), -1)
+        supervised = torch.zeros(len(rows), length, dtype=torch.bool)
+        for i, row in enumerate(rows):
+            here = slice(len(row["input_ids"]))
+            ids[i, here] = torch.as_tensor(row["input_ids"])
+            blocks[i, here] = 0
+            supervised[i, here] = torch.as_tensor(row["supervised"] if self.masker is None else self.masker(row))
+        counted = supervised | (blocks < 0) if self.padding == "target" else supervised
+        blocks = torch.where(supervised, number_blocks(supervised, self.block_size), blocks)
+        if self._fills:
+            blocks = torch.where(blocks < 0, blocks.amax(-1, keepdim=True), blocks)
+        return {
+            "input_ids": ids,
+            "blocks": blocks,
+            "labels": ids.masked_fill(~counted, IGNORED),
+            "length": torch.tensor([len(row["input_ids"]) for row in rows]),
+            "class_id": torch.tensor([int(row["class_id"]) for row in rows]),
+            "index": torch.tensor([int(row["index"]) for row in rows]),
+        }
+
+    @property
+    def _fills(self) -> bool:
+        return self.padding in ("target", "context")
+
+
+def number_blocks(supervised: Tensor, block_size: int | None) -> Tensor:
+    """Number the blocks along each row.
+
+    Every run of neighbouring supervised tokens is cut into blocks of `block_size`; its last one may be shorter.
+
+    Args:
+        supervised: True where a token is to be denoised, (B, S), bool.
+        block_size: tokens per block, or None for one block of all of them.
+
+    Returns:
+        1, 2, ... where supervised, else 0, (B, S), int64.
+    """
+    if block_size is None:
+        return supervised.long()
+    place = torch.arange(supervised.shape[-1], device=supervised.device)
+    first = supervised.clone()
+    first[:, 1:] &= ~supervised[:, :-1]
+    run_start = torch.where(first, place, 0).cummax(-1).values
+    opens = supervised & ((place - run_start) % block_size == 0)
+    return opens.long().cumsum(-1) * supervised

@@ -1,0 +1,273 @@
+"""One row of a data source as tokens, supervised positions and a class."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Self
+
+from transformers import PreTrainedTokenizerBase
+
+from l2d_framework.errors import DataError, shown
+from l2d_framework.generation import chat_template, prompts
+from l2d_framework.generation.chat_template import Messages, check_conversation, check_text
+from l2d_framework.training.data import chat
+
+if TYPE_CHECKING:
+    from l2d_framework.config import DataSection
+
+Format = Literal["messages", "prompt_completion", "text"]
+Field = Literal["messages", "prompt", "completion", "text"]
+Tokens = tuple[list[int], list[bool]]
+
+FIELDS: dict[Format, tuple[Field, ...]] = {
+    "messages": ("messages",),
+    "prompt_completion": ("prompt", "completion"),
+    "text": ("text",),
+}
+"""What a row of each format holds; `messages` with columns for prompt and completion makes them a chat of two turns."""
+
+_FILES = (__file__, chat.__file__, prompts.__file__, str(chat_template.__file__))
+_CODE = hashlib.sha256(b"".join(Path(name).read_bytes() for name in _FILES)).hexdigest()
+
+
+class NothingSupervisedError(DataError):
+    """An example holds no token to learn from; the only fault for which `drop_unsupervised` leaves one out."""
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Where a row keeps what.
+
+    Attributes:
+        format: how to read a row.
+        names: column of each field of that format.
+        class_column: column of the class label, or None.
+        class_names: names of the labels where that column stores numbers, else None.
+        class_name: class of every row, or None.
+    """
+
+    format: Format
+    names: dict[str, str]
+    class_column: str | None = None
+    class_names: tuple[str, ...] | None = None
+    class_name: str | None = None
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """How rows become tokens.
+
+    Attributes:
+        tokenizer: the language model's tokenizer.
+        front: tokens that this tokenizer puts at the start of every sequence.
+        max_length: longest example in tokens; the rest is cut off. None for no limit.
+        everything: whether prompts are supervised, too.
+        turns: which conversations are made of one.
+        chat: encoder of conversations; None if there are none.
+        classes: names of the classes; a class is stored as its position here.
+        class_map: class name of a label, where the two differ.
+        code: digest of the code that encodes, so that no cache outlives it.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    front: tuple[int, ...]
+    max_length: int | None
+    everything: bool = False
+    turns: chat.Turns = "all"
+    chat: chat.ChatEncoder | None = None
+    classes: tuple[str, ...] = ()
+    class_map: tuple[tuple[str, str], ...] = ()
+    code: str = _CODE
+
+    @classmethod
+    def of(
+        cls, section: DataSection, tokenizer: PreTrainedTokenizerBase, *, classes: list[str], has_chat: bool
+    ) -> Self:
+        """Encoding that a run file asks for.
+
+        Args:
+            section: its `data` section.
+            tokenizer: the language model's tokenizer.
+            classes: names of the run's classes.
+            has_chat: whether any source holds conversations.
+
+        Returns:
+            The encoding.
+
+        Raises:
+            DataError: if a class of `class_map` does not exist.
+        """
+        strangers = sorted(set(section.class_map.values()) - set(classes))
+        if strangers:
+            raise DataError(f"data.class_map leads to {strangers}, but the classes of this run are {classes}.")
+        return cls(
+            tokenizer,
+            front=tuple(prompts.opening(tokenizer)),
+            # Documents are cut into chunks only once they are packed.
+            max_length=None if section.pack else section.max_length,
+            everything=section.supervise == "all",
+            turns=section.turns,
+            chat=chat.ChatEncoder.of(tokenizer, chat.resolve_template(section.chat_template, tokenizer))
+            if has_chat
+            else None,
+            classes=tuple(classes),
+            class_map=tuple(section.class_map.items()),
+        )
+
+    def ends(self, formats: Iterable[Format]) -> tuple[int, ...]:
+        """Tokens that answers of this encoding end with.
+
+        Args:
+            formats: of the data.
+
+        Returns:
+            The ends of turns for conversations, the end-of-text token for texts.
+        """
+        found: list[int | None] = []
+        for each in formats:
+            if each == "messages" and self.chat is not None:
+                found += [prompts.turn_end(self.tokenizer, self.chat.template), self.chat.last_token()]
+            else:
+                found.append(self.tokenizer.eos_token_id)
+        return tuple(dict.fromkeys(token for token in found if token is not None))
+
+
+def split_example(row: Mapping[str, Any], columns: Columns, encoding: Encoding) -> list[Mapping[str, Any]]:
+    """Rows to learn from one row: several where `data.turns` makes several conversations of one.
+
+    Args:
+        row: one row of a data source.
+        columns: where it keeps what.
+        encoding: how it becomes tokens.
+
+    Returns:
+        Rows for `encode_example`.
+    """
+    if "messages" not in columns.names:
+        return [row]
+    conversations = chat.split_turns(_messages(row, columns), encoding.turns)
+    return [{**row, columns.names["messages"]: list(conversation)} for conversation in conversations]
+
+
+def encode_example(row: Mapping[str, Any], columns: Columns, encoding: Encoding) -> dict[str, Any]:
+    """Tokens of a row, which of them are supervised, and its class.
+
+    The first token is never supervised, since nothing before it could predict it.
+
+    Args:
+        row: one row of a data source.
+        columns: where it keeps what.
+        encoding: how it becomes tokens.
+
+    Returns:
+        `input_ids` (list of int), `supervised` (list of bool, as long) and `class_id` (int, -1 for none).
+
+    Raises:
+        DataError: if a value cannot be used, or all of a conversation is supervised though only answers should be.
+        NothingSupervisedError: if no token is left to learn from.
+    """
+    ids, supervised = _READERS[columns.format](row, columns, encoding)
+    kept = [False, *supervised[1 : encoding.max_length]]
+    if not any(kept):
+        raise NothingSupervisedError(
+            f"all {sum(supervised)} supervised tokens of {len(ids)} lie beyond max_length = {encoding.max_length}. "
+            "Raise data.max_length, or skip such examples with data.drop_unsupervised: true."
+            if any(supervised[1:])
+            else "it has no token to learn from (an empty text, or a conversation without an answer). Remove it, or "
+            "skip such examples with data.drop_unsupervised: true."
+        )
+    return {
+        "input_ids": ids[: encoding.max_length],
+        "supervised": kept,
+        "class_id": _class_id(row, columns, encoding),
+    }
+
+
+def _read_messages(row: Mapping[str, Any], columns: Columns, encoding: Encoding) -> Tokens:
+    messages = _messages(row, columns)
+    if encoding.chat is None:
+        raise DataError("the row is a conversation, but no chat template was prepared.")
+    if encoding.everything:
+        return encoding.chat.encode_all(messages)
+    ids, supervised = encoding.chat.encode(messages, last_only=encoding.turns != "all")
+    if supervised and all(supervised[1:]):
+        raise DataError(
+            "every token of this conversation is supervised, so the prompt was not recognised. Check where the chat "
+            "template puts {% generation %} and that a prompt precedes the answer, or ask for it with "
+            "data.supervise: all."
+        )
+    return ids, supervised
+
+
+def _messages(row: Mapping[str, Any], columns: Columns) -> Messages:
+    if "messages" not in columns.names:
+        turns = {"user": columns.names["prompt"], "assistant": columns.names["completion"]}
+        return [{"role": role, "content": _text(row, column)} for role, column in turns.items()]
+    column = columns.names["messages"]
+    try:
+        return check_conversation(row[column])
+    except DataError as error:
+        raise DataError(f"column {column!r}: {error}") from error
+
+
+def _read_prompt_completion(row: Mapping[str, Any], columns: Columns, encoding: Encoding) -> Tokens:
+    prompt = _started(_text(row, columns.names["prompt"]), encoding)
+    completion = _text(row, columns.names["completion"])
+    if not completion.strip():
+        return prompt, [False] * len(prompt)
+    answer = _ended(_plain(completion, encoding), encoding)
+    return prompt + answer, [encoding.everything] * len(prompt) + [True] * len(answer)
+
+
+def _read_text(row: Mapping[str, Any], columns: Columns, encoding: Encoding) -> Tokens:
+    text = _text(row, columns.names["text"])
+    ids = _ended(_started(text, encoding), encoding)
+    return ids, [bool(text.strip())] * len(ids)
+
+
+_READERS: dict[Format, Callable[[Mapping[str, Any], Columns, Encoding], Tokens]] = {
+    "messages": _read_messages,
+    "prompt_completion": _read_prompt_completion,
+    "text": _read_text,
+}
+
+
+def _text(row: Mapping[str, Any], column: str) -> str:
+    value = row[column]
+    if not isinstance(value, str):
+        raise DataError(f"column {column!r} holds {shown(value)}, not a text.")
+    # Readers of plain text, packed or on the Hub, take the byte-order mark of a file for a part of its first line.
+    return check_text(value.removeprefix("\ufeff"))
+
+
+def _plain(text: str, encoding: Encoding) -> list[int]:
+    ids: list[int] = encoding.tokenizer(text, add_special_tokens=False)["input_ids"]
+    return ids
+
+
+def _started(text: str, encoding: Encoding) -> list[int]:
+    return prompts.encode_text(encoding.tokenizer, text, front=encoding.front)
+
+
+def _ended(ids: list[int], encoding: Encoding) -> list[int]:
+    eos = chat.require_eos(encoding.tokenizer)
+    return ids if ids[-1:] == [eos] else [*ids, eos]
+
+
+def _class_id(row: Mapping[str, Any], columns: Columns, encoding: Encoding) -> int:
+    label = columns.class_name if columns.class_column is None else row[columns.class_column]
+    if label is None:
+        return -1
+    if columns.class_names is not None and isinstance(label, int):
+        label = columns.class_names[label]
+    name = dict(encoding.class_map).get(str(label), str(label))
+    if name not in encoding.classes:
+        raise DataError(
+            f"the class label {label!r} of column {columns.class_column!r} is not known. Classes of this run: "
+            f"{list(encoding.classes)}; labels in data.class_map: {[key for key, _ in encoding.class_map]}. "
+            "Add the label to data.class_map, or the class to the run."
+        )
+    return encoding.classes.index(name)

@@ -1,0 +1,129 @@
+"""Which tokens of a plain text are to be generated: the UL2 mixture of spans and prefixes.
+
+Source: UL2, arXiv:2205.05131; as drawn by TESS 2, arXiv:2502.13917, section 3.2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from l2d_framework.diffusion.rng import keyed_generator
+
+Mask = npt.NDArray[np.bool_]
+Objective = Literal["t5", "aggressive_t5", "prefix"]
+
+
+def span_mask(
+    length: int, ratio: float, mean_span: int, random: np.random.Generator, *, exact_lengths: bool = False
+) -> Mask:
+    """Mask spans of random lengths at random places.
+
+    floor(length * ratio) tokens are masked, in floor(masked / mean_span) spans. Masked and visible tokens are each
+    split into as many random pieces, which alternate: the first token is visible, the last one masked.
+
+    Args:
+        length: tokens of the text, at least 2.
+        ratio: share of them to mask, in (0, 1).
+        mean_span: mean length of a span, in tokens.
+        random: source of the lengths.
+        exact_lengths: give every span `mean_span` tokens and the last one the remainder, too, instead of random ones.
+
+    Returns:
+        True where masked, (length,).
+    """
+    masked = min(max(int(length * ratio), 1), length - 1)
+    visible = length - masked
+    spans = min(max(masked // mean_span, 1), visible)
+    if exact_lengths:
+        pieces = np.full(spans, min(mean_span, masked))
+        pieces[-1] += masked - pieces.sum()
+    else:
+        pieces = _split(masked, spans, random)
+    gaps = _split(visible, spans, random)
+    return np.repeat(np.tile([False, True], spans), np.column_stack([gaps, pieces]).ravel())
+
+
+def _split(count: int, pieces: int, random: np.random.Generator) -> npt.NDArray[np.int64]:
+    # Lengths of non-empty pieces; all ways to cut are equally likely.
+    is_cut = random.permutation(np.arange(count - 1) < pieces - 1)
+    return np.diff([0, *(np.flatnonzero(is_cut) + 1), count])
+
+
+def prefix_mask(length: int, random: np.random.Generator | None) -> Mask:
+    """Mask everything after a prefix of at most half the text.
+
+    Args:
+        length: tokens of the text, at least 2.
+        random: source of the prefix's length, uniform; None for the longest one, on which models are evaluated.
+
+    Returns:
+        True where masked, (length,); the first token never is, the last one always.
+    """
+    half = (length - 1) // 2
+    prefix = half if random is None else int(random.integers(1, max(half, 2)))
+    return np.arange(length) > min(prefix, length - 2)
+
+
+def _spans(ratio: float, means: tuple[int, ...]) -> Callable[[int, np.random.Generator, bool], Mask]:
+    def draw(length: int, random: np.random.Generator, exact_lengths: bool) -> Mask:
+        mean = means[random.integers(len(means))]
+        return span_mask(length, ratio, mean, random, exact_lengths=exact_lengths)
+
+    return draw
+
+
+_OBJECTIVES: dict[Objective, Callable[[int, np.random.Generator, bool], Mask]] = {
+    "t5": _spans(0.15, (8, 3)),
+    "aggressive_t5": _spans(0.5, (8, 3, 48)),
+    "prefix": lambda length, random, exact_lengths: prefix_mask(length, random),
+}
+
+
+@dataclass(frozen=True)
+class Masker:
+    """Masks of a whole run: one objective per update, one mask per example and epoch.
+
+    What an example gets depends on the seed and on its place in the run only, not on processes or micro-batches.
+
+    Attributes:
+        objectives: what updates choose from, with equal probabilities.
+        batch_size: examples per update over all processes.
+        seed: of the objectives and the masks.
+        exact_lengths: whether spans have exactly their mean length.
+    """
+
+    objectives: tuple[Objective, ...]
+    batch_size: int
+    seed: int
+    exact_lengths: bool = False
+
+    def objective(self, update: int) -> Objective:
+        """Objective of one update.
+
+        Args:
+            update: its number, from 0.
+
+        Returns:
+            The objective.
+        """
+        return self.objectives[keyed_generator(self.seed, update, "objective").integers(len(self.objectives))]
+
+    def __call__(self, row: Mapping[str, Any]) -> Mask:
+        """Mask of an example.
+
+        Args:
+            row: a row of `RunOrder` or `RunStream`; one without `ordinal` is held out and gets the evaluation mask.
+
+        Returns:
+            True where masked, (S,).
+        """
+        length = len(row["input_ids"])
+        if "ordinal" not in row:
+            return prefix_mask(length, None)
+        random = keyed_generator(self.seed, row["epoch"], row["index"], "mask")
+        return _OBJECTIVES[self.objective(row["ordinal"] // self.batch_size)](length, random, self.exact_lengths)

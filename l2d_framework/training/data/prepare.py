@@ -1,0 +1,399 @@
+"""Training and evaluation data of a run: sources opened, encoded, mixed, numbered and counted."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+import datasets
+import numpy as np
+from datasets.fingerprint import Hasher
+from transformers import PreTrainedTokenizerBase
+
+from l2d_framework.errors import DataError
+from l2d_framework.training.data.encode import (
+    Columns,
+    Encoding,
+    NothingSupervisedError,
+    encode_example,
+    split_example,
+)
+from l2d_framework.training.data.sources import Opened, describe, load_sources, open_first
+
+if TYPE_CHECKING:
+    from l2d_framework.config import DataSection
+
+__all__ = ["PreparedData", "check_first_rows", "load_sources", "prepare"]
+
+_ENCODED = datasets.Features(
+    {
+        "input_ids": datasets.List(datasets.Value("int32")),
+        "supervised": datasets.List(datasets.Value("bool")),
+        "class_id": datasets.Value("int64"),
+    }
+)
+_NUMBERED = datasets.Features({**_ENCODED, "index": datasets.Value("int64")})
+_STREAM_BATCH = 32
+_FIRST_ROWS = 200
+_LOGGER = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class PreparedData:
+    """What a run trains and evaluates on.
+
+    Rows hold `input_ids`, `supervised`, `class_id` and `index`, the row's number in data order: unique, and the same
+    whatever the shuffling, the sharding or the point of resumption.
+
+    Attributes:
+        train: a `Dataset`, or an `IterableDataset` when streaming.
+        eval: likewise, or None.
+        card: facts about sources, splits and sizes that JSON can hold.
+        ends: tokens that answers end with.
+    """
+
+    train: Any
+    eval: Any | None
+    card: dict[str, Any]
+    ends: tuple[int, ...] = ()
+
+
+def prepare(
+    section: DataSection, tokenizer: PreTrainedTokenizerBase, *, classes: Sequence[str] = (), seed: int = 0
+) -> PreparedData:
+    """Open, encode, mix and number the data of a run.
+
+    Sources of equal weight contribute each row once. Otherwise rows are drawn with probabilities proportional to the
+    weights until every source is exhausted, which repeats rows of the others.
+
+    Args:
+        section: the `data` section of the run file.
+        tokenizer: the language model's tokenizer.
+        classes: names of the run's classes; a class is stored as its position here.
+        seed: decides the held-out rows; also the mixture and the shuffling of streams, unless `shuffle_seed` is set.
+
+    Returns:
+        The data.
+
+    Raises:
+        DataError: if a source, a column or an example cannot be used.
+    """
+    opened = {which: load_sources(section, which) for which in ("train", "eval")}
+    everything = [*opened["train"], *opened["eval"]]
+    _check(section, everything, classes)
+    has_chat = any(one.columns.format == "messages" for one in everything)
+    encoding = Encoding.of(section, tokenizer, classes=list(classes), has_chat=has_chat)
+    train = [_encode(one, section, encoding) for one in opened["train"]]
+    held_out = [_encode(one, section, encoding) for one in opened["eval"]]
+    if section.eval_fraction and not held_out:
+        part = partial(_held_out, seed=seed, fraction=section.eval_fraction)
+        held_out = [data.filter(part, input_columns=["input_ids"]) for data in train]
+        train = [data.filter(partial(_kept, part=part), input_columns=["input_ids"]) for data in train]
+    order_seed = seed if section.shuffle_seed is None else section.shuffle_seed
+    weights = [one.source.weight for one in opened["train"]]
+    splits = {"train": _finish(_mix(train, weights, order_seed), section)}
+    if held_out:
+        splits["eval"] = _finish(_mix(held_out, [1.0] * len(held_out), order_seed), section)
+    for which, data in splits.items():
+        if not section.streaming and not len(data):
+            raise DataError(f"No row is left for {which}: check data.eval_fraction, data.drop_unsupervised and limits.")
+    if section.streaming:
+        # Streams come in the order of their files, which sorts many data sets by topic.
+        splits["train"] = splits["train"].shuffle(seed=order_seed, buffer_size=section.shuffle_buffer)
+    card = {
+        "sources": {which: [one.card for one in ones] for which, ones in opened.items()},
+        "splits": {which: _count(data, is_masked=section.masking is not None) for which, data in splits.items()},
+        "held_out": {"fraction": section.eval_fraction, "seed": seed} if section.eval_fraction else None,
+        "max_length": section.max_length,
+        "streaming": section.streaming,
+        "packed": section.pack,
+        "turns": section.turns,
+    }
+    ends = encoding.ends(one.columns.format for one in opened["train"])
+    return PreparedData(splits["train"], splits.get("eval"), card, ends)
+
+
+def check_first_rows(
+    section: DataSection, tokenizer: PreTrainedTokenizerBase | None, *, classes: Sequence[str] = ()
+) -> list[str]:
+    """Encode the first 200 rows of each source, as training will.
+
+    Args:
+        section: the `data` section of the run file.
+        tokenizer: the language model's tokenizer; columns alone are checked while there is none.
+        classes: names of the run's classes.
+
+    Returns:
+        What the user should know though it stops nothing, one sentence each.
+
+    Raises:
+        DataError: if a source, a column or an example cannot be used.
+        NothingSupervisedError: if too many examples have nothing to learn.
+    """
+    notes = []
+    found = [(source, open_first(source)) for source in (*section.train, *section.eval)]
+    notes += [
+        f"{describe(source)} cannot be reached now; its rows are not checked." for source, one in found if not one
+    ]
+    opened = [one for _, one in found if one]
+    _check(section, opened, classes)
+    if tokenizer is None:
+        return notes
+    has_chat = any(one.columns.format == "messages" for one in opened)
+    encoding = Encoding.of(section, tokenizer, classes=list(classes), has_chat=has_chat)
+    for one in opened:
+        following = iter(one.data)
+        rows = list(islice(following, _FIRST_ROWS))
+        encoder = _Encoder.of(one, section, encoding)
+        encoded = encoder({name: [row.get(name) for row in rows] for name in rows[0]}, list(range(len(rows))))
+        empty = [i for ids, i in zip(encoded["input_ids"], encoded["class_id"], strict=True) if not ids]
+        if empty:
+            try:
+                count = encoder.tolerate(len(empty), len(encoded["input_ids"]), empty[0], rows[empty[0]])
+                notes.append(f"{count} among the first {len(rows)} rows.")
+            except NothingSupervisedError as error:
+                # A stream stops there, too; of other sources the share of all rows counts.
+                if section.streaming or next(following, None) is None:
+                    raise
+                notes.append(f"{error} Training stops if the rows after the first {len(rows)} do not make up for it.")
+    return notes
+
+
+def _check(section: DataSection, opened: list[Opened], classes: Sequence[str]) -> None:
+    if section.streaming and section.eval_fraction and not section.eval:
+        raise DataError(
+            f"data.eval_fraction = {section.eval_fraction} would read the whole stream for every evaluation. "
+            "Name a source under data.eval, or set data.streaming: false."
+        )
+    for one in opened:
+        if one.columns.class_column is not None and not classes:
+            raise DataError(
+                f"{describe(one.source)} has the class column {one.columns.class_column!r}, but the run has no "
+                "classes. List them, or remove class_column."
+            )
+        if section.pack and (one.columns.format != "text" or one.columns.class_column is not None):
+            raise DataError(
+                f"data.pack joins documents of plain text without classes, but {describe(one.source)} has the format "
+                f"{one.columns.format!r} and class_column {one.columns.class_column!r}. Set data.pack: false."
+            )
+        if section.masking is not None and one.columns.format != "text":
+            raise DataError(
+                f"data.masking chooses what to generate of plain text, but {describe(one.source)} has the format "
+                f"{one.columns.format!r}, whose answers are generated. Remove data.masking, or name a text column."
+            )
+
+
+@dataclass
+class _Tally:
+    """Rows of a stream so far, in this process."""
+
+    seen: int = 0
+    dropped: int = 0
+
+
+@dataclass(frozen=True)
+class _Encoder:
+    """Encodes batches of rows; a class, so that `datasets` caches by its fields.
+
+    An example without a supervised token gives a row without tokens, whose class is the example's number; a stream
+    leaves it out at once.
+    """
+
+    columns: Columns
+    encoding: Encoding
+    where: str
+    share: float
+    streams: bool
+    tally: _Tally = field(default_factory=_Tally)
+
+    @classmethod
+    def of(cls, opened: Opened, section: DataSection, encoding: Encoding, *, streams: bool = False) -> _Encoder:
+        return cls(opened.columns, encoding, describe(opened.source), float(section.drop_unsupervised), streams)
+
+    def __call__(self, batch: Any, indices: list[int]) -> dict[str, list[Any]]:
+        encoded: dict[str, list[Any]] = {name: [] for name in _ENCODED}
+        names = list(batch)
+        for index, values in zip(indices, zip(*(batch[name] for name in names), strict=True), strict=True):
+            example = dict(zip(names, values, strict=True))
+            try:
+                for row in self._rows(example, index):
+                    if self.streams and self._passes_over(row, example):
+                        continue
+                    for name, value in row.items():
+                        encoded[name].append(value)
+            except NothingSupervisedError:
+                raise
+            except DataError as error:
+                raise type(error)(f"Example {index} of {self.where}: {error}") from error
+        return encoded
+
+    def _rows(self, example: dict[str, Any], index: int) -> Iterator[dict[str, Any]]:
+        for row in split_example(example, self.columns, self.encoding):
+            try:
+                yield encode_example(row, self.columns, self.encoding)
+            except NothingSupervisedError:
+                yield {"input_ids": [], "supervised": [], "class_id": index}
+
+    def _passes_over(self, row: dict[str, Any], example: dict[str, Any]) -> bool:
+        self.tally.seen += 1
+        if row["input_ids"]:
+            return False
+        self.tally.dropped += 1
+        text = self.tolerate(self.tally.dropped, self.tally.seen, row["class_id"], example)
+        if str(self.tally.dropped).strip("0") == "1":
+            _LOGGER.warning("%s so far.", text)
+        return True
+
+    def tolerate(self, dropped: int, seen: int, first: int, example: dict[str, Any]) -> str:
+        """Refuse more examples without a supervised token than there may be.
+
+        Args:
+            dropped: how many there are.
+            seen: among how many.
+            first: number of one of them.
+            example: the same.
+
+        Returns:
+            Beginning of a sentence that says how many are left out.
+
+        Raises:
+            NothingSupervisedError: if there are too many.
+        """
+        # A share of the first few rows of a stream says nothing.
+        if dropped > self.share * (max(seen, _FIRST_ROWS) if self.streams else seen):
+            try:
+                for row in split_example(example, self.columns, self.encoding):
+                    encode_example(row, self.columns, self.encoding)
+            except NothingSupervisedError as error:
+                raise NothingSupervisedError(
+                    f"Example {first} of {self.where}: {error} It is one of {dropped} in {seen}, and "
+                    f"data.drop_unsupervised allows a share of {self.share:g}."
+                ) from error
+        return (
+            f"{self.where}: left out {dropped} of {seen} examples, in which nothing to learn lies within "
+            f"data.max_length {self.encoding.max_length},"
+        )
+
+
+def _encode(opened: Opened, section: DataSection, encoding: Encoding) -> Any:
+    encoder = _Encoder.of(opened, section, encoding, streams=section.streaming)
+    options: dict[str, Any] = {"batched": True, "with_indices": True, "features": _ENCODED}
+    # `features` of a stream may be unknown, so its columns are named by a row.
+    options["remove_columns"] = list(next(iter(opened.data)))
+    if section.streaming:
+        data = opened.data.map(encoder, batch_size=_STREAM_BATCH, **options)
+        left = next(iter(data), None) is not None
+        opened.card["dropped"] = None
+    else:
+        data = opened.data.map(encoder, desc=f"Encoding {opened.source.path}", **options)
+        empty = _is_empty(data)
+        left, dropped = not empty.all(), int(empty.sum())
+        opened.card["dropped"] = dropped
+        if dropped and left:
+            first = data[int(empty.argmax())]["class_id"]
+            text = encoder.tolerate(dropped, len(data), first, opened.data[first])
+            _LOGGER.warning("%s in all.", text)
+            data = data.select(np.flatnonzero(~empty))
+    if not left:
+        raise DataError(
+            f"No example of {encoder.where} has a supervised token within data.max_length. Raise it, or fill the texts "
+            "and answers that are empty."
+        )
+    return data
+
+
+def _is_empty(data: Any) -> Any:
+    # Of each row, whether it has no token.
+    tables = data.select_columns(["input_ids"]).with_format("arrow").iter(batch_size=1000)
+    lengths = [table["input_ids"].combine_chunks().value_lengths().to_numpy() for table in tables]
+    return np.concatenate(lengths) == 0 if lengths else np.ones(0, np.bool_)
+
+
+def _held_out(ids: Sequence[int], seed: int, fraction: float) -> bool:
+    # Decided by content, so that equal examples never stand on both sides and new rows move no old ones.
+    key = seed.to_bytes(8, "little", signed=True)
+    digest = hashlib.blake2b(np.asarray(ids, np.int64).tobytes(), digest_size=8, key=key).digest()
+    return int.from_bytes(digest, "little") < fraction * 2**64
+
+
+def _kept(ids: Sequence[int], part: partial[bool]) -> bool:
+    return not part(ids)
+
+
+def _mix(parts: list[Any], weights: list[float], seed: int) -> Any:
+    if len(parts) == 1:
+        return parts[0]
+    if len(set(weights)) == 1:
+        if all(isinstance(part, datasets.Dataset) for part in parts):
+            return datasets.concatenate_datasets(parts)
+        return datasets.interleave_datasets(parts, stopping_strategy="all_exhausted_without_replacement")
+    probabilities = [weight / sum(weights) for weight in weights]
+    return datasets.interleave_datasets(
+        parts, probabilities=probabilities, seed=seed, stopping_strategy="all_exhausted"
+    )
+
+
+def _finish(data: Any, section: DataSection) -> Any:
+    length = section.max_length if section.pack else None
+    if isinstance(data, datasets.Dataset):
+        if length is not None and len(data):
+            fingerprint = Hasher.hash([data._fingerprint, _packed, length])
+            options = {"rows": data, "length": length}
+            data = datasets.Dataset.from_generator(
+                _packed, features=_ENCODED, gen_kwargs=options, fingerprint=fingerprint
+            )
+        return data.add_column("index", np.arange(len(data)))
+    # One shard, so that numbers stay unique when processes and workers share the stream.
+    options = {"stream": data, "length": length}
+    return datasets.IterableDataset.from_generator(_numbered, features=_NUMBERED, gen_kwargs=options)
+
+
+def _rows(data: Any) -> Iterator[dict[str, Any]]:
+    # `iter` instead of iterating: inside a worker process the latter would skip shards a second time.
+    for batch in data.iter(batch_size=_STREAM_BATCH):
+        for ids, supervised, class_id in zip(*(batch[name] for name in _ENCODED), strict=True):
+            # Arrays, because a shuffle buffer of lists would take eight times the memory.
+            yield {
+                "input_ids": np.asarray(ids, np.int32),
+                "supervised": np.asarray(supervised, np.bool_),
+                "class_id": class_id,
+            }
+
+
+def _packed(rows: Any, length: int) -> Iterator[dict[str, Any]]:
+    ids, supervised = np.empty(0, np.int32), np.empty(0, np.bool_)
+    for row in _rows(rows):
+        ids = np.concatenate([ids, row["input_ids"]])
+        supervised = np.concatenate([supervised, row["supervised"]])
+        while len(ids) >= length:
+            yield from _chunk(ids[:length], supervised[:length])
+            ids, supervised = ids[length:], supervised[length:]
+    yield from _chunk(ids, supervised)
+
+
+def _chunk(ids: Any, supervised: Any) -> Iterator[dict[str, Any]]:
+    supervised = supervised & (np.arange(len(ids)) > 0)
+    if supervised.any():
+        yield {"input_ids": ids, "supervised": supervised, "class_id": -1}
+
+
+def _numbered(stream: Any, length: int | None) -> Iterator[dict[str, Any]]:
+    rows = _rows(stream) if length is None else _packed(stream, length)
+    yield from ({**row, "index": index} for index, row in enumerate(rows))
+
+
+def _count(data: Any, *, is_masked: bool) -> dict[str, int | None]:
+    if not isinstance(data, datasets.Dataset):
+        return {"examples": None, "tokens": None, "supervised_tokens": None}
+    tokens = supervised = 0
+    for table in data.with_format("arrow").iter(batch_size=1000):
+        flags = table["supervised"].combine_chunks().flatten()
+        tokens += len(flags)
+        supervised += flags.true_count
+    # Masks are drawn while training, anew in every epoch.
+    return {"examples": len(data), "tokens": tokens, "supervised_tokens": None if is_masked else supervised}

@@ -1,0 +1,218 @@
+"""Reward runs from their configuration to a folder that transformers loads as a sequence classifier."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from transformers import (
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+)
+from transformers.utils import logging
+
+from l2d_framework.base_model import fingerprint, load_config, load_language_model, locate
+from l2d_framework.config import RewardRun, Run, check_runs
+from l2d_framework.errors import ConfigError
+from l2d_framework.opening import open_model
+from l2d_framework.training import output_dir
+from l2d_framework.training.reward.data import prepare_pairs
+from l2d_framework.training.run_state import CardKeeper, Job, base_tokenizer, output_folder, resolved, wait
+
+PAD = "[PAD]"
+
+
+def train_reward(
+    run: RewardRun, *, overwrite: bool = False, callbacks: Sequence[TrainerCallback] = ()
+) -> dict[str, Any]:
+    """Train a reward model, going on where an earlier start was interrupted.
+
+    The output folder holds a transformers model with one output, `score`, its tokenizer and `run.json`.
+
+    Args:
+        run: from `load_run`.
+        overwrite: move an output folder that exists aside.
+        callbacks: further callbacks, such as a progress bar.
+
+    Returns:
+        The card, the contents of `run.json`; a finished run's as it is.
+    """
+    check_ready([run], overwrite=overwrite)
+    from l2d_framework.training.reward.trainer import PairTrainer, make_reward_arguments
+
+    arguments = make_reward_arguments(run, output_folder(run))
+    job = Job(run, arguments)
+    earlier = job.earlier(overwrite=overwrite)
+    if earlier is not None and earlier["finished"]:
+        return earlier
+    tokenizer = padding_tokenizer(run)
+    with arguments.main_process_first(local=True, desc="preparing data"):
+        pairs = prepare_pairs(run, tokenizer)
+    wait()
+    job.start(pairs.card, {"run": run.seed}, earlier)
+    if job.writes:
+        job.claim()
+    wait()
+    model: Any = load_reward_model(run, tokenizer)
+    dtype = model.dtype
+    total = sum(p.numel() for p in model.parameters())
+    job.card |= {"parameters": {"trainable": total, "total": total}, "base_fingerprint": fingerprint(run.model)}
+    found = output_dir.checkpoints(job.output)
+    keeper = CardKeeper(job)
+    trainer = PairTrainer(
+        model.float(),
+        arguments,
+        run=run,
+        pairs=pairs,
+        tokenizer=tokenizer,
+        callbacks=[keeper, *callbacks],
+    )
+    trainer.train(resume_from_checkpoint=str(found[-1]) if found else None)
+    # What is measured is what is saved.
+    model.to(dtype)
+    held_out = None if pairs.eval is None else trainer.evaluate()
+    keeper.keep()
+
+    def write(folder: Path) -> None:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        (folder / "README.md").write_text(_model_card(job.card), encoding="utf-8")
+        trainer.state.save_to_json(str(folder / "trainer_state.json"))
+
+    job.finish(_result(trainer.state, held_out), write)
+    wait()
+    return job.card
+
+
+def check_ready(runs: Sequence[Run], *, overwrite: bool = False) -> list[RewardRun]:
+    """The runs of a file, if `l2d train-reward` can train every one of them.
+
+    Args:
+        runs: from `load_run`.
+        overwrite: whether an output folder that exists will be moved aside.
+
+    Returns:
+        The same runs.
+
+    Raises:
+        ConfigError: if one is of another kind, cannot be started or has a taken output folder, or TRL is missing.
+    """
+    found: list[RewardRun] = []
+    for run in runs:
+        if not isinstance(run, RewardRun):
+            raise ConfigError(f"kind: a run of kind {run.kind!r} is trained by `l2d train`; got one for a reward model")
+        if run.output_dir is None:
+            raise ConfigError("output_dir: is required for training; add it")
+        found.append(run)
+    if importlib.util.find_spec("trl") is None:
+        raise ConfigError(
+            'Reward models are trained with TRL, which is missing. Run: pip install "l2d-framework[reward]"'
+        )
+    check_runs(found)
+    for run in found:
+        if not overwrite:
+            output_dir.check_free(output_folder(run), resolved(run))
+    return found
+
+
+def padding_tokenizer(run: RewardRun) -> PreTrainedTokenizerBase:
+    """The base model's tokenizer with a padding token.
+
+    Without one of its own, the end-of-text token pads, which keeps the vocabulary that guidance compares. transformers
+    tells padding by its token, not by the attention mask, so a text must not end in it; `PairWriter` refuses that.
+
+    Args:
+        run: the run.
+
+    Returns:
+        The tokenizer.
+    """
+    tokenizer = base_tokenizer(run.model)
+    if tokenizer.pad_token in (None, tokenizer.eos_token):
+        if run.data.add_pad_token:
+            tokenizer.add_special_tokens({"pad_token": PAD})
+        else:
+            tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_reward_model(run: RewardRun, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """The base model with a head of one output, new unless the base is a reward model already.
+
+    Args:
+        run: the run; its seed makes the head.
+        tokenizer: with a padding token.
+
+    Returns:
+        The model, in the type the run asks for.
+
+    Raises:
+        CheckpointError: if transformers cannot load it as asked.
+    """
+    section = run.model
+    folder, adapter = locate(section)
+    config = load_config(section)
+    config.num_labels = 1
+    options: dict[str, Any] = {"attn_implementation": section.attn_implementation, "config": config}
+    if adapter is None:
+        options |= {"source": folder, "dtype": section.dtype}
+    else:
+        merged = load_language_model(section)
+        options |= {"source": None, "state_dict": merged.state_dict(), "dtype": merged.dtype}
+    verbosity = logging.get_verbosity()
+    # That the head is new and the vocabulary head unused is as it should be.
+    logging.set_verbosity_error()
+    try:
+        with torch.random.fork_rng():
+            torch.manual_seed(run.seed)
+            kind: Any = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(config)]
+            model: Any = open_model(kind, **options)[0]
+            if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
+                model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    finally:
+        logging.set_verbosity(verbosity)
+    # Only now: an embedding made with a padding token never trains it, and here it may be the end of every text.
+    model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    return cast(PreTrainedModel, model)
+
+
+def _result(state: Any, held_out: dict[str, float] | None) -> dict[str, Any]:
+    last: dict[str, float] = {}
+    for entry in state.log_history:
+        last |= {name: entry[name] for name in ("loss", "accuracy", "margin") if name in entry}
+    measured = {name.removeprefix("eval_"): value for name, value in (held_out or {}).items()}
+    return {
+        "steps": state.global_step,
+        "train": last,
+        "held_out": {name: measured[name] for name in ("loss", "accuracy", "margin")} if measured else None,
+    }
+
+
+def _model_card(card: dict[str, Any]) -> str:
+    result, config = card["result"], card["config"]
+    lines = [
+        "---",
+        "library_name: transformers",
+        "pipeline_tag: text-classification",
+        "tags: [reward-model, l2d-framework]",
+        "---",
+        "",
+        "# A reward model",
+        "",
+        f"Made from `{config['model']['base']}` with `l2d train-reward`; the configuration, data and surroundings are",
+        "in `run.json`. Load it with `AutoModelForSequenceClassification`; its one output is the reward.",
+        "",
+        "| | pairs | loss, nats per pair | accuracy | mean margin |",
+        "|---|---|---|---|---|",
+    ]
+    for which, name, where in (("train", "last training batches", "train"), ("held_out", "held out", "eval")):
+        if values := result[which]:
+            pairs = card["data"]["splits"][where]["pairs"]
+            shown = " | ".join(f"{values[key]:.4f}" for key in ("loss", "accuracy", "margin"))
+            lines.append(f"| {name} | {pairs:,} | {shown} |")
+    return "\n".join([*lines, ""])

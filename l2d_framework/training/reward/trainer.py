@@ -1,0 +1,254 @@
+"""TRL's reward trainer with exact held-out numbers, checkpoints that survive a kill, and inputs as guidance has them.
+
+The only module that imports TRL.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
+from trl.trainer.reward_config import RewardConfig
+from trl.trainer.reward_trainer import DataCollatorForPreference, RewardTrainer
+
+from l2d_framework.config import RewardRun, SimplexNoise
+from l2d_framework.training.arguments import divide_batch, refuse_sharding
+from l2d_framework.training.output_dir import checkpoints, remove, staged
+from l2d_framework.training.reward.data import Pairs
+from l2d_framework.training.trainer import Boundaries
+
+
+def make_reward_arguments(run: RewardRun, output: Path) -> RewardConfig:
+    """TRL's arguments for a reward run.
+
+    Args:
+        run: the run.
+        output: the output folder.
+
+    Returns:
+        The arguments.
+    """
+    refuse_sharding()
+    training = run.training
+    with warnings.catch_warnings():
+        # TRL still sets the older name, and transformers before 5.23 knows no other.
+        warnings.filterwarnings("ignore", "`gradient_checkpointing` is deprecated", FutureWarning)
+        arguments = RewardConfig(
+            output_dir=str(output),
+            seed=run.seed,
+            use_cpu=not torch.accelerator.is_available(),
+            max_length=None,  # pairs that are too long are gone already, and counted
+            max_steps=training.max_steps or -1,
+            num_train_epochs=training.epochs,
+            learning_rate=training.learning_rate,
+            adam_beta1=training.betas[0],
+            adam_beta2=training.betas[1],
+            weight_decay=training.weight_decay,
+            max_grad_norm=training.max_grad_norm,
+            bf16=training.bf16,
+            gradient_checkpointing=training.gradient_checkpointing,
+            logging_steps=training.logging_steps,
+            logging_nan_inf_filter=False,
+            save_strategy="steps" if training.save_steps else "no",
+            save_steps=training.save_steps or 1,
+            eval_strategy="steps" if training.eval_steps else "no",
+            eval_steps=training.eval_steps,
+            report_to=training.report_to or "none",
+            dataloader_pin_memory=torch.cuda.is_available(),
+            disable_tqdm=True,
+            ddp_find_unused_parameters=False,
+            ddp_timeout=24 * 3600,  # the other processes wait while the first one tokenizes
+        )
+    divide_batch(arguments, training)
+    return arguments
+
+
+class PairTrainer(RewardTrainer):
+    """TRL's trainer on prepared pairs.
+
+    Args:
+        model: with one output, in float32.
+        arguments: from `make_reward_arguments`.
+        run: the run.
+        pairs: training and held-out pairs.
+        tokenizer: with a padding token.
+        callbacks: such as a progress bar.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        arguments: RewardConfig,
+        *,
+        run: RewardRun,
+        pairs: Pairs,
+        tokenizer: PreTrainedTokenizerBase,
+        callbacks: Sequence[TrainerCallback] = (),
+    ) -> None:
+        self.run, self.output = run, Path(str(arguments.output_dir))
+        super().__init__(
+            model,
+            arguments,
+            data_collator=DataCollatorForPreference(int(tokenizer.pad_token_id), run.data.pad_to),
+            train_dataset=pairs.train,
+            eval_dataset=pairs.eval,
+            processing_class=tokenizer,
+            callbacks=[Boundaries(), *callbacks],
+        )
+        self.remove_callback(PrinterCallback)
+
+    def _send_telemetry(self) -> None:
+        """Nobody is told: a run file asks for trackers, and for nothing else that leaves the machine."""
+
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> torch.optim.lr_scheduler.LRScheduler:
+        """Linear warm-up from zero, then a straight line to the final fraction.
+
+        Args:
+            num_training_steps: updates of the whole run.
+            optimizer: the optimizer; the trainer's own when None.
+
+        Returns:
+            The schedule.
+        """
+        if self.lr_scheduler is None:
+            warmup = math.ceil(self.run.training.warmup_ratio * num_training_steps)
+            final = self.run.training.final_fraction
+
+            def factor(step: int) -> float:
+                if step < warmup:
+                    return step / warmup
+                return 1 - (1 - final) * (step - warmup) / max(num_training_steps - warmup, 1)
+
+            self.lr_scheduler = LambdaLR(optimizer or self.create_optimizer(), factor)
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """Mean of -log sigmoid(r_chosen - r_rejected - margin) over the pairs of a batch.
+
+        Args:
+            model: the reward model, possibly wrapped.
+            inputs: a batch of pairs, all chosen sides before all rejected ones.
+            return_outputs: also return what the model returned.
+            num_items_in_batch: unused by TRL.
+
+        Returns:
+            The loss, (), or (loss, outputs).
+        """
+        plain: Any = super()
+        return plain.compute_loss(model, self._as_guided(inputs), return_outputs, num_items_in_batch)
+
+    def _as_guided(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Padding in full sight and, as transformers does for embeddings, the reward read at its end."""
+        if self.run.data.pad_to is None:
+            return inputs
+        model: Any = self.model
+        embed = model.get_input_embeddings()
+        out = {name: value for name, value in inputs.items() if name != "input_ids"}
+        out["attention_mask"] = torch.ones_like(inputs["attention_mask"])
+        if self.run.noise is not None and model.training:
+            noisy = noisy_embeddings(inputs["input_ids"], embed.weight, self.run.noise, generator=self._generator())
+            return out | {"inputs_embeds": noisy}
+        return out | {"inputs_embeds": embed(inputs["input_ids"])}
+
+    def _generator(self) -> torch.Generator:
+        # Keyed by update and micro-batch, so that a resumed run draws the same noise.
+        if self._drawn[0] != self.state.global_step:
+            self._drawn = (self.state.global_step, 0)
+        self._drawn = (self._drawn[0], self._drawn[1] + 1)
+        seed = hash((self.run.seed, *self._drawn, self.args.process_index)) % 2**63
+        return torch.Generator(self.args.device).manual_seed(seed)
+
+    _drawn = (-1, 0)
+
+    @torch.no_grad()
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Loss, accuracy and mean lead of the chosen reward, each over all held-out pairs.
+
+        Args:
+            eval_dataset: pairs; the trainer's own when None.
+            ignore_keys: unused, for the Trainer's signature.
+            metric_key_prefix: put before every name.
+
+        Returns:
+            `eval_loss`, `eval_accuracy`, `eval_margin` and `eval_seconds`.
+        """
+        start = time.perf_counter()
+        model: Any = self.model
+        model.eval()
+        leads, losses = [], []
+        for batch in self.get_eval_dataloader(eval_dataset):
+            with self.accelerator.autocast():
+                rewards = model(**{k: v for k, v in self._as_guided(batch).items() if k != "margin"}).logits
+            chosen, rejected = rewards.float().squeeze(-1).chunk(2)
+            lead = chosen - rejected
+            losses.append(
+                self.accelerator.gather_for_metrics(-nn.functional.logsigmoid(lead - batch.get("margin", 0.0)))
+            )
+            leads.append(self.accelerator.gather_for_metrics(lead))
+        lead = torch.cat(leads)
+        means = {"loss": torch.cat(losses).mean(), "accuracy": (lead > 0).float().mean(), "margin": lead.mean()}
+        metrics = {f"{metric_key_prefix}_{name}": float(value) for name, value in means.items()}
+        metrics[f"{metric_key_prefix}_seconds"] = time.perf_counter() - start
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        writes, wait = self.args.should_save, self.accelerator.wait_for_everyone
+        with staged(self.output / f"checkpoint-{self.state.global_step}", writes=writes, wait=wait) as folder:
+            self.save_model(str(folder), _internal_call=True)
+            self._save_optimizer_and_scheduler(str(folder))
+            self._save_rng_state(str(folder))
+            if writes:
+                self.state.save_to_json(str(folder / "trainer_state.json"))
+        if writes:
+            for old in checkpoints(self.output)[: -self.run.training.save_total_limit]:
+                remove(old)
+
+
+def noisy_embeddings(ids: Tensor, embedding: Tensor, noise: SimplexNoise, *, generator: torch.Generator) -> Tensor:
+    """Mean embeddings under the noisy simplexes of true tokens, both sides of a pair at the same time.
+
+    x = alpha(t) * S + sigma(t) * k * z, where S is k at the true token and -k elsewhere; the result is softmax(x) E.
+
+    Args:
+        ids: chosen sides, then rejected ones, (2B, S), int64.
+        embedding: E, (V, D).
+        noise: schedule and k.
+        generator: of times and noise, on the device of `ids`.
+
+    Returns:
+        (2B, S, D), dtype of `embedding`.
+
+    Source: TESS 2, arXiv:2502.13917, Eq. 1 and 2.
+    """
+    u = torch.rand(len(ids) // 2, generator=generator, device=ids.device).repeat(2)
+    t = noise.schedule.sample_times(u)
+    alpha, sigma = noise.schedule.alpha(t), noise.schedule.sigma(t)
+    rows = []
+    for row, a, s in zip(ids, alpha, sigma, strict=True):
+        draw = torch.randn(len(row), len(embedding), generator=generator, device=ids.device)
+        # A softmax is blind to a constant, so only the true token's lead of 2k is left of S.
+        x = noise.k * s * draw
+        x[torch.arange(len(row), device=ids.device), row] += 2 * noise.k * a
+        rows.append(x.softmax(-1).to(embedding.dtype) @ embedding)
+    return torch.stack(rows)

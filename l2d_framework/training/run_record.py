@@ -1,0 +1,137 @@
+"""The reproducibility card: what a run was made of, what it ran on, and what came out."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import subprocess
+from collections.abc import Iterable, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from l2d_framework.training.metrics import BINS
+
+_DISTRIBUTION = "l2d-framework"
+_GROUP = "l2d_framework"
+
+
+def environment(processes: int) -> dict[str, Any]:
+    """Hardware, versions and commit of this process.
+
+    Args:
+        processes: how many train together.
+
+    Returns:
+        Sections `hardware` and `versions`, and `commit`, which is None outside a git repository.
+    """
+    return {"hardware": _hardware(processes), "versions": _versions(), "commit": _commit()}
+
+
+def _hardware(processes: int) -> dict[str, Any]:
+    gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else None
+    return {
+        "cpu": _cpu(),
+        "cores": os.cpu_count(),
+        "memory": memory,
+        "gpus": [{"name": gpu.name, "memory": gpu.total_memory} for gpu in gpus],
+        "processes": processes,
+        "threads": torch.get_num_threads(),
+        "system": platform.platform(),
+    }
+
+
+def _cpu() -> str:
+    info = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*:\s*(.+)", info.read_text()) if info.is_file() else []
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _versions() -> dict[str, str]:
+    required = [_name(text) for text in metadata.requires(_DISTRIBUTION) or []]
+    plugins = [point.dist.name for point in metadata.entry_points(group=_GROUP) if point.dist]
+    found = {"python": platform.python_version()}
+    for name in dict.fromkeys([_DISTRIBUTION, *plugins, *required]):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:  # an extra that is not installed
+            continue
+    return found
+
+
+def _name(requirement: str) -> str:
+    return re.split(r"[^\w.-]", requirement, maxsplit=1)[0]
+
+
+def _commit() -> str | None:
+    try:
+        sha = _git("rev-parse", "HEAD")
+        return sha if not _git("status", "--porcelain", "--untracked-files=no") else f"{sha} with local changes"
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _git(*arguments: str) -> str:
+    return subprocess.run(["git", *arguments], check=True, capture_output=True, text=True).stdout.strip()
+
+
+def model_card_table(card: Mapping[str, Any]) -> str:
+    """Markdown table of a finished run, for a model card.
+
+    Args:
+        card: contents of `run.json`.
+
+    Returns:
+        A section with a table.
+    """
+    rows = [*_inputs(card), *_results(card), *_surroundings(card)]
+    lines = [f"| {name} | {str(value).replace('|', '/')} |" for name, value in rows]
+    return "\n".join(["## Training", "", "| | |", "|---|---|", *lines, ""])
+
+
+def _inputs(card: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:
+    yield "configuration", f"`{card['config_hash']}`, complete in `run.json`"
+    for which, sources in card["data"]["sources"].items():
+        for source in sources:
+            mark = source.get("sha256") or source.get("sha256_of_first_rows") or source.get("fingerprint")
+            named = "/".join(str(source[key]) for key in ("path", "name") if source.get(key))
+            yield f"{which} data", f"`{named}`, split `{source['split']}`, {source['rows']} rows, `{str(mark)[:16]}`"
+    for which, sizes in card["data"]["splits"].items():
+        counts = ", ".join(f"{value:,} {key.replace('_', ' ')}" for key, value in sizes.items() if value is not None)
+        yield f"{which} split", counts or "a stream"
+    yield "seeds", ", ".join(f"{name} {value}" for name, value in card["seeds"].items())
+
+
+def _results(card: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:
+    result = card["result"]
+    yield "updates", f"{result['steps']:,}"
+    yield "parameters", f"{card['parameters']['trainable']:,} trained of {card['parameters']['total']:,}"
+    for name, prefix in (("last training loss", ""), ("held-out loss", "eval_")):
+        losses = result["losses"]
+        if f"{prefix}loss" in losses:
+            yield name, f"{losses[f'{prefix}loss']:.4f} nats per token"
+        bins = [losses.get(f"{prefix}loss_t{i:02d}") for i in range(BINS)]
+        if any(bins):
+            yield f"{name} from t = 0 to 1", ", ".join("none" if value is None else f"{value:.3f}" for value in bins)
+    yield "duration", f"{card['seconds']:,.0f} s"
+    yield "speed", f"{result['tokens_per_second']:,.0f} tokens/s"
+    yield "peak memory", _gigabytes(result["peak_memory"])
+
+
+def _surroundings(card: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:
+    hardware = card["hardware"]
+    gpus = ", ".join(gpu["name"] for gpu in hardware["gpus"]) or "no GPU"
+    memory = _gigabytes(hardware["memory"]) if hardware["memory"] else "unknown memory"
+    yield "hardware", f"{hardware['cpu']}, {hardware['cores']} cores, {memory}; {gpus}"
+    yield "processes and threads of each", f"{hardware['processes']} and {hardware['threads']}"
+    yield "versions", ", ".join(f"{name} {version}" for name, version in card["versions"].items())
+    yield "commit", card["commit"] or "none"
+    yield "started and ended", f"{card['started']}, {card['ended']}"
+
+
+def _gigabytes(count: float) -> str:
+    return f"{count / 2**30:.2f} GiB"

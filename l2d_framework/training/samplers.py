@@ -1,0 +1,119 @@
+"""The order in which a run sees its examples: one sequence for the whole run, whatever the number of processes.
+
+Batches are cut from this sequence, and each example carries its own epoch. Therefore neither accumulation, nor
+resumption, nor the border between epochs can change which examples an update sees or which noise they get. Each also
+carries its `ordinal`, its place in the sequence: the update it belongs to is ordinal // batch size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, IterableDataset
+
+from l2d_framework.diffusion.rng import keyed_generator
+from l2d_framework.errors import DataError
+
+PADDING = -1
+"""Index of an example that only fills up the last batch of an evaluation."""
+
+
+class RunOrder(Dataset[dict[str, Any]]):
+    """Every example of a run in order; each epoch is a permutation keyed by (seed, epoch).
+
+    Args:
+        rows: rows of `PreparedData`, with random access.
+        seed: of the order.
+        total: examples in the whole run.
+    """
+
+    def __init__(self, rows: Any, seed: int, total: int) -> None:
+        self._rows, self._seed, self._total = rows, seed, total
+
+    def __len__(self) -> int:
+        return self._total
+
+    def __getitem__(self, ordinal: int) -> dict[str, Any]:
+        epoch, place = divmod(ordinal, len(self._rows))
+        row = self._rows[int(_permutation(self._seed, epoch, len(self._rows))[place])]
+        return {**row, "epoch": epoch, "ordinal": ordinal}
+
+
+@lru_cache(maxsize=2)  # a batch may lie across the border of two epochs
+def _permutation(seed: int, epoch: int, count: int) -> Any:
+    return keyed_generator(seed, epoch, "order").permutation(count).astype(np.int64)
+
+
+class RunStream(IterableDataset[dict[str, Any]]):
+    """Every example of a run from a stream, which starts again when it ends.
+
+    Args:
+        rows: rows of `PreparedData`, as an `IterableDataset`.
+        total: examples in the whole run.
+    """
+
+    def __init__(self, rows: Any, total: int) -> None:
+        self._rows, self._total = rows, total
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        epoch, seen = 0, 0
+        while seen < self._total:
+            self._rows.set_epoch(epoch)
+            before = seen
+            for row in self._rows:
+                yield {**row, "epoch": epoch, "ordinal": seen}
+                seen += 1
+                if seen == self._total:
+                    return
+            if seen == before:
+                raise DataError(f"The training stream ended without an example in epoch {epoch}. Check data.train.")
+            epoch += 1
+
+
+class HeldOut(Dataset[dict[str, Any]]):
+    """Examples to evaluate on, filled up to whole batches for all processes.
+
+    Args:
+        rows: rows of `PreparedData`; a stream is read into memory.
+        multiple: number that the length is rounded up to a multiple of.
+    """
+
+    def __init__(self, rows: Any, multiple: int) -> None:
+        self._rows = rows if hasattr(rows, "__len__") else list(rows)
+        self._length = -(-len(self._rows) // multiple) * multiple
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, place: int) -> dict[str, Any]:
+        if place < len(self._rows):
+            return {**self._rows[place], "epoch": 0}
+        return {**self._rows[0], "index": PADDING, "epoch": 0}
+
+
+@dataclass(frozen=True)
+class EpochCollator:
+    """Batches that carry the epoch of each example.
+
+    Attributes:
+        collate: makes tensors of rows.
+    """
+
+    collate: Callable[[Sequence[Mapping[str, Any]]], dict[str, Tensor]]
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        """Tensors of one batch.
+
+        Args:
+            rows: rows with an `epoch`.
+
+        Returns:
+            What `collate` returns and `epoch`, (B,), int64.
+        """
+        return {**self.collate(rows), "epoch": torch.tensor([row["epoch"] for row in rows])}

@@ -1,0 +1,234 @@
+"""The files of bench/: run files that parse and fit their models, reports that say what was measured."""
+
+import importlib.util
+import io
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+from rich.console import Console
+from tiny_models import tiny_lm, tiny_tokenizer
+
+from l2d_framework.config import check_runs, load_run
+
+FAMILIES = {"Qwen": "qwen2", "istral": "mistral", "roberta": "roberta"}
+RUNS = sorted((Path(__file__).parents[2] / "bench" / "runs").glob("*.yaml"))
+
+
+@pytest.fixture(scope="module")
+def speed() -> Iterator[ModuleType]:
+    yield from _script("speed")
+
+
+@pytest.fixture(scope="module")
+def speed_tess(speed: ModuleType) -> Iterator[ModuleType]:
+    yield from _script("speed_tess")
+
+
+def _script(name: str) -> Iterator[ModuleType]:
+    spec = importlib.util.spec_from_file_location(name, RUNS[0].parents[1] / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up, and scripts import one another by these names
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules[name]
+
+
+def _stand_in(name):
+    """A random model of the family of the hub's model of this name."""
+    family = next((family for word, family in FAMILIES.items() if word in name), "llama")
+    return tiny_lm(family, max_position_embeddings=514 if family == "roberta" else 4096)
+
+
+NOTED = re.compile(r"^#   (.+?): ((?:\S+=\S+ ?)+)$", re.MULTILINE)
+"""Overrides that a run file names for other rows of a table."""
+
+
+def _noted(path):
+    return [text.split() for _, text in NOTED.findall(path.read_text(encoding="utf-8"))]
+
+
+CASES = [
+    pytest.param(path, chosen, id="-".join([path.stem, *chosen[-1:]]))
+    for path in RUNS
+    for chosen in ([], *_noted(path))
+]
+
+
+@pytest.mark.parametrize(("path", "chosen"), CASES)
+def test_run_files_fit_a_model_of_their_family(path, chosen, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    runs = load_run(path, chosen)
+    for source in (source for run in runs for source in (*run.data.train, *run.data.eval)):
+        if source.path.endswith(".jsonl"):  # written by the script that trains the run
+            Path(source.path).parent.mkdir(parents=True, exist_ok=True)
+            Path(source.path).touch()
+    written = [run.output_dir for run in runs]
+    overrides = []
+    for index, run in enumerate(runs):
+        where = f"stages.{index}." if len(runs) > 1 else ""
+        overrides.append(f"{where}output_dir={tmp_path / run.output_dir}")
+        if run.model is not None:
+            base = run.model.base
+            overrides.append(f"{where}model.base={tmp_path / base}")
+            if base not in written:  # stands in for the model of this name on the hub
+                _stand_in(base).save_pretrained(tmp_path / base)
+                tiny_tokenizer().save_pretrained(tmp_path / base)
+    check_runs(load_run(path, [*chosen, *overrides]))
+
+
+def test_every_preset_trains_on_the_papers_data():
+    runs = [run for path in RUNS if path.stem.startswith("l2d_") for run in load_run(path)]
+    unlabelled = [[s.model_copy(update={"class_name": None, "class_column": None}) for s in r.data.train] for r in runs]
+    assert all(sources == unlabelled[0] for sources in unlabelled)
+    assert {source.split for run in runs for source in run.data.eval} == {"test"}
+
+
+def test_l2d_and_its_baselines_have_equal_budgets():
+    def budget(run):
+        training = run.training.model_dump(exclude={"learning_rate"})
+        return training | {"max_length": run.data.max_length, "seed": run.seed}
+
+    (l2d,), (lora,), (full,) = (
+        load_run(RUNS[0].parent / f"{name}.yaml")
+        for name in ("l2d_llama_3.2_1b", "l2d_baseline_lora", "l2d_baseline_full")
+    )
+    assert budget(lora) == budget(full) == budget(l2d)
+    # The paper's peaks, and its alpha of LoRA baselines.
+    assert [run.training.learning_rate for run in (l2d, lora, full)] == [1e-4, 1e-5, 1e-5]
+    assert lora.lora.alpha == 64
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_l2d_on_top_of_a_baseline_is_l2d_after_that_very_baseline(kind):
+    first, second = load_run(RUNS[0].parent / f"l2d_from_{kind}.yaml")
+    assert [first] == load_run(RUNS[0].parent / f"l2d_baseline_{kind}.yaml")
+    changes = [f"model.base={first.output_dir}", f"output_dir={second.output_dir}"]
+    assert [second] == load_run(RUNS[0].parent / "l2d_llama_3.2_1b.yaml", changes)
+
+
+def test_tess_presets_share_the_papers_optimizer():
+    full = [path for path in RUNS if path.stem.startswith("tess_") and "small" not in path.stem]
+    runs = [run for path in full for run in load_run(path) if run.kind == "diffusion"]
+    assert {run.training.batch_size for run in runs} == {112}
+    assert {(run.training.learning_rate, run.training.betas, run.training.weight_decay) for run in runs} == {
+        (1e-5, (0.9, 0.999), 0.0)
+    }
+    assert {run.training.decay for run in runs if run.data.masking} == {"constant"}
+    assert {(run.training.decay, run.data.padding) for run in runs if not run.data.masking} == {("linear", "target")}
+
+
+@pytest.fixture(scope="module")
+def tess() -> Iterator[ModuleType]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(RUNS[0].parents[1])
+        yield importlib.import_module("tess_measure")
+
+
+def _entry(tess, strength, rewards, plain, **text):
+    entry = {name: tess.compare(np.array(rewards), np.array(plain)) for name in ("guiding", "held_out")}
+    sound = {"distinct_2": 0.9, "tokens": 50.0, "loops": 0.0, "ended": 0.8, "perplexity": 20.0}
+    entry |= {"strength": strength, "text": sound | text}
+    return entry
+
+
+@pytest.mark.parametrize(
+    ("change", "sign"),
+    [
+        ({}, []),
+        ({"distinct_2": 0.7}, ["distinct word pairs"]),
+        ({"ended": 0.5}, ["end"]),
+        ({"perplexity": 31.0}, ["perplexity"]),
+        ({"tokens": 24.0}, ["length"]),
+        ({"loops": 0.2}, ["loops"]),
+        ({"rewards": [0.0, -1.0, 1.0]}, ["held-out reward"]),
+    ],
+)
+def test_guidance_is_called_degenerate_for_what_it_broke(tess, change, sign):
+    zero = [0.0, 1.0, 2.0]
+    plain = _entry(tess, 0.0, zero, zero)
+    rewards = change.pop("rewards", [1.0, 2.0, 3.0])
+    assert tess.is_degenerate(_entry(tess, 1.0, rewards, zero, **change), plain) == sign
+
+
+def test_a_gain_counts_only_beyond_the_noise_and_under_both_models(tess):
+    zero = [0.0, 1.0, 2.0, 3.0]
+    losses = {
+        "tuning": {"before": {"all": 2, "text": 2}, "after": {"all": 1, "text": 3, "tokens": 9, "text_tokens": 5}}
+    }
+    best = _entry(tess, 1.0, [1.0, 2.1, 3.0, 4.1], zero)
+    best["held_out"] = tess.compare(np.array([0.0, 3.0, 0.0, 4.0]), np.array(zero))
+    found = list(tess.checks({"losses": losses, "chosen": best, "degenerates_at": None}).values())
+    assert found == [True, False, True, False, False]
+    assert not any(list(tess.checks({"losses": losses, "chosen": None, "degenerates_at": 9.0}).values())[2:4])
+
+
+def _samples(speed, **seconds):
+    return {name: [speed.Sample(cpu, 2 * cpu, 0.5) for cpu in row] for name, row in seconds.items()}
+
+
+def test_ratios_are_medians_over_rounds_so_that_a_slow_round_does_not_count(speed):
+    samples = {"decode, batch 1": _samples(speed, plain=[1.0, 9.0, 1.0], other=[4.0, 36.0, 8.0])}
+    case = speed.summarize(samples, unit="cpu", memory={})["groups"]["decode, batch 1"]["other"]
+    assert case["cost"] == 4.0
+    assert case["speed"] == 0.25
+    assert case["seconds"] == 8.0
+
+
+def test_targets_are_met_from_the_right_side(speed):
+    def met(cost):
+        groups = {group for group, *_ in speed.TARGETS}
+        names = {name for _, name, *_ in speed.TARGETS}
+        samples = {g: {"reference": [speed.Sample(1.0, 1.0)]} for g in groups}
+        for row in samples.values():
+            row |= {name: [speed.Sample(cost, cost)] for name in names}
+        return {t["what"]: t["met"] for t in speed.summarize(samples, unit="wall", memory={})["targets"]}
+
+    assert met(0.5) == {"cost": True, "speed": True}
+    assert met(1.3) == {"cost": True, "speed": False}
+    assert met(99.0) == {"cost": False, "speed": False}
+
+
+def test_tables_show_every_case_with_its_ratio_and_memory(speed):
+    samples = {
+        "decode, batch 1": _samples(speed, plain=[0.002], other=[0.03]),
+        "train, 25 % supervised": _samples(speed, LoRA=[0.01], L2D=[0.005]),
+    }
+    result = speed.summarize(samples, unit="cpu", memory={"decode, batch 1": {"other": 3 * 2**20}})
+    console = Console(width=200, record=True, file=io.StringIO())
+    for table in speed.tables(result):
+        console.print(table)
+    rows = {line.split()[0]: line.split()[1:] for line in console.export_text().splitlines() if line.split()}
+    assert rows["other"] == ["30.0", "15.00", "500", "3"]
+    assert rows["L2D"][:2] == ["200.0", "2.00"]
+
+
+def test_the_floor_of_a_step_is_the_sum_of_its_parts_in_the_same_round(speed, speed_tess):
+    parts = {name: [speed.Sample(1.0, 10.0), speed.Sample(weight, 0.0)] for weight, name in enumerate(speed_tess.PARTS)}
+    row = speed_tess.with_floor({**parts, "step": [speed.Sample(4.5, 0.0), speed.Sample(3.0, 0.0)]})
+    assert next(iter(row)) == speed_tess.FLOOR
+    assert [(sample.cpu, sample.wall) for sample in row[speed_tess.FLOOR]] == [(3.0, 30.0), (3.0, 0.0)]
+    found = speed.summarize({"g": row}, unit="cpu", memory={}, targets=[("g", "step", "cost", 1.2)])
+    assert found["groups"]["g"]["step"]["cost"] == 1.25
+    assert [target["met"] for target in found["targets"]] == [False]
+
+
+TINY = {"vocab_size": 40, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+
+
+def test_a_step_is_measured_with_all_or_some_of_the_canvas_noised(speed_tess):
+    lm = speed_tess.model({**speed_tess.SHAPE, **TINY})
+    for noised in (6, 4):
+        steps = speed_tess.Steps(lm, 6, noised)
+        samples = [steps.part(name) for name in speed_tess.PARTS]
+        samples += [steps.step(estimate) for estimate in speed_tess.ESTIMATES.values()]
+        assert all(sample.wall > 0 for sample in samples)
+
+
+def test_memory_is_that_of_a_generation_of_the_wanted_length(speed_tess):
+    lm = speed_tess.model({**speed_tess.SHAPE, **TINY})
+    assert len(speed_tess.generate(lm, 5, "argmax", steps=2)) == 5

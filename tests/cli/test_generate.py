@@ -1,0 +1,306 @@
+"""`l2d generate`: what goes in and comes out, and what is refused before any weights are loaded."""
+
+import json
+
+import pytest
+import torch
+from diffusion_models import NETWORK, SPACE
+from tiny_models import tiny_lm, tiny_tokenizer
+from typer.testing import CliRunner
+
+from l2d_framework.cli import app
+from l2d_framework.config import parse_run
+from l2d_framework.errors import L2DError
+from l2d_framework.generation.prompts import pad_left
+from l2d_framework.models import checkpoint
+from l2d_framework.models.checkpoint import build_model, load, save
+
+FAST = ("--max-new-tokens", "4", "--num-inference-steps", "3")
+
+
+def write(folder, *, chat=True, classes=("math", "code")):
+    """A checkpoint whose answers are letters, so that they can be printed and compared."""
+    lm, tokenizer = tiny_lm(), tiny_tokenizer(chat=chat)
+    letters = tokenizer("abcdefghijklmnopqrstuvwxyz")["input_ids"]
+    lm.generation_config.suppress_tokens = sorted(set(range(lm.config.vocab_size)) - set(letters))
+    lm.save_pretrained(folder / "base")
+    tokenizer.save_pretrained(folder / "base")
+    run = {
+        "model": {"base": str(folder / "base")},
+        "schedule": {"name": "linear"},
+        "parametrization": {"name": "embedding", **SPACE},
+        "backbone": {"name": "two_stream", "num_classes": len(classes), **NETWORK},
+        "classes": list(classes),
+    }
+    model = build_model(parse_run(run))
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for weight in model.own_parameters().values():
+            weight.add_(0.3 * torch.randn(weight.shape, generator=generator))
+    save(model, folder / "model")
+    return folder / "model"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return write(tmp_path_factory.mktemp("generate"))
+
+
+@pytest.fixture(scope="module")
+def lm(model):
+    return load(model)
+
+
+def run(*arguments, **options):
+    return CliRunner().invoke(app, ["generate", *map(str, arguments)], **options)
+
+
+def lines(*arguments, **options):
+    found = run(*arguments, **options)
+    assert found.exit_code == 0, found.exception
+    return found.stdout.splitlines()
+
+
+def texts(lm, prompts, **options):
+    encoded = pad_left([lm.tokenizer(prompt)["input_ids"] for prompt in prompts])
+    found = lm.generate(encoded, max_new_tokens=4, num_inference_steps=3, **options)
+    return [
+        lm.tokenizer.decode(a[:n], skip_special_tokens=True) for a, n in zip(found.answers, found.lengths, strict=True)
+    ]
+
+
+def test_each_prompt_is_answered_on_a_line_of_its_own(model, lm):
+    found = lines(model, "--prompt", "Hello", "--prompt", "Another one", *FAST)
+    assert found == texts(lm, ["Hello", "Another one"])
+    assert len(set(found)) == 2
+
+
+def test_prompts_come_from_a_file_of_text_or_json_lines(model, lm, tmp_path):
+    (tmp_path / "prompts.txt").write_text("Hello\n\nAnother one\n")
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "Hello", "id": 3}\n{"prompt": "Another one"}\n')
+    wanted = texts(lm, ["Hello", "Another one"])
+    assert lines(model, "--file", tmp_path / "prompts.txt", *FAST) == wanted
+    assert lines(model, "--file", tmp_path / "prompts.jsonl", *FAST) == wanted
+    assert lines(model, "--prompt", "Hello", "--file", tmp_path / "prompts.txt", *FAST)[0] == wanted[0]
+
+
+def test_the_size_of_a_batch_does_not_change_an_answer(model, tmp_path):
+    prompts = ["Hello", "Another one", "Hello", "A third, longer prompt", "Hello"]
+    (tmp_path / "prompts.txt").write_text("\n".join(prompts))
+    how = ("--file", tmp_path / "prompts.txt", *FAST, "--do-sample", "--num-return-sequences", "2")
+    wanted = lines(model, *how, "--batch-size", "5")
+    assert len(wanted) == 10
+    # Equal prompts differ by their number in the file, not in the batch.
+    assert len({wanted[0], wanted[4], wanted[8]}) > 1
+    for size in (1, 2):
+        assert lines(model, *how, "--batch-size", size) == wanted
+
+
+def test_options_of_sampling_are_those_of_the_python_interface(model, lm):
+    ask = (model, "--prompt", "Hello", "--prompt", "Another one", "--max-new-tokens", "4")
+    for arguments, options in [
+        (("--num-inference-steps", "0"), {"num_inference_steps": 0}),
+        (
+            ("--num-inference-steps", "4", "--solver", "euler", "--seed", "3"),
+            {"num_inference_steps": 4, "solver": "euler", "seed": 3},
+        ),
+        (
+            ("--num-inference-steps", "3", "--class", "code", "--guidance-scale", "2.5"),
+            {"num_inference_steps": 3, "classes": ["code", "code"], "guidance_scale": 2.5},
+        ),
+        (
+            ("--num-inference-steps", "3", "--set", "estimate.mode=argmax", "--set", "end_time=0.5"),
+            {"num_inference_steps": 3, "estimate": {"mode": "argmax"}, "end_time": 0.5},
+        ),
+        (("--preset", "l2d-release"), {"preset": "l2d-release"}),
+        (
+            ("--num-inference-steps", "3", "--do-sample", "--temperature", "2", "--top-k", "5", "--seed", "1"),
+            {"num_inference_steps": 3, "do_sample": True, "temperature": 2.0, "top_k": 5, "seed": 1},
+        ),
+    ]:
+        encoded = pad_left([lm.tokenizer(prompt)["input_ids"] for prompt in ("Hello", "Another one")])
+        found = lm.generate(encoded, max_new_tokens=4, **options)
+        wanted = [lm.tokenizer.decode(answer, skip_special_tokens=True) for answer in found.answers]
+        assert lines(*ask, *arguments) == wanted, arguments
+
+
+def test_merging_the_adapter_changes_no_answer(model):
+    how = (model, "--prompt", "Hello", *FAST)
+    assert lines(*how, "--merge") == lines(*how)
+
+
+def test_answers_are_cut_at_a_stop_string(model):
+    how = (model, "--prompt", "Hello", "--max-new-tokens", "8", "--num-inference-steps", "3")
+    (text,) = lines(*how)
+    stop = text[3]
+    assert lines(*how, "--stop", stop, "--stop", "unlikely") == [text[: text.index(stop)]]
+
+
+def test_a_conversation_is_rendered_by_the_chat_template(model, lm, tmp_path):
+    def ask(messages):
+        return lm.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+
+    user = [{"role": "user", "content": "Hello"}]
+    longer = [*user, {"role": "assistant", "content": "Yes"}, {"role": "user", "content": "Really"}]
+    (tmp_path / "talks.jsonl").write_text(
+        json.dumps({"messages": longer}) + "\n" + json.dumps({"messages": user}) + "\n"
+    )
+    assert lines(model, "--chat", "--prompt", "Hello", *FAST) == texts(lm, [ask(user)])
+    assert lines(model, "--file", tmp_path / "talks.jsonl", *FAST) == texts(lm, [ask(longer), ask(user)])
+
+
+def test_a_talk_on_the_terminal_remembers_what_was_said(model, lm):
+    found = run(model, "--chat", *FAST, input="Hello\nReally\n\n")
+    assert found.exit_code == 0
+    messages, answers = [], []
+    for line in ("Hello", "Really"):
+        messages.append({"role": "user", "content": line})
+        answers += texts(lm, [lm.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)])
+        messages.append({"role": "assistant", "content": answers[-1]})
+    printed = found.stdout.replace("> ", "").split()
+    assert [text for text in printed if text in answers] == answers
+
+
+def test_streamed_tokens_are_the_answer(model, lm):
+    assert lines(model, "--prompt", "Hello", "--stream", *FAST) == texts(lm, ["Hello"])
+
+
+def test_the_output_file_holds_prompts_answers_and_what_they_cost(model, lm, tmp_path):
+    output = tmp_path / "answers.jsonl"
+    prompts = ("--prompt", "Hello", "--prompt", "Ünïcode")
+    lines(model, *prompts, *FAST, "--num-return-sequences", "2", "--output", output)
+    rows = [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
+    assert [row["prompt"] for row in rows] == ["Hello", "Ünïcode"]
+    found = [answer["text"] for row in rows for answer in row["answers"]]
+    assert found == texts(lm, ["Hello", "Ünïcode"], num_return_sequences=2)
+    assert {(a["tokens"], a["evaluations_per_token"]) for row in rows for a in row["answers"]} == {(4, 3.0)}
+    assert [path.name for path in tmp_path.iterdir()] == ["answers.jsonl"]
+
+
+@pytest.fixture
+def no_weights(monkeypatch):
+    def refuse(*arguments, **options):
+        pytest.fail("weights were loaded")
+
+    monkeypatch.setattr(checkpoint, "load_language_model", refuse)
+
+
+REFUSED = [
+    ((), "There is nothing to answer. Give --prompt, --file, --infill, or --chat"),
+    (("--prompt", "a", "--solver", "midpont"), "Unknown solver 'midpont'; did you mean 'midpoint'"),
+    (("--prompt", "a", "--guidance", "classifier"), "did you mean 'classifier_free'"),
+    (("--prompt", "a", "--preset", "l2d-papr"), "did you mean 'l2d-paper'"),
+    (("--prompt", "a", "--num-inference-steps", "4"), "num_inference_steps=4. Use 3 or 5"),
+    (("--prompt", "a", "--class", "mth"), r"Unknown class 'mth'; did you mean 'math'\? This model knows"),
+    (("--prompt", "a", "--class", "zzz"), r"Unknown class 'zzz'\. This model knows \['math', 'code'\]"),
+    (("--prompt", "a", "--set", "solvr=euler"), "solvr: unknown field.*did you mean 'solver'"),
+    (("--prompt", "a", "--set", "estimate.mod=argmax"), "estimate.mod: Extra inputs are not permitted"),
+    (("--prompt", "a", "--set", "nothing"), "nothing"),
+    (("--prompt", "a", "--set", "block_size=2"), "denoises one token per block; got block_size=2"),
+    (("--prompt", "a", "--solver", "heun", "--set", "end_time=1.0"), "'heun' needs the velocity at the end time"),
+    (("--prompt", "a", "--set", "guidance=[]", "--guidance-scale", "2"), "exactly one guidance; 0 are set"),
+    (("--prompt", "a" * 130), "Prompt 0 has 130 tokens and with its answer would reach 386, but .* context is 128"),
+    (("--prompt", "a", "--prompt", ""), "Prompt 1 is empty"),
+    (("--prompt", "a", "--prompt", "b\udc80"), "Prompt 1: the text has half of a character"),
+    (("--infill", "a\udc80<mask:3>"), "Text 0: the text has half of a character"),
+    (("--prompt", "a", "--prompt", "b", "--stream"), "--stream shows one answer, got 2 prompts"),
+    (("--prompt", "a", "--dtype", "fp16"), "--dtype must be float32, bfloat16 or float16, got 'fp16'"),
+    (("--prompt", "a", "--do-sample", "--temperature", "0"), "--temperature must be above 0, got 0.0"),
+    (("--prompt", "a", "--do-sample", "--temperature", "nan"), "temperature should be a finite number, got nan"),
+    (("--prompt", "a", "--stop", ""), "stop_strings should have at least 1 character"),
+    (("--prompt", "a", "--class", "math", "--guidance-scale", "nan"), "guidance_scale nan does not fit guidance"),
+    (("--prompt", "a", "--set", "end_time=.nan"), "end_time: should be a finite number"),
+    (("--prompt", "a", "--device", "abacus"), "--device 'abacus' cannot be used here"),
+    (("--prompt", "a", "--base", "./none"), "There is no folder './none'"),
+    (("--file", "none.txt"), "There is no file 'none.txt'. Give a text file"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), REFUSED)
+def test_mistakes_are_answered_before_weights_are_loaded(model, no_weights, arguments, message):
+    fits = () if any(len(argument) > 100 for argument in arguments) else ("--max-new-tokens", "4")
+    found = run(model, *arguments, *fits)
+    assert isinstance(found.exception, L2DError), found.exception
+    with pytest.raises(L2DError, match=message):
+        raise found.exception
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--top-p", "2"),
+        ("--num-inference-steps", "-1"),
+        ("--max-new-tokens", "0"),
+        ("--batch-size", "0"),
+        ("--seed", "-1"),
+        ("--solvr", "euler"),
+    ],
+)
+def test_values_out_of_range_and_unknown_options_are_usage_errors(model, no_weights, arguments):
+    found = run(model, "--prompt", "a", *arguments)
+    assert found.exit_code == 2
+    assert arguments[0] in found.output
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt", "\n \n", "holds no prompt"),
+        ("a.txt", b"\xff\xfe", "is no text in UTF-8"),
+        ("a.jsonl", '{"prompt": "a"}\n{"prompt": ', r"a\.jsonl:2 is not a JSON object"),
+        ("a.jsonl", '["a"]\n', r"a\.jsonl:1 is not a JSON object"),
+        ("a.jsonl", '{"text": "a"}\n', r"a\.jsonl:1 has neither `prompt` nor `messages`; it has \['text'\]"),
+        ("a.jsonl", '{"messages": [{"role": "user"}]}\n', r"a\.jsonl:1: turn 0 makes it not a conversation"),
+        ("a.jsonl", '{"messages": ["hi"]}\n', r"a\.jsonl:1: turn 0 makes it not a conversation"),
+        ("a.jsonl", '{"messages": []}\n', r"a\.jsonl:1: \[\] is not a conversation"),
+        ("a.jsonl", '{"prompt": [{"role": "user", "content": null}]}\n', r"a\.jsonl:1: .* has the content None"),
+        ("a.jsonl", '{"prompt": "a"}\n\n{"prompt": "a\\ud800"}\n', r"a\.jsonl:3: the text has half of a character"),
+        (
+            "a.jsonl",
+            '{"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}]}\n',
+            r"a\.jsonl:1: .*(a list of parts|cannot render)",
+        ),
+    ],
+)
+def test_a_file_of_prompts_that_cannot_be_read_is_named(model, no_weights, tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(L2DError, match=message):
+        raise run(model, "--file", tmp_path / name).exception
+
+
+def test_an_output_file_is_never_overwritten(model, no_weights, tmp_path):
+    (tmp_path / "mine.jsonl").write_text("mine")
+    with pytest.raises(L2DError, match=r"mine.jsonl' exists. Name another --output"):
+        raise run(model, "--prompt", "a", *FAST, "--output", tmp_path / "mine.jsonl").exception
+    assert (tmp_path / "mine.jsonl").read_text() == "mine"
+    with pytest.raises(L2DError, match="none' is missing or cannot be written"):
+        raise run(model, "--prompt", "a", *FAST, "--output", tmp_path / "none" / "a.jsonl").exception
+
+
+def test_a_wrong_base_is_refused(model, no_weights, saved_tiny_lm):
+    with pytest.raises(L2DError, match="Pass the right model as `base`"):
+        raise run(model, "--prompt", "a", *FAST, "--base", saved_tiny_lm(seed=3)).exception
+
+
+def test_a_folder_that_is_no_checkpoint_is_refused(no_weights, tmp_path):
+    with pytest.raises(L2DError, match=r"holds no l2d\.json"):
+        raise run(tmp_path, "--prompt", "a").exception
+
+
+@pytest.fixture
+def plain(tmp_path):
+    return write(tmp_path, chat=False, classes=())
+
+
+def test_what_a_model_without_classes_template_or_tokenizer_cannot_do(plain, no_weights, tmp_path):
+    for arguments, message in [
+        (("--guidance-scale", "2"), "scale 2 needs a model trained with class labels; this one has none"),
+        (("--class", "math"), r"Unknown class 'math'\. This model knows \[\]"),
+        (("--chat",), "Prompt 0 is a conversation, but the tokenizer .* has no chat template"),
+    ]:
+        with pytest.raises(L2DError, match=message):
+            raise run(plain, "--prompt", "a", *FAST, *arguments).exception
+    for file in (tmp_path / "base").glob("token*"):
+        file.unlink()
+    with pytest.raises(L2DError, match="This model has no tokenizer"):
+        raise run(plain, "--prompt", "a", *FAST).exception

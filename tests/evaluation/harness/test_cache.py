@@ -1,0 +1,118 @@
+"""lm_eval's `--use_cache`: resumed is uninterrupted, and answers of others are refused."""
+
+import dataclasses
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from diffusion_models import diffusion_lm
+from tiny_models import tiny_lm, tiny_tokenizer
+from transformers import AutoTokenizer
+
+pytest.importorskip("lm_eval")
+
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import CachingLM
+from lm_eval.models.dummy import DummyLM
+
+from l2d_framework.config import ModelSection
+from l2d_framework.errors import CheckpointError
+from l2d_framework.evaluation.harness.model import L2DLM
+from l2d_framework.models.checkpoint import save
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("models")
+    model, tokenizer = diffusion_lm(tiny_lm("llama")), tiny_tokenizer()
+    model.backbone.lm.save_pretrained(root / "base")
+    tokenizer.save_pretrained(root / "base")
+    model.origin = dataclasses.replace(model.origin, model=ModelSection(base=str(root / "base"), dtype="float32"))
+    save(model, root / "l2d")
+    return root / "l2d"
+
+
+def cached(folder: Path, database: Path, **options: Any) -> tuple[L2DLM, Any]:
+    model = L2DLM(
+        str(folder), device="cpu", **{"batch_size": 2, "num_inference_steps": 3, "noise_samples": 1, **options}
+    )
+    return model, CachingLM(model, str(database))
+
+
+def generation(**options: Any) -> list[Instance]:
+    kwargs = {"until": ["\n\n"], "max_gen_toks": 4, "do_sample": False, **options}
+    made = [Instance("generate_until", {}, (text, kwargs), 0, metadata=("task", n, 3)) for n, text in enumerate("abcd")]
+    return [request for request in made for _ in range(3)]
+
+
+def choices() -> list[Instance]:
+    pairs = [(text, choice) for text in ("ab", "abc", "b") for choice in (" x", " yz")]
+    return [Instance("loglikelihood", {}, pair, 0, metadata=("task", n, 1)) for n, pair in enumerate(pairs)]
+
+
+@pytest.mark.parametrize("sampled", [False, True])
+def test_resumed_is_uninterrupted(folder, tmp_path, monkeypatch, sampled):
+    options = {"do_sample": True, "temperature": 1.0} if sampled else {}
+    whole = cached(folder, tmp_path / "whole.db")[1].generate_until(generation(**options))
+    assert len(set(whole[:3])) > 1 or len(set(whole[3:6])) > 1
+    scores = cached(folder, tmp_path / "scores.db")[1].loglikelihood(choices())
+
+    model, caching = cached(folder, tmp_path / "part.db")
+    batches, answer = [], model._answer
+
+    def interrupted(*arguments: Any, **changes: Any) -> Any:
+        batches.append(1)
+        if len(batches) == 4:
+            raise KeyboardInterrupt
+        return answer(*arguments, **changes)
+
+    monkeypatch.setattr(model, "_answer", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        caching.generate_until(generation(**options))
+    caching.dbdict.close()
+    resumed, caching = cached(folder, tmp_path / "part.db")
+    count = []
+    answer = resumed._answer
+    monkeypatch.setattr(resumed, "_answer", lambda *a, **o: count.append(1) or answer(*a, **o))
+    assert caching.generate_until(generation(**options)) == whole
+    assert len(count) == 5  # of eight batches, three were kept, the last in the middle of a question's repeats
+    assert caching.loglikelihood(choices()) == scores
+    assert resumed.get_model_info()["l2d"]["cost"]["generation"]["tokens"] > 0
+
+
+def test_what_is_known_needs_no_weights(folder, tmp_path):
+    first, caching = cached(folder, tmp_path / "answers.db")
+    found = caching.generate_until(generation()), caching.loglikelihood(choices())
+    caching.dbdict.close()
+    again, caching = cached(folder, tmp_path / "answers.db")
+    assert (caching.generate_until(generation()), caching.loglikelihood(choices())) == found
+    assert again._diffusion is None and first._diffusion is not None
+
+
+@pytest.mark.parametrize("options", [{"seed": 1}, {"solver": "euler"}, {"noise_samples": 2}, {"scoring": "main"}])
+def test_answers_of_other_settings_are_refused(folder, tmp_path, options):
+    cached(folder, tmp_path / "answers.db")[1].dbdict.close()
+    with pytest.raises(CheckpointError, match=r"differ in.*--use_cache"):
+        cached(folder, tmp_path / "answers.db", **options)
+
+
+def test_a_model_that_moved_is_the_same_and_another_tokenizer_is_not(folder, tmp_path):
+    cached(folder, tmp_path / "answers.db")[1].dbdict.close()
+    shutil.copytree(folder.parent / "base", tmp_path / "base")
+    cached(folder, tmp_path / "answers.db", base=str(tmp_path / "base"))[1].dbdict.close()
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "base")
+    tokenizer.add_tokens(["Hello"])
+    tokenizer.save_pretrained(tmp_path / "base")
+    with pytest.raises(CheckpointError, match=r"differ in \['tokenizer'\]"):
+        cached(folder, tmp_path / "answers.db", base=str(tmp_path / "base"))
+
+
+def test_answers_of_another_model_are_refused(folder, tmp_path):
+    dummy = CachingLM(DummyLM(), str(tmp_path / "answers.db"))
+    dummy.loglikelihood(choices())
+    dummy.dbdict.close()
+    with pytest.raises(CheckpointError, match="another model"):
+        cached(folder, tmp_path / "answers.db")

@@ -1,0 +1,189 @@
+"""lm_eval's command line with the model `l2d`: real tasks from local folders, several processes, missing pieces."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from diffusion_models import diffusion_lm, tess_lm
+from tiny_models import tiny_lm, tiny_tokenizer
+from typer.testing import CliRunner
+
+pytest.importorskip("lm_eval")
+
+from l2d_bench.protocols import folder
+from l2d_framework.cli import app
+from l2d_framework.config import ModelSection
+from l2d_framework.errors import ConfigError, DataError, PluginError
+from l2d_framework.evaluation.harness.command import run
+from l2d_framework.evaluation.harness.start_up.steps import lacks_checkpoint
+from l2d_framework.models.checkpoint import save
+
+MODULE = ("-m", "l2d_framework.evaluation.harness")
+SMALL = ("--limit", "4", "--num_fewshot", "0", "--gen_kwargs", "max_gen_toks=6")
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("models")
+    size = {"max_position_embeddings": 2048}
+    tokenizer = tiny_tokenizer(chat=True)
+    tokenizer.model_max_length = 2048
+    base = tiny_lm("llama", **size)
+    base.save_pretrained(root / "base")
+    tokenizer.save_pretrained(root / "base")
+    for name, model in (("l2d", diffusion_lm(base)), ("tess", tess_lm(tiny_lm("llama", **size)))):
+        section = ModelSection(base=str(root / "base"), dtype="float32")
+        model.origin = dataclasses.replace(model.origin, model=section)
+        model.tokenizer = tokenizer
+        save(model, root / name)
+    return {name: root / name for name in ("base", "l2d", "tess")}
+
+
+def python(*arguments: str | Path, cwd: Path, **environ: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        cwd=cwd,
+        env={**os.environ, "PYTHONSAFEPATH": "1", **environ},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+
+
+def outcome(folder: Path) -> tuple[dict[str, Any], dict[str, list[Any]]]:
+    """results.json and, per task, the logged answers in the order of documents."""
+    (results,) = folder.rglob("results_*.json")
+    samples = {}
+    for path in folder.rglob("samples_*.jsonl"):
+        rows = sorted(map(json.loads, path.read_text().splitlines()), key=lambda row: (row["filter"], row["doc_id"]))
+        samples[path.name.split("_2")[0]] = [(row["doc_id"], row["resps"]) for row in rows]
+    return json.loads(results.read_text()), samples
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["l2d", "tess"])
+def test_real_tasks_run_offline_and_say_where_their_data_lie(folders, datasets_dir, tmp_path, name):
+    scoring = "scoring=pseudo,num_inference_steps=3" if name == "tess" else "noise_samples=2,num_inference_steps=3"
+    result = python(
+        *MODULE, "--tasks", "gsm8k,arc_easy", *SMALL, "--batch_size", "3", "--log_samples", "--output_path", tmp_path,
+        "--model_args", f"pretrained={folders[name]},{scoring}", "--apply_chat_template",
+        "--system_instruction", "Be brief.", "--fewshot_as_multiturn", "true",
+        cwd=datasets_dir,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    results, samples = outcome(tmp_path)
+    assert {"gsm8k", "arc_easy"} == results["results"].keys()
+    assert {len(rows) for task, rows in samples.items() if "arc" in task} == {4}
+    data = results["config"]["l2d"]["data"]
+    assert data["gsm8k"]["local_folder"] == str((datasets_dir / "openai/gsm8k").resolve())
+    assert "not from the hub" in result.stderr
+
+
+@pytest.mark.slow
+def test_two_processes_answer_as_one(folders, datasets_dir, tmp_path):
+    options = (
+        "--model", "l2d", "--tasks", "gsm8k,arc_easy", "--limit", "5", "--num_fewshot", "0", "--log_samples",
+        "--gen_kwargs", "max_gen_toks=6,do_sample=true,temperature=1.0", "--batch_size", "2",
+        "--model_args", f"pretrained={folders['l2d']},num_inference_steps=3,noise_samples=2",
+    )  # fmt: skip
+    launch = (
+        "-m",
+        "accelerate.commands.launch",
+        "--cpu",
+        "--num_processes",
+        "2",
+        "--num_machines",
+        "1",
+        "--mixed_precision",
+        "no",
+        "--dynamo_backend",
+        "no",
+    )
+    one = python(*MODULE, *options, "--output_path", tmp_path / "one", cwd=datasets_dir)
+    two = python(*launch, *MODULE, *options, "--output_path", tmp_path / "two", cwd=datasets_dir)
+    assert one.returncode == 0, one.stderr
+    assert two.returncode == 0, two.stderr
+    (alone, answers), (together, same) = outcome(tmp_path / "one"), outcome(tmp_path / "two")
+    assert together["results"].keys() == alone["results"].keys()
+    assert answers.keys() == same.keys() and len(answers) == 2
+    for task, rows in answers.items():
+        assert len(rows) >= 5
+        for (document, first), (other, second) in zip(rows, same[task], strict=True):
+            assert document == other
+            if "gsm8k" in task:
+                assert first[0][0] == second[0][0]
+            else:
+                scores = [[float(choice[0][0]) for choice in found] for found in (first, second)]
+                assert scores[0] == pytest.approx(scores[1], abs=1e-4)
+    counts = [found["config"]["l2d"]["cost"]["generation"]["tokens"] for found in (alone, together)]
+    # The shorter list is filled up with a request whose answer is already known.
+    assert counts[0] == counts[1]
+
+
+def test_a_missing_checkpoint_is_noticed_from_the_command_line(monkeypatch):
+    for arguments in (
+        ["--model", "l2d", "--tasks", "x"],
+        ["run", "--model=l2d"],
+        ["-M", "l2d", "--model_args", "seed=1"],
+    ):
+        assert lacks_checkpoint(arguments, {})
+        assert not lacks_checkpoint(arguments, {"L2D_PRETRAINED": "x"})
+        assert not lacks_checkpoint([*arguments, "--model_args", "pretrained=x"], {})
+        assert not lacks_checkpoint([*arguments, "--config", "x.yaml"], {})
+    for arguments in (["--model", "hf"], [], ["--model"], ["ls", "tasks"]):
+        assert not lacks_checkpoint(arguments, {})
+    monkeypatch.delenv("L2D_PRETRAINED", raising=False)
+    with pytest.raises(ConfigError, match=r"pretrained=.*L2D_PRETRAINED"):
+        run(["--tasks", "gsm8k"])
+    result = CliRunner().invoke(app, ["eval", "--tasks", "gsm8k"])
+    assert isinstance(result.exception, ConfigError)
+
+
+def test_the_missing_extra_is_named(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(PluginError, match=r"l2d-framework\[eval\]"):
+        run(["--tasks", "gsm8k"])
+
+
+def test_data_out_of_reach_name_the_folder_that_would_serve(monkeypatch, tmp_path):
+    def unreachable() -> None:
+        raise ConnectionError("Couldn't reach 'baber/piqa' on the Hub (OfflineModeIsEnabled)")
+
+    monkeypatch.setattr("lm_eval.__main__.cli_evaluate", unreachable)
+    monkeypatch.setattr(sys, "argv", [])
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match=f"baber/piqa.*{tmp_path}/baber/piqa"):
+        run(["--model", "dummy", "--tasks", "piqa"])
+
+
+def test_an_unknown_task_is_answered_with_those_like_it(monkeypatch):
+    def unknown() -> None:
+        raise ValueError("Tasks not found: gsm9k, xqzxqz")
+
+    monkeypatch.setattr("lm_eval.__main__.cli_evaluate", unknown)
+    monkeypatch.setattr(sys, "argv", [])
+    said = r"task 'gsm9k'; did you mean 'gsm8k'.*\? lm_eval knows no task 'xqzxqz'\. `lm_eval ls tasks`.*--include_path"
+    with pytest.raises(ConfigError, match=said):
+        run(["--model", "dummy", "--tasks", "gsm9k,xqzxqz"])
+
+
+def test_arguments_reach_lm_eval_after_the_folder_of_our_tasks(monkeypatch):
+    ours = ["--include_path", str(folder())]
+    seen: list[list[str]] = []
+    monkeypatch.setattr("lm_eval.__main__.cli_evaluate", lambda: seen.append(sys.argv[1:]))
+    monkeypatch.setattr(sys, "argv", [])
+    monkeypatch.setenv("L2D_PRETRAINED", "x")
+    for arguments in (["--tasks", "a", "--limit", "2"], ["run", "--model", "hf"], ["ls", "tasks"], ["--help"]):
+        assert CliRunner().invoke(app, ["eval", *arguments]).exception is None
+    assert seen == [
+        ["run", *ours, "--model", "l2d", "--tasks", "a", "--limit", "2"],
+        ["run", *ours, "--model", "hf"],
+        ["ls", *ours, "tasks"],
+        ["--help"],
+    ]
