@@ -32,7 +32,7 @@ from transformers import (
 )
 
 from l2d_framework.config import DiffusionRun, parse_run
-from l2d_framework.diffusion.ode import Streams, TokenProblem
+from l2d_framework.diffusion.ode import Streams, TokenODE
 from l2d_framework.diffusion.rng import TokenStreams
 from l2d_framework.diffusion.selection import AllTokens
 from l2d_framework.models.diffusion_lm import DiffusionLM
@@ -145,7 +145,7 @@ class Steps:
         sampling = self.lm.sampling(estimate=estimate, **options)
         space = self.lm.parametrization.with_estimate(sampling.estimate)
         start = AllTokens(self._streams("prior"))
-        problem = TokenProblem(
+        problem = TokenODE(
             self.lm,
             Query(
                 x=space.prior_scale * space.noise(start),

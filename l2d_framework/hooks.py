@@ -28,5 +28,5 @@ def l2d_presets() -> Mapping[str, Mapping[str, Any]]:  # type: ignore[empty-body
 def l2d_converters() -> Mapping[str, Callable[..., Any]]:  # type: ignore[empty-body]
     """Readers of foreign checkpoints by format name, such as `{"l2d-reference": read}`.
 
-    A reader takes the folder and returns `l2d_framework.types.Foreign`.
+    A reader takes the folder and returns `l2d_framework.types.ForeignCheckpoint`.
     """

@@ -218,7 +218,7 @@ class Random(Protocol):
 
 
 @dataclass(frozen=True)
-class Foreign:
+class ForeignCheckpoint:
     """A checkpoint of another code base, read by a converter plugin.
 
     Attributes:

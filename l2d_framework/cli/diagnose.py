@@ -125,7 +125,7 @@ def _settings(source: Source, options: dict[str, Any], adaptive_solver: str, tim
     solver, steps = sampling.solver, sampling.num_inference_steps
     if solver.is_adaptive or solver.batch_coupled or not steps or steps < 2:
         raise ConfigError(
-            f"Settling is watched on a fixed grid of at least 2 evaluations; solver {solver.component_name()!r} with "
+            f"EarlyStop is watched on a fixed grid of at least 2 evaluations; solver {solver.component_name()!r} with "
             f"num_inference_steps={steps} has none. Give --solver and --num-inference-steps, such as midpoint and 15."
         )
     adaptive = None

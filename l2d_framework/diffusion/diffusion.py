@@ -1,4 +1,4 @@
-"""Process: schedule, parametrization and backbone put together into the one equation of the package."""
+"""Diffusion: schedule, parametrization and backbone put together into the one equation of the package."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from l2d_framework.schedule import Schedule
 from l2d_framework.types import Prediction, Query
 
 
-class Process(nn.Module):
+class Diffusion(nn.Module):
     """A network that predicts clean tokens from noisy states; itself a `Predict`, the innermost one.
 
     Args:

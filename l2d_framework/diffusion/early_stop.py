@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from l2d_framework.diffusion.logits import Answer
+from l2d_framework.diffusion.logits import Logits
 
 
 class Settled(Exception):
@@ -15,12 +15,12 @@ class Settled(Exception):
         answer: what they settled with.
     """
 
-    def __init__(self, answer: Answer) -> None:
+    def __init__(self, answer: Logits) -> None:
         super().__init__()
         self.answer = answer
 
 
-class Settling:
+class EarlyStop:
     """Rows whose tokens no longer change keep the answer they had then, whatever their batch mates still do.
 
     Args:
@@ -34,11 +34,11 @@ class Settling:
     def __init__(self, patience: int, rows: int) -> None:
         self._patience = patience
         self._tokens: Tensor | None = None
-        self._kept: Answer | None = None
+        self._kept: Logits | None = None
         self._unchanged = torch.zeros(rows, dtype=torch.int64)
         self.going = torch.ones(rows, dtype=torch.bool)
 
-    def add(self, answer: Answer, tokens: Tensor, *, is_last: bool) -> Answer:
+    def add(self, answer: Logits, tokens: Tensor, *, is_last: bool) -> Logits:
         """Take note of an evaluation.
 
         Args:

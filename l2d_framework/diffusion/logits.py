@@ -12,7 +12,7 @@ from l2d_framework.simplex_state import pieces
 
 
 @dataclass(frozen=True)
-class Answer:
+class Logits:
     """Logits about the positions of a block.
 
     Attributes:
@@ -45,7 +45,7 @@ class Answer:
         for _, logits in self.parts():
             yield from logits.unbind(1)
 
-    def where(self, chosen: Tensor, other: Answer) -> Answer:
+    def where(self, chosen: Tensor, other: Logits) -> Logits:
         """This answer in some rows, another one elsewhere.
 
         Args:
@@ -55,4 +55,4 @@ class Answer:
         Returns:
             The mixed answer.
         """
-        return Answer(torch.where(chosen[:, None, None], self.values, other.values), self.vocab_size, self.head)
+        return Logits(torch.where(chosen[:, None, None], self.values, other.values), self.vocab_size, self.head)

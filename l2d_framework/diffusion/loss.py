@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from l2d_framework.blame import naming_plugins
-from l2d_framework.diffusion.diffusion import Process
-from l2d_framework.diffusion.logits import Answer
+from l2d_framework.diffusion.diffusion import Diffusion
+from l2d_framework.diffusion.logits import Logits
 from l2d_framework.diffusion.rng import keyed_generator
 from l2d_framework.types import Layout, Query
 
@@ -85,13 +85,13 @@ class Losses:
 
 
 @naming_plugins()
-def draw(process: Process, layout: Layout, rule: NoiseRule) -> Draws:
+def draw(diffusion: Diffusion, layout: Layout, rule: NoiseRule) -> Draws:
     """Times and noise for every supervised position; tokens of one block share their time.
 
     Each example draws from its own stream, on the host, so that neither batching nor the device changes its noise.
 
     Args:
-        process: the model, for its schedule and state size.
+        diffusion: the model, for its schedule and state size.
         layout: tokens and blocks, (B, S); blocks >= 1 are supervised.
         rule: how to draw.
 
@@ -106,21 +106,21 @@ def draw(process: Process, layout: Layout, rule: NoiseRule) -> Draws:
     width = max(len(example.positions) for example in examples)
     batch = _Batch(examples, width, device)
     u = batch.stack([example.uniform() for example in examples])
-    noise = process.parametrization.noise(batch)
+    noise = diffusion.parametrization.noise(batch)
     drops = [
         example.random.random(len(example.positions) if rule.dropout_per == "token" else 1) for example in examples
     ]
     kept = [np.broadcast_to(d >= rule.class_dropout, len(e.positions)) for d, e in zip(drops, examples, strict=True)]
     counts = torch.tensor([len(example.positions) for example in examples], device=device)
-    t = process.schedule.sample_times(u)
-    share = rule.self_conditioning if process.parametrization.uses_previous else 0.0
+    t = diffusion.schedule.sample_times(u)
+    share = rule.self_conditioning if diffusion.parametrization.uses_previous else 0.0
     return Draws(
         positions=batch.stack([example.positions for example in examples]),
         valid=torch.arange(width, device=device) < counts[:, None],
         t=t,
         noise=noise,
         kept=batch.stack(kept),
-        first_t=process.schedule.noisier(t) if rule.is_first_noisier else t,
+        first_t=diffusion.schedule.noisier(t) if rule.is_first_noisier else t,
         conditioned=torch.tensor([bool(share and e.random.random() < share) for e in examples], device=device),
     )
 
@@ -167,7 +167,7 @@ class _Batch:
 
 @naming_plugins()
 def denoising_loss(
-    process: Process,
+    diffusion: Diffusion,
     layout: Layout,
     draws: Draws,
     *,
@@ -178,7 +178,7 @@ def denoising_loss(
     """Cross-entropy of the clean tokens given their noisy states, without weighting in t.
 
     Args:
-        process: the model.
+        diffusion: the model.
         layout: tokens and blocks, (B, S).
         draws: positions, times and noise.
         classes: class of each row, (B,), int64, -1 for none; None for none at all.
@@ -190,46 +190,46 @@ def denoising_loss(
 
     Source: arXiv:2501.15781, Eq. 4; arXiv:2502.13917, Eq. 3 and 6.
     """
-    query = _query(process, layout, draws, classes)
+    query = _query(diffusion, layout, draws, classes)
     if bool(draws.conditioned.any()):
-        query = query.replace(previous=_first_prediction(process, layout, draws, classes))
+        query = query.replace(previous=_first_prediction(diffusion, layout, draws, classes))
     chosen = draws.valid if counted is None else draws.valid & counted.gather(1, draws.positions)
-    features = process.features(query)[chosen]
+    features = diffusion.features(query)[chosen]
     count = int((layout.blocks >= 1).sum() if counted is None else (counted & (layout.blocks >= 1)).sum())
     copies = len(features) // max(count, 1)
     targets = layout.tokens.gather(1, draws.positions)[chosen]
-    head = process.backbone.head
+    head = diffusion.backbone.head
     total, tokens = chunked_cross_entropy(
-        head, features, targets, chunk=chunk, parameters=process.backbone.head_parameters()
+        head, features, targets, chunk=chunk, parameters=diffusion.backbone.head_parameters()
     )
     row, _ = chosen.nonzero(as_tuple=True)
     return Losses(total / max(copies, 1), tokens, draws.t[chosen], count, row, draws.positions[chosen])
 
 
-def _query(process: Process, layout: Layout, draws: Draws, classes: Tensor | None) -> Query:
+def _query(diffusion: Diffusion, layout: Layout, draws: Draws, classes: Tensor | None) -> Query:
     return Query(
-        x=process.diffuse(layout.tokens.gather(1, draws.positions), draws.t, draws.noise),
+        x=diffusion.diffuse(layout.tokens.gather(1, draws.positions), draws.t, draws.noise),
         t=draws.t,
         positions=draws.positions,
-        context=process.backbone.read(layout),
+        context=diffusion.backbone.read(layout),
         condition=None if classes is None else torch.where(draws.kept, classes[:, None], -1),
     )
 
 
 @torch.no_grad()
-def _first_prediction(process: Process, layout: Layout, draws: Draws, classes: Tensor | None) -> Tensor:
+def _first_prediction(diffusion: Diffusion, layout: Layout, draws: Draws, classes: Tensor | None) -> Tensor:
     """What the parametrization remembers of a prediction from the same noise; of zeros in rows that are shown none."""
     rows = draws.conditioned.nonzero()[:, 0]
     taken = Draws(**{name: value[rows] for name, value in vars(draws).items()})
     query = _query(
-        process,
+        diffusion,
         Layout(layout.tokens[rows], layout.blocks[rows]),
         replace(taken, t=taken.first_t),
         None if classes is None else classes[rows],
     )
-    backbone, space = process.backbone, process.parametrization
+    backbone, space = diffusion.backbone, diffusion.parametrization
     table = backbone.table()
-    answer = Answer(process.features(query), backbone.vocab_size, backbone.head)
+    answer = Logits(diffusion.features(query), backbone.vocab_size, backbone.head)
     memory = torch.cat([space.remember(logits, table) for _, logits in answer.parts()], 1)
     nothing = space.remember(memory.new_zeros(1, 1, backbone.vocab_size), table)
     out = nothing.expand(len(layout.tokens), memory.shape[1], -1).clone()

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from l2d_framework.blame import described
-from l2d_framework.diffusion.diffusion import Process
-from l2d_framework.diffusion.early_stop import Settling
-from l2d_framework.diffusion.logits import Answer
+from l2d_framework.diffusion.diffusion import Diffusion
+from l2d_framework.diffusion.early_stop import EarlyStop
+from l2d_framework.diffusion.logits import Logits
 from l2d_framework.diffusion.rng import TokenStreams
 from l2d_framework.diffusion.selection import ActiveTokens, AllTokens, Sliced, Subset
 from l2d_framework.errors import PluginError
@@ -62,13 +62,13 @@ class Streams:
     repeat: bool = False
 
 
-class TokenProblem:
+class TokenODE:
     """Turns predictions into clean states and velocities, and counts evaluations.
 
     Tokens that a solver declares inactive are left out of the network's batch, not merely masked.
 
     Args:
-        process: the model.
+        diffusion: the model.
         query: positions, context, condition and guidance scale of the block; its state and time are ignored.
         guidance: wrappers around prediction, the first is innermost.
         parametrization: the model's, with the request's estimate options.
@@ -85,7 +85,7 @@ class TokenProblem:
 
     def __init__(
         self,
-        process: Process,
+        diffusion: Diffusion,
         query: Query,
         *,
         guidance: Sequence[Guidance],
@@ -96,14 +96,14 @@ class TokenProblem:
         patience: int | None = None,
         observer: Observer | None = None,
     ) -> None:
-        self._process, self._query, self._guidance = process, query, guidance
+        self._diffusion, self._query, self._guidance = diffusion, query, guidance
         self._parametrization, self._codebook = parametrization, codebook
         self._streams, self._observer = streams, observer
         self._layout = layout or Layout(query.positions[:, :0], query.positions[:, :0])
         self._previous: Tensor | None = None
         self._rows: Tensor | None = None
         self._context = query.context
-        self._settling = None if patience is None else Settling(patience, len(query.positions))
+        self._settling = None if patience is None else EarlyStop(patience, len(query.positions))
         self._count = 0
         self._unsound: dict[int, Tensor] = {}
         self.evaluations = torch.zeros_like(query.positions)
@@ -112,7 +112,7 @@ class TokenProblem:
     @property
     def schedule(self) -> Schedule:
         """The noise law."""
-        return self._process.schedule
+        return self._diffusion.schedule
 
     def fresh_noise(self, x: Tensor) -> Tensor:
         """New noise from the prior.
@@ -161,7 +161,7 @@ class TokenProblem:
         _, found = self._evaluate(part.query(query), part.take(until_t), ActiveTokens(self._streams.estimate, part))
         return part.put(found)
 
-    def read_out(self, x: Tensor, t: float) -> Answer:
+    def read_out(self, x: Tensor, t: float) -> Logits:
         """Logits that yield the tokens, from the last evaluation.
 
         Args:
@@ -177,7 +177,7 @@ class TokenProblem:
         shared = None if isinstance(t, Tensor) else float(t)
         return self._query.replace(x=x.float(), t=as_time(t, x).float(), shared_time=shared, previous=self._previous)
 
-    def _evaluate(self, query: Query, until: Tensor | None, random: AllTokens | ActiveTokens) -> tuple[Answer, Tensor]:
+    def _evaluate(self, query: Query, until: Tensor | None, random: AllTokens | ActiveTokens) -> tuple[Logits, Tensor]:
         """Logits, and the clean state for a move `until` a time; the read-out moves no more and gets an empty one."""
         if self._streams.repeat:
             self._streams.estimate.rewind()
@@ -195,7 +195,7 @@ class TokenProblem:
             if until is not None and self._parametrization.uses_previous:
                 whole = logits.shape == answer.values.shape
                 memory.append(
-                    logits if whole else self._parametrization.remember(logits, self._process.backbone.table())
+                    logits if whole else self._parametrization.remember(logits, self._diffusion.backbone.table())
                 )
             if self._settling is not None:
                 tokens.append(logits.argmax(-1))
@@ -205,20 +205,20 @@ class TokenProblem:
             answer = self._settling.add(answer, torch.cat(tokens, 1), is_last=until is None)
         return answer, clean if clean is not None else _joined(estimates) if estimates else query.t.new_empty(0)
 
-    def _predict(self, query: Query, space: _Space) -> tuple[Answer, Tensor | None]:
+    def _predict(self, query: Query, space: _Space) -> tuple[Logits, Tensor | None]:
         """The guided answer and what the guidance moves towards, if it says so.
 
         Without guidance or observer nobody needs the logits of more than a few positions at once.
         """
         rows, length = query.positions.shape
-        size = self._process.backbone.vocab_size
+        size = self._diffusion.backbone.vocab_size
         if not self._guidance and self._observer is None and rows * length * size > CHUNK:
-            return Answer(self._process.features(query), size, self._process.backbone.head), None
-        predict: Predict = self._process
+            return Logits(self._diffusion.features(query), size, self._diffusion.backbone.head), None
+        predict: Predict = self._diffusion
         for guidance in self._guidance:
             predict = _Guided(predict, guidance, space, self)
         prediction = predict(query)
-        return Answer(prediction.logits, size), prediction.clean
+        return Logits(prediction.logits, size), prediction.clean
 
     def check_guided(self, guidance: Guidance, query: Query, found: Any) -> None:
         """Refuse a guided prediction of another shape or type, and note whether there is a NaN.
@@ -232,7 +232,7 @@ class TokenProblem:
             PluginError: if it is not what a guidance returns.
         """
         rows = tuple(query.positions.shape)
-        wanted = {"logits": (*rows, self._process.backbone.vocab_size), "clean": (*rows, query.x.shape[-1])}
+        wanted = {"logits": (*rows, self._diffusion.backbone.vocab_size), "clean": (*rows, query.x.shape[-1])}
         for name, shape in wanted.items():
             value = getattr(found, name, None)
             if value is None and name == "clean":
@@ -276,7 +276,7 @@ def _joined(parts: list[Tensor]) -> Tensor:
 class _Space:
     """The state space at one evaluation, as guidance sees it."""
 
-    def __init__(self, problem: TokenProblem, until: Tensor, random: AllTokens | ActiveTokens, evaluation: int) -> None:
+    def __init__(self, problem: TokenODE, until: Tensor, random: AllTokens | ActiveTokens, evaluation: int) -> None:
         self._problem, self._until, self._random, self.evaluation = problem, until, random, evaluation
         self._estimates = 0
         self._recorded: set[str] = set()
@@ -296,7 +296,7 @@ class _Space:
         return problem._parametrization.estimate(logits, self._until, problem._codebook, self.branch())
 
     def encode(self, tokens: Tensor) -> Tensor:
-        return self._problem._parametrization.encode(tokens, self._problem._process.backbone.table())
+        return self._problem._parametrization.encode(tokens, self._problem._diffusion.backbone.table())
 
     def random(self) -> Random:
         # Below the numbers of estimates, so that neither changes what the other draws.
@@ -313,7 +313,7 @@ class _Guided:
     predict: Predict
     guidance: Guidance
     space: Space
-    problem: TokenProblem
+    problem: TokenODE
 
     def __call__(self, query: Query) -> Prediction:
         found = self.guidance(self.predict, query, self.space)

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from l2d_framework.diffusion.diffusion import Process
+from l2d_framework.diffusion.diffusion import Diffusion
 from l2d_framework.diffusion.early_stop import Settled
-from l2d_framework.diffusion.logits import Answer
-from l2d_framework.diffusion.ode import Observer, Streams, TokenProblem
+from l2d_framework.diffusion.logits import Logits
+from l2d_framework.diffusion.ode import Observer, Streams, TokenODE
 from l2d_framework.diffusion.rng import TokenStreams
 from l2d_framework.diffusion.sampling import Sampling, plan
 from l2d_framework.parametrization import Parametrization
@@ -61,40 +61,40 @@ class Denoised:
         metrics: what guidance recorded, by name, (B, evaluations), float32.
     """
 
-    answer: Answer
+    answer: Logits
     evaluations: Tensor
     metrics: dict[str, Tensor]
 
 
 @dataclass(frozen=True)
-class BlockSolver:
+class Sampler:
     """A model with the settings of a request.
 
     Attributes:
-        process: the model.
+        diffusion: the model.
         sampling: how to diffuse.
         parametrization: the model's, with the request's estimate options.
         observer: called after every network evaluation, or None.
     """
 
-    process: Process
+    diffusion: Diffusion
     sampling: Sampling
     parametrization: Parametrization
     observer: Observer | None = None
 
     @classmethod
-    def of(cls, process: Process, sampling: Sampling, observer: Observer | None = None) -> BlockSolver:
+    def of(cls, diffusion: Diffusion, sampling: Sampling, observer: Observer | None = None) -> Sampler:
         """A solver with the sampling's estimate options.
 
         Args:
-            process: the model.
+            diffusion: the model.
             sampling: how to diffuse.
             observer: called after every network evaluation, or None.
 
         Returns:
             The solver of blocks.
         """
-        return cls(process, sampling, process.parametrization.with_estimate(sampling.estimate), observer)
+        return cls(diffusion, sampling, diffusion.parametrization.with_estimate(sampling.estimate), observer)
 
     def __call__(self, block: Block) -> Denoised:
         """Solve the block and read it out.
@@ -105,17 +105,17 @@ class BlockSolver:
         Returns:
             Logits and what they cost.
         """
-        process, sampling, positions = self.process, self.sampling, block.positions
-        backbone, space = process.backbone, self.parametrization
+        diffusion, sampling, positions = self.diffusion, self.sampling, block.positions
+        backbone, space = diffusion.backbone, self.parametrization
         if sampling.num_inference_steps == 0:
             plain = backbone.plain(positions, block.context)
-            answer = Answer(plain, backbone.vocab_size, backbone.head)
+            answer = Logits(plain, backbone.vocab_size, backbone.head)
             return Denoised(answer, torch.zeros_like(positions), {})
-        solver, times = plan(process, sampling)
+        solver, times = plan(diffusion, sampling)
         x = space.prior_scale * space.noise(block.streams("prior"))
         x = x.to(torch.float32 if x.device.type == "mps" else space.state_dtype)
-        problem = TokenProblem(
-            process,
+        problem = TokenODE(
+            diffusion,
             Query(
                 x=x,
                 t=torch.zeros(positions.shape, device=x.device),
@@ -126,7 +126,7 @@ class BlockSolver:
             ),
             guidance=sampling.guidance,
             parametrization=space,
-            codebook=process.codebook(),
+            codebook=diffusion.codebook(),
             streams=Streams(block.streams("estimate"), block.streams("fresh"), repeat=solver.is_adaptive),
             layout=block.layout,
             patience=sampling.patience,

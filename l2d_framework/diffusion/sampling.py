@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from l2d_framework.diffusion.diffusion import Process
+from l2d_framework.diffusion.diffusion import Diffusion
 from l2d_framework.errors import ConfigError
 from l2d_framework.guidance import Guidance
 from l2d_framework.solver import Solver
@@ -93,11 +93,11 @@ def check_sampling(sampling: Sampling, *, num_classes: int, has_condition: bool,
             )
 
 
-def plan(process: Process, sampling: Sampling) -> tuple[Solver, list[float]]:
+def plan(diffusion: Diffusion, sampling: Sampling) -> tuple[Solver, list[float]]:
     """Solver with its budget, and the times it visits.
 
     Args:
-        process: the model.
+        diffusion: the model.
         sampling: how to sample.
 
     Returns:
@@ -106,7 +106,7 @@ def plan(process: Process, sampling: Sampling) -> tuple[Solver, list[float]]:
     solver, steps = sampling.solver, sampling.num_inference_steps
     end = sampling.end_time
     if end is None:
-        end = 1 - min(1 / process.parametrization.prior_scale, 0.5) if solver.evaluates_end else 1.0
+        end = 1 - min(1 / diffusion.parametrization.prior_scale, 0.5) if solver.evaluates_end else 1.0
     if steps is None:
-        return solver, process.schedule.grid(2, end)
-    return solver.with_budget(steps), process.schedule.grid(solver.grid_size(steps), end)
+        return solver, diffusion.schedule.grid(2, end)
+    return solver.with_budget(steps), diffusion.schedule.grid(solver.grid_size(steps), end)

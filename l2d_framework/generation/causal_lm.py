@@ -14,9 +14,9 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from l2d_framework.blame import naming_plugins
-from l2d_framework.diffusion.diffusion import Process
+from l2d_framework.diffusion.diffusion import Diffusion
 from l2d_framework.diffusion.rng import request_keys as names_of
-from l2d_framework.diffusion.sampler import Block, BlockSolver
+from l2d_framework.diffusion.sampler import Block, Sampler
 from l2d_framework.diffusion.sampling import Sampling, check_sampling
 from l2d_framework.errors import ConfigError
 from l2d_framework.types import Layout
@@ -65,7 +65,7 @@ class FaceCache:
         self.names = [self.names[row] for row in rows.tolist()]
 
 
-class TransformersFace(PreTrainedModel, GenerationMixin):
+class DiffusionForCausalLM(PreTrainedModel, GenerationMixin):
     """A model of one token per block under fixed sampling settings, with the interface of a causal language model.
 
     The logits about a token are those of the last evaluation after its solve: the distribution that `generate` of the
@@ -80,7 +80,7 @@ class TransformersFace(PreTrainedModel, GenerationMixin):
     `l2d_framework.diffusion.loss`, so nothing here has gradients.
 
     Args:
-        process: the model.
+        diffusion: the model.
         sampling: how to diffuse.
         class_id: class of every text, or None.
 
@@ -93,35 +93,35 @@ class TransformersFace(PreTrainedModel, GenerationMixin):
     _supports_flash_attn = True
     _supports_flex_attn = True
 
-    def __init__(self, process: Process, sampling: Sampling, class_id: int | None = None) -> None:
-        if process.block_size != 1 or not process.backbone.independent_positions:
+    def __init__(self, diffusion: Diffusion, sampling: Sampling, class_id: int | None = None) -> None:
+        if diffusion.block_size != 1 or not diffusion.backbone.independent_positions:
             raise ConfigError(
                 f"Only a model of one token per block is a causal language model to transformers; "
-                f"{type(process.backbone).__name__} denoises "
-                f"{'whole answers' if process.block_size is None else f'{process.block_size} tokens'} together. "
+                f"{type(diffusion.backbone).__name__} denoises "
+                f"{'whole answers' if diffusion.block_size is None else f'{diffusion.block_size} tokens'} together. "
                 "Use generate() of the diffusion model itself."
             )
         if sampling.block_size not in (None, 1):
             raise ConfigError(f"block_size={sampling.block_size} gives no next-token logits. Leave it out.")
-        check_sampling(sampling, num_classes=process.backbone.config.num_classes, has_condition=class_id is not None)
-        lm: Any = process.backbone.lm
+        check_sampling(sampling, num_classes=diffusion.backbone.config.num_classes, has_condition=class_id is not None)
+        lm: Any = diffusion.backbone.lm
         super().__init__(copy.deepcopy(lm.config))
-        self.process = process
+        self.diffusion = diffusion
         self.sampling = sampling
         self.class_id = class_id
         self.generation_config = copy.deepcopy(lm.generation_config)
         self.on_step: Callable[[Tensor], None] | None = None
-        self.training = process.training
+        self.training = diffusion.training
 
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return self.process.backbone.lm.device
+        return self.diffusion.backbone.lm.device
 
     @property
     def dtype(self) -> torch.dtype:
         """Of the language model's weights."""
-        return self.process.backbone.lm.dtype
+        return self.diffusion.backbone.lm.dtype
 
     def get_input_embeddings(self) -> nn.Module:
         """The language model's embedding layer.
@@ -129,7 +129,7 @@ class TransformersFace(PreTrainedModel, GenerationMixin):
         Returns:
             The layer.
         """
-        return self.process.backbone.lm.get_input_embeddings()
+        return self.diffusion.backbone.lm.get_input_embeddings()
 
     def get_output_embeddings(self) -> nn.Module | None:
         """The language model's vocabulary head.
@@ -137,7 +137,7 @@ class TransformersFace(PreTrainedModel, GenerationMixin):
         Returns:
             The layer.
         """
-        head: nn.Module | None = self.process.backbone.lm.get_output_embeddings()
+        head: nn.Module | None = self.diffusion.backbone.lm.get_output_embeddings()
         return head
 
     def save_pretrained(self, save_directory: Any, **options: Any) -> None:  # type: ignore[override]  # only refuses
@@ -205,7 +205,7 @@ class TransformersFace(PreTrainedModel, GenerationMixin):
                 raise ConfigError("There is padding after tokens in the cache. Pad prompts on the left.")
             known = cache.layout.blocks
             grown = torch.cat([cache.layout.tokens, input_ids], 1)
-            cache.context = self.process.backbone.extend(cache.context, input_ids)
+            cache.context = self.diffusion.backbone.extend(cache.context, input_ids)
             cache.layout = Layout(grown, torch.cat([known, known.new_zeros(len(known), count)], 1))
         kept = min(count, logits_to_keep or count)
         memory: Any = {_CACHE: None if use_cache is False else cache}
@@ -230,7 +230,7 @@ class TransformersFace(PreTrainedModel, GenerationMixin):
             each = len(ids) // len(names)
             rows = [(names[row // each], row % each) for row in range(len(ids))]
         layout = Layout(ids, present - 1)
-        return FaceCache(self.process.backbone.read(layout), layout, rows)
+        return FaceCache(self.diffusion.backbone.read(layout), layout, rows)
 
     def _solve(self, cache: FaceCache, kept: int) -> Tensor:
         # Logits about the slots after the last `kept` ones, (B, kept, V).
@@ -247,23 +247,25 @@ class TransformersFace(PreTrainedModel, GenerationMixin):
         ]
         positions = slots.expand(len(ids), -1)
         condition = None if self.class_id is None else torch.full_like(positions, self.class_id)
-        solve = BlockSolver.of(self.process, self.sampling)
+        solve = Sampler.of(self.diffusion, self.sampling)
         found = solve(Block(positions, cache.layout, cache.context, keys, condition))
         if self.on_step is not None:
             self.on_step(found.evaluations)
         return torch.cat([part for _, part in found.answer.parts()], 1)
 
 
-def as_transformers(process: Process, sampling: Sampling, class_id: int | None = None) -> TransformersFace:
+def as_transformers(diffusion: Diffusion, sampling: Sampling, class_id: int | None = None) -> DiffusionForCausalLM:
     """A diffusion model as a causal language model of transformers.
 
     Args:
-        process: the model.
+        diffusion: the model.
         sampling: how to diffuse.
         class_id: class of every text, or None.
 
     Returns:
         A model that bears the name of the language model's class, by which transformers' pipelines know what it is.
     """
-    kind: Any = type(type(process.backbone.lm).__name__, (TransformersFace,), {"__doc__": TransformersFace.__doc__})
-    return kind(process, sampling, class_id)  # type: ignore[no-any-return]
+    kind: Any = type(
+        type(diffusion.backbone.lm).__name__, (DiffusionForCausalLM,), {"__doc__": DiffusionForCausalLM.__doc__}
+    )
+    return kind(diffusion, sampling, class_id)  # type: ignore[no-any-return]

@@ -12,10 +12,10 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from l2d_framework.backbone import Backbone
-from l2d_framework.diffusion.diffusion import Process
+from l2d_framework.diffusion.diffusion import Diffusion
 from l2d_framework.diffusion.ode import Observer
 from l2d_framework.diffusion.rng import request_keys
-from l2d_framework.diffusion.sampler import Block, BlockSolver
+from l2d_framework.diffusion.sampler import Block, Sampler
 from l2d_framework.diffusion.sampling import Sampling, check_sampling
 from l2d_framework.errors import ConfigError, DataError
 from l2d_framework.generation.chat_template import check_text
@@ -135,14 +135,14 @@ def read_gaps(tokenizer: PreTrainedTokenizerBase | None, texts: Sequence[str], l
 
 
 @torch.no_grad()
-def infill(process: Process, gapped: Gapped, *, sampling: Sampling, observer: Observer | None = None) -> Infilled:
+def infill(diffusion: Diffusion, gapped: Gapped, *, sampling: Sampling, observer: Observer | None = None) -> Infilled:
     """Fill the gaps with the most likely tokens of the last evaluation.
 
     A row's result depends on its own text and the seed, never on its batch mates; a second copy of a text in one call
     gets noise of its own.
 
     Args:
-        process: the model.
+        diffusion: the model.
         gapped: texts with gaps, on the model's device.
         sampling: how to diffuse; all gaps of a row are one block.
         observer: called after every network evaluation.
@@ -153,8 +153,8 @@ def infill(process: Process, gapped: Gapped, *, sampling: Sampling, observer: Ob
     Raises:
         ConfigError: if the backbone sees no later tokens, or a text exceeds its context.
     """
-    check_infilling(process.backbone)
-    check_sampling(sampling, num_classes=process.backbone.config.num_classes, has_condition=False)
+    check_infilling(diffusion.backbone)
+    check_sampling(sampling, num_classes=diffusion.backbone.config.num_classes, has_condition=False)
     rows = [(row >= 1).nonzero()[:, 0] for row in gapped.blocks]
     width = max(map(len, rows))
     # Shorter rows ask about their last slot again, with the same noise.
@@ -166,13 +166,13 @@ def infill(process: Process, gapped: Gapped, *, sampling: Sampling, observer: Ob
     block = Block(
         positions=positions,
         layout=layout,
-        context=process.backbone.read(layout),
+        context=diffusion.backbone.read(layout),
         keys=[
             [(sampling.seed, name, int(place - start), 0) for place in row]
             for name, row, start in zip(names, positions.cpu(), first.cpu(), strict=True)
         ],
     )
-    found = BlockSolver.of(process, sampling, observer)(block)
+    found = Sampler.of(diffusion, sampling, observer)(block)
     chosen = torch.stack([logits.argmax(-1) for logits in found.answer.columns()], 1)
     filled = gapped.tokens.scatter(1, positions, chosen)
     return Infilled(filled, gapped.blocks, found.evaluations[:, 0], found.metrics)

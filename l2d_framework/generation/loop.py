@@ -14,11 +14,11 @@ from torch.nn import functional
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
-from l2d_framework.diffusion.diffusion import Process
-from l2d_framework.diffusion.logits import Answer
+from l2d_framework.diffusion.diffusion import Diffusion
+from l2d_framework.diffusion.logits import Logits
 from l2d_framework.diffusion.ode import Observer
 from l2d_framework.diffusion.rng import TokenStreams, categorical, request_keys
-from l2d_framework.diffusion.sampler import Block, BlockSolver
+from l2d_framework.diffusion.sampler import Block, Sampler
 from l2d_framework.diffusion.sampling import Sampling, check_sampling
 from l2d_framework.errors import ConfigError
 from l2d_framework.types import Layout
@@ -77,7 +77,7 @@ class Generation:
 
 
 @dataclass(frozen=True)
-class Picking:
+class Decoding:
     """transformers' own machinery for turning logits into tokens.
 
     Attributes:
@@ -95,11 +95,11 @@ class Picking:
 
 @torch.no_grad()
 def generate(
-    process: Process,
+    diffusion: Diffusion,
     requests: Requests,
     *,
     sampling: Sampling,
-    picking: Picking,
+    picking: Decoding,
     observer: Observer | None = None,
 ) -> Generation:
     """Answer a batch of prompts.
@@ -108,7 +108,7 @@ def generate(
     equal prompts without keys, the second in a call is another request than the first, with noise of its own.
 
     Args:
-        process: the model.
+        diffusion: the model.
         requests: the prompts.
         sampling: how to diffuse.
         picking: how to pick tokens and when to stop.
@@ -120,22 +120,22 @@ def generate(
     Raises:
         ConfigError: if the settings do not fit the model, or the prompt and answer exceed its context.
     """
-    if sampling.num_inference_steps == 0 and not process.backbone.identity_at_zero:
+    if sampling.num_inference_steps == 0 and not diffusion.backbone.identity_at_zero:
         raise ConfigError(
-            f"num_inference_steps=0 means the plain language model, which {type(process.backbone).__name__} does not "
+            f"num_inference_steps=0 means the plain language model, which {type(diffusion.backbone).__name__} does not "
             "contain. Use at least 1."
         )
-    if sampling.block_size is not None and process.block_size is not None:
+    if sampling.block_size is not None and diffusion.block_size is not None:
         # A model of one block per sequence may grow its answer in blocks of any size.
-        process.backbone.config.check(process.backbone.lm.config, sampling.block_size)
+        diffusion.backbone.config.check(diffusion.backbone.lm.config, sampling.block_size)
     check_sampling(
         sampling,
-        num_classes=process.backbone.config.num_classes,
+        num_classes=diffusion.backbone.config.num_classes,
         has_condition=requests.classes is not None,
         is_scaled=requests.guidance_scale is not None,
     )
     _check_requests(requests, picking)
-    loop = _Loop(process, requests, sampling, picking, observer)
+    loop = _Loop(diffusion, requests, sampling, picking, observer)
     prepared: list[Any] = []
 
     def decode(
@@ -150,7 +150,7 @@ def generate(
         return input_ids
 
     # transformers would fill what is None from the model's configuration, also where None was asked for.
-    lm: Any = copy.copy(process.backbone.lm)
+    lm: Any = copy.copy(diffusion.backbone.lm)
     lm.generation_config = picking.config
     try:
         lm.generate(
@@ -167,7 +167,7 @@ def generate(
     return loop.run(*prepared)
 
 
-def _check_requests(requests: Requests, picking: Picking) -> None:
+def _check_requests(requests: Requests, picking: Decoding) -> None:
     count = len(requests.input_ids)
     for name in ("classes", "guidance_scale", "keys", "seeds"):
         values = getattr(requests, name)
@@ -191,13 +191,13 @@ class _Loop:
 
     def __init__(
         self,
-        process: Process,
+        diffusion: Diffusion,
         requests: Requests,
         sampling: Sampling,
-        picking: Picking,
+        picking: Decoding,
         observer: Observer | None,
     ) -> None:
-        self.process, self.requests, self.sampling, self.picking = process, requests, sampling, picking
+        self.diffusion, self.requests, self.sampling, self.picking = diffusion, requests, sampling, picking
         ids = requests.input_ids
         mask = requests.attention_mask
         self.mask = torch.ones_like(ids) if mask is None else mask
@@ -212,7 +212,7 @@ class _Loop:
         self.real = [len(prompts[int(row)]) for row in self.first]
         self.classes = None if requests.classes is None else repeat(requests.classes)
         self.scales = None if requests.guidance_scale is None else repeat(requests.guidance_scale)
-        self.denoise = BlockSolver.of(process, sampling, observer)
+        self.denoise = Sampler.of(diffusion, sampling, observer)
         self.metrics: list[dict[str, Tensor]] = []
 
     def run(
@@ -222,7 +222,7 @@ class _Loop:
         criteria: StoppingCriteriaList,
         config: GenerationConfig,
     ) -> Generation:
-        backbone, streamer = self.process.backbone, self.picking.streamer
+        backbone, streamer = self.diffusion.backbone, self.picking.streamer
         prompts = self.requests.input_ids
         context = self.requests.context
         if context is None:
@@ -234,7 +234,7 @@ class _Loop:
         rows = list(range(len(ids)))
         if streamer is not None:
             streamer.put(ids.cpu())
-        size = self.sampling.block_size or self.process.block_size or limit
+        size = self.sampling.block_size or self.diffusion.block_size or limit
         while rows:
             start, end = ids.shape[1], min(ids.shape[1] + size, limit)
             block_keys = self._keys(rows, start - length, end - start)
@@ -287,7 +287,7 @@ class _Loop:
 
     def _pick(
         self,
-        answer: Answer,
+        answer: Logits,
         rows: list[int],
         ids: Tensor,
         how: tuple[LogitsProcessorList, StoppingCriteriaList, GenerationConfig],

@@ -29,7 +29,7 @@ from l2d_framework.models.checkpoint import save
 from l2d_framework.models.diffusion_lm import DiffusionLM, Origin
 from l2d_framework.opening import make_config, new_model, open_model, reading
 from l2d_framework.registry import registry
-from l2d_framework.types import Foreign
+from l2d_framework.types import ForeignCheckpoint
 
 
 def convert(
@@ -80,7 +80,7 @@ def convert(
 class _Conversion:
     """One foreign checkpoint: first checked by shapes alone, then written."""
 
-    def __init__(self, source: str, folder: Path, foreign: Foreign, base: str | None) -> None:
+    def __init__(self, source: str, folder: Path, foreign: ForeignCheckpoint, base: str | None) -> None:
         self.source, self.folder, self.foreign, self.base = source, folder, foreign, base
         self.section = ModelSection(base=str(folder))
         self.config = make_config(source, foreign.base_config)
@@ -244,7 +244,7 @@ class _Conversion:
         return "\n\n".join([f"Converted from `{self.source}`.", *self.notes]) + "\n"
 
 
-def _run(foreign: Foreign, base: str, classes: tuple[str, ...] | None) -> DiffusionRun:
+def _run(foreign: ForeignCheckpoint, base: str, classes: tuple[str, ...] | None) -> DiffusionRun:
     assert foreign.parts is not None
     count = foreign.parts["backbone"].get("num_classes", 0)
     names = [f"class_{i}" for i in range(count)] if classes is None else list(classes)

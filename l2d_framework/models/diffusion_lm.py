@@ -24,13 +24,13 @@ from transformers.generation.streamers import BaseStreamer
 from l2d_framework.backbone import Backbone
 from l2d_framework.blame import naming_plugins
 from l2d_framework.config import ModelSection, SamplingSection, default_sampling
-from l2d_framework.diffusion.diffusion import Process
+from l2d_framework.diffusion.diffusion import Diffusion
 from l2d_framework.diffusion.ode import Observer
 from l2d_framework.errors import ConfigError, suggest
 from l2d_framework.generation import arguments
-from l2d_framework.generation.causal_lm import TransformersFace, as_transformers
+from l2d_framework.generation.causal_lm import DiffusionForCausalLM, as_transformers
 from l2d_framework.generation.infill import Gapped, Infilled, infill, read_gaps
-from l2d_framework.generation.loop import Generation, Picking, Requests, generate
+from l2d_framework.generation.loop import Decoding, Generation, Requests, generate
 from l2d_framework.generation.prompts import (
     Encoded,
     Prompt,
@@ -75,7 +75,7 @@ class Origin:
     ends: tuple[int, ...] | None = None
 
 
-class DiffusionLM(Process):
+class DiffusionLM(Diffusion):
     """A diffusion language model.
 
     Args:
@@ -217,7 +217,7 @@ class DiffusionLM(Process):
             seeds=seeds if isinstance(seeds, list) else None,
             context=encoded.context,
         )
-        picking = Picking(config, logits_processor or LogitsProcessorList(), criteria, streamer)
+        picking = Decoding(config, logits_processor or LogitsProcessorList(), criteria, streamer)
         return generate(self, requests, sampling=sampling, picking=picking, observer=observer)
 
     @naming_plugins()
@@ -259,7 +259,7 @@ class DiffusionLM(Process):
     @naming_plugins()
     def as_transformers(
         self, *, class_name: str | None = None, guidance_scale: float | None = None, **options: Any
-    ) -> TransformersFace:
+    ) -> DiffusionForCausalLM:
         """This model as a causal language model of transformers: for beam search, `pipeline` and other tools.
 
         Its greedy `generate` picks the same tokens as this model's with the same settings. It shares the weights.

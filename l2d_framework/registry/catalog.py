@@ -199,7 +199,7 @@ class Registry:
             name: of the format.
 
         Returns:
-            A function from a folder to `l2d_framework.types.Foreign`.
+            A function from a folder to `l2d_framework.types.ForeignCheckpoint`.
 
         Raises:
             PluginError: if it is unknown or offered by two plugins.

@@ -4,8 +4,8 @@ import pytest
 import torch
 from diffusion_models import random_tokens, shared_lm, shared_tess
 
-from l2d_framework.diffusion.early_stop import Settled, Settling
-from l2d_framework.diffusion.logits import Answer
+from l2d_framework.diffusion.early_stop import EarlyStop, Settled
+from l2d_framework.diffusion.logits import Logits
 from l2d_framework.errors import ConfigError
 from l2d_framework.generation.prompts import pad_left
 
@@ -101,14 +101,14 @@ def answer(*tokens):
     """Rows of two tokens each, marked by a hidden number."""
     answer.count += 1
     values = torch.full((len(tokens), 2, 3), float(answer.count))
-    return Answer(values, 5), torch.tensor(tokens)
+    return Logits(values, 5), torch.tensor(tokens)
 
 
 answer.count = 0
 
 
 def test_a_change_starts_the_count_again():
-    settling = Settling(2, 1)
+    settling = EarlyStop(2, 1)
     for tokens in ([1, 1], [1, 1], [1, 2], [1, 2], [1, 1], [1, 1]):
         settling.add(*answer(tokens), is_last=False)
         assert settling.going.all()
@@ -119,7 +119,7 @@ def test_a_change_starts_the_count_again():
 
 
 def test_a_settled_row_keeps_its_answer_even_if_its_tokens_would_change():
-    settling = Settling(1, 2)
+    settling = EarlyStop(1, 2)
     settling.add(*answer([1, 1], [3, 3]), is_last=False)
     kept = answer([1, 1], [3, 4])
     settling.add(*kept, is_last=False)
@@ -131,7 +131,7 @@ def test_a_settled_row_keeps_its_answer_even_if_its_tokens_would_change():
 
 
 def test_the_read_out_ends_a_block_without_a_stop():
-    settling = Settling(1, 1)
+    settling = EarlyStop(1, 1)
     settling.add(*answer([1, 1]), is_last=False)
     last = answer([1, 1])
     assert torch.equal(settling.add(*last, is_last=True).values, last[0].values)

@@ -8,7 +8,7 @@ import toy_components as toys
 from diffusion_models import SPACE, all_known, diffusion_lm, random_tokens, shared_lm
 from torch import nn
 
-from l2d_framework.diffusion.ode import Streams, TokenProblem
+from l2d_framework.diffusion.ode import Streams, TokenODE
 from l2d_framework.diffusion.rng import TokenStreams
 from l2d_framework.guidance import Guidance
 from l2d_framework.models.diffusion_lm import DiffusionLM
@@ -35,7 +35,7 @@ def problem(model=None, *, estimate=None, guidance=(), observer=None, condition=
         context=model.backbone.read(all_known(random_tokens(ROWS, LENGTH), padding=(0, 1, 0))),
         condition=condition,
     )
-    return TokenProblem(
+    return TokenODE(
         model,
         query,
         guidance=list(guidance),

@@ -9,7 +9,7 @@ from tiny_models import tiny_lm
 from transformers import pipeline
 
 from l2d_framework.errors import ConfigError
-from l2d_framework.generation.causal_lm import TransformersFace
+from l2d_framework.generation.causal_lm import DiffusionForCausalLM
 
 FEW = {"num_inference_steps": 5, "seed": 3}
 GREEDY = {"max_new_tokens": 6, "do_sample": False}
@@ -96,7 +96,7 @@ def test_the_pipeline_generates(caplog):
 def test_it_shares_weights_and_cannot_be_saved(tmp_path):
     lm = shared_lm()
     face = lm.as_transformers(num_inference_steps=0)
-    assert isinstance(face, TransformersFace) and type(face).__name__ == type(lm.backbone.lm).__name__
+    assert isinstance(face, DiffusionForCausalLM) and type(face).__name__ == type(lm.backbone.lm).__name__
     assert face.get_input_embeddings() is lm.backbone.lm.get_input_embeddings()
     with pytest.raises(ConfigError, match=r"l2d_framework\.save"):
         face.save_pretrained(tmp_path)

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from l2d_framework.diffusion.loss import chunked_cross_entropy
-from l2d_framework.diffusion.ode import TokenProblem
+from l2d_framework.diffusion.ode import TokenODE
 from l2d_framework.guidance import Guidance
 from l2d_framework.registry import registry
 from l2d_framework.solver import Solver
@@ -264,7 +264,7 @@ def test_golden_trajectories(case: Case, name: str) -> None:
         return
     grid, wanted = io[f"trajectory.{name}.grid"].tolist(), io[f"trajectory.{name}.states"][:, :, None]
 
-    def problem(case: Case) -> TokenProblem:
+    def problem(case: Case) -> TokenODE:
         classes = not name.endswith("null")
         return case.problem(_last(case), case.context(), estimate, _guidance(scale), classes=classes)
 
@@ -297,7 +297,7 @@ def test_golden_sampled_trajectory_replayed(case: Case) -> None:
     io, name = case.io, "trajectory.sampled"
     grid, wanted = io[f"{name}.grid"].tolist(), io[f"{name}.states"][:, :, None]
 
-    def problem(case: Case) -> TokenProblem:
+    def problem(case: Case) -> TokenODE:
         replay = Replay()
         replay._choices.extend(io[f"{name}.choices"])
         return case.problem(_last(case), case.context(), AVERAGE, [replay], classes=False)
@@ -316,7 +316,7 @@ def test_golden_all_positions_at_once(case: Case) -> None:
     io, name = case.io, "trajectory.midpoint4_full_sequence"
     grid, wanted = io[f"{name}.grid"].tolist(), io[f"{name}.states"]
 
-    def problem(case: Case) -> TokenProblem:
+    def problem(case: Case) -> TokenODE:
         return case.problem(_everywhere(case), case.context(), AVERAGE, [])
 
     def moves(case: Case) -> Tensor:
@@ -398,13 +398,13 @@ def test_golden_six_token_decode(case: Case, name: Literal["T1avg", "argmax"], e
 
 
 def _one_percent_faster(patch: pytest.MonkeyPatch) -> None:
-    right = TokenProblem.velocity
-    patch.setattr(TokenProblem, "velocity", lambda *args, **kwargs: 1.01 * right(*args, **kwargs))
+    right = TokenODE.velocity
+    patch.setattr(TokenODE, "velocity", lambda *args, **kwargs: 1.01 * right(*args, **kwargs))
 
 
 def _without_lookahead(patch: pytest.MonkeyPatch) -> None:
-    right = TokenProblem.velocity
-    patch.setattr(TokenProblem, "velocity", lambda self, x, t, until=None, **kwargs: right(self, x, t, **kwargs))
+    right = TokenODE.velocity
+    patch.setattr(TokenODE, "velocity", lambda self, x, t, until=None, **kwargs: right(self, x, t, **kwargs))
 
 
 def _one_percent_hotter(patch: pytest.MonkeyPatch) -> None:

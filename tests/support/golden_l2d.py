@@ -14,7 +14,7 @@ from float64 import Float64
 from safetensors.torch import load_file
 from torch import Tensor
 
-from l2d_framework.diffusion.ode import Streams, TokenProblem
+from l2d_framework.diffusion.ode import Streams, TokenODE
 from l2d_framework.diffusion.rng import TokenStreams
 from l2d_framework.guidance import Guidance
 from l2d_framework.models.convert import convert
@@ -72,13 +72,13 @@ class Case:
         guidance: list[Guidance],
         *,
         classes: bool = True,
-    ) -> TokenProblem:
+    ) -> TokenODE:
         """The differential equation at input positions, with the given estimate."""
         space = self.lm.parametrization.with_estimate(estimate)
         dummy = torch.zeros(*positions.shape, space.state_size)
         keys = [[(row, column) for column in range(positions.shape[1])] for row in range(len(positions))]
         streams = Streams(*(TokenStreams(keys, torch.device("cpu")) for _ in range(2)))
-        return TokenProblem(
+        return TokenODE(
             self.lm,
             self.query(dummy, dummy[..., 0], positions, context, classes=classes),
             guidance=guidance,
@@ -117,7 +117,7 @@ def solver(name: str, **fields: Any) -> Solver:
     return found
 
 
-def steps(problem: TokenProblem, how: Solver, states: Tensor, grid: list[float]) -> Tensor:
+def steps(problem: TokenODE, how: Solver, states: Tensor, grid: list[float]) -> Tensor:
     """Where one step leads from each recorded state (n, B, L, D) but the last.
 
     Each starts anew, so that rounding is not carried on: late dynamics multiply it by up to a thousand.

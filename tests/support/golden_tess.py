@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from l2d_framework.diffusion.ode import Evaluation, Streams, TokenProblem
+from l2d_framework.diffusion.ode import Evaluation, Streams, TokenODE
 from l2d_framework.diffusion.rng import TokenStreams
 from l2d_framework.guidance import Guidance
 from l2d_framework.models.diffusion_lm import DiffusionLM
@@ -96,7 +96,7 @@ def query(model: DiffusionLM, layout: Layout, x: Tensor, t: Tensor, previous: Te
     )
 
 
-class Replay(TokenProblem):
+class Replay(TokenODE):
     """A reverse process whose noise was recorded."""
 
     noises: Iterable[Tensor]
@@ -115,7 +115,7 @@ def replay(
     solver: Solver,
     guidance: Sequence[Guidance] = (),
     estimate: dict[str, Any] | None = None,
-) -> tuple[list[Evaluation], TokenProblem]:
+) -> tuple[list[Evaluation], TokenODE]:
     """Evaluations of a reverse process from the first of the noises, (B, S, V) each."""
     positions, _ = slots(layout)
     seen: list[Evaluation] = []

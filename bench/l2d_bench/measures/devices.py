@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from l2d_framework.config import SamplingSection
-from l2d_framework.diffusion.sampler import BlockSolver
+from l2d_framework.diffusion.sampler import Sampler
 from l2d_framework.errors import ConfigError
 from l2d_framework.evaluation.diagnosis.batches import Batch, batches
 from l2d_framework.models.diffusion_lm import DiffusionLM
@@ -48,7 +48,7 @@ def tokens(model: DiffusionLM, reading: Reading, batch_size: int) -> Tensor:
     Returns:
         (N,), int64, on the host; in an order that the batch size does not change.
     """
-    solve, found = BlockSolver.of(model, reading.sampling), []
+    solve, found = Sampler.of(model, reading.sampling), []
     for batch in batches(model, reading.rows, seed=reading.sampling.seed, size=batch_size):
         context = model.backbone.read(batch.layout)
         parts = [

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from l2d_framework.diffusion.diffusion import Process
+from l2d_framework.diffusion.diffusion import Diffusion
 from l2d_framework.simplex_state import dense, pieces
 
 
@@ -13,21 +13,21 @@ class TokenLikelihood:
     """log N(x_t; alpha(t) clean(y), (sigma(t) prior_scale)^2 I) for every token y, up to a number all tokens share.
 
     The law holds for every schedule and every parametrization, since x_t = alpha(t) clean + sigma(t) prior_scale noise
-    is what `Process.diffuse` makes of any of them.
+    is what `Diffusion.diffuse` makes of any of them.
 
     Args:
-        process: the model; its weights must not change while this is used.
+        diffusion: the model; its weights must not change while this is used.
     """
 
     @torch.no_grad()
-    def __init__(self, process: Process) -> None:
-        space, table = process.parametrization, process.backbone.table()
-        tokens = torch.arange(process.backbone.vocab_size, device=table.device)[None]
+    def __init__(self, diffusion: Diffusion) -> None:
+        space, table = diffusion.parametrization, diffusion.backbone.table()
+        tokens = torch.arange(diffusion.backbone.vocab_size, device=table.device)[None]
         # States as wide as the vocabulary stay symbolic until a piece is used.
         parts = pieces(1, tokens.shape[1], space.state_size)
         self._clean = [space.encode(tokens[:, part], table) for part in parts]
         self._first = dense(self._clean[0][:, :1])
-        self._schedule, self._scale = process.schedule, space.prior_scale
+        self._schedule, self._scale = diffusion.schedule, space.prior_scale
 
     def __call__(self, x: Tensor, t: float) -> Tensor:
         """Logarithms of the likelihood, less that of token 0.

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from l2d_framework.diffusion.logits import Answer
+from l2d_framework.diffusion.logits import Logits
 from l2d_framework.evaluation.diagnosis.batches import Batch
 from l2d_framework.evaluation.diagnosis.bayes import TokenLikelihood
 from l2d_framework.models.diffusion_lm import DiffusionLM
@@ -69,7 +69,7 @@ def cross_entropies(
     for anchor in range(ANCHORS):
         combined[:, anchor, anchor:] = 0
     backbone, targets = model.backbone, batch.targets
-    answers = [Answer(one.features, backbone.vocab_size, backbone.head).parts() for one in seen]
+    answers = [Logits(one.features, backbone.vocab_size, backbone.head).parts() for one in seen]
     for parts in zip(*answers, strict=True):
         where = parts[0][0]
         logarithms = [logits.log_softmax(-1) for _, logits in parts]
@@ -97,7 +97,7 @@ def _look(model: DiffusionLM, batch: Batch, context: Any, times: Sequence[float]
         features = model.features(query)
         seen.append(_Seen(time, x, features))
         if space.uses_previous:
-            parts = Answer(features, backbone.vocab_size, backbone.head).parts()
+            parts = Logits(features, backbone.vocab_size, backbone.head).parts()
             previous = torch.cat([space.remember(logits, backbone.table()) for _, logits in parts], 1)
     return seen
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from l2d_framework.config import SamplingSection
 from l2d_framework.diffusion.ode import Evaluation
-from l2d_framework.diffusion.sampler import BlockSolver
+from l2d_framework.diffusion.sampler import Sampler
 from l2d_framework.evaluation.diagnosis.batches import Batch
 from l2d_framework.models.diffusion_lm import DiffusionLM
 
@@ -56,10 +56,10 @@ def solve(model: DiffusionLM, batch: Batch, context: Any, sampling: SamplingSect
         times.append(float(evaluation.t.flatten()[0]))
         tokens.append(evaluation.logits.argmax(-1).cpu())
 
-    BlockSolver.of(model, sampling, note)(batch.block(context))
+    Sampler.of(model, sampling, note)(batch.block(context))
     if not model.backbone.identity_at_zero:
         return Trajectories(times, torch.stack(tokens), tokens[0])
-    plain = BlockSolver.of(model, sampling.model_copy(update={"num_inference_steps": 0}))(batch.block(context))
+    plain = Sampler.of(model, sampling.model_copy(update={"num_inference_steps": 0}))(batch.block(context))
     base = torch.cat([logits.argmax(-1) for _, logits in plain.answer.parts()], 1)
     return Trajectories(times, torch.stack(tokens), base.cpu())
 
@@ -77,5 +77,5 @@ def evaluations(model: DiffusionLM, batch: Batch, context: Any, sampling: Sampli
     Returns:
         Network evaluations of each token, the read-out included.
     """
-    found = BlockSolver.of(model, sampling)(batch.block(context)).evaluations
+    found = Sampler.of(model, sampling)(batch.block(context)).evaluations
     return [int(count) for count in found[batch.valid].tolist()]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from l2d_framework.config import SamplingSection
 from l2d_framework.diffusion.rng import TokenStreams
-from l2d_framework.diffusion.sampler import Block, BlockSolver
+from l2d_framework.diffusion.sampler import Block, Sampler
 from l2d_framework.evaluation.harness.request_ids import noise_key
 from l2d_framework.generation.prompts import pad_left
 from l2d_framework.models.diffusion_lm import DiffusionLM
@@ -147,7 +147,7 @@ class Scorer:
         places = torch.tensor(positions, device=layout.tokens.device)
         label = None if self.label is None else torch.full_like(places, self.label)
         block = Block(positions=places, layout=layout, context=context, keys=keys, condition=label)
-        found = BlockSolver.of(self.model, self.sampling.model_copy(update={"patience": None}))(block)
+        found = Sampler.of(self.model, self.sampling.model_copy(update={"patience": None}))(block)
         shape = (len(jobs), len(offsets[0]), len(samples))
         spent = found.evaluations.view(shape).sum(-1).tolist()
         for row, counts in zip(offsets, spent, strict=True):

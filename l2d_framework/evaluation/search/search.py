@@ -16,7 +16,7 @@ from l2d_framework.config.sections import Section
 from l2d_framework.config.validation import validated
 from l2d_framework.diffusion.rng import categorical, keyed_generator, stream_key
 from l2d_framework.errors import ConfigError, suggest
-from l2d_framework.generation.causal_lm import TransformersFace
+from l2d_framework.generation.causal_lm import DiffusionForCausalLM
 
 PREFIX = "search_"
 FILE, CATEGORY = "search", "search_category"
@@ -133,7 +133,7 @@ def _entry(categories: dict[str, Any], wanted: str | None, file: str) -> dict[st
 
 
 def search(
-    face: TransformersFace, prompt: Tensor, settings: Search, *, name: str, picking: Mapping[str, Any]
+    face: DiffusionForCausalLM, prompt: Tensor, settings: Search, *, name: str, picking: Mapping[str, Any]
 ) -> tuple[list[int], list[int]]:
     """Answer one prompt.
 
@@ -176,7 +176,9 @@ def search(
     return tokens, passes
 
 
-def _hypotheses(face: TransformersFace, prompt: Tensor, settings: Search, name: str, picking: Mapping[str, Any]) -> Any:
+def _hypotheses(
+    face: DiffusionForCausalLM, prompt: Tensor, settings: Search, name: str, picking: Mapping[str, Any]
+) -> Any:
     """What transformers' stochastic beam search found, with scores and lengths."""
     device = face.device
     model: Any = face  # transformers' own annotations allow no call of `generate`

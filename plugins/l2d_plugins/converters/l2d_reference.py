@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from l2d_framework.errors import CheckpointError
-from l2d_framework.types import Foreign
+from l2d_framework.types import ForeignCheckpoint
 
 _MODULES = {
     "flow_token_embedder.embedder.layers_module.0": "parametrization.vocabulary",
@@ -37,7 +37,7 @@ _EXPECTED = {
 """Switches of the authors' code that the published models leave at these values; others compute something else."""
 
 
-def read_l2d_reference(folder: Path) -> Foreign:
+def read_l2d_reference(folder: Path) -> ForeignCheckpoint:
     """Read a checkpoint of the authors' L2D code; sizes are taken from the weights.
 
     The class table's last row is its null class, as here. LoRA factors are stored as (in, r) and (r, out) and are
@@ -80,7 +80,7 @@ def read_l2d_reference(folder: Path) -> Foreign:
             f"{str(folder)!r} is not laid out like a released L2D checkpoint: "
             + (f"it holds {strange[0]!r}." if strange else "it holds no diffusion weights.")
         )
-    return Foreign(_parts(own, settings), own, config, base)
+    return ForeignCheckpoint(_parts(own, settings), own, config, base)
 
 
 def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from l2d_framework.errors import CheckpointError
-from l2d_framework.types import Foreign
+from l2d_framework.types import ForeignCheckpoint
 from l2d_plugins.converters.stored import read_config, read_state
 from l2d_plugins.converters.tess2_reference import plain_config, read_space
 
@@ -17,7 +17,7 @@ _IGNORED = ("roberta.pooler.", "roberta.embeddings.position_ids", "roberta.embed
 """Buffers, and weights that the network does not use."""
 
 
-def read_tess1(folder: Path) -> Foreign:
+def read_tess1(folder: Path) -> ForeignCheckpoint:
     """Read a checkpoint of the authors' first TESS code.
 
     Position i is predicted at position i. The table that embeds probabilities is the embedding table itself, which the
@@ -57,7 +57,7 @@ def read_tess1(folder: Path) -> Foreign:
             f"{_COPY!r} of {str(folder)!r} is not its embedding table, so the network embeds states otherwise than "
             "tokens. Such a network cannot be converted."
         )
-    return Foreign(
+    return ForeignCheckpoint(
         parts={
             "schedule": {"name": "cosine"},
             "parametrization": space,

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from l2d_framework.errors import CheckpointError
-from l2d_framework.types import Foreign
+from l2d_framework.types import ForeignCheckpoint
 from l2d_plugins.converters.stored import read_config, read_state
 
 _MIXES = {"logits_mean": "mean", "logits_addition": "sum", "logits_max": "max", "logits_multiply": "product"}
@@ -44,7 +44,7 @@ _LOST_HEAD = (
 )
 
 
-def read_tess2(folder: Path) -> Foreign:
+def read_tess2(folder: Path) -> ForeignCheckpoint:
     """Read a checkpoint of the authors' TESS 2 code, such as `hamishivi/tess2`.
 
     Their loader switches self-conditioning off unless a command line switches it on, and stores that, so stored flags
@@ -76,7 +76,7 @@ def read_tess2(folder: Path) -> Foreign:
     is_lost = (
         config["model_type"] == "llama" and "lm_head.weight" not in state and not config.get("tie_word_embeddings")
     )
-    return Foreign(
+    return ForeignCheckpoint(
         parts={
             "schedule": {"name": "cosine"},
             "parametrization": space,
@@ -96,7 +96,7 @@ def read_tess2(folder: Path) -> Foreign:
     )
 
 
-def read_tess2_reward(folder: Path) -> Foreign:
+def read_tess2_reward(folder: Path) -> ForeignCheckpoint:
     """Read a reward model of the authors' TESS 2 code, such as `hamishivi/tess_mistral_rm`.
 
     Args:
@@ -118,7 +118,7 @@ def read_tess2_reward(folder: Path) -> Foreign:
         raise CheckpointError(
             f"{str(folder)!r} has {max(counts)} outputs; a reward model has one. Give the folder of a reward model."
         )
-    return Foreign(None, {}, plain_config(config) | {"num_labels": 1}, without_rotations(state))
+    return ForeignCheckpoint(None, {}, plain_config(config) | {"num_labels": 1}, without_rotations(state))
 
 
 def read_space(folder: Path, config: dict[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
