@@ -15,9 +15,8 @@ from l2d_framework.errors import ConfigError
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from l2d_framework.config import SamplingSection
     from l2d_framework.evaluation.diagnosis.diagnose import Settings, Track
-    from l2d_framework.models.unloaded import Source
+    from l2d_framework.models.unloaded import UnloadedModel
 
 _NUMBERS, _PICTURE = "diagnosis.json", "diagnosis.png"
 
@@ -81,16 +80,15 @@ def diagnose(
     Raises:
         ConfigError: if the options do not go together or do not fit the model.
     """
+    from l2d_framework.cli.loading import check_device, check_dtype
     from l2d_framework.config.files import override
-    from l2d_framework.evaluation.text.pretrained import check_device
-    from l2d_framework.models.unloaded import Source
+    from l2d_framework.models.unloaded import UnloadedModel
 
-    if dtype not in (None, "float32", "bfloat16", "float16"):
-        raise ConfigError(f"--dtype must be float32, bfloat16 or float16, got {dtype!r}.")
+    check_dtype(dtype)
     where = check_device(device)
     if out is not None:
         _check_output(out)
-    source = Source(model, base=base, dtype=dtype, revision=None)
+    source = UnloadedModel(model, base=base, dtype=dtype)
     if source.is_plain:
         raise ConfigError(
             f"{model!r} is a plain language model: it has no diffusion network, and more steps mean nothing for it. "
@@ -103,7 +101,8 @@ def diagnose(
     }
     options = override({key: value for key, value in given.items() if value is not None}, set_ or [])
     settings = _settings(source, options, adaptive_solver, times)
-    _check_guidance(settings.sampling, class_column)
+    where_named = "Add --class-column NAME, whose entries are class labels."
+    source.check_class(settings.sampling, is_named=class_column is not None, where=where_named)
     rows, card = _rows(source, data, _fields(name, split, columns, class_column, limit), max_length)
 
     from l2d_framework.evaluation.diagnosis.diagnose import diagnose as run
@@ -117,7 +116,7 @@ def diagnose(
         _write(found | facts | {"device": str(where)}, out)
 
 
-def _settings(source: Source, options: dict[str, Any], adaptive_solver: str, times: int) -> Settings:
+def _settings(source: UnloadedModel, options: dict[str, Any], adaptive_solver: str, times: int) -> Settings:
     from l2d_framework.evaluation.diagnosis.diagnose import Settings, time_grid
     from l2d_framework.registry import registry
 
@@ -138,17 +137,7 @@ def _settings(source: Source, options: dict[str, Any], adaptive_solver: str, tim
                 "that does, such as fehlberg2, or none."
             )
         adaptive = source.sampling(options | {"solver": other, "num_inference_steps": None, "patience": None})
-    schedule: Any = registry().create("schedule", source.manifest["schedule"])
-    return Settings(time_grid(schedule, times), sampling, adaptive)
-
-
-def _check_guidance(sampling: SamplingSection, class_column: str | None) -> None:
-    for guidance in sampling.guidance:
-        if class_column is None and guidance.needs_classes and guidance.scale != guidance.neutral_scale:
-            raise ConfigError(
-                f"Guidance {guidance.component_name()!r} with scale {guidance.scale:g} guides towards classes, and the "
-                "rows name none. Add --class-column NAME, or leave the guidance out."
-            )
+    return Settings(time_grid(source.parts.schedule, times), sampling, adaptive)
 
 
 def _fields(
@@ -167,7 +156,7 @@ def _fields(
     }
 
 
-def _rows(source: Source, data: list[str], fields: dict[str, Any], max_length: int | None) -> tuple[Any, Any]:
+def _rows(source: UnloadedModel, data: list[str], fields: dict[str, Any], max_length: int | None) -> tuple[Any, Any]:
     from l2d_framework.config import DataSection
     from l2d_framework.config.validation import validated
     from l2d_framework.generation.prompts import context_length

@@ -71,10 +71,10 @@ def eval_text(
     Raises:
         ConfigError: if the options cannot be used.
     """
+    from l2d_framework.cli.loading import check_device, check_dtype
     from l2d_framework.evaluation.text.samples import Columns, read_golds, read_samples
 
-    if dtype not in ("float32", "bfloat16", "float16"):
-        raise ConfigError(f"--dtype must be float32, bfloat16 or float16, got {dtype!r}.")
+    check_dtype(dtype)
     if output is not None:
         _check_output(output)
     golds = None if gold is None else read_golds(gold, gold_column)
@@ -84,7 +84,7 @@ def eval_text(
     from l2d_framework.evaluation.text.likelihood import Judge
     from l2d_framework.evaluation.text.mauve_score import FEATURES_MODEL, Features, check_golds, check_installed
     from l2d_framework.evaluation.text.measure import evaluate_texts
-    from l2d_framework.evaluation.text.pretrained import check_device, open_tokenizer, pretrained
+    from l2d_framework.evaluation.text.pretrained import open_tokenizer, pretrained
 
     where: dict[str, Any] = {"device": check_device(device), "dtype": dtype}
     words = None if tokenizer is None else open_tokenizer(tokenizer)

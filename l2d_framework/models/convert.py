@@ -26,7 +26,8 @@ from l2d_framework.config import DiffusionRun, ModelSection, parse_run
 from l2d_framework.errors import CheckpointError, ConfigError
 from l2d_framework.generation.prompts import read_template
 from l2d_framework.models.checkpoint import save
-from l2d_framework.models.diffusion_lm import DiffusionLM, Origin
+from l2d_framework.models.diffusion_lm import DiffusionLM
+from l2d_framework.models.origin import Origin
 from l2d_framework.opening import make_config, new_model, open_model, reading
 from l2d_framework.registry import registry
 from l2d_framework.types import ForeignCheckpoint

@@ -12,11 +12,12 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, Field, ValidationError
 
 from l2d_framework.base_model import LANGUAGE_MODEL
-from l2d_framework.config import ModelSection
+from l2d_framework.config import ModelSection, parse_sampling
 from l2d_framework.config.files import parse_json, read_text
 from l2d_framework.config.sections import Section
 from l2d_framework.config.validation import validated
 from l2d_framework.errors import CheckpointError
+from l2d_framework.models.origin import Origin
 
 MANIFEST = "l2d.json"
 WEIGHTS = "diffusion.safetensors"
@@ -233,3 +234,25 @@ def base_reference(
     if dtype is not None:
         changes["dtype"] = dtype
     return validated(ModelSection, {**(recorded or {}), **changes}, "model")
+
+
+def recorded_origin(manifest: Mapping[str, Any], model: ModelSection | None, fingerprint: str | None) -> Origin:
+    """What a manifest says its model was made from.
+
+    Args:
+        manifest: the manifest.
+        model: where the base model lies.
+        fingerprint: of its weights.
+
+    Returns:
+        The origin.
+    """
+    return Origin(
+        model=model,
+        fingerprint=fingerprint,
+        classes=tuple(manifest["classes"]),
+        sampling=manifest["sampling"] and parse_sampling(manifest["sampling"]),
+        chat_template=manifest["chat_template"],
+        # Checkpoints of earlier versions have no such field.
+        ends=None if manifest["ends"] is None else tuple(manifest["ends"]),
+    )

@@ -74,7 +74,7 @@ class Generating(Opened):
             )
         plan = replace(plan, options=self.source.classed(self.options | plan.options))
         settings = self.source.sampling(plan.options)
-        self.source.check_class(settings, plan.options.get(CLASS))
+        self._check_class(settings, plan.options)
         searched = None if plan.search is None else plan.search.model_dump()
         if searched and self.source.is_block:
             raise ConfigError("Search weighs next tokens, and this model denoises whole answers. Leave search_* out.")

@@ -71,7 +71,7 @@ class L2DLM(Generating):
                 "pseudo-likelihood of multiple-choice answers."
             )
         if self.scoring != MAIN:
-            self.source.check_class(self.settings, self.options.get(CLASS))
+            self._check_class(self.settings, self.options)
 
     def _remembered(self, kind: str, requests: Sequence[Any], compute: Any, quiet: bool) -> list[Any]:
         # Processes wait for each other inside rolling likelihoods, so each must take part.

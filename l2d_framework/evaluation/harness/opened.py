@@ -28,7 +28,7 @@ from l2d_framework.evaluation.search.search import check_search, split_options
 from l2d_framework.generation.chat_template import TEMPLATE_DATE, render
 from l2d_framework.generation.prompts import encode_text
 from l2d_framework.models.diffusion_lm import DiffusionLM
-from l2d_framework.models.unloaded import CLASS, Source, tokenizer_fingerprint
+from l2d_framework.models.unloaded import CLASS, HINT, UnloadedModel, tokenizer_fingerprint
 from l2d_framework.opening import open_tokenizer
 
 _LOGGER = logging.getLogger(__name__)
@@ -65,7 +65,7 @@ class Opened(HFLM):  # type: ignore[misc]
         pretrained = pretrained or os.environ.get(steps.PRETRAINED)
         if not pretrained:
             raise ConfigError(steps.MISSING)
-        self.source = Source(
+        self.source = UnloadedModel(
             str(pretrained), base=options.get("base"), dtype=options.get("dtype"), revision=options.get("revision")
         )
         self.options = diffusing(options)
@@ -101,6 +101,13 @@ class Opened(HFLM):  # type: ignore[misc]
         if wanted not in possible:
             raise ConfigError(f"scoring={wanted!r} does not fit this model. Choose from {possible}, or leave it out.")
         return str(wanted)
+
+    def _check_class(self, settings: SamplingSection, options: dict[str, Any]) -> None:
+        self.source.check_class(
+            settings,
+            is_named=options.get(CLASS) is not None,
+            where=f"Add {CLASS}=NAME to --gen_kwargs or --model_args. A task proposes a class as {HINT}.",
+        )
 
     def _get_config(self, pretrained: str, **options: Any) -> None:
         self._config = self.source.lm_config

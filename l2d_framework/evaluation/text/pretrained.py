@@ -156,26 +156,6 @@ def open_tokenizer(path: str) -> Any:
     return found
 
 
-def check_device(device: str | None) -> str:
-    """Refuse a device that cannot be used.
-
-    Args:
-        device: such as cuda; the GPU when there is one for None.
-
-    Returns:
-        The device.
-
-    Raises:
-        ConfigError: if it cannot be used here.
-    """
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"--device {device!r} cannot be used here ({error}). Try cpu, or leave it out.") from error
-    return device
-
-
 def pad_right(batch: Sequence[Sequence[int]], device: torch.device) -> dict[str, Tensor]:
     """Network input for texts of different lengths; what is padded is masked.
 
