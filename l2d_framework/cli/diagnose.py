@@ -55,30 +55,6 @@ def diagnose(
     A calibrated network gains from further evaluations only if it knows more at t than its prediction without the hint
     does together with the exact likelihood of the hint. Beside that: how soon tokens settle on the way, what an
     adaptive solver spends on them, and how many differ from the base model's.
-
-    Args:
-        model: checkpoint.
-        data: held-out rows.
-        name: configuration of the data sets.
-        split: of the data sets.
-        columns: columns by other names.
-        class_column: column with class labels.
-        limit: rows of each data set.
-        max_length: longest row.
-        times: how many.
-        num_inference_steps: evaluations per token.
-        solver: its name.
-        adaptive_solver: its name.
-        set_: other settings.
-        seed: of all noise.
-        batch_size: rows at a time.
-        base: where the base model lies.
-        dtype: of the weights.
-        device: where to run.
-        out: folder.
-
-    Raises:
-        ConfigError: if the options do not go together or do not fit the model.
     """
     from l2d_framework.cli.loading import check_device, check_dtype
     from l2d_framework.config.files import override

@@ -50,26 +50,6 @@ def eval_text(
     """Measure generated text: perplexity, distinct n-grams, entropy, MAUVE, Zipf's law and repetition.
 
     Each metric stands as TESS 2's evaluation defines it and, beside it, corrected. Several files are compared.
-
-    Args:
-        files: generated texts.
-        perplexity_model: for perplexity.
-        tokenizer: of the generator.
-        mauve: measure MAUVE.
-        mauve_model: for MAUVE's features.
-        gold: file of gold texts.
-        prefix_column: its name.
-        text_column: its name.
-        gold_column: its name.
-        max_length: longest input for perplexity.
-        mauve_max_length: longest input for MAUVE.
-        batch_size: texts at a time.
-        dtype: of the weights.
-        device: where to run.
-        output: folder.
-
-    Raises:
-        ConfigError: if the options cannot be used.
     """
     from l2d_framework.cli.loading import check_device, check_dtype
     from l2d_framework.evaluation.text.samples import Columns, read_golds, read_samples

@@ -69,29 +69,14 @@ class Session:
         self.lm: DiffusionLM | None = None
 
     def encode(self, prompts: Sequence[Prompt], names: Sequence[str] | None = None) -> list[list[int]]:
-        """Token ids of prompts, refused when an answer would not fit.
-
-        Args:
-            prompts: texts or conversations.
-            names: what messages call each of them.
-
-        Returns:
-            Ids of each prompt.
-        """
+        """Token ids of prompts, refused when an answer would not fit."""
         batch = encode_prompts(self.tokenizer, prompts, self.model.origin.chat_template, names=names)
         config = GenerationConfig(max_new_tokens=self.options["max_new_tokens"])
         check_length([len(tokens) for tokens in batch], config, self.model.lm_config, names=names)
         return batch
 
     def check_output(self, output: Path | None) -> None:
-        """Refuse a file that cannot be written.
-
-        Args:
-            output: the file, or None.
-
-        Raises:
-            ConfigError: if its folder is missing or read-only, or the file exists.
-        """
+        """Refuse a file that cannot be written."""
         if output is None:
             return
         if output.exists():
@@ -113,24 +98,12 @@ class Session:
             self.lm.backbone.merge()
 
     def check_infilling(self, texts: Sequence[str]) -> None:
-        """Refuse texts with gaps that this model cannot fill; needs no weights.
-
-        Args:
-            texts: with gaps.
-
-        Raises:
-            ConfigError: if a text has no gap, or the backbone sees no later tokens.
-        """
+        """Refuse texts with gaps that this model cannot fill; needs no weights."""
         read_gaps(self.tokenizer, texts, self.model.lm_config)
         check_infilling(self.model.empty)
 
     def infill(self, texts: Sequence[str], *, output: Path | None) -> None:
-        """Fill gaps in texts, print and write the results.
-
-        Args:
-            texts: with gaps.
-            output: JSONL file, written in one piece at the end.
-        """
+        """Fill gaps in texts, print and write the results."""
         assert self.lm is not None
         filled = [self.lm.infill(text, **self.sampling) for text in texts]
         found = [one.texts(self.tokenizer)[0] for one in filled]
@@ -140,13 +113,7 @@ class Session:
         write_rows(output, [{"infill": text, "answers": [{"text": new}]} for text, new in pairs])
 
     def trace(self, prompt: Prompt, path: Path, *, output: Path | None) -> None:
-        """Answer one prompt, print and write the answer, and write how it took shape.
-
-        Args:
-            prompt: text or conversation.
-            path: page (.html) or picture (.png) to write.
-            output: JSONL file for the answer.
-        """
+        """Answer one prompt, print and write the answer, and write how it took shape."""
         from l2d_framework.tracing import Recorder, write_trace
 
         recorder = Recorder()
@@ -167,18 +134,7 @@ class Session:
         streamer: Any = None,
         observer: Any = None,
     ) -> list[dict[str, Any]]:
-        """Answers to encoded prompts.
-
-        Args:
-            prompts: as given.
-            batch: ids of each prompt.
-            keys: name of each request for its noise.
-            streamer: transformers' streamer, or None.
-            observer: called after every network evaluation, or None.
-
-        Returns:
-            Per answer its text, token ids, number of tokens and mean evaluations.
-        """
+        """Per answer to an encoded prompt its text, token ids, number of tokens and mean evaluations."""
         assert self.lm is not None
         tokenizer: Any = self.tokenizer
         options: dict[str, Any] = {**self.sampling, **self.options}
@@ -212,14 +168,7 @@ class Session:
         return text[: min(found)] if found else text
 
     def stream(self, prompt: Prompt) -> str:
-        """Answer one prompt, printing tokens as they come.
-
-        Args:
-            prompt: text or conversation.
-
-        Returns:
-            The answer.
-        """
+        """Answer one prompt, printing tokens as they come."""
         batch = self.encode([prompt])
         keys = request_keys(batch)
         if self.is_whole:
@@ -240,15 +189,7 @@ class Session:
         stream: bool,
         output: Path | None,
     ) -> None:
-        """Answer all prompts, print and write the answers.
-
-        Args:
-            prompts: as given.
-            encoded: their ids.
-            batch_size: prompts at a time.
-            stream: print tokens as they come.
-            output: JSONL file, written in one piece at the end.
-        """
+        """Answer all prompts, print and write the answers."""
         if stream:
             rows = [[{"text": self.stream(prompts[0])}]]
         else:

@@ -181,14 +181,7 @@ class RewardRun(Section):
 
 @cache
 def reward_type(plugins: Registry) -> type[RewardRun]:
-    """Reward run whose schedule is a union over plugins.
-
-    Args:
-        plugins: what is installed.
-
-    Returns:
-        A subclass of `RewardRun`, the same at every call.
-    """
+    """Reward run whose schedule is a union over plugins."""
     noise: Any = create_model(
         "SimplexNoise",
         __base__=SimplexNoise,
@@ -199,13 +192,6 @@ def reward_type(plugins: Registry) -> type[RewardRun]:
 
 
 def with_reward_preset(data: Mapping[str, Any]) -> dict[str, Any]:
-    """Raw fields of a reward run laid over those of the preset it names.
-
-    Args:
-        data: what the run file says.
-
-    Returns:
-        The fields; an unknown preset stays for validation to name.
-    """
+    """Raw fields of a reward run laid over those of the preset it names."""
     preset = data.get("preset")
     return merged(PRESETS.get(preset, {}) if isinstance(preset, str) else {}, data)

@@ -56,26 +56,12 @@ class Infilled:
     metrics: dict[str, Tensor]
 
     def texts(self, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-        """The filled texts.
-
-        Args:
-            tokenizer: of the model.
-
-        Returns:
-            One text per row, without special tokens.
-        """
+        """The filled texts."""
         rows = zip(self.sequences, self.blocks, strict=True)
         return [str(tokenizer.decode(row[here >= 0], skip_special_tokens=True)) for row, here in rows]
 
     def ended(self, ends: Sequence[int]) -> Infilled:
-        """The same without what follows the end of an answer in its gap.
-
-        Args:
-            ends: tokens that end an answer.
-
-        Returns:
-            A copy in which such a token stands in the rest of its gap, too.
-        """
+        """A copy in which a token that ends an answer stands in the rest of its gap, too."""
         tokens = self.sequences.clone()
         for place in range(1, tokens.shape[1]):
             before = tokens[:, place - 1]
@@ -85,20 +71,7 @@ class Infilled:
 
 
 def read_gaps(tokenizer: PreTrainedTokenizerBase | None, texts: Sequence[str], lm_config: Any) -> Gapped:
-    """Tokens of texts in which `<mask:8>` stands for a gap of 8 tokens.
-
-    Args:
-        tokenizer: of the model.
-        texts: at least one.
-        lm_config: the language model's configuration.
-
-    Returns:
-        The texts as one batch.
-
-    Raises:
-        ConfigError: if there is no tokenizer or text, or a text has no gap, begins with one, exceeds the model's
-            context or holds a lone surrogate.
-    """
+    """Tokens of texts in which `<mask:8>` stands for a gap of 8 tokens, as one batch."""
     context = context_length(lm_config)
     if tokenizer is None:
         raise ConfigError("This model has no tokenizer, so it cannot read texts with gaps. Save one in its folder.")
@@ -179,14 +152,7 @@ def infill(diffusion: Diffusion, gapped: Gapped, *, sampling: Sampling, observer
 
 
 def check_infilling(backbone: Backbone) -> None:
-    """Refuse models whose gaps would be filled without a look at what follows.
-
-    Args:
-        backbone: of the model; its weights are not needed.
-
-    Raises:
-        ConfigError: if the backbone sees no later tokens.
-    """
+    """Refuse models whose gaps would be filled without a look at what follows."""
     if not backbone.sees_later:
         name = backbone.config.component_name()
         raise ConfigError(

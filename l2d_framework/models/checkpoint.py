@@ -191,14 +191,7 @@ def _plain(state: dict[str, Any], dtype: torch.dtype | None = None) -> dict[str,
 
 
 def to_manifest(model: DiffusionLM) -> dict[str, Any]:
-    """Everything a checkpoint says besides weights.
-
-    Args:
-        model: the model.
-
-    Returns:
-        A JSON-ready dictionary.
-    """
+    """Everything a checkpoint says besides weights."""
     origin = model.origin
     return {
         "format": FORMAT,
@@ -275,15 +268,7 @@ class Parts:
 
 
 def load_weights(model: DiffusionLM, folder: str | Path) -> None:
-    """Read a checkpoint's weights into a model of the same shape.
-
-    Args:
-        model: the model; a frozen language model is left alone.
-        folder: the checkpoint.
-
-    Raises:
-        CheckpointError: if a file is damaged or a tensor is missing, superfluous or of another shape.
-    """
+    """Read a checkpoint's weights into a model of the same shape."""
     _load_own(model, Path(folder))
     if model.backbone.trains_lm:
         lm: Any = model.backbone.lm

@@ -61,17 +61,7 @@ class Origin:
         return settings
 
     def class_id(self, name: str | None) -> int:
-        """Id of a class label, -1 for none.
-
-        Args:
-            name: of the class, or None.
-
-        Returns:
-            The id.
-
-        Raises:
-            ConfigError: if there is no such class.
-        """
+        """Id of a class label, -1 for none."""
         if name is None:
             return -1
         if name not in self.classes:

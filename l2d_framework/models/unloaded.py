@@ -140,18 +140,7 @@ class UnloadedModel:
         return found
 
     def sampling(self, options: Mapping[str, Any]) -> SamplingSection:
-        """Settings of a request.
-
-        Args:
-            options: fields of the `sampling` section, `class_name` and `guidance_scale`.
-
-        Returns:
-            Complete settings.
-
-        Raises:
-            ConfigError: if they do not fit the model.
-            CheckpointError: if this is a plain language model and evaluations of a network are asked for.
-        """
+        """Settings of a request."""
         fields = {name: value for name, value in options.items() if name not in (CLASS, SCALE)}
         settings = self.origin.settings(
             self.parts.parametrization, fields, scale=options.get(SCALE), tokenizer=self.tokenizer
@@ -174,16 +163,7 @@ class UnloadedModel:
         return settings
 
     def check_class(self, settings: SamplingSection, *, is_named: bool, where: str) -> None:
-        """Refuse a guidance towards a class that nobody named.
-
-        Args:
-            settings: of a request.
-            is_named: whether it names a class.
-            where: a sentence that says how to name one.
-
-        Raises:
-            ConfigError: if it is missing.
-        """
+        """Refuse a guidance towards a class that nobody named."""
         try:
             check_sampling(settings, num_classes=self.parts.backbone.num_classes, has_condition=is_named)
         except ConfigError as error:
@@ -203,11 +183,7 @@ class UnloadedModel:
         return load(self.path, base=self.base, dtype=self.dtype, device=device, revision=self.revision)
 
     def identity(self) -> dict[str, Any]:
-        """What tells this model from others, JSON-ready.
-
-        Returns:
-            Fingerprints of base and own weights, components, type of the weights, versions of package and plugins.
-        """
+        """What tells this model from others, JSON-ready: fingerprints, components, versions of package and plugins."""
         own = json.dumps(sorted(item for item in self.manifest["files"].items() if item[0].endswith(".safetensors")))
         return {
             "base_fingerprint": self.manifest["fingerprint"] or fingerprint(self.reference),
@@ -222,14 +198,7 @@ class UnloadedModel:
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:
-    """What tells a tokenizer from others, wherever it lies.
-
-    Args:
-        tokenizer: of transformers.
-
-    Returns:
-        Hexadecimal digest.
-    """
+    """What tells a tokenizer from others, wherever it lies."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     said = [
         sorted(tokenizer.get_vocab().items()) if backend is None else backend.to_str(),

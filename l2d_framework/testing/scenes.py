@@ -79,14 +79,7 @@ def noisy_scene(block_size: int | None) -> Scene:
 
 
 def known_layout(padding: int = 0) -> Layout:
-    """Random tokens, all known.
-
-    Args:
-        padding: slots of padding at the start of the second row.
-
-    Returns:
-        The layout.
-    """
+    """Random tokens, all known."""
     tokens = torch.randint(3, 30, (ROWS, LENGTH), generator=torch.Generator().manual_seed(4))
     blocks = torch.zeros_like(tokens)
     blocks[1, :padding] = -1
@@ -94,14 +87,7 @@ def known_layout(padding: int = 0) -> Layout:
 
 
 def block_sizes(config: BackboneConfig) -> list[int | None]:
-    """Block sizes out of 1, 2 and None that a backbone serves.
-
-    Args:
-        config: any backbone.
-
-    Returns:
-        Those that its `check` does not refuse.
-    """
+    """Block sizes out of 1, 2 and None that a backbone serves."""
     lm_config = tiny_llama().config
     return [size for size in (1, 2, None) if _serves(config, lm_config, size)]
 

@@ -23,14 +23,7 @@ class ToySchedule(Schedule):
     name: Literal["toy-linear"] = "toy-linear"
 
     def alpha(self, t: Tensor) -> Tensor:
-        """Weight of the clean state.
-
-        Args:
-            t: times, any shape.
-
-        Returns:
-            `t` itself.
-        """
+        """Weight of the clean state."""
         return t
 
     def sigma(self, t: Tensor) -> Tensor:
@@ -157,11 +150,7 @@ class ToySpace:
         self._streams = toy_streams(torch.arange(length).expand(rows, -1))
 
     def random(self) -> TokenStreams:
-        """Streams that are alike in every row.
-
-        Returns:
-            One per token.
-        """
+        """Streams that are alike in every row."""
         return self._streams
 
     def record(self, name: str, values: Tensor) -> None:
@@ -252,12 +241,5 @@ class ToyGuided(ToyPredict):
     """The same network inside a guidance that has already chosen the clean state."""
 
     def __call__(self, query: Query) -> Prediction:
-        """Answer one query.
-
-        Args:
-            query: what to predict.
-
-        Returns:
-            Logits and a clean state.
-        """
+        """Answer one query."""
         return Prediction(super().__call__(query).logits, query.x + 1)

@@ -71,20 +71,7 @@ class NextToken(Learner):
         index: Tensor,
         epoch: Tensor,
     ) -> dict[str, Tensor]:
-        """Next-token loss of a batch, with the vocabulary head at supervised positions only.
-
-        Args:
-            input_ids: padded on the right, where causal attention does not see it, (B, S), int64.
-            blocks: unused; `labels` says what is supervised.
-            labels: token ids where supervised, else -100, (B, S), int64.
-            length: unused.
-            class_id: unused.
-            index: unused.
-            epoch: unused.
-
-        Returns:
-            `loss`, `losses` and `row`, as in `Learner`.
-        """
+        """Next-token loss of a batch, with the vocabulary head at supervised positions only; see `Learner`."""
         hidden = self._body[0](input_ids=input_ids, use_cache=False).last_hidden_state
         row, place = (labels[:, 1:] != IGNORED).nonzero(as_tuple=True)
         head = self._head[0]
@@ -110,22 +97,11 @@ class NextToken(Learner):
         (folder / "README.md").write_text(text, encoding="utf-8")
 
     def checkpoint(self, folder: Path) -> None:
-        """Write the trained weights in float32, as they are.
-
-        Args:
-            folder: where to.
-        """
+        """Write the trained weights in float32, as they are."""
         self._write(folder, torch.float32)
 
     def restore(self, folder: Path) -> None:
-        """Read the weights that `checkpoint` wrote.
-
-        Args:
-            folder: the checkpoint.
-
-        Raises:
-            CheckpointError: if they are those of another adapter.
-        """
+        """Read the weights that `checkpoint` wrote."""
         if isinstance(self.lm, PeftModel):
             found: Any = set_peft_model_state_dict(self.lm, load_file(folder / "adapter_model.safetensors"))
             if found.unexpected_keys:
@@ -156,15 +132,7 @@ class _Through(nn.Module):
 
 
 def scratch_config(scratch: ScratchSection, tokenizer: PreTrainedTokenizerBase) -> Any:
-    """transformers config of a model trained from nothing.
-
-    Args:
-        scratch: the `scratch` section of the run file.
-        tokenizer: gives the vocabulary size and the special tokens.
-
-    Returns:
-        The config.
-    """
+    """transformers config of a model trained from nothing."""
     special = {name: getattr(tokenizer, name) for name in ("eos_token_id", "pad_token_id", "bos_token_id")}
     return make_config("scratch", {**scratch.config, **special, "vocab_size": len(tokenizer)})
 
@@ -204,14 +172,7 @@ def _texts(data: DataSection) -> Iterator[str]:
 
 
 def check_language_model(run: LanguageModelRun) -> None:
-    """Refuse LoRA targets the model has not, before its weights are loaded.
-
-    Args:
-        run: the run.
-
-    Raises:
-        ConfigError: if a target does not exist, or the base already is an adapter.
-    """
+    """Refuse LoRA targets the model has not, before its weights are loaded."""
     if run.lora is None or run.model is None:
         return
     if locate(run.model)[1] is not None:
@@ -230,15 +191,7 @@ def check_language_model(run: LanguageModelRun) -> None:
 
 
 def build_language_model(run: LanguageModelRun, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel | PeftModel:
-    """The model a run trains.
-
-    Args:
-        run: the run.
-        tokenizer: of the model; a model from scratch takes its vocabulary size.
-
-    Returns:
-        A fresh model, the base model, or the base model with a fresh LoRA, initialised from the run's seed.
-    """
+    """The model a run trains: fresh, the base model, or the base model with a fresh LoRA from the run's seed."""
     with torch.random.fork_rng():
         torch.manual_seed(run.seed)
         if run.scratch is not None:

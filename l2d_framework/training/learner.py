@@ -58,28 +58,16 @@ class Learner(nn.Module, ABC):
         """
 
     def checkpoint(self, folder: Path) -> None:
-        """Write the model such that `restore` continues exactly.
-
-        Args:
-            folder: where to.
-        """
+        """Write the model such that `restore` continues exactly."""
         self.save(folder, "")
 
     def time_parameters(self) -> list[nn.Parameter]:
-        """Parameters that may have a learning rate of their own; none unless the model knows time.
-
-        Returns:
-            The parameters.
-        """
+        """Parameters that may have a learning rate of their own; none unless the model knows time."""
         return []
 
     @abstractmethod
     def restore(self, folder: Path) -> None:
-        """Read the weights that `checkpoint` wrote.
-
-        Args:
-            folder: the checkpoint.
-        """
+        """Read the weights that `checkpoint` wrote."""
 
 
 class Denoiser(Learner):
@@ -108,15 +96,7 @@ class Denoiser(Learner):
 
     @staticmethod
     def check(run: DiffusionRun) -> None:
-        """Refuse what the backbone cannot do, before weights are loaded.
-
-        Args:
-            run: the run.
-
-        Raises:
-            ConfigError: if it asks for gradient checkpointing that the backbone has not, or for several noisy copies of
-                a token where they would see each other.
-        """
+        """Refuse what the backbone cannot do, before weights are loaded."""
         if run.training.gradient_checkpointing or run.training.draws_per_token > 1:
             empty = checkpoint.build_model(run, meta=True)
             if run.training.draws_per_token > 1 and not empty.backbone.independent_positions:
@@ -192,25 +172,13 @@ class Denoiser(Learner):
         checkpoint.save(self.model, folder, notes=notes, dtype=self._dtype)
 
     def checkpoint(self, folder: Path) -> None:
-        """Write the trained weights in float32, as they are.
-
-        Args:
-            folder: where to.
-        """
+        """Write the trained weights in float32, as they are."""
         checkpoint.save(self.model, folder)
 
     def time_parameters(self) -> list[nn.Parameter]:
-        """Parameters of the time embedding, which may have a learning rate of their own.
-
-        Returns:
-            The parameters; empty where the backbone names none.
-        """
+        """Parameters of the time embedding, which may have a learning rate of their own."""
         return self.model.backbone.time_parameters()
 
     def restore(self, folder: Path) -> None:
-        """Read the model's own weights.
-
-        Args:
-            folder: the checkpoint.
-        """
+        """Read the model's own weights."""
         checkpoint.load_weights(self.model, folder)

@@ -79,14 +79,7 @@ class TokenTrainer(transformers.Trainer):
         self._stopwatch = Stopwatch()
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """AdamW over everything trainable, with weight decay on matrices only and a group for the time embedding.
-
-        Args:
-            model: the module that holds the parameters; the learner when None.
-
-        Returns:
-            The optimizer.
-        """
+        """AdamW over everything trainable, with weight decay on matrices only and a group for the time embedding."""
         if self.optimizer is None:
             rate, decay = self.training.learning_rate, self.training.weight_decay
             time = [p for p in self.learner.time_parameters() if p.requires_grad]
@@ -109,15 +102,7 @@ class TokenTrainer(transformers.Trainer):
     def create_scheduler(
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
     ) -> torch.optim.lr_scheduler.LRScheduler:
-        """Learning rates of the run.
-
-        Args:
-            num_training_steps: updates of the whole run.
-            optimizer: the optimizer; the trainer's own when None.
-
-        Returns:
-            The schedule.
-        """
+        """Learning rates of the run."""
         if self.lr_scheduler is None:
             training = self.training
 
@@ -131,16 +116,7 @@ class TokenTrainer(transformers.Trainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator[dict[str, Tensor]], num_batches: int, device: torch.device
     ) -> tuple[list[dict[str, Tensor]], Tensor]:
-        """Micro-batches of one update and the number of supervised tokens in it, over all processes.
-
-        Args:
-            epoch_iterator: of micro-batches.
-            num_batches: how many this process takes.
-            device: where to count.
-
-        Returns:
-            The micro-batches and the number, ().
-        """
+        """Micro-batches of one update and the number of supervised tokens in it, over all processes."""
         self._stopwatch.start()
         batches = list(islice(epoch_iterator, num_batches))
         counts = [[(batch["labels"] != IGNORED).sum(), (batch["blocks"] >= 0).sum()] for batch in batches]
@@ -156,17 +132,7 @@ class TokenTrainer(transformers.Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """This micro-batch's share in the mean over the supervised tokens of the update.
-
-        Args:
-            model: the learner, possibly wrapped.
-            inputs: a batch.
-            return_outputs: also return what the learner returned.
-            num_items_in_batch: supervised tokens of the update over all processes.
-
-        Returns:
-            The loss, (), or (loss, outputs); times the number of processes, whose gradients are averaged.
-        """
+        """This micro-batch's share in the mean over the update's supervised tokens, times the number of processes."""
         assert num_items_in_batch is not None  # `get_batch_samples` always counts
         outputs = model(**inputs)
         self._meter.add(outputs)
@@ -176,16 +142,7 @@ class TokenTrainer(transformers.Trainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Mean loss over all held-out supervised tokens, and in each bin of t, with the same noise at every call.
-
-        Args:
-            eval_dataset: a `HeldOut`; the trainer's own when None.
-            ignore_keys: unused, for the Trainer's signature.
-            metric_key_prefix: put before every name.
-
-        Returns:
-            `eval_loss`, `eval_loss_t00` to `eval_loss_t09` and `eval_seconds`.
-        """
+        """Mean loss over all held-out supervised tokens, and in each bin of t, with the same noise at every call."""
         self._stopwatch.pause()
         start = time.perf_counter()
         meter = LossMeter(self.args.device)
@@ -206,12 +163,7 @@ class TokenTrainer(transformers.Trainer):
         return metrics
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log, with losses by t, speed and memory beside every training loss.
-
-        Args:
-            logs: what to log; changed in place.
-            start_time: unused, for the Trainer's signature.
-        """
+        """Log, with losses by t, speed and memory beside every training loss."""
         if "loss" in logs:
             seconds = self._stopwatch.lap()
             tokens = int(self._tokens[1])
@@ -225,12 +177,7 @@ class TokenTrainer(transformers.Trainer):
         super().log(logs)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write the learner's own weights; never the frozen base model.
-
-        Args:
-            output_dir: where to; the output folder when None.
-            _internal_call: unused, for the Trainer's signature.
-        """
+        """Write the learner's own weights; never the frozen base model."""
         if self.args.should_save:
             self.learner.checkpoint(Path(output_dir) if output_dir else self.output)
 

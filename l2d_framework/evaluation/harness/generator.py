@@ -31,15 +31,7 @@ class Generating(Opened):
     """A model that answers requests."""
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """Answer requests.
-
-        Args:
-            requests: lm_eval's instances.
-            disable_tqdm: show no progress.
-
-        Returns:
-            A text per request.
-        """
+        """Answer requests."""
         self._notice(requests)
         numbers = occurrences(requests, self._gather)
         kinds = [content(request.args[1]) for request in requests]

@@ -26,15 +26,7 @@ class L2DLM(Generating):
     """
 
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """Scores of continuations: log-likelihoods, or what `scoring` names.
-
-        Args:
-            requests: lm_eval's instances.
-            disable_tqdm: show no progress.
-
-        Returns:
-            For each its score and whether greedy decoding would give it.
-        """
+        """Scores of continuations: log-likelihoods, or what `scoring` names."""
         self._notice(requests)
         self._check_scoring(requests)
         found = self._remembered("loglikelihood", requests, super().loglikelihood, disable_tqdm)
@@ -42,18 +34,7 @@ class L2DLM(Generating):
         return found
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
-        """Log-likelihoods of whole texts.
-
-        Args:
-            requests: lm_eval's instances.
-            disable_tqdm: show no progress.
-
-        Returns:
-            One per text.
-
-        Raises:
-            ConfigError: if the model has no likelihood.
-        """
+        """Log-likelihoods of whole texts."""
         self._notice(requests)
         self._check_scoring(requests)
         if self.scoring == PSEUDO:

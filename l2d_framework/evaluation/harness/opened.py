@@ -138,18 +138,7 @@ class Opened(HFLM):  # type: ignore[misc]
         return int(self._max_length or resolve_max_length(self.config, self.tokenizer))
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """A conversation as text, which is then encoded as in training: without special tokens beside the template's.
-
-        Args:
-            chat_history: messages.
-            add_generation_prompt: end with the beginning of an answer.
-
-        Returns:
-            The text.
-
-        Raises:
-            DataError: if the template cannot render it, not even without its system messages.
-        """
+        """A conversation as text, encoded as in training: without special tokens beside the template's."""
         self._is_chat = True
         variables = {**self.tokenizer.special_tokens_map, **self.chat_template_args}
         template = str(self.tokenizer.get_chat_template())
@@ -176,14 +165,7 @@ class Opened(HFLM):  # type: ignore[misc]
         return begun if behind.startswith(" ") else begun.rstrip()
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
-        """The chat template; asked for when one is going to be applied.
-
-        Args:
-            chat_template: True, or its name.
-
-        Returns:
-            Jinja source.
-        """
+        """The chat template; asked for when one is going to be applied."""
         self._is_chat = self._is_chat or bool(chat_template)
         return super().chat_template(chat_template)  # type: ignore[no-any-return]
 
@@ -207,20 +189,12 @@ class Opened(HFLM):  # type: ignore[misc]
         return ids[-(options.get("left_truncate_len") or 0) :]
 
     def set_cache_hook(self, cache_hook: Any) -> None:
-        """Use the harness's cache under this model's own rules.
-
-        Args:
-            cache_hook: holds the store.
-        """
+        """Use the harness's cache under this model's own rules."""
         self.answers = Answers(cache_hook.dbdict, self.identity())
         self.cache_hook = self.answers
 
     def identity(self) -> dict[str, Any]:
-        """What an answer depends on beside its question.
-
-        Returns:
-            JSON-ready.
-        """
+        """What an answer depends on beside its question."""
         return self.source.identity() | {
             "sampling": self.settings.model_dump(mode="json"),
             "class_name": self.options.get(CLASS),
@@ -276,11 +250,7 @@ class Opened(HFLM):  # type: ignore[misc]
         return int(size)
 
     def get_model_info(self) -> dict[str, Any]:
-        """What results.json says of the model.
-
-        Returns:
-            HFLM's facts, and under `l2d` settings, costs, versions, fingerprints and where the data came from.
-        """
+        """HFLM's facts, and under `l2d` settings, costs, versions, fingerprints and where the data came from."""
         reads_main = self.source.empty.identity_at_zero
         costs = {name: meter.report(self._states[name], reads_main=reads_main) for name, meter in self.meters.items()}
         settings = self.settings.model_dump(mode="json")
@@ -316,13 +286,6 @@ def _positive(name: str, value: Any) -> int:
 
 
 def shortest(settings: SamplingSection) -> dict[str, Any]:
-    """As few evaluations as the solver can make, to try out a batch; none of them is larger than another.
-
-    Args:
-        settings: how to sample.
-
-    Returns:
-        Changes to the settings.
-    """
+    """As few evaluations as the solver can make, to try out a batch; none of them is larger than another."""
     steps = settings.num_inference_steps
     return {} if not steps or settings.solver.is_adaptive else {"num_inference_steps": settings.solver.stages + 1}

@@ -44,14 +44,7 @@ class Job:
     answers: list[tuple[int, ...]]
 
     def text(self, limit: int) -> list[int]:
-        """All tokens known when the last of an answer is asked for, cut on the left.
-
-        Args:
-            limit: most tokens.
-
-        Returns:
-            The tokens.
-        """
+        """All tokens known when the last of an answer is asked for, cut on the left."""
         return [*self.context, *self.answers[0][:-1]][-limit:]
 
 

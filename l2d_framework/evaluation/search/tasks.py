@@ -57,18 +57,7 @@ class Trained:
 
 
 def open_tasks(question: Question) -> list[Trained]:
-    """Tasks over their training items.
-
-    Args:
-        question: names them.
-
-    Returns:
-        One for each name; its category is the one named, else the task's `class_hint`, else its own name.
-
-    Raises:
-        ConfigError: if a task is unknown, is a group, does not generate, has too few training items, lacks the metric,
-            or runs programs and nobody agreed.
-    """
+    """Tasks over their training items; a category is the one named, else the task's `class_hint`, else its own name."""
     found = []
     for text in question.tasks:
         category, equals, name = text.rpartition("=")

@@ -39,11 +39,7 @@ class Tuning:
     rows: list[dict[str, Any]] = field(default_factory=list)
 
     def read(self) -> None:
-        """Take over the rows of an earlier run.
-
-        Raises:
-            ConfigError: if the file is another's.
-        """
+        """Take over the rows of an earlier run."""
         if not self.path.exists():
             return
         try:
@@ -62,27 +58,12 @@ class Tuning:
         self.rows = rows
 
     def find(self, task: str, settings: Search) -> dict[str, Any] | None:
-        """A row.
-
-        Args:
-            task: its task.
-            settings: its settings.
-
-        Returns:
-            The row, or None while it is missing.
-        """
+        """A row, or None while it is missing."""
         wanted = settings.model_dump()
         return next((row for row in self.rows if row["task"] == task and row["settings"] == wanted), None)
 
     def write(self, categories: Mapping[str, Any]) -> None:
-        """Write everything known.
-
-        Args:
-            categories: the best settings of each finished category.
-
-        Raises:
-            ConfigError: if the file cannot be written.
-        """
+        """Write everything known."""
         text = json.dumps({"identity": self.identity, "categories": categories, "rows": self.rows}, indent=2)
         stage = self.path.with_name(self.path.name + ".part")
         try:
@@ -96,18 +77,7 @@ class Tuning:
 
 
 def open_model(arguments: str, device: str | None = None) -> L2DLM:
-    """The model of `--model_args`; its weights are loaded later.
-
-    Args:
-        arguments: such as `pretrained=PATH,num_inference_steps=7`.
-        device: where it is to run; the GPU when there is one for None.
-
-    Returns:
-        The model.
-
-    Raises:
-        ConfigError: if they say how to search.
-    """
+    """The model of `--model_args`; its weights are loaded later."""
     options: dict[str, Any] = simple_parse_args_string(arguments)
     if given := sorted(set(options) & set(OPTIONS)):
         raise ConfigError(f"--model_args names {given}, which this command is to choose. Leave them out.")
@@ -117,17 +87,7 @@ def open_model(arguments: str, device: str | None = None) -> L2DLM:
 def grid(
     beams: int, powers: Sequence[float], penalties: Sequence[float], temperatures: Sequence[float]
 ) -> list[Search]:
-    """All combinations.
-
-    Args:
-        beams: hypotheses.
-        powers: of the length.
-        penalties: on repetition.
-        temperatures: of the final pick.
-
-    Returns:
-        Settings, validated.
-    """
+    """All combinations."""
     return [
         Search(beams=beams, length_power=power, repetition_penalty=penalty, temperature=temperature)
         for power, penalty, temperature in itertools.product(powers, penalties, temperatures)
@@ -220,16 +180,7 @@ def _is_number(value: Any) -> bool:
 
 
 def best(tuning: Tuning, tasks: Sequence[Trained], settings: Sequence[Search]) -> dict[str, Any]:
-    """Best settings of each category that has been measured completely.
-
-    Args:
-        tuning: the rows.
-        tasks: their tasks.
-        settings: to choose from.
-
-    Returns:
-        By category, fields of `Search`: those with the best mean score over its tasks.
-    """
+    """By category measured completely, the settings with the best mean score over its tasks."""
     found = {}
     for category in dict.fromkeys(task.category for task in tasks):
         means = [mean(tuning, [t for t in tasks if t.category == category], one) for one in settings]
@@ -240,16 +191,7 @@ def best(tuning: Tuning, tasks: Sequence[Trained], settings: Sequence[Search]) -
 
 
 def mean(tuning: Tuning, tasks: Sequence[Trained], settings: Search) -> float | None:
-    """Mean score of settings over tasks; where less is better, a score counts negatively.
-
-    Args:
-        tuning: the rows.
-        tasks: of one category.
-        settings: what was measured.
-
-    Returns:
-        The mean; None while a row is missing.
-    """
+    """Mean score over tasks, negative where less is better; None while a row is missing."""
     found = [(task, tuning.find(task.name, settings)) for task in tasks]
     scores = [row["score"] * (1 if task.is_better_high else -1) for task, row in found if row is not None]
     return sum(scores) / len(scores) if len(scores) == len(tasks) else None

@@ -36,11 +36,7 @@ class Likelihood:
 
     @property
     def perplexities(self) -> Values:
-        """exp(nll / tokens) of each sample.
-
-        Returns:
-            NaN where a text adds no token, (N,).
-        """
+        """exp(nll / tokens) of each sample, (N,); NaN where a text adds no token."""
         rates: Values = np.full(len(self.nll), np.nan)
         np.divide(self.nll, self.tokens, out=rates, where=self.tokens > 0)
         return np.asarray(np.exp(rates))
@@ -77,13 +73,6 @@ class Judge:
         """Likelihoods of texts given their prefixes, each text begun with the beginning-of-text token.
 
         Too long ones keep their beginning.
-
-        Args:
-            samples: generated texts.
-            track: shows the progress.
-
-        Returns:
-            What was found.
         """
         whole = [self._encode(sample.prefix + sample.text) for sample in samples]
         prefixes = [self._encode(sample.prefix) for sample in samples]

@@ -40,38 +40,16 @@ class Pretrained:
 
     @cached_property
     def model(self) -> Any:
-        """The model.
-
-        Returns:
-            What `load` made, once.
-        """
+        """The model."""
         return self.load()
 
     def limit(self, wanted: int | None) -> int | None:
-        """Longest text that the model's positions and the user allow.
-
-        Args:
-            wanted: by the user, in tokens.
-
-        Returns:
-            Tokens; None for no limit.
-        """
+        """Longest text, in tokens, that the model's positions and the user allow; None for no limit."""
         own = getattr(self.config.get_text_config(), "max_position_embeddings", None)
         return min((limit for limit in (wanted, own) if limit is not None), default=None)
 
     def encode(self, text: str, **options: Any) -> tuple[int, ...]:
-        """Token ids of a text.
-
-        Args:
-            text: to encode.
-            **options: of the tokenizer's call.
-
-        Returns:
-            The ids.
-
-        Raises:
-            ConfigError: if the model does not know one of them.
-        """
+        """Token ids of a text."""
         ids = tuple(self.tokenizer(text, verbose=False, **options)["input_ids"])
         known = self.config.get_text_config().vocab_size
         if max(ids, default=0) >= known:
@@ -83,20 +61,7 @@ class Pretrained:
 
 
 def pretrained(path: str, *, causal: bool, device: str, dtype: str) -> Pretrained:
-    """A model from a folder or the hub, checked without its weights.
-
-    Args:
-        path: folder or hub id.
-        causal: whether its next-token distribution is wanted, not only its hidden states.
-        device: where it is to run.
-        dtype: of the weights.
-
-    Returns:
-        The model.
-
-    Raises:
-        ConfigError: if there is none, it has no tokenizer that fits, or transformers cannot serve it.
-    """
+    """A model from a folder or the hub, checked without its weights; `causal`: next tokens are wanted, too."""
     folder = fetch(path)
     if (folder / MANIFEST).is_file():
         raise ConfigError(f"{path!r} is a diffusion model, which judges no texts. Name a plain language model.")
@@ -129,17 +94,7 @@ def pretrained(path: str, *, causal: bool, device: str, dtype: str) -> Pretraine
 
 
 def open_tokenizer(path: str) -> Any:
-    """Tokenizer of a language model, or of an l2d-framework checkpoint's base model.
-
-    Args:
-        path: folder or hub id.
-
-    Returns:
-        The tokenizer.
-
-    Raises:
-        ConfigError: if there is none.
-    """
+    """Tokenizer of a language model, or of an l2d-framework checkpoint's base model."""
     found: Any = None
     try:
         if (Path(path) / MANIFEST).is_file():
@@ -157,15 +112,7 @@ def open_tokenizer(path: str) -> Any:
 
 
 def pad_right(batch: Sequence[Sequence[int]], device: torch.device) -> dict[str, Tensor]:
-    """Network input for texts of different lengths; what is padded is masked.
-
-    Args:
-        batch: ids of each text.
-        device: where to.
-
-    Returns:
-        `input_ids` and `attention_mask`, int64, (B, S).
-    """
+    """Network input for texts of different lengths; what is padded is masked."""
     width = max(map(len, batch))
     ids = torch.tensor([[*row, *[0] * (width - len(row))] for row in batch], device=device)
     mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in batch], device=device)

@@ -27,15 +27,7 @@ from l2d_framework.training.trainer import Boundaries
 
 
 def make_reward_arguments(run: RewardRun, output: Path) -> RewardConfig:
-    """TRL's arguments for a reward run.
-
-    Args:
-        run: the run.
-        output: the output folder.
-
-    Returns:
-        The arguments.
-    """
+    """TRL's arguments for a reward run."""
     refuse_sharding()
     training = run.training
     with warnings.catch_warnings():
@@ -111,15 +103,7 @@ class PairTrainer(RewardTrainer):
     def create_scheduler(
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
     ) -> torch.optim.lr_scheduler.LRScheduler:
-        """Linear warm-up from zero, then a straight line to the final fraction.
-
-        Args:
-            num_training_steps: updates of the whole run.
-            optimizer: the optimizer; the trainer's own when None.
-
-        Returns:
-            The schedule.
-        """
+        """Linear warm-up from zero, then a straight line to the final fraction."""
         if self.lr_scheduler is None:
             warmup = math.ceil(self.run.training.warmup_ratio * num_training_steps)
             final = self.run.training.final_fraction
@@ -140,17 +124,7 @@ class PairTrainer(RewardTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """Mean of -log sigmoid(r_chosen - r_rejected - margin) over the pairs of a batch.
-
-        Args:
-            model: the reward model, possibly wrapped.
-            inputs: a batch of pairs, all chosen sides before all rejected ones.
-            return_outputs: also return what the model returned.
-            num_items_in_batch: unused by TRL.
-
-        Returns:
-            The loss, (), or (loss, outputs).
-        """
+        """Mean of -log sigmoid(r_chosen - r_rejected - margin) over the pairs of a batch."""
         plain: Any = super()
         return plain.compute_loss(model, self._as_guided(inputs), return_outputs, num_items_in_batch)
 
@@ -181,16 +155,7 @@ class PairTrainer(RewardTrainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Loss, accuracy and mean lead of the chosen reward, each over all held-out pairs.
-
-        Args:
-            eval_dataset: pairs; the trainer's own when None.
-            ignore_keys: unused, for the Trainer's signature.
-            metric_key_prefix: put before every name.
-
-        Returns:
-            `eval_loss`, `eval_accuracy`, `eval_margin` and `eval_seconds`.
-        """
+        """Loss, accuracy and mean lead of the chosen reward, each over all held-out pairs."""
         start = time.perf_counter()
         model: Any = self.model
         model.eval()
