@@ -214,7 +214,7 @@ def _locked(room: str, *, waits: bool) -> int | None:
 
 def _supervised(job: dict[str, Any], seconds: float) -> str:
     process = subprocess.Popen(
-        [sys.executable, "-I", "-S", "-c", _source("inside.py")],
+        [sys.executable, "-I", "-S", "-c", _source("sandbox_child.py")],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

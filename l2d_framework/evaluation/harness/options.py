@@ -126,3 +126,9 @@ def read_plan(
         picking["do_sample"] = bool(picking["do_sample"])
     picking = arguments.picking(picking, vocab_size=vocab_size)
     return Plan(until, count, picking, options, read_search({**(search or {}), **searching}, options.get(HINT)))
+
+
+def shortest(settings: SamplingSection) -> dict[str, Any]:
+    """As few evaluations as the solver can make, to try out a batch; none of them is larger than another."""
+    steps = settings.num_inference_steps
+    return {} if not steps or settings.solver.is_adaptive else {"num_inference_steps": settings.solver.stages + 1}

@@ -206,7 +206,7 @@ def test_the_command_tunes_and_the_adapter_takes_its_file(folder, tmp_path):
     assert "chosen" in result.output and "2 items of train" in result.output
     assert len(json.loads(out.read_text())["rows"]) == 2
     searching = L2DLM(str(folder / "base"), device="cpu", num_inference_steps=0, search=str(out))
-    assert searching._plan({"until": [], "max_gen_toks": 3, "class_hint": "sums"}).search == read_search(
+    assert searching.generator.plan({"until": [], "max_gen_toks": 3, "class_hint": "sums"}).search == read_search(
         {"search": str(out)}, "sums"
     )
 
