@@ -24,7 +24,7 @@ from l2d_framework.base_model import fingerprint, load_config, load_language_mod
 from l2d_framework.cli import app
 from l2d_framework.config import check_runs, parse_run
 from l2d_framework.errors import CheckpointError, L2DError
-from l2d_framework.evaluation.text.pretrained import open_tokenizer, pretrained
+from l2d_framework.evaluation.text.judge import open_tokenizer, pretrained
 from l2d_framework.models.checkpoint import build_model, load, load_weights, save
 from l2d_framework.models.convert import convert
 from l2d_framework.models.manifest import file_hash, sealed

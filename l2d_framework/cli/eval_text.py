@@ -15,7 +15,7 @@ from l2d_framework.errors import ConfigError
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from l2d_framework.evaluation.text.pretrained import Track
+    from l2d_framework.evaluation.text.judge import Track
 
 _PICTURE = "eval_text.png"
 
@@ -61,10 +61,9 @@ def eval_text(
     columns = Columns(prefix_column, text_column, gold_column)
     found = {name: read_samples(file, columns, golds=golds) for name, file in _named(files).items()}
 
-    from l2d_framework.evaluation.text.likelihood import Judge
+    from l2d_framework.evaluation.text.judge import Judge, open_tokenizer, pretrained
     from l2d_framework.evaluation.text.mauve_score import FEATURES_MODEL, Features, check_golds, check_installed
     from l2d_framework.evaluation.text.measure import evaluate_texts
-    from l2d_framework.evaluation.text.pretrained import open_tokenizer, pretrained
 
     where: dict[str, Any] = {"device": check_device(device), "dtype": dtype}
     words = None if tokenizer is None else open_tokenizer(tokenizer)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from l2d_framework.errors import ConfigError, DataError
 from l2d_framework.evaluation.statistics import Estimate
-from l2d_framework.evaluation.text.pretrained import Pretrained, Track, pad_right
+from l2d_framework.evaluation.text.judge import Pretrained, Track, pad_right
 from l2d_framework.evaluation.text.samples import Sample
 
 FEATURES_MODEL, MAX_LENGTH = "gpt2-large", 256

@@ -18,8 +18,7 @@ from l2d_framework.evaluation.harness.model import L2DLM
 from l2d_framework.evaluation.search import tasks as search_tasks
 from l2d_framework.evaluation.search import tuning as search_tuning
 from l2d_framework.evaluation.search.search import Search, read_search
-from l2d_framework.evaluation.search.tasks import Question, open_tasks
-from l2d_framework.evaluation.search.tuning import grid, tune
+from l2d_framework.evaluation.search.tuning import Question, grid, open_tasks, tune
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
 
