@@ -22,8 +22,8 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from l2d_framework.errors import ConfigError, shown, suggest
-from l2d_framework.generation.infill import Gapped
 from l2d_framework.generation.prompts import Encoded
+from l2d_framework.types import Layout
 
 
 def _plain(value: Any) -> Any:
@@ -297,7 +297,7 @@ def check_left_padding(tokens: Tensor, mask: Tensor) -> None:
         )
 
 
-def check_gapped(gapped: Gapped, vocab_size: int, context: int | None) -> None:
+def check_gapped(gapped: Layout, vocab_size: int, context: int | None) -> None:
     """Refuse tokens and blocks that are no texts with gaps."""
     tokens, blocks = gapped.tokens, gapped.blocks
     check_tokens(tokens, vocab_size)

@@ -27,19 +27,6 @@ _UNKNOWN = -1
 
 
 @dataclass(frozen=True)
-class Gapped:
-    """Texts with gaps.
-
-    Attributes:
-        tokens: ids, padded on the left; of no meaning in gaps, (B, S), int64.
-        blocks: -1 padding, 0 known, 1 gap, (B, S), int64.
-    """
-
-    tokens: Tensor
-    blocks: Tensor
-
-
-@dataclass(frozen=True)
 class Infilled:
     """What `infill` returns.
 
@@ -70,7 +57,7 @@ class Infilled:
         return replace(self, sequences=tokens)
 
 
-def read_gaps(tokenizer: PreTrainedTokenizerBase | None, texts: Sequence[str], lm_config: Any) -> Gapped:
+def read_gaps(tokenizer: PreTrainedTokenizerBase | None, texts: Sequence[str], lm_config: Any) -> Layout:
     """Tokens of texts in which `<mask:8>` stands for a gap of 8 tokens, as one batch."""
     context = context_length(lm_config)
     if tokenizer is None:
@@ -104,11 +91,11 @@ def read_gaps(tokenizer: PreTrainedTokenizerBase | None, texts: Sequence[str], l
     width = max(map(len, rows))
     tokens = torch.tensor([[0] * (width - len(row)) + row for row in rows])
     absent = torch.arange(width) < torch.tensor([[width - len(row)] for row in rows])
-    return Gapped(tokens.clamp_min(0), torch.where(absent, -1, (tokens == _UNKNOWN).long()))
+    return Layout(tokens.clamp_min(0), torch.where(absent, -1, (tokens == _UNKNOWN).long()))
 
 
 @torch.no_grad()
-def infill(diffusion: Diffusion, gapped: Gapped, *, sampling: Sampling, observer: Observer | None = None) -> Infilled:
+def infill(diffusion: Diffusion, gapped: Layout, *, sampling: Sampling, observer: Observer | None = None) -> Infilled:
     """Fill the gaps with the most likely tokens of the last evaluation.
 
     A row's result depends on its own text and the seed, never on its batch mates; a second copy of a text in one call
@@ -116,7 +103,7 @@ def infill(diffusion: Diffusion, gapped: Gapped, *, sampling: Sampling, observer
 
     Args:
         diffusion: the model.
-        gapped: texts with gaps, on the model's device.
+        gapped: texts whose gaps are block 1, padded on the left, on the model's device.
         sampling: how to diffuse; all gaps of a row are one block.
         observer: called after every network evaluation.
 
@@ -135,11 +122,10 @@ def infill(diffusion: Diffusion, gapped: Gapped, *, sampling: Sampling, observer
     first = (gapped.blocks < 0).sum(1)
     known = torch.where(gapped.blocks >= 1, _UNKNOWN, gapped.tokens)
     names = request_keys([row[start:].tolist() for row, start in zip(known, first.tolist(), strict=True)])
-    layout = Layout(gapped.tokens, gapped.blocks)
     block = Block(
         positions=positions,
-        layout=layout,
-        context=diffusion.backbone.read(layout),
+        layout=gapped,
+        context=diffusion.backbone.read(gapped),
         keys=[
             [(sampling.seed, name, int(place - start), 0) for place in row]
             for name, row, start in zip(names, positions.cpu(), first.cpu(), strict=True)

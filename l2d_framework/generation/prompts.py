@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +34,9 @@ class Encoded:
     Attributes:
         input_ids: padded on the left, (B, S), int64.
         attention_mask: 1 where a real token stands, (B, S), int64.
-        keys: names for the noise, of each prompt or of each of its answers; made from the tokens when None.
-        context: what a backbone has read of the prompts; they are read anew when None.
+        keys: names for the noise, of each prompt, whose answers are then numbered, or of each answer; made from the
+            tokens when None.
+        context: what a backbone has read of the prompts, and stays as it is; they are read anew when None.
         chats: which prompts are conversations, whose answers end with their turn; none when None.
     """
 
@@ -44,6 +45,11 @@ class Encoded:
     keys: Sequence[str] | None = None
     context: Any = None
     chats: Sequence[bool] | None = None
+
+    def to(self, device: torch.device) -> Encoded:
+        """The same with its tokens on a device."""
+        ids, mask = (part.to(device, torch.int64) for part in (self.input_ids, self.attention_mask))
+        return replace(self, input_ids=ids, attention_mask=mask)
 
 
 def read_template(chosen: str | None) -> str | None:

@@ -27,7 +27,7 @@ from l2d_framework.diffusion.ode import Observer
 from l2d_framework.errors import ConfigError, suggest
 from l2d_framework.generation import arguments
 from l2d_framework.generation.causal_lm import DiffusionForCausalLM, as_transformers
-from l2d_framework.generation.infill import Gapped, Infilled, infill, read_gaps
+from l2d_framework.generation.infill import Infilled, infill, read_gaps
 from l2d_framework.generation.loop import Decoding, Generation, Requests, generate
 from l2d_framework.generation.prompts import (
     Encoded,
@@ -42,6 +42,7 @@ from l2d_framework.generation.prompts import (
 from l2d_framework.models.origin import Origin
 from l2d_framework.parametrization import Parametrization
 from l2d_framework.schedule import Schedule
+from l2d_framework.types import Layout
 
 DEFAULT_NEW_TOKENS = 256
 """Answer length where neither the call nor the base model sets one: the L2D paper's for general tasks."""
@@ -181,28 +182,25 @@ class DiffusionLM(Diffusion):
         config, criteria = self._picking(generation_config, options, stopping_criteria, encoded.chats or [False])
         check_length(encoded.attention_mask.sum(-1).tolist(), config, self.backbone.lm.config)
         requests = Requests(
-            encoded.input_ids.to(self.device, torch.int64),
-            encoded.attention_mask.to(self.device, torch.int64),
+            encoded.to(self.device),
             classes=None if request.classes is None else self.class_ids(request.classes),
             guidance_scale=torch.tensor(scales, device=self.device) if isinstance(scales, list) else None,
-            keys=encoded.keys,
             samples=request.num_return_sequences,
             seeds=seeds if isinstance(seeds, list) else None,
-            context=encoded.context,
         )
         picking = Decoding(config, logits_processor or LogitsProcessorList(), criteria, streamer)
         return generate(self, requests, sampling=sampling, picking=picking, observer=observer)
 
     @naming_plugins()
     def infill(
-        self, texts: str | Sequence[str] | Gapped, *, observer: Observer | None = None, **options: Any
+        self, texts: str | Sequence[str] | Layout, *, observer: Observer | None = None, **options: Any
     ) -> Infilled:
         """Fill gaps in texts, in sight of what stands before and after them.
 
         Where a gap is filled with a token of `ends`, that token stands in the rest of the gap, too.
 
         Args:
-            texts: one or several, with `<mask:8>` for a gap of 8 tokens; or tokens and blocks.
+            texts: one or several, with `<mask:8>` for a gap of 8 tokens; or a layout whose gaps are block 1.
             observer: called after every network evaluation.
             **options: fields of the `sampling` section.
 
@@ -218,13 +216,13 @@ class DiffusionLM(Diffusion):
                 raise ConfigError(f"Unknown option {name}={options[name]!r}{hint} Remove or correct it.")
         sampling = self._settings(options)
         arguments.check_parts(None, None, None, observer)
-        if isinstance(texts, Gapped):
+        if isinstance(texts, Layout):
             arguments.check_gapped(texts, self.backbone.vocab_size, context_length(self.backbone.lm.config))
             gapped = texts
         else:
             arguments.check_texts(texts)
             gapped = read_gaps(self.tokenizer, [texts] if isinstance(texts, str) else texts, self.backbone.lm.config)
-        placed = Gapped(gapped.tokens.to(self.device), gapped.blocks.to(self.device))
+        placed = Layout(gapped.tokens.to(self.device), gapped.blocks.to(self.device))
         found = infill(self, placed, sampling=sampling, observer=observer)
         return found.ended(self.ends(is_chat=False))
 
