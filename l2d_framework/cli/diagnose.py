@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,9 +12,7 @@ import typer
 from l2d_framework.errors import ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from l2d_framework.evaluation.diagnosis.diagnose import Settings, Track
+    from l2d_framework.evaluation.diagnosis.diagnose import Settings
     from l2d_framework.models.unloaded import UnloadedModel
 
 _NUMBERS, _PICTURE = "diagnosis.json", "diagnosis.png"
@@ -57,13 +54,13 @@ def diagnose(
     adaptive solver spends on them, and how many differ from the base model's.
     """
     from l2d_framework.cli.loading import check_device, check_dtype
+    from l2d_framework.cli.output import bar, check_folder
     from l2d_framework.config.files import override
     from l2d_framework.models.unloaded import UnloadedModel
 
     check_dtype(dtype)
     where = check_device(device)
-    if out is not None:
-        _check_output(out)
+    check_folder(out, "--out")
     source = UnloadedModel(model, base=base, dtype=dtype)
     if source.is_plain:
         raise ConfigError(
@@ -84,7 +81,8 @@ def diagnose(
     from l2d_framework.evaluation.diagnosis.diagnose import diagnose as run
 
     lm = source.load(where)
-    with _progress() as track:
+    with bar() as progress:
+        track = partial(progress.track, description="diagnosing")
         found = run(lm, rows, settings, batch_size=batch_size, track=track)
     _show(found)
     if out is not None:
@@ -148,54 +146,22 @@ def _rows(source: UnloadedModel, data: list[str], fields: dict[str, Any], max_le
     return list(prepared.train), prepared.card["sources"]["train"]
 
 
-def _check_output(out: Path) -> None:
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"{str(out)!r} exists and is not empty. Name another --out, so that nothing is lost.")
-    existing = next(folder for folder in (out.resolve(), *out.resolve().parents) if folder.exists())
-    if not os.access(existing, os.W_OK):
-        raise ConfigError(f"{str(existing)!r} cannot be written. Name another --out.")
-
-
-@contextmanager
-def _progress() -> Iterator[Track]:
-    from rich.console import Console
-    from rich.progress import Progress
-
-    # The table alone goes to standard output, which may be a pipe.
-    with Progress(console=Console(stderr=True), transient=True) as progress:
-        yield lambda batches: progress.track(batches, description="diagnosing")
-
-
 def _show(found: dict[str, Any]) -> None:
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
+    from l2d_framework.cli.output import show
     from l2d_framework.evaluation.diagnosis.report import sentences, table
 
-    console = Console()
-    heading, *rows = table(found)
     title = f"Cross-entropy in nats per token, ± standard error; {found['tokens']:,} tokens of {found['rows']:,} rows"
-    shown = Table(*heading, box=box.SIMPLE_HEAD, title=title)
-    for row in rows:
-        shown.add_row(*row)
-    console.print(shown)
-    for line in sentences(found):
-        console.print(f"- {line}", highlight=False, markup=False, soft_wrap=True)
+    show(table(found), sentences(found), title=title)
 
 
 def _write(found: dict[str, Any], out: Path) -> None:
-    import importlib.util
-
+    from l2d_framework.cli.output import can_draw
     from l2d_framework.evaluation.diagnosis.report import draw
     from l2d_framework.training.output_dir import staged
 
-    can_draw = importlib.util.find_spec("matplotlib") is not None
     with staged(out) as folder:
         text = json.dumps(found, indent=2, ensure_ascii=False)
         (folder / _NUMBERS).write_text(text + "\n", encoding="utf-8")
-        if can_draw:
+        if can_draw():
             draw(found, folder / _PICTURE)
-    if not can_draw:
-        typer.echo("No picture: matplotlib is missing. Run: pip install 'l2d-framework[plots]'", err=True)
     typer.echo(f"Written to {out}", err=True)

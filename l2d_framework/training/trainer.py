@@ -12,12 +12,14 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
-from torch.optim import AdamW
+from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
+from typing_extensions import override
 
 from l2d_framework.config import TrainingSection
+from l2d_framework.config.reward import RewardTraining
 from l2d_framework.training.arguments import TrainingData, total_steps
 from l2d_framework.training.data.collate import IGNORED
 from l2d_framework.training.learner import Learner
@@ -27,7 +29,49 @@ from l2d_framework.training.output_dir import BEST, checkpoints, remove, staged
 from l2d_framework.training.samplers import PADDING, EpochCollator, HeldOut, RunOrder, RunStream
 
 
-class TokenTrainer(transformers.Trainer):
+class ResumableTrainer(transformers.Trainer):
+    """A trainer whose checkpoints survive a kill and whose learning rate is a function of the update alone.
+
+    Attributes:
+        training: what the run file says of training.
+        output: the output folder.
+    """
+
+    training: TrainingSection | RewardTraining
+    output: Path
+
+    def _share_of_rate(self, step: int, steps: int) -> float:
+        """Learning rate of one update, as a share of the one that the run names."""
+        raise AssertionError("a subclass says how the learning rate runs")
+
+    @override
+    def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> LambdaLR:
+        if self.lr_scheduler is None:
+
+            def share(step: int) -> float:
+                return self._share_of_rate(step, num_training_steps)
+
+            self.lr_scheduler = LambdaLR(optimizer or self.create_optimizer(), share)
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    @override
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        with self._staged(self.output / f"checkpoint-{self.state.global_step}") as folder:
+            self.save_model(str(folder), _internal_call=True)
+            self._save_optimizer_and_scheduler(str(folder))
+            self._save_rng_state(str(folder))
+            if self.args.should_save:
+                self.state.save_to_json(str(folder / "trainer_state.json"))
+        if self.args.should_save:
+            for old in checkpoints(self.output)[: -self.training.save_total_limit]:
+                remove(old)
+
+    def _staged(self, folder: Path) -> AbstractContextManager[Path]:
+        return staged(folder, writes=self.args.should_save, wait=self.accelerator.wait_for_everyone)
+
+
+class TokenTrainer(ResumableTrainer):
     """Trains a `Learner` such that only the configuration and the data decide the result.
 
     The loss of an update is the mean over all its supervised tokens, however they are spread over micro-batches and
@@ -40,6 +84,8 @@ class TokenTrainer(transformers.Trainer):
         data: training and held-out rows.
         callbacks: further callbacks, such as a progress bar.
     """
+
+    training: TrainingSection
 
     def __init__(
         self,
@@ -78,7 +124,8 @@ class TokenTrainer(transformers.Trainer):
         self._tokens = torch.zeros(2, dtype=torch.int64)
         self._stopwatch = Stopwatch()
 
-    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+    @override
+    def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
         """AdamW over everything trainable, with weight decay on matrices only and a group for the time embedding."""
         if self.optimizer is None:
             rate, decay = self.training.learning_rate, self.training.weight_decay
@@ -99,20 +146,11 @@ class TokenTrainer(transformers.Trainer):
             )
         return self.optimizer
 
-    def create_scheduler(
-        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
-    ) -> torch.optim.lr_scheduler.LRScheduler:
-        """Learning rates of the run."""
-        if self.lr_scheduler is None:
-            training = self.training
+    @override
+    def _share_of_rate(self, step: int, steps: int) -> float:
+        return learning_rate(self.training, step, steps) / self.training.learning_rate
 
-            def factor(step: int) -> float:
-                return learning_rate(training, step, num_training_steps) / training.learning_rate
-
-            self.lr_scheduler = LambdaLR(optimizer or self.create_optimizer(), factor)
-            self._created_lr_scheduler = True
-        return self.lr_scheduler
-
+    @override
     def get_batch_samples(
         self, epoch_iterator: Iterator[dict[str, Tensor]], num_batches: int, device: torch.device
     ) -> tuple[list[dict[str, Tensor]], Tensor]:
@@ -125,6 +163,7 @@ class TokenTrainer(transformers.Trainer):
         self._tokens = self._tokens.to(device) + tokens
         return batches, tokens[0]
 
+    @override
     def compute_loss(
         self,
         model: nn.Module,
@@ -139,6 +178,7 @@ class TokenTrainer(transformers.Trainer):
         loss = outputs["loss"] * self.accelerator.num_processes / num_items_in_batch
         return (loss, outputs) if return_outputs else loss
 
+    @override
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
@@ -162,6 +202,7 @@ class TokenTrainer(transformers.Trainer):
                     self.learner.save(folder, "")
         return metrics
 
+    @override
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log, with losses by t, speed and memory beside every training loss."""
         if "loss" in logs:
@@ -176,28 +217,20 @@ class TokenTrainer(transformers.Trainer):
             self.state.epoch = self.state.global_step * self.training.batch_size / self._rows
         super().log(logs)
 
+    @override
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the learner's own weights; never the frozen base model."""
         if self.args.should_save:
             self.learner.checkpoint(Path(output_dir) if output_dir else self.output)
 
+    @override
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self._stopwatch.pause()
-        with self._staged(self.output / f"checkpoint-{self.state.global_step}") as folder:
-            self.save_model(str(folder))
-            self._save_optimizer_and_scheduler(str(folder))
-            self._save_rng_state(str(folder))
-            if self.args.should_save:
-                self.state.save_to_json(str(folder / "trainer_state.json"))
-        if self.args.should_save:
-            for old in checkpoints(self.output)[: -self.training.save_total_limit]:
-                remove(old)
+        super()._save_checkpoint(model, trial)
 
+    @override
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         self.learner.restore(Path(resume_from_checkpoint))
-
-    def _staged(self, folder: Path) -> AbstractContextManager[Path]:
-        return staged(folder, writes=self.args.should_save, wait=self.accelerator.wait_for_everyone)
 
 
 class Boundaries(TrainerCallback):

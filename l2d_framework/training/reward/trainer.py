@@ -14,16 +14,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
 from trl.trainer.reward_config import RewardConfig
 from trl.trainer.reward_trainer import DataCollatorForPreference, RewardTrainer
+from typing_extensions import override
 
 from l2d_framework.config import RewardRun, SimplexNoise
+from l2d_framework.config.reward import RewardTraining
 from l2d_framework.training.arguments import divide_batch, refuse_sharding
-from l2d_framework.training.output_dir import checkpoints, remove, staged
 from l2d_framework.training.reward.data import Pairs
-from l2d_framework.training.trainer import Boundaries
+from l2d_framework.training.trainer import Boundaries, ResumableTrainer
 
 
 def make_reward_arguments(run: RewardRun, output: Path) -> RewardConfig:
@@ -63,7 +63,7 @@ def make_reward_arguments(run: RewardRun, output: Path) -> RewardConfig:
     return arguments
 
 
-class PairTrainer(RewardTrainer):
+class PairTrainer(ResumableTrainer, RewardTrainer):
     """TRL's trainer on prepared pairs.
 
     Args:
@@ -75,6 +75,8 @@ class PairTrainer(RewardTrainer):
         callbacks: such as a progress bar.
     """
 
+    training: RewardTraining
+
     def __init__(
         self,
         model: PreTrainedModel,
@@ -85,7 +87,7 @@ class PairTrainer(RewardTrainer):
         tokenizer: PreTrainedTokenizerBase,
         callbacks: Sequence[TrainerCallback] = (),
     ) -> None:
-        self.run, self.output = run, Path(str(arguments.output_dir))
+        self.run, self.training, self.output = run, run.training, Path(str(arguments.output_dir))
         super().__init__(
             model,
             arguments,
@@ -100,23 +102,15 @@ class PairTrainer(RewardTrainer):
     def _send_telemetry(self) -> None:
         """Nobody is told: a run file asks for trackers, and for nothing else that leaves the machine."""
 
-    def create_scheduler(
-        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
-    ) -> torch.optim.lr_scheduler.LRScheduler:
+    @override
+    def _share_of_rate(self, step: int, steps: int) -> float:
         """Linear warm-up from zero, then a straight line to the final fraction."""
-        if self.lr_scheduler is None:
-            warmup = math.ceil(self.run.training.warmup_ratio * num_training_steps)
-            final = self.run.training.final_fraction
+        warmup = math.ceil(self.training.warmup_ratio * steps)
+        if step < warmup:
+            return step / warmup
+        return 1 - (1 - self.training.final_fraction) * (step - warmup) / max(steps - warmup, 1)
 
-            def factor(step: int) -> float:
-                if step < warmup:
-                    return step / warmup
-                return 1 - (1 - final) * (step - warmup) / max(num_training_steps - warmup, 1)
-
-            self.lr_scheduler = LambdaLR(optimizer or self.create_optimizer(), factor)
-            self._created_lr_scheduler = True
-        return self.lr_scheduler
-
+    @override
     def compute_loss(
         self,
         model: nn.Module,
@@ -151,6 +145,7 @@ class PairTrainer(RewardTrainer):
 
     _drawn = (-1, 0)
 
+    @override
     @torch.no_grad()
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
@@ -176,18 +171,6 @@ class PairTrainer(RewardTrainer):
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        writes, wait = self.args.should_save, self.accelerator.wait_for_everyone
-        with staged(self.output / f"checkpoint-{self.state.global_step}", writes=writes, wait=wait) as folder:
-            self.save_model(str(folder), _internal_call=True)
-            self._save_optimizer_and_scheduler(str(folder))
-            self._save_rng_state(str(folder))
-            if writes:
-                self.state.save_to_json(str(folder / "trainer_state.json"))
-        if writes:
-            for old in checkpoints(self.output)[: -self.run.training.save_total_limit]:
-                remove(old)
 
 
 def noisy_embeddings(ids: Tensor, embedding: Tensor, noise: SimplexNoise, *, generator: torch.Generator) -> Tensor:
