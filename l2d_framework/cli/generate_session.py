@@ -177,7 +177,7 @@ class Session:
                 text = str(self.answer([prompt], batch, keys, observer=drafts)[0]["text"])
             typer.echo(text)
             return text
-        streamer = TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)  # type: ignore[arg-type]
+        streamer = TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
         return str(self.answer([prompt], batch, keys, streamer=streamer)[0]["text"])
 
     def answer_all(
