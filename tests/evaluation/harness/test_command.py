@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from tiny_models import tiny_lm, tiny_tokenizer
 from typer.testing import CliRunner
 
 pytest.importorskip("lm_eval")
+
+import lm_eval.tasks
 
 from l2d_bench.protocols import folder
 from l2d_framework.cli import app
@@ -166,6 +169,10 @@ def test_an_unknown_task_is_answered_with_those_like_it(monkeypatch):
     def unknown() -> None:
         raise ValueError("Tasks not found: gsm9k, xqzxqz")
 
+    # All of lm_eval's tasks take ten seconds to read.
+    known = str(Path(lm_eval.tasks.__file__).parent / "gsm8k")
+    few = partial(lm_eval.tasks.TaskManager, include_path=known, include_defaults=False)
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", few)
     monkeypatch.setattr("lm_eval.__main__.cli_evaluate", unknown)
     monkeypatch.setattr(sys, "argv", [])
     said = r"task 'gsm9k'; did you mean 'gsm8k'.*\? lm_eval knows no task 'xqzxqz'\. `lm_eval ls tasks`.*--include_path"
