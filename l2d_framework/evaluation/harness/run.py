@@ -21,6 +21,7 @@ from l2d_framework.evaluation.harness.errors import explain
 from l2d_framework.evaluation.harness.model import L2DLM
 from l2d_framework.evaluation.harness.provenance import local_folder
 from l2d_framework.evaluation.hub import is_reachable
+from l2d_framework.registry import extensions
 
 _BOOTSTRAPS = 1000
 """Resamplings for the standard error of a metric that is no mean over items."""
@@ -81,7 +82,11 @@ class Answered:
 
 @cache
 def _index(folder: Path | None, *, has_defaults: bool) -> TaskManager:
-    return TaskManager(include_path=None if folder is None else str(folder), include_defaults=has_defaults)
+    return TaskManager(include_path=[str(place) for place in _folders(folder)], include_defaults=has_defaults)
+
+
+def _folders(folder: Path | None) -> list[Path]:
+    return [*extensions().task_folders(), *([] if folder is None else [folder])]
 
 
 def task_manager(name: str, folder: Path | None = None) -> TaskManager:
@@ -89,15 +94,14 @@ def task_manager(name: str, folder: Path | None = None) -> TaskManager:
 
     Args:
         name: of a task or group.
-        folder: further tasks beside lm_eval's own.
+        folder: further tasks beside lm_eval's own and those of plugins.
 
     Returns:
-        The index of the folder where that is enough, since reading lm_eval's 14,000 tasks takes ten seconds.
+        The index of the folders where that is enough, since reading lm_eval's 14,000 tasks takes ten seconds.
     """
-    if folder is not None:
-        small = _index(folder, has_defaults=False)
-        if name in small.task_index and all("task" in config for config in _configs(name, small)):
-            return small
+    small = _index(folder, has_defaults=False)
+    if name in small.task_index and all("task" in config for config in _configs(name, small)):
+        return small
     return _index(folder, has_defaults=True)
 
 
@@ -132,7 +136,7 @@ def evaluate(model: ModelChoice, task: TaskChoice, *, folder: Path | None = None
     Args:
         model: the model.
         task: the task.
-        folder: further tasks beside lm_eval's own.
+        folder: further tasks beside lm_eval's own and those of plugins.
 
     Returns:
         What it gave.
@@ -213,7 +217,7 @@ def check_task(name: str, folder: Path | None = None) -> list[str]:
 
     Args:
         name: of a task or group.
-        folder: further tasks beside lm_eval's own.
+        folder: further tasks beside lm_eval's own and those of plugins.
 
     Returns:
         Data sets that are neither folders here nor files nor in the hub's cache; they would have to be downloaded.
@@ -254,7 +258,7 @@ def task_identity(name: str, folder: Path | None = None) -> str:
 
     Args:
         name: of a task or group.
-        folder: further tasks beside lm_eval's own.
+        folder: further tasks beside lm_eval's own and those of plugins.
 
     Returns:
         A hash of its settings and of the Python files beside those of its files that lie in the folder.
@@ -262,12 +266,13 @@ def task_identity(name: str, folder: Path | None = None) -> str:
     manager = task_manager(name, folder)
     text = json.dumps(list(_configs(name, manager)), sort_keys=True, default=str)
     # Functions are named by their files; where those are installed changes nothing.
-    for place in (Path(lm_eval.__file__).parent, *([folder] if folder is not None else [])):
+    folders = _folders(folder)
+    for place in (Path(lm_eval.__file__).parent, *folders):
         text = text.replace(str(place), "")
     digest = hashlib.sha256(text.encode())
     entry = manager.task_index.get(name)
     beside = None if entry is None or entry.yaml_path is None else entry.yaml_path.parent
-    if folder is not None and beside is not None and beside.is_relative_to(folder):
+    if beside is not None and any(beside.is_relative_to(place) for place in folders):
         for path in sorted(beside.glob("*.py")):
             digest.update(path.read_bytes())
     return digest.hexdigest()
