@@ -33,9 +33,7 @@ def tune_search(
     apply_chat_template: Annotated[
         bool, typer.Option("--apply_chat_template", help="Ask as a conversation, examples as its past.")
     ] = False,
-    include_path: Annotated[
-        Path | None, typer.Option("--include_path", help="Folder of task files; the papers'.")
-    ] = None,
+    include_path: Annotated[Path | None, typer.Option("--include_path", help="Folder of further task files.")] = None,
     device: Annotated[str | None, typer.Option(help="Such as cuda; the GPU when there is one.")] = None,
     confirm_run_unsafe_code: Annotated[
         bool, typer.Option("--confirm_run_unsafe_code", help="Let tasks run code that the model writes.")
@@ -76,7 +74,6 @@ def tune_search(
 
     from rich.console import Console
 
-    from l2d_bench import protocols
     from l2d_framework.evaluation.harness.start_up import steps
     from l2d_framework.evaluation.search.tuning import Question, grid, open_model, tune
 
@@ -92,7 +89,7 @@ def tune_search(
         metric,
         num_fewshot,
         apply_chat_template,
-        include_path or protocols.folder(),
+        include_path,
         confirm_run_unsafe_code,
     )
     chosen = tune(lm, question, settings, out=out, track=_track)

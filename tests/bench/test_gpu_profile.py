@@ -11,8 +11,8 @@ from tiny_models import tiny_lm, tiny_tokenizer
 from tiny_runs import write_sums
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
+from l2d_bench import folder as bench_folder
 from l2d_bench.data.templated import TemplatedRows
-from l2d_bench.files import bench_folder
 from l2d_bench.measures.agreement import AgreementMeasure
 from l2d_bench.measures.base import Subject
 from l2d_bench.measures.devices import Reading, difference, tokens

@@ -11,7 +11,7 @@ import pytest
 import toy_components as toys
 
 from l2d_framework import blame
-from l2d_framework.hooks import GROUP, hookimpl
+from l2d_framework.hooks import EXTENSIONS, GROUP, hookimpl
 from l2d_framework.registry import catalog
 
 
@@ -85,7 +85,8 @@ def installed(*entry_points: FakeEntryPoint) -> Iterator[None]:
     real = metadata.entry_points
 
     def found(**query: Any) -> Any:
-        return list(entry_points) if query.get("group") == GROUP else real(**query)
+        group = query.get("group")
+        return list(entry_points) if group == GROUP else [] if group == EXTENSIONS else real(**query)
 
     try:
         with pytest.MonkeyPatch.context() as patch:

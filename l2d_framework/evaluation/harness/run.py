@@ -21,6 +21,7 @@ from l2d_framework.evaluation.harness.errors import explain
 from l2d_framework.evaluation.harness.model import L2DLM
 from l2d_framework.evaluation.harness.provenance import local_folder
 from l2d_framework.evaluation.hub import is_reachable
+from l2d_framework.registry import extensions
 
 _BOOTSTRAPS = 1000
 """Resamplings for the standard error of a metric that is no mean over items."""
@@ -81,15 +82,18 @@ class Answered:
 
 @cache
 def _index(folder: Path | None, *, has_defaults: bool) -> TaskManager:
-    return TaskManager(include_path=None if folder is None else str(folder), include_defaults=has_defaults)
+    return TaskManager(include_path=[str(place) for place in _folders(folder)], include_defaults=has_defaults)
+
+
+def _folders(folder: Path | None) -> list[Path]:
+    return [*extensions().task_folders(), *([] if folder is None else [folder])]
 
 
 def task_manager(name: str, folder: Path | None = None) -> TaskManager:
-    """An index in which a task can be found: the folder's alone where that is enough, since all 14,000 take seconds."""
-    if folder is not None:
-        small = _index(folder, has_defaults=False)
-        if name in small.task_index and all("task" in config for config in _configs(name, small)):
-            return small
+    """An index in which a task can be found: that of folders where it is enough, since all 14,000 take seconds."""
+    small = _index(folder, has_defaults=False)
+    if name in small.task_index and all("task" in config for config in _configs(name, small)):
+        return small
     return _index(folder, has_defaults=True)
 
 
@@ -107,7 +111,7 @@ def explained(task: str) -> Iterator[None]:
 
 
 def evaluate(model: ModelChoice, task: TaskChoice, *, folder: Path | None = None) -> Answered:
-    """Answer a task; `folder`: further tasks beside lm_eval's own."""
+    """Answer a task; `folder`: further tasks beside lm_eval's own and those of plugins."""
     lm = L2DLM(model.pretrained, device=model.device, batch_size=model.batch_size, **model.options)
     with explained(task.task):
         results = simple_evaluate(
@@ -209,12 +213,13 @@ def task_identity(name: str, folder: Path | None = None) -> str:
     manager = task_manager(name, folder)
     text = json.dumps(list(_configs(name, manager)), sort_keys=True, default=str)
     # Functions are named by their files; where those are installed changes nothing.
-    for place in (Path(lm_eval.__file__).parent, *([folder] if folder is not None else [])):
+    folders = _folders(folder)
+    for place in (Path(lm_eval.__file__).parent, *folders):
         text = text.replace(str(place), "")
     digest = hashlib.sha256(text.encode())
     entry = manager.task_index.get(name)
     beside = None if entry is None or entry.yaml_path is None else entry.yaml_path.parent
-    if folder is not None and beside is not None and beside.is_relative_to(folder):
+    if beside is not None and any(beside.is_relative_to(place) for place in folders):
         for path in sorted(beside.glob("*.py")):
             digest.update(path.read_bytes())
     return digest.hexdigest()

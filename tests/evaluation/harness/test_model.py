@@ -69,7 +69,7 @@ def asked(kind: str, arguments: Sequence[Any], *, repeats: int = 1) -> list[Inst
 
 
 def to_generate(texts: Sequence[str] = QUESTIONS, *, repeats: int = 1, **options: Any) -> list[Instance]:
-    kwargs = {"until": ["\n\n"], "max_gen_toks": 6, "do_sample": True, "temperature": 1.0} | options
+    kwargs = {"until": ["\n\n"], "max_gen_toks": 4, "do_sample": True, "temperature": 1.0} | options
     return asked("generate_until", [(text, kwargs) for text in texts], repeats=repeats)
 
 
@@ -79,7 +79,7 @@ def to_score(texts: Sequence[str] = QUESTIONS) -> list[Instance]:
 
 @pytest.mark.parametrize("name", ["l2d", "tess"])
 def test_answers_do_not_depend_on_batch_or_order(opened, name):
-    requests = to_generate(repeats=2)
+    requests = to_generate(QUESTIONS[:5], repeats=2)
     alone = opened(name, batch_size=1).generate_until(requests)
     assert opened(name, batch_size=8).generate_until(requests) == alone
     assert opened(name, batch_size="auto").generate_until(requests) == alone
@@ -103,7 +103,11 @@ def test_scores_do_not_depend_on_batch_or_order(opened, name, options):
 
 
 def test_auto_takes_the_largest_batch_that_memory_allows(opened, monkeypatch):
-    model, answers, scores = opened(batch_size="auto", max_batch_size=8), to_generate(), to_score()
+    model, answers, scores = (
+        opened(batch_size="auto", max_batch_size=8),
+        to_generate(QUESTIONS[:5]),
+        to_score(QUESTIONS[:3]),
+    )
     assert model.diffusion.device.type == "cpu"
     answer, mixture = model.generator.answer, scorer.Scorer.mixture
 
@@ -144,9 +148,9 @@ def test_repeats_and_seeds_differ(opened, name):
 
 @pytest.mark.parametrize("name", ["l2d", "tess"])
 def test_a_prompt_is_read_once_for_all_its_repeats(opened, monkeypatch, name):
-    requests = to_generate(QUESTIONS[:3], repeats=5) + to_generate(QUESTIONS[1:2], repeats=5)
+    requests = to_generate(QUESTIONS[:3], repeats=4) + to_generate(QUESTIONS[1:2], repeats=4)
     every = {}
-    for size in (1, 2, 7, 32):
+    for size in (1, 7, 32):
         model = opened(name, batch_size=size)
         read, whole = [], model.diffusion.backbone.read
         monkeypatch.setattr(
@@ -154,8 +158,8 @@ def test_a_prompt_is_read_once_for_all_its_repeats(opened, monkeypatch, name):
         )
         every[size] = model.generate_until(requests)
         assert sum(read) == 3
-    assert every[1] == every[2] == every[7] == every[32]
-    assert len(set(every[1])) > 15
+    assert every[1] == every[7] == every[32]
+    assert len(set(every[1])) > 12
     # Neither the repeats before nor those after a request change its answer.
     assert opened(name).generate_until(to_generate(QUESTIONS[:1], repeats=2)) == every[1][:2]
 
@@ -233,11 +237,12 @@ def test_models_of_whole_answers_have_no_likelihood(opened):
 def test_a_batch_coupled_solver_sees_one_row(opened):
     pytest.importorskip("torchdiffeq")
     options = {"solver": {"name": "torchdiffeq_adaptive", "rtol": 0.3, "atol": 0.3}, "num_inference_steps": None}
-    requests = to_generate(QUESTIONS[:2], max_gen_toks=2)
+    options["noise_samples"] = 1
+    requests = to_generate(QUESTIONS[:2], max_gen_toks=1)
     alone = opened(batch_size=1, **options)
     assert alone.settings.solver.batch_coupled
     assert opened(batch_size=8, **options).generate_until(requests) == alone.generate_until(requests)
-    scores = to_score(QUESTIONS[:1])
+    scores = to_score(QUESTIONS[:1])[:2]
     found = opened(batch_size=8, **options).loglikelihood(scores)
     assert found == alone.loglikelihood(scores)
 
@@ -290,18 +295,19 @@ def test_generation_options_win_over_model_options(opened):
 
 
 def test_a_class_hint_serves_models_that_know_it_and_stops_no_other(opened, caplog):
-    chosen = opened().generate_until(to_generate(class_name="math", guidance_scale=1.5))
+    few = QUESTIONS[:3]
+    chosen = opened().generate_until(to_generate(few, class_name="math", guidance_scale=1.5))
     model = opened()
-    assert model.generate_until(to_generate(class_hint="math", guidance_scale=1.5)) == chosen
+    assert model.generate_until(to_generate(few, class_hint="math", guidance_scale=1.5)) == chosen
     assert model.get_model_info()["l2d"]["sampling_of_generation"][0]["class_name"] == "math"
     # What the user names for certain is stronger than what a task proposes.
-    assert opened(class_name="math").generate_until(to_generate(class_hint="code", guidance_scale=1.5)) == chosen
+    assert opened(class_name="math").generate_until(to_generate(few, class_hint="code", guidance_scale=1.5)) == chosen
     assert "ignored" not in caplog.text
     for name, options in (("l2d", {}), ("tess", {}), ("base", {"num_inference_steps": 0})):
         other = opened(name, **options)
-        unasked = other.generate_until(to_generate())
+        unasked = other.generate_until(to_generate(few))
         caplog.clear()
-        assert other.generate_until(to_generate(class_hint="history")) == unasked
+        assert other.generate_until(to_generate(few, class_hint="history")) == unasked
         other.generate_until(to_generate(QUESTIONS[:1], class_hint="history", max_gen_toks=2))
         assert caplog.text.count("class_hint='history' is ignored") == 1
     with pytest.raises(ConfigError, match="class_hint must be the name"):

@@ -15,7 +15,6 @@ from lm_eval.tasks import TaskManager
 from l2d_framework.cli import app
 from l2d_framework.errors import ConfigError
 from l2d_framework.evaluation.harness.model import L2DLM
-from l2d_framework.evaluation.search import tasks as search_tasks
 from l2d_framework.evaluation.search import tuning as search_tuning
 from l2d_framework.evaluation.search.search import Search, read_search
 from l2d_framework.evaluation.search.tuning import Question, grid, open_tasks, tune
@@ -190,7 +189,7 @@ def test_an_interrupted_run_goes_on_at_the_missing_row(folder, tmp_path, monkeyp
 )
 def test_tasks_that_cannot_be_tuned_on_are_refused(folder, monkeypatch, name, message):
     small = TaskManager(include_path=str(folder / "tasks"), include_defaults=False)
-    monkeypatch.setattr(search_tasks, "task_manager", lambda *_: small)
+    monkeypatch.setattr(search_tuning, "task_manager", lambda *_: small)
     with pytest.raises(ConfigError, match=message):
         open_tasks(question(folder, name))
 
