@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from typing_extensions import override
 
 from l2d_framework.blame import naming_plugins
 from l2d_framework.diffusion.diffusion import Diffusion
@@ -112,12 +113,12 @@ class DiffusionForCausalLM(PreTrainedModel, GenerationMixin):
         """Of the language model's weights."""
         return self.diffusion.backbone.lm.dtype
 
+    @override
     def get_input_embeddings(self) -> nn.Module:
-        """The language model's embedding layer."""
         return self.diffusion.backbone.lm.get_input_embeddings()
 
+    @override
     def get_output_embeddings(self) -> nn.Module | None:
-        """The language model's vocabulary head."""
         head: nn.Module | None = self.diffusion.backbone.lm.get_output_embeddings()
         return head
 

@@ -42,17 +42,7 @@ class Origin:
         scale: float | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> SamplingSection:
-        """The checkpoint's sampling settings with some replaced.
-
-        Args:
-            parametrization: the state space.
-            options: fields of the `sampling` section; components by name or as a mapping.
-            scale: of the only guidance; as it is when None.
-            tokenizer: of the model, which the guidance may refuse.
-
-        Returns:
-            The validated settings.
-        """
+        """The checkpoint's sampling settings with some replaced, `scale` that of the only guidance."""
         settings = (self.sampling or default_sampling(parametrization)).resolve(parametrization, options)
         if scale is not None:
             settings = _rescaled(settings, scale)

@@ -170,14 +170,7 @@ class UnloadedModel:
             raise ConfigError(f"{error} The classes are {self.classes}. {where}") from error
 
     def load(self, device: Any) -> DiffusionLM:
-        """Load the weights.
-
-        Args:
-            device: where to.
-
-        Returns:
-            The model in evaluation mode.
-        """
+        """Load the weights."""
         if self._run is not None:
             return build_model(self._run).to(device).eval()
         return load(self.path, base=self.base, dtype=self.dtype, device=device, revision=self.revision)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 from transformers.pytorch_utils import Conv1D
+from typing_extensions import override
 
 from l2d_framework.base_model import empty_language_model, load_config, load_language_model, locate
 from l2d_framework.config import DataSection, LanguageModelRun, ScratchSection, TrainingSection
@@ -60,6 +61,7 @@ class NextToken(Learner):
             enable = getattr(inner, "activation_checkpointing_enable", None) or inner.gradient_checkpointing_enable
             enable({"use_reentrant": False})
 
+    @override
     def forward(
         self,
         input_ids: Tensor,
@@ -71,7 +73,6 @@ class NextToken(Learner):
         index: Tensor,
         epoch: Tensor,
     ) -> dict[str, Tensor]:
-        """Next-token loss of a batch, with the vocabulary head at supervised positions only; see `Learner`."""
         hidden = self._body[0](input_ids=input_ids, use_cache=False).last_hidden_state
         row, place = (labels[:, 1:] != IGNORED).nonzero(as_tuple=True)
         head = self._head[0]
@@ -84,24 +85,20 @@ class NextToken(Learner):
         )
         return {"loss": total, "losses": losses, "row": row}
 
+    @override
     def save(self, folder: Path, notes: str) -> None:
-        """Write a transformers folder, or a PEFT adapter folder, with the tokenizer.
-
-        Args:
-            folder: where to.
-            notes: markdown for the model card.
-        """
+        """Write a transformers folder, or a PEFT adapter folder, with the tokenizer."""
         self._write(folder, self._dtype)
         kind = "LoRA adapter" if isinstance(self.lm, PeftModel) else "language model"
         text = f"---\nlibrary_name: transformers\npipeline_tag: text-generation\n---\n\n# A {kind}\n\n{notes}\n"
         (folder / "README.md").write_text(text, encoding="utf-8")
 
+    @override
     def checkpoint(self, folder: Path) -> None:
-        """Write the trained weights in float32, as they are."""
         self._write(folder, torch.float32)
 
+    @override
     def restore(self, folder: Path) -> None:
-        """Read the weights that `checkpoint` wrote."""
         if isinstance(self.lm, PeftModel):
             found: Any = set_peft_model_state_dict(self.lm, load_file(folder / "adapter_model.safetensors"))
             if found.unexpected_keys:

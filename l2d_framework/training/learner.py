@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
+from typing_extensions import override
 
 from l2d_framework.config import DiffusionRun, TrainingSection
 from l2d_framework.diffusion.loss import NoiseRule, denoising_loss, draw
@@ -110,6 +111,7 @@ class Denoiser(Learner):
                     "none. Set it to false."
                 )
 
+    @override
     def forward(
         self,
         input_ids: Tensor,
@@ -126,17 +128,6 @@ class Denoiser(Learner):
         Noise is keyed by (seed, epoch, index) in training and by (seed, index) in evaluation, where labels of classes
         are never dropped, so that evaluations can be compared.
 
-        Args:
-            input_ids: (B, S), int64.
-            blocks: -1 padding, 0 known, k >= 1 denoised k-th, (B, S), int64.
-            labels: -100 where a token is denoised but not counted, (B, S), int64.
-            length: tokens of each row without padding, (B,), int64.
-            class_id: (B,), int64, -1 for none.
-            index: of each example in data order, (B,), int64.
-            epoch: of each example, (B,), int64.
-
-        Returns:
-            `loss`, `losses`, `row`, `t` and `is_pad`, as in `Learner`.
         """
         layout = Layout(input_ids, blocks)
         settings, seed = self._training, self._seed
@@ -162,23 +153,18 @@ class Denoiser(Learner):
             "is_pad": losses.position >= length[losses.row],
         }
 
+    @override
     def save(self, folder: Path, notes: str) -> None:
-        """Write a checkpoint that `l2d_framework.load` reads.
-
-        Args:
-            folder: where to.
-            notes: markdown for the model card.
-        """
         checkpoint.save(self.model, folder, notes=notes, dtype=self._dtype)
 
+    @override
     def checkpoint(self, folder: Path) -> None:
-        """Write the trained weights in float32, as they are."""
         checkpoint.save(self.model, folder)
 
+    @override
     def time_parameters(self) -> list[nn.Parameter]:
-        """Parameters of the time embedding, which may have a learning rate of their own."""
         return self.model.backbone.time_parameters()
 
+    @override
     def restore(self, folder: Path) -> None:
-        """Read the model's own weights."""
         checkpoint.load_weights(self.model, folder)

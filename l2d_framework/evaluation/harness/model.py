@@ -12,6 +12,7 @@ import torch
 from accelerate import find_executable_batch_size
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import resolve_max_length
+from typing_extensions import override
 
 from l2d_framework.config import SamplingSection
 from l2d_framework.errors import ConfigError, DataError
@@ -140,10 +141,11 @@ class L2DLM(HFLM):  # type: ignore[misc]
         return self._diffusion
 
     @property
+    @override
     def max_length(self) -> int:
-        """Most tokens of a prompt and its answer."""
         return int(self._max_length or resolve_max_length(self.config, self.tokenizer))
 
+    @override
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """A conversation as text, encoded as in training: without special tokens beside the template's."""
         self.is_chat = True
@@ -171,11 +173,13 @@ class L2DLM(HFLM):  # type: ignore[misc]
         # Where the template trims what it prints, blanks in front of an answer are of no meaning, either.
         return begun if behind.startswith(" ") else begun.rstrip()
 
+    @override
     def chat_template(self, chat_template: bool | str = False) -> str | None:
         """The chat template; asked for when one is going to be applied."""
         self.is_chat = self.is_chat or bool(chat_template)
         return super().chat_template(chat_template)  # type: ignore[no-any-return]
 
+    @override
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **options: Any) -> list[int]:
         """Token ids of a text, which is a prompt or the beginning of one.
 
@@ -195,18 +199,20 @@ class L2DLM(HFLM):  # type: ignore[misc]
         ids = encode_text(self.tokenizer, string)
         return ids[-(options.get("left_truncate_len") or 0) :]
 
+    @override
     def set_cache_hook(self, cache_hook: Any) -> None:
         """Use the harness's cache under this model's own rules."""
         self.answers = Answers(cache_hook.dbdict, self.identity())
         self.cache_hook = self.answers
 
+    @override
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """Answer requests."""
         self._notice(requests)
         answers = self.generator.answer_all(requests, quiet=disable_tqdm)
         self._count("generation")
         return answers
 
+    @override
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """Scores of continuations: log-likelihoods, or what `scoring` names."""
         self._notice(requests)
@@ -215,8 +221,8 @@ class L2DLM(HFLM):  # type: ignore[misc]
         self._count("scoring")
         return found
 
+    @override
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
-        """Log-likelihoods of whole texts."""
         self._notice(requests)
         self._check_scoring(requests)
         if self.scoring == PSEUDO:
@@ -327,6 +333,7 @@ class L2DLM(HFLM):  # type: ignore[misc]
         self.batch_sizes[len(self.batch_sizes)] = size
         return int(size)
 
+    @override
     def get_model_info(self) -> dict[str, Any]:
         """HFLM's facts, and under `l2d` settings, costs, versions, fingerprints and where the data came from."""
         reads_main = self.source.empty.identity_at_zero
