@@ -35,7 +35,6 @@ def folder(saved_tiny_lm, tmp_path):
         (("--num-inference-steps", "4"), {"num_inference_steps": 4}),
         (("--preset", "l2d-papr"), {"preset": "l2d-papr"}),
         (("--class", "mth"), {"class_name": "mth"}),
-        (("--guidance-scale", "nan", "--class", "math"), {"guidance_scale": float("nan"), "class_name": "math"}),
         (("--set", "guidance=[]", "--guidance-scale", "2"), {"guidance": [], "guidance_scale": 2.0}),
         (("--set", "block_size=2"), {"block_size": 2}),
     ],
