@@ -21,7 +21,8 @@ def said(module: str) -> str:
 
 def picture() -> str:
     """The layers from the top, each of which imports only what stands below it."""
-    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["importlinter"]["contracts"]
+    tools = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]
+    contracts = tools["importlinter"]["contracts"]
     (layers,) = [found["layers"] for found in contracts if found.get("containers") == ["l2d_framework"]]
     rows = [re.split(r"\s*[|:]\s*", layer) for layer in layers]
     width = max(len(name) for row in rows for name in row)

@@ -5,5 +5,6 @@ import sys
 
 
 def test_the_picture_of_the_layers_is_that_of_the_contracts(repository):
-    found = subprocess.run([sys.executable, repository / ".ci" / "layers.py", "--check"], capture_output=True, text=True)
+    command = [sys.executable, repository / ".ci" / "layers.py", "--check"]
+    found = subprocess.run(command, capture_output=True, text=True)
     assert found.returncode == 0, found.stderr

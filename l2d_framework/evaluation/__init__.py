@@ -1,1 +1,1 @@
-"""Measuring: lm-evaluation-harness, generated text, token search, diagnosis, a sandbox for programs that models write."""
+"""Measuring: lm-evaluation-harness, generated text, token search, diagnosis, a sandbox for models' programs."""
