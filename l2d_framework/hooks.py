@@ -33,6 +33,11 @@ def l2d_presets() -> Mapping[str, Mapping[str, Any]]:  # type: ignore[empty-body
 
 
 @hookspec
+def l2d_methods() -> Mapping[str, Mapping[str, Any]]:  # type: ignore[empty-body]
+    """Fields of a diffusion run by the name of the method, which `method: NAME` in a run file stands for."""
+
+
+@hookspec
 def l2d_converters() -> Mapping[str, Callable[..., Any]]:  # type: ignore[empty-body]
     """Readers of foreign checkpoints by format name, such as `{"l2d-reference": read}`.
 

@@ -24,12 +24,8 @@ class ParametrizationConfig(Component):
     """
 
     kind: ClassVar[str] = "parametrization"
-    default_preset: ClassVar[str | None] = None
-    """Preset of the `sampling` section that a run file without one gets."""
-    default_padding: ClassVar[str] = "none"
-    """`data.padding` of a run file without one."""
-    default_block_size: ClassVar[int | None] = 1
-    """`block_size` of a run file without one."""
+    default_method: ClassVar[str | None] = None
+    """Method whose block size, padding and sampling a run file that leaves them out gets."""
 
     @abstractmethod
     def build(self, vocab_size: int, hidden_size: int) -> Parametrization:

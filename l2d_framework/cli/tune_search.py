@@ -96,7 +96,9 @@ def tune_search(
     console = Console()
     for table in _tables(out, chosen):
         console.print(table)
-    console.print(f"Search with:  l2d eval --model_args {model_args},search={out} --tasks ...", soft_wrap=True)
+    # What was tuned for one way of asking need not be right for another.
+    same = " --apply_chat_template" * apply_chat_template + (f" --include_path {include_path}" if include_path else "")
+    console.print(f"Search with:  l2d eval --model_args {model_args},search={out}{same} --tasks ...", soft_wrap=True)
 
 
 def _numbers(name: str, text: str, least: float | None = None) -> list[float]:

@@ -15,7 +15,6 @@ from l2d_framework.config.runs import DiffusionRun, LanguageModelRun, Run, diffu
 from l2d_framework.config.sampling import complete, with_preset
 from l2d_framework.config.validation import validated
 from l2d_framework.errors import ConfigError, L2DError, PluginError, shown, suggest
-from l2d_framework.parametrization import ParametrizationConfig
 from l2d_framework.registry import registry
 
 _KINDS: dict[str, type[Run]] = {"diffusion": DiffusionRun, "language_model": LanguageModelRun, "reward": RewardRun}
@@ -54,7 +53,7 @@ def parse_stages(data: Mapping[str, Any]) -> list[Run]:
 
 
 def parse_run(data: Mapping[str, Any], where: str = "") -> Run:
-    """One run from its fields, complete; `kind` is "diffusion" when absent. `where`: its path, for messages."""
+    """One run from its fields, complete; `method` fills in what is left out; `where`: its path, for messages."""
     kind = data.get("kind", "diffusion")
     if not isinstance(kind, str) or kind not in _KINDS:
         place = f"{where}.kind" if where else "kind"
@@ -66,8 +65,14 @@ def parse_run(data: Mapping[str, Any], where: str = "") -> Run:
     if _KINDS[kind] is RewardRun:
         return validated(reward_type(registry()), with_reward_preset(data), where)
     prefix = f"{where}." if where else ""
+    method, data = data.get("method"), {name: value for name, value in data.items() if name != "method"}
+    if method is not None:
+        try:
+            data = _laid_over(registry().method(str(method)), data)
+        except PluginError as error:
+            raise ConfigError(f"{prefix}method: {error}") from error
     try:
-        data = _completed(data)
+        data = _completed(data, method)
     except PluginError as error:
         raise ConfigError(f"{prefix}sampling.preset: {error}") from error
     run = validated(diffusion_type(registry()), data, where)
@@ -88,20 +93,34 @@ def config_hash(run: Run) -> str:
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 
-def _completed(data: Mapping[str, Any]) -> dict[str, Any]:
+_SECTIONS = ("schedule", "parametrization", "backbone")
+
+
+def _laid_over(method: Mapping[str, Any], data: Mapping[str, Any]) -> dict[str, Any]:
+    """A run laid over the components of its method; what is no section stays for validation to name."""
+    out = dict(data)
+    for kind in _SECTIONS:
+        chosen, default = data.get(kind, {}), method.get(kind)
+        if isinstance(chosen, Mapping) and default is not None:
+            out[kind] = merged(default, chosen)
+    return out
+
+
+def _completed(data: Mapping[str, Any], method: str | None) -> dict[str, Any]:
     """Fill in what a run file may leave out; whatever is malformed stays as it is for validation to name."""
     out = dict(data)
     state, chosen = _component(data, "parametrization")
+    method = method or getattr(state, "default_method", None)
+    defaults = registry().methods().get(method or "", {})
     sampling = {} if data.get("sampling") is None else data["sampling"]
     if isinstance(sampling, Mapping):
         # An estimate written in the parametrization is as explicit as one in sampling: it wins over the preset.
         explicit = merged({"estimate": chosen["estimate"]}, sampling) if chosen.get("estimate") else sampling
-        out["sampling"] = with_preset(explicit, getattr(state, "default_preset", None))
-    if state is not None and issubclass(state, ParametrizationConfig):
-        out.setdefault("block_size", state.default_block_size)
-        section = data.get("data")
-        if isinstance(section, Mapping) and section.get("padding") is None:
-            out["data"] = {**section, "padding": state.default_padding}
+        out["sampling"] = with_preset(explicit, method)
+    out.setdefault("block_size", defaults.get("block_size", 1))
+    section = data.get("data")
+    if isinstance(section, Mapping) and section.get("padding") is None:
+        out["data"] = {**section, "padding": defaults.get("data", {}).get("padding", "none")}
     network, chosen = _component(data, "backbone")
     classes = data.get("classes")
     has_count = network is not None and "num_classes" in network.model_fields

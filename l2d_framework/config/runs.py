@@ -139,6 +139,15 @@ def json_schema() -> dict[str, Any]:
     pipeline = create_model("Pipeline", __base__=Pipeline, __doc__=Pipeline.__doc__, stages=stages)
     either: Any = run | pipeline
     schema = TypeAdapter(either).json_schema()
+    for name, part in schema.get("$defs", {}).items():
+        if name == "DiffusionRun":
+            part["properties"]["method"] = {
+                "enum": sorted(registry().methods()),
+                "description": "Method whose components and settings this run has where it names no others.",
+            }
+            parts = ["schedule", "parametrization", "backbone"]
+            part["required"] = [field for field in part["required"] if field not in parts]
+            part["anyOf"] = [{"required": ["method"]}, {"required": parts}]
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "Run file of l2d-framework", **schema}
 
 

@@ -32,7 +32,7 @@ class SamplingSection(Section):
     model_config = ConfigDict(json_schema_extra=_solver_is_optional)
 
     preset: str | None = None
-    """Named settings below the explicit ones; the parametrization's default preset when None."""
+    """Named settings below the explicit ones; the method's when None."""
     num_inference_steps: int | None = Field(default=None, ge=0, le=_MOST)
     """Network evaluations per token, the read-out included; 0 is the plain language model."""
     solver: SerializeAsAny[Solver]
@@ -93,13 +93,17 @@ def component_type(plugins: Registry, kind: str, interface: Any) -> Any:
     return components[0] if components else interface
 
 
-def with_preset(sampling: Mapping[str, Any], default: str | None) -> dict[str, Any]:
+def with_preset(sampling: Mapping[str, Any], method: str | None) -> dict[str, Any]:
     """Raw sampling section laid over its preset.
 
     A section that leaves nothing out needs no preset, so resolved run files outlive the plugins that named one.
     """
-    preset = sampling.get("preset") or default
-    if not isinstance(preset, str) or set(SamplingSection.model_fields) <= set(sampling):
+    if set(SamplingSection.model_fields) <= set(sampling):
+        return dict(sampling)
+    preset = sampling.get("preset")
+    if preset is None and method is not None:
+        preset = registry().method(method).get("sampling", {}).get("preset")
+    if not isinstance(preset, str):
         return dict(sampling)
     return _laid_over(registry().preset(preset), sampling) | {"preset": preset}
 
@@ -111,7 +115,7 @@ def parse_sampling(data: Mapping[str, Any]) -> SamplingSection:
 
 def default_sampling(parametrization: ParametrizationConfig) -> SamplingSection:
     """Sampling section of a run file that says nothing of sampling."""
-    return complete(parse_sampling(with_preset({}, parametrization.default_preset)), parametrization)
+    return complete(parse_sampling(with_preset({}, parametrization.default_method)), parametrization)
 
 
 def complete(sampling: SamplingSection, parametrization: ParametrizationConfig) -> SamplingSection:

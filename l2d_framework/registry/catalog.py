@@ -28,6 +28,7 @@ from l2d_framework.registry.offers import (
     COMMAND,
     CONVERTER,
     INTERFACES,
+    METHOD,
     PRESET,
     TASKS,
     Offer,
@@ -206,6 +207,29 @@ class Registry:
         found: Mapping[str, Any] = self._find(PRESET, name, self.presets())
         return found
 
+    def methods(self) -> dict[str, Mapping[str, Any]]:
+        """Methods that run files can name.
+
+        Returns:
+            Fields of a diffusion run by name, sorted; names offered twice are left out.
+        """
+        return self._unique(METHOD)
+
+    def method(self, name: str) -> Mapping[str, Any]:
+        """One method.
+
+        Args:
+            name: its name.
+
+        Returns:
+            Fields of a diffusion run.
+
+        Raises:
+            PluginError: if it is unknown or offered by two plugins.
+        """
+        fields: Mapping[str, Any] = self._find(METHOD, name, self.methods())
+        return fields
+
     def converter(self, name: str) -> Callable[..., Any]:
         """Reader of a foreign checkpoint format.
 
@@ -243,7 +267,7 @@ class Registry:
         Returns:
             Rows by kind, then for the plugins that were kept out.
         """
-        order = [*INTERFACES, PRESET, CONVERTER, COMMAND, TASKS]
+        order = [*INTERFACES, METHOD, PRESET, CONVERTER, COMMAND, TASKS]
         keys = sorted(self._offers, key=lambda key: (order.index(key[0]), key[1]))
         rows = [_row(offer, self._offers[key]) for key in keys for offer in self._offers[key]]
         rows += [PluginRow("", s.plugin, s.distribution, s.version, "disabled") for s in self.disabled]

@@ -26,11 +26,12 @@ INTERFACES = {
 }
 """Where the interface of each kind lives; named rather than imported, because the interfaces import torch."""
 PRESET = "preset"
+METHOD = "method"
 CONVERTER = "converter"
 COMMAND = "command"
 TASKS = "tasks"
 
-_HOOKS = ("l2d_components", "l2d_presets", "l2d_converters", "l2d_commands", "l2d_tasks")
+_HOOKS = ("l2d_components", "l2d_presets", "l2d_methods", "l2d_converters", "l2d_commands", "l2d_tasks")
 
 
 @dataclass(frozen=True)
@@ -143,6 +144,11 @@ def _answers(manager: pluggy.PluginManager, source: Source) -> Iterator[Offer]:
             if not isinstance(name, str) or not isinstance(sampling, Mapping):
                 raise PluginError(f"Preset {name!r} must hold the fields of a sampling section, got {sampling!r}.")
             yield Offer(PRESET, name, sampling, source)
+    for methods in manager.hook.l2d_methods():
+        for name, fields in methods.items():
+            if not isinstance(name, str) or not isinstance(fields, Mapping):
+                raise PluginError(f"Method {name!r} must hold fields of a diffusion run, got {fields!r}.")
+            yield Offer(METHOD, name, fields, source)
     for converters in manager.hook.l2d_converters():
         for name, reader in converters.items():
             if not isinstance(name, str) or not callable(reader):

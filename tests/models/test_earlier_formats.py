@@ -12,7 +12,7 @@ from l2d_framework.config import config_hash, load_run
 from l2d_framework.training.run import train_runs
 
 FORMAT_2 = Path(__file__).parent / "data" / "format2"
-"""A tiny base, sums, and of both methods a run file, what it trained, and the same run stopped after its third update."""
+"""A tiny base, sums, and of both methods a run file, what it trained, and the same run stopped after three updates."""
 
 EXPECTED = json.loads((FORMAT_2 / "expected.json").read_text())
 

@@ -157,6 +157,7 @@ def test_what_readme_says_of_l2d(folder):
     assert (folder / "folder" / "l2d.json").is_file()
 
 
+@pytest.mark.timeout(1800)  # eleven commands, about a minute each
 @pytest.mark.slow  # each of its commands opens data sets; the others' tests run them on tiny models
 def test_what_readme_says_of_evaluation(folder):
     text = sections()

@@ -88,7 +88,7 @@ class EmbeddingConfig(ParametrizationConfig):
     paper's parameter counts include.
     """
 
-    default_preset: ClassVar[str | None] = "l2d-paper"
+    default_method: ClassVar[str | None] = "l2d"
 
     name: Literal["embedding"] = "embedding"
     size: int = Field(default=256, gt=0)

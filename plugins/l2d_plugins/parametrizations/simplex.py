@@ -40,9 +40,7 @@ class SimplexConfig(ParametrizationConfig):
     gradient from that product, as in the authors' code, only from known tokens.
     """
 
-    default_preset: ClassVar[str | None] = "tess2"
-    default_padding: ClassVar[str] = "target"
-    default_block_size: ClassVar[int | None] = None
+    default_method: ClassVar[str | None] = "tess"
 
     name: Literal["simplex"] = "simplex"
     k: float = Field(default=5.0, gt=0)

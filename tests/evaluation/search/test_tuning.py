@@ -209,6 +209,19 @@ def test_the_command_tunes_and_the_adapter_takes_its_file(folder, tmp_path):
     )
 
 
+@pytest.mark.parametrize("ways", [[], ["--apply_chat_template"]])
+def test_the_command_that_is_printed_asks_as_tuning_did(folder, tmp_path, monkeypatch, ways):
+    scored(monkeypatch, lambda task, settings: 0.0)
+    arguments = ["tune-search", "--model_args", f"pretrained={folder / 'base'},num_inference_steps=0"]
+    ways = [*ways, "--include_path", str(folder / "tasks")]
+    result = CliRunner().invoke(
+        app, [*arguments, "--tasks", "tiny_hinted", "--out", str(tmp_path / "search.json"), *ways]
+    )
+    assert result.exit_code == 0, result.output
+    (printed,) = (line for line in result.output.splitlines() if line.startswith("Search with:"))
+    assert printed.split()[5:] == [f"{arguments[-1]},search={tmp_path / 'search.json'}", *ways, "--tasks", "..."]
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
