@@ -17,19 +17,7 @@ from l2d_framework.lines import read_lines, read_objects
 
 
 def read_prompts(texts: Sequence[str], file: Path | None, *, chat: bool) -> dict[str, Prompt]:
-    """Prompts from the command line and a file.
-
-    Args:
-        texts: from the command line.
-        file: text with one prompt a line, or JSONL with `prompt` or `messages`.
-        chat: make a conversation of each plain text.
-
-    Returns:
-        The prompts in order, by what messages call them.
-
-    Raises:
-        DataError: if the file is missing, empty, or a line cannot be read.
-    """
+    """Prompts of the command line and of a file (text or JSONL), in order, by what messages call them."""
     prompts: dict[str, Prompt] = {f"Prompt {number}": text for number, text in enumerate(texts)}
     if file is not None:
         if not file.is_file():
@@ -57,12 +45,7 @@ def _json_prompt(row: dict[str, Any], where: str) -> Prompt:
 
 
 def write_rows(output: Path | None, rows: list[dict[str, Any]]) -> None:
-    """Write a JSONL file in one piece.
-
-    Args:
-        output: the file, or None to write nothing.
-        rows: one per line.
-    """
+    """Write a JSONL file, if one is named, in one piece."""
     if output is None:
         return
     temporary = output.with_name(output.name + ".part")

@@ -75,8 +75,7 @@ def tune_search(
     from rich.console import Console
 
     from l2d_framework.evaluation.harness.start_up import steps
-    from l2d_framework.evaluation.search.tasks import Question
-    from l2d_framework.evaluation.search.tuning import grid, open_model, tune
+    from l2d_framework.evaluation.search.tuning import Question, grid, open_model, tune
 
     steps.prepare([steps.CONFIRMED] if confirm_run_unsafe_code else [])
     settings = grid(beams, *values.values())

@@ -21,18 +21,7 @@ _KINDS: dict[str, type[Run]] = {"diffusion": DiffusionRun, "language_model": Lan
 
 
 def load_run(path: str | Path, overrides: list[str] | None = None) -> list[Run]:
-    """Runs of a file.
-
-    Args:
-        path: a YAML or JSON file with one run, or with `stages`.
-        overrides: such as `training.max_steps=100` or `stages.0.seed=1`.
-
-    Returns:
-        The runs in order, checked as far as possible without reading models or data.
-
-    Raises:
-        ConfigError: with one line for everything that is wrong.
-    """
+    """Runs of a file, in order, values replaced, checked as far as possible without reading models or data."""
     data = override(read_file(path), overrides or [])
     try:
         return parse_stages(data)
@@ -41,17 +30,7 @@ def load_run(path: str | Path, overrides: list[str] | None = None) -> list[Run]:
 
 
 def parse_stages(data: Mapping[str, Any]) -> list[Run]:
-    """Runs of a file's contents.
-
-    Args:
-        data: fields of one run, or `stages` with a list of runs.
-
-    Returns:
-        The runs in order.
-
-    Raises:
-        ConfigError: with one line for everything that is wrong.
-    """
+    """Runs of a file's contents: the fields of one, or `stages` with a list."""
     if "stages" not in data:
         return [parse_run(data)]
     stages = data["stages"]
@@ -74,18 +53,7 @@ def parse_stages(data: Mapping[str, Any]) -> list[Run]:
 
 
 def parse_run(data: Mapping[str, Any], where: str = "") -> Run:
-    """One run from its fields.
-
-    Args:
-        data: JSON-ready fields; `kind` is "diffusion" when absent, `method` fills in what is left out.
-        where: path of the run in its file, for messages.
-
-    Returns:
-        The run, completed from its method, the preset and the parametrization.
-
-    Raises:
-        ConfigError: with one line for everything that is wrong.
-    """
+    """One run from its fields, complete; `method` fills in what is left out; `where`: its path, for messages."""
     kind = data.get("kind", "diffusion")
     if not isinstance(kind, str) or kind not in _KINDS:
         place = f"{where}.kind" if where else "kind"
@@ -115,26 +83,12 @@ def parse_run(data: Mapping[str, Any], where: str = "") -> Run:
 
 
 def resolved_json(run: Run) -> str:
-    """A run with nothing left out.
-
-    Args:
-        run: the run.
-
-    Returns:
-        JSON from which `load_run` makes an equal run.
-    """
+    """A run with nothing left out."""
     return json.dumps(run.model_dump(mode="json"), indent=2, ensure_ascii=False) + "\n"
 
 
 def config_hash(run: Run) -> str:
-    """Fingerprint of a run's configuration.
-
-    Args:
-        run: the run.
-
-    Returns:
-        SHA-256 of its canonical JSON (sorted keys, no spaces), in hexadecimal.
-    """
+    """SHA-256 of a run's canonical JSON (sorted keys, no spaces), in hexadecimal."""
     canonical = json.dumps(run.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()
 

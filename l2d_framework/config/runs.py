@@ -120,14 +120,7 @@ class Pipeline(Section):
 
 @cache
 def diffusion_type(plugins: Registry) -> type[DiffusionRun]:
-    """Diffusion run whose components are unions over plugins.
-
-    Args:
-        plugins: what is installed.
-
-    Returns:
-        A subclass of `DiffusionRun`, the same at every call.
-    """
+    """Diffusion run whose components are unions over plugins."""
     return create_model(
         "DiffusionRun",
         __base__=DiffusionRun,
@@ -140,11 +133,7 @@ def diffusion_type(plugins: Registry) -> type[DiffusionRun]:
 
 
 def json_schema() -> dict[str, Any]:
-    """JSON schema of a run file, complete for the installed plugins.
-
-    Returns:
-        The schema of one run or a pipeline.
-    """
+    """JSON schema of a run file, complete for the installed plugins."""
     run: Any = diffusion_type(registry()) | LanguageModelRun | reward_type(registry())
     stages: Any = (list[run], Field(min_length=1))
     pipeline = create_model("Pipeline", __base__=Pipeline, __doc__=Pipeline.__doc__, stages=stages)

@@ -33,11 +33,11 @@ from l2d_framework.base_model import (
     load_tokenizer,
 )
 from l2d_framework.blame import naming_plugins
-from l2d_framework.config import DiffusionRun, ModelSection, parse_sampling
+from l2d_framework.config import DiffusionRun, ModelSection
 from l2d_framework.config.validation import validated
 from l2d_framework.errors import CheckpointError
 from l2d_framework.generation.prompts import read_template
-from l2d_framework.models.diffusion_lm import DiffusionLM, Origin
+from l2d_framework.models.diffusion_lm import DiffusionLM
 from l2d_framework.models.manifest import (
     CARD,
     FORMAT,
@@ -48,9 +48,11 @@ from l2d_framework.models.manifest import (
     holds_language_model,
     opened_files,
     read_manifest,
+    recorded_origin,
     sealed,
 )
 from l2d_framework.models.model_card import model_card
+from l2d_framework.models.origin import Origin
 from l2d_framework.opening import open_model, reading
 from l2d_framework.registry import registry
 
@@ -189,14 +191,7 @@ def _plain(state: dict[str, Any], dtype: torch.dtype | None = None) -> dict[str,
 
 
 def to_manifest(model: DiffusionLM) -> dict[str, Any]:
-    """Everything a checkpoint says besides weights.
-
-    Args:
-        model: the model.
-
-    Returns:
-        A JSON-ready dictionary.
-    """
+    """Everything a checkpoint says besides weights."""
     origin = model.origin
     return {
         "format": FORMAT,
@@ -252,25 +247,17 @@ def load(
         )
     config = load_config(reference)
     with reading(f"what {str(folder / MANIFEST)!r} describes"):
-        parts = _Parts(manifest)
+        parts = Parts(manifest)
         parts.backbone.check(config, parts.block_size)
         model = _assemble(parts, load_language_model(reference), seed=0)
     _load_own(model, folder)
     recorded = manifest["model"] and validated(ModelSection, manifest["model"], "model")
-    model.origin = Origin(
-        model=recorded if is_inside else reference,
-        fingerprint=found,
-        classes=tuple(manifest["classes"]),
-        sampling=manifest["sampling"] and parse_sampling(manifest["sampling"]),
-        chat_template=manifest["chat_template"],
-        # Checkpoints of earlier versions have no such field.
-        ends=None if manifest["ends"] is None else tuple(manifest["ends"]),
-    )
+    model.origin = recorded_origin(manifest, recorded if is_inside else reference, found)
     model.tokenizer = load_tokenizer(reference)
     return model.to(device or "cpu").eval()
 
 
-class _Parts:
+class Parts:
     """Components a manifest names."""
 
     def __init__(self, manifest: dict[str, Any]) -> None:
@@ -281,15 +268,7 @@ class _Parts:
 
 
 def load_weights(model: DiffusionLM, folder: str | Path) -> None:
-    """Read a checkpoint's weights into a model of the same shape.
-
-    Args:
-        model: the model; a frozen language model is left alone.
-        folder: the checkpoint.
-
-    Raises:
-        CheckpointError: if a file is damaged or a tensor is missing, superfluous or of another shape.
-    """
+    """Read a checkpoint's weights into a model of the same shape."""
     _load_own(model, Path(folder))
     if model.backbone.trains_lm:
         lm: Any = model.backbone.lm

@@ -8,15 +8,7 @@ from l2d_framework.models.diffusion_lm import DiffusionLM
 
 
 def model_card(model: DiffusionLM, notes: str = "") -> str:
-    """Text of the checkpoint's README.md.
-
-    Args:
-        model: the model.
-        notes: markdown to append.
-
-    Returns:
-        Markdown with the hub's metadata in front.
-    """
+    """Text of the checkpoint's README.md."""
     base = model.origin.model.base if model.origin.model is not None else None
     own = sum(p.numel() for p in model.own_parameters().values())
     rest = "which is part of them" if model.backbone.trains_lm else "whose weights are not part of this repository"

@@ -12,11 +12,7 @@ from l2d_framework.testing.scenes import LENGTH, Scene, block_sizes, built, know
 
 @torch.no_grad()
 def check_backbone_merge_changes_nothing(config: BackboneConfig) -> None:
-    """Merging adapters changes neither the answers nor a single weight of the language model.
-
-    Args:
-        config: any backbone.
-    """
+    """Merging adapters changes neither the answers nor a single weight of the language model."""
     lm = tiny_llama()
     weights = [(weight, weight.clone()) for weight in lm.parameters()]
     backbone = built(config, lm)
@@ -30,11 +26,7 @@ def check_backbone_merge_changes_nothing(config: BackboneConfig) -> None:
 
 @torch.no_grad()
 def check_backbone_is_the_language_model_at_zero(config: BackboneConfig) -> None:
-    """At t = 0, and with no diffusion path at all, logits are bit for bit those of the language model.
-
-    Args:
-        config: a backbone that declares `identity_at_zero`.
-    """
+    """At t = 0, and with no diffusion path at all, logits are bit for bit those of the language model."""
     lm, layout = tiny_llama(), known_layout()
     expected = lm(layout.tokens, use_cache=False).logits
     backbone = built(config, lm)
@@ -59,11 +51,7 @@ def check_backbone_is_the_language_model_at_zero(config: BackboneConfig) -> None
 
 @torch.no_grad()
 def check_backbone_leaves_the_language_model(config: BackboneConfig) -> None:
-    """The language model itself answers as before it was wrapped.
-
-    Args:
-        config: a backbone that declares `identity_at_zero`.
-    """
+    """The language model itself answers as before it was wrapped."""
     lm, layout = tiny_llama(), known_layout()
     expected = lm(layout.tokens, use_cache=False).logits
     backbone = built(config, lm)
@@ -72,11 +60,7 @@ def check_backbone_leaves_the_language_model(config: BackboneConfig) -> None:
 
 
 def check_backbone_names_its_head_parameters(config: BackboneConfig) -> None:
-    """Whatever weight the head uses is among `head_parameters`, or the loss would train nothing there.
-
-    Args:
-        config: a backbone that declares `trains_lm`.
-    """
+    """Whatever weight the head uses is among `head_parameters`, or the loss would train nothing there."""
     backbone = built(config).requires_grad_(True)
     features = torch.randn(2, 3, backbone.hidden_size, generator=torch.Generator().manual_seed(9))
     weights = dict(backbone.named_parameters())

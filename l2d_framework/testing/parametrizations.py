@@ -18,14 +18,7 @@ from l2d_framework.testing.toys import ToySchedule, toy_streams
 
 
 def parametrization_checks(config: ParametrizationConfig) -> Sequence[Callable[[Any], None]]:
-    """Laws of every parametrization, and those of sampling-time options where it has any.
-
-    Args:
-        config: any parametrization.
-
-    Returns:
-        The checks.
-    """
+    """Laws of every parametrization, and those of sampling-time options where it has any."""
     checks = [
         check_parametrization_shapes,
         check_parametrization_tells_tokens_apart,
@@ -47,11 +40,7 @@ def parametrization_checks(config: ParametrizationConfig) -> Sequence[Callable[[
 
 @torch.no_grad()
 def check_parametrization_shapes(config: ParametrizationConfig) -> None:
-    """States are (B, L, D) in float32, and the prior has a scale.
-
-    Args:
-        config: any parametrization.
-    """
+    """States are (B, L, D) in float32, and the prior has a scale."""
     space, table = built_space(config)
     ensure(
         math.isfinite(space.prior_scale) and space.prior_scale > 0, f"prior_scale is {space.prior_scale}, not positive."
@@ -71,11 +60,7 @@ def check_parametrization_shapes(config: ParametrizationConfig) -> None:
 
 @torch.no_grad()
 def check_parametrization_tells_tokens_apart(config: ParametrizationConfig) -> None:
-    """No two tokens share a clean state.
-
-    Args:
-        config: any parametrization.
-    """
+    """No two tokens share a clean state."""
     space, table = built_space(config)
     clean = space.encode(torch.arange(VOCAB)[None], table)[0]
     gaps = torch.cdist(clean, clean) + torch.eye(VOCAB) * clean.norm(dim=-1).max()
@@ -84,11 +69,7 @@ def check_parametrization_tells_tokens_apart(config: ParametrizationConfig) -> N
 
 @torch.no_grad()
 def check_estimate_of_onehot_is_encode(config: ParametrizationConfig) -> None:
-    """A network that is certain of a token moves the state to that token, at every time.
-
-    Args:
-        config: any parametrization.
-    """
+    """A network that is certain of a token moves the state to that token, at every time."""
     space, table = built_space(config)
     tokens, _, _ = questions()
     for time in (0.0, 0.5, 1.0):
@@ -102,11 +83,7 @@ def check_estimate_of_onehot_is_encode(config: ParametrizationConfig) -> None:
 
 @torch.no_grad()
 def check_codebook_is_not_stale(config: ParametrizationConfig) -> None:
-    """A codebook made once serves any number of estimates, and a fresh one follows every change of the weights.
-
-    Args:
-        config: any parametrization.
-    """
+    """A codebook made once serves any number of estimates, and a fresh one follows every change of the weights."""
     space, table = built_space(config)
     tokens, logits, t = questions()
     kept = space.codebook(table)
@@ -128,11 +105,7 @@ def check_codebook_is_not_stale(config: ParametrizationConfig) -> None:
 
 @torch.no_grad()
 def check_estimate_keeps_to_its_streams(config: ParametrizationConfig) -> None:
-    """An estimate draws from the streams it is given and from nothing else.
-
-    Args:
-        config: any parametrization.
-    """
+    """An estimate draws from the streams it is given and from nothing else."""
     space, table = built_space(config)
     tokens, logits, t = questions()
     codebook = space.codebook(table)
@@ -149,11 +122,7 @@ def check_estimate_keeps_to_its_streams(config: ParametrizationConfig) -> None:
 
 @torch.no_grad()
 def check_estimate_is_tokenwise(config: ParametrizationConfig) -> None:
-    """A token's estimate does not depend on what else is in the batch.
-
-    Args:
-        config: any parametrization.
-    """
+    """A token's estimate does not depend on what else is in the batch."""
     space, table = built_space(config)
     tokens, logits, t = questions()
     codebook = space.codebook(table)
@@ -164,11 +133,7 @@ def check_estimate_is_tokenwise(config: ParametrizationConfig) -> None:
 
 @torch.no_grad()
 def check_embed_is_finite(config: ParametrizationConfig) -> None:
-    """The network input is (B, L, H) and finite from pure noise to clean states, with and without a previous answer.
-
-    Args:
-        config: any parametrization.
-    """
+    """The network input is (B, L, H) and finite from pure noise to clean states, with and without a previous answer."""
     space, table = built_space(config)
     tokens, logits, _ = questions()
     schedule = ToySchedule()
@@ -184,11 +149,7 @@ def check_embed_is_finite(config: ParametrizationConfig) -> None:
 
 @torch.no_grad()
 def check_embed_is_tokenwise(config: ParametrizationConfig) -> None:
-    """A token's network input does not depend on what else is in the batch.
-
-    Args:
-        config: any parametrization.
-    """
+    """A token's network input does not depend on what else is in the batch."""
     space, table = built_space(config)
     tokens, _, t = questions()
     x = space.prior_scale * toy_streams(tokens).normal(space.state_size)
@@ -199,11 +160,7 @@ def check_embed_is_tokenwise(config: ParametrizationConfig) -> None:
 
 @torch.no_grad()
 def check_embed_uses_previous_where_declared(config: ParametrizationConfig) -> None:
-    """The previous answer changes the network input if, and only if, the space declares `uses_previous`.
-
-    Args:
-        config: any parametrization.
-    """
+    """The previous answer changes the network input if, and only if, the space declares `uses_previous`."""
     space, table = built_space(config)
     tokens, logits, t = questions()
     x = space.encode(tokens, table)
@@ -217,11 +174,7 @@ def check_embed_uses_previous_where_declared(config: ParametrizationConfig) -> N
 
 @torch.no_grad()
 def check_no_previous_is_uniform(config: ParametrizationConfig) -> None:
-    """No previous answer is the same as one that finds every token equally likely, before and after it is remembered.
-
-    Args:
-        config: a parametrization that declares `uses_previous`.
-    """
+    """No previous answer is the same as one that finds every token equally likely, remembered or not."""
     space, table = built_space(config)
     tokens, logits, t = questions()
     x, zero = space.encode(tokens, table), torch.zeros_like(logits)
@@ -233,11 +186,7 @@ def check_no_previous_is_uniform(config: ParametrizationConfig) -> None:
 
 @torch.no_grad()
 def check_embed_needs_only_what_is_remembered(config: ParametrizationConfig) -> None:
-    """What is remembered of an answer serves the network input as well as its logits, and is never taken for logits.
-
-    Args:
-        config: a parametrization that declares `uses_previous`.
-    """
+    """What is remembered of an answer serves the network input as well as its logits, and is never taken for logits."""
     space, table = built_space(config)
     tokens, logits, t = questions()
     memory, x = space.remember(logits, table), space.encode(tokens, table)
@@ -255,11 +204,7 @@ def check_embed_needs_only_what_is_remembered(config: ParametrizationConfig) -> 
 
 @torch.no_grad()
 def check_parametrization_is_its_state_dict(config: ParametrizationConfig) -> None:
-    """Two modules of one configuration and one state dict encode and embed alike.
-
-    Args:
-        config: any parametrization.
-    """
+    """Two modules of one configuration and one state dict encode and embed alike."""
     (space, table), (other, _) = built_space(config, seed=0), built_space(config, seed=1)
     tokens, logits, t = questions()
     other.load_state_dict(space.state_dict())
@@ -273,11 +218,7 @@ def check_parametrization_is_its_state_dict(config: ParametrizationConfig) -> No
 
 
 def check_estimate_options(config: ParametrizationConfig) -> None:
-    """Other sampling-time options share every weight, and a misspelt one is refused.
-
-    Args:
-        config: a parametrization with a field `estimate`.
-    """
+    """Other sampling-time options share every weight, and a misspelt one is refused."""
     space, _ = built_space(config)
     other = space.with_estimate(config.to_json()["estimate"])
     ensure(other.config == config, f"Repeating the options changed the config to {other.config!r}.")

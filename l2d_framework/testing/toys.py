@@ -23,37 +23,16 @@ class ToySchedule(Schedule):
     name: Literal["toy-linear"] = "toy-linear"
 
     def alpha(self, t: Tensor) -> Tensor:
-        """Weight of the clean state.
-
-        Args:
-            t: times, any shape.
-
-        Returns:
-            `t` itself.
-        """
+        """Weight of the clean state."""
         return t
 
     def sigma(self, t: Tensor) -> Tensor:
-        """Weight of the noise.
-
-        Args:
-            t: times, any shape.
-
-        Returns:
-            1 - t.
-        """
+        """Weight of the noise."""
         return 1 - t
 
 
 def toy_streams(keys: Tensor) -> TokenStreams:
-    """Random numbers of tokens named by integers.
-
-    Args:
-        keys: name of each token, (B, L), int64; equal names give equal numbers.
-
-    Returns:
-        Streams at their start.
-    """
+    """Random numbers of tokens named by integers, (B, L); equal names give equal numbers."""
     return TokenStreams([[("toy", key) for key in row] for row in keys.tolist()], keys.device)
 
 
@@ -157,42 +136,19 @@ class ToySpace:
         self._streams = toy_streams(torch.arange(length).expand(rows, -1))
 
     def random(self) -> TokenStreams:
-        """Streams that are alike in every row.
-
-        Returns:
-            One per token.
-        """
+        """Streams that are alike in every row."""
         return self._streams
 
     def record(self, name: str, values: Tensor) -> None:
-        """Note a number per row.
-
-        Args:
-            name: of the number.
-            values: (B,), float.
-        """
+        """Note a number per row."""
         self.recorded[name] = values
 
     def estimate(self, logits: Tensor) -> Tensor:
-        """Average of the codebook.
-
-        Args:
-            logits: (B, L, V), float32.
-
-        Returns:
-            (B, L, D), float32.
-        """
+        """Average of the codebook, (B, L, D)."""
         return logits.softmax(-1) @ self.codebook
 
     def encode(self, tokens: Tensor) -> Tensor:
-        """Clean states of tokens.
-
-        Args:
-            tokens: (B, L), int64.
-
-        Returns:
-            (B, L, D), float32.
-        """
+        """Clean states of tokens."""
         return self.codebook[tokens]
 
 
@@ -215,14 +171,7 @@ class ToyPredict:
         self.given: list[tuple[Tensor, Tensor]] = []
 
     def __call__(self, query: Query) -> Prediction:
-        """Answer one query.
-
-        Args:
-            query: what to predict; class -1 and no class at all are the same.
-
-        Returns:
-            Logits only.
-        """
+        """Answer one query; class -1 and no class at all are the same."""
         condition = torch.full_like(query.positions, -1) if query.condition is None else query.condition
         place = query.t + query.positions
         # Products and sums of fixed order: a token's logits must not depend on the shape of the batch it is in.
@@ -231,17 +180,7 @@ class ToyPredict:
         return Prediction(logits)
 
     def together(self, queries: list[Query]) -> list[Prediction]:
-        """Answer several queries about the same positions.
-
-        Args:
-            queries: at least one query.
-
-        Returns:
-            One prediction per query, in order.
-
-        Raises:
-            ValueError: if they are not about the same positions and context.
-        """
+        """Answer several queries about the same positions."""
         first = queries[0]
         if any(q.context is not first.context or not torch.equal(q.positions, first.positions) for q in queries):
             raise ValueError("Queries asked together must share positions and context; change another field.")
@@ -252,12 +191,5 @@ class ToyGuided(ToyPredict):
     """The same network inside a guidance that has already chosen the clean state."""
 
     def __call__(self, query: Query) -> Prediction:
-        """Answer one query.
-
-        Args:
-            query: what to predict.
-
-        Returns:
-            Logits and a clean state.
-        """
+        """Answer one query."""
         return Prediction(super().__call__(query).logits, query.x + 1)

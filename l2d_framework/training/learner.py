@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
+from typing_extensions import override
 
 from l2d_framework.config import DiffusionRun, TrainingSection
 from l2d_framework.diffusion.loss import NoiseRule, denoising_loss, draw
@@ -58,28 +59,16 @@ class Learner(nn.Module, ABC):
         """
 
     def checkpoint(self, folder: Path) -> None:
-        """Write the model such that `restore` continues exactly.
-
-        Args:
-            folder: where to.
-        """
+        """Write the model such that `restore` continues exactly."""
         self.save(folder, "")
 
     def time_parameters(self) -> list[nn.Parameter]:
-        """Parameters that may have a learning rate of their own; none unless the model knows time.
-
-        Returns:
-            The parameters.
-        """
+        """Parameters that may have a learning rate of their own; none unless the model knows time."""
         return []
 
     @abstractmethod
     def restore(self, folder: Path) -> None:
-        """Read the weights that `checkpoint` wrote.
-
-        Args:
-            folder: the checkpoint.
-        """
+        """Read the weights that `checkpoint` wrote."""
 
 
 class Denoiser(Learner):
@@ -108,15 +97,7 @@ class Denoiser(Learner):
 
     @staticmethod
     def check(run: DiffusionRun) -> None:
-        """Refuse what the backbone cannot do, before weights are loaded.
-
-        Args:
-            run: the run.
-
-        Raises:
-            ConfigError: if it asks for gradient checkpointing that the backbone has not, or for several noisy copies of
-                a token where they would see each other.
-        """
+        """Refuse what the backbone cannot do, before weights are loaded."""
         if run.training.gradient_checkpointing or run.training.draws_per_token > 1:
             empty = checkpoint.build_model(run, meta=True)
             if run.training.draws_per_token > 1 and not empty.backbone.independent_positions:
@@ -130,6 +111,7 @@ class Denoiser(Learner):
                     "none. Set it to false."
                 )
 
+    @override
     def forward(
         self,
         input_ids: Tensor,
@@ -146,17 +128,6 @@ class Denoiser(Learner):
         Noise is keyed by (seed, epoch, index) in training and by (seed, index) in evaluation, where labels of classes
         are never dropped, so that evaluations can be compared.
 
-        Args:
-            input_ids: (B, S), int64.
-            blocks: -1 padding, 0 known, k >= 1 denoised k-th, (B, S), int64.
-            labels: -100 where a token is denoised but not counted, (B, S), int64.
-            length: tokens of each row without padding, (B,), int64.
-            class_id: (B,), int64, -1 for none.
-            index: of each example in data order, (B,), int64.
-            epoch: of each example, (B,), int64.
-
-        Returns:
-            `loss`, `losses`, `row`, `t` and `is_pad`, as in `Learner`.
         """
         layout = Layout(input_ids, blocks)
         settings, seed = self._training, self._seed
@@ -182,35 +153,18 @@ class Denoiser(Learner):
             "is_pad": losses.position >= length[losses.row],
         }
 
+    @override
     def save(self, folder: Path, notes: str) -> None:
-        """Write a checkpoint that `l2d_framework.load` reads.
-
-        Args:
-            folder: where to.
-            notes: markdown for the model card.
-        """
         checkpoint.save(self.model, folder, notes=notes, dtype=self._dtype)
 
+    @override
     def checkpoint(self, folder: Path) -> None:
-        """Write the trained weights in float32, as they are.
-
-        Args:
-            folder: where to.
-        """
         checkpoint.save(self.model, folder)
 
+    @override
     def time_parameters(self) -> list[nn.Parameter]:
-        """Parameters of the time embedding, which may have a learning rate of their own.
-
-        Returns:
-            The parameters; empty where the backbone names none.
-        """
         return self.model.backbone.time_parameters()
 
+    @override
     def restore(self, folder: Path) -> None:
-        """Read the model's own weights.
-
-        Args:
-            folder: the checkpoint.
-        """
         checkpoint.load_weights(self.model, folder)

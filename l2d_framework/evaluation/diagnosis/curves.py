@@ -51,16 +51,6 @@ def cross_entropies(
     Every position keeps one noise for all times. At the first time the state is noise alone, as when sampling starts.
     The prior that a prediction p_s(y | x_s) implies is p_s(y | x_s) / N(x_s | y), so the combination at t is
     softmax(log p_s(y | x_s) - log N(x_s | y) + log N(x_t | y)); for the first time this is log p_0(y) + log N(x_t | y).
-
-    Args:
-        model: the model.
-        batch: what to predict.
-        context: what the backbone read of it.
-        times: increasing, all with noise.
-        likelihood: of this model.
-
-    Returns:
-        The sums.
     """
     seen = _look(model, batch, context, times)
     rows, count = len(batch.positions), len(times)

@@ -56,15 +56,7 @@ class Settings:
 
 
 def time_grid(schedule: Schedule, count: int) -> list[float]:
-    """Times as a solver would visit them, those without noise left out.
-
-    Args:
-        schedule: the law of noise.
-        count: how many.
-
-    Returns:
-        `count` increasing times; at the first the state is noise alone.
-    """
+    """Times as a solver would visit them, those without noise left out; at the first the state is noise alone."""
     return schedule.grid(count + 1, 1.0)[:count]
 
 
@@ -90,18 +82,7 @@ def diagnose(
     batch_size: int,
     track: Track = iter,
 ) -> dict[str, Any]:
-    """What held-out text says about further evaluations.
-
-    Args:
-        model: the model.
-        rows: rows of `PreparedData`.
-        settings: how to diagnose.
-        batch_size: rows at a time; does not change the numbers.
-        track: shows the progress.
-
-    Returns:
-        JSON-ready; `DEFINITIONS` says what the numbers are.
-    """
+    """What held-out text says about further evaluations."""
     likelihood, sums = TokenLikelihood(model), _Sums()
     spent: list[int] | EvaluationBudgetError = []
     moves: list[float] = []

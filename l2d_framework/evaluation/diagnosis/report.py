@@ -21,14 +21,7 @@ _CURVES: dict[str, dict[str, Any]] = {
 
 
 def sentences(found: Found) -> list[str]:
-    """What was found, in plain words.
-
-    Args:
-        found: the diagnosis.
-
-    Returns:
-        A sentence or two per question, the answer to "will more steps help?" first.
-    """
+    """A sentence or two per question, the answer to "will more steps help?" first."""
     first, later = found["gain"]["over_combination"], found["gain"]["over_combination_after_first_move"]
     answers = found["answers"]
     lines = [
@@ -65,14 +58,7 @@ def _settling(points: list[dict[str, Any]]) -> str:
 
 
 def table(found: Found) -> list[tuple[str, ...]]:
-    """Cross-entropies by time.
-
-    Args:
-        found: the diagnosis.
-
-    Returns:
-        A row of headings and one per time.
-    """
+    """Cross-entropies by time."""
     rows: list[tuple[str, ...]] = [("t", "network", "first prediction + hint", "second prediction + hint")]
     for point in found["cross_entropy"]:
         rows.append((f"{point['t']:.2f}", *(_estimate(point[name]) if name in point else "" for name in _CURVES)))
@@ -89,12 +75,7 @@ def _share(numbers: Mapping[str, Any]) -> str:
 
 
 def draw(found: Found, path: Path) -> None:
-    """Cross-entropies, settling and cost, side by side.
-
-    Args:
-        found: the diagnosis.
-        path: a PNG file.
-    """
+    """Cross-entropies, settling and cost, side by side."""
     from matplotlib.figure import Figure
 
     spent = found["evaluations"]

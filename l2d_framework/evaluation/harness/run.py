@@ -90,15 +90,7 @@ def _folders(folder: Path | None) -> list[Path]:
 
 
 def task_manager(name: str, folder: Path | None = None) -> TaskManager:
-    """An index of tasks in which one can be found.
-
-    Args:
-        name: of a task or group.
-        folder: further tasks beside lm_eval's own and those of plugins.
-
-    Returns:
-        The index of the folders where that is enough, since reading lm_eval's 14,000 tasks takes ten seconds.
-    """
+    """An index in which a task can be found: that of folders where it is enough, since all 14,000 take seconds."""
     small = _index(folder, has_defaults=False)
     if name in small.task_index and all("task" in config for config in _configs(name, small)):
         return small
@@ -107,19 +99,7 @@ def task_manager(name: str, folder: Path | None = None) -> TaskManager:
 
 @contextmanager
 def explained(task: str) -> Iterator[None]:
-    """Say in this package's words what ends lm_eval.
-
-    Args:
-        task: what is asked.
-
-    Yields:
-        Nothing.
-
-    Raises:
-        ConfigError: in place of a ValueError.
-        L2DError: in place of an error that is known.
-        Exception: any other.
-    """
+    """Say in this package's words what ends lm_eval."""
     try:
         yield
     except Exception as error:
@@ -131,21 +111,7 @@ def explained(task: str) -> Iterator[None]:
 
 
 def evaluate(model: ModelChoice, task: TaskChoice, *, folder: Path | None = None) -> Answered:
-    """Answer a task.
-
-    Args:
-        model: the model.
-        task: the task.
-        folder: further tasks beside lm_eval's own and those of plugins.
-
-    Returns:
-        What it gave.
-
-    Raises:
-        ConfigError: if an option is unknown, or the task cannot be asked so.
-        L2DError: if the model cannot be opened, or something the task needs is missing.
-        Exception: whatever else ends the harness.
-    """
+    """Answer a task; `folder`: further tasks beside lm_eval's own and those of plugins."""
     lm = L2DLM(model.pretrained, device=model.device, batch_size=model.batch_size, **model.options)
     with explained(task.task):
         results = simple_evaluate(
@@ -213,18 +179,7 @@ def _standard_error(scores: Sequence[float]) -> float | None:
 
 
 def check_task(name: str, folder: Path | None = None) -> list[str]:
-    """Look for a task and its data without loading either.
-
-    Args:
-        name: of a task or group.
-        folder: further tasks beside lm_eval's own and those of plugins.
-
-    Returns:
-        Data sets that are neither folders here nor files nor in the hub's cache; they would have to be downloaded.
-
-    Raises:
-        ConfigError: if there is no such task.
-    """
+    """Look for a task; returns its data sets that would have to be downloaded."""
     manager = task_manager(name, folder)
     if name not in manager.task_index:
         raise ConfigError(f"Unknown task {name!r}{suggest(name, manager.all_tasks) or '.'} See `l2d eval ls tasks`.")
@@ -254,15 +209,7 @@ def _configs(name: str, manager: TaskManager) -> Iterator[dict[str, Any]]:
 
 
 def task_identity(name: str, folder: Path | None = None) -> str:
-    """Fingerprint of what a task asks and how it scores: a result of another wording is another result.
-
-    Args:
-        name: of a task or group.
-        folder: further tasks beside lm_eval's own and those of plugins.
-
-    Returns:
-        A hash of its settings and of the Python files beside those of its files that lie in the folder.
-    """
+    """Fingerprint of what a task asks and how it scores: a result of another wording is another result."""
     manager = task_manager(name, folder)
     text = json.dumps(list(_configs(name, manager)), sort_keys=True, default=str)
     # Functions are named by their files; where those are installed changes nothing.

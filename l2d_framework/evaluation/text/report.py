@@ -22,14 +22,7 @@ _ACROSS = 3
 
 
 def table(results: Results) -> list[tuple[str, ...]]:
-    """Rows of a table.
-
-    Args:
-        results: by name.
-
-    Returns:
-        A row of headings, then per metric and definition its name, `authors` or `corrected`, and a number per result.
-    """
+    """A row of headings, then per metric and definition its name, `authors` or `corrected`, and a number per result."""
     rows: list[tuple[str, ...]] = [("metric", "definition", *results)]
     for metric, definitions in DEFINITIONS.items():
         for variant in definitions:
@@ -40,14 +33,7 @@ def table(results: Results) -> list[tuple[str, ...]]:
 
 
 def notes(results: Results) -> list[str]:
-    """What the numbers do not cover: samples left out, texts cut short, prefixes read otherwise.
-
-    Args:
-        results: by name.
-
-    Returns:
-        Sentences, none where nothing happened.
-    """
+    """What the numbers do not cover: samples left out, texts cut short, prefixes read otherwise."""
     found = []
     for name, result in results.items():
         if empty := result["empty_texts"]:
@@ -71,15 +57,7 @@ def notes(results: Results) -> list[str]:
 
 
 def markdown(results: Results, *, picture: str | None) -> str:
-    """A report.
-
-    Args:
-        results: by name.
-        picture: file name of the picture beside it, or None.
-
-    Returns:
-        Markdown.
-    """
+    """A report."""
     heading, *rows = table(results)
     used = {row[0] for row in rows}
     said = notes(results)
@@ -111,12 +89,7 @@ def markdown(results: Results, *, picture: str | None) -> str:
 
 
 def draw(results: Results, path: Path) -> None:
-    """One panel of bars per metric; needs matplotlib, the extra `plots`.
-
-    Args:
-        results: by name.
-        path: a PNG file.
-    """
+    """One panel of bars per metric; needs matplotlib, the extra `plots`."""
     from matplotlib.figure import Figure
 
     metrics = [metric for metric in DEFINITIONS if any(metric in result["metrics"] for result in results.values())]

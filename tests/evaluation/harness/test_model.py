@@ -109,16 +109,18 @@ def test_auto_takes_the_largest_batch_that_memory_allows(opened, monkeypatch):
         to_score(QUESTIONS[:3]),
     )
     assert model.diffusion.device.type == "cpu"
-    answer, mixture = model._answer, scorer.Scorer.mixture
+    answer, mixture = model.generator.answer, scorer.Scorer.mixture
 
     def tight(rows: Sequence[Any]) -> None:
         if len(rows) > 3:
             raise RuntimeError("CUDA out of memory.")
 
     monkeypatch.setattr(model, "_device", torch.device("cuda"))
-    monkeypatch.setattr(model, "_answer", lambda plan, batch, **o: tight(batch.input_ids) or answer(plan, batch, **o))
+    monkeypatch.setattr(
+        model.generator, "answer", lambda plan, batch, **o: tight(batch.input_ids) or answer(plan, batch, **o)
+    )
     monkeypatch.setattr(scorer.Scorer, "mixture", lambda self, jobs: tight(jobs) or mixture(self, jobs))
-    monkeypatch.setattr(model, "_plain_seconds", lambda *_: 1.0)
+    monkeypatch.setattr(model.generator, "_plain_seconds", lambda *_: 1.0)
     found = model.generate_until(answers), [score for score, _ in model.loglikelihood(scores)]
     assert len(model.batch_sizes) == 2 and set(model.batch_sizes.values()) <= {1, 2, 3}
     monkeypatch.undo()
@@ -315,7 +317,7 @@ def test_a_class_hint_serves_models_that_know_it_and_stops_no_other(opened, capl
 def test_a_guided_model_waits_for_the_class_of_each_task(opened):
     guided = opened(guidance_scale=1.5)
     for ask in (lambda: guided.loglikelihood(to_score()), lambda: guided.generate_until(to_generate())):
-        with pytest.raises(ConfigError, match=r"class_name=NAME to --gen_kwargs.*\['math', 'code'\].*class_hint"):
+        with pytest.raises(ConfigError, match=r"\['math', 'code'\].*class_name=NAME to --gen_kwargs.*class_hint"):
             ask()
     assert guided._diffusion is None
     chosen = opened().generate_until(to_generate(class_name="code", guidance_scale=1.5))
@@ -494,8 +496,8 @@ def test_an_answer_ends_with_its_turn(tmp_path, monkeypatch, ends, is_chat, sear
     model.origin = dataclasses.replace(model.origin, model=section, ends=ends)
     save(model, tmp_path / "model")
     opened = L2DLM(str(tmp_path / "model"), device="cpu", num_inference_steps=0, **searching)
-    found, answer = [], opened._answer
-    monkeypatch.setattr(opened, "_answer", lambda *a, **k: found.append(answer(*a, **k)) or found[-1])
+    found, answer = [], opened.generator.answer
+    monkeypatch.setattr(opened.generator, "answer", lambda *a, **k: found.append(answer(*a, **k)) or found[-1])
     asked = [opened.apply_chat_template([{"role": "user", "content": q}]) if is_chat else q for q in QUESTIONS]
     opened.generate_until(to_generate(asked, max_gen_toks=8))
     goes_on = [3 in tokens[:-1] for answers in found for tokens, _ in answers]
