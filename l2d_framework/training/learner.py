@@ -9,7 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from l2d_framework.config import DiffusionRun, TrainingSection
-from l2d_framework.diffusion.loss import NoiseRule, denoising_loss, draw
+from l2d_framework.diffusion.loss import denoising_loss
+from l2d_framework.diffusion.training_noise import NoiseRule, draw
 from l2d_framework.errors import ConfigError
 from l2d_framework.models import checkpoint
 from l2d_framework.models.diffusion_lm import DiffusionLM

@@ -17,7 +17,8 @@ from diffusion_models import (
 from torch import nn
 from torch.nn import functional
 
-from l2d_framework.diffusion.loss import NoiseRule, chunked_cross_entropy, denoising_loss, draw
+from l2d_framework.diffusion.loss import chunked_cross_entropy, denoising_loss
+from l2d_framework.diffusion.training_noise import NoiseRule, draw
 from l2d_framework.models.diffusion_lm import DiffusionLM
 from l2d_framework.types import Layout
 from l2d_plugins.schedules.linear import Linear
