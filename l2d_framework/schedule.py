@@ -105,6 +105,17 @@ class Schedule(Component):
         """
         return u
 
+    def weight(self, t: Tensor) -> Tensor | None:
+        """Weight of a token's cross-entropy in the training loss.
+
+        Args:
+            t: training times, any shape.
+
+        Returns:
+            Same shape, finite and not negative; None, the default, where every weight is 1.
+        """
+        return None
+
     def noisier(self, t: Tensor) -> Tensor:
         """Times one step nearer to the noise, at which training makes the prediction it conditions itself on.
 

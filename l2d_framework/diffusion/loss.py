@@ -12,9 +12,11 @@ from torch.nn import functional
 
 from l2d_framework.blame import naming_plugins
 from l2d_framework.diffusion.diffusion import Diffusion
-from l2d_framework.diffusion.logits import Logits
 from l2d_framework.diffusion.training_noise import Draws
 from l2d_framework.types import Layout, Query
+
+Refine = Callable[[Tensor, slice], Tensor]
+"""Changes the logits, (1, n, V), of the positions in a slice."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,8 @@ class Losses:
 
     Attributes:
         total: sum over supervised tokens of the mean over draws, in nats, (), float32; differentiable.
-        tokens: cross-entropy of every draw, (N,), float32, detached.
+        tokens: loss of every draw, its cross-entropy times the schedule's weight, (N,), float32, detached.
+        cross_entropies: of every draw without the weight, (N,), float32, detached; the same tensor where all are 1.
         t: time of every draw, (N,), float32.
         count: supervised tokens.
         row: row of every draw, (N,), int64.
@@ -32,6 +35,7 @@ class Losses:
 
     total: Tensor
     tokens: Tensor
+    cross_entropies: Tensor
     t: Tensor
     count: int
     row: Tensor
@@ -48,7 +52,7 @@ def denoising_loss(
     counted: Tensor | None = None,
     chunk: int = 1024,
 ) -> Losses:
-    """Cross-entropy of the clean tokens given their noisy states, without weighting in t.
+    """Cross-entropy of the clean tokens given their noisy states, weighted by the schedule.
 
     Args:
         diffusion: the model.
@@ -72,11 +76,24 @@ def denoising_loss(
     copies = len(features) // max(count, 1)
     targets = layout.tokens.gather(1, draws.positions)[chosen]
     head = diffusion.backbone.head
-    total, tokens = chunked_cross_entropy(
-        head, features, targets, chunk=chunk, parameters=diffusion.backbone.head_parameters()
+    t = draws.t[chosen]
+    weights = diffusion.schedule.weight(t)
+    total, entropies = chunked_cross_entropy(
+        head,
+        features,
+        targets,
+        chunk=chunk,
+        parameters=diffusion.backbone.head_parameters(),
+        weights=weights,
+        refine=_refine(diffusion, query.x[chosen], t) if diffusion.refines else None,
     )
     row, _ = chosen.nonzero(as_tuple=True)
-    return Losses(total / max(copies, 1), tokens, draws.t[chosen], count, row, draws.positions[chosen])
+    tokens = entropies if weights is None else weights * entropies
+    return Losses(total / max(copies, 1), tokens, entropies, t, count, row, draws.positions[chosen])
+
+
+def _refine(diffusion: Diffusion, x: Tensor, t: Tensor) -> Refine:
+    return lambda logits, part: diffusion.refine(logits, x[None, part], t[None, part])
 
 
 def _query(diffusion: Diffusion, layout: Layout, draws: Draws, classes: Tensor | None) -> Query:
@@ -100,11 +117,9 @@ def _first_prediction(diffusion: Diffusion, layout: Layout, draws: Draws, classe
         replace(taken, t=taken.first_t),
         None if classes is None else classes[rows],
     )
-    backbone, space = diffusion.backbone, diffusion.parametrization
-    table = backbone.table()
-    answer = Logits(diffusion.features(query), backbone.vocab_size, backbone.head)
-    memory = torch.cat([space.remember(logits, table) for _, logits in answer.parts()], 1)
-    nothing = space.remember(memory.new_zeros(1, 1, backbone.vocab_size), table)
+    space, table = diffusion.parametrization, diffusion.backbone.table()
+    memory = torch.cat([space.remember(logits, table) for _, logits in diffusion.answer(query).parts()], 1)
+    nothing = space.remember(memory.new_zeros(1, 1, diffusion.backbone.vocab_size), table)
     out = nothing.expand(len(layout.tokens), memory.shape[1], -1).clone()
     out[rows] = memory
     return out
@@ -117,6 +132,8 @@ def chunked_cross_entropy(
     *,
     chunk: int,
     parameters: Sequence[Tensor] = (),
+    weights: Tensor | None = None,
+    refine: Refine | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Cross-entropy without ever holding the logits of more than `chunk` positions.
 
@@ -128,50 +145,59 @@ def chunked_cross_entropy(
         targets: token ids, (N,), int64.
         chunk: positions per pass.
         parameters: trainable parameters inside `head`.
+        weights: of each position in the sum, (N,); all 1 when None.
+        refine: changes logits before the loss; nothing when None.
 
     Returns:
-        The sum, (), differentiable in `features` and `parameters`, and every loss, (N,).
+        The weighted sum, (), differentiable in `features` and `parameters`, and every loss without its weight, (N,).
     """
-    if not torch.is_grad_enabled():
-        parts = [_losses(head, f, y) for f, y in zip(features.split(chunk), targets.split(chunk), strict=True)]
-        losses = torch.cat(parts) if parts else features.new_zeros(0, dtype=torch.float32)
-        return losses.sum(), losses
-    return _Chunked.apply(head, chunk, features, targets, *parameters)  # type: ignore[no-any-return, no-untyped-call]
+
+    def losses(part: slice, of: Tensor) -> Tensor:
+        logits = head(of[None]).float()
+        logits = logits if refine is None else refine(logits, part)
+        return functional.cross_entropy(logits.squeeze(0), targets[part], reduction="none")
+
+    parts = [slice(start, start + chunk) for start in range(0, len(features), chunk)]
+    if torch.is_grad_enabled():
+        return _Chunked.apply(losses, parts, weights, features, *parameters)  # type: ignore[no-any-return, no-untyped-call]
+    found = [losses(part, features[part]) for part in parts]
+    each = torch.cat(found) if found else features.new_zeros(0, dtype=torch.float32)
+    return _sum(each, weights), each
 
 
-def _losses(head: Callable[[Tensor], Tensor], features: Tensor, targets: Tensor) -> Tensor:
-    return functional.cross_entropy(head(features[None]).squeeze(0).float(), targets, reduction="none")
+def _sum(losses: Tensor, weights: Tensor | None) -> Tensor:
+    return losses.sum() if weights is None else losses @ weights
 
 
 class _Chunked(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        head: Callable[[Tensor], Tensor],
-        chunk: int,
+        losses: Callable[[slice, Tensor], Tensor],
+        parts: Sequence[slice],
+        weights: Tensor | None,
         features: Tensor,
-        targets: Tensor,
         *parameters: Tensor,
     ) -> tuple[Tensor, Tensor]:
         gradient = torch.zeros_like(features)
         own = [torch.zeros_like(p) for p in parameters]
-        losses = features.new_zeros(len(features), dtype=torch.float32)
-        for start in range(0, len(features), chunk):
-            part = slice(start, start + chunk)
+        each = features.new_zeros(len(features), dtype=torch.float32)
+        for part in parts:
             with torch.enable_grad():
                 leaf = features[part].detach().requires_grad_()
-                loss = _losses(head, leaf, targets[part])
-                found = torch.autograd.grad(loss.sum(), [leaf, *parameters], allow_unused=True)
-            losses[part] = loss.detach()
+                loss = losses(part, leaf)
+                total = _sum(loss, None if weights is None else weights[part])
+                found = torch.autograd.grad(total, [leaf, *parameters], allow_unused=True)
+            each[part] = loss.detach()
             gradient[part] = found[0]
-            for total, piece in zip(own, found[1:], strict=True):
+            for sum_, piece in zip(own, found[1:], strict=True):
                 if piece is not None:
-                    total += piece
+                    sum_ += piece
         ctx.save_for_backward(gradient, *own)
-        ctx.mark_non_differentiable(losses)
-        return losses.sum(), losses
+        ctx.mark_non_differentiable(each)
+        return _sum(each, weights), each
 
     @staticmethod
     def backward(ctx: Any, *outputs: Any) -> tuple[Any, ...]:
         gradient, *own = ctx.saved_tensors
-        return (None, None, gradient * outputs[0], None, *(piece * outputs[0] for piece in own))
+        return (None, None, None, gradient * outputs[0], *(piece * outputs[0] for piece in own))

@@ -213,7 +213,7 @@ class TokenODE:
         rows, length = query.positions.shape
         size = self._diffusion.backbone.vocab_size
         if not self._guidance and self._observer is None and rows * length * size > CHUNK:
-            return Logits(self._diffusion.features(query), size, self._diffusion.backbone.head), None
+            return self._diffusion.answer(query), None
         predict: Predict = self._diffusion
         for guidance in self._guidance:
             predict = _Guided(predict, guidance, space, self)

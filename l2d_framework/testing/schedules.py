@@ -30,6 +30,7 @@ def schedule_checks(schedule: Schedule) -> Sequence[Callable[[Any], None]]:
         check_schedule_noise_inverts_interpolate,
         check_schedule_velocity_follows_path,
         check_schedule_training_times,
+        check_schedule_weight,
         check_schedule_noisier,
         check_schedule_grid,
     ]
@@ -137,6 +138,20 @@ def check_schedule_training_times(schedule: Schedule) -> None:
     ensure(t[-1] != t[0], "sample_times gives the first and the last u the same time.")
     back = t.diff() * (t[-1] - t[0]) < 0
     ensure(not back.any(), f"sample_times turns back after u = {_first(u, back)}.")
+
+
+def check_schedule_weight(schedule: Schedule) -> None:
+    """Weights of the loss are finite at every training time and none is negative.
+
+    Args:
+        schedule: any schedule.
+    """
+    t = schedule.sample_times(_uniform_numbers())
+    weight = schedule.weight(t)
+    if weight is not None:
+        ensure(weight.shape == t.shape, f"weight changed {tuple(t.shape)} to {tuple(weight.shape)}.")
+        wrong = (weight < 0) | ~weight.isfinite()
+        ensure(not wrong.any(), f"weight gives {weight[wrong].tolist()[:3]} for t = {t[wrong].tolist()[:3]}.")
 
 
 def check_schedule_noisier(schedule: Schedule) -> None:

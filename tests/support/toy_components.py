@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+import masked_diffusion
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
@@ -284,4 +285,5 @@ CORRECT: list[Any] = [
     Beside(),
     Beside(num_classes=2),
     Canvas(),
+    *masked_diffusion.TOYS,
 ]
