@@ -121,7 +121,7 @@ class Bench:
         assert isinstance(run, DiffusionRun)
         backbone = run.backbone.build(self.lm)
         state_space = run.parametrization.build(backbone.vocab_size, backbone.hidden_size)
-        model = DiffusionLM(run.schedule, state_space, backbone, run.block_size).to(self.device)
+        model = DiffusionLM(run.schedule.build(), state_space, backbone, run.block_size).to(self.device)
         for parameter in model.own_parameters().values():
             parameter.data = parameter.data.to(dtype)
             if not parameter.any():  # nothing is to be zero, lest somebody profits from it

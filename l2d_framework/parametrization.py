@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from l2d_framework.component import Component, merged
 from l2d_framework.errors import ConfigError
-from l2d_framework.schedule import Schedule
+from l2d_framework.schedule import NoiseLaw
 from l2d_framework.types import Random
 
 
@@ -80,7 +80,7 @@ class Parametrization(nn.Module, ABC):
         """
 
     @abstractmethod
-    def embed(self, x: Tensor, t: Tensor, schedule: Schedule, table: Tensor, previous: Tensor | None) -> Tensor:
+    def embed(self, x: Tensor, t: Tensor, schedule: NoiseLaw, table: Tensor, previous: Tensor | None) -> Tensor:
         """Network input for noisy states.
 
         Args:
@@ -131,7 +131,7 @@ class Parametrization(nn.Module, ABC):
         """
         return self.prior_scale * self.noise(random)
 
-    def corrupt(self, tokens: Tensor, noise: Tensor, t: Tensor, schedule: Schedule, table: Tensor) -> Tensor:
+    def corrupt(self, tokens: Tensor, noise: Tensor, t: Tensor, schedule: NoiseLaw, table: Tensor) -> Tensor:
         """Noisy states of tokens.
 
         Args:
@@ -147,7 +147,7 @@ class Parametrization(nn.Module, ABC):
         """
         return schedule.interpolate(self.encode(tokens, table), self.prior_scale * noise, t)
 
-    def refine(self, logits: Tensor, x: Tensor, t: Tensor, schedule: Schedule, table: Tensor) -> Tensor:
+    def refine(self, logits: Tensor, x: Tensor, t: Tensor, schedule: NoiseLaw, table: Tensor) -> Tensor:
         """Logits after what the state itself says of its token; the network then learns the rest.
 
         A token that the corruption left as it was is so never mistaken, in the loss, between evaluations or in the

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from l2d_framework.backbone import Backbone
 from l2d_framework.diffusion.logits import Logits
 from l2d_framework.parametrization import Parametrization
-from l2d_framework.schedule import Schedule
+from l2d_framework.schedule import NoiseLaw
 from l2d_framework.types import Prediction, Query
 
 
@@ -23,7 +23,7 @@ class Diffusion(nn.Module):
     """
 
     def __init__(
-        self, schedule: Schedule, parametrization: Parametrization, backbone: Backbone, block_size: int | None = 1
+        self, schedule: NoiseLaw, parametrization: Parametrization, backbone: Backbone, block_size: int | None = 1
     ) -> None:
         super().__init__()
         self.schedule = schedule

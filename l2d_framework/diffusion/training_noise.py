@@ -49,6 +49,7 @@ class NoiseRule:
         class_dropout: probability of dropping a class label.
         dropout_per: whether labels are dropped per token, as the authors' code does, or per example.
         self_conditioning: probability that an example is shown a first prediction, where the parametrization reads one.
+        fixed_times: whether times are those of `NoiseLaw.fixed_times`, for losses that are compared while it learns.
         is_first_noisier: whether that prediction is made one step nearer to the noise, as in training, or at the same
             time, as the authors evaluate.
     """
@@ -58,6 +59,7 @@ class NoiseRule:
     class_dropout: float = 0.0
     dropout_per: Literal["token", "example"] = "token"
     self_conditioning: float = 0.0
+    fixed_times: bool = False
     is_first_noisier: bool = True
 
 
@@ -89,7 +91,8 @@ def draw(diffusion: Diffusion, layout: Layout, rule: NoiseRule) -> Draws:
     ]
     kept = [np.broadcast_to(d >= rule.class_dropout, len(e.positions)) for d, e in zip(drops, examples, strict=True)]
     counts = torch.tensor([len(example.positions) for example in examples], device=device)
-    t = diffusion.schedule.sample_times(u)
+    schedule = diffusion.schedule
+    t = schedule.fixed_times(u) if rule.fixed_times else schedule.sample_times(u)
     share = rule.self_conditioning if diffusion.parametrization.uses_previous else 0.0
     return Draws(
         positions=batch.stack([example.positions for example in examples]),
@@ -97,7 +100,7 @@ def draw(diffusion: Diffusion, layout: Layout, rule: NoiseRule) -> Draws:
         t=t,
         noise=noise,
         kept=batch.stack(kept),
-        first_t=diffusion.schedule.noisier(t) if rule.is_first_noisier else t,
+        first_t=schedule.noisier(t) if rule.is_first_noisier else t,
         conditioned=torch.tensor([bool(share and e.random.random() < share) for e in examples], device=device),
     )
 

@@ -42,7 +42,7 @@ from l2d_framework.generation.prompts import (
     turn_end,
 )
 from l2d_framework.parametrization import Parametrization
-from l2d_framework.schedule import Schedule
+from l2d_framework.schedule import NoiseLaw
 
 DEFAULT_NEW_TOKENS = 256
 """Answer length where neither the call nor the base model sets one: the L2D paper's for general tasks."""
@@ -86,7 +86,7 @@ class DiffusionLM(Diffusion):
     """
 
     def __init__(
-        self, schedule: Schedule, parametrization: Parametrization, backbone: Backbone, block_size: int | None = 1
+        self, schedule: NoiseLaw, parametrization: Parametrization, backbone: Backbone, block_size: int | None = 1
     ) -> None:
         super().__init__(schedule, parametrization, backbone, block_size)
         self.origin = Origin()

@@ -74,6 +74,19 @@ class Learner(nn.Module, ABC):
         """
         return []
 
+    @property
+    def hears_losses(self) -> bool:
+        """Whether `observe` wants to be called."""
+        return False
+
+    def observe(self, t: Tensor, losses: Tensor) -> None:
+        """Hear the losses of an update of all processes.
+
+        Args:
+            t: time of every draw, (N,), float32.
+            losses: its cross-entropy, (N,), float32.
+        """
+
     @abstractmethod
     def restore(self, folder: Path) -> None:
         """Read the weights that `checkpoint` wrote.
@@ -157,7 +170,7 @@ class Denoiser(Learner):
             epoch: of each example, (B,), int64.
 
         Returns:
-            `loss`, `losses`, `row`, `t` and `is_pad`, as in `Learner`.
+            `loss`, `losses`, `row`, `t` and `is_pad`, as in `Learner`, and `cross_entropies` without weights.
         """
         layout = Layout(input_ids, blocks)
         settings, seed = self._training, self._seed
@@ -168,6 +181,7 @@ class Denoiser(Learner):
             class_dropout=settings.class_dropout if self.training else 0.0,
             dropout_per=settings.class_dropout_per,
             self_conditioning=settings.self_conditioning if self.training else float(settings.self_conditioning > 0),
+            fixed_times=not self.training,
             is_first_noisier=self.training,
         )
         draws = draw(self.model, layout, rule)
@@ -178,6 +192,7 @@ class Denoiser(Learner):
         return {
             "loss": losses.total,
             "losses": losses.tokens,
+            "cross_entropies": losses.cross_entropies,
             "t": losses.t,
             "row": losses.row,
             "is_pad": losses.position >= length[losses.row],
@@ -207,6 +222,20 @@ class Denoiser(Learner):
             The parameters; empty where the backbone names none.
         """
         return self.model.backbone.time_parameters()
+
+    @property
+    def hears_losses(self) -> bool:
+        """True for a schedule that learns."""
+        return isinstance(self.model.schedule, nn.Module)
+
+    def observe(self, t: Tensor, losses: Tensor) -> None:
+        """Tell the schedule.
+
+        Args:
+            t: time of every draw, (N,), float32.
+            losses: its cross-entropy, (N,), float32.
+        """
+        self.model.schedule.observe(t, losses)
 
     def restore(self, folder: Path) -> None:
         """Read the model's own weights.

@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 import torch
 from masked_diffusion import Masked, MaskedSpace
 from pydantic import ConfigDict, Field
-from toy_components import Circle, Doubling, Forward, Projected, ProjectedSpace, Sharpen
+from toy_components import Circle, Doubling, Forward, Halfway, HalfwayLaw, Projected, ProjectedSpace, Sharpen
 
 from l2d_framework.guidance import Guidance
 from l2d_framework.parametrization import Parametrization, ParametrizationConfig
@@ -114,6 +114,30 @@ class SameNoise(Circle):
         return t
 
 
+class Forgetful(HalfwayLaw):
+    def __init__(self, config):
+        super().__init__(config)
+        self.sums = self._buffers.pop("sums")
+
+
+class Drifting(HalfwayLaw):
+    def fixed_times(self, u):
+        return self.sample_times(u)
+
+
+class Runaway(HalfwayLaw):
+    def sample_times(self, u):
+        return u * (self.sums[1] / 2).clamp_min(1)
+
+
+def learned(law: type[HalfwayLaw]) -> Halfway:
+    class Broken(Halfway):
+        pass
+
+    Broken.law, Broken.__name__ = law, law.__name__
+    return Broken()
+
+
 class LongGrid(Circle):
     def grid(self, count, end):
         return super().grid(count + 1, end)
@@ -132,6 +156,9 @@ SCHEDULES = [
     (schedules.check_schedule_noisier, LessNoise(), "moves away from the noise"),
     (schedules.check_schedule_noisier, BeyondNoise(), r"noisier leaves \[0, 1\]"),
     (schedules.check_schedule_noisier, SameNoise(), "leaves most times where they are"),
+    (schedules.check_schedule_training_times, learned(Runaway), "sample_times gives"),
+    (schedules.check_schedule_is_its_state_dict, learned(Forgetful), "different times"),
+    (schedules.check_schedule_is_its_state_dict, learned(Drifting), "fixed_times change"),
     (schedules.check_schedule_grid, LongGrid(), r"grid\(1, 1.0\) has 2 times"),
 ]
 
