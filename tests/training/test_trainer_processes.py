@@ -18,6 +18,8 @@ def test_two_processes_train_like_one(tmp_path: Path, method: Callable[..., dict
     tiny_runs.write_base(tmp_path / "base")
     tiny_runs.write_sums(tmp_path / "sums.jsonl", 14)
     run = method(tmp_path / "base", tmp_path / "sums.jsonl", tmp_path / "two", max_steps=6)
+    # A schedule that hears the losses of both processes, in few knots so that it is felt.
+    run["schedule"] = {"name": "information", "base": run["schedule"], "knots": 8}
     (tmp_path / "run.json").write_text(json.dumps(run))
     # Each process takes one sequence at a time: two micro-batches per update, unlike the single process below.
     launch = [
