@@ -11,7 +11,7 @@ from torch import Tensor
 
 from l2d_framework.component import Component
 from l2d_framework.errors import ConfigError
-from l2d_framework.schedule import Schedule
+from l2d_framework.schedule import NoiseLaw
 
 Time = float | Tensor
 """A time shared by all tokens, or one per token, (B, L)."""
@@ -21,7 +21,7 @@ class Problem(Protocol):
     """The differential equation as a solver sees it; every call of `clean` or `velocity` costs one evaluation."""
 
     @property
-    def schedule(self) -> Schedule:
+    def schedule(self) -> NoiseLaw:
         """The noise law."""
         ...
 

@@ -14,7 +14,8 @@ from pydantic import Field
 from tiny_models import tiny_lm
 
 from l2d_framework.config import SamplingSection
-from l2d_framework.diffusion.loss import NoiseRule, denoising_loss, draw
+from l2d_framework.diffusion.loss import denoising_loss
+from l2d_framework.diffusion.training_noise import NoiseRule, draw
 from l2d_framework.errors import ConfigError, EvaluationBudgetError, PluginError
 from l2d_framework.guidance import Guidance
 from l2d_framework.models.diffusion_lm import DiffusionLM, Origin

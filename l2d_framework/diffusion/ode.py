@@ -18,7 +18,7 @@ from l2d_framework.diffusion.selection import ActiveTokens, AllTokens, Sliced, S
 from l2d_framework.errors import PluginError
 from l2d_framework.guidance import Guidance
 from l2d_framework.parametrization import Parametrization
-from l2d_framework.schedule import Schedule
+from l2d_framework.schedule import NoiseLaw
 from l2d_framework.simplex_state import CHUNK
 from l2d_framework.solver import Time, as_time
 from l2d_framework.types import Layout, Predict, Prediction, Query, Random, Space
@@ -110,7 +110,7 @@ class TokenODE:
         self.metrics: dict[str, list[Tensor]] = {}
 
     @property
-    def schedule(self) -> Schedule:
+    def schedule(self) -> NoiseLaw:
         """The noise law."""
         return self._diffusion.schedule
 
@@ -213,7 +213,7 @@ class TokenODE:
         rows, length = query.positions.shape
         size = self._diffusion.backbone.vocab_size
         if not self._guidance and self._observer is None and rows * length * size > CHUNK:
-            return Logits(self._diffusion.features(query), size, self._diffusion.backbone.head), None
+            return self._diffusion.answer(query), None
         predict: Predict = self._diffusion
         for guidance in self._guidance:
             predict = _Guided(predict, guidance, space, self)

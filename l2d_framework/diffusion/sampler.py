@@ -112,7 +112,7 @@ class Sampler:
             answer = Logits(plain, backbone.vocab_size, backbone.head)
             return Denoised(answer, torch.zeros_like(positions), {})
         solver, times = plan(diffusion, sampling)
-        x = space.prior_scale * space.noise(block.streams("prior"))
+        x = space.prior(block.streams("prior"))
         x = x.to(torch.float32 if x.device.type == "mps" else space.state_dtype)
         problem = TokenODE(
             diffusion,

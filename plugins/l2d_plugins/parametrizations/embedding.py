@@ -9,10 +9,11 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 from torch.nn import functional
+from typing_extensions import override
 
 from l2d_framework.diffusion.rng import categorical
 from l2d_framework.parametrization import Parametrization, ParametrizationConfig
-from l2d_framework.schedule import Schedule
+from l2d_framework.schedule import NoiseLaw
 from l2d_framework.types import Random
 
 _TINY = 1e-30
@@ -99,16 +100,8 @@ class EmbeddingConfig(ParametrizationConfig):
     """Sigma of the paper; the signal-to-noise ratio of a state is t sqrt(D) / ((1 - t) sigma)."""
     estimate: EmbeddingEstimate = EmbeddingEstimate()
 
+    @override
     def build(self, vocab_size: int, hidden_size: int) -> Embedding:
-        """Make the module.
-
-        Args:
-            vocab_size: V, unused since the table comes from the backbone.
-            hidden_size: H.
-
-        Returns:
-            The state space with Xavier-uniform weights and zero biases.
-        """
         return Embedding(self, hidden_size)
 
 
@@ -139,27 +132,13 @@ class Embedding(Parametrization):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
 
+    @override
     def encode(self, tokens: Tensor, table: Tensor) -> Tensor:
-        """Clean states of tokens; gradients reach the projection.
-
-        Args:
-            tokens: ids, (B, L), int64.
-            table: embedding table, (V, H).
-
-        Returns:
-            Vectors of norm sqrt(D), (B, L, D), float32.
-        """
+        """Vectors of norm sqrt(D); gradients reach the projection."""
         return self._project(table[tokens])
 
+    @override
     def codebook(self, table: Tensor) -> Tensor:
-        """Clean states of the whole vocabulary.
-
-        Args:
-            table: embedding table, (V, H).
-
-        Returns:
-            (V, D), float32.
-        """
         # In pieces, since the table of a large model need not fit a second time in float32.
         return torch.cat([self._project(rows) for rows in table.split(_ROWS)])
 
@@ -168,20 +147,11 @@ class Embedding(Parametrization):
             mapped = functional.linear(rows.float(), self.vocabulary.weight.float(), self.vocabulary.bias.float())
             return math.sqrt(self.state_size) * functional.normalize(mapped, dim=-1)
 
-    def embed(self, x: Tensor, t: Tensor, schedule: Schedule, table: Tensor, previous: Tensor | None) -> Tensor:
-        """Network input: the state at unit variance, translated to the language model's width.
+    @override
+    def embed(self, x: Tensor, t: Tensor, schedule: NoiseLaw, table: Tensor, previous: Tensor | None) -> Tensor:
+        """The state at unit variance, translated to the language model's width.
 
         The variance per component is sigma(t)^2 prior_scale^2 + alpha(t)^2, since tokens have norm sqrt(D).
-
-        Args:
-            x: (B, L, D), float32.
-            t: (B, L), float32.
-            schedule: the noise law.
-            table: not used.
-            previous: not used.
-
-        Returns:
-            (B, L, H).
         """
         variance = (schedule.sigma(t) * self.prior_scale) ** 2 + schedule.alpha(t) ** 2
         y = x / variance.sqrt()[..., None]
