@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from l2d_framework.component import Component, merged
 from l2d_framework.errors import ConfigError
 from l2d_framework.schedule import NoiseLaw
-from l2d_framework.types import Random
+from l2d_framework.types import Random, Stride
 
 
 class ParametrizationConfig(Component):
@@ -97,13 +97,25 @@ class Parametrization(nn.Module, ABC):
 
         Args:
             logits: (B, L, V), float32.
-            t: time that the move made with this estimate leads to, (B, L); temperature schedules read it.
+            t: time that temperature schedules read, (B, L): what `lookahead` made of the evaluation's.
             codebook: what `codebook` returned.
             random: streams for estimates that draw.
 
         Returns:
             (B, L, D), float32.
         """
+
+    def lookahead(self, t: Tensor, stride: Stride) -> Tensor:
+        """Time whose temperature an estimate has.
+
+        Args:
+            t: time of the evaluation, (B, L), float.
+            stride: the move that the estimate is for.
+
+        Returns:
+            (B, L); `t` itself, unless a method anneals ahead of the state.
+        """
+        return t
 
     def noise(self, random: Random) -> Tensor:
         """Standard normal noise of a state.

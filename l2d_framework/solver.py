@@ -25,13 +25,12 @@ class Problem(Protocol):
         """The noise law."""
         ...
 
-    def clean(self, x: Tensor, t: Time, *, until: Time | None = None, active: Tensor | None = None) -> Tensor:
+    def clean(self, x: Tensor, t: Time, *, active: Tensor | None = None) -> Tensor:
         """Estimate of the clean state.
 
         Args:
             x: (B, L, D), float.
             t: time of `x`.
-            until: time the move made with this estimate leads to; `t` when None.
             active: tokens to evaluate, (B, L), bool; all when None. The others cost nothing.
 
         Returns:
@@ -39,13 +38,12 @@ class Problem(Protocol):
         """
         ...
 
-    def velocity(self, x: Tensor, t: Time, *, until: Time | None = None, active: Tensor | None = None) -> Tensor:
+    def velocity(self, x: Tensor, t: Time, *, active: Tensor | None = None) -> Tensor:
         """Slope dx/dt.
 
         Args:
             x: (B, L, D), float.
             t: time of `x`, below 1.
-            until: time the move made with this slope leads to; `t` when None.
             active: tokens to evaluate, (B, L), bool; all when None. The others cost nothing.
 
         Returns:

@@ -133,7 +133,7 @@ class Sampler:
             observer=self.observer,
         )
         try:
-            answer = problem.read_out(solver.solve(problem, x, times), times[-1])
+            answer = problem.read_out(problem.solve(solver, x, times), times[-1])
         except Settled as end:
             answer = end.answer
         problem.check_sound()

@@ -126,7 +126,7 @@ class Forward(Solver):
     name: Literal["forward"] = "forward"
 
     def step(self, problem, x, t, s):
-        return x + (s - t) * problem.velocity(x, t, until=s)
+        return x + (s - t) * problem.velocity(x, t)
 
 
 class Renoise(Solver):
@@ -136,7 +136,7 @@ class Renoise(Solver):
 
     def step(self, problem, x, t, s):
         time = torch.full(x.shape[:2], s)
-        return problem.schedule.interpolate(problem.clean(x, t, until=s), problem.fresh_noise(x), time)
+        return problem.schedule.interpolate(problem.clean(x, t), problem.fresh_noise(x), time)
 
 
 class Doubling(Solver):

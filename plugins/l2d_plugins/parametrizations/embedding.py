@@ -14,7 +14,7 @@ from typing_extensions import override
 from l2d_framework.diffusion.rng import categorical
 from l2d_framework.parametrization import Parametrization, ParametrizationConfig
 from l2d_framework.schedule import NoiseLaw
-from l2d_framework.types import Random
+from l2d_framework.types import Random, Stride
 
 _TINY = 1e-30
 _ROWS = 16384
@@ -80,6 +80,10 @@ class EmbeddingEstimate(BaseModel):
     temperature: Temperature = PolynomialTemperature()
     renormalize: bool = False
     """Scale an average back to the norm sqrt(D) of a token."""
+    lookahead: Literal["released", "paper"] = "released"
+    """Time whose temperature is taken: one interval of the solver's grid ahead of the evaluation, half of one for a
+    method of two stages that never evaluates the end (midpoint), as in the released code; or that of the evaluation
+    itself. They are the same for adaptive solvers."""
 
 
 class EmbeddingConfig(ParametrizationConfig):
@@ -149,7 +153,7 @@ class Embedding(Parametrization):
 
     @override
     def embed(self, x: Tensor, t: Tensor, schedule: NoiseLaw, table: Tensor, previous: Tensor | None) -> Tensor:
-        """The state at unit variance, translated to the language model's width.
+        """Network input: the state at unit variance, translated to the language model's width.
 
         The variance per component is sigma(t)^2 prior_scale^2 + alpha(t)^2, since tokens have norm sqrt(D).
         """
@@ -157,18 +161,16 @@ class Embedding(Parametrization):
         y = x / variance.sqrt()[..., None]
         return self.translation(y.to(self.vocabulary.weight.dtype))  # type: ignore[no-any-return]
 
+    @override
+    def lookahead(self, t: Tensor, stride: Stride) -> Tensor:
+        if self.config.estimate.lookahead == "paper":
+            return t
+        # The released code says it by name: half an interval for `midpoint`, one for its other fixed-step methods.
+        moves = 2 if stride.stages == 2 and not stride.evaluates_end else 1
+        return (t + stride.length / moves).clamp_max(1.0)
+
+    @override
     def estimate(self, logits: Tensor, t: Tensor, codebook: Tensor, random: Random) -> Tensor:
-        """Clean state to move towards, by the config's mode at temperature T(t).
-
-        Args:
-            logits: (B, L, V), float32.
-            t: time the move leads to, (B, L).
-            codebook: (V, D), float32.
-            random: one number per token is drawn in mode `sample`.
-
-        Returns:
-            (B, L, D), float32.
-        """
         options = self.config.estimate
         if options.mode == "argmax" or options.temperature == ConstantTemperature(value=0.0):
             return codebook[logits.argmax(-1)]

@@ -155,8 +155,9 @@ class InformationLaw(nn.Module, NoiseLaw):
         level = _falling(sums + 1e-3 * sums.sum() / counts.sum(), counts + 1e-3)
         trust = counts.sum() / (counts.sum() + _TRUSTED * self._config.knots)
         fall = level[0] - level[-1]
-        shape = (level[0] - level) / fall if fall > 0 else self._places
-        return trust * shape + (1 - trust) * self._places
+        shape: Tensor = (level[0] - level) / fall if fall > 0 else self._places
+        between: Tensor = trust * shape + (1 - trust) * self._places
+        return between
 
     def _fitted(self) -> Tensor:
         location, scale = self.gumbel()
