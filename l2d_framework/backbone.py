@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, Generic
 
 from pydantic import Field
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from typing_extensions import TypeVar
 
 from l2d_framework.component import Component
-from l2d_framework.types import Layout
+from l2d_framework.types import Context, Layout
 
 if TYPE_CHECKING:
     from peft import PeftConfig  # takes seconds to import
+
+C = TypeVar("C", bound=Context, default=Any)
+"""What a backbone remembers; a `Backbone` without it is one whose contexts are nobody else's business."""
 
 
 class BackboneConfig(Component):
@@ -51,7 +56,7 @@ class BackboneConfig(Component):
         """
 
 
-class Backbone(nn.Module, ABC):
+class Backbone(nn.Module, ABC, Generic[C]):
     """The network: owns the embedding table, time and class conditioning, cache, visibility and label shift.
 
     Row i of everything returned is *about* the i-th queried position. A backbone that declares `identity_at_zero`
@@ -88,7 +93,7 @@ class Backbone(nn.Module, ABC):
         """
 
     @abstractmethod
-    def read(self, layout: Layout) -> Any:
+    def read(self, layout: Layout) -> C:
         """Take in the clean tokens of a batch.
 
         Args:
@@ -99,7 +104,7 @@ class Backbone(nn.Module, ABC):
         """
 
     @abstractmethod
-    def extend(self, context: Any, tokens: Tensor) -> Any:
+    def extend(self, context: C, tokens: Tensor) -> C:
         """Append clean tokens to a context.
 
         Args:
@@ -116,7 +121,7 @@ class Backbone(nn.Module, ABC):
         h: Tensor,
         t: Tensor,
         positions: Tensor,
-        context: Any,
+        context: C,
         condition: Tensor | None,
         *,
         shared_time: float | None = None,
@@ -135,34 +140,23 @@ class Backbone(nn.Module, ABC):
             (B, L, H).
         """
 
+    @property
     @abstractmethod
-    def head(self, features: Tensor) -> Tensor:
-        """Logits of hidden states, position by position.
+    def head(self) -> nn.Module:
+        """Maps hidden states of positions, (B, n, H), to their logits, (B, n, V), float32, position by position.
 
-        Args:
-            features: (..., H).
-
-        Returns:
-            (..., V), float32.
+        Its parameters are all that it uses, so that the loss can train them a few positions at a time.
         """
 
-    def head_parameters(self) -> list[nn.Parameter]:
-        """Trainable parameters that `head` uses.
+    def parameter_groups(self) -> Mapping[str, list[nn.Parameter]]:
+        """Parameters that are trained without weight decay at a rate of their own, by the name of the group.
 
         Returns:
-            Empty unless a backbone trains its head.
+            Empty unless a backbone names some; `time` takes `training.time_learning_rate`.
         """
-        return []
+        return {}
 
-    def time_parameters(self) -> list[nn.Parameter]:
-        """Parameters of the time embedding, which may be trained at a rate of their own.
-
-        Returns:
-            Empty unless a backbone names some.
-        """
-        return []
-
-    def plain(self, positions: Tensor, context: Any) -> Tensor:
+    def plain(self, positions: Tensor, context: C) -> Tensor:
         """Hidden states of the language model alone, for `num_inference_steps = 0`.
 
         Args:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from l2d_framework.blame import naming_plugins
@@ -198,10 +198,7 @@ def denoising_loss(
     count = int((layout.blocks >= 1).sum() if counted is None else (counted & (layout.blocks >= 1)).sum())
     copies = len(features) // max(count, 1)
     targets = layout.tokens.gather(1, draws.positions)[chosen]
-    head = diffusion.backbone.head
-    total, tokens = chunked_cross_entropy(
-        head, features, targets, chunk=chunk, parameters=diffusion.backbone.head_parameters()
-    )
+    total, tokens = chunked_cross_entropy(diffusion.backbone.head, features, targets, chunk=chunk)
     row, _ = chosen.nonzero(as_tuple=True)
     return Losses(total / max(copies, 1), tokens, draws.t[chosen], count, row, draws.positions[chosen])
 
@@ -237,14 +234,7 @@ def _first_prediction(diffusion: Diffusion, layout: Layout, draws: Draws, classe
     return out
 
 
-def chunked_cross_entropy(
-    head: Callable[[Tensor], Tensor],
-    features: Tensor,
-    targets: Tensor,
-    *,
-    chunk: int,
-    parameters: Sequence[Tensor] = (),
-) -> tuple[Tensor, Tensor]:
+def chunked_cross_entropy(head: nn.Module, features: Tensor, targets: Tensor, *, chunk: int) -> tuple[Tensor, Tensor]:
     """Cross-entropy without ever holding the logits of more than `chunk` positions.
 
     The gradient of each chunk is taken at once, so that no logits are kept or computed twice.
@@ -254,19 +244,19 @@ def chunked_cross_entropy(
         features: (N, H).
         targets: token ids, (N,), int64.
         chunk: positions per pass.
-        parameters: trainable parameters inside `head`.
 
     Returns:
-        The sum, (), differentiable in `features` and `parameters`, and every loss, (N,).
+        The sum, (), differentiable in `features` and the trainable parameters of `head`, and every loss, (N,).
     """
     if not torch.is_grad_enabled():
         parts = [_losses(head, f, y) for f, y in zip(features.split(chunk), targets.split(chunk), strict=True)]
         losses = torch.cat(parts) if parts else features.new_zeros(0, dtype=torch.float32)
         return losses.sum(), losses
+    parameters = [p for p in head.parameters() if p.requires_grad]
     return _Chunked.apply(head, chunk, features, targets, *parameters)  # type: ignore[no-any-return, no-untyped-call]
 
 
-def _losses(head: Callable[[Tensor], Tensor], features: Tensor, targets: Tensor) -> Tensor:
+def _losses(head: nn.Module, features: Tensor, targets: Tensor) -> Tensor:
     return functional.cross_entropy(head(features[None]).squeeze(0).float(), targets, reduction="none")
 
 
@@ -274,7 +264,7 @@ class _Chunked(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        head: Callable[[Tensor], Tensor],
+        head: nn.Module,
         chunk: int,
         features: Tensor,
         targets: Tensor,

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import nn
 
 from l2d_framework.backbone import BackboneConfig
 from l2d_framework.testing.assertions import distance, ensure, ensure_close
@@ -78,6 +79,7 @@ def check_backbone_shapes(config: BackboneConfig) -> None:
         ensure(shape == expected, f"{name} is {shape}, the language model's table {expected}.")
     scene = noisy_scene(block_sizes(config)[0])
     features = scene.ask(backbone)
+    ensure(isinstance(backbone.head, nn.Module), f"head must be a module; it is {backbone.head!r}.")
     logits = backbone.head(features)
     ensure(features.shape == scene.h.shape, f"features are {tuple(features.shape)}, not {tuple(scene.h.shape)}.")
     ensure(

@@ -72,7 +72,7 @@ def check_backbone_leaves_the_language_model(config: BackboneConfig) -> None:
 
 
 def check_backbone_names_its_head_parameters(config: BackboneConfig) -> None:
-    """Whatever weight the head uses is among `head_parameters`, or the loss would train nothing there.
+    """Whatever weight the head uses is among its parameters, or the loss would train nothing there.
 
     Args:
         config: a backbone that declares `trains_lm`.
@@ -81,8 +81,8 @@ def check_backbone_names_its_head_parameters(config: BackboneConfig) -> None:
     features = torch.randn(2, 3, backbone.hidden_size, generator=torch.Generator().manual_seed(9))
     weights = dict(backbone.named_parameters())
     backbone.head(features).square().sum().backward()
-    named = {id(weight) for weight in backbone.head_parameters()}
+    named = {id(weight) for weight in backbone.head.parameters()}
     used = [name for name, weight in weights.items() if weight.grad is not None]
     missing = [name for name in used if id(weights[name]) not in named]
     ensure(bool(used), "The head uses no trainable weight.")
-    ensure(not missing, f"head_parameters leaves out {missing}, which the head uses.")
+    ensure(not missing, f"head.parameters() leaves out {missing}, which the head uses.")

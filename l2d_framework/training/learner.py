@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
+from typing_extensions import override
 
 from l2d_framework.config import DiffusionRun, TrainingSection
 from l2d_framework.diffusion.loss import NoiseRule, denoising_loss, draw
@@ -65,13 +67,13 @@ class Learner(nn.Module, ABC):
         """
         self.save(folder, "")
 
-    def time_parameters(self) -> list[nn.Parameter]:
-        """Parameters that may have a learning rate of their own; none unless the model knows time.
+    def parameter_groups(self) -> Mapping[str, list[nn.Parameter]]:
+        """Parameters with a learning rate of their own, as in `Backbone`.
 
         Returns:
-            The parameters.
+            Empty unless the model names some.
         """
-        return []
+        return {}
 
     @abstractmethod
     def restore(self, folder: Path) -> None:
@@ -199,13 +201,9 @@ class Denoiser(Learner):
         """
         checkpoint.save(self.model, folder)
 
-    def time_parameters(self) -> list[nn.Parameter]:
-        """Parameters of the time embedding, which may have a learning rate of their own.
-
-        Returns:
-            The parameters; empty where the backbone names none.
-        """
-        return self.model.backbone.time_parameters()
+    @override
+    def parameter_groups(self) -> Mapping[str, list[nn.Parameter]]:
+        return self.model.backbone.parameter_groups()
 
     def restore(self, folder: Path) -> None:
         """Read the model's own weights.

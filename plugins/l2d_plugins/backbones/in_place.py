@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
@@ -9,15 +10,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+from typing_extensions import override
 
 from l2d_framework.backbone import Backbone, BackboneConfig
 from l2d_framework.errors import ConfigError, UnsupportedModelError
 from l2d_framework.opening import new_model
 from l2d_framework.types import Layout
 from l2d_plugins.families import advice
-from l2d_plugins.twins import run_body, twin
+from l2d_plugins.twins import Head, run_body
 
 PROVEN = ("llama", "qwen2", "qwen3", "mistral", "smollm3", "phi3", "olmo2", "gpt2", "roberta", "bert")
 """Families that are known to be served."""
@@ -124,7 +125,7 @@ class InPlace(Backbone):
         self.shift = int(not masked if config.label_shift is None else config.label_shift)
         self.vocab_size, self.hidden_size = self.table().shape
         self._body: tuple[nn.Module, ...] = (lm.base_model,)  # a tuple, so that no parameter is registered twice
-        self._head = (twin(lm, _modules={**lm._modules, lm.base_model_prefix: _Through()}),)
+        self._head = (Head(lm, lm.base_model_prefix),)
         # Learned positions of the RoBERTa family start after the one kept for padding.
         embeddings = getattr(lm.base_model, "embeddings", None)
         self._first_position = int(getattr(embeddings, "padding_idx", -1)) + 1 if masked else 0
@@ -232,35 +233,14 @@ class InPlace(Backbone):
         speaks = visible.gather(1, before) & (positions >= self.shift)
         return _take(hidden, before).masked_fill(~speaks[..., None], 0)
 
-    def head(self, features: Tensor) -> Tensor:
-        """Vocabulary head of the language model.
+    @property
+    @override
+    def head(self) -> nn.Module:
+        return self._head[0]
 
-        Args:
-            features: (B, L, H).
-
-        Returns:
-            (B, L, V).
-        """
-        return self._head[0](inputs_embeds=features, use_cache=False).logits  # type: ignore[no-any-return]
-
-    def head_parameters(self) -> list[nn.Parameter]:
-        """Trainable parameters outside the body, and the output table, which may be tied to the input's.
-
-        Returns:
-            The parameters.
-        """
-        body = {id(p) for p in self._body[0].parameters()}
-        output: Any = self.lm.get_output_embeddings()
-        found = [p for p in self.lm.parameters() if id(p) not in body] + list(output.parameters())
-        return [p for p in {id(p): p for p in found}.values() if p.requires_grad]
-
-    def time_parameters(self) -> list[nn.Parameter]:
-        """Parameters of the time embedding.
-
-        Returns:
-            Its weight and, if it has one, its bias.
-        """
-        return list(self.time.parameters())
+    @override
+    def parameter_groups(self) -> Mapping[str, list[nn.Parameter]]:
+        return {"time": list(self.time.parameters())}
 
     def _run(self, inputs: Tensor, visible: Tensor) -> Tensor:
         """Last hidden states, (B, T, H), every position seeing all visible ones."""
@@ -299,13 +279,6 @@ class InPlace(Backbone):
                 f"Backbone 'in_place' cannot serve {type(self.lm).__name__}: {problem}. "
                 f"{advice(self.lm.config.model_type, PROVEN)}"
             )
-
-
-class _Through(nn.Module):
-    """Stands for the body of a language model whose hidden states are already there."""
-
-    def forward(self, *_: Any, inputs_embeds: Tensor, **__: Any) -> BaseModelOutputWithPastAndCrossAttentions:
-        return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=inputs_embeds)
 
 
 def _forgotten(lm: PreTrainedModel) -> PreTrainedModel:
