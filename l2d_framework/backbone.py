@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, Generic
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self
 
 from pydantic import Field
 from torch import Tensor, nn
@@ -77,12 +77,26 @@ class Backbone(nn.Module, ABC, Generic[C]):
     """True when the language model's own weights are what is trained; a checkpoint then holds all of them."""
     sees_later: bool = False
     """True when a noisy position sees known tokens that come after it, so that gaps in a text can be filled."""
+    block_size: int | None = None
+    """Tokens denoised together, None for one block per sequence; set by `in_blocks`."""
 
     config: BackboneConfig
     vocab_size: int
     hidden_size: int
     lm: PreTrainedModel
     is_merged: bool = False
+
+    def in_blocks(self, size: int | None) -> Self:
+        """Learn how many tokens the model it is a part of denoises together.
+
+        Args:
+            size: a number that `BackboneConfig.check` does not refuse, or None for one block per sequence.
+
+        Returns:
+            This backbone.
+        """
+        self.block_size = size
+        return self
 
     @abstractmethod
     def table(self) -> Tensor:
@@ -109,7 +123,7 @@ class Backbone(nn.Module, ABC, Generic[C]):
 
         Args:
             context: what `read` or `extend` returned; not to be used afterwards.
-            tokens: (B, N), int64.
+            tokens: (B, N), int64; a block, or several that follow each other.
 
         Returns:
             The longer context, from which the positions just after each new token can be denoised.

@@ -83,7 +83,7 @@ class Session:
             num_classes=backbone.num_classes,
             has_condition=class_name is not None,
         )
-        self.resolved, self.backbone = resolved, backbone
+        self.resolved, self.backbone, self.block_size = resolved, backbone, manifest["block_size"]
         known = manifest["classes"]
         if class_name is not None and class_name not in known:
             hint = suggest(class_name, known) or "."
@@ -170,7 +170,8 @@ class Session:
         check_infilling(self._empty_backbone())
 
     def _empty_backbone(self) -> Any:
-        return self.backbone.build(empty_language_model(self.lm_config, self.reference.attn_implementation))
+        empty = self.backbone.build(empty_language_model(self.lm_config, self.reference.attn_implementation))
+        return empty.in_blocks(self.block_size)
 
     def infill(self, texts: Sequence[str], *, output: Path | None) -> None:
         """Fill gaps in texts, print and write the results.

@@ -7,7 +7,7 @@ import torch
 from l2d_framework.backbone import BackboneConfig
 from l2d_framework.testing.assertions import ensure, ensure_close
 from l2d_framework.testing.models import tiny_llama
-from l2d_framework.testing.scenes import LENGTH, Scene, block_sizes, built, known_layout, noisy_scene
+from l2d_framework.testing.scenes import LENGTH, Scene, built, known_layout, noisy_scenes
 
 
 @torch.no_grad()
@@ -20,8 +20,7 @@ def check_backbone_merge_changes_nothing(config: BackboneConfig) -> None:
     lm = tiny_llama()
     weights = [(weight, weight.clone()) for weight in lm.parameters()]
     backbone = built(config, lm)
-    for size in block_sizes(config):
-        scene = noisy_scene(size)
+    for _, scene in noisy_scenes(backbone):
         before = backbone.head(scene.ask(backbone))
         backbone.merge()
         ensure_close(backbone.head(scene.ask(backbone)), before, "merge must not change the logits")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from inspect import signature
 from types import MethodType
 from typing import Any
 
@@ -74,6 +75,18 @@ def run_body(body: Any, **given: Any) -> Tensor:
         if getattr(body.config, name, False):
             given[name] = False
     return private(body)(**given, use_cache=False).last_hidden_state  # type: ignore[no-any-return]
+
+
+def cache_name(body: Any) -> str:
+    """What a model's body calls its cache: since 5.24 transformers says `cache`.
+
+    Args:
+        body: transformers' model without a head.
+
+    Returns:
+        Name of the argument.
+    """
+    return "cache" if "cache" in signature(body.forward).parameters else "past_key_values"
 
 
 class Head(nn.Module):

@@ -174,6 +174,27 @@ class Mixes(BesideNetwork):
         return super().features(h + h.mean(1, keepdim=True), t, positions, context, condition)
 
 
+class Peeks(CanvasNetwork):
+    """Sees in training the tokens it is to find."""
+
+    def read(self, layout):
+        if torch.is_grad_enabled():
+            layout = Layout(layout.tokens, layout.blocks.clamp(max=0))
+        return super().read(layout)
+
+    def features(self, h, t, positions, context, condition, *, shared_time=None):
+        found = super().features(h, t, positions, context, condition)
+        known = context.layout.blocks.gather(1, positions) == 0
+        return found + known[..., None] * self.table()[context.layout.tokens.gather(1, positions)]
+
+
+class Counts(BesideNetwork):
+    """Answers by how many positions are asked about."""
+
+    def features(self, h, t, positions, context, condition, *, shared_time=None):
+        return super().features(h * positions.shape[1], t, positions, context, condition)
+
+
 class ClaimsLater(BesideNetwork):
     sees_later = True
 
@@ -213,6 +234,8 @@ BROKEN = [
     (backbones.check_backbone_uses_state_and_time, beside(Timeless), "time changes nothing"),
     (backbones.check_backbone_does_not_leak, beside(OffByOne), "sees its own or a later block"),
     (backbones.check_backbone_does_not_leak, beside(Blind), "does not see an earlier block"),
+    (backbones.check_backbone_denoises_blocks_apart, beside(Counts), "alike alone and among others with block_size=1"),
+    (backbones.check_backbone_trains_as_it_generates, canvas(Peeks), "recording gradients must not matter"),
     (backbones.check_backbone_sees_later_where_declared, beside(ClaimsLater), "sees_later is True"),
     (backbones.check_backbone_sees_later_where_declared, canvas(HidesLater), "sees_later is False"),
     (backbones.check_backbone_names_its_head_parameters, canvas(OwnHead), r"head.parameters\(\) leaves out"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from inspect import signature
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from l2d_framework.types import Context, Layout
 from l2d_plugins.backbones.branches import Branch, find_branches, is_norm
 from l2d_plugins.backbones.shadow import MainKeys, gather_kwargs
 from l2d_plugins.families import advice
-from l2d_plugins.twins import Head, StandIn, private
+from l2d_plugins.twins import Head, StandIn, cache_name, private
 
 PROVEN = ("llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3_text", "smollm3", "phi3", "olmo2")
 """Families that are promised to be served."""
@@ -128,9 +127,7 @@ class MainPath:
                 f"(found layers: {layers is not None}, norms: {len(norms)})"
             )
         self.layers: nn.ModuleList = layers
-        # Since 5.24 transformers calls it `cache`.
-        names = signature(self.decoder.forward).parameters
-        self._cache_name = "cache" if "cache" in names else "past_key_values"
+        self._cache_name = cache_name(self.decoder)
         self.layers_name = next(n for n, module in lm.named_modules() if module is layers)
         self.final_norm = norms[0]
         self._norm_name = next(n for n, child in self.decoder.named_children() if child is norms[0])
