@@ -16,7 +16,7 @@ from l2d_framework.evaluation.harness.request_ids import noise_key
 from l2d_framework.generation.prompts import pad_left
 from l2d_framework.models.diffusion_lm import DiffusionLM
 from l2d_framework.training.data.collate import number_blocks
-from l2d_framework.types import Layout, Query
+from l2d_framework.types import Context, Layout, Query
 
 MAIN, MIXTURE, PSEUDO = "main", "mixture", "pseudo"
 METHODS = {
@@ -135,7 +135,7 @@ class Scorer:
         offsets: list[list[int]],
         width: int,
         layout: Layout,
-        context: object,
+        context: Context,
         samples: list[int],
     ) -> Tensor:
         """Log-probabilities of the tokens `offsets` into each answer, (B, L, K, V)."""

@@ -299,8 +299,9 @@ class InPlace(Backbone[InPlaceContext | BlockContext]):
             found, wanted = (self._beside(noisy, positions, c).float() for c in (self._read(again, 6), again))
         except (RuntimeError, TypeError, AttributeError, LookupError, ValueError) as error:
             raise self._refusal(f"it does not run with a cache ({type(error).__name__}: {error})") from error
-        off = float((found - wanted).abs().max() / wanted.abs().max().clamp_min(1e-12))
-        if not off <= (1e-4 if self.lm.dtype == torch.float32 else 5e-2):
+        off = float((found - wanted).norm() / wanted.norm().clamp_min(1e-12))
+        # Half precision loses a percent over tens of layers; a model without a cache is off by as much as it says.
+        if not off <= (1e-3 if self.lm.dtype == torch.float32 else 0.1):
             raise self._refusal(f"with a cache it says something else, by {off:.1e}; block_size null needs none")
 
     def _refusal(self, why: str) -> UnsupportedModelError:
