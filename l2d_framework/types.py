@@ -83,7 +83,7 @@ class Query:
     x: Tensor
     t: Tensor
     positions: Tensor
-    context: Any
+    context: Context
     condition: Tensor | None = None
     previous: Tensor | None = None
     shared_time: float | None = None

@@ -28,7 +28,7 @@ class Diffusion(nn.Module):
         super().__init__()
         self.schedule = schedule
         self.parametrization = parametrization
-        self.backbone = backbone
+        self.backbone = backbone.in_blocks(block_size)
         self.block_size = block_size
         self._codebook: tuple[object, Tensor] | None = None
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from l2d_framework.blame import naming_plugins
@@ -83,7 +83,6 @@ def denoising_loss(
         features,
         targets,
         chunk=chunk,
-        parameters=diffusion.backbone.head_parameters(),
         weights=weights,
         refine=_refine(diffusion, query.x[chosen], t) if diffusion.refines else None,
     )
@@ -126,12 +125,11 @@ def _first_prediction(diffusion: Diffusion, layout: Layout, draws: Draws, classe
 
 
 def chunked_cross_entropy(
-    head: Callable[[Tensor], Tensor],
+    head: nn.Module,
     features: Tensor,
     targets: Tensor,
     *,
     chunk: int,
-    parameters: Sequence[Tensor] = (),
     weights: Tensor | None = None,
     refine: Refine | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -144,12 +142,12 @@ def chunked_cross_entropy(
         features: (N, H).
         targets: token ids, (N,), int64.
         chunk: positions per pass.
-        parameters: trainable parameters inside `head`.
         weights: of each position in the sum, (N,); all 1 when None.
         refine: changes logits before the loss; nothing when None.
 
     Returns:
-        The weighted sum, (), differentiable in `features` and `parameters`, and every loss without its weight, (N,).
+        The weighted sum, (), differentiable in `features` and the trainable parameters of `head`, and every
+        loss without its weight, (N,).
     """
 
     def losses(part: slice, of: Tensor) -> Tensor:
@@ -159,6 +157,7 @@ def chunked_cross_entropy(
 
     parts = [slice(start, start + chunk) for start in range(0, len(features), chunk)]
     if torch.is_grad_enabled():
+        parameters = [p for p in head.parameters() if p.requires_grad]
         return _Chunked.apply(losses, parts, weights, features, *parameters)  # type: ignore[no-any-return, no-untyped-call]
     found = [losses(part, features[part]) for part in parts]
     each = torch.cat(found) if found else features.new_zeros(0, dtype=torch.float32)

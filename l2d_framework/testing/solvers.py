@@ -22,7 +22,7 @@ from l2d_framework.schedule import NoiseLaw, Schedule
 from l2d_framework.solver import Problem, Solver, Time
 from l2d_framework.testing.assertions import distance, ensure, ensure_close
 from l2d_framework.testing.toys import ToyPredict, ToyProblem, ToySchedule, ToySpace, toy_streams
-from l2d_framework.types import Query, Random, Stride
+from l2d_framework.types import Context, Query, Random, Stride
 
 _END = 0.9
 _SIZE = 3
@@ -318,7 +318,7 @@ def _annealed(keys: Tensor) -> TokenODE:
     space, zero = ToySpace(7, _SIZE), torch.zeros(keys.shape)
     return TokenODE(
         cast(Diffusion, _Net(7, _SIZE, 0)),
-        Query(zero[..., None], zero, keys, None),
+        Query(zero[..., None], zero, keys, cast(Context, None)),
         guidance=[],
         parametrization=_Annealed(),
         codebook=space.codebook,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -63,9 +64,9 @@ class Learner(nn.Module, ABC):
         """Write the model such that `restore` continues exactly."""
         self.save(folder, "")
 
-    def time_parameters(self) -> list[nn.Parameter]:
-        """Parameters that may have a learning rate of their own; none unless the model knows time."""
-        return []
+    def parameter_groups(self) -> Mapping[str, list[nn.Parameter]]:
+        """Parameters with a learning rate of their own, as in `Backbone`; none unless the model names some."""
+        return {}
 
     @property
     def hears_losses(self) -> bool:
@@ -177,8 +178,8 @@ class Denoiser(Learner):
         checkpoint.save(self.model, folder)
 
     @override
-    def time_parameters(self) -> list[nn.Parameter]:
-        return self.model.backbone.time_parameters()
+    def parameter_groups(self) -> Mapping[str, list[nn.Parameter]]:
+        return self.model.backbone.parameter_groups()
 
     @property
     @override

@@ -127,16 +127,24 @@ class TokenTrainer(ResumableTrainer):
 
     @override
     def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
-        """AdamW over everything trainable, with weight decay on matrices only and a group for the time embedding."""
+        """AdamW over everything trainable, with weight decay on matrices only and the backbone's groups."""
         if self.optimizer is None:
             rate, decay = self.training.learning_rate, self.training.weight_decay
-            time = [p for p in self.learner.time_parameters() if p.requires_grad]
-            alone = {id(p) for p in time}
+            named = self.learner.parameter_groups()
+            rates = {"time": self.training.time_learning_rate}
+            alone = {id(p) for group in named.values() for p in group}
             parameters = [p for p in (model or self.learner).parameters() if p.requires_grad and id(p) not in alone]
             groups = [
                 {"params": [p for p in parameters if p.ndim > 1], "weight_decay": decay},
                 {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-                {"params": time, "weight_decay": 0.0, "lr": self.training.time_learning_rate or rate},
+                *(
+                    {
+                        "params": [p for p in group if p.requires_grad],
+                        "weight_decay": 0.0,
+                        "lr": rates.get(name) or rate,
+                    }
+                    for name, group in named.items()
+                ),
             ]
             self.optimizer = AdamW(
                 [group for group in groups if group["params"]],

@@ -231,7 +231,7 @@ def test_cross_entropy_in_chunks_is_plain_cross_entropy_with_its_gradients(head,
     features, targets = torch.randn(11, 6, requires_grad=True), torch.randint(50, (11,))
     plain = functional.cross_entropy(head(features), targets, reduction="none")
     wanted = torch.autograd.grad(3 * plain.sum(), [features, *head.parameters()])
-    total, losses = chunked_cross_entropy(head, features, targets, chunk=chunk, parameters=list(head.parameters()))
+    total, losses = chunked_cross_entropy(head, features, targets, chunk=chunk)
     close(losses, plain.detach())
     found = torch.autograd.grad(3 * total, [features, *head.parameters()])
     for one, other in zip(found, wanted, strict=True):
@@ -275,14 +275,16 @@ def test_no_more_logits_than_a_chunk_are_made_at_once(head, gradients):
     sizes = []
     features, targets = torch.randn(11, 6, requires_grad=gradients), torch.randint(50, (11,))
     with torch.set_grad_enabled(gradients):
-        chunked_cross_entropy(lambda f: sizes.append(f.shape[1]) or head(f), features, targets, chunk=4)
+        head.register_forward_pre_hook(lambda _, given: sizes.append(given[0].shape[1]))
+        chunked_cross_entropy(head, features, targets, chunk=4)
     assert sizes == [4, 4, 3]
 
 
 def test_no_logits_are_kept_for_the_backward_pass(head):
     features, targets = torch.randn(11, 6, requires_grad=True), torch.randint(50, (11,))
     total, _ = chunked_cross_entropy(head, features, targets, chunk=11)
-    assert [tuple(kept.shape) for kept in total.grad_fn.saved_tensors] == [(11, 6)]
+    kept = [tuple(saved.shape) for saved in total.grad_fn.saved_tensors]
+    assert kept == [(11, 6), *(tuple(weight.shape) for weight in head.parameters())]
 
 
 def test_the_size_of_the_chunk_does_not_change_a_gradient():

@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 
 import torch
 from tiny_models import tiny_lm
-from torch import Tensor
+from torch import Tensor, nn
 from toy_components import Projected, Read
 
 from l2d_framework.backbone import Backbone
@@ -79,8 +79,9 @@ class BayesNetwork(Backbone):
         squares = (h[..., None, :] - alpha[..., None] * self._table).square().sum(-1)
         return prior - squares / (2 * sigma**2)
 
-    def head(self, features):
-        return features
+    @property
+    def head(self):
+        return nn.Identity()
 
 
 def bayes_lm(schedule: Schedule, share: Any, *, scale: float = 2.0) -> DiffusionLM:

@@ -249,8 +249,9 @@ class BesideNetwork(Backbone):
     def plain(self, positions, context):
         return self.main(context, positions)
 
-    def head(self, features):
-        return self.lm.lm_head(features)
+    @property
+    def head(self):
+        return self.lm.lm_head
 
 
 Beside.module = BesideNetwork
@@ -301,11 +302,9 @@ class CanvasNetwork(Backbone):
         run = self.lm.model(inputs_embeds=inputs, attention_mask=seen, position_ids=places, use_cache=False)
         return run.last_hidden_state.gather(1, positions[..., None].expand_as(h))
 
-    def head(self, features):
-        return self.lm.lm_head(features)
-
-    def head_parameters(self):
-        return list(self.lm.lm_head.parameters())
+    @property
+    def head(self):
+        return self.lm.lm_head
 
 
 Canvas.module = CanvasNetwork
