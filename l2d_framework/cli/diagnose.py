@@ -202,35 +202,29 @@ def _progress() -> Iterator[Track]:
 
 
 def _show(found: dict[str, Any]) -> None:
-    from rich import box
     from rich.console import Console
-    from rich.table import Table
 
     from l2d_framework.evaluation.diagnosis.report import sentences, table
+    from l2d_framework.evaluation.tables import terminal
 
     console = Console()
-    heading, *rows = table(found)
     title = f"Cross-entropy in nats per token, ± standard error; {found['tokens']:,} tokens of {found['rows']:,} rows"
-    shown = Table(*heading, box=box.SIMPLE_HEAD, title=title)
-    for row in rows:
-        shown.add_row(*row)
-    console.print(shown)
+    console.print(terminal(table(found), title))
     for line in sentences(found):
         console.print(f"- {line}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _write(found: dict[str, Any], out: Path) -> None:
-    import importlib.util
-
     from l2d_framework.evaluation.diagnosis.report import draw
+    from l2d_framework.evaluation.plots import INSTALL, can_plot
     from l2d_framework.training.output_dir import staged
 
-    can_draw = importlib.util.find_spec("matplotlib") is not None
+    can_draw = can_plot()
     with staged(out) as folder:
         text = json.dumps(found, indent=2, ensure_ascii=False)
         (folder / _NUMBERS).write_text(text + "\n", encoding="utf-8")
         if can_draw:
             draw(found, folder / _PICTURE)
     if not can_draw:
-        typer.echo("No picture: matplotlib is missing. Run: pip install 'l2d-framework[plots]'", err=True)
+        typer.echo(f"No picture: matplotlib is missing. {INSTALL}", err=True)
     typer.echo(f"Written to {out}", err=True)

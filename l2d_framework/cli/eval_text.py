@@ -138,30 +138,24 @@ def _progress() -> Iterator[Track]:
 
 
 def _show(results: dict[str, Any]) -> None:
-    from rich import box
     from rich.console import Console
-    from rich.table import Table
 
+    from l2d_framework.evaluation.tables import terminal
     from l2d_framework.evaluation.text.report import notes, table
 
     console = Console()
-    heading, *rows = table(results)
-    shown = Table(*heading, box=box.SIMPLE_HEAD, title="Generated text, ± standard error over samples")
-    for row in rows:
-        shown.add_row(*row)
-    console.print(shown)
+    console.print(terminal(table(results), "Generated text, ± standard error over samples"))
     for note in notes(results):
         console.print(f"- {note}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _write(results: dict[str, Any], output: Path) -> None:
-    import importlib.util
-
+    from l2d_framework.evaluation.plots import INSTALL, can_plot
     from l2d_framework.evaluation.text.measure import DEFINITIONS
     from l2d_framework.evaluation.text.report import draw, markdown
     from l2d_framework.training.output_dir import staged
 
-    is_drawn = len(results) > 1 and importlib.util.find_spec("matplotlib") is not None
+    is_drawn = len(results) > 1 and can_plot()
     with staged(output) as folder:
         if is_drawn:
             draw(results, folder / _PICTURE)
@@ -170,5 +164,5 @@ def _write(results: dict[str, Any], output: Path) -> None:
         report = markdown(results, picture=_PICTURE if is_drawn else None)
         (folder / "eval_text.md").write_text(report, encoding="utf-8")
     if len(results) > 1 and not is_drawn:
-        typer.echo("No picture: matplotlib is missing. Run: pip install 'l2d-framework[plots]'", err=True)
+        typer.echo(f"No picture: matplotlib is missing. {INSTALL}", err=True)
     typer.echo(f"Written to {output}", err=True)
