@@ -148,8 +148,9 @@ def _do(job: Job, notify: Callable[[Event], None]) -> Event:
 class _Worker:
     """A process that does one job at a time.
 
-    Not a `ProcessPoolExecutor`: when a process of one dies, all its jobs fail, and nothing says at which one or with what
-    code it died; with a pool for each process, pipes for the progress and an end by force, that is the longer program.
+    Not a `ProcessPoolExecutor`: when a process of one dies, all its jobs fail, and nothing says at which one or with
+    what code it died; with a pool for each process, pipes for the progress and an end by force, that is the longer
+    program.
     """
 
     def __init__(self, surroundings: Surroundings) -> None:

@@ -21,16 +21,16 @@ RUNS = sorted((Path(__file__).parents[2] / "bench" / "runs").glob("*.yaml"))
 
 @pytest.fixture(scope="module")
 def speed() -> Iterator[ModuleType]:
-    yield from _script("speed")
+    yield from _script("l2d")
 
 
 @pytest.fixture(scope="module")
 def speed_tess(speed: ModuleType) -> Iterator[ModuleType]:
-    yield from _script("speed_tess")
+    yield from _script("tess")
 
 
 def _script(name: str) -> Iterator[ModuleType]:
-    spec = importlib.util.spec_from_file_location(name, RUNS[0].parents[1] / f"{name}.py")
+    spec = importlib.util.spec_from_file_location(name, RUNS[0].parents[1] / "speed" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # dataclasses look their module up, and scripts import one another by these names
     spec.loader.exec_module(module)
