@@ -78,6 +78,8 @@ class Bench:
             job = jobs[key]
             if broken.intersection(job.needs):
                 broken.add(key)
+            elif isinstance(job, DataJob) and not all(jobs[need].is_done for need in job.needs):
+                broken.add(key)  # made of a model, once that is trained
             elif isinstance(job, DataJob):
                 try:
                     job.do(lambda done, total, text: None)
