@@ -128,7 +128,10 @@ class Demo:
         self.data = size.questions(seed)
 
     def prepare(self) -> list[Run]:
-        """Write questions and run file; returns the runs to train.
+        """Write questions and run file.
+
+        Returns:
+            The runs to train.
 
         Raises:
             ConfigError: if the folder cannot be written.
