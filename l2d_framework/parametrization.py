@@ -43,8 +43,8 @@ class ParametrizationConfig(Component):
 class Parametrization(nn.Module, ABC):
     """The state space: owns D, the prior's scale and the projection weights.
 
-    A state as wide as the vocabulary is best a `l2d_framework.simplex_state.WideState`, which holds tokens and seeds
-    instead of numbers.
+    A state as wide as the vocabulary is best a tensor subclass with a method `dense`, which holds tokens and seeds
+    instead of numbers, such as the simplex's `WideState`.
 
     Attributes:
         config: the component this module was built from.

@@ -1,4 +1,4 @@
-"""What the network answers about a block: logits, whole or made from hidden states a few positions at a time."""
+"""Logits about a block, whole or made from hidden states a few positions at a time, and how many that is."""
 
 from __future__ import annotations
 
@@ -8,7 +8,52 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from l2d_framework.simplex_state import pieces
+CHUNK = 2**24
+"""Largest number of entries of a tensor as wide as the vocabulary that is made in one piece."""
+
+_CACHED = 2**17
+"""Number of entries that several passes in a row find in the cache of a CPU."""
+
+
+def pieces(rows: int, length: int, width: int, limit: int | None = None) -> Iterator[slice]:
+    """Slices of positions small enough to be as wide as the vocabulary.
+
+    Args:
+        rows: B.
+        length: L.
+        width: entries per position.
+        limit: largest number of entries of a piece; `CHUNK` when None.
+
+    Returns:
+        Slices that cover `length` in order, each of at most so many entries if one position allows it.
+    """
+    step = max(1, (CHUNK if limit is None else limit) // max(rows * width, 1))
+    return (slice(start, min(start + step, length)) for start in range(0, length, step))
+
+
+def dense(state: Tensor) -> Tensor:
+    """A state with all its numbers, which a space may keep as less: as tokens and seeds, say.
+
+    Args:
+        state: (B, L, D), dense or not.
+
+    Returns:
+        (B, L, D).
+    """
+    return state.dense() if hasattr(state, "dense") else state
+
+
+def cached_pieces(values: Tensor) -> Iterator[slice]:
+    """Slices of positions of a tensor that several operations in a row should visit one after the other.
+
+    Args:
+        values: (B, L, D).
+
+    Returns:
+        Slices that cover L in order: as small as a cache on a CPU, of at most `CHUNK` entries elsewhere.
+    """
+    rows, length, width = values.shape
+    return pieces(rows, length, width, limit=min(_CACHED, CHUNK) if values.device.type == "cpu" else None)
 
 
 @dataclass(frozen=True)

@@ -13,14 +13,13 @@ from typing_extensions import override
 from l2d_framework.blame import described
 from l2d_framework.diffusion.diffusion import Diffusion
 from l2d_framework.diffusion.early_stop import EarlyStop
-from l2d_framework.diffusion.logits import Logits
+from l2d_framework.diffusion.logits import CHUNK, Logits
 from l2d_framework.diffusion.rng import TokenStreams
 from l2d_framework.diffusion.selection import ActiveTokens, AllTokens, Sliced, Subset
 from l2d_framework.errors import PluginError
 from l2d_framework.guidance import Guidance
 from l2d_framework.parametrization import Parametrization
 from l2d_framework.schedule import NoiseLaw
-from l2d_framework.simplex_state import CHUNK
 from l2d_framework.solver import Problem, Solver, Time, as_time
 from l2d_framework.types import Layout, Predict, Prediction, Query, Random, Space, Stride
 

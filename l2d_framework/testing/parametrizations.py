@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from l2d_framework.diffusion.logits import dense
 from l2d_framework.errors import ConfigError
 from l2d_framework.parametrization import Parametrization, ParametrizationConfig
-from l2d_framework.simplex_state import dense
 from l2d_framework.testing.assertions import distance, ensure, ensure_close
 from l2d_framework.testing.space_noise import check_noise_is_standard_normal, check_noise_keeps_to_its_streams
 from l2d_framework.testing.spaces import HIDDEN, VOCAB, built_space, questions

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from l2d_framework.diffusion.logits import dense
 from l2d_framework.parametrization import ParametrizationConfig
-from l2d_framework.simplex_state import dense
 from l2d_framework.testing.assertions import ensure, ensure_close
 from l2d_framework.testing.spaces import built_space, questions
 from l2d_framework.testing.toys import toy_streams

@@ -15,8 +15,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from l2d_framework.config import parse_run, resolved_json
 from l2d_framework.config.files import parse_json, read_text
-from l2d_framework.errors import ConfigError
+from l2d_framework.errors import ConfigError, L2DError
 
 RUN_FILE = "run.json"
 BEST = "best"
@@ -127,7 +128,7 @@ def check_free(output: Path, config: Mapping[str, Any]) -> dict[str, Any] | None
             )
         return None
     if differing := _differing(config, card):
-        ours, theirs = _flat(dict(config)), _flat(card["config"])
+        ours, theirs = _flat(dict(config)), _flat(_recorded(card))
         shown = "; ".join(f"{key}: {theirs.get(key)!r} there, {ours.get(key)!r} now" for key in differing[:8])
         raise ConfigError(
             f"output_dir {str(output)!r} holds a run with another configuration ({shown}). "
@@ -137,9 +138,17 @@ def check_free(output: Path, config: Mapping[str, Any]) -> dict[str, Any] | None
 
 
 def _differing(config: Mapping[str, Any], card: Mapping[str, Any]) -> list[str]:
-    ours, theirs = _flat(dict(config)), _flat(card["config"])
+    ours, theirs = _flat(dict(config)), _flat(_recorded(card))
     different = [key for key in sorted(ours.keys() | theirs.keys()) if ours.get(key) != theirs.get(key)]
     return [key for key in different if key != "output_dir"]
+
+
+def _recorded(card: Mapping[str, Any]) -> dict[str, Any]:
+    """Configuration of an earlier start, in which options that did not exist then have their defaults."""
+    try:
+        return dict(json.loads(resolved_json(parse_run(card["config"]))))
+    except L2DError:  # of plugins that are gone, say
+        return dict(card["config"])
 
 
 def move_aside(output: Path) -> Path | None:

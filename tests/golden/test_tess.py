@@ -11,9 +11,9 @@ import torch
 from golden_tess import TIMES, Case, query, replay, slots, take
 from torch import Tensor
 
+from l2d_framework.diffusion.logits import dense
 from l2d_framework.diffusion.loss import denoising_loss
 from l2d_framework.diffusion.training_noise import Draws
-from l2d_framework.simplex_state import dense
 from l2d_plugins.parametrizations.simplex import nucleus
 from l2d_plugins.schedules.cosine import Cosine
 from l2d_plugins.solvers.renoise import Renoise

@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import MistralConfig, MistralForSequenceClassification
 
+from l2d_framework.diffusion.logits import dense
 from l2d_framework.guidance import Guidance
-from l2d_framework.simplex_state import dense
 from l2d_framework.types import Layout, Predict, Prediction, Query, Space
 from l2d_plugins.guidance.reward_gradient import RewardGradient
 from l2d_plugins.solvers.renoise import Renoise

@@ -6,8 +6,9 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from l2d_framework.simplex_state import WideState, dense
+from l2d_framework.diffusion.logits import dense
 from l2d_framework.testing.toys import ToyProblem
+from l2d_plugins.parametrizations.simplex.state import WideState
 from l2d_plugins.schedules.cosine import Cosine
 from l2d_plugins.schedules.linear import Linear
 from l2d_plugins.solvers.renoise import Renoise

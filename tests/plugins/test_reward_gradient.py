@@ -325,7 +325,7 @@ def test_hard_gumbel_reads_the_tokens_that_soft_gumbel_nears_when_cold(reward: s
 def test_many_positions_in_chunks_are_guided_as_at_once(reward: str, monkeypatch: pytest.MonkeyPatch) -> None:
     guidance, logits = RewardGradient(model=reward, gumbel="soft", position="expected_end"), random_logits()
     whole = guide(guidance, logits)[0]
-    monkeypatch.setattr("l2d_framework.simplex_state.CHUNK", 2 * B * V)
+    monkeypatch.setattr("l2d_framework.diffusion.logits.CHUNK", 2 * B * V)
     torch.testing.assert_close(guide(guidance, logits)[0], whole, rtol=1e-6, atol=1e-6)
 
 

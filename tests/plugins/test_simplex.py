@@ -5,13 +5,14 @@ import torch
 from diffusion_models import own_gradients, random_tokens, shared_tess, tess_lm, training_loss
 from pydantic import ValidationError
 
-from l2d_framework import simplex_state
+from l2d_framework.diffusion import logits as chunks
 from l2d_framework.diffusion import ode
+from l2d_framework.diffusion.logits import dense
 from l2d_framework.generation.prompts import pad_left
-from l2d_framework.simplex_state import WideState, dense
 from l2d_framework.testing.toys import toy_streams
 from l2d_framework.types import Layout
 from l2d_plugins.parametrizations.simplex import SimplexConfig, nucleus
+from l2d_plugins.parametrizations.simplex.state import WideState
 from l2d_plugins.schedules.cosine import Cosine
 
 B, L, V, H = 2, 5, 11, 6
@@ -170,7 +171,7 @@ def test_the_network_input_does_not_depend_on_the_size_of_pieces(monkeypatch, mi
     logits = torch.randn(B, L, V)
     given = {"none": None, "logits": logits, "memory": chosen.remember(logits, weights)}[previous]
     whole = chosen.embed(x, T, Cosine(), weights, given)
-    monkeypatch.setattr(simplex_state, "CHUNK", chunk)
+    monkeypatch.setattr(chunks, "CHUNK", chunk)
     torch.testing.assert_close(chosen.embed(x, T, Cosine(), weights, given), whole)
 
 
@@ -191,7 +192,7 @@ def test_generation_does_not_depend_on_the_size_of_pieces(monkeypatch, mix, mode
     whole = generated()
     assert set(asked) == {6}
     # `ode` asks whether pieces are needed at all.
-    for module in (simplex_state, ode):
+    for module in (chunks, ode):
         monkeypatch.setattr(module, "CHUNK", 2 * 260 * 4)
     found = generated()
     handle.remove()

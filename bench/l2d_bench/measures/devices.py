@@ -14,7 +14,6 @@ from l2d_framework.diffusion.sampler import Sampler
 from l2d_framework.errors import ConfigError
 from l2d_framework.evaluation.diagnosis.batches import Batch, batches
 from l2d_framework.models.diffusion_lm import DiffusionLM
-from l2d_framework.simplex_state import WideState
 from l2d_framework.types import Query
 
 Rows = Sequence[Mapping[str, Any]]
@@ -79,7 +78,7 @@ def difference(first: DiffusionLM, second: DiffusionLM, reading: Reading, batch_
     pairs = [batches(one, reading.rows, seed=reading.sampling.seed, size=batch_size) for one in (first, second)]
     largest = 0.0
     for here, there in zip(*pairs, strict=True):
-        if isinstance(here.noise(first), WideState):
+        if hasattr(here.noise(first), "dense"):
             raise ConfigError(
                 "The noise of this state space is drawn on the device, so devices cannot agree. Compare a model whose "
                 "noise is drawn on the host, such as one with parametrization 'embedding'."

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from l2d_framework.diffusion.logits import pieces
 from l2d_framework.diffusion.rng import TokenStreams, request_keys
 from l2d_framework.diffusion.sampler import Block
 from l2d_framework.models.diffusion_lm import DiffusionLM
-from l2d_framework.simplex_state import pieces
 from l2d_framework.training.data.collate import Collator
 from l2d_framework.types import Layout
 

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from l2d_framework.diffusion.diffusion import Diffusion
+from l2d_framework.diffusion.logits import dense, pieces
 from l2d_framework.errors import ConfigError
 from l2d_framework.parametrization import Parametrization
-from l2d_framework.simplex_state import dense, pieces
 
 
 class TokenLikelihood:

@@ -11,8 +11,8 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional
 
+from l2d_framework.diffusion.logits import pieces
 from l2d_framework.guidance import Guidance
-from l2d_framework.simplex_state import pieces
 from l2d_framework.types import Layout, Predict, Prediction, Query, Random, Space
 from l2d_plugins.guidance.reward_network import RewardNetwork, check_reward_model, load_reward_model
 

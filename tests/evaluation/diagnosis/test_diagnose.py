@@ -9,13 +9,13 @@ from bayes_networks import bayes_lm, rows_from
 from diffusion_models import random_tokens, shared_lm, shared_tess
 from toy_components import Circle, Projected
 
+from l2d_framework.diffusion.logits import dense
 from l2d_framework.evaluation.diagnosis.bayes import TokenLikelihood
 from l2d_framework.evaluation.diagnosis.diagnose import Settings, diagnose, time_grid
 from l2d_framework.evaluation.diagnosis.report import draw, sentences, table
 from l2d_framework.evaluation.diagnosis.verdict import NEGLIGIBLE, verdict
 from l2d_framework.evaluation.statistics import Estimate, ratio
 from l2d_framework.models.diffusion_lm import DiffusionLM
-from l2d_framework.simplex_state import dense
 from l2d_framework.testing.toys import ToySchedule
 
 FIRST, LATER = "over_combination", "over_combination_after_first_move"
@@ -131,7 +131,7 @@ def test_batches_and_order_change_nothing(make, monkeypatch):
     how = settings(model, num_inference_steps=5, adaptive=make is shared_lm)
     alone = diagnose(model, rows, how, batch_size=1)
     # A few positions at a time, too.
-    monkeypatch.setattr("l2d_framework.simplex_state.CHUNK", 3 * model.backbone.vocab_size)
+    monkeypatch.setattr("l2d_framework.diffusion.logits.CHUNK", 3 * model.backbone.vocab_size)
     for size, order in ((3, rows), (5, rows[::-1])):
         together = diagnose(model, order, how, batch_size=size)
         assert together["evaluations"] == alone["evaluations"]

@@ -9,11 +9,12 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 from typing_extensions import override
 
+from l2d_framework.diffusion.logits import cached_pieces, pieces
 from l2d_framework.diffusion.rng import categorical
 from l2d_framework.parametrization import Parametrization, ParametrizationConfig
 from l2d_framework.schedule import NoiseLaw
-from l2d_framework.simplex_state import WideState, cached_pieces, pieces
 from l2d_framework.types import Random
+from l2d_plugins.parametrizations.simplex.state import WideState
 
 _CANDIDATES = 256
 _MARGIN = 1e-5

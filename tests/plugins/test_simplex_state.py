@@ -5,8 +5,9 @@ from itertools import pairwise
 import pytest
 import torch
 
-from l2d_framework import simplex_state
-from l2d_framework.simplex_state import WideState, dense, pieces
+from l2d_framework.diffusion import logits as chunks
+from l2d_framework.diffusion.logits import dense, pieces
+from l2d_plugins.parametrizations.simplex.state import WideState
 from l2d_plugins.schedules.cosine import Cosine
 from l2d_plugins.schedules.linear import Linear
 
@@ -168,7 +169,7 @@ def test_numbers_are_the_same_in_whatever_pieces_they_are_made(monkeypatch, limi
     state = 3 * WideState.normal(SEEDS, 700, CPU) - 2 * WideState.simplex(torch.arange(B * L).view(B, L), 5.0, 700)
     full, shares = state.dense(), state.softmax(-1)
     torch.testing.assert_close(shares, full.softmax(-1))
-    monkeypatch.setattr(simplex_state, "_CACHED", limit)
+    monkeypatch.setattr(chunks, "_CACHED", limit)
     assert torch.equal(state.dense(), full)
     torch.testing.assert_close(state.softmax(-1), shares)
 
@@ -212,7 +213,7 @@ def test_a_state_is_printed_without_its_numbers():
 def test_pieces_cover_all_positions_in_order_and_are_small_where_that_is_possible(
     monkeypatch, rows, length, width, chunk
 ):
-    monkeypatch.setattr(simplex_state, "CHUNK", chunk)
+    monkeypatch.setattr(chunks, "CHUNK", chunk)
     found = list(pieces(rows, length, width))
     assert [i for part in found for i in range(part.start, part.stop)] == list(range(length))
     for part in found:

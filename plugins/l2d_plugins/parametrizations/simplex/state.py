@@ -11,27 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree
 
-CHUNK = 2**24
-"""Largest number of entries of a tensor as wide as the vocabulary that is made in one piece."""
-
-_CACHED = 2**17
-"""Number of entries that several passes in a row find in the cache of a CPU."""
-
-
-def pieces(rows: int, length: int, width: int, limit: int | None = None) -> Iterator[slice]:
-    """Slices of positions small enough to be as wide as the vocabulary.
-
-    Args:
-        rows: B.
-        length: L.
-        width: entries per position.
-        limit: largest number of entries of a piece; `CHUNK` when None.
-
-    Returns:
-        Slices that cover `length` in order, each of at most so many entries if one position allows it.
-    """
-    step = max(1, (CHUNK if limit is None else limit) // max(rows * width, 1))
-    return (slice(start, min(start + step, length)) for start in range(0, length, step))
+from l2d_framework.diffusion.logits import cached_pieces
 
 
 @dataclass(frozen=True, eq=False)
@@ -158,31 +138,6 @@ class WideState(Tensor):
             args, kwargs = _pytree.tree_map_only(WideState, WideState.dense, (args, kwargs))
             return func(*args, **kwargs)
         return found
-
-
-def dense(state: Tensor) -> Tensor:
-    """A state with all its numbers.
-
-    Args:
-        state: (B, L, D), dense or not.
-
-    Returns:
-        (B, L, D).
-    """
-    return state.dense() if isinstance(state, WideState) else state
-
-
-def cached_pieces(values: Tensor) -> Iterator[slice]:
-    """Slices of positions of a tensor that several operations in a row should visit one after the other.
-
-    Args:
-        values: (B, L, D).
-
-    Returns:
-        Slices that cover L in order: as small as a cache on a CPU, of at most `CHUNK` entries elsewhere.
-    """
-    rows, length, width = values.shape
-    return pieces(rows, length, width, limit=min(_CACHED, CHUNK) if values.device.type == "cpu" else None)
 
 
 def _refuse(func: Any) -> None:
