@@ -87,8 +87,8 @@ class Source:
 
     @property
     def is_block(self) -> bool:
-        """True if several tokens are denoised together."""
-        return bool(self.manifest["block_size"] != 1)
+        """True if there are no next-token logits, because noisy tokens see each other or blocks are read as such."""
+        return bool(self.manifest["block_size"] != 1 or not self.empty.independent_positions)
 
     def _tokenizer(self) -> PreTrainedTokenizerBase:
         tokenizer = load_tokenizer(self.reference)

@@ -12,11 +12,7 @@ from l2d_framework.testing.scenes import LENGTH, Scene, built, known_layout, noi
 
 @torch.no_grad()
 def check_backbone_merge_changes_nothing(config: BackboneConfig) -> None:
-    """Merging adapters changes neither the answers nor a single weight of the language model.
-
-    Args:
-        config: any backbone.
-    """
+    """Merging adapters changes neither the answers nor a single weight of the language model."""
     lm = tiny_llama()
     weights = [(weight, weight.clone()) for weight in lm.parameters()]
     backbone = built(config, lm)
@@ -29,11 +25,7 @@ def check_backbone_merge_changes_nothing(config: BackboneConfig) -> None:
 
 @torch.no_grad()
 def check_backbone_is_the_language_model_at_zero(config: BackboneConfig) -> None:
-    """At t = 0, and with no diffusion path at all, logits are bit for bit those of the language model.
-
-    Args:
-        config: a backbone that declares `identity_at_zero`.
-    """
+    """At t = 0, and with no diffusion path at all, logits are bit for bit those of the language model."""
     lm, layout = tiny_llama(), known_layout()
     expected = lm(layout.tokens, use_cache=False).logits
     backbone = built(config, lm)
@@ -58,11 +50,7 @@ def check_backbone_is_the_language_model_at_zero(config: BackboneConfig) -> None
 
 @torch.no_grad()
 def check_backbone_leaves_the_language_model(config: BackboneConfig) -> None:
-    """The language model itself answers as before it was wrapped.
-
-    Args:
-        config: a backbone that declares `identity_at_zero`.
-    """
+    """The language model itself answers as before it was wrapped."""
     lm, layout = tiny_llama(), known_layout()
     expected = lm(layout.tokens, use_cache=False).logits
     backbone = built(config, lm)
@@ -71,11 +59,7 @@ def check_backbone_leaves_the_language_model(config: BackboneConfig) -> None:
 
 
 def check_backbone_names_its_head_parameters(config: BackboneConfig) -> None:
-    """Whatever weight the head uses is among its parameters, or the loss would train nothing there.
-
-    Args:
-        config: a backbone that declares `trains_lm`.
-    """
+    """Whatever weight the head uses is among its parameters, or the loss would train nothing there."""
     backbone = built(config).requires_grad_(True)
     features = torch.randn(2, 3, backbone.hidden_size, generator=torch.Generator().manual_seed(9))
     weights = dict(backbone.named_parameters())
