@@ -29,7 +29,7 @@ check: .venv/.dev
 	.venv/bin/ruff check .
 	.venv/bin/mypy
 	.venv/bin/lint-imports
-	.venv/bin/pydoclint --quiet l2d_framework plugins
+	.venv/bin/pydoclint --quiet l2d_framework plugins bench
 
 test: check install-wheel
 	$(call run-suite,.venv-test)
@@ -64,11 +64,13 @@ run-tests = folder=$$(mktemp -d) && trap 'rm -rf "$$folder"' EXIT && cd "$$folde
 	env $(2) L2D_EXPECT_INSTALLED=1 OMP_NUM_THREADS=1 $(CURDIR)/$(1)/bin/python -m pytest \
 	-c $(CURDIR)/pyproject.toml --rootdir $(CURDIR) -n $(WORKERS) --dist worksteal $(PYTEST_ARGS) $(3)
 
+wheels = "$$(echo dist/l2d_framework-*.whl)[all,text-metrics]" dist/l2d_bench-*.whl
+
 # In a fresh environment .venv-NAME whose only constraints are those of dist/NAME.txt.
 define suite-in-new
 	$(call create-environment,.venv-$(1))
 	PIP_CONSTRAINT=$(CURDIR)/dist/$(1).txt .venv-$(1)/bin/python -m pip install --quiet \
-		"$$(echo dist/*.whl)[all,text-metrics]" --group test
+		$(wheels) --group test
 	.venv-$(1)/bin/python -m pip freeze
 	$(call run-suite,.venv-$(1))
 endef
@@ -89,18 +91,19 @@ endef
 	.venv/bin/python -m pip install --quiet --editable ".[plots]"
 	touch $@
 
-.venv/.dev: .venv/.created pyproject.toml constraints.txt
-	.venv/bin/python -m pip install --quiet --editable ".[all,text-metrics]" --group dev
+.venv/.dev: .venv/.created pyproject.toml bench/pyproject.toml constraints.txt
+	.venv/bin/python -m pip install --quiet --editable ".[all,text-metrics]" --editable bench --group dev
 	touch $@
 
-# By way of the source distribution, which must be complete too.
+# By way of the source distributions, which must be complete too.
 wheel: .venv/.dev
 	rm -rf dist
 	.venv/bin/python -m build --no-isolation --outdir dist .
+	.venv/bin/python -m build --no-isolation --outdir dist bench
 
-.venv-test/.created: pyproject.toml constraints.txt | wheel
+.venv-test/.created: pyproject.toml bench/pyproject.toml constraints.txt | wheel
 	$(call create-environment,.venv-test)
-	.venv-test/bin/python -m pip install --quiet "$$(echo dist/*.whl)[all,text-metrics]" --group test
+	.venv-test/bin/python -m pip install --quiet $(wheels) --group test
 	touch $@
 
 install-wheel: wheel .venv-test/.created

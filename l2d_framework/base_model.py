@@ -145,31 +145,13 @@ def locate(reference: BaseReference) -> tuple[Path, Path | None]:
 
 
 def gguf_hint(folder: Path) -> str:
-    """What to set where a folder without a model of another format has GGUF files.
-
-    Args:
-        folder: the folder.
-
-    Returns:
-        A sentence, or nothing.
-    """
+    """What to set where a folder without a model of another format has GGUF files."""
     names = sorted(path.name for path in folder.glob("*.gguf"))
     return f"Set model.gguf_file to one of {names}." if names else ""
 
 
 def load_config(reference: BaseReference) -> PreTrainedConfig:
-    """Config of the base model, without weights.
-
-    Args:
-        reference: a model section.
-
-    Returns:
-        The transformers config.
-
-    Raises:
-        CheckpointError: if transformers cannot read it.
-        ConfigError: if a package that its quantization needs is missing.
-    """
+    """Config of the base model, without weights."""
     config: Any = _opened(open_config, locate(reference)[0], reference.gguf_file)
     check_quantization(config, reference.base)
     if hasattr(config, "vocab_size"):  # else no language model, which a backbone refuses
@@ -304,15 +286,7 @@ def _resize(lm: Any, rows: int) -> None:
 
 
 def empty_language_model(config: PreTrainedConfig, attn_implementation: str) -> PreTrainedModel:
-    """The base model's shapes on the meta device.
-
-    Args:
-        config: transformers config.
-        attn_implementation: attention kernel.
-
-    Returns:
-        A model without storage.
-    """
+    """The base model's shapes on the meta device."""
     with torch.device("meta"):
         return new_model(  # type: ignore[no-any-return]
             AutoModelForCausalLM, config, attn_implementation=attn_implementation
@@ -385,11 +359,7 @@ def _adapted_rows(adapter: Path, config: PreTrainedConfig) -> int:
 
 
 def _vocabulary(reference: BaseReference, config: PreTrainedConfig) -> int:
-    """Rows of the embedding table once the adapter's tokens and the reference's pad token have been added.
-
-    Raises:
-        ConfigError: if there is no tokenizer to add the pad token to.
-    """
+    """Rows of the embedding table once the adapter's tokens and the reference's pad token have been added."""
     _, adapter = locate(reference)
     size = config.vocab_size if adapter is None else _adapted_rows(adapter, config)
     if reference.pad_token is None:

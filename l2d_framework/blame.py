@@ -17,12 +17,7 @@ _PACKAGES: dict[str, str] = {}
 
 
 def attribute(offered: Any, distribution: str) -> None:
-    """Note who ships a component or converter, so that its errors can say so.
-
-    Args:
-        offered: the class or function.
-        distribution: name and version.
-    """
+    """Note who ships a component or converter, so that its errors can say so."""
     package = _package(getattr(offered, "__module__", None) or "")
     if package and package not in _OURS:
         _PACKAGES[package] = distribution

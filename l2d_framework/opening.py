@@ -73,35 +73,13 @@ def _is_damaged(path: Path) -> bool:
 
 
 def open_config(source: str | Path, **options: Any) -> PreTrainedConfig:
-    """Config of a model.
-
-    Args:
-        source: folder or hub id.
-        **options: of transformers' `from_pretrained`, such as `revision`.
-
-    Returns:
-        The transformers config.
-
-    Raises:
-        CheckpointError: if transformers cannot read it, or it asks for code that is no part of transformers.
-    """
+    """Config of a model."""
     with reading(f"the {options.get('gguf_file') or 'config.json'} of {str(source)!r}", source):
         return _safe(AutoConfig.from_pretrained(source, trust_remote_code=False, **options), source)
 
 
 def make_config(source: str | Path, fields: dict[str, Any]) -> PreTrainedConfig:
-    """Config of a model whose fields have been read already.
-
-    Args:
-        source: where from, for messages.
-        fields: of the config, `model_type` among them.
-
-    Returns:
-        The transformers config.
-
-    Raises:
-        CheckpointError: if transformers refuses it, or it asks for code that is no part of transformers.
-    """
+    """Config of a model whose fields have been read already."""
     with reading(f"the config of {str(source)!r}"):
         return _safe(AutoConfig.for_model(**fields), source)
 
@@ -153,19 +131,7 @@ def open_model(
 
 
 def new_model(kind: Any, config: PreTrainedConfig, **options: Any) -> PreTrainedModel:
-    """A model with new weights, or on the meta device none.
-
-    Args:
-        kind: class of the model, or one of transformers' Auto classes.
-        config: from this module.
-        **options: `dtype` and `attn_implementation`.
-
-    Returns:
-        The model.
-
-    Raises:
-        CheckpointError: if no such model can be built.
-    """
+    """A model with new weights, or on the meta device none."""
     with reading(f"the config of {config.name_or_path!r}"):
         if isinstance(kind, type) and issubclass(kind, PreTrainedModel):
             return kind._from_config(config, **options)  # type: ignore[no-any-return]
@@ -173,35 +139,13 @@ def new_model(kind: Any, config: PreTrainedConfig, **options: Any) -> PreTrained
 
 
 def open_tokenizer(source: str | Path, **options: Any) -> PreTrainedTokenizerBase:
-    """Tokenizer of a model.
-
-    Args:
-        source: folder or hub id.
-        **options: of transformers' `from_pretrained`.
-
-    Returns:
-        The tokenizer.
-
-    Raises:
-        CheckpointError: if transformers cannot read it, or it asks for code that is no part of transformers.
-    """
+    """Tokenizer of a model."""
     with reading(f"the tokenizer of {str(source)!r}", source):
         return AutoTokenizer.from_pretrained(source, trust_remote_code=False, **options)
 
 
 def open_adapter(lm: PreTrainedModel, folder: Path) -> Any:
-    """A model with a PEFT adapter on it.
-
-    Args:
-        lm: the model.
-        folder: of the adapter.
-
-    Returns:
-        The PEFT model.
-
-    Raises:
-        CheckpointError: if PEFT cannot load it, or it names a module to import.
-    """
+    """A model with a PEFT adapter on it."""
     from peft import PeftModel
 
     _adapter_config(folder)
@@ -210,17 +154,7 @@ def open_adapter(lm: PreTrainedModel, folder: Path) -> Any:
 
 
 def adapter_base(folder: Path) -> str:
-    """Folder or hub id of the model that a PEFT adapter was trained on.
-
-    Args:
-        folder: of the adapter.
-
-    Returns:
-        What its config names.
-
-    Raises:
-        CheckpointError: if its config is damaged or names none.
-    """
+    """Folder or hub id of the model that a PEFT adapter was trained on."""
     base = _adapter_config(folder).get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
         raise CheckpointError(

@@ -1,7 +1,9 @@
 """What every test may ask for: folders of reference data, tiny language models, tiny tokenizers."""
 
+import json
 import logging
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -24,6 +26,7 @@ os.environ.pop("L2D_PLUGINS", None)
 
 import shared_folders
 import torch
+from safetensors.torch import load_file, save_file
 from tiny_models import tiny_lm as build_lm
 from tiny_models import tiny_tokenizer as build_tokenizer
 
@@ -87,6 +90,23 @@ def real_model() -> Path:
     if not os.environ.get("L2D_REAL_MODEL"):
         pytest.skip("L2D_REAL_MODEL is unset: it names a folder with SmolLM2-135M-Instruct")
     return shared_folders.find("L2D_REAL_MODEL", "")
+
+
+@pytest.fixture(scope="session")
+def shallow_model(real_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of the real model's first two layers, with all of its vocabulary, tokenizer and settings."""
+    folder = tmp_path_factory.mktemp("shallow")
+    weights = load_file(real_model / "model.safetensors")
+    layers = {name: re.match(r"model\.layers\.(\d+)\.", name) for name in weights}
+    first = {name: weights[name] for name, layer in layers.items() if layer is None or int(layer[1]) < 2}
+    for file in real_model.iterdir():
+        if file.name == "config.json":
+            config = json.loads(file.read_text(encoding="utf-8")) | {"num_hidden_layers": 2}
+            (folder / file.name).write_text(json.dumps(config), encoding="utf-8")
+        elif file.suffix != ".safetensors":
+            (folder / file.name).symlink_to(file.resolve())
+    save_file(first, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -168,6 +168,34 @@ def test_a_resolved_run_outlives_its_preset(tmp_path):
     assert again.sampling.model_dump() == run.sampling.model_dump()
 
 
+def test_a_method_stands_for_its_components_and_settings():
+    short = {"model": {"base": "org/model"}, "method": "toy"}
+    assert config_hash(parse_run(short)) == config_hash(diffusion())
+    # An option changes a component, another name replaces it.
+    assert parse_run({**short, "sampling": {"num_inference_steps": 3}}) == diffusion(
+        sampling={"num_inference_steps": 3}
+    )
+    estimate = {"estimate": {"temperature": 0.25}}
+    changed = diffusion(parametrization={"name": "projected", **estimate})
+    assert parse_run({**short, "parametrization": estimate}) == changed
+    assert parse_run({**short, "backbone": {"name": "canvas"}}) == diffusion(backbone={"name": "canvas"})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"method": "toi"}, "method: Unknown method 'toi'; did you mean 'toy'"),
+        ({"method": 3}, "method: Unknown method '3'"),
+        ({"method": "toy", "backbone": 3}, "backbone: "),
+        ({"method": "toy", "schedule": {"name": "none"}}, "schedule.*none"),
+        ({"method": "toy", "kind": "language_model"}, "method: "),
+    ],
+)
+def test_a_wrong_method_is_refused_by_its_place(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        parse_run({"model": {"base": "org/model"}, **changes})
+
+
 def test_the_hash_depends_on_values_and_not_on_order():
     assert config_hash(diffusion()) == config_hash(parse_run(dict(reversed(fields().items()))))
     assert config_hash(diffusion()) != config_hash(diffusion(seed=1))
@@ -339,5 +367,8 @@ def test_the_schema_names_every_component_and_forbids_unknown_fields():
 
 def test_the_schema_requires_only_what_a_run_file_must_say():
     definitions = json_schema()["$defs"]
-    assert set(definitions["DiffusionRun"]["required"]) == set(fields())
+    run = definitions["DiffusionRun"]
+    assert run["required"] == ["model"]
+    assert [set(choice["required"]) for choice in run["anyOf"]] == [{"method"}, set(fields()) - {"model"}]
+    assert run["properties"]["method"]["enum"] == ["toy"]
     assert definitions["SamplingSection"]["required"] == []

@@ -24,11 +24,11 @@ from l2d_framework.base_model import fingerprint, load_config, load_language_mod
 from l2d_framework.cli import app
 from l2d_framework.config import check_runs, parse_run
 from l2d_framework.errors import CheckpointError, L2DError
-from l2d_framework.evaluation.text.pretrained import open_tokenizer, pretrained
+from l2d_framework.evaluation.text.judge import open_tokenizer, pretrained
 from l2d_framework.models.checkpoint import build_model, load, load_weights, save
 from l2d_framework.models.convert import convert
 from l2d_framework.models.manifest import file_hash, sealed
-from l2d_framework.models.unloaded import Source
+from l2d_framework.models.unloaded import UnloadedModel
 from l2d_framework.opening import open_adapter
 from l2d_framework.training.reward.run import load_reward_model as reward_base
 from l2d_plugins.guidance import reward_network
@@ -127,7 +127,7 @@ def place_base(base, plant):
     yield from (lambda f=f: f(run.model) for f in (load_config, load_language_model, load_tokenizer))
     yield lambda: check_runs([run])
     yield lambda: build_model(run)
-    yield lambda: Source(str(base), base=None, dtype=None, revision=None)
+    yield lambda: UnloadedModel(str(base), base=None, dtype=None, revision=None)
     yield lambda: reward_base(parse_run({"kind": "reward", "model": {"base": str(base)}}), tiny_tokenizer())
 
 
@@ -155,7 +155,7 @@ def place_checkpoint(base, plant):
     reseal(folder)
     yield lambda: load(folder)
     yield lambda: load_weights(tess_lm(tiny_lm(**SMALL)), folder)
-    yield lambda: Source(str(folder), base=None, dtype=None, revision=None)
+    yield lambda: UnloadedModel(str(folder), base=None, dtype=None, revision=None)
     yield lambda: open_tokenizer(str(folder))
     yield lambda: fail(CliRunner().invoke(app, ["generate", str(folder), "-p", "a", "--max-new-tokens", "1"]))
 

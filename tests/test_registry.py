@@ -1,8 +1,10 @@
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import pytest
+import typer
 from fake_plugins import TOYS, FakeEntryPoint, Toy, broken, forget_afterwards, installed, module, plugin
 from toy_components import Circle, Doubling, Forward, Sharpen
 
@@ -242,3 +244,33 @@ def test_every_built_in_plugin_loads():
 def test_importing_the_registry_imports_no_torch():
     program = "import sys, l2d_framework.registry; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], timeout=60, check=False).returncode == 0
+
+
+def extending(**functions: Any) -> Registry:
+    return Registry.load([FakeEntryPoint("acme", lambda: module(**functions))])
+
+
+def test_a_plugin_adds_commands_and_a_folder_of_tasks(tmp_path):
+    app = typer.Typer()
+    found = extending(l2d_commands=lambda: {"shine": app}, l2d_tasks=lambda: tmp_path)
+    assert found.commands() == {"shine": app}
+    assert found.task_folders() == [tmp_path]
+    assert [(row.kind, row.name, row.status) for row in found.table()] == [
+        ("command", "shine", "ok"),
+        ("tasks", "acme", "ok"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("hook", "answer", "says"),
+    [
+        ("l2d_commands", {"shine": print}, "Command 'shine' must be a typer.Typer"),
+        ("l2d_commands", {3: typer.Typer()}, "Command 3 must be"),
+        ("l2d_tasks", "tasks", "l2d_tasks must return a folder that exists, as a Path, got 'tasks'"),
+        ("l2d_tasks", Path("nowhere"), "l2d_tasks must return a folder that exists"),
+    ],
+)
+def test_malformed_commands_and_tasks_keep_their_plugin_out(hook, answer, says):
+    found = extending(**{hook: lambda: answer})
+    assert says in found.broken["acme"].error
+    assert not found.commands() and not found.task_folders()

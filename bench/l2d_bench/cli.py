@@ -26,6 +26,15 @@ _INTERRUPTED = 130
 """Exit code that shells give to what Ctrl-C ended."""
 
 
+_HELP = """Run the rows of the papers' tables and print them beside the papers' numbers.
+
+Started again with the same --out, it goes on at what is missing. Models and results are shared between tables.
+Exit code 1 if a cell failed; the others are there all the same. Interrupted, it writes what there is."""
+
+app = typer.Typer(add_completion=False)
+
+
+@app.command(name="bench", help=_HELP)
 def bench(
     tables: Annotated[
         list[str] | None, typer.Argument(help="Ids of tables, YAML files, or `all`.", metavar="TABLE...")
@@ -49,10 +58,7 @@ def bench(
     check: Annotated[bool, typer.Option("--check", help="Check tables and profile, list the work, do none.")] = False,
     listed: Annotated[bool, typer.Option("--list", help="List tables and profiles.")] = False,
 ) -> None:
-    """Run the rows of the papers' tables and print them beside the papers' numbers.
-
-    Started again with the same --out, it goes on at what is missing. Models and results are shared between tables.
-    Exit code 1 if a cell failed; the others are there all the same. Interrupted, it writes what there is.
+    """`l2d bench`.
 
     Args:
         tables: ids.

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from l2d_bench.files import bench_folder
+from l2d_bench import folder as bench_folder
 from l2d_bench.kinds import KINDS, MAKERS
 from l2d_bench.schema import Model, ProfileFile
 from l2d_framework.config.files import override, read_file

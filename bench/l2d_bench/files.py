@@ -11,7 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
-import l2d_framework
+from l2d_bench import folder as bench_folder
 from l2d_bench.schema import ProfileFile, TableFile
 from l2d_framework.config.files import read_file
 from l2d_framework.config.validation import validated
@@ -20,24 +20,13 @@ from l2d_framework.errors import ConfigError, suggest
 F = TypeVar("F", TableFile, ProfileFile)
 
 
-def bench_folder() -> Path:
-    """Folder with `tables`, `profiles`, `runs` and `tasks`.
-
-    Returns:
-        That of an installed wheel, or `bench` of a checkout.
-    """
-    package = Path(l2d_framework.__file__).parent
-    installed = package / "_bench"
-    return installed if installed.is_dir() else package.parent / "bench"
-
-
 def commit() -> str | None:
     """Commit of the checkout that this package runs from, wherever the working directory is.
 
     Returns:
         Its hash, with a remark where files were changed; None for an installed wheel.
     """
-    if bench_folder().name != "bench":
+    if bench_folder().name == "_files":
         return None
     git = ["git", "-C", str(bench_folder())]
     try:

@@ -15,6 +15,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from l2d_framework.errors import L2DError
+from l2d_framework.registry import ALLOW_LIST, extensions
 
 
 class _Entry(NamedTuple):
@@ -41,10 +42,12 @@ COMMANDS = {
     ),
     "eval-text": _Entry("l2d_framework.cli.eval_text", "eval_text", "Measure generated text."),
     "diagnose": _Entry("l2d_framework.cli.diagnose", "diagnose", "Find out whether more steps will help a model."),
-    "bench": _Entry("l2d_bench.cli", "bench", "Run the papers' tables at one size, beside their numbers."),
     "demo": _Entry("l2d_framework.cli.demo", "demo", "Train, generate with and measure a tiny model."),
 }
 """For each command: its module, its function or typer app in there, and what `l2d --help` says about it."""
+
+ELSEWHERE = {"bench": "It comes with the distribution l2d-bench. Run: pip install 'l2d-framework[bench]'"}
+"""Commands of other distributions of this project, and how to get them."""
 
 
 class _LazyGroup(TyperGroup):
@@ -54,12 +57,17 @@ class _LazyGroup(TyperGroup):
         super().__init__(**options)
         for name, entry in COMMANDS.items():
             self.add_command(TyperCommand(name=name, help=entry.help))
+        for name, app in extensions().commands().items():
+            if name not in COMMANDS:
+                self.add_command(typer.main.get_command(app), name)
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        _, found, rest = super().resolve_command(ctx, args)
-        if found is None or found.name is None:
-            return None, found, rest
-        return found.name, _load(found.name), rest
+        if args and args[0] in ELSEWHERE and args[0] not in self.commands:
+            left_out = [source for source in extensions().disabled if source.plugin == args[0]]
+            why = f"{ALLOW_LIST} leaves out {left_out[0]}." if left_out else ELSEWHERE[args[0]]
+            ctx.fail(f"No such command {args[0]!r}. {why}")
+        name, command, rest = super().resolve_command(ctx, args)
+        return name, _load(name) if name in COMMANDS else command, rest
 
 
 def _load(name: str) -> Any:

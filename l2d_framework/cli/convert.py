@@ -21,15 +21,7 @@ def convert(
     ] = None,
     classes: Annotated[str | None, typer.Option(help="Names of the class labels, separated by commas.")] = None,
 ) -> None:
-    """Convert a checkpoint of another code base.
-
-    Args:
-        source: foreign checkpoint.
-        out: folder to write.
-        reader: name of its format.
-        base: the language model.
-        classes: names of the class labels.
-    """
+    """Convert a checkpoint of another code base."""
     from l2d_framework.models.convert import convert as run
     from l2d_framework.models.diffusion_lm import DiffusionLM
 

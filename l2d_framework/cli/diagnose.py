@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,11 +12,8 @@ import typer
 from l2d_framework.errors import ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from l2d_framework.config import SamplingSection
-    from l2d_framework.evaluation.diagnosis.diagnose import Settings, Track
-    from l2d_framework.models.unloaded import Source
+    from l2d_framework.evaluation.diagnosis.diagnose import Settings
+    from l2d_framework.models.unloaded import UnloadedModel
 
 _NUMBERS, _PICTURE = "diagnosis.json", "diagnosis.png"
 
@@ -56,41 +52,16 @@ def diagnose(
     A calibrated network gains from further evaluations only if it knows more at t than its prediction without the hint
     does together with the exact likelihood of the hint. Beside that: how soon tokens settle on the way, what an
     adaptive solver spends on them, and how many differ from the base model's.
-
-    Args:
-        model: checkpoint.
-        data: held-out rows.
-        name: configuration of the data sets.
-        split: of the data sets.
-        columns: columns by other names.
-        class_column: column with class labels.
-        limit: rows of each data set.
-        max_length: longest row.
-        times: how many.
-        num_inference_steps: evaluations per token.
-        solver: its name.
-        adaptive_solver: its name.
-        set_: other settings.
-        seed: of all noise.
-        batch_size: rows at a time.
-        base: where the base model lies.
-        dtype: of the weights.
-        device: where to run.
-        out: folder.
-
-    Raises:
-        ConfigError: if the options do not go together or do not fit the model.
     """
+    from l2d_framework.cli.loading import check_device, check_dtype
+    from l2d_framework.cli.output import bar, check_folder
     from l2d_framework.config.files import override
-    from l2d_framework.evaluation.text.pretrained import check_device
-    from l2d_framework.models.unloaded import Source
+    from l2d_framework.models.unloaded import UnloadedModel
 
-    if dtype not in (None, "float32", "bfloat16", "float16"):
-        raise ConfigError(f"--dtype must be float32, bfloat16 or float16, got {dtype!r}.")
+    check_dtype(dtype)
     where = check_device(device)
-    if out is not None:
-        _check_output(out)
-    source = Source(model, base=base, dtype=dtype, revision=None)
+    check_folder(out, "--out")
+    source = UnloadedModel(model, base=base, dtype=dtype)
     if source.is_plain:
         raise ConfigError(
             f"{model!r} is a plain language model: it has no diffusion network, and more steps mean nothing for it. "
@@ -103,13 +74,15 @@ def diagnose(
     }
     options = override({key: value for key, value in given.items() if value is not None}, set_ or [])
     settings = _settings(source, options, adaptive_solver, times)
-    _check_guidance(settings.sampling, class_column)
+    where_named = "Add --class-column NAME, whose entries are class labels."
+    source.check_class(settings.sampling, is_named=class_column is not None, where=where_named)
     rows, card = _rows(source, data, _fields(name, split, columns, class_column, limit), max_length)
 
     from l2d_framework.evaluation.diagnosis.diagnose import diagnose as run
 
     lm = source.load(where)
-    with _progress() as track:
+    with bar() as progress:
+        track = partial(progress.track, description="diagnosing")
         found = run(lm, rows, settings, batch_size=batch_size, track=track)
     _show(found)
     if out is not None:
@@ -117,7 +90,7 @@ def diagnose(
         _write(found | facts | {"device": str(where)}, out)
 
 
-def _settings(source: Source, options: dict[str, Any], adaptive_solver: str, times: int) -> Settings:
+def _settings(source: UnloadedModel, options: dict[str, Any], adaptive_solver: str, times: int) -> Settings:
     from l2d_framework.evaluation.diagnosis.diagnose import Settings, time_grid
     from l2d_framework.registry import registry
 
@@ -138,17 +111,7 @@ def _settings(source: Source, options: dict[str, Any], adaptive_solver: str, tim
                 "that does, such as fehlberg2, or none."
             )
         adaptive = source.sampling(options | {"solver": other, "num_inference_steps": None, "patience": None})
-    schedule: Any = registry().create("schedule", source.manifest["schedule"])
-    return Settings(time_grid(schedule, times), sampling, adaptive)
-
-
-def _check_guidance(sampling: SamplingSection, class_column: str | None) -> None:
-    for guidance in sampling.guidance:
-        if class_column is None and guidance.needs_classes and guidance.scale != guidance.neutral_scale:
-            raise ConfigError(
-                f"Guidance {guidance.component_name()!r} with scale {guidance.scale:g} guides towards classes, and the "
-                "rows name none. Add --class-column NAME, or leave the guidance out."
-            )
+    return Settings(time_grid(source.parts.schedule, times), sampling, adaptive)
 
 
 def _fields(
@@ -167,7 +130,7 @@ def _fields(
     }
 
 
-def _rows(source: Source, data: list[str], fields: dict[str, Any], max_length: int | None) -> tuple[Any, Any]:
+def _rows(source: UnloadedModel, data: list[str], fields: dict[str, Any], max_length: int | None) -> tuple[Any, Any]:
     from l2d_framework.config import DataSection
     from l2d_framework.config.validation import validated
     from l2d_framework.generation.prompts import context_length
@@ -183,54 +146,22 @@ def _rows(source: Source, data: list[str], fields: dict[str, Any], max_length: i
     return list(prepared.train), prepared.card["sources"]["train"]
 
 
-def _check_output(out: Path) -> None:
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"{str(out)!r} exists and is not empty. Name another --out, so that nothing is lost.")
-    existing = next(folder for folder in (out.resolve(), *out.resolve().parents) if folder.exists())
-    if not os.access(existing, os.W_OK):
-        raise ConfigError(f"{str(existing)!r} cannot be written. Name another --out.")
-
-
-@contextmanager
-def _progress() -> Iterator[Track]:
-    from rich.console import Console
-    from rich.progress import Progress
-
-    # The table alone goes to standard output, which may be a pipe.
-    with Progress(console=Console(stderr=True), transient=True) as progress:
-        yield lambda batches: progress.track(batches, description="diagnosing")
-
-
 def _show(found: dict[str, Any]) -> None:
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
+    from l2d_framework.cli.output import show
     from l2d_framework.evaluation.diagnosis.report import sentences, table
 
-    console = Console()
-    heading, *rows = table(found)
     title = f"Cross-entropy in nats per token, ± standard error; {found['tokens']:,} tokens of {found['rows']:,} rows"
-    shown = Table(*heading, box=box.SIMPLE_HEAD, title=title)
-    for row in rows:
-        shown.add_row(*row)
-    console.print(shown)
-    for line in sentences(found):
-        console.print(f"- {line}", highlight=False, markup=False, soft_wrap=True)
+    show(table(found), sentences(found), title=title)
 
 
 def _write(found: dict[str, Any], out: Path) -> None:
-    import importlib.util
-
+    from l2d_framework.cli.output import can_draw
     from l2d_framework.evaluation.diagnosis.report import draw
     from l2d_framework.training.output_dir import staged
 
-    can_draw = importlib.util.find_spec("matplotlib") is not None
     with staged(out) as folder:
         text = json.dumps(found, indent=2, ensure_ascii=False)
         (folder / _NUMBERS).write_text(text + "\n", encoding="utf-8")
-        if can_draw:
+        if can_draw():
             draw(found, folder / _PICTURE)
-    if not can_draw:
-        typer.echo("No picture: matplotlib is missing. Run: pip install 'l2d-framework[plots]'", err=True)
     typer.echo(f"Written to {out}", err=True)

@@ -39,11 +39,7 @@ class Drafts:
         self._live.stop()
 
     def __call__(self, evaluation: Evaluation) -> None:
-        """Show one draft.
-
-        Args:
-            evaluation: of the only prompt.
-        """
+        """Show one draft."""
         if not self._live.console.is_terminal:
             return
         # Blocks that are finished stay in front of the one that is being denoised.

@@ -13,11 +13,7 @@ app = typer.Typer(add_completion=False)
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
 )
 def evaluate(ctx: typer.Context) -> None:
-    """Evaluate a model on the tasks of lm_eval, whose options these are: `l2d eval --help` lists them.
-
-    Args:
-        ctx: holds the arguments.
-    """
+    """Evaluate a model on the tasks of lm_eval, whose options these are: `l2d eval --help` lists them."""
     from l2d_framework.evaluation.harness.command import run
 
     run(ctx.args or ["--help"])

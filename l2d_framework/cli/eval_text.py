@@ -3,19 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from l2d_framework.errors import ConfigError
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from l2d_framework.evaluation.text.pretrained import Track
 
 _PICTURE = "eval_text.png"
 
@@ -50,41 +44,23 @@ def eval_text(
     """Measure generated text: perplexity, distinct n-grams, entropy, MAUVE, Zipf's law and repetition.
 
     Each metric stands as TESS 2's evaluation defines it and, beside it, corrected. Several files are compared.
-
-    Args:
-        files: generated texts.
-        perplexity_model: for perplexity.
-        tokenizer: of the generator.
-        mauve: measure MAUVE.
-        mauve_model: for MAUVE's features.
-        gold: file of gold texts.
-        prefix_column: its name.
-        text_column: its name.
-        gold_column: its name.
-        max_length: longest input for perplexity.
-        mauve_max_length: longest input for MAUVE.
-        batch_size: texts at a time.
-        dtype: of the weights.
-        device: where to run.
-        output: folder.
-
-    Raises:
-        ConfigError: if the options cannot be used.
     """
+    from l2d_framework.cli.loading import check_device, check_dtype
+    from l2d_framework.cli.output import bar, check_folder, show
     from l2d_framework.evaluation.text.samples import Columns, read_golds, read_samples
 
-    if dtype not in ("float32", "bfloat16", "float16"):
-        raise ConfigError(f"--dtype must be float32, bfloat16 or float16, got {dtype!r}.")
-    if output is not None:
-        _check_output(output)
+    check_dtype(dtype)
+    check_folder(output, "--output")
     golds = None if gold is None else read_golds(gold, gold_column)
     columns = Columns(prefix_column, text_column, gold_column)
     found = {name: read_samples(file, columns, golds=golds) for name, file in _named(files).items()}
 
-    from l2d_framework.evaluation.text.likelihood import Judge
+    from transformers.utils import logging
+
+    from l2d_framework.evaluation.text.judge import Judge, open_tokenizer, pretrained
     from l2d_framework.evaluation.text.mauve_score import FEATURES_MODEL, Features, check_golds, check_installed
     from l2d_framework.evaluation.text.measure import evaluate_texts
-    from l2d_framework.evaluation.text.pretrained import check_device, open_tokenizer, pretrained
+    from l2d_framework.evaluation.text.report import notes, table
 
     where: dict[str, Any] = {"device": check_device(device), "dtype": dtype}
     words = None if tokenizer is None else open_tokenizer(tokenizer)
@@ -98,12 +74,17 @@ def eval_text(
     if perplexity_model is not None:
         source = pretrained(perplexity_model, causal=True, **where)
         judge = Judge(source, max_length=max_length, batch_size=batch_size)
-    with _progress() as track:
+    logging.disable_progress_bar()  # loading bars would tear the one below apart
+    with bar() as progress:
+
+        def track(batches: Sequence[int], title: str) -> Iterable[int]:
+            return progress.track(batches, description=title)
+
         results = {
             name: evaluate_texts(samples, tokenizer=words, judge=judge, features=features, track=track)
             for name, samples in found.items()
         }
-    _show(results)
+    show(table(results), notes(results), title="Generated text, ± standard error over samples")
     if output is not None:
         _write(results, output)
 
@@ -116,52 +97,13 @@ def _named(files: list[Path]) -> dict[str, Path]:
     return {file.stem if stems.count(file.stem) == 1 else str(file): file for file in files}
 
 
-def _check_output(output: Path) -> None:
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ConfigError(f"{str(output)!r} exists and is not empty. Name another --output, so that nothing is lost.")
-    existing = next(folder for folder in (output.resolve(), *output.resolve().parents) if folder.exists())
-    if not os.access(existing, os.W_OK):
-        raise ConfigError(f"{str(existing)!r} cannot be written. Name another --output.")
-
-
-@contextmanager
-def _progress() -> Iterator[Track]:
-    from rich.console import Console
-    from rich.progress import Progress
-    from transformers.utils import logging
-
-    # Loading bars would tear the one below apart.
-    logging.disable_progress_bar()
-    # The table alone goes to standard output, which may be a pipe.
-    with Progress(console=Console(stderr=True), transient=True) as progress:
-        yield lambda batches, title: progress.track(batches, description=title)
-
-
-def _show(results: dict[str, Any]) -> None:
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
-    from l2d_framework.evaluation.text.report import notes, table
-
-    console = Console()
-    heading, *rows = table(results)
-    shown = Table(*heading, box=box.SIMPLE_HEAD, title="Generated text, ± standard error over samples")
-    for row in rows:
-        shown.add_row(*row)
-    console.print(shown)
-    for note in notes(results):
-        console.print(f"- {note}", highlight=False, markup=False, soft_wrap=True)
-
-
 def _write(results: dict[str, Any], output: Path) -> None:
-    import importlib.util
-
+    from l2d_framework.cli.output import can_draw
     from l2d_framework.evaluation.text.measure import DEFINITIONS
     from l2d_framework.evaluation.text.report import draw, markdown
     from l2d_framework.training.output_dir import staged
 
-    is_drawn = len(results) > 1 and importlib.util.find_spec("matplotlib") is not None
+    is_drawn = len(results) > 1 and can_draw()
     with staged(output) as folder:
         if is_drawn:
             draw(results, folder / _PICTURE)
@@ -169,6 +111,4 @@ def _write(results: dict[str, Any], output: Path) -> None:
         (folder / "eval_text.json").write_text(text + "\n", encoding="utf-8")
         report = markdown(results, picture=_PICTURE if is_drawn else None)
         (folder / "eval_text.md").write_text(report, encoding="utf-8")
-    if len(results) > 1 and not is_drawn:
-        typer.echo("No picture: matplotlib is missing. Run: pip install 'l2d-framework[plots]'", err=True)
     typer.echo(f"Written to {output}", err=True)

@@ -55,41 +55,7 @@ def generate(
     device: Annotated[str | None, typer.Option(help="Such as cuda; the GPU when there is one.")] = None,
     merge: Annotated[bool, typer.Option(help="Fold the adapter into weights of its own: faster, more memory.")] = False,
 ) -> None:
-    """Generate text with a trained model.
-
-    Args:
-        model: checkpoint.
-        prompt: prompts.
-        file: file with prompts.
-        infill: texts with gaps.
-        chat: use the chat template.
-        max_new_tokens: longest answer.
-        num_inference_steps: network evaluations per token.
-        solver: its name.
-        guidance: names of guidances.
-        guidance_scale: scale of the guidance.
-        class_name: class label.
-        preset: named settings.
-        set_: other settings.
-        do_sample: draw the token.
-        temperature: of the draw.
-        top_p: of the draw.
-        top_k: of the draw.
-        stop: strings that end an answer.
-        num_return_sequences: answers per prompt.
-        seed: of all random numbers.
-        batch_size: prompts at a time.
-        stream: print tokens as they come.
-        trace: page or picture of the answer taking shape.
-        output: file for the answers.
-        base: where the base model lies.
-        dtype: of the weights.
-        device: where to run.
-        merge: fold the adapter.
-
-    Raises:
-        ConfigError: if the options do not go together.
-    """
+    """Generate text with a trained model."""
     from l2d_framework.cli.generate_session import Session
     from l2d_framework.cli.rows import read_prompts
     from l2d_framework.config.files import override

@@ -14,15 +14,7 @@ if TYPE_CHECKING:
 
 
 def params(run_file: RunFile, overrides: Overrides = None) -> None:
-    """Count the trainable parameters of a diffusion run by module, on the meta device: no weights are loaded.
-
-    Args:
-        run_file: run file.
-        overrides: replaced values.
-
-    Raises:
-        ConfigError: if the file holds no diffusion run.
-    """
+    """Count the trainable parameters of a diffusion run by module, on the meta device: no weights are loaded."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -45,14 +37,7 @@ def params(run_file: RunFile, overrides: Overrides = None) -> None:
 
 
 def count_by_module(model: nn.Module) -> dict[str, int]:
-    """Trainable parameters of a model, numbered layers taken together.
-
-    Args:
-        model: any module.
-
-    Returns:
-        Number of parameters by module path, with `*` for the number of a layer.
-    """
+    """Trainable parameters by module path, with `*` for the number of a layer."""
     counts: Counter[str] = Counter()
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:

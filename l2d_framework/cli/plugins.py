@@ -4,14 +4,14 @@ from __future__ import annotations
 
 
 def plugins() -> None:
-    """List components and presets with who ships them, and the error of every plugin that cannot be used."""
+    """List what plugins offer, with who ships it, and the error of every plugin that cannot be used."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
 
-    from l2d_framework.registry import ALLOW_LIST, registry
+    from l2d_framework.registry import ALLOW_LIST, extensions, registry
 
-    rows = [row for row in registry().table() if row.status != "disabled"]
+    rows = [row for part in (registry(), extensions()) for row in part.table() if row.status != "disabled"]
     console = Console()
     if not console.is_terminal:
         console = Console(width=160)  # a file or pipe has no edge to wrap at
@@ -22,5 +22,5 @@ def plugins() -> None:
     for row in rows:
         if row.error:
             console.print(f"{row.kind} {row.name}: {row.error}".strip(), markup=False, highlight=False, soft_wrap=True)
-    if registry().disabled:
-        console.print(f"{ALLOW_LIST} leaves out {len(registry().disabled)} more.")
+    if disabled := [*registry().disabled, *extensions().disabled]:
+        console.print(f"{ALLOW_LIST} leaves out {len(disabled)} more.")

@@ -24,15 +24,7 @@ class Reporter(TrainerCallback):
 
 
 def progress(console: Console, title: str) -> Reporter:
-    """Callback that suits the console.
-
-    Args:
-        console: where to.
-        title: of the run.
-
-    Returns:
-        A callback for the trainer.
-    """
+    """Callback that suits the console."""
     return _Bar(console, title) if console.is_terminal else _Lines(console, title)
 
 

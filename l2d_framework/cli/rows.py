@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,25 +10,14 @@ from typing import Any
 from fsspec.utils import infer_compression
 
 from l2d_framework.errors import DataError
+from l2d_framework.evaluation.tables import write_whole
 from l2d_framework.generation.chat_template import check_conversation
 from l2d_framework.generation.prompts import Prompt
 from l2d_framework.lines import read_lines, read_objects
 
 
 def read_prompts(texts: Sequence[str], file: Path | None, *, chat: bool) -> dict[str, Prompt]:
-    """Prompts from the command line and a file.
-
-    Args:
-        texts: from the command line.
-        file: text with one prompt a line, or JSONL with `prompt` or `messages`.
-        chat: make a conversation of each plain text.
-
-    Returns:
-        The prompts in order, by what messages call them.
-
-    Raises:
-        DataError: if the file is missing, empty, or a line cannot be read.
-    """
+    """Prompts of the command line and of a file (text or JSONL), in order, by what messages call them."""
     prompts: dict[str, Prompt] = {f"Prompt {number}": text for number, text in enumerate(texts)}
     if file is not None:
         if not file.is_file():
@@ -57,14 +45,7 @@ def _json_prompt(row: dict[str, Any], where: str) -> Prompt:
 
 
 def write_rows(output: Path | None, rows: list[dict[str, Any]]) -> None:
-    """Write a JSONL file in one piece.
-
-    Args:
-        output: the file, or None to write nothing.
-        rows: one per line.
-    """
+    """Write a JSONL file, if one is named, in one piece."""
     if output is None:
         return
-    temporary = output.with_name(output.name + ".part")
-    temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    os.replace(temporary, output)
+    write_whole(output, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

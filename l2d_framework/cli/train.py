@@ -25,11 +25,6 @@ def train(
     """Train the run, or the pipeline of runs, of a file; called again, it goes on where it was interrupted.
 
     Works under `accelerate launch -m l2d_framework.cli train` and `torchrun -m l2d_framework.cli train`.
-
-    Args:
-        run_file: run file.
-        overrides: replaced values.
-        overwrite: move output folders that exist aside.
     """
     from rich.console import Console
 
@@ -61,15 +56,7 @@ def train(
 
 
 def summary(title: str, card: dict[str, Any]) -> Table:
-    """Results of a finished run.
-
-    Args:
-        title: of the table.
-        card: contents of `run.json`.
-
-    Returns:
-        A table.
-    """
+    """Results of a finished run."""
     from rich import box
     from rich.table import Table
 
@@ -93,11 +80,7 @@ def summary(title: str, card: dict[str, Any]) -> Table:
 
 
 def leave() -> bool:
-    """End what the processes have in common.
-
-    Returns:
-        Whether this is the first of them, which reports.
-    """
+    """End what the processes have in common."""
     from accelerate import PartialState
 
     state = PartialState()

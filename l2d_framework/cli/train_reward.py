@@ -23,11 +23,6 @@ def train_reward(
     """Train a reward model with TRL; called again, it goes on from the last checkpoint.
 
     The run file has `kind: reward`; the result serves `l2d generate --guidance reward_gradient`.
-
-    Args:
-        run_file: run file.
-        overrides: replaced values.
-        overwrite: move output folders that exist aside.
     """
     from rich.console import Console
 
@@ -52,15 +47,7 @@ def train_reward(
 
 
 def summary(title: str, card: dict[str, Any]) -> Table:
-    """Results of a finished reward run.
-
-    Args:
-        title: of the table.
-        card: contents of `run.json`.
-
-    Returns:
-        A table.
-    """
+    """Results of a finished reward run."""
     from rich import box
     from rich.table import Table
 

@@ -33,9 +33,7 @@ def tune_search(
     apply_chat_template: Annotated[
         bool, typer.Option("--apply_chat_template", help="Ask as a conversation, examples as its past.")
     ] = False,
-    include_path: Annotated[
-        Path | None, typer.Option("--include_path", help="Folder of task files; the papers'.")
-    ] = None,
+    include_path: Annotated[Path | None, typer.Option("--include_path", help="Folder of further task files.")] = None,
     device: Annotated[str | None, typer.Option(help="Such as cuda; the GPU when there is one.")] = None,
     confirm_run_unsafe_code: Annotated[
         bool, typer.Option("--confirm_run_unsafe_code", help="Let tasks run code that the model writes.")
@@ -76,10 +74,8 @@ def tune_search(
 
     from rich.console import Console
 
-    from l2d_bench import protocols
     from l2d_framework.evaluation.harness.start_up import steps
-    from l2d_framework.evaluation.search.tasks import Question
-    from l2d_framework.evaluation.search.tuning import grid, open_model, tune
+    from l2d_framework.evaluation.search.tuning import Question, grid, open_model, tune
 
     steps.prepare([steps.CONFIRMED] if confirm_run_unsafe_code else [])
     settings = grid(beams, *values.values())
@@ -93,14 +89,16 @@ def tune_search(
         metric,
         num_fewshot,
         apply_chat_template,
-        include_path or protocols.folder(),
+        include_path,
         confirm_run_unsafe_code,
     )
     chosen = tune(lm, question, settings, out=out, track=_track)
     console = Console()
     for table in _tables(out, chosen):
         console.print(table)
-    console.print(f"Search with:  l2d eval --model_args {model_args},search={out} --tasks ...", soft_wrap=True)
+    # What was tuned for one way of asking need not be right for another.
+    same = " --apply_chat_template" * apply_chat_template + (f" --include_path {include_path}" if include_path else "")
+    console.print(f"Search with:  l2d eval --model_args {model_args},search={out}{same} --tasks ...", soft_wrap=True)
 
 
 def _numbers(name: str, text: str, least: float | None = None) -> list[float]:

@@ -35,30 +35,13 @@ _DATA_SUFFIXES = (".json", ".jsonl", ".parquet", ".csv", ".txt", ".gz", ".zst", 
 
 
 def check_runs(runs: Sequence[Run]) -> None:
-    """Check the runs of one file, whose later ones may build on the output of earlier ones.
-
-    Args:
-        runs: the runs in order.
-
-    Raises:
-        ConfigError: if a folder, file, model or tracker that a run needs is missing or wrong.
-        UnsupportedModelError: if a backbone cannot serve its model's family.
-    """
+    """Check the runs of one file, whose later ones may build on the output of earlier ones."""
     for index, run in enumerate(runs):
         check_run(run, earlier=runs[:index])
 
 
 def check_run(run: Run, *, earlier: Sequence[Run] = ()) -> None:
-    """Check a run before any weights are loaded.
-
-    Args:
-        run: the run.
-        earlier: runs whose output this one may start from.
-
-    Raises:
-        ConfigError: if a folder, file, model or tracker that the run needs is missing or wrong.
-        UnsupportedModelError: if the backbone cannot serve the model's family.
-    """
+    """Check a run before any weights are loaded."""
     if run.output_dir is not None:
         _check_output(run.output_dir)
     for where, source in _sources(run):

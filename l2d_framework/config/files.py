@@ -129,18 +129,7 @@ _Loader.add_constructor("tag:yaml.org,2002:int", lambda _, node: int(node.value)
 
 
 def parse_yaml(text: str, source: str) -> Any:
-    """Value of a YAML text.
-
-    Args:
-        text: one YAML document.
-        source: where it comes from, for messages.
-
-    Returns:
-        Dictionaries with string keys, lists, strings, numbers, booleans and None.
-
-    Raises:
-        ConfigError: if it is not well-formed, holds a key twice, or is too long, too deep or recursive; names the line.
-    """
+    """Value of a YAML text; refused where a key stands twice, or the text is too long, too deep or recursive."""
     _check_length(text, source, _YAML_CHARACTERS)
     try:
         return _checked(yaml.load(text, Loader=_Loader), source)  # a SafeLoader underneath
@@ -152,19 +141,7 @@ def parse_yaml(text: str, source: str) -> Any:
 
 
 def parse_json(text: str, source: str) -> Any:
-    """Value of a JSON text that a user, or a stranger, wrote.
-
-    Args:
-        text: one JSON value.
-        source: where it comes from, for messages.
-
-    Returns:
-        Dictionaries, lists, strings, numbers, booleans and None.
-
-    Raises:
-        ConfigError: if it is not well-formed, too long or too deep, or holds a number too long to write or text that
-            no file can hold.
-    """
+    """Value of a JSON text that a user, or a stranger, wrote."""
     _check_length(text, source, _JSON_CHARACTERS)
     try:
         return _checked(json.loads(text), source)
@@ -179,18 +156,7 @@ def parse_json(text: str, source: str) -> Any:
 
 
 def read_text(path: str | Path) -> str:
-    """Text of a file, but no more than can be parsed.
-
-    Args:
-        path: the file.
-
-    Returns:
-        Its text, without byte-order mark.
-
-    Raises:
-        OSError: if it cannot be read.
-        UnicodeDecodeError: if it is no UTF-8.
-    """
+    """Text of a file, but no more than can be parsed."""
     with open(path, encoding="utf-8-sig") as file:
         return file.read(_JSON_CHARACTERS + 1)
 
@@ -218,17 +184,7 @@ def _checked(value: Any, source: str) -> Any:
 
 
 def read_file(path: str | Path) -> dict[str, Any]:
-    """Contents of a run file.
-
-    Args:
-        path: a YAML or JSON file.
-
-    Returns:
-        Its top level.
-
-    Raises:
-        ConfigError: if it cannot be read or its top level is no section.
-    """
+    """Contents of a run file."""
     path = Path(path)
     try:
         text = read_text(path)

@@ -15,25 +15,13 @@ from l2d_framework.config.runs import DiffusionRun, LanguageModelRun, Run, diffu
 from l2d_framework.config.sampling import complete, with_preset
 from l2d_framework.config.validation import validated
 from l2d_framework.errors import ConfigError, L2DError, PluginError, shown, suggest
-from l2d_framework.parametrization import ParametrizationConfig
 from l2d_framework.registry import registry
 
 _KINDS: dict[str, type[Run]] = {"diffusion": DiffusionRun, "language_model": LanguageModelRun, "reward": RewardRun}
 
 
 def load_run(path: str | Path, overrides: list[str] | None = None) -> list[Run]:
-    """Runs of a file.
-
-    Args:
-        path: a YAML or JSON file with one run, or with `stages`.
-        overrides: such as `training.max_steps=100` or `stages.0.seed=1`.
-
-    Returns:
-        The runs in order, checked as far as possible without reading models or data.
-
-    Raises:
-        ConfigError: with one line for everything that is wrong.
-    """
+    """Runs of a file, in order, values replaced, checked as far as possible without reading models or data."""
     data = override(read_file(path), overrides or [])
     try:
         return parse_stages(data)
@@ -42,17 +30,7 @@ def load_run(path: str | Path, overrides: list[str] | None = None) -> list[Run]:
 
 
 def parse_stages(data: Mapping[str, Any]) -> list[Run]:
-    """Runs of a file's contents.
-
-    Args:
-        data: fields of one run, or `stages` with a list of runs.
-
-    Returns:
-        The runs in order.
-
-    Raises:
-        ConfigError: with one line for everything that is wrong.
-    """
+    """Runs of a file's contents: the fields of one, or `stages` with a list."""
     if "stages" not in data:
         return [parse_run(data)]
     stages = data["stages"]
@@ -75,18 +53,7 @@ def parse_stages(data: Mapping[str, Any]) -> list[Run]:
 
 
 def parse_run(data: Mapping[str, Any], where: str = "") -> Run:
-    """One run from its fields.
-
-    Args:
-        data: JSON-ready fields; `kind` is "diffusion" when absent.
-        where: path of the run in its file, for messages.
-
-    Returns:
-        The run, its sampling section completed from the preset and the parametrization.
-
-    Raises:
-        ConfigError: with one line for everything that is wrong.
-    """
+    """One run from its fields, complete; `method` fills in what is left out; `where`: its path, for messages."""
     kind = data.get("kind", "diffusion")
     if not isinstance(kind, str) or kind not in _KINDS:
         place = f"{where}.kind" if where else "kind"
@@ -98,8 +65,14 @@ def parse_run(data: Mapping[str, Any], where: str = "") -> Run:
     if _KINDS[kind] is RewardRun:
         return validated(reward_type(registry()), with_reward_preset(data), where)
     prefix = f"{where}." if where else ""
+    method, data = data.get("method"), {name: value for name, value in data.items() if name != "method"}
+    if method is not None:
+        try:
+            data = _laid_over(registry().method(str(method)), data)
+        except PluginError as error:
+            raise ConfigError(f"{prefix}method: {error}") from error
     try:
-        data = _completed(data)
+        data = _completed(data, method)
     except PluginError as error:
         raise ConfigError(f"{prefix}sampling.preset: {error}") from error
     run = validated(diffusion_type(registry()), data, where)
@@ -110,44 +83,44 @@ def parse_run(data: Mapping[str, Any], where: str = "") -> Run:
 
 
 def resolved_json(run: Run) -> str:
-    """A run with nothing left out.
-
-    Args:
-        run: the run.
-
-    Returns:
-        JSON from which `load_run` makes an equal run.
-    """
+    """A run with nothing left out."""
     return json.dumps(run.model_dump(mode="json"), indent=2, ensure_ascii=False) + "\n"
 
 
 def config_hash(run: Run) -> str:
-    """Fingerprint of a run's configuration.
-
-    Args:
-        run: the run.
-
-    Returns:
-        SHA-256 of its canonical JSON (sorted keys, no spaces), in hexadecimal.
-    """
+    """SHA-256 of a run's canonical JSON (sorted keys, no spaces), in hexadecimal."""
     canonical = json.dumps(run.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 
-def _completed(data: Mapping[str, Any]) -> dict[str, Any]:
+_SECTIONS = ("schedule", "parametrization", "backbone")
+
+
+def _laid_over(method: Mapping[str, Any], data: Mapping[str, Any]) -> dict[str, Any]:
+    """A run laid over the components of its method; what is no section stays for validation to name."""
+    out = dict(data)
+    for kind in _SECTIONS:
+        chosen, default = data.get(kind, {}), method.get(kind)
+        if isinstance(chosen, Mapping) and default is not None:
+            out[kind] = merged(default, chosen)
+    return out
+
+
+def _completed(data: Mapping[str, Any], method: str | None) -> dict[str, Any]:
     """Fill in what a run file may leave out; whatever is malformed stays as it is for validation to name."""
     out = dict(data)
     state, chosen = _component(data, "parametrization")
+    method = method or getattr(state, "default_method", None)
+    defaults = registry().methods().get(method or "", {})
     sampling = {} if data.get("sampling") is None else data["sampling"]
     if isinstance(sampling, Mapping):
         # An estimate written in the parametrization is as explicit as one in sampling: it wins over the preset.
         explicit = merged({"estimate": chosen["estimate"]}, sampling) if chosen.get("estimate") else sampling
-        out["sampling"] = with_preset(explicit, getattr(state, "default_preset", None))
-    if state is not None and issubclass(state, ParametrizationConfig):
-        out.setdefault("block_size", state.default_block_size)
-        section = data.get("data")
-        if isinstance(section, Mapping) and section.get("padding") is None:
-            out["data"] = {**section, "padding": state.default_padding}
+        out["sampling"] = with_preset(explicit, method)
+    out.setdefault("block_size", defaults.get("block_size", 1))
+    section = data.get("data")
+    if isinstance(section, Mapping) and section.get("padding") is None:
+        out["data"] = {**section, "padding": defaults.get("data", {}).get("padding", "none")}
     network, chosen = _component(data, "backbone")
     classes = data.get("classes")
     has_count = network is not None and "num_classes" in network.model_fields

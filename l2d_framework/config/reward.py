@@ -10,9 +10,9 @@ from pydantic import ConfigDict, Field, SerializeAsAny, create_model, model_vali
 
 from l2d_framework.component import merged
 from l2d_framework.config.sampling import component_type
-from l2d_framework.config.sections import ModelSection, RowSource, Section, UserPath
+from l2d_framework.config.sections import ModelSection, RowSource, Section, Updates, UserPath
 from l2d_framework.registry import Registry
-from l2d_framework.schedule import Schedule
+from l2d_framework.schedule import ScheduleConfig
 
 PRESETS: dict[str, dict[str, Any]] = {
     "tess2-paper": {
@@ -98,16 +98,9 @@ class PairData(Section):
         return self
 
 
-class RewardTraining(Section):
-    """How to train: AdamW in float32, linear warm-up, linear decay."""
+class RewardTraining(Updates):
+    """How to train a reward model: AdamW in float32, linear warm-up, linear decay."""
 
-    max_steps: int | None = Field(default=None, ge=1)
-    """Optimizer updates; counted from `epochs` when None."""
-    epochs: float = Field(default=1.0, gt=0)
-    batch_size: int = Field(default=32, ge=1)
-    """Pairs per optimizer update over all processes."""
-    micro_batch_size: int | None = Field(default=None, ge=1)
-    """Pairs per forward pass of one process; as many as `batch_size` allows when None."""
     learning_rate: float = Field(default=2e-5, gt=0)
     warmup_ratio: float = Field(default=0.0, ge=0, lt=1)
     """Share of the updates in which the learning rate rises from zero."""
@@ -117,34 +110,12 @@ class RewardTraining(Section):
     """Lead that the chosen reward should have where a source names no column for it."""
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = Field(default=0.0, ge=0)
-    max_grad_norm: float = Field(default=1.0, gt=0)
-    bf16: bool = False
-    """Compute in bfloat16; weights stay in float32 until they are saved."""
-    gradient_checkpointing: bool = False
-    eval_steps: int | None = Field(default=None, ge=1)
-    """Updates between evaluations; only at the end when None."""
-    save_steps: int | None = Field(default=None, ge=1)
-    """Updates between checkpoints, from which an interrupted run goes on; none when None."""
-    save_total_limit: int = Field(default=2, ge=1)
-    logging_steps: int = Field(default=10, ge=1)
-    report_to: list[str] = Field(default_factory=list)
-    """Trackers such as `tensorboard` or `wandb`."""
-
-    @model_validator(mode="after")
-    def _consistent(self) -> Self:
-        if self.micro_batch_size and self.batch_size % self.micro_batch_size:
-            raise ValueError(
-                f"batch_size {self.batch_size} is no multiple of micro_batch_size {self.micro_batch_size}; change one"
-            )
-        if not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"betas must lie in [0, 1), got {list(self.betas)}")
-        return self
 
 
 class SimplexNoise(Section):
     """Noise on the simplex under the training texts, so that the reward model knows the drafts guidance shows it."""
 
-    schedule: SerializeAsAny[Schedule]
+    schedule: SerializeAsAny[ScheduleConfig]
     k: float = Field(default=5.0, gt=0)
     """Half the distance between the true token's coordinate and the others', and the standard deviation of noise."""
 
@@ -181,31 +152,17 @@ class RewardRun(Section):
 
 @cache
 def reward_type(plugins: Registry) -> type[RewardRun]:
-    """Reward run whose schedule is a union over plugins.
-
-    Args:
-        plugins: what is installed.
-
-    Returns:
-        A subclass of `RewardRun`, the same at every call.
-    """
+    """Reward run whose schedule is a union over plugins."""
     noise: Any = create_model(
         "SimplexNoise",
         __base__=SimplexNoise,
         __doc__=SimplexNoise.__doc__,
-        schedule=(component_type(plugins, "schedule", Schedule), ...),
+        schedule=(component_type(plugins, "schedule", ScheduleConfig), ...),
     )
     return create_model("RewardRun", __base__=RewardRun, __doc__=RewardRun.__doc__, noise=(noise | None, None))
 
 
 def with_reward_preset(data: Mapping[str, Any]) -> dict[str, Any]:
-    """Raw fields of a reward run laid over those of the preset it names.
-
-    Args:
-        data: what the run file says.
-
-    Returns:
-        The fields; an unknown preset stays for validation to name.
-    """
+    """Raw fields of a reward run laid over those of the preset it names."""
     preset = data.get("preset")
     return merged(PRESETS.get(preset, {}) if isinstance(preset, str) else {}, data)

@@ -21,7 +21,7 @@ from l2d_framework.config.sections import (
 )
 from l2d_framework.parametrization import ParametrizationConfig
 from l2d_framework.registry import Registry, registry
-from l2d_framework.schedule import Schedule
+from l2d_framework.schedule import ScheduleConfig
 
 
 def _sampling_is_optional(schema: dict[str, Any]) -> None:
@@ -35,7 +35,7 @@ class DiffusionRun(Section):
 
     kind: Literal["diffusion"] = "diffusion"
     model: ModelSection
-    schedule: SerializeAsAny[Schedule]
+    schedule: SerializeAsAny[ScheduleConfig]
     parametrization: SerializeAsAny[ParametrizationConfig]
     backbone: SerializeAsAny[BackboneConfig]
     block_size: int | None = Field(default=1, ge=1)
@@ -120,19 +120,12 @@ class Pipeline(Section):
 
 @cache
 def diffusion_type(plugins: Registry) -> type[DiffusionRun]:
-    """Diffusion run whose components are unions over plugins.
-
-    Args:
-        plugins: what is installed.
-
-    Returns:
-        A subclass of `DiffusionRun`, the same at every call.
-    """
+    """Diffusion run whose components are unions over plugins."""
     return create_model(
         "DiffusionRun",
         __base__=DiffusionRun,
         __doc__=DiffusionRun.__doc__,
-        schedule=(component_type(plugins, "schedule", Schedule), ...),
+        schedule=(component_type(plugins, "schedule", ScheduleConfig), ...),
         parametrization=(component_type(plugins, "parametrization", ParametrizationConfig), ...),
         backbone=(component_type(plugins, "backbone", BackboneConfig), ...),
         sampling=(sampling_type(plugins), ...),
@@ -140,16 +133,21 @@ def diffusion_type(plugins: Registry) -> type[DiffusionRun]:
 
 
 def json_schema() -> dict[str, Any]:
-    """JSON schema of a run file, complete for the installed plugins.
-
-    Returns:
-        The schema of one run or a pipeline.
-    """
+    """JSON schema of a run file, complete for the installed plugins."""
     run: Any = diffusion_type(registry()) | LanguageModelRun | reward_type(registry())
     stages: Any = (list[run], Field(min_length=1))
     pipeline = create_model("Pipeline", __base__=Pipeline, __doc__=Pipeline.__doc__, stages=stages)
     either: Any = run | pipeline
     schema = TypeAdapter(either).json_schema()
+    for name, part in schema.get("$defs", {}).items():
+        if name == "DiffusionRun":
+            part["properties"]["method"] = {
+                "enum": sorted(registry().methods()),
+                "description": "Method whose components and settings this run has where it names no others.",
+            }
+            parts = ["schedule", "parametrization", "backbone"]
+            part["required"] = [field for field in part["required"] if field not in parts]
+            part["anyOf"] = [{"required": ["method"]}, {"required": parts}]
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "Run file of l2d-framework", **schema}
 
 

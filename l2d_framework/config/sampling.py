@@ -32,7 +32,7 @@ class SamplingSection(Section):
     model_config = ConfigDict(json_schema_extra=_solver_is_optional)
 
     preset: str | None = None
-    """Named settings below the explicit ones; the parametrization's default preset when None."""
+    """Named settings below the explicit ones; the method's when None."""
     num_inference_steps: int | None = Field(default=None, ge=0, le=_MOST)
     """Network evaluations per token, the read-out included; 0 is the plain language model."""
     solver: SerializeAsAny[Solver]
@@ -74,14 +74,7 @@ class SamplingSection(Section):
 
 @cache
 def sampling_type(plugins: Registry) -> type[SamplingSection]:
-    """Sampling section whose solver and guidance are unions over plugins.
-
-    Args:
-        plugins: what is installed.
-
-    Returns:
-        A subclass of `SamplingSection`, the same at every call.
-    """
+    """Sampling section whose solver and guidance are unions over plugins."""
     guidance: Any = list[component_type(plugins, "guidance", Guidance)]  # type: ignore[misc]
     return create_model(
         "SamplingSection",
@@ -93,80 +86,40 @@ def sampling_type(plugins: Registry) -> type[SamplingSection]:
 
 
 def component_type(plugins: Registry, kind: str, interface: Any) -> Any:
-    """Type of a field that holds any component of one kind.
-
-    Args:
-        plugins: what is installed.
-        kind: the kind.
-        interface: its interface.
-
-    Returns:
-        The union of the components, told apart by `name`; the interface itself while none is installed.
-    """
+    """Union of the components of a kind, told apart by `name`; the interface itself while none is installed."""
     components = tuple(plugins.components(kind).values())
     if len(components) > 1:
         return Annotated[cast(Any, Union[components]), Field(discriminator="name")]  # noqa: UP007 -- known at run time
     return components[0] if components else interface
 
 
-def with_preset(sampling: Mapping[str, Any], default: str | None) -> dict[str, Any]:
+def with_preset(sampling: Mapping[str, Any], method: str | None) -> dict[str, Any]:
     """Raw sampling section laid over its preset.
 
     A section that leaves nothing out needs no preset, so resolved run files outlive the plugins that named one.
-
-    Args:
-        sampling: what the run file says.
-        default: preset to use when it names none.
-
-    Returns:
-        The section with the preset's values where it has none.
-
-    Raises:
-        PluginError: if there is no such preset.
     """
-    preset = sampling.get("preset") or default
-    if not isinstance(preset, str) or set(SamplingSection.model_fields) <= set(sampling):
+    if set(SamplingSection.model_fields) <= set(sampling):
+        return dict(sampling)
+    preset = sampling.get("preset")
+    if preset is None and method is not None:
+        preset = registry().method(method).get("sampling", {}).get("preset")
+    if not isinstance(preset, str):
         return dict(sampling)
     return _laid_over(registry().preset(preset), sampling) | {"preset": preset}
 
 
 def parse_sampling(data: Mapping[str, Any]) -> SamplingSection:
-    """Sampling section from a checkpoint's manifest.
-
-    Args:
-        data: what `model_dump` wrote.
-
-    Returns:
-        The section.
-    """
+    """Sampling section from a checkpoint's manifest."""
     return validated(sampling_type(registry()), data, "sampling")
 
 
 def default_sampling(parametrization: ParametrizationConfig) -> SamplingSection:
-    """Sampling section of a run file that says nothing of sampling.
-
-    Args:
-        parametrization: the state space, which names its default preset.
-
-    Returns:
-        Complete settings.
-    """
-    return complete(parse_sampling(with_preset({}, parametrization.default_preset)), parametrization)
+    """Sampling section of a run file that says nothing of sampling."""
+    return complete(parse_sampling(with_preset({}, parametrization.default_method)), parametrization)
 
 
 def complete(sampling: SamplingSection, parametrization: ParametrizationConfig) -> SamplingSection:
-    """Sampling section with every field of `estimate`, checked against its solver.
-
-    Args:
-        sampling: the section.
-        parametrization: the state space its estimate belongs to.
-
-    Returns:
-        The completed section.
-
-    Raises:
-        ConfigError: if an estimate option is wrong or the solver cannot make this number of evaluations.
-    """
+    """Sampling section with every field of `estimate`, checked against its solver."""
     steps, solver = sampling.num_inference_steps, sampling.solver
     if steps is None and not solver.is_adaptive:
         raise ConfigError(

@@ -165,8 +165,43 @@ class DataSection(Section):
         return self
 
 
-class TrainingSection(Section):
-    """How to train.
+class Updates(Section):
+    """How to train, whatever is trained."""
+
+    max_steps: int | None = Field(default=None, ge=1)
+    """Optimizer updates; counted from `epochs` when None."""
+    epochs: float = Field(default=1.0, gt=0)
+    batch_size: int = Field(default=32, ge=1)
+    """Sequences, or pairs of them, per optimizer update over all processes."""
+    micro_batch_size: int | None = Field(default=None, ge=1)
+    """As many per forward pass of one process; as many as `batch_size` allows when None."""
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    bf16: bool = False
+    """Compute in bfloat16; trained weights stay in float32 until they are saved."""
+    gradient_checkpointing: bool = False
+    eval_steps: int | None = Field(default=None, ge=1)
+    """Updates between evaluations; only at the end when None."""
+    save_steps: int | None = Field(default=None, ge=1)
+    """Updates between checkpoints, from which an interrupted run goes on."""
+    save_total_limit: int = Field(default=2, ge=1)
+    logging_steps: int = Field(default=10, ge=1)
+    report_to: list[str] = []
+    """Trackers such as `tensorboard` or `wandb`."""
+    betas: tuple[float, float]
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.micro_batch_size and self.batch_size % self.micro_batch_size:
+            raise ValueError(
+                f"batch_size {self.batch_size} is no multiple of micro_batch_size {self.micro_batch_size}; change one"
+            )
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas must lie in [0, 1), got {list(self.betas)}")
+        return self
+
+
+class TrainingSection(Updates):
+    """How to train to predict tokens.
 
     The defaults are those of L2D: AdamW, peak learning rate 1e-4, final 1e-6, 100 steps of warm-up, linear decay,
     batches of 32 sequences, one epoch. Plain finetuning of the paper's baselines differs in its peak of 1e-5.
@@ -174,13 +209,6 @@ class TrainingSection(Section):
     Source: arXiv:2501.15781, Table 3; betas, weight decay, clipping and the logarithmic warm-up from the authors' code.
     """
 
-    max_steps: int | None = Field(default=None, ge=1)
-    """Optimizer updates; counted from `epochs` when None."""
-    epochs: float = Field(default=1.0, gt=0)
-    batch_size: int = Field(default=32, ge=1)
-    """Sequences per optimizer update over all processes."""
-    micro_batch_size: int | None = Field(default=None, ge=1)
-    """Sequences per forward pass of one process; as many as `batch_size` allows when None."""
     learning_rate: float = Field(default=1e-4, gt=0)
     final_learning_rate: float = Field(default=1e-6, ge=0)
     warmup_steps: int = Field(default=100, ge=0)
@@ -191,9 +219,6 @@ class TrainingSection(Section):
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = Field(default=1e-8, gt=0)
     weight_decay: float = Field(default=0.01, ge=0)
-    max_grad_norm: float = Field(default=1.0, gt=0)
-    bf16: bool = False
-    gradient_checkpointing: bool = False
     draws_per_token: int = Field(default=1, ge=1)
     """Noise draws per supervised token."""
     loss_chunk: int = Field(default=1024, ge=1)
@@ -205,26 +230,12 @@ class TrainingSection(Section):
     """Peak rate of the backbone's time embedding; that of everything else when None."""
     self_conditioning: float = Field(default=0.5, ge=0, le=1)
     """Probability with which an example is shown a first prediction, where the parametrization reads one."""
-    eval_steps: int | None = Field(default=None, ge=1)
-    """Updates between evaluations; only at the end when None."""
-    save_steps: int | None = Field(default=None, ge=1)
-    """Updates between checkpoints; only at the end when None."""
-    save_total_limit: int = Field(default=2, ge=1)
-    logging_steps: int = Field(default=10, ge=1)
-    report_to: list[str] = []
-    """Trackers such as `tensorboard` or `wandb`."""
     dataloader_workers: int = Field(default=0, ge=0)
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        if self.micro_batch_size and self.batch_size % self.micro_batch_size:
-            raise ValueError(
-                f"batch_size {self.batch_size} is no multiple of micro_batch_size {self.micro_batch_size}; change one"
-            )
         if self.final_learning_rate > self.learning_rate:
             raise ValueError(
                 f"final_learning_rate {self.final_learning_rate} exceeds learning_rate {self.learning_rate}; lower it"
             )
-        if not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"betas must lie in [0, 1), got {list(self.betas)}")
         return self

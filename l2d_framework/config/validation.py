@@ -16,19 +16,7 @@ Path = tuple[str | int, ...]
 
 
 def validated(model: type[M], data: Mapping[str, Any], where: str = "") -> M:
-    """A section made from JSON-ready data.
-
-    Args:
-        model: class of the section.
-        data: its fields.
-        where: path of the section in the run file, for messages.
-
-    Returns:
-        The section.
-
-    Raises:
-        ConfigError: with one line for everything that is wrong, "where: what, got value; what to do".
-    """
+    """A section made from JSON-ready data."""
     wrong = dict(_component_problems(data))
     problems = {path: [text] for path, text in wrong.items()}
     try:

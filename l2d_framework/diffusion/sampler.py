@@ -111,7 +111,7 @@ class Sampler:
             answer = Logits(plain, backbone.vocab_size, backbone.head)
             return Denoised(answer, torch.zeros_like(positions), {})
         solver, times = plan(diffusion, sampling)
-        x = space.prior_scale * space.noise(block.streams("prior"))
+        x = space.prior(block.streams("prior"))
         x = x.to(torch.float32 if x.device.type == "mps" else space.state_dtype)
         problem = TokenODE(
             diffusion,
@@ -132,7 +132,7 @@ class Sampler:
             observer=self.observer,
         )
         try:
-            answer = problem.read_out(solver.solve(problem, x, times), times[-1])
+            answer = problem.read_out(problem.solve(solver, x, times), times[-1])
         except Settled as end:
             answer = end.answer
         problem.check_sound()

@@ -89,7 +89,7 @@ def check_sampling(sampling: Sampling, *, num_classes: int, has_condition: bool,
         if guidance.needs_classes and not neutral and not has_condition:
             raise ConfigError(
                 f"Guidance {name!r} with scale {guidance.scale:g} guides towards a class, and the requests name none. "
-                "Give the class of each prompt."
+                "Give the class of each prompt, or leave the guidance out."
             )
 
 

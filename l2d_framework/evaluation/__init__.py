@@ -1,1 +1,1 @@
-"""Measuring generated text."""
+"""Measuring: lm-evaluation-harness, generated text, token search, diagnosis, a sandbox for models' programs."""

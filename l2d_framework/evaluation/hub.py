@@ -12,18 +12,7 @@ Kind = Literal["model", "dataset"]
 
 
 def is_reachable(name: str, kind: Kind) -> bool:
-    """Look for a model or data set without downloading it.
-
-    Args:
-        name: a folder, a file or a hub id.
-        kind: what it is.
-
-    Returns:
-        True if it is there.
-
-    Raises:
-        DataError: if the hub cannot be asked.
-    """
+    """Look for a folder, a file or a hub id without downloading it."""
     return Path(name).expanduser().exists() or _is_on_hub(name, kind)
 
 

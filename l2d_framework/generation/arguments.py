@@ -22,8 +22,8 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from l2d_framework.errors import ConfigError, shown, suggest
-from l2d_framework.generation.infill import Gapped
 from l2d_framework.generation.prompts import Encoded
+from l2d_framework.types import Layout
 
 
 def _plain(value: Any) -> Any:
@@ -161,17 +161,7 @@ _WITHOUT_EFFECT = (
 
 
 def request(**given: Any) -> Request:
-    """Arguments of `generate`, checked.
-
-    Args:
-        **given: fields of `Request`.
-
-    Returns:
-        The arguments, numbers of numpy and torch as Python's own.
-
-    Raises:
-        ConfigError: naming every argument that is wrong.
-    """
+    """Arguments of `generate`, checked."""
     given = {name: _plain(value) for name, value in given.items()}
     try:
         return Request.model_validate(given)
@@ -180,19 +170,7 @@ def request(**given: Any) -> Request:
 
 
 def picking(options: Mapping[str, Any], *, vocab_size: int | None = None, known: Iterable[str] = ()) -> dict[str, Any]:
-    """Options of transformers' `generate`, checked.
-
-    Args:
-        options: fields of its generation configuration.
-        vocab_size: tokens of the model; None where it is not known yet.
-        known: what else may have been meant by a field that does not exist.
-
-    Returns:
-        Those that have an effect.
-
-    Raises:
-        ConfigError: naming every option that is unknown, out of range or not served.
-    """
+    """Options of transformers' `generate` that have an effect, checked; `known`: what else may have been meant."""
     fields = [*GenerationConfig().to_dict()]
     for name, value in options.items():
         if name not in fields:
@@ -259,17 +237,7 @@ def picking_config(
 
 
 def check_parts(processors: Any, criteria: Any, streamer: Any, observer: Any) -> None:
-    """Refuse what cannot be called in the loop.
-
-    Args:
-        processors: list of logits processors, or None.
-        criteria: list of stopping criteria, or None.
-        streamer: takes tokens, or None.
-        observer: called after every evaluation, or None.
-
-    Raises:
-        ConfigError: naming the argument.
-    """
+    """Refuse what cannot be called in the loop."""
     for name, functions in (("logits_processor", processors), ("stopping_criteria", criteria)):
         if functions is not None and not (isinstance(functions, list) and all(map(callable, functions))):
             raise ConfigError(f"{name} should be a list of functions, got {shown(functions)}.")
@@ -280,15 +248,7 @@ def check_parts(processors: Any, criteria: Any, streamer: Any, observer: Any) ->
 
 
 def check_prompts(prompts: Any, vocab_size: int) -> None:
-    """Refuse what are no prompts.
-
-    Args:
-        prompts: texts, conversations, a tensor of ids or an encoded batch.
-        vocab_size: tokens of the model.
-
-    Raises:
-        ConfigError: saying what is wrong with them.
-    """
+    """Refuse what are no prompts."""
     if isinstance(prompts, Encoded):
         check_tokens(prompts.input_ids, vocab_size)
         check_left_padding(prompts.input_ids, prompts.attention_mask)
@@ -308,28 +268,13 @@ def check_prompts(prompts: Any, vocab_size: int) -> None:
 
 
 def check_texts(texts: Any) -> None:
-    """Refuse what are no texts with gaps.
-
-    Args:
-        texts: one or several.
-
-    Raises:
-        ConfigError: saying what is wrong with them.
-    """
+    """Refuse what are no texts with gaps."""
     if not isinstance(texts, str) and not (isinstance(texts, Sequence) and all(isinstance(t, str) for t in texts)):
         raise ConfigError(f"texts should be a text with gaps like <mask:8>, or a list of them, got {shown(texts)}.")
 
 
 def check_tokens(tokens: Tensor, vocab_size: int) -> None:
-    """Refuse tensors that are no batch of token ids.
-
-    Args:
-        tokens: the tensor.
-        vocab_size: tokens of the model.
-
-    Raises:
-        ConfigError: if the shape, the type or a number is wrong.
-    """
+    """Refuse tensors that are no batch of token ids."""
     if tokens.ndim != 2 or not tokens.numel():
         raise ConfigError(f"Token ids should have the shape (B, S), got {tuple(tokens.shape)}.")
     if tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool:
@@ -340,15 +285,7 @@ def check_tokens(tokens: Tensor, vocab_size: int) -> None:
 
 
 def check_left_padding(tokens: Tensor, mask: Tensor) -> None:
-    """Refuse masks under which an answer would not stand right after its prompt.
-
-    Args:
-        tokens: ids, (B, S).
-        mask: 1 where a real one stands, (B, S).
-
-    Raises:
-        ConfigError: if the shape is another, or a row does not end in its prompt.
-    """
+    """Refuse masks under which an answer would not stand right after its prompt."""
     if mask.shape != tokens.shape:
         raise ConfigError(f"attention_mask should have the shape {tuple(tokens.shape)}, got {tuple(mask.shape)}.")
     wrong = ((mask != 0) & (mask != 1)).any(1) | (mask[:, -1] != 1) | (mask[:, 1:] < mask[:, :-1]).any(1)
@@ -360,17 +297,8 @@ def check_left_padding(tokens: Tensor, mask: Tensor) -> None:
         )
 
 
-def check_gapped(gapped: Gapped, vocab_size: int, context: int | None) -> None:
-    """Refuse tokens and blocks that are no texts with gaps.
-
-    Args:
-        gapped: the texts.
-        vocab_size: tokens of the model.
-        context: tokens it has places for; None for any number.
-
-    Raises:
-        ConfigError: if a shape or number is wrong, or a row has no gap, begins with one or is too long.
-    """
+def check_gapped(gapped: Layout, vocab_size: int, context: int | None) -> None:
+    """Refuse tokens and blocks that are no texts with gaps."""
     tokens, blocks = gapped.tokens, gapped.blocks
     check_tokens(tokens, vocab_size)
     check_left_padding(tokens, (blocks >= 0).long())

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from typing_extensions import override
 
 from l2d_framework.blame import naming_plugins
 from l2d_framework.diffusion.diffusion import Diffusion
@@ -43,22 +44,11 @@ class FaceCache:
     is_croppable = False
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Tokens remembered, padding included.
-
-        Args:
-            layer_idx: not used; all layers remember the same.
-
-        Returns:
-            S.
-        """
+        """Tokens remembered, padding included."""
         return self.layout.tokens.shape[1]
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Go on from other rows; a hypothesis keeps the noise of the row it came from.
-
-        Args:
-            beam_idx: row to take for each row, (B,), int64.
-        """
+        """Go on from other rows, (B,); a hypothesis keeps the noise of the row it came from."""
         rows = beam_idx.to(self.layout.tokens.device, torch.int64)
         self.context = self.context.select(rows)
         self.layout = Layout(self.layout.tokens[rows], self.layout.blocks[rows])
@@ -124,33 +114,17 @@ class DiffusionForCausalLM(PreTrainedModel, GenerationMixin):
         """Of the language model's weights."""
         return self.diffusion.backbone.lm.dtype
 
+    @override
     def get_input_embeddings(self) -> nn.Module:
-        """The language model's embedding layer.
-
-        Returns:
-            The layer.
-        """
         return self.diffusion.backbone.lm.get_input_embeddings()
 
+    @override
     def get_output_embeddings(self) -> nn.Module | None:
-        """The language model's vocabulary head.
-
-        Returns:
-            The layer.
-        """
         head: nn.Module | None = self.diffusion.backbone.lm.get_output_embeddings()
         return head
 
     def save_pretrained(self, save_directory: Any, **options: Any) -> None:  # type: ignore[override]  # only refuses
-        """Refuse: what transformers would write could not be read again.
-
-        Args:
-            save_directory: not used.
-            **options: not used.
-
-        Raises:
-            ConfigError: always.
-        """
+        """Refuse: what transformers would write could not be read again."""
         raise ConfigError(
             f"Nothing was written to {save_directory!s}. Save the diffusion model with l2d_framework.save."
         )
@@ -256,16 +230,7 @@ class DiffusionForCausalLM(PreTrainedModel, GenerationMixin):
 
 
 def as_transformers(diffusion: Diffusion, sampling: Sampling, class_id: int | None = None) -> DiffusionForCausalLM:
-    """A diffusion model as a causal language model of transformers.
-
-    Args:
-        diffusion: the model.
-        sampling: how to diffuse.
-        class_id: class of every text, or None.
-
-    Returns:
-        A model that bears the name of the language model's class, by which transformers' pipelines know what it is.
-    """
+    """A diffusion model as a causal language model of transformers; the class bears the name that pipelines know."""
     kind: Any = type(
         type(diffusion.backbone.lm).__name__, (DiffusionForCausalLM,), {"__doc__": DiffusionForCausalLM.__doc__}
     )

@@ -49,17 +49,7 @@ class _TooMuchError(Exception):
 
 
 def check_conversation(messages: Any) -> Messages:
-    """Refuse what is no conversation, whatever template would render it.
-
-    Args:
-        messages: the value.
-
-    Returns:
-        The same.
-
-    Raises:
-        DataError: if it is no non-empty list of turns with a role and a content, which calls of tools may replace.
-    """
+    """Refuse what is no conversation, whatever template would render it."""
     if isinstance(messages, str | Mapping) or not isinstance(messages, Sequence) or not messages:
         raise DataError(
             f"{shown(messages)} is not a conversation. Give a non-empty list of turns with `role` and `content`."
@@ -82,17 +72,7 @@ def check_conversation(messages: Any) -> Messages:
 
 
 def check_text(text: str) -> str:
-    """Refuse a text that no tokenizer can read.
-
-    Args:
-        text: the text.
-
-    Returns:
-        The same.
-
-    Raises:
-        DataError: if it holds a lone surrogate.
-    """
+    """Refuse a text that no tokenizer can read."""
     try:
         text.encode()
     except UnicodeEncodeError as error:

@@ -27,19 +27,6 @@ _UNKNOWN = -1
 
 
 @dataclass(frozen=True)
-class Gapped:
-    """Texts with gaps.
-
-    Attributes:
-        tokens: ids, padded on the left; of no meaning in gaps, (B, S), int64.
-        blocks: -1 padding, 0 known, 1 gap, (B, S), int64.
-    """
-
-    tokens: Tensor
-    blocks: Tensor
-
-
-@dataclass(frozen=True)
 class Infilled:
     """What `infill` returns.
 
@@ -56,26 +43,12 @@ class Infilled:
     metrics: dict[str, Tensor]
 
     def texts(self, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-        """The filled texts.
-
-        Args:
-            tokenizer: of the model.
-
-        Returns:
-            One text per row, without special tokens.
-        """
+        """The filled texts."""
         rows = zip(self.sequences, self.blocks, strict=True)
         return [str(tokenizer.decode(row[here >= 0], skip_special_tokens=True)) for row, here in rows]
 
     def ended(self, ends: Sequence[int]) -> Infilled:
-        """The same without what follows the end of an answer in its gap.
-
-        Args:
-            ends: tokens that end an answer.
-
-        Returns:
-            A copy in which such a token stands in the rest of its gap, too.
-        """
+        """A copy in which a token that ends an answer stands in the rest of its gap, too."""
         tokens = self.sequences.clone()
         for place in range(1, tokens.shape[1]):
             before = tokens[:, place - 1]
@@ -84,21 +57,8 @@ class Infilled:
         return replace(self, sequences=tokens)
 
 
-def read_gaps(tokenizer: PreTrainedTokenizerBase | None, texts: Sequence[str], lm_config: Any) -> Gapped:
-    """Tokens of texts in which `<mask:8>` stands for a gap of 8 tokens.
-
-    Args:
-        tokenizer: of the model.
-        texts: at least one.
-        lm_config: the language model's configuration.
-
-    Returns:
-        The texts as one batch.
-
-    Raises:
-        ConfigError: if there is no tokenizer or text, or a text has no gap, begins with one, exceeds the model's
-            context or holds a lone surrogate.
-    """
+def read_gaps(tokenizer: PreTrainedTokenizerBase | None, texts: Sequence[str], lm_config: Any) -> Layout:
+    """Tokens of texts in which `<mask:8>` stands for a gap of 8 tokens, as one batch."""
     context = context_length(lm_config)
     if tokenizer is None:
         raise ConfigError("This model has no tokenizer, so it cannot read texts with gaps. Save one in its folder.")
@@ -131,11 +91,11 @@ def read_gaps(tokenizer: PreTrainedTokenizerBase | None, texts: Sequence[str], l
     width = max(map(len, rows))
     tokens = torch.tensor([[0] * (width - len(row)) + row for row in rows])
     absent = torch.arange(width) < torch.tensor([[width - len(row)] for row in rows])
-    return Gapped(tokens.clamp_min(0), torch.where(absent, -1, (tokens == _UNKNOWN).long()))
+    return Layout(tokens.clamp_min(0), torch.where(absent, -1, (tokens == _UNKNOWN).long()))
 
 
 @torch.no_grad()
-def infill(diffusion: Diffusion, gapped: Gapped, *, sampling: Sampling, observer: Observer | None = None) -> Infilled:
+def infill(diffusion: Diffusion, gapped: Layout, *, sampling: Sampling, observer: Observer | None = None) -> Infilled:
     """Fill the gaps with the most likely tokens of the last evaluation.
 
     A row's result depends on its own text and the seed, never on its batch mates; a second copy of a text in one call
@@ -143,7 +103,7 @@ def infill(diffusion: Diffusion, gapped: Gapped, *, sampling: Sampling, observer
 
     Args:
         diffusion: the model.
-        gapped: texts with gaps, on the model's device.
+        gapped: texts whose gaps are block 1, padded on the left, on the model's device.
         sampling: how to diffuse; all gaps of a row are one block.
         observer: called after every network evaluation.
 
@@ -162,11 +122,10 @@ def infill(diffusion: Diffusion, gapped: Gapped, *, sampling: Sampling, observer
     first = (gapped.blocks < 0).sum(1)
     known = torch.where(gapped.blocks >= 1, _UNKNOWN, gapped.tokens)
     names = request_keys([row[start:].tolist() for row, start in zip(known, first.tolist(), strict=True)])
-    layout = Layout(gapped.tokens, gapped.blocks)
     block = Block(
         positions=positions,
-        layout=layout,
-        context=diffusion.backbone.read(layout),
+        layout=gapped,
+        context=diffusion.backbone.read(gapped),
         keys=[
             [(sampling.seed, name, int(place - start), 0) for place in row]
             for name, row, start in zip(names, positions.cpu(), first.cpu(), strict=True)
@@ -179,14 +138,7 @@ def infill(diffusion: Diffusion, gapped: Gapped, *, sampling: Sampling, observer
 
 
 def check_infilling(backbone: Backbone) -> None:
-    """Refuse models whose gaps would be filled without a look at what follows.
-
-    Args:
-        backbone: of the model; its weights are not needed.
-
-    Raises:
-        ConfigError: if the backbone sees no later tokens.
-    """
+    """Refuse models whose gaps would be filled without a look at what follows."""
     if not backbone.sees_later:
         name = backbone.config.component_name()
         raise ConfigError(

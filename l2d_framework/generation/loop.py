@@ -21,6 +21,7 @@ from l2d_framework.diffusion.rng import TokenStreams, categorical, request_keys
 from l2d_framework.diffusion.sampler import Block, Sampler
 from l2d_framework.diffusion.sampling import Sampling, check_sampling
 from l2d_framework.errors import ConfigError
+from l2d_framework.generation.prompts import Encoded
 from l2d_framework.types import Context, Layout
 
 
@@ -29,25 +30,18 @@ class Requests:
     """A batch of prompts and what belongs to each.
 
     Attributes:
-        input_ids: token ids, padded on the left, (B, S), int64.
-        attention_mask: 1 where a real token stands, (B, S), int64; all ones when None.
+        prompts: token ids, on the model's device.
         classes: class of each prompt, (B,), int64, -1 for none; None for none at all.
         guidance_scale: scale of each prompt, (B,), float32, or None for the guidance's own.
-        keys: names for the noise, of each prompt, whose answers are then numbered, or of each answer; made from the
-            prompts when None.
         samples: answers per prompt; the prompt is read once.
         seeds: seed of each prompt, or None for the one of the sampling settings.
-        context: what the backbone has read of the prompts, so that further answers need no reading; it stays as it is.
     """
 
-    input_ids: Tensor
-    attention_mask: Tensor | None = None
+    prompts: Encoded
     classes: Tensor | None = None
     guidance_scale: Tensor | None = None
-    keys: Sequence[str] | None = None
     samples: int = 1
     seeds: Sequence[int] | None = None
-    context: Context | None = None
 
 
 @dataclass(frozen=True)
@@ -154,7 +148,7 @@ def generate(
     lm.generation_config = picking.config
     try:
         lm.generate(
-            requests.input_ids[loop.first],
+            requests.prompts.input_ids[loop.first],
             attention_mask=loop.mask[loop.first],
             generation_config=picking.config,
             logits_processor=picking.processors,
@@ -168,18 +162,17 @@ def generate(
 
 
 def _check_requests(requests: Requests, picking: Decoding) -> None:
-    count = len(requests.input_ids)
-    for name in ("classes", "guidance_scale", "keys", "seeds"):
-        values = getattr(requests, name)
-        if name == "keys" and values is not None and len(values) == count * requests.samples:
-            continue
+    count, keys = len(requests.prompts.input_ids), requests.prompts.keys
+    if keys is not None and len(keys) == count * requests.samples:
+        keys = None
+    per_prompt = {"keys": keys} | {name: getattr(requests, name) for name in ("classes", "guidance_scale", "seeds")}
+    for name, values in per_prompt.items():
         if values is not None and len(values) != count:
             raise ConfigError(f"{name} must name one value per prompt: got {len(values)} for {count} prompts.")
     config = picking.config
     if picking.streamer is not None and count * requests.samples > 1:
         raise ConfigError(f"A streamer takes one answer, got {count} prompts and {requests.samples} answers of each.")
-    mask = requests.attention_mask
-    if config.max_new_tokens is None and mask is not None and not bool(mask.all()):
+    if config.max_new_tokens is None and not bool(requests.prompts.attention_mask.all()):
         raise ConfigError(
             f"max_length={config.max_length} counts padding, so answers would depend on their batch mates. "
             "Set max_new_tokens instead."
@@ -198,11 +191,9 @@ class _Loop:
         observer: Observer | None,
     ) -> None:
         self.diffusion, self.requests, self.sampling, self.picking = diffusion, requests, sampling, picking
-        ids = requests.input_ids
-        mask = requests.attention_mask
-        self.mask = torch.ones_like(ids) if mask is None else mask
+        ids, self.mask = requests.prompts.input_ids, requests.prompts.attention_mask
         prompts = [row[keep.bool()].tolist() for row, keep in zip(ids.cpu(), self.mask.cpu(), strict=True)]
-        names = requests.keys or request_keys(prompts)
+        names = requests.prompts.keys or request_keys(prompts)
         repeat = partial(torch.repeat_interleave, repeats=requests.samples, dim=0)
         self.first = repeat(torch.arange(len(ids), device=ids.device))
         if len(names) == len(self.first):
@@ -223,11 +214,11 @@ class _Loop:
         config: GenerationConfig,
     ) -> Generation:
         backbone, streamer = self.diffusion.backbone, self.picking.streamer
-        prompts = self.requests.input_ids
-        context = self.requests.context
+        prompts = self.requests.prompts
+        context = prompts.context
         if context is None:
-            context = backbone.read(Layout(prompts, torch.where(self.mask.bool(), 0, -1)))
-        if self.requests.context is not None or len(self.first) > len(prompts):
+            context = backbone.read(Layout(prompts.input_ids, torch.where(self.mask.bool(), 0, -1)))
+        if prompts.context is not None or len(self.first) > len(prompts.input_ids):
             context = context.select(self.first)
         length, limit = ids.shape[1], config.max_length
         cost, kept = ids.new_zeros(len(ids), 0), ids.new_zeros(len(ids), 0)

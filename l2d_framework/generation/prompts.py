@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +34,9 @@ class Encoded:
     Attributes:
         input_ids: padded on the left, (B, S), int64.
         attention_mask: 1 where a real token stands, (B, S), int64.
-        keys: names for the noise, of each prompt or of each of its answers; made from the tokens when None.
-        context: what a backbone has read of the prompts; they are read anew when None.
+        keys: names for the noise, of each prompt, whose answers are then numbered, or of each answer; made from the
+            tokens when None.
+        context: what a backbone has read of the prompts, and stays as it is; they are read anew when None.
         chats: which prompts are conversations, whose answers end with their turn; none when None.
     """
 
@@ -45,20 +46,14 @@ class Encoded:
     context: Any = None
     chats: Sequence[bool] | None = None
 
+    def to(self, device: torch.device) -> Encoded:
+        """The same with its tokens on a device."""
+        ids, mask = (part.to(device, torch.int64) for part in (self.input_ids, self.attention_mask))
+        return replace(self, input_ids=ids, attention_mask=mask)
+
 
 def read_template(chosen: str | None) -> str | None:
-    """Source of a chat template that a run file names.
-
-    Args:
-        chosen: name of a file of `chat_templates` such as `tulu`, path to a jinja file, the template itself, or
-            None for the tokenizer's own.
-
-    Returns:
-        Jinja source, or None.
-
-    Raises:
-        DataError: if there is no such file, or it is no text.
-    """
+    """Source of a chat template: of a name in `chat_templates`, a path, or itself; None stays None."""
     if chosen is None or "{" in chosen or "\n" in chosen:
         return chosen
     shipped = {path.stem: path for path in _SHIPPED.glob("*.jinja")}
@@ -75,23 +70,12 @@ def read_template(chosen: str | None) -> str | None:
 
 
 def shipped_templates() -> str:
-    """Names of the chat templates that come with this package.
-
-    Returns:
-        The names, for a message.
-    """
+    """Names of the chat templates that come with this package."""
     return ", ".join(sorted(path.stem for path in _SHIPPED.glob("*.jinja")))
 
 
 def opening(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Tokens that a tokenizer puts in front of every text; what it puts behind one would end a prompt.
-
-    Args:
-        tokenizer: of the model.
-
-    Returns:
-        Their ids.
-    """
+    """Tokens that a tokenizer puts in front of every text; what it puts behind one would end a prompt."""
     if not tokenizer("")["input_ids"]:
         return []
     whole, bare = (list(tokenizer("a", add_special_tokens=added)["input_ids"]) for added in (True, False))
@@ -99,16 +83,7 @@ def opening(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def encode_text(tokenizer: PreTrainedTokenizerBase, text: str, *, front: Sequence[int] | None = None) -> list[int]:
-    """Token ids of a text that something follows: an answer, a gap or the end-of-text token.
-
-    Args:
-        tokenizer: of the model.
-        text: the text; where it begins with what stands in front anyway, that is not doubled.
-        front: what `opening` gave; asked again when None.
-
-    Returns:
-        The ids.
-    """
+    """Ids of a text that something follows, not doubling what stands in front anyway (`front`: what `opening` gave)."""
     front = list(opening(tokenizer) if front is None else front)
     ids: list[int] = list(tokenizer(text, add_special_tokens=False)["input_ids"])
     missing = next(n for n in range(len(front) + 1) if front[n:] == ids[: len(front) - n])
@@ -116,14 +91,7 @@ def encode_text(tokenizer: PreTrainedTokenizerBase, text: str, *, front: Sequenc
 
 
 def special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """Tokens that never occur inside a text, among them the ends of turns.
-
-    Args:
-        tokenizer: of the model.
-
-    Returns:
-        Their ids.
-    """
+    """Tokens that never occur inside a text, among them the ends of turns."""
     added = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
     return frozenset(added | set(tokenizer.all_special_ids))
 
@@ -157,12 +125,7 @@ def turn_end(tokenizer: PreTrainedTokenizerBase | None, template: str | None = N
 
 
 def add_ends(config: GenerationConfig, ends: Iterable[int]) -> None:
-    """Let further tokens end an answer.
-
-    Args:
-        config: generation configuration, which is changed; untouched where it names all of them.
-        ends: token ids.
-    """
+    """Let further tokens end an answer: changes the configuration, unless it names all of them."""
     known = config.eos_token_id
     known = [] if known is None else known if isinstance(known, list) else [known]
     if missing := [token for token in dict.fromkeys(ends) if token not in known]:
@@ -176,20 +139,7 @@ def encode_prompts(
     *,
     names: Sequence[str] | None = None,
 ) -> list[list[int]]:
-    """Token ids of prompts.
-
-    Args:
-        tokenizer: of the base model.
-        prompts: texts or conversations; a conversation ends with the generation prompt of the chat template.
-        chat_template: template that replaces the tokenizer's own.
-        names: what messages call each prompt, such as the file and line it comes from.
-
-    Returns:
-        Ids of each prompt, without padding.
-
-    Raises:
-        ConfigError: if the tokenizer or its chat template is missing, or a prompt is empty or cannot be rendered.
-    """
+    """Token ids of prompts, without padding; conversations end with the generation prompt. `names`: for messages."""
     if tokenizer is None:
         raise ConfigError("This model has no tokenizer, so it takes token ids only. Save one in the base folder.")
     if not prompts:
@@ -221,16 +171,7 @@ def encode_prompts(
 def pad_left(
     batch: Sequence[Sequence[int]], keys: Sequence[str] | None = None, *, chats: Sequence[bool] | None = None
 ) -> Encoded:
-    """Token ids as one batch.
-
-    Args:
-        batch: ids of each prompt.
-        keys: name of each request for its noise.
-        chats: which prompts are conversations.
-
-    Returns:
-        The batch, padded on the left.
-    """
+    """Token ids as one batch."""
     width = max(map(len, batch))
     ids = torch.zeros(len(batch), width, dtype=torch.int64)
     mask = torch.zeros_like(ids)
@@ -241,14 +182,7 @@ def pad_left(
 
 
 def context_length(lm_config: Any) -> int | None:
-    """Longest text that a language model has positions for.
-
-    Args:
-        lm_config: its configuration.
-
-    Returns:
-        Tokens; None where there is no limit.
-    """
+    """Longest text that a language model has positions for, in tokens; None where there is no limit."""
     limit = getattr(lm_config, "max_position_embeddings", None)
     if limit is None or lm_config.model_type not in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
         return limit
@@ -263,17 +197,7 @@ def context_length(lm_config: Any) -> int | None:
 def check_length(
     lengths: Sequence[int], config: GenerationConfig, lm_config: Any, *, names: Sequence[str] | None = None
 ) -> None:
-    """Refuse prompts whose answers would exceed the model's context.
-
-    Args:
-        lengths: tokens of each prompt.
-        config: generation configuration with `max_new_tokens` or `max_length`.
-        lm_config: the base model's configuration.
-        names: what messages call each prompt.
-
-    Raises:
-        ConfigError: naming the first prompt that is too long.
-    """
+    """Refuse prompts whose answers would exceed the model's context."""
     context = context_length(lm_config)
     if context is None:
         return

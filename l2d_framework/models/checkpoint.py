@@ -33,11 +33,11 @@ from l2d_framework.base_model import (
     load_tokenizer,
 )
 from l2d_framework.blame import naming_plugins
-from l2d_framework.config import DiffusionRun, ModelSection, parse_sampling
+from l2d_framework.config import DiffusionRun, ModelSection
 from l2d_framework.config.validation import validated
 from l2d_framework.errors import CheckpointError
 from l2d_framework.generation.prompts import read_template
-from l2d_framework.models.diffusion_lm import DiffusionLM, Origin
+from l2d_framework.models.diffusion_lm import DiffusionLM
 from l2d_framework.models.manifest import (
     CARD,
     FORMAT,
@@ -48,13 +48,16 @@ from l2d_framework.models.manifest import (
     holds_language_model,
     opened_files,
     read_manifest,
+    recorded_origin,
     sealed,
 )
 from l2d_framework.models.model_card import model_card
+from l2d_framework.models.origin import Origin
 from l2d_framework.opening import open_model, reading
 from l2d_framework.registry import registry
 
 ADAPTER = "adapter"
+_SCHEDULE = "schedule."
 
 
 @naming_plugins()
@@ -103,7 +106,7 @@ def _go_on(model: DiffusionLM, run: DiffusionRun, folder: Path) -> None:
                 f"model.base: {run.model.base!r} is a diffusion model with {kind} {earlier!r}, but the run asks for "
                 f"{wanted!r}. Make them agree, or start from a language model."
             )
-    _load_own(model, folder)
+    _load_own(model, folder, schedule=manifest["schedule"] == model.schedule.config.to_json())
 
 
 def _assemble(parts: Any, lm: PreTrainedModel, seed: int) -> DiffusionLM:
@@ -112,7 +115,8 @@ def _assemble(parts: Any, lm: PreTrainedModel, seed: int) -> DiffusionLM:
         backbone = parts.backbone.build(lm)
         check_quantization(lm.config, str(lm.config.name_or_path), whole=backbone.trains_lm or None)
         parametrization = parts.parametrization.build(backbone.vocab_size, backbone.hidden_size)
-    return DiffusionLM(parts.schedule, parametrization, backbone, parts.block_size)
+        schedule = parts.schedule.build()
+    return DiffusionLM(schedule, parametrization, backbone, parts.block_size)
 
 
 def save(model: DiffusionLM, folder: str | Path, *, notes: str = "", dtype: torch.dtype | None = None) -> None:
@@ -146,7 +150,7 @@ def save(model: DiffusionLM, folder: str | Path, *, notes: str = "", dtype: torc
             peft_config.base_model_name_or_path = None if base is None else base.base
             peft_config.save_pretrained(str(stage / ADAPTER))
             save_file(_plain(state, dtype), stage / ADAPTER / "adapter_model.safetensors", metadata={"format": "pt"})
-        save_file(_plain(own, dtype), stage / WEIGHTS, metadata={"format": "pt"})
+        save_file(_plain(own, dtype) | _plain(_learned(model)), stage / WEIGHTS, metadata={"format": "pt"})
         files = [path.relative_to(stage) for path in sorted(stage.rglob("*")) if path.is_file()]
         hashes = {path.as_posix(): file_hash(stage / path) for path in files}
         manifest = sealed(to_manifest(model) | {"files": hashes})
@@ -166,13 +170,20 @@ def save(model: DiffusionLM, folder: str | Path, *, notes: str = "", dtype: torc
         shutil.rmtree(stage, ignore_errors=True)
 
 
-def _own(model: DiffusionLM) -> dict[str, nn.Parameter]:
-    """Trained parameters that are neither the adapter's nor the language model's, which have files of their own."""
+def _own(model: DiffusionLM) -> dict[str, Tensor]:
+    """Weights that are neither the adapter's nor the language model's, which have files of their own."""
     adapter = model.backbone.peft_adapter()
     elsewhere = {tensor.data_ptr() for tensor in (adapter[1] if adapter else {}).values()}
     if model.backbone.trains_lm:
         elsewhere |= {parameter.data_ptr() for parameter in model.backbone.lm.parameters()}
-    return {name: p for name, p in model.own_parameters().items() if p.data_ptr() not in elsewhere}
+    own = {name: p for name, p in model.own_parameters().items() if p.data_ptr() not in elsewhere}
+    return {name: value for name, value in own.items() if not name.startswith(_SCHEDULE)}
+
+
+def _learned(model: DiffusionLM) -> dict[str, Tensor]:
+    """What a schedule has learned, which keeps its precision in every file."""
+    law = model.schedule
+    return {_SCHEDULE + name: v for name, v in law.state_dict().items()} if isinstance(law, nn.Module) else {}
 
 
 def _save_language_model(model: DiffusionLM, folder: Path, dtype: torch.dtype | None) -> None:
@@ -189,21 +200,14 @@ def _plain(state: dict[str, Any], dtype: torch.dtype | None = None) -> dict[str,
 
 
 def to_manifest(model: DiffusionLM) -> dict[str, Any]:
-    """Everything a checkpoint says besides weights.
-
-    Args:
-        model: the model.
-
-    Returns:
-        A JSON-ready dictionary.
-    """
+    """Everything a checkpoint says besides weights."""
     origin = model.origin
     return {
         "format": FORMAT,
         "l2d_framework": version("l2d-framework"),
         "model": None if origin.model is None else origin.model.model_dump(mode="json"),
         "fingerprint": origin.fingerprint,
-        "schedule": model.schedule.to_json(),
+        "schedule": model.schedule.config.to_json(),
         "parametrization": model.parametrization.config.to_json(),
         "backbone": model.backbone.config.to_json(),
         "block_size": model.block_size,
@@ -252,25 +256,17 @@ def load(
         )
     config = load_config(reference)
     with reading(f"what {str(folder / MANIFEST)!r} describes"):
-        parts = _Parts(manifest)
+        parts = Parts(manifest)
         parts.backbone.check(config, parts.block_size)
         model = _assemble(parts, load_language_model(reference), seed=0)
     _load_own(model, folder)
     recorded = manifest["model"] and validated(ModelSection, manifest["model"], "model")
-    model.origin = Origin(
-        model=recorded if is_inside else reference,
-        fingerprint=found,
-        classes=tuple(manifest["classes"]),
-        sampling=manifest["sampling"] and parse_sampling(manifest["sampling"]),
-        chat_template=manifest["chat_template"],
-        # Checkpoints of earlier versions have no such field.
-        ends=None if manifest["ends"] is None else tuple(manifest["ends"]),
-    )
+    model.origin = recorded_origin(manifest, recorded if is_inside else reference, found)
     model.tokenizer = load_tokenizer(reference)
     return model.to(device or "cpu").eval()
 
 
-class _Parts:
+class Parts:
     """Components a manifest names."""
 
     def __init__(self, manifest: dict[str, Any]) -> None:
@@ -281,15 +277,7 @@ class _Parts:
 
 
 def load_weights(model: DiffusionLM, folder: str | Path) -> None:
-    """Read a checkpoint's weights into a model of the same shape.
-
-    Args:
-        model: the model; a frozen language model is left alone.
-        folder: the checkpoint.
-
-    Raises:
-        CheckpointError: if a file is damaged or a tensor is missing, superfluous or of another shape.
-    """
+    """Read a checkpoint's weights into a model of the same shape."""
     _load_own(model, Path(folder))
     if model.backbone.trains_lm:
         lm: Any = model.backbone.lm
@@ -298,16 +286,18 @@ def load_weights(model: DiffusionLM, folder: str | Path) -> None:
             lm.load_state_dict(open_model(type(lm), inside, dtype=lm.dtype)[0].state_dict())
 
 
-def _load_own(model: DiffusionLM, folder: Path) -> None:
+def _load_own(model: DiffusionLM, folder: Path, *, schedule: bool = True) -> None:
     adapter = model.backbone.peft_adapter()
     targets: dict[str, Tensor] = {} if adapter is None else dict(adapter[1])
-    targets |= _own(model)
+    targets |= _own(model) | (_learned(model) if schedule else {})
     found: dict[str, Tensor] = {}
     for path in [folder / WEIGHTS] + ([folder / ADAPTER / "adapter_model.safetensors"] if adapter else []):
         try:
             found |= load_file(path)
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{str(path)!r} is missing or damaged ({error}). Copy it again.") from error
+    if not schedule:  # a run may go on with another one
+        found = {name: value for name, value in found.items() if not name.startswith(_SCHEDULE)}
     wrong = sorted(
         name
         for name in targets.keys() | found.keys()

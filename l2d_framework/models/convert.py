@@ -26,7 +26,8 @@ from l2d_framework.config import DiffusionRun, ModelSection, parse_run
 from l2d_framework.errors import CheckpointError, ConfigError
 from l2d_framework.generation.prompts import read_template
 from l2d_framework.models.checkpoint import save
-from l2d_framework.models.diffusion_lm import DiffusionLM, Origin
+from l2d_framework.models.diffusion_lm import DiffusionLM
+from l2d_framework.models.origin import Origin
 from l2d_framework.opening import make_config, new_model, open_model, reading
 from l2d_framework.registry import registry
 from l2d_framework.types import ForeignCheckpoint
@@ -96,14 +97,7 @@ class _Conversion:
         self.tokenizer: PreTrainedTokenizerBase | None = None
 
     def check(self, classes: tuple[str, ...] | None) -> None:
-        """Refuse what cannot be converted, by names and shapes alone.
-
-        Args:
-            classes: names of the class labels, or None.
-
-        Raises:
-            CheckpointError: if the diffusion model's weights are not those its settings ask for.
-        """
+        """Refuse what cannot be converted, by names and shapes alone."""
         if self.foreign.parts is None:
             self._check_language_model()
             return
@@ -179,15 +173,7 @@ class _Conversion:
             )
 
     def write(self, stage: Path, out: Path) -> DiffusionLM | PreTrainedModel:
-        """Write everything to a new folder.
-
-        Args:
-            stage: the folder.
-            out: its name once it is complete.
-
-        Returns:
-            The model.
-        """
+        """Write everything to a new folder."""
         if self.run is None:
             return self._write_classifier(stage)
         section = ModelSection(base=self.source)
@@ -261,7 +247,7 @@ def _assemble(run: DiffusionRun, lm: PreTrainedModel) -> DiffusionLM:
     with torch.random.fork_rng(devices=[]):
         backbone = run.backbone.build(lm)
         parametrization = run.parametrization.build(backbone.vocab_size, backbone.hidden_size)
-    return DiffusionLM(run.schedule, parametrization, backbone, run.block_size)
+    return DiffusionLM(run.schedule.build(), parametrization, backbone, run.block_size)
 
 
 def _own(model: DiffusionLM) -> dict[str, torch.nn.Parameter]:

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from threading import Lock
 from typing import Any
 
 import torch
-from pydantic import ValidationError
 from torch import Tensor
 from transformers import (
     GenerationConfig,
@@ -23,13 +21,13 @@ from transformers.generation.streamers import BaseStreamer
 
 from l2d_framework.backbone import Backbone
 from l2d_framework.blame import naming_plugins
-from l2d_framework.config import ModelSection, SamplingSection, default_sampling
+from l2d_framework.config import SamplingSection
 from l2d_framework.diffusion.diffusion import Diffusion
 from l2d_framework.diffusion.ode import Observer
 from l2d_framework.errors import ConfigError, suggest
 from l2d_framework.generation import arguments
 from l2d_framework.generation.causal_lm import DiffusionForCausalLM, as_transformers
-from l2d_framework.generation.infill import Gapped, Infilled, infill, read_gaps
+from l2d_framework.generation.infill import Infilled, infill, read_gaps
 from l2d_framework.generation.loop import Decoding, Generation, Requests, generate
 from l2d_framework.generation.prompts import (
     Encoded,
@@ -41,8 +39,10 @@ from l2d_framework.generation.prompts import (
     pad_left,
     turn_end,
 )
+from l2d_framework.models.origin import Origin
 from l2d_framework.parametrization import Parametrization
-from l2d_framework.schedule import Schedule
+from l2d_framework.schedule import NoiseLaw
+from l2d_framework.types import Layout
 
 DEFAULT_NEW_TOKENS = 256
 """Answer length where neither the call nor the base model sets one: the L2D paper's for general tasks."""
@@ -52,27 +52,6 @@ _BEFORE_THE_END = ("min_length", "min_new_tokens", "exponential_decay_length_pen
 
 _STOP_STRINGS = Lock()
 """Held while transformers looks stop strings up in a table of the whole process, from which it also removes some."""
-
-
-@dataclass(frozen=True)
-class Origin:
-    """What a model was made from, as its checkpoint records it.
-
-    Attributes:
-        model: the `model` section of the run file.
-        fingerprint: of the base weights, or None when they were never read.
-        classes: names of the class labels.
-        sampling: the `sampling` section of the run file.
-        chat_template: template that replaces the tokenizer's own.
-        ends: tokens with which answers ended in training; None where nothing says so.
-    """
-
-    model: ModelSection | None = None
-    fingerprint: str | None = None
-    classes: tuple[str, ...] = ()
-    sampling: SamplingSection | None = None
-    chat_template: str | None = None
-    ends: tuple[int, ...] | None = None
 
 
 class DiffusionLM(Diffusion):
@@ -86,7 +65,7 @@ class DiffusionLM(Diffusion):
     """
 
     def __init__(
-        self, schedule: Schedule, parametrization: Parametrization, backbone: Backbone, block_size: int | None = 1
+        self, schedule: NoiseLaw, parametrization: Parametrization, backbone: Backbone, block_size: int | None = 1
     ) -> None:
         super().__init__(schedule, parametrization, backbone, block_size)
         self.origin = Origin()
@@ -106,8 +85,10 @@ class DiffusionLM(Diffusion):
         Returns:
             The validated settings.
         """
-        config = self.parametrization.config
-        return (self.origin.sampling or default_sampling(config)).resolve(config, options)
+        return self._settings(options)
+
+    def _settings(self, options: dict[str, Any], scale: float | None = None) -> SamplingSection:
+        return self.origin.settings(self.parametrization.config, options, scale=scale, tokenizer=self.tokenizer)
 
     def ends(self, *, is_chat: bool) -> tuple[int, ...]:
         """Tokens that end an answer beside those of the language model's generation configuration.
@@ -136,12 +117,7 @@ class DiffusionLM(Diffusion):
         Raises:
             ConfigError: if a name is unknown.
         """
-        known = self.origin.classes
-        for name in names:
-            if name is not None and name not in known:
-                hint = suggest(str(name), known) or "."
-                raise ConfigError(f"Unknown class {name!r}{hint} This model knows {list(known)}.")
-        return torch.tensor([-1 if n is None else known.index(n) for n in names], device=self.device)
+        return torch.tensor([self.origin.class_id(name) for name in names], device=self.device)
 
     @naming_plugins()
     def generate(
@@ -199,37 +175,32 @@ class DiffusionLM(Diffusion):
         seeds, scales = request.seed, request.guidance_scale
         if isinstance(seeds, int):
             diffusing["seed"] = seeds
-        sampling = self.sampling(**diffusing)
-        self._check_guidance(sampling)
-        if scales is not None:
-            one = rescaled(sampling, scales if isinstance(scales, float) else 1.0)
-            sampling = one if isinstance(scales, float) else sampling
+        sampling = self._settings(diffusing, scales if isinstance(scales, float) else None)
+        if isinstance(scales, list):
+            self._settings(diffusing, scale=1.0)  # refuses scales where there is nothing to scale
         encoded = self._encoded(prompts)
         config, criteria = self._picking(generation_config, options, stopping_criteria, encoded.chats or [False])
         check_length(encoded.attention_mask.sum(-1).tolist(), config, self.backbone.lm.config)
         requests = Requests(
-            encoded.input_ids.to(self.device, torch.int64),
-            encoded.attention_mask.to(self.device, torch.int64),
+            encoded.to(self.device),
             classes=None if request.classes is None else self.class_ids(request.classes),
             guidance_scale=torch.tensor(scales, device=self.device) if isinstance(scales, list) else None,
-            keys=encoded.keys,
             samples=request.num_return_sequences,
             seeds=seeds if isinstance(seeds, list) else None,
-            context=encoded.context,
         )
         picking = Decoding(config, logits_processor or LogitsProcessorList(), criteria, streamer)
         return generate(self, requests, sampling=sampling, picking=picking, observer=observer)
 
     @naming_plugins()
     def infill(
-        self, texts: str | Sequence[str] | Gapped, *, observer: Observer | None = None, **options: Any
+        self, texts: str | Sequence[str] | Layout, *, observer: Observer | None = None, **options: Any
     ) -> Infilled:
         """Fill gaps in texts, in sight of what stands before and after them.
 
         Where a gap is filled with a token of `ends`, that token stands in the rest of the gap, too.
 
         Args:
-            texts: one or several, with `<mask:8>` for a gap of 8 tokens; or tokens and blocks.
+            texts: one or several, with `<mask:8>` for a gap of 8 tokens; or a layout whose gaps are block 1.
             observer: called after every network evaluation.
             **options: fields of the `sampling` section.
 
@@ -243,16 +214,15 @@ class DiffusionLM(Diffusion):
             if name not in SamplingSection.model_fields:
                 hint = suggest(name, SamplingSection.model_fields) or "."
                 raise ConfigError(f"Unknown option {name}={options[name]!r}{hint} Remove or correct it.")
-        sampling = self.sampling(**options)
-        self._check_guidance(sampling)
+        sampling = self._settings(options)
         arguments.check_parts(None, None, None, observer)
-        if isinstance(texts, Gapped):
+        if isinstance(texts, Layout):
             arguments.check_gapped(texts, self.backbone.vocab_size, context_length(self.backbone.lm.config))
             gapped = texts
         else:
             arguments.check_texts(texts)
             gapped = read_gaps(self.tokenizer, [texts] if isinstance(texts, str) else texts, self.backbone.lm.config)
-        placed = Gapped(gapped.tokens.to(self.device), gapped.blocks.to(self.device))
+        placed = Layout(gapped.tokens.to(self.device), gapped.blocks.to(self.device))
         found = infill(self, placed, sampling=sampling, observer=observer)
         return found.ended(self.ends(is_chat=False))
 
@@ -275,18 +245,11 @@ class DiffusionLM(Diffusion):
         Raises:
             ConfigError: if an option is unknown, or the model denoises several tokens together.
         """
-        sampling = self.sampling(**options)
-        if guidance_scale is not None:
-            sampling = rescaled(sampling, guidance_scale)
-        self._check_guidance(sampling)
-        label = None if class_name is None else int(self.class_ids([class_name])[0])
+        sampling = self._settings(options, guidance_scale)
+        label = None if class_name is None else self.origin.class_id(class_name)
         face = as_transformers(self, sampling, label)
         add_ends(face.generation_config, self.ends(is_chat=False))
         return face
-
-    def _check_guidance(self, sampling: SamplingSection) -> None:
-        for guidance in sampling.guidance:
-            guidance.check(self.tokenizer)
 
     def _encoded(self, prompts: Prompt | Sequence[Prompt] | Tensor | Encoded) -> Encoded:
         if isinstance(prompts, Tensor):
@@ -354,31 +317,3 @@ class _TurnEnds(StoppingCriteria):
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
         rows = self._chats.repeat_interleave(len(input_ids) // len(self._chats)).to(input_ids.device)
         return rows & torch.isin(input_ids[:, -1], self._ends.to(input_ids.device))
-
-
-def rescaled(sampling: SamplingSection, scale: float) -> SamplingSection:
-    """Settings whose only guidance has another scale.
-
-    Args:
-        sampling: the settings.
-        scale: the new scale.
-
-    Returns:
-        A copy.
-
-    Raises:
-        ConfigError: if there is no guidance, more than one, or it cannot have this scale.
-    """
-    if len(sampling.guidance) != 1:
-        raise ConfigError(
-            f"guidance_scale needs exactly one guidance; {len(sampling.guidance)} are set. "
-            "Set guidance, for example to [{name: classifier_free}]."
-        )
-    guidance = sampling.guidance[0]
-    try:
-        changed = type(guidance).model_validate(guidance.to_json() | {"scale": scale})
-    except ValidationError as error:
-        raise ConfigError(
-            f"guidance_scale {scale!r} does not fit guidance {guidance.component_name()!r}: {error.errors()[0]['msg']}."
-        ) from error
-    return sampling.model_copy(update={"guidance": [changed]})

@@ -12,11 +12,12 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, Field, ValidationError
 
 from l2d_framework.base_model import LANGUAGE_MODEL
-from l2d_framework.config import ModelSection
+from l2d_framework.config import ModelSection, parse_sampling
 from l2d_framework.config.files import parse_json, read_text
 from l2d_framework.config.sections import Section
 from l2d_framework.config.validation import validated
 from l2d_framework.errors import CheckpointError
+from l2d_framework.models.origin import Origin
 
 MANIFEST = "l2d.json"
 WEIGHTS = "diffusion.safetensors"
@@ -67,14 +68,7 @@ class Manifest(Section):
 
 
 def file_hash(path: Path) -> str:
-    """SHA-256 of a file.
-
-    Args:
-        path: the file.
-
-    Returns:
-        Hexadecimal digest.
-    """
+    """SHA-256 of a file."""
     found = path.stat()
     # Commands read a manifest before they load its model; gigabytes are read once.
     return _file_hash(path, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
@@ -87,55 +81,24 @@ def _file_hash(path: Path, *stamps: int) -> str:
 
 
 def sealed(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields of a manifest with the hash that shows whether they were changed.
-
-    Args:
-        fields: JSON-ready.
-
-    Returns:
-        The fields and their seal.
-    """
+    """Fields of a manifest with the hash that shows whether they were changed."""
     others = {name: value for name, value in fields.items() if name != "seal"}
     return others | {"seal": hashlib.sha256(json.dumps(others, sort_keys=True).encode()).hexdigest()}
 
 
 def opened_files(folder: Path) -> set[str]:
-    """Files that are opened where a checkpoint holds its own language model.
-
-    Args:
-        folder: the checkpoint.
-
-    Returns:
-        Their paths inside it.
-    """
+    """Files that are opened where a checkpoint holds its own language model."""
     found = (path for pattern in _OPENED for path in (folder / LANGUAGE_MODEL).glob(pattern))
     return {path.relative_to(folder).as_posix() for path in found if not path.name.startswith(".")}
 
 
 def holds_language_model(manifest: Mapping[str, Any]) -> bool:
-    """Whether a checkpoint has its language model inside.
-
-    Args:
-        manifest: its manifest.
-
-    Returns:
-        True if it has.
-    """
+    """Whether a checkpoint has its language model inside."""
     return any(PurePosixPath(name).parts[0] == LANGUAGE_MODEL for name in manifest["files"])
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any]:
-    """Manifest of a checkpoint that is complete and as it was saved.
-
-    Args:
-        folder: the checkpoint.
-
-    Returns:
-        Its fields, those that it lacks at their defaults.
-
-    Raises:
-        CheckpointError: if the folder is no checkpoint, a file is damaged, or the format is newer than this package.
-    """
+    """Manifest of a checkpoint that is complete and as it was saved; fields that it lacks are at their defaults."""
     folder = Path(folder)
     path = folder / MANIFEST
     if not path.is_file():
@@ -186,11 +149,7 @@ def _fields(path: Path) -> tuple[str, dict[str, Any]]:
 
 
 def _check_file(folder: Path, name: str, digest: str) -> None:
-    """Refuse a file that is not the one that was saved.
-
-    Raises:
-        CheckpointError: naming it.
-    """
+    """Refuse a file that is not the one that was saved."""
     path = folder / name  # perhaps a link, as in the cache of the hub: its content is what counts
     try:
         is_same = path.is_file() and file_hash(path) == digest
@@ -233,3 +192,16 @@ def base_reference(
     if dtype is not None:
         changes["dtype"] = dtype
     return validated(ModelSection, {**(recorded or {}), **changes}, "model")
+
+
+def recorded_origin(manifest: Mapping[str, Any], model: ModelSection | None, fingerprint: str | None) -> Origin:
+    """What a manifest says its model was made from."""
+    return Origin(
+        model=model,
+        fingerprint=fingerprint,
+        classes=tuple(manifest["classes"]),
+        sampling=manifest["sampling"] and parse_sampling(manifest["sampling"]),
+        chat_template=manifest["chat_template"],
+        # Checkpoints of earlier versions have no such field.
+        ends=None if manifest["ends"] is None else tuple(manifest["ends"]),
+    )

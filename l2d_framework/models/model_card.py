@@ -8,15 +8,7 @@ from l2d_framework.models.diffusion_lm import DiffusionLM
 
 
 def model_card(model: DiffusionLM, notes: str = "") -> str:
-    """Text of the checkpoint's README.md.
-
-    Args:
-        model: the model.
-        notes: markdown to append.
-
-    Returns:
-        Markdown with the hub's metadata in front.
-    """
+    """Text of the checkpoint's README.md."""
     base = model.origin.model.base if model.origin.model is not None else None
     own = sum(p.numel() for p in model.own_parameters().values())
     rest = "which is part of them" if model.backbone.trains_lm else "whose weights are not part of this repository"
@@ -39,7 +31,7 @@ def model_card(model: DiffusionLM, notes: str = "") -> str:
             'print(lm.tokenizer.decode(lm.generate(["Hello"], max_new_tokens=32).sequences[0]))',
             "```",
             "",
-            f"Schedule `{model.schedule.component_name()}`, parametrization "
+            f"Schedule `{model.schedule.config.component_name()}`, parametrization "
             f"`{model.parametrization.config.component_name()}`, backbone `{model.backbone.config.component_name()}`.",
             "",
             notes,

@@ -3,7 +3,7 @@
 This package imports no torch; loading plugins usually does.
 """
 
-from l2d_framework.registry.catalog import ALLOW_LIST, BrokenPlugin, PluginRow, Registry, registry
+from l2d_framework.registry.catalog import ALLOW_LIST, BrokenPlugin, PluginRow, Registry, extensions, registry
 from l2d_framework.registry.offers import INTERFACES, Source
 
-__all__ = ["ALLOW_LIST", "INTERFACES", "BrokenPlugin", "PluginRow", "Registry", "Source", "registry"]
+__all__ = ["ALLOW_LIST", "INTERFACES", "BrokenPlugin", "PluginRow", "Registry", "Source", "extensions", "registry"]

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib import metadata
 from importlib.metadata import EntryPoint
+from pathlib import Path
 from threading import RLock
 from typing import Any, Literal
 
@@ -21,9 +22,21 @@ from pydantic import ValidationError
 from l2d_framework.blame import attribute
 from l2d_framework.component import Component
 from l2d_framework.errors import ConfigError, PluginError
-from l2d_framework.hooks import GROUP
+from l2d_framework.hooks import EXTENSIONS, GROUP
 from l2d_framework.registry.modules import untouched_modules
-from l2d_framework.registry.offers import CONVERTER, INTERFACES, PRESET, Offer, Source, offers_of, source_of, unknown
+from l2d_framework.registry.offers import (
+    COMMAND,
+    CONVERTER,
+    INTERFACES,
+    METHOD,
+    PRESET,
+    TASKS,
+    Offer,
+    Source,
+    offers_of,
+    source_of,
+    unknown,
+)
 
 BUILTIN_DISTRIBUTION = "l2d-framework"
 ALLOW_LIST = "L2D_PLUGINS"
@@ -81,11 +94,12 @@ class Registry:
         self._offers: dict[tuple[str, str], list[Offer]] = {}
 
     @classmethod
-    def load(cls, entry_points: Iterable[EntryPoint] | None = None) -> Registry:
+    def load(cls, entry_points: Iterable[EntryPoint] | None = None, group: str = GROUP) -> Registry:
         """Load plugins.
 
         Args:
-            entry_points: what to load; the group `l2d_framework` of the installed distributions when None.
+            entry_points: what to load; the group of the installed distributions when None.
+            group: of entry points.
 
         Returns:
             A registry in which every plugin is either loaded, disabled or broken.
@@ -93,11 +107,12 @@ class Registry:
         registry = cls()
         listed = os.environ.get(ALLOW_LIST)
         allowed = None if listed is None else {name.strip() for name in listed.split(",")} - {""}
-        found = metadata.entry_points(group=GROUP) if entry_points is None else entry_points
+        found = metadata.entry_points(group=group) if entry_points is None else entry_points
+        elsewhere = {entry.name for entry in metadata.entry_points(group=EXTENSIONS if group == GROUP else GROUP)}
         # The built-in ones first, before anybody else's code has run.
         for entry_point in sorted(found, key=lambda entry_point: not _is_builtin(source_of(entry_point))):
             registry._add(entry_point, allowed)
-        for name in sorted((allowed or set()) - registry._loaded - set(registry.broken)):
+        for name in sorted((allowed or set()) - registry._loaded - set(registry.broken) - elsewhere):
             error = f"{ALLOW_LIST} names it, but no installed distribution has such an entry point."
             registry.broken[name] = BrokenPlugin("not installed", "", error)
         return registry
@@ -192,6 +207,29 @@ class Registry:
         found: Mapping[str, Any] = self._find(PRESET, name, self.presets())
         return found
 
+    def methods(self) -> dict[str, Mapping[str, Any]]:
+        """Methods that run files can name.
+
+        Returns:
+            Fields of a diffusion run by name, sorted; names offered twice are left out.
+        """
+        return self._unique(METHOD)
+
+    def method(self, name: str) -> Mapping[str, Any]:
+        """One method.
+
+        Args:
+            name: its name.
+
+        Returns:
+            Fields of a diffusion run.
+
+        Raises:
+            PluginError: if it is unknown or offered by two plugins.
+        """
+        fields: Mapping[str, Any] = self._find(METHOD, name, self.methods())
+        return fields
+
     def converter(self, name: str) -> Callable[..., Any]:
         """Reader of a foreign checkpoint format.
 
@@ -207,13 +245,29 @@ class Registry:
         found: Callable[..., Any] = self._find(CONVERTER, name, self._unique(CONVERTER))
         return found
 
+    def commands(self) -> dict[str, Any]:
+        """Commands that plugins add to `l2d`.
+
+        Returns:
+            Typer apps by name, sorted; names offered twice are left out.
+        """
+        return self._unique(COMMAND)
+
+    def task_folders(self) -> list[Path]:
+        """Folders of task files that plugins bring.
+
+        Returns:
+            Of each plugin its own.
+        """
+        return list(self._unique(TASKS).values())
+
     def table(self) -> list[PluginRow]:
         """Everything found, good or bad.
 
         Returns:
-            Rows for components, presets and converters by kind, then for the plugins that were kept out.
+            Rows by kind, then for the plugins that were kept out.
         """
-        order = [*INTERFACES, PRESET, CONVERTER]
+        order = [*INTERFACES, METHOD, PRESET, CONVERTER, COMMAND, TASKS]
         keys = sorted(self._offers, key=lambda key: (order.index(key[0]), key[1]))
         rows = [_row(offer, self._offers[key]) for key in keys for offer in self._offers[key]]
         rows += [PluginRow("", s.plugin, s.distribution, s.version, "disabled") for s in self.disabled]
@@ -237,7 +291,7 @@ class Registry:
             return
         self._loaded.add(source.plugin)
         for offer in offers:
-            if not _is_builtin(source) and offer.kind != PRESET:
+            if not _is_builtin(source) and offer.kind in (*INTERFACES, CONVERTER):
                 attribute(offer.value, source.shipped)
             self._offers.setdefault((offer.kind, offer.name), []).append(offer)
 
@@ -272,9 +326,19 @@ def registry() -> Registry:
         return _loaded()
 
 
+def extensions() -> Registry:
+    """Plugins of this process with commands and tasks, loaded at the first call; costs no import of torch.
+
+    Returns:
+        The same registry at every call.
+    """
+    with _LOADING:
+        return _loaded(EXTENSIONS)
+
+
 @cache
-def _loaded() -> Registry:
-    return Registry.load()
+def _loaded(group: str = GROUP) -> Registry:
+    return Registry.load(group=group)
 
 
 def _is_builtin(source: Source) -> bool:

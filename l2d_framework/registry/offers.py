@@ -1,4 +1,4 @@
-"""What one entry point offers: components and presets, each checked before anybody may ask for it."""
+"""What one entry point offers, such as components and presets, each checked before anybody may ask for it."""
 
 from __future__ import annotations
 
@@ -7,16 +7,18 @@ import pkgutil
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint
+from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 import pluggy
+import typer
 
 from l2d_framework import hooks
 from l2d_framework.component import Component
 from l2d_framework.errors import PluginError, suggest
 
 INTERFACES = {
-    "schedule": "l2d_framework.schedule:Schedule",
+    "schedule": "l2d_framework.schedule:ScheduleConfig",
     "parametrization": "l2d_framework.parametrization:ParametrizationConfig",
     "backbone": "l2d_framework.backbone:BackboneConfig",
     "solver": "l2d_framework.solver:Solver",
@@ -24,9 +26,12 @@ INTERFACES = {
 }
 """Where the interface of each kind lives; named rather than imported, because the interfaces import torch."""
 PRESET = "preset"
+METHOD = "method"
 CONVERTER = "converter"
+COMMAND = "command"
+TASKS = "tasks"
 
-_HOOKS = ("l2d_components", "l2d_presets", "l2d_converters")
+_HOOKS = ("l2d_components", "l2d_presets", "l2d_methods", "l2d_converters", "l2d_commands", "l2d_tasks")
 
 
 @dataclass(frozen=True)
@@ -55,12 +60,12 @@ class Source:
 
 @dataclass(frozen=True)
 class Offer:
-    """A component or preset and where it comes from.
+    """Something offered and where it comes from.
 
     Attributes:
-        kind: interface of the component, or "preset".
+        kind: interface of a component, else what it is, such as "preset".
         name: name by which run files refer to it.
-        value: the component class, or the preset's fields.
+        value: the component class, the preset's fields, the converter, the typer app or the folder of tasks.
         source: who offers it.
     """
 
@@ -92,7 +97,7 @@ def offers_of(entry_point: EntryPoint) -> list[Offer]:
         entry_point: an entry point of the group.
 
     Returns:
-        Its components, presets and converters.
+        All of it.
 
     Raises:
         PluginError: if a hook is misspelt or missing, or something offered is malformed; loading may raise anything.
@@ -139,11 +144,25 @@ def _answers(manager: pluggy.PluginManager, source: Source) -> Iterator[Offer]:
             if not isinstance(name, str) or not isinstance(sampling, Mapping):
                 raise PluginError(f"Preset {name!r} must hold the fields of a sampling section, got {sampling!r}.")
             yield Offer(PRESET, name, sampling, source)
+    for methods in manager.hook.l2d_methods():
+        for name, fields in methods.items():
+            if not isinstance(name, str) or not isinstance(fields, Mapping):
+                raise PluginError(f"Method {name!r} must hold fields of a diffusion run, got {fields!r}.")
+            yield Offer(METHOD, name, fields, source)
     for converters in manager.hook.l2d_converters():
         for name, reader in converters.items():
             if not isinstance(name, str) or not callable(reader):
                 raise PluginError(f"Converter {name!r} must be a function that reads a folder, got {reader!r}.")
             yield Offer(CONVERTER, name, reader, source)
+    for commands in manager.hook.l2d_commands():
+        for name, app in commands.items():
+            if not isinstance(name, str) or not isinstance(app, typer.Typer):
+                raise PluginError(f"Command {name!r} must be a typer.Typer, got {app!r}.")
+            yield Offer(COMMAND, name, app, source)
+    for folder in manager.hook.l2d_tasks():
+        if not isinstance(folder, Path) or not folder.is_dir():
+            raise PluginError(f"l2d_tasks must return a folder that exists, as a Path, got {folder!r}.")
+        yield Offer(TASKS, source.plugin, folder, source)
 
 
 def _kind(component: object) -> str:

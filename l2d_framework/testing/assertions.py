@@ -6,46 +6,20 @@ from torch import Tensor
 
 
 def ensure(holds: bool | Tensor, message: str) -> None:
-    """Fail unless a claim holds.
-
-    Args:
-        holds: the claim.
-        message: what was found and what was promised.
-
-    Raises:
-        AssertionError: if the claim does not hold.
-    """
+    """Fail unless a claim holds."""
     if not bool(holds):
         raise AssertionError(message)
 
 
 def distance(actual: Tensor, expected: Tensor) -> float:
-    """Largest difference of two tensors in units of the larger of 1 and the largest expected entry.
-
-    Args:
-        actual: what was found, any shape.
-        expected: what was promised, same shape.
-
-    Returns:
-        The difference, infinite when shapes differ or a number is not finite.
-    """
+    """Largest difference in units of the larger of 1 and the largest expected entry; infinite when shapes differ."""
     if actual.shape != expected.shape or not bool(actual.isfinite().all()):
         return float("inf")
     return float((actual - expected).abs().max() / expected.abs().max().clamp_min(1))
 
 
 def ensure_close(actual: Tensor, expected: Tensor, claim: str, *, tolerance: float = 1e-4) -> None:
-    """Fail unless two tensors agree.
-
-    Args:
-        actual: what was found, any shape.
-        expected: what was promised, same shape.
-        claim: the sentence that is false when they differ.
-        tolerance: largest allowed `distance`.
-
-    Raises:
-        AssertionError: if they do not agree.
-    """
+    """Fail unless two tensors agree."""
     found = distance(actual, expected)
     ensure(
         found <= tolerance,

@@ -13,14 +13,7 @@ from l2d_framework.testing.assertions import ensure
 
 
 def component_checks(component: Component) -> Sequence[Callable[[Any], None]]:
-    """Laws of every component.
-
-    Args:
-        component: any component.
-
-    Returns:
-        The checks.
-    """
+    """Laws of every component."""
     return [
         check_name_is_literal,
         check_json_round_trip,
@@ -33,11 +26,7 @@ def component_checks(component: Component) -> Sequence[Callable[[Any], None]]:
 
 
 def check_name_is_literal(component: Component) -> None:
-    """A run file selects the component by `name`, so the field allows exactly one value, its default.
-
-    Args:
-        component: any component.
-    """
+    """A run file selects the component by `name`, so the field allows exactly one value, its default."""
     cls = type(component)
     ensure(bool(cls.kind), f"{cls.__qualname__} has no kind; inherit from one of the five interfaces.")
     ensure("name" in cls.model_fields, f'{cls.__qualname__} needs a field `name: Literal["..."] = "..."`.')
@@ -49,11 +38,7 @@ def check_name_is_literal(component: Component) -> None:
 
 
 def check_json_round_trip(component: Component) -> None:
-    """A component saved as JSON comes back equal, both from the text and from the values a YAML reader makes of it.
-
-    Args:
-        component: any component.
-    """
+    """A component saved as JSON comes back equal, both from the text and from the values a YAML reader makes of it."""
     cls = type(component)
     text = component.model_dump_json()
     values = json.loads(text)
@@ -64,11 +49,7 @@ def check_json_round_trip(component: Component) -> None:
 
 
 def check_unknown_field_is_refused(component: Component) -> None:
-    """A misspelt option is an error, in the component and in each of its sections.
-
-    Args:
-        component: any component.
-    """
+    """A misspelt option is an error, in the component and in each of its sections."""
     for section in _sections(component):
         data = {**section.model_dump(mode="json"), "no_such_option": 1}
         ensure(
@@ -78,11 +59,7 @@ def check_unknown_field_is_refused(component: Component) -> None:
 
 
 def check_is_frozen(component: Component) -> None:
-    """A component never changes after it was made, nor do its sections.
-
-    Args:
-        component: any component.
-    """
+    """A component never changes after it was made, nor do its sections."""
     for section in _sections(component):
         for field in type(section).model_fields:
             ensure(
@@ -92,11 +69,7 @@ def check_is_frozen(component: Component) -> None:
 
 
 def check_defaults_are_valid(component: Component) -> None:
-    """What a field is when left out would also be accepted when written out.
-
-    Args:
-        component: any component; supplies the fields that have no default.
-    """
+    """What a field is when left out would also be accepted when written out."""
     cls = type(component)
     required = {name: value for name, value in component.to_json().items() if cls.model_fields[name].is_required()}
     problem = _problem(cls, cls.model_validate(required).to_json())
@@ -104,11 +77,7 @@ def check_defaults_are_valid(component: Component) -> None:
 
 
 def check_types_are_strict(component: Component) -> None:
-    """A number written as text is refused instead of guessed at.
-
-    Args:
-        component: any component.
-    """
+    """A number written as text is refused instead of guessed at."""
     for section in _sections(component):
         data = section.model_dump(mode="json")
         for field, value in data.items():
@@ -120,11 +89,7 @@ def check_types_are_strict(component: Component) -> None:
 
 
 def check_extra_is_named(component: Component) -> None:
-    """A component that needs more than the core dependencies says what to install.
-
-    Args:
-        component: any component.
-    """
+    """A component that needs more than the core dependencies says what to install."""
     cls = type(component)
     ensure(
         not cls.requires or bool(cls.extra),

@@ -17,14 +17,7 @@ _VOCAB, _SIZE, _CLASSES = 11, 6, 3
 
 
 def guidance_checks(guidance: Guidance) -> Sequence[Callable[[Any], None]]:
-    """Laws of every guidance, and neutrality where a scale is declared neutral.
-
-    Args:
-        guidance: any guidance.
-
-    Returns:
-        The checks.
-    """
+    """Laws of every guidance, and neutrality where a scale is declared neutral."""
     checks = [check_guidance_shapes, check_guidance_leaves_its_inputs, check_guidance_is_rowwise]
     if guidance.neutral_scale is not None:
         checks += [check_guidance_is_neutral, check_guidance_obeys_requested_scales]
@@ -33,11 +26,7 @@ def guidance_checks(guidance: Guidance) -> Sequence[Callable[[Any], None]]:
 
 @torch.no_grad()
 def check_guidance_shapes(guidance: Guidance) -> None:
-    """Logits are (B, L, V) and a clean state is (B, L, D), finite and without gradients, from t = 0 to t = 1.
-
-    Args:
-        guidance: any guidance.
-    """
+    """Logits are (B, L, V) and a clean state is (B, L, D), finite and without gradients, from t = 0 to t = 1."""
     for time in (0.0, 0.5, 1.0):
         for condition in (None, _query().condition):
             query = _query().replace(t=torch.full((2, 3), time), condition=condition, shared_time=time)
@@ -54,11 +43,7 @@ def check_guidance_shapes(guidance: Guidance) -> None:
 
 @torch.no_grad()
 def check_guidance_leaves_its_inputs(guidance: Guidance) -> None:
-    """Neither the query nor the logits of the prediction it wraps are changed in place.
-
-    Args:
-        guidance: any guidance.
-    """
+    """Neither the query nor the logits of the prediction it wraps are changed in place."""
     query, fresh, predict = _query(), _query(), ToyPredict(_VOCAB, _SIZE, _CLASSES)
     guidance(predict, query, _space(query))
     ensure(bool(predict.given), "The guidance never asked for a prediction.")
@@ -68,11 +53,7 @@ def check_guidance_leaves_its_inputs(guidance: Guidance) -> None:
 
 @torch.no_grad()
 def check_guidance_is_rowwise(guidance: Guidance) -> None:
-    """A row is guided alike alone and beside others.
-
-    Args:
-        guidance: any guidance.
-    """
+    """A row is guided alike alone and beside others."""
     together = _guide(guidance, _query())
     for row in (0, 1):
         alone = _guide(guidance, _query(slice(row, row + 1)))
@@ -85,9 +66,6 @@ def check_guidance_is_neutral(guidance: Guidance) -> None:
     """At its neutral scale, its own or the request's, guidance changes no bit of the prediction it wraps.
 
     That includes the clean state which a guidance further inside may have set.
-
-    Args:
-        guidance: a guidance that declares a `neutral_scale`.
     """
     assert guidance.neutral_scale is not None
     neutral = type(guidance).model_validate({**guidance.model_dump(), "scale": guidance.neutral_scale})
@@ -105,11 +83,7 @@ def check_guidance_is_neutral(guidance: Guidance) -> None:
 
 @torch.no_grad()
 def check_guidance_obeys_requested_scales(guidance: Guidance) -> None:
-    """A scale given with the request replaces the guidance's own, position by position.
-
-    Args:
-        guidance: a guidance that declares a `neutral_scale`.
-    """
+    """A scale given with the request replaces the guidance's own, position by position."""
     assert guidance.neutral_scale is not None
     strong = guidance.neutral_scale + 2.0
     scales = torch.full((2, 3), guidance.neutral_scale)

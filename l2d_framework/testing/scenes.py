@@ -47,17 +47,7 @@ class Scene:
         return torch.full(self.positions.shape, 0.5)
 
     def ask(self, backbone: Backbone, *, context: Any = None, shared_time: float | None = None, **other: Any) -> Tensor:
-        """Features about the places.
-
-        Args:
-            backbone: whom to ask.
-            context: what it has read; the layout is read when None.
-            shared_time: as in `Backbone.features`.
-            **other: `layout`, `h`, `t` or `condition` instead of the scene's own.
-
-        Returns:
-            (B, L, H).
-        """
+        """Features about the places, (B, L, H); the layout is read where no context is given."""
         context = backbone.read(other.get("layout", self.layout)) if context is None else context
         h, t = other.get("h", self.h), other.get("t", self.t)
         return backbone.features(h, t, self.positions, context, other.get("condition"), shared_time=shared_time)
@@ -78,14 +68,7 @@ def noisy_scenes(backbone: Backbone) -> Iterator[tuple[int | None, Scene]]:
 
 
 def noisy_scene(block_size: int | None) -> Scene:
-    """Known tokens first, then blocks that are all asked about.
-
-    Args:
-        block_size: tokens per block, or None for a single block.
-
-    Returns:
-        The scene.
-    """
+    """Known tokens first, then blocks that are all asked about; a single block for None."""
     layout = known_layout()
     noisy = torch.arange(LENGTH - KNOWN)
     blocks = layout.blocks.clone()
@@ -94,14 +77,7 @@ def noisy_scene(block_size: int | None) -> Scene:
 
 
 def known_layout(padding: int = 0) -> Layout:
-    """Random tokens, all known.
-
-    Args:
-        padding: slots of padding at the start of the second row.
-
-    Returns:
-        The layout.
-    """
+    """Random tokens, all known."""
     tokens = torch.randint(3, 30, (ROWS, LENGTH), generator=torch.Generator().manual_seed(4))
     blocks = torch.zeros_like(tokens)
     blocks[1, :padding] = -1
@@ -109,14 +85,7 @@ def known_layout(padding: int = 0) -> Layout:
 
 
 def block_sizes(config: BackboneConfig) -> list[int | None]:
-    """Block sizes out of 1, 2 and None that a backbone serves.
-
-    Args:
-        config: any backbone.
-
-    Returns:
-        Those that its `check` does not refuse.
-    """
+    """Block sizes out of 1, 2 and None that a backbone serves."""
     lm_config = tiny_llama().config
     return [size for size in (1, 2, None) if _serves(config, lm_config, size)]
 
@@ -131,15 +100,7 @@ def _serves(config: BackboneConfig, lm_config: Any, block_size: int | None) -> b
 
 @torch.no_grad()
 def built(config: BackboneConfig, lm: PreTrainedModel | None = None) -> Backbone:
-    """A backbone in evaluation mode whose own weights are perturbed, since a fresh one may leave the model as it was.
-
-    Args:
-        config: any backbone.
-        lm: the language model to wrap; a tiny random Llama when None.
-
-    Returns:
-        The backbone; the language model's weights are as they were.
-    """
+    """A backbone in evaluation mode, its own weights perturbed, since fresh ones may leave the model as it was."""
     lm = tiny_llama() if lm is None else lm
     inherited = {id(weight) for weight in lm.parameters()}
     with torch.random.fork_rng(devices=[]):

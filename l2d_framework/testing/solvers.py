@@ -6,44 +6,42 @@ import re
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from itertools import product
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
+from l2d_framework.diffusion.diffusion import Diffusion
+from l2d_framework.diffusion.ode import Streams, TokenODE
+from l2d_framework.diffusion.rng import categorical
 from l2d_framework.errors import ConfigError, EvaluationBudgetError
-from l2d_framework.solver import Solver
+from l2d_framework.parametrization import Parametrization
+from l2d_framework.schedule import NoiseLaw, Schedule
+from l2d_framework.solver import Problem, Solver, Time
 from l2d_framework.testing.assertions import distance, ensure, ensure_close
-from l2d_framework.testing.toys import ToyProblem
+from l2d_framework.testing.toys import ToyPredict, ToyProblem, ToySchedule, ToySpace, toy_streams
+from l2d_framework.types import Context, Query, Random, Stride
 
 _END = 0.9
 _SIZE = 3
+_UNEVEN = [0.0, 0.2, 0.3, 0.6, _END]
 
 
 def solver_checks(solver: Solver) -> Sequence[Callable[[Any], None]]:
-    """Laws that a solver's declared capabilities commit it to.
-
-    Args:
-        solver: any solver.
-
-    Returns:
-        The checks.
-    """
+    """Laws that a solver's declared capabilities commit it to."""
     checks = [check_solver_reaches_a_constant, check_solver_is_repeatable, check_solver_times]
     checks += [check_solver_accuracy, check_solver_budget] if solver.is_adaptive else [check_solver_evaluation_count]
     if not (solver.is_adaptive or solver.is_stochastic):
-        checks.append(check_solver_order)
+        checks += [check_solver_order, check_solver_is_the_textbooks]
     if not solver.batch_coupled:
         checks.append(check_solver_tokens_are_independent)
     return checks
 
 
 def check_solver_reaches_a_constant(solver: Solver) -> None:
-    """If the clean state never changes, the end of the path is the end of a straight line to it.
-
-    Args:
-        solver: any solver.
-    """
+    """If the clean state never changes, the end of the path is the end of a straight line to it."""
     end = 0.99 if solver.evaluates_end else 1.0
     problem, x = ToyProblem(_constant, _keys()), _start(_keys())
     found = solver.solve(problem, x, problem.schedule.grid(7, end))
@@ -55,11 +53,7 @@ def check_solver_reaches_a_constant(solver: Solver) -> None:
 
 
 def check_solver_is_repeatable(solver: Solver) -> None:
-    """The same noise gives the same path, the start is left as it was, and no global generator is touched.
-
-    Args:
-        solver: any solver.
-    """
+    """The same noise gives the same path, the start is left as it was, and no global generator is touched."""
     x = _start(_keys())
     given = x.clone()
     with torch.random.fork_rng(devices=[]):
@@ -72,31 +66,19 @@ def check_solver_is_repeatable(solver: Solver) -> None:
 
 
 def check_solver_times(solver: Solver) -> None:
-    """No slope is asked for at t = 1, where it is singular, and no move leads to the past or beyond 1.
-
-    Args:
-        solver: any solver.
-    """
+    """No slope is asked for at t = 1, where it is singular, and nothing outside of 0 to 1."""
     ends = (_END,) if solver.evaluates_end else (_END, 1.0)
     for end in ends:
         _, problem = _solve(solver, _start(_keys()), _keys(), end=end)
-        for t, until, is_slope in problem.visits:
+        for t, is_slope in problem.visits:
             ensure(((t >= 0) & (t <= 1)).all(), f"The problem was asked at t = {t.tolist()}.")
             ensure(
                 not is_slope or (t < 1).all(), f"A slope was asked for at t = 1 on the way to {end}; set evaluates_end."
             )
-            ensure(
-                ((until >= t) & (until <= 1)).all(),
-                f"A move from t = {t.flatten()[0]} was announced to lead to {until.flatten()[0]}.",
-            )
 
 
 def check_solver_evaluation_count(solver: Solver) -> None:
-    """A number of evaluations is hit exactly, read-out included, or refused with one that can be.
-
-    Args:
-        solver: a solver that is not adaptive.
-    """
+    """A number of evaluations is hit exactly, read-out included, or refused with one that can be."""
     hit = 0
     for wanted in range(1, 18):
         size = _grid_size(solver, wanted)
@@ -113,11 +95,7 @@ def check_solver_evaluation_count(solver: Solver) -> None:
 
 
 def check_solver_order(solver: Solver) -> None:
-    """Halving the step divides the error by 2 to the declared order.
-
-    Args:
-        solver: a deterministic solver that is not adaptive.
-    """
+    """Halving the step divides the error by 2 to the declared order."""
     keys = torch.zeros(1, 4, dtype=torch.int64)
     x, end = _start(keys).double(), 0.8
     true = _reference(x, keys, end)
@@ -131,12 +109,46 @@ def check_solver_order(solver: Solver) -> None:
     )
 
 
-def check_solver_accuracy(solver: Solver) -> None:
-    """An adaptive solve of a smooth equation ends near its solution.
+def check_solver_is_the_textbooks(solver: Solver) -> None:
+    """Written out as sums of what is asked for by state and time alone, the method ends at the same place.
 
-    Args:
-        solver: an adaptive solver.
+    So it does where tokens are drawn at a temperature that falls along the grid, of which no textbook knows. A method
+    that is more than such sums, for instance one that limits its states, is not held to this.
     """
+    once, twice = (_written_out(solver, _UNEVEN, scale) for scale in (1.0, 2.0))
+    if not all(torch.allclose(2 * a[2], b[2]) for a, b in zip(once, twice, strict=True)):
+        return
+    *asked, _ = once
+
+    class Textbook(Solver):
+        stages: ClassVar[int] = len(asked) // (len(_UNEVEN) - 1)
+        evaluates_end: ClassVar[bool] = any(abs(t - _END) < 1e-6 for _, t, _ in asked)
+
+        name: Literal["textbook"] = "textbook"
+
+        @override
+        def step(self, problem: Problem, x: Tensor, t: float, s: float) -> Tensor:
+            return self.solve(problem, x, [t, s])
+
+        @override
+        def solve(self, problem: Problem, x: Tensor, times: list[float]) -> Tensor:
+            *asked, (_, _, end) = _written_out(solver, times)
+            known = [x]
+            for what, t, weights in asked:
+                known.append(getattr(problem, what)(_sum(weights, known), t))
+            return _sum(end, known)
+
+    x = _start(_keys()).double()
+    found, expected = (_annealed(_keys()).solve(how, x, _UNEVEN) for how in (solver, Textbook()))
+    ensure_close(
+        found,
+        expected,
+        "the method as the textbook writes it must end there, too; see that `stages` and `evaluates_end` are true",
+    )
+
+
+def check_solver_accuracy(solver: Solver) -> None:
+    """An adaptive solve of a smooth equation ends near its solution."""
     keys = torch.zeros(1, 4, dtype=torch.int64)
     x, end = _start(keys), 0.6
     found, _ = _solve(solver, x, keys, end=end)
@@ -145,11 +157,7 @@ def check_solver_accuracy(solver: Solver) -> None:
 
 
 def check_solver_budget(solver: Solver) -> None:
-    """No token costs more evaluations than the budget, read-out included; a solve that would is stopped.
-
-    Args:
-        solver: an adaptive solver.
-    """
+    """No token costs more evaluations than the budget, read-out included; a solve that would is stopped."""
     keys = _keys() + 200
     for budget in (20, 60):
         problem = ToyProblem(_bump, keys)
@@ -160,11 +168,7 @@ def check_solver_budget(solver: Solver) -> None:
 
 
 def check_solver_tokens_are_independent(solver: Solver) -> None:
-    """A token's path and what it costs are the same alone and beside easier and harder ones.
-
-    Args:
-        solver: a solver that does not declare `batch_coupled`.
-    """
+    """A token's path and what it costs are the same alone and beside easier and harder ones."""
     keys = _keys()
     x = _start(keys)
     together, problem = _solve(solver, x, keys)
@@ -199,6 +203,85 @@ def _start(keys: Tensor) -> Tensor:
 def _solve(solver: Solver, x: Tensor, keys: Tensor, *, count: int = 5, end: float = _END) -> tuple[Tensor, ToyProblem]:
     problem = ToyProblem(_bump, keys)
     return solver.solve(problem, x, [end * i / (count - 1) for i in range(count)] if count > 1 else [0.0]), problem
+
+
+class _Probe(Problem):
+    """Answers each evaluation with a direction of its own, so that every state tells what it is made of."""
+
+    schedule: Schedule = ToySchedule()
+
+    def __init__(self, scale: float) -> None:
+        self.directions = (scale * torch.eye(100, dtype=torch.float64))[:, None, None]
+        self.asked: list[tuple[str, float, Tensor]] = []
+
+    def _answer(self, what: str, x: Tensor, t: Time) -> Tensor:
+        self.asked.append((what, float(torch.as_tensor(t).flatten()[0]), x.clone()))
+        return self.directions[len(self.asked)]
+
+    @override
+    def clean(self, x: Tensor, t: Time, *, active: Tensor | None = None) -> Tensor:
+        return self._answer("clean", x, t)
+
+    @override
+    def velocity(self, x: Tensor, t: Time, *, active: Tensor | None = None) -> Tensor:
+        return self._answer("velocity", x, t)
+
+    @override
+    def fresh_noise(self, x: Tensor) -> Tensor:
+        return torch.zeros_like(x)
+
+
+def _written_out(solver: Solver, times: list[float], scale: float = 1.0) -> list[tuple[str, float, Tensor]]:
+    """What is asked for, when, and the weights of start and earlier answers in the state there; the end comes last."""
+    probe = _Probe(scale)
+    end = solver.solve(probe, probe.directions[0].clone(), times)
+    return [*probe.asked, ("", times[-1], end)]
+
+
+def _sum(weights: Tensor, known: list[Tensor]) -> Tensor:
+    return sum((w * value for w, value in zip(weights[0, 0].tolist(), known, strict=False) if w), torch.zeros(()))
+
+
+class _Annealed(Parametrization):
+    """Draws tokens at a temperature that falls along the grid, by all that is known of a move."""
+
+    state_size = _SIZE
+    prior_scale = 1.0
+
+    @override
+    def encode(self, tokens: Tensor, table: Tensor) -> Tensor:
+        return table[tokens]
+
+    @override
+    def embed(self, x: Tensor, t: Tensor, schedule: NoiseLaw, table: Tensor, previous: Tensor | None) -> Tensor:
+        return x
+
+    @override
+    def lookahead(self, t: Tensor, stride: Stride) -> Tensor:
+        return t + stride.length / (1 if stride.evaluates_end else stride.stages)
+
+    @override
+    def estimate(self, logits: Tensor, t: Tensor, codebook: Tensor, random: Random) -> Tensor:
+        return codebook[categorical((logits / (2.1 - 2 * t)[..., None]).softmax(-1), random.uniform())]
+
+
+class _Net(ToyPredict):
+    """As much of a model as an equation needs."""
+
+    schedule = ToySchedule()
+    backbone = SimpleNamespace(vocab_size=7)
+
+
+def _annealed(keys: Tensor) -> TokenODE:
+    space, zero = ToySpace(7, _SIZE), torch.zeros(keys.shape)
+    return TokenODE(
+        cast(Diffusion, _Net(7, _SIZE, 0)),
+        Query(zero[..., None], zero, keys, cast(Context, None)),
+        guidance=[],
+        parametrization=_Annealed(),
+        codebook=space.codebook,
+        streams=Streams(toy_streams(keys), toy_streams(keys + 1000)),
+    )
 
 
 def _grid_size(solver: Solver, wanted: int) -> int | None:

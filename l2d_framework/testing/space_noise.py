@@ -13,11 +13,7 @@ from l2d_framework.testing.toys import toy_streams
 
 @torch.no_grad()
 def check_noise_is_standard_normal(config: ParametrizationConfig) -> None:
-    """Noise is (B, L, D), standard normal, and independent within a token and between tokens.
-
-    Args:
-        config: any parametrization.
-    """
+    """Noise is (B, L, D), standard normal, and independent within a token and between tokens."""
     space, _ = built_space(config)
     keys = torch.arange(3000).view(30, 100)
     noise = dense(space.noise(toy_streams(keys)))
@@ -39,11 +35,7 @@ def check_noise_is_standard_normal(config: ParametrizationConfig) -> None:
 
 @torch.no_grad()
 def check_noise_keeps_to_its_streams(config: ParametrizationConfig) -> None:
-    """A token's noise comes from its own stream, is new at every call, and is the same alone and beside others.
-
-    Args:
-        config: any parametrization.
-    """
+    """A token's noise comes from its own stream, is new at every call, and is the same alone and beside others."""
     space, _ = built_space(config)
     tokens, _, _ = questions()
     streams = toy_streams(tokens)

@@ -12,15 +12,7 @@ VOCAB, HIDDEN = 29, 24
 
 
 def built_space(config: ParametrizationConfig, seed: int = 0) -> tuple[Parametrization, Tensor]:
-    """A state space in evaluation mode and an embedding table.
-
-    Args:
-        config: any parametrization.
-        seed: of the space's weights.
-
-    Returns:
-        The module, and (V, H).
-    """
+    """A state space in evaluation mode and an embedding table, (V, H)."""
     table = torch.randn(VOCAB, HIDDEN, generator=torch.Generator().manual_seed(7))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -28,11 +20,7 @@ def built_space(config: ParametrizationConfig, seed: int = 0) -> tuple[Parametri
 
 
 def questions() -> tuple[Tensor, Tensor, Tensor]:
-    """What estimates and network inputs are asked about.
-
-    Returns:
-        Tokens, (2, 4), int64; logits, (2, 4, V), float32; times, (2, 4), float32.
-    """
+    """Tokens, (2, 4), int64; logits, (2, 4, V), float32; times, (2, 4), float32."""
     generator = torch.Generator().manual_seed(8)
     tokens = torch.tensor([[0, 3, 5, 7], [11, 12, 1, 2]])
     return tokens, torch.randn(2, 4, VOCAB, generator=generator), torch.rand(2, 4, generator=generator)

@@ -7,10 +7,11 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from l2d_framework.diffusion.rng import TokenStreams
 from l2d_framework.schedule import Schedule
-from l2d_framework.solver import Time, as_time
+from l2d_framework.solver import Problem, Time, as_time
 from l2d_framework.types import Layout, Prediction, Query
 
 CleanLaw = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -23,41 +24,20 @@ class ToySchedule(Schedule):
     name: Literal["toy-linear"] = "toy-linear"
 
     def alpha(self, t: Tensor) -> Tensor:
-        """Weight of the clean state.
-
-        Args:
-            t: times, any shape.
-
-        Returns:
-            `t` itself.
-        """
+        """Weight of the clean state."""
         return t
 
     def sigma(self, t: Tensor) -> Tensor:
-        """Weight of the noise.
-
-        Args:
-            t: times, any shape.
-
-        Returns:
-            1 - t.
-        """
+        """Weight of the noise."""
         return 1 - t
 
 
 def toy_streams(keys: Tensor) -> TokenStreams:
-    """Random numbers of tokens named by integers.
-
-    Args:
-        keys: name of each token, (B, L), int64; equal names give equal numbers.
-
-    Returns:
-        Streams at their start.
-    """
+    """Random numbers of tokens named by integers, (B, L); equal names give equal numbers."""
     return TokenStreams([[("toy", key) for key in row] for row in keys.tolist()], keys.device)
 
 
-class ToyProblem:
+class ToyProblem(Problem):
     """An equation with a known clean state, which counts its evaluations token by token.
 
     Args:
@@ -67,7 +47,7 @@ class ToyProblem:
     Attributes:
         keys: name of each token, (B, L), int64; the clean law and the noise of a token depend on it alone.
         evaluations: how often each token was evaluated, (B, L), int64.
-        visits: (t, until, whether a slope was asked for) of every call, the times (B, L), float32.
+        visits: (t, whether a slope was asked for) of every call, the times (B, L), float32.
     """
 
     schedule: Schedule = ToySchedule()
@@ -75,54 +55,27 @@ class ToyProblem:
     def __init__(self, law: CleanLaw, keys: Tensor) -> None:
         self.keys = keys
         self.evaluations = torch.zeros_like(keys)
-        self.visits: list[tuple[Tensor, Tensor, bool]] = []
+        self.visits: list[tuple[Tensor, bool]] = []
         self._law = law
         self._streams = toy_streams(keys)
 
-    def clean(self, x: Tensor, t: Time, *, until: Time | None = None, active: Tensor | None = None) -> Tensor:
-        """Clean state by the law.
+    @override
+    def clean(self, x: Tensor, t: Time, *, active: Tensor | None = None) -> Tensor:
+        return self._evaluate(x, t, active, slope=False)
 
-        Args:
-            x: (B, L, D), float.
-            t: time of `x`.
-            until: time the move leads to; `t` when None.
-            active: tokens to evaluate, (B, L), bool; all when None.
+    @override
+    def velocity(self, x: Tensor, t: Time, *, active: Tensor | None = None) -> Tensor:
+        return self._evaluate(x, t, active, slope=True)
 
-        Returns:
-            (B, L, D); zero where not active.
-        """
-        return self._evaluate(x, t, until, active, slope=False)
-
-    def velocity(self, x: Tensor, t: Time, *, until: Time | None = None, active: Tensor | None = None) -> Tensor:
-        """Slope of the toy schedule's path to the clean state.
-
-        Args:
-            x: (B, L, D), float.
-            t: time of `x`, below 1.
-            until: time the move leads to; `t` when None.
-            active: tokens to evaluate, (B, L), bool; all when None.
-
-        Returns:
-            (B, L, D); zero where not active.
-        """
-        return self._evaluate(x, t, until, active, slope=True)
-
+    @override
     def fresh_noise(self, x: Tensor) -> Tensor:
-        """Standard normal numbers, every token from its own stream.
-
-        Args:
-            x: a state, for its shape.
-
-        Returns:
-            (B, L, D), of the dtype of `x`.
-        """
         return self._streams.normal(x.shape[-1]).to(x)
 
-    def _evaluate(self, x: Tensor, t: Time, until: Time | None, active: Tensor | None, *, slope: bool) -> Tensor:
+    def _evaluate(self, x: Tensor, t: Time, active: Tensor | None, *, slope: bool) -> Tensor:
         time = as_time(t, x)
         active = torch.ones_like(self.keys, dtype=torch.bool) if active is None else active
         self.evaluations = self.evaluations + active
-        self.visits.append((time[active], (time if until is None else as_time(until, x))[active], slope))
+        self.visits.append((time[active], slope))
         exact = time.to(x) if isinstance(t, Tensor) else torch.full_like(time, t, dtype=x.dtype)
         out = self._law(x, exact[..., None], self.keys[..., None])
         if slope:
@@ -157,42 +110,19 @@ class ToySpace:
         self._streams = toy_streams(torch.arange(length).expand(rows, -1))
 
     def random(self) -> TokenStreams:
-        """Streams that are alike in every row.
-
-        Returns:
-            One per token.
-        """
+        """Streams that are alike in every row."""
         return self._streams
 
     def record(self, name: str, values: Tensor) -> None:
-        """Note a number per row.
-
-        Args:
-            name: of the number.
-            values: (B,), float.
-        """
+        """Note a number per row."""
         self.recorded[name] = values
 
     def estimate(self, logits: Tensor) -> Tensor:
-        """Average of the codebook.
-
-        Args:
-            logits: (B, L, V), float32.
-
-        Returns:
-            (B, L, D), float32.
-        """
+        """Average of the codebook, (B, L, D)."""
         return logits.softmax(-1) @ self.codebook
 
     def encode(self, tokens: Tensor) -> Tensor:
-        """Clean states of tokens.
-
-        Args:
-            tokens: (B, L), int64.
-
-        Returns:
-            (B, L, D), float32.
-        """
+        """Clean states of tokens."""
         return self.codebook[tokens]
 
 
@@ -215,14 +145,7 @@ class ToyPredict:
         self.given: list[tuple[Tensor, Tensor]] = []
 
     def __call__(self, query: Query) -> Prediction:
-        """Answer one query.
-
-        Args:
-            query: what to predict; class -1 and no class at all are the same.
-
-        Returns:
-            Logits only.
-        """
+        """Answer one query; class -1 and no class at all are the same."""
         condition = torch.full_like(query.positions, -1) if query.condition is None else query.condition
         place = query.t + query.positions
         # Products and sums of fixed order: a token's logits must not depend on the shape of the batch it is in.
@@ -231,17 +154,7 @@ class ToyPredict:
         return Prediction(logits)
 
     def together(self, queries: list[Query]) -> list[Prediction]:
-        """Answer several queries about the same positions.
-
-        Args:
-            queries: at least one query.
-
-        Returns:
-            One prediction per query, in order.
-
-        Raises:
-            ValueError: if they are not about the same positions and context.
-        """
+        """Answer several queries about the same positions."""
         first = queries[0]
         if any(q.context is not first.context or not torch.equal(q.positions, first.positions) for q in queries):
             raise ValueError("Queries asked together must share positions and context; change another field.")
@@ -252,12 +165,5 @@ class ToyGuided(ToyPredict):
     """The same network inside a guidance that has already chosen the clean state."""
 
     def __call__(self, query: Query) -> Prediction:
-        """Answer one query.
-
-        Args:
-            query: what to predict.
-
-        Returns:
-            Logits and a clean state.
-        """
+        """Answer one query."""
         return Prediction(super().__call__(query).logits, query.x + 1)

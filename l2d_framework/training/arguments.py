@@ -19,14 +19,6 @@ def make_arguments(training: TrainingSection, output: Path, *, seed: int) -> Tra
     """transformers' arguments for a `training` section, without the number of updates.
 
     What this package does itself, such as the learning rate, is left at transformers' defaults.
-
-    Args:
-        training: the section.
-        output: the output folder.
-        seed: of torch's global generator, which only dropout uses.
-
-    Returns:
-        The arguments.
     """
     refuse_sharding()
     arguments = TrainingArguments(
@@ -55,11 +47,7 @@ def make_arguments(training: TrainingSection, output: Path, *, seed: int) -> Tra
 
 
 def refuse_sharding() -> None:
-    """Refuse a launcher that shards parameters.
-
-    Raises:
-        ConfigError: if it does.
-    """
+    """Refuse a launcher that shards parameters."""
     for variable, name in (("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed")):
         if os.environ.get(variable, "false").lower() in ("true", "1"):
             raise ConfigError(
@@ -68,15 +56,7 @@ def refuse_sharding() -> None:
 
 
 def divide_batch(arguments: TrainingArguments, training: TrainingSection | RewardTraining) -> None:
-    """Divide the batch of an update over processes and micro-batches.
-
-    Args:
-        arguments: changed in place.
-        training: the `training` section.
-
-    Raises:
-        ConfigError: if it does not divide.
-    """
+    """Divide the batch of an update over processes and micro-batches."""
     arguments._n_gpu = min(arguments.n_gpu, 1)  # one process per device; DataParallel would split what is keyed
     micro = training.micro_batch_size or max(training.batch_size // arguments.world_size, 1)
     if training.batch_size % (micro * arguments.world_size):
@@ -106,15 +86,7 @@ class TrainingData:
 
 
 def total_steps(training: TrainingSection, rows: Any) -> int:
-    """Optimizer updates of a run.
-
-    Args:
-        training: the `training` section.
-        rows: the training rows.
-
-    Returns:
-        `max_steps`, else enough updates to see every row `epochs` times.
-    """
+    """Optimizer updates of a run."""
     if training.max_steps is not None:
         return training.max_steps
     return max(int(-(-len(rows) * training.epochs // training.batch_size)), 1)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 from transformers.pytorch_utils import Conv1D
+from typing_extensions import override
 
 from l2d_framework.base_model import empty_language_model, load_config, load_language_model, locate
 from l2d_framework.config import DataSection, LanguageModelRun, ScratchSection, TrainingSection
@@ -57,6 +58,7 @@ class NextToken(Learner):
             enable = getattr(inner, "activation_checkpointing_enable", None) or inner.gradient_checkpointing_enable
             enable({"use_reentrant": False})
 
+    @override
     def forward(
         self,
         input_ids: Tensor,
@@ -68,20 +70,6 @@ class NextToken(Learner):
         index: Tensor,
         epoch: Tensor,
     ) -> dict[str, Tensor]:
-        """Next-token loss of a batch, with the vocabulary head at supervised positions only.
-
-        Args:
-            input_ids: padded on the right, where causal attention does not see it, (B, S), int64.
-            blocks: unused; `labels` says what is supervised.
-            labels: token ids where supervised, else -100, (B, S), int64.
-            length: unused.
-            class_id: unused.
-            index: unused.
-            epoch: unused.
-
-        Returns:
-            `loss`, `losses` and `row`, as in `Learner`.
-        """
         hidden = self._body[0](input_ids=input_ids, use_cache=False).last_hidden_state
         row, place = (labels[:, 1:] != IGNORED).nonzero(as_tuple=True)
         total, losses = chunked_cross_entropy(
@@ -89,35 +77,20 @@ class NextToken(Learner):
         )
         return {"loss": total, "losses": losses, "row": row}
 
+    @override
     def save(self, folder: Path, notes: str) -> None:
-        """Write a transformers folder, or a PEFT adapter folder, with the tokenizer.
-
-        Args:
-            folder: where to.
-            notes: markdown for the model card.
-        """
+        """Write a transformers folder, or a PEFT adapter folder, with the tokenizer."""
         self._write(folder, self._dtype)
         kind = "LoRA adapter" if isinstance(self.lm, PeftModel) else "language model"
         text = f"---\nlibrary_name: transformers\npipeline_tag: text-generation\n---\n\n# A {kind}\n\n{notes}\n"
         (folder / "README.md").write_text(text, encoding="utf-8")
 
+    @override
     def checkpoint(self, folder: Path) -> None:
-        """Write the trained weights in float32, as they are.
-
-        Args:
-            folder: where to.
-        """
         self._write(folder, torch.float32)
 
+    @override
     def restore(self, folder: Path) -> None:
-        """Read the weights that `checkpoint` wrote.
-
-        Args:
-            folder: the checkpoint.
-
-        Raises:
-            CheckpointError: if they are those of another adapter.
-        """
         if isinstance(self.lm, PeftModel):
             found: Any = set_peft_model_state_dict(self.lm, load_file(folder / "adapter_model.safetensors"))
             if found.unexpected_keys:
@@ -160,15 +133,7 @@ class _Through(nn.Module):
 
 
 def scratch_config(scratch: ScratchSection, tokenizer: PreTrainedTokenizerBase) -> Any:
-    """transformers config of a model trained from nothing.
-
-    Args:
-        scratch: the `scratch` section of the run file.
-        tokenizer: gives the vocabulary size and the special tokens.
-
-    Returns:
-        The config.
-    """
+    """transformers config of a model trained from nothing."""
     special = {name: getattr(tokenizer, name) for name in ("eos_token_id", "pad_token_id", "bos_token_id")}
     return make_config("scratch", {**scratch.config, **special, "vocab_size": len(tokenizer)})
 
@@ -208,14 +173,7 @@ def _texts(data: DataSection) -> Iterator[str]:
 
 
 def check_language_model(run: LanguageModelRun) -> None:
-    """Refuse LoRA targets the model has not, before its weights are loaded.
-
-    Args:
-        run: the run.
-
-    Raises:
-        ConfigError: if a target does not exist, or the base already is an adapter.
-    """
+    """Refuse LoRA targets the model has not, before its weights are loaded."""
     if run.lora is None or run.model is None:
         return
     if locate(run.model)[1] is not None:
@@ -234,15 +192,7 @@ def check_language_model(run: LanguageModelRun) -> None:
 
 
 def build_language_model(run: LanguageModelRun, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel | PeftModel:
-    """The model a run trains.
-
-    Args:
-        run: the run.
-        tokenizer: of the model; a model from scratch takes its vocabulary size.
-
-    Returns:
-        A fresh model, the base model, or the base model with a fresh LoRA, initialised from the run's seed.
-    """
+    """The model a run trains: fresh, the base model, or the base model with a fresh LoRA from the run's seed."""
     with torch.random.fork_rng():
         torch.manual_seed(run.seed)
         if run.scratch is not None:

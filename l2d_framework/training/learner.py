@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from l2d_framework.config import DiffusionRun, TrainingSection
-from l2d_framework.diffusion.loss import NoiseRule, denoising_loss, draw
+from l2d_framework.diffusion.loss import denoising_loss
+from l2d_framework.diffusion.training_noise import NoiseRule, draw
 from l2d_framework.errors import ConfigError
 from l2d_framework.models import checkpoint
 from l2d_framework.models.diffusion_lm import DiffusionLM
@@ -60,28 +61,29 @@ class Learner(nn.Module, ABC):
         """
 
     def checkpoint(self, folder: Path) -> None:
-        """Write the model such that `restore` continues exactly.
-
-        Args:
-            folder: where to.
-        """
+        """Write the model such that `restore` continues exactly."""
         self.save(folder, "")
 
     def parameter_groups(self) -> Mapping[str, list[nn.Parameter]]:
-        """Parameters with a learning rate of their own, as in `Backbone`.
-
-        Returns:
-            Empty unless the model names some.
-        """
+        """Parameters with a learning rate of their own, as in `Backbone`; none unless the model names some."""
         return {}
+
+    @property
+    def hears_losses(self) -> bool:
+        """Whether `observe` wants to be called."""
+        return False
+
+    def observe(self, t: Tensor, losses: Tensor) -> None:
+        """Hear the losses of an update of all processes.
+
+        Args:
+            t: time of every draw, (N,), float32.
+            losses: its cross-entropy, (N,), float32.
+        """
 
     @abstractmethod
     def restore(self, folder: Path) -> None:
-        """Read the weights that `checkpoint` wrote.
-
-        Args:
-            folder: the checkpoint.
-        """
+        """Read the weights that `checkpoint` wrote."""
 
 
 class Denoiser(Learner):
@@ -110,15 +112,7 @@ class Denoiser(Learner):
 
     @staticmethod
     def check(run: DiffusionRun) -> None:
-        """Refuse what the backbone cannot do, before weights are loaded.
-
-        Args:
-            run: the run.
-
-        Raises:
-            ConfigError: if it asks for gradient checkpointing that the backbone has not, or for several noisy copies of
-                a token where they would see each other.
-        """
+        """Refuse what the backbone cannot do, before weights are loaded."""
         if run.training.gradient_checkpointing or run.training.draws_per_token > 1:
             empty = checkpoint.build_model(run, meta=True)
             if run.training.draws_per_token > 1 and not empty.backbone.independent_positions:
@@ -132,6 +126,7 @@ class Denoiser(Learner):
                     "none. Set it to false."
                 )
 
+    @override
     def forward(
         self,
         input_ids: Tensor,
@@ -147,18 +142,6 @@ class Denoiser(Learner):
 
         Noise is keyed by (seed, epoch, index) in training and by (seed, index) in evaluation, where labels of classes
         are never dropped, so that evaluations can be compared.
-
-        Args:
-            input_ids: (B, S), int64.
-            blocks: -1 padding, 0 known, k >= 1 denoised k-th, (B, S), int64.
-            labels: -100 where a token is denoised but not counted, (B, S), int64.
-            length: tokens of each row without padding, (B,), int64.
-            class_id: (B,), int64, -1 for none.
-            index: of each example in data order, (B,), int64.
-            epoch: of each example, (B,), int64.
-
-        Returns:
-            `loss`, `losses`, `row`, `t` and `is_pad`, as in `Learner`.
         """
         layout = Layout(input_ids, blocks)
         settings, seed = self._training, self._seed
@@ -169,6 +152,7 @@ class Denoiser(Learner):
             class_dropout=settings.class_dropout if self.training else 0.0,
             dropout_per=settings.class_dropout_per,
             self_conditioning=settings.self_conditioning if self.training else float(settings.self_conditioning > 0),
+            fixed_times=not self.training,
             is_first_noisier=self.training,
         )
         draws = draw(self.model, layout, rule)
@@ -179,36 +163,33 @@ class Denoiser(Learner):
         return {
             "loss": losses.total,
             "losses": losses.tokens,
+            "cross_entropies": losses.cross_entropies,
             "t": losses.t,
             "row": losses.row,
             "is_pad": losses.position >= length[losses.row],
         }
 
+    @override
     def save(self, folder: Path, notes: str) -> None:
-        """Write a checkpoint that `l2d_framework.load` reads.
-
-        Args:
-            folder: where to.
-            notes: markdown for the model card.
-        """
         checkpoint.save(self.model, folder, notes=notes, dtype=self._dtype)
 
+    @override
     def checkpoint(self, folder: Path) -> None:
-        """Write the trained weights in float32, as they are.
-
-        Args:
-            folder: where to.
-        """
         checkpoint.save(self.model, folder)
 
     @override
     def parameter_groups(self) -> Mapping[str, list[nn.Parameter]]:
         return self.model.backbone.parameter_groups()
 
-    def restore(self, folder: Path) -> None:
-        """Read the model's own weights.
+    @property
+    @override
+    def hears_losses(self) -> bool:
+        return isinstance(self.model.schedule, nn.Module)
 
-        Args:
-            folder: the checkpoint.
-        """
+    @override
+    def observe(self, t: Tensor, losses: Tensor) -> None:
+        self.model.schedule.observe(t, losses)
+
+    @override
+    def restore(self, folder: Path) -> None:
         checkpoint.load_weights(self.model, folder)

@@ -79,25 +79,14 @@ class Stopwatch:
             self._started = None
 
     def lap(self) -> float:
-        """Pause, and begin again from zero.
-
-        Returns:
-            Seconds measured since the last lap.
-        """
+        """Pause, and begin again from zero."""
         self.pause()
         seconds, self._seconds = self._seconds, 0.0
         return seconds
 
 
 def peak_memory(device: torch.device) -> int:
-    """Largest memory this process has held so far.
-
-    Args:
-        device: where the model is.
-
-    Returns:
-        Bytes: allocated on a CUDA device, else resident in the process; 0 where the system does not tell.
-    """
+    """Most bytes held so far: allocated on a CUDA device, else resident; 0 where the system does not tell."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
     try:

@@ -49,12 +49,7 @@ def staged(target: Path, *, writes: bool = True, wait: Callable[[], None] = lamb
 
 
 def replace_folder(stage: Path, target: Path) -> None:
-    """Give a complete folder its name; whatever had the name is removed once the new one is in place.
-
-    Args:
-        stage: the complete folder, beside the target.
-        target: its name to be.
-    """
+    """Give a complete folder its name; whatever had the name is removed once the new one is in place."""
     replaced = target.with_name(target.name + _REPLACED)
     shutil.rmtree(replaced, ignore_errors=True)
     if target.exists():
@@ -64,22 +59,14 @@ def replace_folder(stage: Path, target: Path) -> None:
 
 
 def remove(folder: Path) -> None:
-    """Delete a folder; killed half-way, it no longer has its name.
-
-    Args:
-        folder: what to delete.
-    """
+    """Delete a folder; killed half-way, it no longer has its name."""
     doomed = folder.with_name(folder.name + _WRITING)
     os.replace(folder, doomed)
     shutil.rmtree(doomed)
 
 
 def clean_up(output: Path) -> None:
-    """Undo what a killed process left half done.
-
-    Args:
-        output: the output folder.
-    """
+    """Undo what a killed process left half done."""
     for path in output.glob(f"*{_REPLACED}"):
         target = path.with_name(path.name.removesuffix(_REPLACED))
         if target.exists():
@@ -91,25 +78,13 @@ def clean_up(output: Path) -> None:
 
 
 def checkpoints(output: Path) -> list[Path]:
-    """Complete checkpoints, the oldest first.
-
-    Args:
-        output: the output folder.
-
-    Returns:
-        Their folders.
-    """
+    """Complete checkpoints, the oldest first."""
     found = [(int(m[1]), path) for path in output.glob("checkpoint-*") if (m := _CHECKPOINT.fullmatch(path.name))]
     return [path for _, path in sorted(found)]
 
 
 def publish(stage: Path, output: Path) -> None:
-    """Move the files of a folder into another, each at once.
-
-    Args:
-        stage: folder to empty and remove.
-        output: where its files belong.
-    """
+    """Move the files of a folder into another, each at once."""
     for path in sorted(stage.rglob("*")):
         if path.is_file():
             target = output / path.relative_to(stage)
@@ -119,17 +94,7 @@ def publish(stage: Path, output: Path) -> None:
 
 
 def read_card(output: Path) -> dict[str, Any] | None:
-    """The `run.json` of a folder.
-
-    Args:
-        output: the output folder.
-
-    Returns:
-        Its contents, or None when there is none.
-
-    Raises:
-        ConfigError: if it is damaged.
-    """
+    """Contents of the `run.json` of a folder, or None when there is none."""
     path = output / RUN_FILE
     if not path.is_file():
         return None
@@ -143,30 +108,14 @@ def read_card(output: Path) -> dict[str, Any] | None:
 
 
 def write_card(output: Path, card: Mapping[str, Any]) -> None:
-    """Replace the `run.json` of a folder.
-
-    Args:
-        output: the output folder.
-        card: what it is to hold.
-    """
+    """Replace the `run.json` of a folder."""
     temporary = output / f"{RUN_FILE}{_WRITING}"
     temporary.write_text(json.dumps(card, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     os.replace(temporary, output / RUN_FILE)
 
 
 def check_free(output: Path, config: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Refuse a folder that belongs to something else.
-
-    Args:
-        output: the output folder.
-        config: the resolved configuration of the run that wants it.
-
-    Returns:
-        The card of the same run's earlier start, or None for a fresh folder.
-
-    Raises:
-        ConfigError: if it holds another run, or files of no run.
-    """
+    """Refuse a folder of something else; returns the card of the same run's earlier start, or None."""
     card = read_card(output) if output.is_dir() else None
     if card is not None and [path.name for path in output.iterdir()] == [RUN_FILE] and _differing(config, card):
         return None  # a run that was refused when its weights loaded: there is nothing to lose
@@ -194,14 +143,7 @@ def _differing(config: Mapping[str, Any], card: Mapping[str, Any]) -> list[str]:
 
 
 def move_aside(output: Path) -> Path | None:
-    """Rename a folder so that its name is free.
-
-    Args:
-        output: the folder.
-
-    Returns:
-        Its new name, or None if there was nothing.
-    """
+    """Rename a folder so that its name is free; returns the new name, or None if there was nothing."""
     if not output.exists():
         return None
     number = next(n for n in range(1, 10**6) if not output.with_name(f"{output.name}.old-{n}").exists())

@@ -42,19 +42,7 @@ def train_runs(
     overwrite: bool = False,
     callbacks: Callable[[Run], Sequence[TrainerCallback]] = lambda run: (),
 ) -> list[dict[str, Any]]:
-    """Train the runs of a file in order, skipping those that are finished.
-
-    Args:
-        runs: what `load_run` returned.
-        overwrite: move output folders that exist aside.
-        callbacks: further callbacks of each run, such as a progress bar.
-
-    Returns:
-        The card of each run, the contents of its `run.json`.
-
-    Raises:
-        ConfigError: if a run cannot be started; no weights have been loaded then.
-    """
+    """Train the runs of a file in order, skipping those that are finished."""
     token_runs = _ready(runs)
     for run in token_runs:
         if not overwrite:
@@ -63,14 +51,7 @@ def train_runs(
 
 
 def check_rows(runs: Sequence[Run]) -> list[str]:
-    """Encode the first rows of the data of runs, without weights.
-
-    Args:
-        runs: what `load_run` returned, after `check_runs`.
-
-    Returns:
-        What the user should know though it stops nothing, one sentence each.
-    """
+    """Encode the first rows of the data of runs, without weights; says what a user should know of them."""
     notes = []
     for number, run in enumerate(runs):
         if run.data is not None and not isinstance(run, RewardRun):

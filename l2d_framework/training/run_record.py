@@ -20,14 +20,7 @@ _GROUP = "l2d_framework"
 
 
 def environment(processes: int) -> dict[str, Any]:
-    """Hardware, versions and commit of this process.
-
-    Args:
-        processes: how many train together.
-
-    Returns:
-        Sections `hardware` and `versions`, and `commit`, which is None outside a git repository.
-    """
+    """Sections `hardware` and `versions`, and `commit`, which is None outside a git repository."""
     return {"hardware": _hardware(processes), "versions": _versions(), "commit": _commit()}
 
 
@@ -80,14 +73,7 @@ def _git(*arguments: str) -> str:
 
 
 def model_card_table(card: Mapping[str, Any]) -> str:
-    """Markdown table of a finished run, for a model card.
-
-    Args:
-        card: contents of `run.json`.
-
-    Returns:
-        A section with a table.
-    """
+    """Markdown table of a finished run, for a model card."""
     rows = [*_inputs(card), *_results(card), *_surroundings(card)]
     lines = [f"| {name} | {str(value).replace('|', '/')} |" for name, value in rows]
     return "\n".join(["## Training", "", "| | |", "|---|---|", *lines, ""])

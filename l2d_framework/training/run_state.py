@@ -45,14 +45,7 @@ class Job:
         return bool(self.arguments.process_index == 0)
 
     def earlier(self, *, overwrite: bool) -> dict[str, Any] | None:
-        """Card of an earlier start of this run.
-
-        Args:
-            overwrite: move an output folder that exists aside.
-
-        Returns:
-            The card, or None for a fresh folder.
-        """
+        """Card of an earlier start of this run, or None for a fresh folder."""
         if overwrite:
             wait()
             if self.writes:
@@ -61,13 +54,7 @@ class Job:
         return output_dir.check_free(self.output, resolved(self.run))
 
     def start(self, data: dict[str, Any], seeds: dict[str, int], earlier: dict[str, Any] | None) -> None:
-        """Begin the card.
-
-        Args:
-            data: facts about the data.
-            seeds: of the run.
-            earlier: card of an earlier start.
-        """
+        """Begin the card."""
         before = earlier or {}
         self.card = {
             "finished": False,
@@ -90,12 +77,7 @@ class Job:
         output_dir.write_card(self.output, self.card)
 
     def finish(self, result: dict[str, Any], write: Callable[[Path], None]) -> None:
-        """Write the model, and the card last: it says that the run is finished.
-
-        Args:
-            result: what came out.
-            write: writes the model to a folder.
-        """
+        """Write the model, and the card last: it says that the run is finished."""
         self.card |= {"finished": True, "ended": _now()}
         self.card["result"] = result | {"peak_memory": self.card["peak_memory"]}
         if self.writes:
@@ -130,41 +112,17 @@ class CardKeeper(TrainerCallback):
 
 
 def output_folder(run: Run) -> Path:
-    """Folder that a run writes to.
-
-    Args:
-        run: a run that has one.
-
-    Returns:
-        The folder.
-    """
+    """Folder that a run writes to."""
     return Path(str(run.output_dir)).expanduser()
 
 
 def resolved(run: Run) -> dict[str, Any]:
-    """A run with nothing left out.
-
-    Args:
-        run: the run.
-
-    Returns:
-        What `run.json` keeps of it.
-    """
+    """A run with nothing left out."""
     return dict(json.loads(resolved_json(run)))
 
 
 def base_tokenizer(model: ModelSection) -> PreTrainedTokenizerBase:
-    """Tokenizer of the model that a run starts from.
-
-    Args:
-        model: the `model` section.
-
-    Returns:
-        The tokenizer.
-
-    Raises:
-        ConfigError: if there is none, or it has tokens that the model has not.
-    """
+    """Tokenizer of the model that a run starts from."""
     found = load_tokenizer(model)
     if found is None:
         raise ConfigError(f"model.base: {model.base!r} has no tokenizer_config.json. Save its tokenizer there.")

@@ -108,12 +108,5 @@ class EpochCollator:
     collate: Callable[[Sequence[Mapping[str, Any]]], dict[str, Tensor]]
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        """Tensors of one batch.
-
-        Args:
-            rows: rows with an `epoch`.
-
-        Returns:
-            What `collate` returns and `epoch`, (B,), int64.
-        """
+        """What `collate` makes of rows with an `epoch`, and `epoch`, (B,), int64."""
         return {**self.collate(rows), "epoch": torch.tensor([row["epoch"] for row in rows])}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from itertools import islice
 from pathlib import Path
@@ -12,12 +12,14 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
-from torch.optim import AdamW
+from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
+from typing_extensions import override
 
 from l2d_framework.config import TrainingSection
+from l2d_framework.config.reward import RewardTraining
 from l2d_framework.training.arguments import TrainingData, total_steps
 from l2d_framework.training.data.collate import IGNORED
 from l2d_framework.training.learner import Learner
@@ -27,7 +29,49 @@ from l2d_framework.training.output_dir import BEST, checkpoints, remove, staged
 from l2d_framework.training.samplers import PADDING, EpochCollator, HeldOut, RunOrder, RunStream
 
 
-class TokenTrainer(transformers.Trainer):
+class ResumableTrainer(transformers.Trainer):
+    """A trainer whose checkpoints survive a kill and whose learning rate is a function of the update alone.
+
+    Attributes:
+        training: what the run file says of training.
+        output: the output folder.
+    """
+
+    training: TrainingSection | RewardTraining
+    output: Path
+
+    def _share_of_rate(self, step: int, steps: int) -> float:
+        """Learning rate of one update, as a share of the one that the run names."""
+        raise AssertionError("a subclass says how the learning rate runs")
+
+    @override
+    def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> LambdaLR:
+        if self.lr_scheduler is None:
+
+            def share(step: int) -> float:
+                return self._share_of_rate(step, num_training_steps)
+
+            self.lr_scheduler = LambdaLR(optimizer or self.create_optimizer(), share)
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    @override
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        with self._staged(self.output / f"checkpoint-{self.state.global_step}") as folder:
+            self.save_model(str(folder), _internal_call=True)
+            self._save_optimizer_and_scheduler(str(folder))
+            self._save_rng_state(str(folder))
+            if self.args.should_save:
+                self.state.save_to_json(str(folder / "trainer_state.json"))
+        if self.args.should_save:
+            for old in checkpoints(self.output)[: -self.training.save_total_limit]:
+                remove(old)
+
+    def _staged(self, folder: Path) -> AbstractContextManager[Path]:
+        return staged(folder, writes=self.args.should_save, wait=self.accelerator.wait_for_everyone)
+
+
+class TokenTrainer(ResumableTrainer):
     """Trains a `Learner` such that only the configuration and the data decide the result.
 
     The loss of an update is the mean over all its supervised tokens, however they are spread over micro-batches and
@@ -40,6 +84,8 @@ class TokenTrainer(transformers.Trainer):
         data: training and held-out rows.
         callbacks: further callbacks, such as a progress bar.
     """
+
+    training: TrainingSection
 
     def __init__(
         self,
@@ -70,23 +116,18 @@ class TokenTrainer(transformers.Trainer):
             data_collator=EpochCollator(data.collate),
             train_dataset=order,
             eval_dataset=None if data.eval is None else HeldOut(data.eval, multiple),
-            callbacks=[Boundaries(), *callbacks],
+            callbacks=[Boundaries(), _AfterUpdate(self._observe), *callbacks],
         )
         self.remove_callback(PrinterCallback)
         self.model_accepts_loss_kwargs = self.loss_is_scaled_for_ga = True
         self._meter = LossMeter(arguments.device)
         self._tokens = torch.zeros(2, dtype=torch.int64)
         self._stopwatch = Stopwatch()
+        self._heard: list[Tensor] = []
 
-    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """AdamW over everything trainable, with weight decay on matrices only and the groups that the backbone names.
-
-        Args:
-            model: the module that holds the parameters; the learner when None.
-
-        Returns:
-            The optimizer.
-        """
+    @override
+    def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
+        """AdamW over everything trainable, with weight decay on matrices only and the backbone's groups."""
         if self.optimizer is None:
             rate, decay = self.training.learning_rate, self.training.weight_decay
             named = self.learner.parameter_groups()
@@ -114,41 +155,15 @@ class TokenTrainer(transformers.Trainer):
             )
         return self.optimizer
 
-    def create_scheduler(
-        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
-    ) -> torch.optim.lr_scheduler.LRScheduler:
-        """Learning rates of the run.
+    @override
+    def _share_of_rate(self, step: int, steps: int) -> float:
+        return learning_rate(self.training, step, steps) / self.training.learning_rate
 
-        Args:
-            num_training_steps: updates of the whole run.
-            optimizer: the optimizer; the trainer's own when None.
-
-        Returns:
-            The schedule.
-        """
-        if self.lr_scheduler is None:
-            training = self.training
-
-            def factor(step: int) -> float:
-                return learning_rate(training, step, num_training_steps) / training.learning_rate
-
-            self.lr_scheduler = LambdaLR(optimizer or self.create_optimizer(), factor)
-            self._created_lr_scheduler = True
-        return self.lr_scheduler
-
+    @override
     def get_batch_samples(
         self, epoch_iterator: Iterator[dict[str, Tensor]], num_batches: int, device: torch.device
     ) -> tuple[list[dict[str, Tensor]], Tensor]:
-        """Micro-batches of one update and the number of supervised tokens in it, over all processes.
-
-        Args:
-            epoch_iterator: of micro-batches.
-            num_batches: how many this process takes.
-            device: where to count.
-
-        Returns:
-            The micro-batches and the number, ().
-        """
+        """Micro-batches of one update and the number of supervised tokens in it, over all processes."""
         self._stopwatch.start()
         batches = list(islice(epoch_iterator, num_batches))
         counts = [[(batch["labels"] != IGNORED).sum(), (batch["blocks"] >= 0).sum()] for batch in batches]
@@ -157,6 +172,7 @@ class TokenTrainer(transformers.Trainer):
         self._tokens = self._tokens.to(device) + tokens
         return batches, tokens[0]
 
+    @override
     def compute_loss(
         self,
         model: nn.Module,
@@ -164,36 +180,20 @@ class TokenTrainer(transformers.Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """This micro-batch's share in the mean over the supervised tokens of the update.
-
-        Args:
-            model: the learner, possibly wrapped.
-            inputs: a batch.
-            return_outputs: also return what the learner returned.
-            num_items_in_batch: supervised tokens of the update over all processes.
-
-        Returns:
-            The loss, (), or (loss, outputs); times the number of processes, whose gradients are averaged.
-        """
+        """This micro-batch's share in the mean over the update's supervised tokens, times the number of processes."""
         assert num_items_in_batch is not None  # `get_batch_samples` always counts
         outputs = model(**inputs)
         self._meter.add(outputs)
+        if self.learner.hears_losses:
+            self._heard.append(torch.stack([outputs["t"], outputs["cross_entropies"]], 1))
         loss = outputs["loss"] * self.accelerator.num_processes / num_items_in_batch
         return (loss, outputs) if return_outputs else loss
 
+    @override
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Mean loss over all held-out supervised tokens, and in each bin of t, with the same noise at every call.
-
-        Args:
-            eval_dataset: a `HeldOut`; the trainer's own when None.
-            ignore_keys: unused, for the Trainer's signature.
-            metric_key_prefix: put before every name.
-
-        Returns:
-            `eval_loss`, `eval_loss_t00` to `eval_loss_t09` and `eval_seconds`.
-        """
+        """Mean loss over all held-out supervised tokens, and in each bin of t, with the same noise at every call."""
         self._stopwatch.pause()
         start = time.perf_counter()
         meter = LossMeter(self.args.device)
@@ -213,13 +213,9 @@ class TokenTrainer(transformers.Trainer):
                     self.learner.save(folder, "")
         return metrics
 
+    @override
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log, with losses by t, speed and memory beside every training loss.
-
-        Args:
-            logs: what to log; changed in place.
-            start_time: unused, for the Trainer's signature.
-        """
+        """Log, with losses by t, speed and memory beside every training loss."""
         if "loss" in logs:
             seconds = self._stopwatch.lap()
             tokens = int(self._tokens[1])
@@ -232,33 +228,29 @@ class TokenTrainer(transformers.Trainer):
             self.state.epoch = self.state.global_step * self.training.batch_size / self._rows
         super().log(logs)
 
+    @override
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write the learner's own weights; never the frozen base model.
-
-        Args:
-            output_dir: where to; the output folder when None.
-            _internal_call: unused, for the Trainer's signature.
-        """
+        """Write the learner's own weights; never the frozen base model."""
         if self.args.should_save:
             self.learner.checkpoint(Path(output_dir) if output_dir else self.output)
 
+    @override
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self._stopwatch.pause()
-        with self._staged(self.output / f"checkpoint-{self.state.global_step}") as folder:
-            self.save_model(str(folder))
-            self._save_optimizer_and_scheduler(str(folder))
-            self._save_rng_state(str(folder))
-            if self.args.should_save:
-                self.state.save_to_json(str(folder / "trainer_state.json"))
-        if self.args.should_save:
-            for old in checkpoints(self.output)[: -self.training.save_total_limit]:
-                remove(old)
+        super()._save_checkpoint(model, trial)
 
+    @override
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         self.learner.restore(Path(resume_from_checkpoint))
 
-    def _staged(self, folder: Path) -> AbstractContextManager[Path]:
-        return staged(folder, writes=self.args.should_save, wait=self.accelerator.wait_for_everyone)
+    def _observe(self) -> None:
+        # Once an update, so that neither micro-batches nor processes change what is learned from it.
+        if self._heard:
+            padded = self.accelerator.pad_across_processes(torch.cat(self._heard), pad_index=-1)
+            draws = self.accelerator.gather(padded)
+            t, losses = draws[draws[:, 0] >= 0].unbind(1)
+            self.learner.observe(t, losses)
+            self._heard.clear()
 
 
 class Boundaries(TrainerCallback):
@@ -267,3 +259,13 @@ class Boundaries(TrainerCallback):
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Log before saving and at the end."""
         control.should_log |= control.should_save or control.should_training_stop
+
+
+class _AfterUpdate(TrainerCallback):
+    """Does something after every update, before it is saved."""
+
+    def __init__(self, action: Callable[[], None]) -> None:
+        self._action = action
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._action()

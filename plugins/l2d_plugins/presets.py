@@ -1,10 +1,35 @@
-"""Named sampling settings of the L2D and TESS 2 papers and of their released code."""
+"""The two methods, and named sampling settings of their papers and of their released code."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from l2d_framework.hooks import hookimpl
+
+
+@hookimpl
+def l2d_methods() -> dict[str, dict[str, Any]]:
+    """What `method: NAME` stands for in a run file.
+
+    Returns:
+        `l2d` (arXiv:2501.15781) and `tess` (arXiv:2502.13917).
+    """
+    return {
+        "l2d": {
+            "schedule": {"name": "linear"},
+            "parametrization": {"name": "embedding"},
+            "backbone": {"name": "two_stream"},
+            "sampling": {"preset": "l2d-paper"},
+        },
+        "tess": {
+            "schedule": {"name": "cosine"},
+            "parametrization": {"name": "simplex"},
+            "backbone": {"name": "in_place"},
+            "block_size": None,
+            "sampling": {"preset": "tess2"},
+            "data": {"padding": "target"},
+        },
+    }
 
 
 @hookimpl

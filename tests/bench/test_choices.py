@@ -3,7 +3,7 @@
 import pytest
 from lm_eval.tasks import TaskManager
 
-from l2d_bench.files import bench_folder
+from l2d_bench import folder as bench_folder
 from l2d_bench.protocols.distractors import with_choices
 
 ROWS = [

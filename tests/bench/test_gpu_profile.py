@@ -11,8 +11,8 @@ from tiny_models import tiny_lm, tiny_tokenizer
 from tiny_runs import write_sums
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
+from l2d_bench import folder as bench_folder
 from l2d_bench.data.templated import TemplatedRows
-from l2d_bench.files import bench_folder
 from l2d_bench.measures.agreement import AgreementMeasure
 from l2d_bench.measures.base import Subject
 from l2d_bench.measures.devices import Reading, difference, tokens
@@ -20,7 +20,7 @@ from l2d_framework.config import ModelSection, load_run
 from l2d_framework.errors import ConfigError, DataError, L2DError
 from l2d_framework.models.checkpoint import save
 from l2d_framework.models.diffusion_lm import Origin
-from l2d_framework.models.unloaded import Source
+from l2d_framework.models.unloaded import UnloadedModel
 
 FEW = {"num_inference_steps": 5}
 TINY_BASE = {
@@ -129,7 +129,7 @@ def test_devices_that_disagree_fail_the_measure(folder, limits, monkeypatch):
         made.append(moved(float(len(made))))
         return made[-1]
 
-    monkeypatch.setattr(Source, "load", load)
+    monkeypatch.setattr(UnloadedModel, "load", load)
     measure = AgreementMeasure(data=str(folder / "sums.jsonl"), limit=4, **limits)
     with pytest.raises(L2DError, match="CPU and cpu disagree in float32"):
         measure.run(Subject(str(folder / "l2d"), FEW, seed=0))

@@ -5,8 +5,8 @@ import json
 import pytest
 from lm_eval.tasks import TaskManager
 
+from l2d_bench import folder as bench_folder
 from l2d_bench.data.l2d_data import L2DQuestions, held_out
-from l2d_bench.files import bench_folder
 
 ASKED = ("median", "other_skills", "expressions")
 

@@ -1,5 +1,7 @@
 """The declared tables, the profiles and the papers' numbers fit together."""
 
+from functools import cache
+
 import pytest
 
 pytest.importorskip("lm_eval")
@@ -7,6 +9,7 @@ pytest.importorskip("lm_eval")
 from l2d_bench.bench import Bench
 from l2d_bench.cells import Filled
 from l2d_bench.files import (
+    bench_folder,
     paper_numbers,
     paper_value,
     profile_names,
@@ -21,14 +24,23 @@ from l2d_framework.evaluation.code.sandbox import CONSENT
 SIX = ["GSM8K", "MATH", "HumanEval pass@10", "MBPP pass@10", "MMLU", "MMLU-Pro"]
 
 
-@pytest.mark.parametrize("profile", [name for name in profile_names() if name != "gpu"])
-def test_every_table_fits_every_profile(profile, tmp_path):
-    bench = Bench(table_ids(), profile, tmp_path)
+@pytest.fixture(scope="module")
+def planned(tmp_path_factory):
+    """`planned(profile)`: every table at the size of a profile."""
+    return cache(lambda profile: Bench(table_ids(), profile, tmp_path_factory.mktemp("out")))
+
+
+# Others have a table of their own.
+@pytest.mark.parametrize(
+    "profile", [name for name in profile_names() if not (bench_folder() / "tables" / "own" / f"{name}.yaml").is_file()]
+)
+def test_every_table_fits_every_profile(profile, planned):
+    bench = planned(profile)
     assert [plan.id for plan in bench.plans] == table_ids()
     for plan in bench.plans:
         assert plan.table.figure is None or set(plan.table.figure.columns or ()) <= set(plan.columns)
         assert {(number, name) for number in range(len(plan.rows)) for name in plan.columns} <= plan.cells.keys()
-    assert list(tmp_path.iterdir()) == []
+    assert list(bench.out.iterdir()) == []
 
 
 def test_where_everything_can_be_had_every_model_of_the_papers_is_trained(tmp_path, monkeypatch):
@@ -114,8 +126,8 @@ def test_the_paper_prints_what_the_table_shows_beside():
 
 
 @pytest.mark.parametrize("profile", ["tiny", "paper"])
-def test_what_a_paper_prints_is_shown_beside_the_cells_or_below(profile, tmp_path):
-    for plan in Bench(table_ids(), profile, tmp_path).plans:
+def test_what_a_paper_prints_is_shown_beside_the_cells_or_below(profile, planned):
+    for plan in planned(profile).plans:
         filled = Filled(plan, {}, {}, {})
         below = {text for _, rows in printed(filled) for row in rows for text in row}
         shown = {plan.table.paper_columns.get(name, name) for name in plan.columns} | below

@@ -5,6 +5,7 @@ import sys
 from importlib.metadata import version
 
 import pytest
+import typer
 import yaml
 from fake_plugins import TOYS, broken, installed, plugin
 from torch import nn
@@ -15,6 +16,7 @@ from l2d_framework.cli.params import count_by_module
 from l2d_framework.config import config_hash, load_run
 from l2d_framework.errors import ConfigError
 from l2d_framework.models.checkpoint import build_model
+from l2d_framework.registry import Registry
 
 
 @pytest.fixture
@@ -227,3 +229,19 @@ def test_counts_add_up_over_numbered_layers_and_leave_out_what_is_frozen():
     model = nn.Sequential(nn.Linear(2, 3), nn.ModuleDict({"a": nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)])}))
     model[0].bias.requires_grad_(False)
     assert count_by_module(model) == {"0": 6, "1.a.*": 12}
+
+
+def test_a_command_of_a_plugin_runs_like_a_built_in_one(l2d, monkeypatch):
+    app = typer.Typer()
+    app.command(name="shine", help="Shine on.")(lambda times: typer.echo(f"shone {times} times"))
+    monkeypatch.setattr(Registry, "commands", lambda self: {"shine": app, "train": app})
+    assert l2d("shine", "3")[:2] == (0, "shone 3 times\n")
+    # The name of a built-in command is taken.
+    assert "times" not in l2d("train", "--help")[1].lower().split("usage")[1].splitlines()[0]
+
+
+def test_the_benchmarks_say_what_to_install_where_they_are_missing(l2d, monkeypatch):
+    monkeypatch.setattr(Registry, "commands", lambda self: {})
+    code, _, err = l2d("bench", "--list")
+    assert code == 2
+    assert "pip install 'l2d-framework[bench]'" in " ".join(err.replace("│", " ").split())

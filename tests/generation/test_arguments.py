@@ -18,12 +18,12 @@ from l2d_framework.config.sampling import with_preset
 from l2d_framework.diffusion.sampling import check_sampling
 from l2d_framework.errors import ConfigError, L2DError
 from l2d_framework.generation.arguments import _UNSERVED, _WITHOUT_EFFECT, Decoding, check_gapped
-from l2d_framework.generation.infill import Gapped
 from l2d_framework.generation.prompts import Encoded, pad_left
 from l2d_framework.registry import registry
+from l2d_framework.types import Layout
 from l2d_plugins.guidance.classifier_free import ClassifierFree
 from l2d_plugins.parametrizations.embedding import EmbeddingConfig
-from l2d_plugins.solvers.euler import Euler
+from l2d_plugins.solvers.runge_kutta import Euler
 
 NAN, INF = float("nan"), float("inf")
 HUGE = 10**9
@@ -359,8 +359,8 @@ def test_infilling_refuses_wrong_arguments_before_anything_runs(nothing_runs, op
 )
 def test_infilling_refuses_batches_without_sound_gaps(nothing_runs, tokens, blocks):
     with pytest.raises(ConfigError):
-        shared_tess(tokenizer=True).infill(Gapped(tokens, blocks), num_inference_steps=2)
-    check_gapped(Gapped(IDS, torch.tensor([[-1, 0, 1]])), 300, None)
+        shared_tess(tokenizer=True).infill(Layout(tokens, blocks), num_inference_steps=2)
+    check_gapped(Layout(IDS, torch.tensor([[-1, 0, 1]])), 300, None)
 
 
 @pytest.mark.parametrize(

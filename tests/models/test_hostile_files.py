@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from l2d_bench.files import bench_folder, read_profile
+from l2d_bench import folder as bench_folder
+from l2d_bench.files import read_profile
 from l2d_framework.config import load_run, parse_stages
 from l2d_framework.config.files import override, parse_json, parse_yaml, read_file
 from l2d_framework.errors import ConfigError, L2DError

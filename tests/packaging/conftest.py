@@ -22,10 +22,10 @@ class Environment:
     def python(self) -> Path:
         return self.folder / "bin" / "python"
 
-    def install(self, source: Path) -> None:
-        """Install one local distribution, without dependencies, without the network."""
+    def install(self, *sources: Path) -> None:
+        """Install local distributions, without dependencies, without the network."""
         pip = [sys.executable, "-m", "pip", "--python", self.python, "install", "--quiet", "--no-deps", "--no-index"]
-        result = subprocess.run([*pip, "--no-build-isolation", source], capture_output=True, text=True, check=False)
+        result = subprocess.run([*pip, "--no-build-isolation", *sources], capture_output=True, text=True, check=False)
         assert result.returncode == 0, result.stderr
 
     def run(self, *arguments: str | Path, **environ: str) -> subprocess.CompletedProcess[str]:

@@ -12,31 +12,38 @@ from pathlib import Path
 
 import pytest
 
+import l2d_bench
 import l2d_framework
 import l2d_plugins
+from l2d_framework.registry import extensions
 
 MOVED = {"l2d_framework/evaluation/harness/start_up/_l2d_lm_eval_hook.py"}
 """To the top of the wheel."""
 
 
+def built(project: Path, folder: Path) -> zipfile.ZipFile:
+    command = [sys.executable, "-m", "hatchling", "build", "--target", "wheel", "--directory", folder]
+    subprocess.run(command, cwd=project, check=True, capture_output=True)
+    (path,) = folder.glob("*.whl")
+    return zipfile.ZipFile(path)
+
+
 @pytest.fixture(scope="module")
 def wheel(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
     """The wheel built from this tree."""
-    folder = tmp_path_factory.mktemp("dist")
-    subprocess.run(
-        [sys.executable, "-m", "hatchling", "build", "--target", "wheel", "--directory", folder],
-        cwd=repository,
-        check=True,
-        capture_output=True,
-    )
-    (path,) = folder.glob("*.whl")
-    return zipfile.ZipFile(path)
+    return built(repository, tmp_path_factory.mktemp("dist"))
+
+
+@pytest.fixture(scope="module")
+def bench_wheel(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
+    """The wheel of the benchmarks."""
+    return built(repository / "bench", tmp_path_factory.mktemp("bench"))
 
 
 @pytest.mark.skipif(
     os.environ.get("L2D_EXPECT_INSTALLED") != "1", reason="set by `make test`, which installs the wheel"
 )
-@pytest.mark.parametrize("package", [l2d_framework, l2d_plugins])
+@pytest.mark.parametrize("package", [l2d_framework, l2d_plugins, l2d_bench])
 def test_the_suite_imports_the_installed_wheel(package):
     site_packages = Path(sysconfig.get_path("purelib")).resolve()
     assert Path(package.__file__).resolve().is_relative_to(site_packages)
@@ -50,13 +57,29 @@ def test_every_module_of_both_packages_is_in_the_wheel(wheel, repository):
         assert f"{package}/py.typed" in names
 
 
-def test_run_files_and_tasks_are_in_the_wheel(wheel, repository):
-    names = set(wheel.namelist())
-    for folder in ("runs", "tasks"):
-        files = [path for path in (repository / "bench" / folder).rglob("*") if path.is_file()]
-        assert files
-        inside = {f"l2d_framework/_bench/{path.relative_to(repository / 'bench').as_posix()}" for path in files}
-        assert inside <= names
+def test_the_wheel_of_the_benchmarks_holds_its_modules_and_its_files_alone(bench_wheel, repository):
+    names = {name for name in bench_wheel.namelist() if not name.startswith("l2d_bench-0.1.0.dist-info/")}
+    place = repository / "bench"
+    modules = {path.relative_to(place).as_posix() for path in (place / "l2d_bench").rglob("*.py")}
+    files = {
+        f"l2d_bench/_files/{path.relative_to(place).as_posix()}"
+        for folder in ("runs", "tasks", "tables", "profiles")
+        for path in (place / folder).rglob("*")
+        if path.is_file()
+    }
+    assert len(files) > 100
+    assert names == modules | files | {"l2d_bench/py.typed"}
+
+
+def test_both_distributions_have_one_version_and_one_licence(repository):
+    both = [tomllib.loads((folder / "pyproject.toml").read_text()) for folder in (repository, repository / "bench")]
+    assert both[0]["project"]["version"] == both[1]["project"]["version"]
+    assert (repository / "LICENSE").read_text() == (repository / "bench" / "LICENSE").read_text()
+
+
+def test_the_command_and_the_tasks_of_the_benchmarks_are_found():
+    assert "bench" in extensions().commands()
+    assert l2d_bench.folder() / "tasks" in extensions().task_folders()
 
 
 def test_nothing_else_is_in_the_wheel(wheel):
@@ -88,12 +111,13 @@ def test_every_dependency_has_a_tested_version(repository):
     extras = project["optional-dependencies"]
     required = [*project["dependencies"], *(item for name in extras if name != "all" for item in extras[name])]
     tested = {line.split("==")[0] for line in (repository / "constraints.txt").read_text().splitlines() if "==" in line}
-    assert {re.split(r"[\[>]", requirement)[0] for requirement in required} <= tested
+    assert {re.split(r"[\[>]", requirement)[0] for requirement in required} - {"l2d-bench"} <= tested
 
 
-def test_extra_all_is_every_extra_but_the_one_under_the_gpl_and_the_one_that_slows_every_start(repository):
+def test_extra_all_is_every_extra_but_three(repository):
+    # MAUVE is under the GPL, torchao slows every start of transformers, and the benchmarks are not for everybody.
     extras = tomllib.loads((repository / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    everything = ",".join(name for name in extras if name not in ("all", "text-metrics", "torchao"))
+    everything = ",".join(name for name in extras if name not in ("all", "text-metrics", "torchao", "bench"))
     assert extras["all"] == [f"l2d-framework[{everything}]"]
 
 

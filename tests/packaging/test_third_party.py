@@ -23,8 +23,7 @@ BROKEN = "raise RuntimeError('no luck today')\n"
 def acme(new_environment, make_plugin):
     """Environment with a working and a broken plugin."""
     environment = new_environment()
-    environment.install(make_plugin("acme-sharpen", SHARPEN))
-    environment.install(make_plugin("acme-broken", BROKEN))
+    environment.install(make_plugin("acme-sharpen", SHARPEN), make_plugin("acme-broken", BROKEN))
     return environment
 
 

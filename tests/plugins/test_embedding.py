@@ -52,7 +52,6 @@ def times(rows=3, length=4, value=0.5):
 
 def test_the_spaces_are_offered_under_their_names():
     assert {component.component_name() for component in l2d_components()} == {"embedding", "simplex"}
-    assert EmbeddingConfig.default_preset == "l2d-paper"
 
 
 def test_every_token_has_norm_sqrt_of_the_width(table):

@@ -1,5 +1,6 @@
 import pytest
 
+from l2d_framework.config import config_hash, parse_run
 from l2d_framework.parametrization import merge_estimate
 from l2d_plugins.guidance import l2d_components as guidance
 from l2d_plugins.parametrizations.embedding import EmbeddingConfig
@@ -33,3 +34,34 @@ def test_the_paper_preset_has_eight_end_points():
 def test_a_preset_may_be_changed_without_changing_the_next_one():
     l2d_presets()["l2d-paper"]["estimate"]["temperature"]["power"] = 3.0
     assert l2d_presets()["l2d-paper"]["estimate"]["temperature"]["power"] == 1.0
+
+
+LONG = {
+    "l2d": {
+        "schedule": {"name": "linear"},
+        "parametrization": {"name": "embedding"},
+        "backbone": {"name": "two_stream"},
+        "block_size": 1,
+        "sampling": {"preset": "l2d-paper"},
+        "data": {"train": [{"path": "texts"}], "padding": "none"},
+    },
+    "tess": {
+        "schedule": {"name": "cosine"},
+        "parametrization": {"name": "simplex"},
+        "backbone": {"name": "in_place"},
+        "block_size": None,
+        "sampling": {"preset": "tess2"},
+        "data": {"train": [{"path": "texts"}], "padding": "target"},
+    },
+}
+
+
+@pytest.mark.parametrize("method", LONG)
+def test_a_method_is_what_it_is_written_out(method):
+    model, data = {"model": {"base": "org/model"}}, {"data": {"train": [{"path": "texts"}]}}
+    components = {kind: LONG[method][kind] for kind in ("schedule", "parametrization", "backbone")}
+    hashes = {
+        config_hash(parse_run(model | fields))
+        for fields in (LONG[method], {"method": method} | data, components | data)
+    }
+    assert len(hashes) == 1

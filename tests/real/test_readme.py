@@ -1,4 +1,7 @@
-"""The commands of README.md, as they are written there, in an empty folder; further options only cut their size."""
+"""The commands of README.md, as they are written there, in an empty folder; further options only cut their size.
+
+Their models are the real one's first layers: `test_pretrained.py` asks the whole one.
+"""
 
 import json
 import os
@@ -10,11 +13,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
-pytestmark = [pytest.mark.real, pytest.mark.timeout(900)]
+from l2d_framework.cli import app
+
+pytestmark = [
+    pytest.mark.real,
+    pytest.mark.timeout(900),
+    pytest.mark.filterwarnings("ignore"),  # as for whoever types the commands
+]
 
 STANDS_FOR = ("Qwen/Qwen2.5-1.5B-Instruct", "mistralai/Mistral-7B-v0.1", "gpt2")
-"""Hub ids of README's run files; here folders with the real model."""
+"""Hub ids of README's run files; here folders with the first layers of the real model."""
 
 SMALLER = {
     "l2d train my_run.yaml": "training.batch_size=4 training.max_steps=2",
@@ -73,11 +83,11 @@ def write_lines(path: Path, rows: list[Any]) -> None:
 
 
 @pytest.fixture
-def folder(real_model: Path, datasets_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def folder(shallow_model: Path, datasets_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working directory with what README's examples take for granted: models, data, run files."""
     for name in STANDS_FOR:
         (tmp_path / name).mkdir(parents=True)
-        for file in real_model.iterdir():
+        for file in shallow_model.iterdir():
             (tmp_path / name / file.name).symlink_to(file)
         short = tmp_path / name / "generation_config.json"
         settings = json.loads(short.read_text(encoding="utf-8")) | {"max_new_tokens": 3}
@@ -100,27 +110,40 @@ def folder(real_model: Path, datasets_dir: Path, tmp_path: Path, monkeypatch: py
     return tmp_path
 
 
-def execute(line: str) -> str:
-    """Standard output of a command of README."""
-    smaller = next((more for start, more in SMALLER.items() if line.startswith(start)), "")
+def smaller(line: str) -> str:
+    """The command with its options of `SMALLER`."""
+    return f"{line} {next((more for start, more in SMALLER.items() if line.startswith(start)), '')}"
+
+
+def invoke(line: str) -> None:
+    """Runs a command of README that is ours in this process, which has paid for the imports."""
+    program, *arguments = shlex.split(smaller(line))
+    assert program == "l2d"
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, f"{line}\n{result.output}\n{result.exception!r}"
+
+
+def execute(line: str) -> None:
+    """Runs a command of README in a shell."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     result = subprocess.run(
-        ["bash", "-c", f"{line} {smaller}"],
+        ["bash", "-c", smaller(line)],
         env=os.environ | {"PATH": path, "PYTHONSAFEPATH": "1"},
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
         check=False,
     )
-    assert result.returncode == 0, f"{line} {smaller}\n{result.stdout}\n{result.stderr}"
-    return result.stdout
+    assert result.returncode == 0, f"{line}\n{result.stdout}\n{result.stderr}"
 
 
 def test_what_readme_says_of_l2d(folder):
     text = sections()
-    for line in commands(text["Finetune your own model"]):
-        execute(line)
-    execute(
+    first, *others = commands(text["Finetune your own model"])
+    execute(first)
+    for line in others:
+        invoke(line)
+    invoke(
         "l2d train my_run.yaml training.batch_size=4 training.max_steps=1 output_dir=my_guided_model "
         "'classes=[math, coding]' backbone.num_classes=2 data.train.0.class_column=topic "
         "'sampling.guidance=[{name: classifier_free}]'"
@@ -134,6 +157,7 @@ def test_what_readme_says_of_l2d(folder):
     assert (folder / "folder" / "l2d.json").is_file()
 
 
+@pytest.mark.timeout(1800)  # eleven commands, about a minute each
 @pytest.mark.slow  # each of its commands opens data sets; the others' tests run them on tiny models
 def test_what_readme_says_of_evaluation(folder):
     text = sections()
@@ -147,7 +171,7 @@ def test_what_readme_says_of_evaluation(folder):
 def test_what_readme_says_of_tess(folder):
     text = sections()
     for line in commands(text["The other method: TESS 2"]):
-        execute(line)
+        invoke(line)
     assert (folder / "brick.html").stat().st_size > 1000
     import l2d_framework
 

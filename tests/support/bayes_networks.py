@@ -13,7 +13,7 @@ from l2d_framework.config import SamplingSection
 from l2d_framework.models.diffusion_lm import DiffusionLM, Origin
 from l2d_framework.parametrization import Parametrization
 from l2d_framework.schedule import Schedule
-from l2d_plugins.solvers.euler import Euler
+from l2d_plugins.solvers.runge_kutta import Euler
 
 TOKENS = 12
 

@@ -10,7 +10,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from l2d_framework.config import SamplingSection
-from l2d_framework.diffusion.loss import Losses, NoiseRule, denoising_loss, draw
+from l2d_framework.diffusion.loss import Losses, denoising_loss
+from l2d_framework.diffusion.training_noise import NoiseRule, draw
 from l2d_framework.models.diffusion_lm import DiffusionLM, Origin
 from l2d_framework.types import Layout, Query
 from l2d_plugins.backbones import in_place, main_path

@@ -11,7 +11,7 @@ import pytest
 import toy_components as toys
 
 from l2d_framework import blame
-from l2d_framework.hooks import GROUP, hookimpl
+from l2d_framework.hooks import EXTENSIONS, GROUP, hookimpl
 from l2d_framework.registry import catalog
 
 
@@ -38,10 +38,16 @@ def module(**functions: Callable[[], Any]) -> ModuleType:
 
 
 def plugin(
-    name: str, components: Sequence[Any] = (), presets: Mapping[str, Any] | None = None, **dist: str
+    name: str,
+    components: Sequence[Any] = (),
+    presets: Mapping[str, Any] | None = None,
+    methods: Mapping[str, Any] | None = None,
+    **dist: str,
 ) -> FakeEntryPoint:
     """A well-behaved plugin."""
-    found = module(l2d_components=lambda: components, l2d_presets=lambda: presets or {})
+    found = module(
+        l2d_components=lambda: components, l2d_presets=lambda: presets or {}, l2d_methods=lambda: methods or {}
+    )
     return FakeEntryPoint(name, lambda: found, **dist)
 
 
@@ -57,7 +63,7 @@ def broken(name: str, error: BaseException) -> FakeEntryPoint:
 class Toy(toys.Projected):
     """A state space with a preset of its own."""
 
-    default_preset = "toy-default"
+    default_method = "toy"
 
 
 Toy.module = toys.ProjectedSpace
@@ -69,6 +75,14 @@ TOYS = plugin(
         "toy-default": {"solver": {"name": "forward"}, "num_inference_steps": 7, "estimate": {"temperature": 0.5}},
         "toy-adaptive": {"solver": {"name": "doubling", "max_evaluations": 99}, "num_inference_steps": None},
         "toy-guided": {"solver": {"name": "forward"}, "num_inference_steps": 3, "guidance": [{"name": "sharpen"}]},
+    },
+    {
+        "toy": {
+            "schedule": {"name": "circle"},
+            "parametrization": {"name": "projected"},
+            "backbone": {"name": "beside"},
+            "sampling": {"preset": "toy-default"},
+        }
     },
 )
 
@@ -85,7 +99,8 @@ def installed(*entry_points: FakeEntryPoint) -> Iterator[None]:
     real = metadata.entry_points
 
     def found(**query: Any) -> Any:
-        return list(entry_points) if query.get("group") == GROUP else real(**query)
+        group = query.get("group")
+        return list(entry_points) if group == GROUP else [] if group == EXTENSIONS else real(**query)
 
     try:
         with pytest.MonkeyPatch.context() as patch:

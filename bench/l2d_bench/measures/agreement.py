@@ -14,7 +14,7 @@ from l2d_framework.errors import L2DError
 
 if TYPE_CHECKING:
     from l2d_bench.measures.devices import Reading
-    from l2d_framework.models.unloaded import Source
+    from l2d_framework.models.unloaded import UnloadedModel
 
 
 class AgreementMeasure(Measure):
@@ -90,7 +90,7 @@ class AgreementMeasure(Measure):
             details={"devices": ["cpu", subject.device], "rows": count, "tokens": len(ours)},
         )
 
-    def _reading(self, source: Source, subject: Subject) -> Reading:
+    def _reading(self, source: UnloadedModel, subject: Subject) -> Reading:
         from l2d_bench.measures.devices import Reading
         from l2d_framework.config import DataSection
         from l2d_framework.config.validation import validated
@@ -105,11 +105,11 @@ class AgreementMeasure(Measure):
         return Reading(rows, sampling, self.times if sampling.num_inference_steps != 0 else [0.0])
 
 
-def _source(subject: Subject, dtype: str) -> Source:
-    from l2d_framework.models.unloaded import Source
+def _source(subject: Subject, dtype: str) -> UnloadedModel:
+    from l2d_framework.models.unloaded import UnloadedModel
 
     own = subject.options
-    return Source(subject.path, base=own.get("base"), dtype=dtype, revision=own.get("revision"))
+    return UnloadedModel(subject.path, base=own.get("base"), dtype=dtype, revision=own.get("revision"))
 
 
 @contextmanager

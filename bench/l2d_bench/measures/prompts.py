@@ -42,11 +42,13 @@ class Answerer:
 
     def __init__(self, subject: Subject, options: dict[str, Any]) -> None:
         from l2d_framework.evaluation.harness.options import diffusing
-        from l2d_framework.models.unloaded import Source
+        from l2d_framework.models.unloaded import UnloadedModel
 
         dtype = None if subject.dtype == "auto" else subject.dtype
         own = subject.options
-        source = Source(subject.path, base=own.get("base"), dtype=own.get("dtype", dtype), revision=own.get("revision"))
+        source = UnloadedModel(
+            subject.path, base=own.get("base"), dtype=own.get("dtype", dtype), revision=own.get("revision")
+        )
         sampling = source.sampling(diffusing(options | subject.options))
         self.options = {name: getattr(sampling, name) for name in type(sampling).model_fields if name != "preset"}
         self.options["seed"] = subject.seed

@@ -10,7 +10,8 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from l2d_bench.files import bench_folder, code_of
+from l2d_bench import folder as bench_folder
+from l2d_bench.files import code_of
 from l2d_bench.measures.base import Measure, Outcome, Subject, Value
 from l2d_framework.errors import PluginError
 

@@ -70,10 +70,9 @@ class TextMeasure(Measure):
             DataError: if fewer texts than wanted are long enough.
         """
         from l2d_bench.measures.prompts import Answerer
-        from l2d_framework.evaluation.text.likelihood import Judge
+        from l2d_framework.evaluation.text.judge import Judge, pretrained
         from l2d_framework.evaluation.text.mauve_score import Features
         from l2d_framework.evaluation.text.measure import evaluate_texts
-        from l2d_framework.evaluation.text.pretrained import pretrained
         from l2d_framework.evaluation.text.samples import Sample
         from l2d_framework.generation.prompts import opening
 

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import l2d_framework
+import l2d_bench
 
 
 def folder() -> Path:
-    """Folder of the task files, for `--include_path`.
+    """Folder of the task files.
 
     Returns:
         That of an installed wheel, or `bench/tasks` of a checkout.
     """
-    package = Path(l2d_framework.__file__).parent
-    installed = package / "_bench" / "tasks"
-    return installed if installed.is_dir() else package.parent / "bench" / "tasks"
+    return l2d_bench.folder() / "tasks"

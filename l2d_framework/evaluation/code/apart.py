@@ -136,11 +136,7 @@ class Link:
         self._handles: dict[int, Handle] = {}
 
     def send(self, message: Any) -> None:
-        """Write one message.
-
-        Args:
-            message: JSON-ready.
-        """
+        """Write one message."""
         try:
             self._outgoing.write(json.dumps(message) + "\n")
             self._outgoing.flush()
@@ -148,11 +144,7 @@ class Link:
             self._gone()
 
     def receive(self) -> Any:
-        """Read one message.
-
-        Returns:
-            The message.
-        """
+        """Read one message."""
         try:
             return json.loads(self._incoming.readline())
         except (ValueError, RecursionError):
@@ -186,15 +178,7 @@ class Link:
         return result
 
     def serve(self, what: str, packed: Any) -> None:
-        """Do what the other side asks and send what came of it.
-
-        Args:
-            what: as for `ask`.
-            packed: its arguments.
-
-        Raises:
-            TypeError: never; it is sent.
-        """
+        """Do what the other side asks and send what came of it."""
         seen, asked, known = _Seen(), None, 0
         try:
             given, named = asked = self._unpack(packed, seen)
@@ -389,12 +373,7 @@ def _executed(code: Any, name: str, names: dict[str, Any]) -> str:
 
 
 def alone(job: int, channel: int) -> None:
-    """Execute a program with its tests in this process and say so only when its last line has run.
-
-    Args:
-        job: descriptor to read program and token from.
-        channel: descriptor to answer on.
-    """
+    """Execute a program with its tests in this process and say so only when its last line has run."""
     write, leave = os.write, os._exit
     with open(job, "rb") as file:
         task = json.load(file)
@@ -404,12 +383,7 @@ def alone(job: int, channel: int) -> None:
 
 
 def program(incoming: int, outgoing: int) -> None:
-    """Execute a program, then do what its tests ask of its values.
-
-    Args:
-        incoming: descriptor to read from.
-        outgoing: descriptor to write to.
-    """
+    """Execute a program, then do what its tests ask of its values."""
     link = Link((incoming, outgoing), gone=lambda: os._exit(0), is_trusting=True)
     link.send(_executed(link.receive(), "program", {}))
     while True:
@@ -417,14 +391,7 @@ def program(incoming: int, outgoing: int) -> None:
 
 
 def tests(job: int, channel: int, incoming: int, outgoing: int) -> None:
-    """Have a program executed in the other process, run its tests in this one, and say how they ended.
-
-    Args:
-        job: descriptor to read program, tests and token from.
-        channel: descriptor to answer on.
-        incoming: descriptor to read from.
-        outgoing: descriptor to write to.
-    """
+    """Have a program executed in the other process, run its tests in this one, and say how they ended."""
 
     def answer(text: str = _ENDED) -> None:
         os.write(channel, text.encode(errors="replace"))

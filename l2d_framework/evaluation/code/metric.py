@@ -41,11 +41,7 @@ def pass_at_k(samples: int, passed: int, k: int) -> float:
 
 
 def check_consent() -> None:
-    """Refuse to run programs that nobody agreed to.
-
-    Raises:
-        ConfigError: if so.
-    """
+    """Refuse to run programs that nobody agreed to."""
     if os.environ.get(CONSENT) != "1":
         raise ConfigError(
             "This task runs programs that the model writes. They run in a sandbox, which stops accidents but is no "
@@ -55,11 +51,7 @@ def check_consent() -> None:
 
 
 def check_isolation() -> None:
-    """Find out, by an empty program, whether programs can be run as the user wants.
-
-    Raises:
-        ConfigError: if not.
-    """
+    """Find out, by an empty program, whether programs can be run as the user wants."""
     _ = _SANDBOX.is_isolated
 
 
@@ -131,15 +123,7 @@ def _progress() -> tqdm:
 
 
 def passes(program: str, timeout: float = 3.0) -> bool:
-    """Whether a program runs to its end.
-
-    Args:
-        program: Python source with its checks.
-        timeout: seconds it may take.
-
-    Returns:
-        True if it does.
-    """
+    """Whether a program runs to its end."""
     _, results = CodeEval().compute([[program]], [""], k=[1], timeout=timeout)
     return bool(results[0][0][1]["passed"])
 

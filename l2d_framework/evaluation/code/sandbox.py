@@ -102,14 +102,7 @@ class Sandbox:
 
     @cached_property
     def is_isolated(self) -> bool:
-        """Whether programs run without network, found by running an empty one.
-
-        Returns:
-            True, or False where the user has allowed that they do not.
-
-        Raises:
-            ConfigError: if they cannot, and the user has not allowed it.
-        """
+        """Whether programs run without network, found by running an empty one; False where that is allowed."""
         answer = self._outcome("", is_isolated=True)
         if answer == "passed":
             _LOGGER.warning(_ISOLATED)
@@ -143,16 +136,7 @@ class Sandbox:
         return answer
 
     def run_all(self, programs: Sequence[tuple[str, str]], *, workers: int, bar: tqdm) -> list[str]:
-        """Run several programs at a time.
-
-        Args:
-            programs: pairs of a program and its tests.
-            workers: how many run at once.
-            bar: told of each that ended.
-
-        Returns:
-            What `run` says of each, in their order.
-        """
+        """Run several programs at a time."""
         if programs and self.is_isolated is not None:
             with ThreadPoolExecutor(max_workers=workers) as pool:
                 return [(answer, bar.update())[0] for answer in pool.map(self.run, *zip(*programs, strict=True))]
@@ -230,7 +214,7 @@ def _locked(room: str, *, waits: bool) -> int | None:
 
 def _supervised(job: dict[str, Any], seconds: float) -> str:
     process = subprocess.Popen(
-        [sys.executable, "-I", "-S", "-c", _source("inside.py")],
+        [sys.executable, "-I", "-S", "-c", _source("sandbox_child.py")],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

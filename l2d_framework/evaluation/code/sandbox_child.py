@@ -115,14 +115,7 @@ def _reaches_everyone(path: str) -> bool:
 
 
 def _imprison(job: dict[str, Any], task: tuple[str, ...], room: str, running: int) -> None:
-    """Become a prisoner: never returns.
-
-    Args:
-        job: the job.
-        task: what to do, and the descriptors for it.
-        room: folder with home, Python and packages.
-        running: processes of this user that count against the limit already.
-    """
+    """Become a prisoner: never returns."""
     nothing = os.open(os.devnull, os.O_RDWR)
     for standard in range(3):
         os.dup2(nothing, standard)
@@ -323,14 +316,7 @@ def _attend(child: int, job: dict[str, Any], descriptor: int) -> str:
 
 
 def supervise(job: dict[str, Any]) -> str:
-    """Run a program in a process of its own.
-
-    Args:
-        job: as `sandbox` writes it.
-
-    Returns:
-        "passed", "timed out", or "failed: " or "refused: " and why.
-    """
+    """Run a job in a process of its own: "passed", "timed out", or "failed: " or "refused: " and why."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_SUBREAPER, 1, 0, 0, 0)
     (job_out, job_in), (answer_out, answer_in) = os.pipe(), os.pipe()

@@ -14,15 +14,7 @@ _EXECUTOR = "check_correctness"
 
 
 def route(task: Any) -> None:
-    """Make a task that executes programs do so in the sandbox.
-
-    Args:
-        task: a ConfigurableTask of lm_eval, loaded.
-
-    Raises:
-        ConfigError: if it is marked as unsafe and executes them in a way that cannot be led there, or the system
-            cannot isolate them.
-    """
+    """Make a task that executes programs do so in the sandbox."""
     if not task.config.unsafe_code:
         return
     found = [namespace for namespace in map(_namespace, _functions(task)) if namespace is not None]

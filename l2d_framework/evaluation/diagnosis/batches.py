@@ -41,37 +41,16 @@ class Batch:
         return self.layout.tokens.gather(1, self.positions)
 
     def noise(self, model: DiffusionLM) -> Tensor:
-        """Standard normal noise of every position, the same whatever the batch.
-
-        Args:
-            model: whose state space it is for.
-
-        Returns:
-            (B, L, D), float32.
-        """
+        """Standard normal noise of every position, (B, L, D), the same whatever the batch."""
         keys = [[(*parts, "diagnosis") for parts in row] for row in self.keys]
         return model.parametrization.noise(TokenStreams(keys, self.positions.device))
 
     def block(self, context: Any) -> Block:
-        """The positions as something to solve, each in sight of the true tokens that its block may see.
-
-        Args:
-            context: what the backbone read of the layout.
-
-        Returns:
-            The block.
-        """
+        """The positions as something to solve, each in sight of the true tokens that its block may see."""
         return Block(self.positions, self.layout, context, self.keys, self.condition)
 
     def portions(self, model: DiffusionLM) -> Iterator[Batch]:
-        """Batches of fewer positions, where none of them is denoised together with another.
-
-        Args:
-            model: the model.
-
-        Yields:
-            Batches whose logits are few enough to be held at once, or this one.
-        """
+        """Batches of fewer positions, where none is denoised together with another; else this one."""
         if model.block_size != 1:
             yield self
             return
@@ -87,17 +66,7 @@ class Batch:
 
 
 def batches(model: DiffusionLM, rows: Sequence[Mapping[str, Any]], *, seed: int, size: int) -> list[Batch]:
-    """Rows as batches; noise is named by a row's tokens and the position.
-
-    Args:
-        model: the model they are for.
-        rows: rows of `PreparedData`.
-        seed: of all noise.
-        size: rows at a time; does not change any noise.
-
-    Returns:
-        The batches, rows of like length together.
-    """
+    """Rows as batches; noise is named by a row's tokens and the position."""
     names = request_keys([row["input_ids"] for row in rows])
     order = sorted(range(len(rows)), key=lambda number: len(rows[number]["input_ids"]))
     collate = Collator(pad_id=0, block_size=model.block_size)

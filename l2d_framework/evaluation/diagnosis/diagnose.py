@@ -18,9 +18,10 @@ from l2d_framework.evaluation.diagnosis.batches import Batch, batches
 from l2d_framework.evaluation.diagnosis.bayes import TokenLikelihood
 from l2d_framework.evaluation.diagnosis.curves import ANCHORS, cross_entropies
 from l2d_framework.evaluation.diagnosis.trajectories import evaluations, solve
-from l2d_framework.evaluation.diagnosis.verdict import NEGLIGIBLE, per_token, verdict
+from l2d_framework.evaluation.diagnosis.verdict import NEGLIGIBLE, verdict
+from l2d_framework.evaluation.statistics import ratio
 from l2d_framework.models.diffusion_lm import DiffusionLM
-from l2d_framework.schedule import Schedule
+from l2d_framework.schedule import NoiseLaw
 
 Track = Callable[[Sequence[Batch]], Iterable[Batch]]
 """Passes batches through and shows how far they are."""
@@ -55,16 +56,8 @@ class Settings:
     adaptive: SamplingSection | None
 
 
-def time_grid(schedule: Schedule, count: int) -> list[float]:
-    """Times as a solver would visit them, those without noise left out.
-
-    Args:
-        schedule: the law of noise.
-        count: how many.
-
-    Returns:
-        `count` increasing times; at the first the state is noise alone.
-    """
+def time_grid(schedule: NoiseLaw, count: int) -> list[float]:
+    """Times as a solver would visit them, those without noise left out; at the first the state is noise alone."""
     return schedule.grid(count + 1, 1.0)[:count]
 
 
@@ -90,18 +83,7 @@ def diagnose(
     batch_size: int,
     track: Track = iter,
 ) -> dict[str, Any]:
-    """What held-out text says about further evaluations.
-
-    Args:
-        model: the model.
-        rows: rows of `PreparedData`.
-        settings: how to diagnose.
-        batch_size: rows at a time; does not change the numbers.
-        track: shows the progress.
-
-    Returns:
-        JSON-ready; `DEFINITIONS` says what the numbers are.
-    """
+    """What held-out text says about further evaluations."""
     likelihood, sums = TokenLikelihood(model), _Sums()
     spent: list[int] | EvaluationBudgetError = []
     moves: list[float] = []
@@ -137,13 +119,12 @@ def diagnose(
         "tokens": int(tokens.sum()),
         **_curves(sums, settings.times),
         "settled": [
-            {"t": t, "share": per_token(share, tokens).to_json()}
-            for t, share in zip(moves, sums["settled"].T, strict=True)
+            {"t": t, "share": ratio(share, tokens).to_json()} for t, share in zip(moves, sums["settled"].T, strict=True)
         ],
         "evaluations": None if settings.adaptive is None else _spent(spent, settings.adaptive),
         "answers": {
             "base": "language model" if model.backbone.identity_at_zero else "first evaluation",
-            **{name: per_token(sums[name], tokens).to_json() for name in ("differs", "right", "base_right")},
+            **{name: ratio(sums[name], tokens).to_json() for name in ("differs", "right", "base_right")},
         },
         "definitions": DEFINITIONS,
     }
@@ -153,9 +134,9 @@ def _curves(sums: _Sums, times: Sequence[float]) -> dict[str, Any]:
     tokens, network, combined = sums["tokens"], sums["network"], sums["combined"]
     names = ("combination", "combination_after_first_move")
     points = [
-        {"t": t, "network": per_token(network[:, number], tokens).to_json()}
+        {"t": t, "network": ratio(network[:, number], tokens).to_json()}
         | {
-            names[anchor]: per_token(combined[:, anchor, number], tokens).to_json()
+            names[anchor]: ratio(combined[:, anchor, number], tokens).to_json()
             for anchor in range(min(ANCHORS, number + 1))
         }
         for number, t in enumerate(times)
@@ -164,7 +145,7 @@ def _curves(sums: _Sums, times: Sequence[float]) -> dict[str, Any]:
     for anchor in range(ANCHORS):
         # At its own time the combination is the network itself.
         later = slice(anchor + 1, None)
-        gain = per_token((combined[:, anchor, later] - network[:, later]).mean(1), tokens)
+        gain = ratio((combined[:, anchor, later] - network[:, later]).mean(1), tokens)
         gains[f"over_{names[anchor]}"] = gain.to_json() | {"verdict": verdict(gain)}
     return {"cross_entropy": points, "gain": gains}
 

@@ -38,17 +38,7 @@ class Trajectories:
 
 @torch.no_grad()
 def solve(model: DiffusionLM, batch: Batch, context: Any, sampling: SamplingSection) -> Trajectories:
-    """Solve every position from noise of its own and note the likeliest token at every evaluation.
-
-    Args:
-        model: the model.
-        batch: the positions.
-        context: what the backbone read of them.
-        sampling: how to diffuse, with a solver of fixed steps.
-
-    Returns:
-        The trajectories.
-    """
+    """Solve every position from noise of its own and note the likeliest token at every evaluation."""
     times: list[float] = []
     tokens: list[Tensor] = []
 
@@ -66,16 +56,6 @@ def solve(model: DiffusionLM, batch: Batch, context: Any, sampling: SamplingSect
 
 @torch.no_grad()
 def evaluations(model: DiffusionLM, batch: Batch, context: Any, sampling: SamplingSection) -> list[int]:
-    """What an adaptive solver spends.
-
-    Args:
-        model: the model.
-        batch: the positions.
-        context: what the backbone read of them.
-        sampling: how to diffuse.
-
-    Returns:
-        Network evaluations of each token, the read-out included.
-    """
+    """What an adaptive solver spends."""
     found = Sampler.of(model, sampling)(batch.block(context)).evaluations
     return [int(count) for count in found[batch.valid].tolist()]

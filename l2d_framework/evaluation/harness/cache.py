@@ -40,38 +40,16 @@ class Answers:
         _keep_harness_out(store)
 
     def find(self, kind: str, arguments: Any, number: int = 0) -> Any:
-        """An earlier answer.
-
-        Args:
-            kind: of request.
-            arguments: of the request.
-            number: its occurrence.
-
-        Returns:
-            The answer, or None.
-        """
+        """An earlier answer, or None."""
         return None if self._store is None else self._store.recall(_key(kind, arguments, number))
 
     def keep(self, kind: str, arguments: Any, answer: Any, number: int = 0) -> None:
-        """Remember an answer.
-
-        Args:
-            kind: of request.
-            arguments: of the request.
-            answer: anything that can be pickled but None.
-            number: its occurrence.
-        """
+        """Remember an answer: anything that can be pickled but None."""
         if self._store is not None:
             self._store.remember(_key(kind, arguments, number), answer)
 
     def add_partial(self, attr: str, req: Iterable[Any], res: Any) -> None:
-        """What lm_eval's own code calls with an answer.
-
-        Args:
-            attr: kind of request.
-            req: its arguments.
-            res: the answer.
-        """
+        """What lm_eval's own code calls with an answer."""
         self.keep(attr, tuple(req), res)
 
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
-from l2d_bench import protocols
 from l2d_framework.errors import ConfigError, PluginError
 from l2d_framework.evaluation.harness.errors import explain
 from l2d_framework.evaluation.harness.start_up import steps
+from l2d_framework.registry import extensions
 
 ALLOW_NETWORK = "--allow-network-in-sandbox"
 """Option that lm_eval does not have; `L2D_ALLOW_NETWORK_IN_SANDBOX=1` says the same to its own command."""
@@ -41,13 +44,6 @@ def run(arguments: Sequence[str]) -> None:
         raise ConfigError(steps.MISSING)
     if evaluates and asked[0] not in _SUBCOMMANDS:
         asked = ["run", *asked]
-    if (
-        asked
-        and asked[0] in _SUBCOMMANDS
-        and not any(a in ("-C", "--config") or a.startswith("--config=") for a in asked)
-    ):
-        # Before the user's arguments, of which the last wins.
-        asked[1:1] = ["--include_path", str(protocols.folder())]
 
     import lm_eval.models  # noqa: F401 -- fills the table that the next line adds to
     from lm_eval.__main__ import cli_evaluate
@@ -57,9 +53,28 @@ def run(arguments: Sequence[str]) -> None:
         steps.prepare(asked)
     sys.argv = ["lm_eval", *asked]
     try:
-        cli_evaluate()
+        with _with_tasks(extensions().task_folders()):
+            cli_evaluate()
     except Exception as error:
         found = explain(error)
         if found is None or found is error:
             raise
         raise found from error
+
+
+@contextmanager
+def _with_tasks(folders: Sequence[Path]) -> Iterator[None]:
+    """Let lm_eval's command line know the plugins' tasks beside its own and those of `--include_path`, which win."""
+    from lm_eval import tasks
+
+    manager: Any = tasks.TaskManager
+
+    def with_plugins(verbosity: Any = None, include_path: Any = None, *args: Any, **options: Any) -> Any:
+        given = include_path if isinstance(include_path, list | tuple) else [include_path] if include_path else []
+        return manager(verbosity, [*map(str, folders), *given], *args, **options)
+
+    tasks.TaskManager = with_plugins
+    try:
+        yield
+    finally:
+        tasks.TaskManager = manager

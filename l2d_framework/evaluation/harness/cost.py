@@ -17,30 +17,16 @@ class Meter:
         self._plain: tuple[float, float] | None = None
 
     def add(self, evaluations: Iterable[int]) -> None:
-        """Count an answer.
-
-        Args:
-            evaluations: spent on each of its tokens.
-        """
+        """Count an answer."""
         self._evaluations.update(evaluations)
 
     def time(self, tokens: int, seconds: float) -> None:
-        """Count the time of a batch.
-
-        Args:
-            tokens: answer tokens it made.
-            seconds: it took.
-        """
+        """Count the time of a batch."""
         self._tokens += tokens
         self._seconds += seconds
 
     def compare(self, seconds: float, plain: float) -> None:
-        """Note the time of one batch beside the plain language model's, for as many tokens.
-
-        Args:
-            seconds: this model's per token.
-            plain: the plain language model's per token.
-        """
+        """Note the time of one batch beside the plain language model's, for as many tokens."""
         self._plain = (seconds, plain)
 
     @property
@@ -49,23 +35,11 @@ class Meter:
         return self._plain is not None
 
     def state(self) -> tuple[Any, ...]:
-        """Everything counted.
-
-        Returns:
-            Something to be sent to other processes.
-        """
+        """Everything counted."""
         return self._evaluations, self._tokens, self._seconds, self._plain
 
     def report(self, states: Sequence[tuple[Any, ...]], *, reads_main: bool) -> dict[str, Any]:
-        """Numbers for results.json.
-
-        Args:
-            states: of all processes.
-            reads_main: True if the language model reads each token besides the evaluations.
-
-        Returns:
-            JSON-ready; None where nothing was generated.
-        """
+        """Numbers for results.json, from the states of all processes; None where nothing was generated."""
         counts: Counter[int] = Counter()
         for state in states:
             counts.update(state[0])

@@ -18,14 +18,7 @@ _SENTENCES = "tokenizers/punkt_tab/english"
 
 
 def explain(error: BaseException) -> L2DError | None:
-    """An error of lm_eval in this package's words.
-
-    Args:
-        error: what ended it.
-
-    Returns:
-        What was wrong and what to do; None where nothing is known to say.
-    """
+    """An error of lm_eval in this package's words; None where nothing is known to say."""
     cause: BaseException | None = error
     while cause is not None:
         if found := _explain(cause):
@@ -78,14 +71,7 @@ def _extra(module: str) -> str | None:
 
 
 def check_sentence_data(task: Any) -> None:
-    """Refuse a task of IFEval whose checks could not split an answer into sentences.
-
-    Args:
-        task: a ConfigurableTask of lm_eval, loaded.
-
-    Raises:
-        DataError: if NLTK's data for that are nowhere.
-    """
+    """Refuse a task of IFEval whose checks could not split an answer into sentences."""
     # Its registry of instructions is what the checks of every variant share.
     if "instructions_registry" not in getattr(task.config.process_results, "__globals__", {}):
         return

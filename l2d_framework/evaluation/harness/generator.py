@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import groupby
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lm_eval.models.utils import postprocess_generated_text
@@ -15,8 +15,7 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 from transformers import StoppingCriteriaList
 
 from l2d_framework.errors import ConfigError
-from l2d_framework.evaluation.harness.opened import Opened, shortest
-from l2d_framework.evaluation.harness.options import Plan, read_plan
+from l2d_framework.evaluation.harness.options import Plan, read_plan, shortest
 from l2d_framework.evaluation.harness.request_ids import content, noise_key, occurrences
 from l2d_framework.evaluation.harness.stop_strings import Until
 from l2d_framework.evaluation.search.search import search
@@ -24,63 +23,64 @@ from l2d_framework.generation.prompts import Encoded, add_ends, pad_left
 from l2d_framework.models.unloaded import CLASS, SCALE
 from l2d_framework.types import Layout
 
+if TYPE_CHECKING:
+    from l2d_framework.evaluation.harness.model import L2DLM
+
 _LOGGER = logging.getLogger(__name__)
 
 
-class Generating(Opened):
-    """A model that answers requests."""
+class Generator:
+    """What a model answers to generative tasks.
 
-    def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """Answer requests.
+    Args:
+        lm: the model, which also counts what that costs and remembers answers.
+    """
 
-        Args:
-            requests: lm_eval's instances.
-            disable_tqdm: show no progress.
+    def __init__(self, lm: L2DLM) -> None:
+        self.lm = lm
 
-        Returns:
-            A text per request.
-        """
-        self._notice(requests)
-        numbers = occurrences(requests, self._gather)
+    def answer_all(self, requests: Sequence[Any], *, quiet: bool) -> list[str]:
+        """A text per request."""
+        numbers = occurrences(requests, self.lm.gather)
         kinds = [content(request.args[1]) for request in requests]
-        plans = {kind: self._plan(request.args[1]) for kind, request in zip(kinds, requests, strict=True)}
+        plans = {kind: self.plan(request.args[1]) for kind, request in zip(kinds, requests, strict=True)}
         keys = [(r.args[0], kind, number) for r, kind, number in zip(requests, kinds, numbers, strict=True)]
         done: dict[Any, str] = {}
         waiting: dict[str, dict[Any, Any]] = {kind: {} for kind in plans}
         for request, key in zip(requests, keys, strict=True):
-            found = self.answers.find("generate_until", request.args, key[2])
+            found = self.lm.answers.find("generate_until", request.args, key[2])
             if found is None:
                 waiting[key[1]][key] = request.args
             elif key not in done:
                 done[key] = found[0]
-                self.meters["generation"].add(found[1])
-        bar = tqdm(total=sum(map(len, waiting.values())), disable=disable_tqdm or self.rank != 0, desc="Generating")
+                self.lm.meters["generation"].add(found[1])
+        bar = tqdm(total=sum(map(len, waiting.values())), disable=quiet or self.lm.rank != 0, desc="Generating")
         for kind, group in waiting.items():
             for key, text, evaluations in self._generate(plans[kind], list(group), bar):
                 done[key] = text
-                self.answers.keep("generate_until", group[key], (text, evaluations), key[2])
+                self.lm.answers.keep("generate_until", group[key], (text, evaluations), key[2])
         bar.close()
-        self._count("generation")
         return [done[key] for key in keys]
 
-    def _plan(self, generation: Mapping[str, Any]) -> Plan:
-        end = self.tok_decode(self.eot_token_id, skip_special_tokens=False)
-        size = self.source.empty.vocab_size
-        plan = read_plan(generation, self.max_gen_toks, end, search=self.searching, vocab_size=size)
-        if plan.count >= self.max_length:
+    def plan(self, generation: Mapping[str, Any]) -> Plan:
+        """How to answer requests with these generation options."""
+        end = self.lm.tok_decode(self.lm.eot_token_id, skip_special_tokens=False)
+        size = self.lm.source.empty.vocab_size
+        plan = read_plan(generation, self.lm.max_gen_toks, end, search=self.lm.searching, vocab_size=size)
+        if plan.count >= self.lm.max_length:
             raise ConfigError(
-                f"max_gen_toks={plan.count} leaves no room for the prompt: the model's context is {self.max_length}. "
+                f"max_gen_toks={plan.count} leaves no room for the prompt: the context is {self.lm.max_length}. "
                 "Lower it in --gen_kwargs."
             )
-        plan = replace(plan, options=self.source.classed(self.options | plan.options))
-        settings = self.source.sampling(plan.options)
-        self.source.check_class(settings, plan.options.get(CLASS))
+        plan = replace(plan, options=self.lm.source.classed(self.lm.options | plan.options))
+        settings = self.lm.source.sampling(plan.options)
+        self.lm.check_class(settings, plan.options)
         searched = None if plan.search is None else plan.search.model_dump()
-        if searched and self.source.is_block:
+        if searched and self.lm.source.is_block:
             raise ConfigError("Search weighs next tokens, and this model denoises whole answers. Leave search_* out.")
         used = settings.model_dump(mode="json") | {CLASS: plan.options.get(CLASS), "search": searched}
         used["picking"] = plan.picking
-        self._used[content(used)] = used
+        self.lm.used[content(used)] = used
         return plan
 
     def _generate(self, plan: Plan, keys: list[Any], bar: Any) -> Iterator[tuple[Any, str, list[int]]]:
@@ -88,15 +88,15 @@ class Generating(Opened):
         asked: dict[str, list[Any]] = {}
         for key in sorted(keys):
             asked.setdefault(key[0], []).append(key)
-        rows = {text: self.tok_encode(text) or [self.prefix_token_id] for text in asked}
+        rows = {text: self.lm.tok_encode(text) or [self.lm.prefix_token_id] for text in asked}
         # The longest first, so that memory runs out at once or never.
         order = sorted(asked, key=lambda text: (-len(rows[text]), text))
-        limit = self.max_length - plan.count
+        limit = self.lm.max_length - plan.count
         if order and len(rows[order[0]]) > limit:
             _LOGGER.warning("The longest prompt has %d tokens; prompts keep their last %d.", len(rows[order[0]]), limit)
-        size = self._generation_batch(plan, min(limit, len(rows[order[0]]))) if order else 1
+        size = self._batch_size(plan, min(limit, len(rows[order[0]]))) if order else 1
         for count, texts in _batches(order, [len(asked[text]) for text in order], size):
-            prompts = pad_left([rows[text][-limit:] for text in texts], chats=[self._is_chat] * len(texts))
+            prompts = pad_left([rows[text][-limit:] for text in texts], chats=[self.lm.is_chat] * len(texts))
             spent = 0.0
             if count > size and plan.search is None:
                 began = time.perf_counter()
@@ -105,40 +105,40 @@ class Generating(Opened):
             for start in range(0, count, size):
                 chunk = [key for text in texts for key in asked[text][start : start + size]]
                 names = [noise_key(rows[key[0]], key[2]) for key in chunk]
-                answers = self._answer(plan, replace(prompts, keys=names), spent=spent)
+                answers = self.answer(plan, replace(prompts, keys=names), spent=spent)
                 spent = 0.0
                 for key, (tokens, evaluations) in zip(chunk, answers, strict=True):
-                    self.meters["generation"].add(evaluations)
+                    self.lm.meters["generation"].add(evaluations)
                     yield key, self._text(tokens, plan.until), evaluations
                 bar.update(len(chunk))
 
     def _read(self, prompts: Encoded) -> Any:
         """What the backbone makes of a prompt that has more answers than fit into a batch."""
-        model = self.diffusion
+        model = self.lm.diffusion
         with torch.no_grad():
             return model.backbone.read(
                 Layout(prompts.input_ids.to(model.device), prompts.attention_mask.to(model.device) - 1)
             )
 
-    def _answer(
+    def answer(
         self, plan: Plan, batch: Encoded, *, spent: float = 0.0, is_probe: bool = False
     ) -> list[tuple[list[int], list[int]]]:
         """Tokens of each answer, one per name of noise, and their evaluations; `spent`: seconds of reading before."""
         if plan.search is not None:
             return self._search(plan, batch)
-        model, meter = self.diffusion, self.meters["generation"]
+        model, meter = self.lm.diffusion, self.lm.meters["generation"]
         samples = len(batch.keys or batch.input_ids) // len(batch.input_ids)
         options = dict(plan.options)
         label, scale = options.pop(CLASS, None), options.pop(SCALE, None)
         began = time.perf_counter()
         found = model.generate(
             batch,
-            stopping_criteria=StoppingCriteriaList([Until(self.tokenizer, plan.until, batch.input_ids.shape[1])]),
+            stopping_criteria=StoppingCriteriaList([Until(self.lm.tokenizer, plan.until, batch.input_ids.shape[1])]),
             classes=None if label is None else [label] * len(batch.input_ids),
             guidance_scale=scale,
             num_return_sequences=samples,
             max_new_tokens=plan.count,
-            pad_token_id=self.tokenizer.pad_token_id,
+            pad_token_id=self.lm.tokenizer.pad_token_id,
             **plan.picking,
             **options,
         )
@@ -146,7 +146,7 @@ class Generating(Opened):
         seconds = spent + time.perf_counter() - began
         if not is_probe:
             meter.time(sum(lengths), seconds)
-            if not meter.is_compared and self.rank == 0 and found.evaluations.any():
+            if not meter.is_compared and self.lm.rank == 0 and found.evaluations.any():
                 meter.compare(seconds / sum(lengths), self._plain_seconds(batch, samples, max(lengths)))
         rows = zip(found.answers.tolist(), found.evaluations.tolist(), lengths, strict=True)
         return [(tokens[:length], evaluations[:length]) for tokens, evaluations, length in rows]
@@ -156,55 +156,55 @@ class Generating(Opened):
         assert plan.search is not None and batch.keys is not None
         options = dict(plan.options)
         label, scale = options.pop(CLASS, None), options.pop(SCALE, None)
-        face = self.diffusion.as_transformers(class_name=label, guidance_scale=scale, **options)
+        face = self.lm.diffusion.as_transformers(class_name=label, guidance_scale=scale, **options)
         answers = []
         samples = len(batch.keys) // len(batch.input_ids)
-        add_ends(face.generation_config, self.diffusion.ends(is_chat=self._is_chat))
+        add_ends(face.generation_config, self.lm.diffusion.ends(is_chat=self.lm.is_chat))
         for number, key in enumerate(batch.keys):
             row = number // samples
             prompt = batch.input_ids[row][batch.attention_mask[row].bool()]
             picking = plan.picking | {
-                "stopping_criteria": StoppingCriteriaList([Until(self.tokenizer, plan.until, len(prompt))]),
+                "stopping_criteria": StoppingCriteriaList([Until(self.lm.tokenizer, plan.until, len(prompt))]),
                 "max_new_tokens": plan.count,
-                "pad_token_id": self.tokenizer.pad_token_id,
+                "pad_token_id": self.lm.tokenizer.pad_token_id,
             }
             began = time.perf_counter()
             answers.append(search(face, prompt, plan.search, name=key, picking=picking))
-            self.meters["generation"].time(len(answers[-1][0]), time.perf_counter() - began)
+            self.lm.meters["generation"].time(len(answers[-1][0]), time.perf_counter() - began)
         return answers
 
     def _plain_seconds(self, batch: Encoded, samples: int, count: int) -> float:
         """Seconds per answer token of transformers' own generate on the same prompts."""
         began = time.perf_counter()
         ids, mask = (
-            part.to(self.device).repeat_interleave(samples, 0) for part in (batch.input_ids, batch.attention_mask)
+            part.to(self.lm.device).repeat_interleave(samples, 0) for part in (batch.input_ids, batch.attention_mask)
         )
         lengths = {"min_new_tokens": count, "max_new_tokens": count, "num_beams": 1}
-        found = self._model.generate(
-            ids, attention_mask=mask, do_sample=False, pad_token_id=self.tokenizer.pad_token_id, **lengths
+        found = self.lm.model.generate(
+            ids, attention_mask=mask, do_sample=False, pad_token_id=self.lm.tokenizer.pad_token_id, **lengths
         )
         found.tolist()
         return (time.perf_counter() - began) / (count * len(ids))
 
     def _text(self, tokens: list[int], until: list[str]) -> str:
-        end = self.think_end_token
+        end = self.lm.think_end_token
         is_token = isinstance(end, int)
         if is_token and end in tokens:
             tokens = tokens[len(tokens) - tokens[::-1].index(end) :]
-        text = self.tok_decode(tokens)
+        text = self.lm.tok_decode(tokens)
         return str(postprocess_generated_text(text.lstrip() if is_token else text, until, None if is_token else end))
 
-    def _generation_batch(self, plan: Plan, length: int) -> int:
-        settings = self.source.sampling(plan.options)
+    def _batch_size(self, plan: Plan, length: int) -> int:
+        settings = self.lm.source.sampling(plan.options)
         if settings.solver.batch_coupled or plan.search is not None:  # hypotheses of one search are a batch already
             return 1
-        if self.batch_size != "auto":
-            return int(self.batch_size)
+        if self.lm.batch_size != "auto":
+            return int(self.lm.batch_size)
         # One token after as long a text as there can be, or one whole block.
-        whole = length if self.source.is_block else length + plan.count - 1
-        count = plan.count if self.source.is_block else 1
+        whole = length if self.lm.source.is_block else length + plan.count - 1
+        count = plan.count if self.lm.source.is_block else 1
         probe = Plan([], count, plan.picking, plan.options | shortest(settings))
-        return self._largest(lambda n: self._answer(probe, pad_left([[1] * whole] * n), is_probe=True))
+        return self.lm.largest_batch(lambda n: self.answer(probe, pad_left([[1] * whole] * n), is_probe=True))
 
 
 def _batches(texts: Sequence[str], counts: Sequence[int], size: int) -> Iterator[tuple[int, list[str]]]:

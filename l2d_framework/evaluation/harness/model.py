@@ -2,58 +2,227 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Sequence
+import logging
+import os
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from tqdm import tqdm  # type: ignore[import-untyped]
+import lm_eval.models  # noqa: F401 -- the table of models fills itself only while it is empty, so before we are in it
+import torch
+from accelerate import find_executable_batch_size
+from lm_eval.models.huggingface import HFLM
+from lm_eval.models.utils import resolve_max_length
+from typing_extensions import override
 
-from l2d_framework.blame import naming_plugins
-from l2d_framework.errors import ConfigError
-from l2d_framework.evaluation.harness.generator import Generating
-from l2d_framework.evaluation.harness.opened import shortest
+from l2d_framework.config import SamplingSection
+from l2d_framework.errors import ConfigError, DataError
+from l2d_framework.evaluation.code.metric import serve
+from l2d_framework.evaluation.code.tasks import route
+from l2d_framework.evaluation.harness.cache import Answers
+from l2d_framework.evaluation.harness.cost import Meter
+from l2d_framework.evaluation.harness.errors import check_sentence_data
+from l2d_framework.evaluation.harness.generator import Generator
+from l2d_framework.evaluation.harness.options import PASSED, check_model_options, diffusing
+from l2d_framework.evaluation.harness.provenance import data_sources, named_tasks
 from l2d_framework.evaluation.harness.request_ids import content
-from l2d_framework.evaluation.harness.scorer import MAIN, MIXTURE, PSEUDO, Job, Scorer
+from l2d_framework.evaluation.harness.scorer import MAIN, METHODS, MIXTURE, PSEUDO, Scoring
+from l2d_framework.evaluation.harness.start_up import steps
+from l2d_framework.evaluation.search.search import check_search, split_options
+from l2d_framework.generation.chat_template import TEMPLATE_DATE, render
+from l2d_framework.generation.prompts import encode_text
 from l2d_framework.models.diffusion_lm import DiffusionLM
-from l2d_framework.models.unloaded import CLASS
+from l2d_framework.models.unloaded import CLASS, HINT, UnloadedModel, tokenizer_fingerprint
+from l2d_framework.opening import open_tokenizer
+
+_LOGGER = logging.getLogger(__name__)
+_AUTO_ON_CPU = 8
+"""Batch size `auto` where memory that runs out ends the process instead of raising an error."""
+
+_GOES_ON = "<|this turn goes on|> "
+
+_HEADLINES = ("solver", "num_inference_steps", "guidance", "seed", CLASS)
+"""Settings that results.json says first, as they were used; a list where tasks used several."""
 
 
-class L2DLM(Generating):
-    """Diffusion checkpoints, and plain language models with `num_inference_steps=0`; `Opened` says what it takes.
+class _Unloaded:
+    """Stands for the language model until the first request; until then everything that can be refused is."""
+
+    def to(self, device: Any) -> _Unloaded:
+        return self
+
+
+class L2DLM(HFLM):  # type: ignore[misc]
+    """Diffusion checkpoints, and plain language models with `num_inference_steps=0`; weights load at the first request.
 
     Noise is named by a request's own words, never by its place in a batch, so neither batch size, order nor the number
     of processes changes an answer.
+
+    Args:
+        pretrained: checkpoint folder or hub id; `L2D_PRETRAINED` when None.
+        **options: `base`, `dtype` and `revision` of the checkpoint; `scoring` (mixture, main or pseudo),
+            `noise_samples` and `pseudo_times` of log-likelihoods; fields of the `sampling` section, `class_name` and
+            `guidance_scale`; those of token search, `search` and `search_*`; `batch_size`, `device`, `max_length` and
+            others of lm_eval's `hf`.
     """
 
-    def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """Scores of continuations: log-likelihoods, or what `scoring` names.
+    def __init__(self, pretrained: str | None = None, **options: Any) -> None:
+        check_model_options(options)
+        serve()
+        pretrained = pretrained or os.environ.get(steps.PRETRAINED)
+        if not pretrained:
+            raise ConfigError(steps.MISSING)
+        self.source = UnloadedModel(
+            str(pretrained), base=options.get("base"), dtype=options.get("dtype"), revision=options.get("revision")
+        )
+        self.options = diffusing(options)
+        self.settings = self.source.sampling(self.options)
+        self.searching, _ = split_options(options)
+        self.search = check_search(self.searching)
+        if self.search and self.source.is_block:
+            raise ConfigError("Search weighs next tokens, and this model denoises whole answers. Leave search out.")
+        self.samples = _positive("noise_samples", options.get("noise_samples", 4))
+        self.times = _positive("pseudo_times", options.get("pseudo_times", 4))
+        self.scoring = self._scoring(options.get("scoring"))
+        self.answers = Answers(None, {})
+        self.meters = {"generation": Meter(), "scoring": Meter()}
+        self._states: dict[str, list[Any]] = {name: [meter.state()] for name, meter in self.meters.items()}
+        self.generator = Generator(self)
+        self.used: dict[str, dict[str, Any]] = {}
+        self._tasks: dict[str, dict[str, Any]] = {}
+        self.is_chat = False
+        self._diffusion: DiffusionLM | None = None
+        passed = {name: options[name] for name in PASSED if name in options}
+        passed["chat_template_args"] = {"date_string": TEMPLATE_DATE, **(passed.get("chat_template_args") or {})}
+        passed.setdefault("device", "cuda" if torch.cuda.is_available() else "cpu")
+        super().__init__(str(pretrained), revision=options.get("revision") or "main", **passed)
+        if hasattr(self, "accelerator"):
+            # HFLM takes note of its processes only where there are several GPUs.
+            self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
+
+    def _scoring(self, wanted: Any) -> str | None:
+        empty, steps = self.source.empty, self.settings.num_inference_steps
+        possible = [MAIN] if empty.identity_at_zero else []
+        possible += [MIXTURE] if empty.independent_positions else [PSEUDO]
+        if wanted is None:
+            return MAIN if steps == 0 else MIXTURE if MIXTURE in possible else None
+        if wanted not in possible:
+            raise ConfigError(f"scoring={wanted!r} does not fit this model. Choose from {possible}, or leave it out.")
+        return str(wanted)
+
+    def check_class(self, settings: SamplingSection, options: dict[str, Any]) -> None:
+        """Refuse a guidance towards a class that neither options nor a task name."""
+        self.source.check_class(
+            settings,
+            is_named=options.get(CLASS) is not None,
+            where=f"Add {CLASS}=NAME to --gen_kwargs or --model_args. A task proposes a class as {HINT}.",
+        )
+
+    def _get_config(self, pretrained: str, **options: Any) -> None:
+        self._config = self.source.lm_config
+
+    def _create_tokenizer(self, pretrained: Any, tokenizer: Any, **options: Any) -> None:
+        if isinstance(tokenizer, str):
+            passed = {name: options.get(name) for name in ("revision", "subfolder", "add_bos_token")}
+            self.tokenizer = open_tokenizer(tokenizer, **{k: v for k, v in passed.items() if v not in (None, "")})
+        elif tokenizer:
+            self.tokenizer = tokenizer
+        else:
+            self.tokenizer = self.source.tokenizer
+
+    def _create_model(self, pretrained: str, **options: Any) -> None:
+        self._model: Any = _Unloaded()
+
+    @property
+    def diffusion(self) -> DiffusionLM:
+        """The diffusion model, loaded when first asked for; `model` is the language model inside it."""
+        if self._diffusion is None:
+            self._diffusion = self.source.load(self.device)
+            self._model = self._diffusion.backbone.lm
+        return self._diffusion
+
+    @property
+    @override
+    def max_length(self) -> int:
+        return int(self._max_length or resolve_max_length(self.config, self.tokenizer))
+
+    @override
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """A conversation as text, encoded as in training: without special tokens beside the template's."""
+        self.is_chat = True
+        variables = {**self.tokenizer.special_tokens_map, **self.chat_template_args}
+        template = str(self.tokenizer.get_chat_template())
+        options = {"add_generation_prompt": add_generation_prompt}
+        if not add_generation_prompt:
+            # lm_eval asks for no generation prompt where the last turn is to go on.
+            *before, last = chat_history
+            chat_history = [*before, {**last, "content": last["content"] + _GOES_ON}]
+        try:
+            text, _ = render(template, chat_history, variables, **options)
+        except DataError:
+            # As lm_eval does, for templates that know no system messages.
+            asked = [turn for turn in chat_history if turn["role"] != "system"]
+            if asked == chat_history:
+                raise
+            _LOGGER.warning("The chat template refuses system messages, so they are left out.")
+            text, _ = render(template, asked, variables, **options)
+        if add_generation_prompt:
+            return text
+        begun, found, behind = text.rpartition(_GOES_ON.strip())
+        if not found:
+            raise DataError("the chat template does not print the last turn, which is to go on. Use another template.")
+        # Where the template trims what it prints, blanks in front of an answer are of no meaning, either.
+        return begun if behind.startswith(" ") else begun.rstrip()
+
+    @override
+    def chat_template(self, chat_template: bool | str = False) -> str | None:
+        """The chat template; asked for when one is going to be applied."""
+        self.is_chat = self.is_chat or bool(chat_template)
+        return super().chat_template(chat_template)  # type: ignore[no-any-return]
+
+    @override
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **options: Any) -> list[int]:
+        """Token ids of a text, which is a prompt or the beginning of one.
 
         Args:
-            requests: lm_eval's instances.
-            disable_tqdm: show no progress.
+            string: the text.
+            add_special_tokens: whether to put in front what the tokenizer does, nothing ever behind; when None as
+                `add_bos_token` says, else unless a chat template was applied.
+            **options: of lm_eval.
 
         Returns:
-            For each its score and whether greedy decoding would give it.
+            The ids.
         """
+        if add_special_tokens is None:
+            add_special_tokens = not self.is_chat if self.add_bos_token is None else self.add_bos_token
+        if not add_special_tokens:
+            return list(super().tok_encode(string, add_special_tokens=False, **options))
+        ids = encode_text(self.tokenizer, string)
+        return ids[-(options.get("left_truncate_len") or 0) :]
+
+    @override
+    def set_cache_hook(self, cache_hook: Any) -> None:
+        """Use the harness's cache under this model's own rules."""
+        self.answers = Answers(cache_hook.dbdict, self.identity())
+        self.cache_hook = self.answers
+
+    @override
+    def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
+        self._notice(requests)
+        answers = self.generator.answer_all(requests, quiet=disable_tqdm)
+        self._count("generation")
+        return answers
+
+    @override
+    def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """Scores of continuations: log-likelihoods, or what `scoring` names."""
         self._notice(requests)
         self._check_scoring(requests)
         found = self._remembered("loglikelihood", requests, super().loglikelihood, disable_tqdm)
         self._count("scoring")
         return found
 
+    @override
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
-        """Log-likelihoods of whole texts.
-
-        Args:
-            requests: lm_eval's instances.
-            disable_tqdm: show no progress.
-
-        Returns:
-            One per text.
-
-        Raises:
-            ConfigError: if the model has no likelihood.
-        """
         self._notice(requests)
         self._check_scoring(requests)
         if self.scoring == PSEUDO:
@@ -71,7 +240,7 @@ class L2DLM(Generating):
                 "pseudo-likelihood of multiple-choice answers."
             )
         if self.scoring != MAIN:
-            self.source.check_class(self.settings, self.options.get(CLASS))
+            self.check_class(self.settings, self.options)
 
     def _remembered(self, kind: str, requests: Sequence[Any], compute: Any, quiet: bool) -> list[Any]:
         # Processes wait for each other inside rolling likelihoods, so each must take part.
@@ -92,70 +261,110 @@ class L2DLM(Generating):
     def _loglikelihood_tokens(
         self, requests: Sequence[Any], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
-        model = self.diffusion
+        self.diffusion  # noqa: B018 -- loads the weights
         if self.scoring == MAIN:
             plain: list[tuple[float, bool]] = super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)
             return plain
-        jobs: dict[Any, tuple[Job, list[int]]] = {}
-        # The mixture reads all but the last token, which is how pieces of a long text fill the context.
-        most = self.max_length if self.scoring == MIXTURE else self.max_length - 1
-        for number, (_, context, answer) in enumerate(requests):
-            if len(answer) > most:
-                raise ConfigError(f"An answer of {len(answer)} tokens exceeds the model's context, {self.max_length}.")
-            # What comes before the last token is the same text, so one evaluation serves several last tokens.
-            shared = tuple(answer[:-1]) if self.scoring == MIXTURE else tuple(answer)
-            job, numbers = jobs.setdefault((tuple(context), shared), (Job(tuple(context), []), []))
-            if self.scoring == MIXTURE or not job.answers:
-                job.answers.append(tuple(answer))
-            numbers.append(number)
-        order = sorted(jobs.values(), key=lambda entry: (-len(entry[0].text(self.max_length)), entry[0].context))
-        scorer = self._scorer(model)
-        size = self._scoring_batch(scorer, order[0][0], override_bs) if order else 1
-        results: dict[int, tuple[float, bool]] = {}
-        bar = tqdm(total=len(requests), disable=disable_tqdm or self.rank != 0, desc="Scoring")
-        began = time.perf_counter()
-        for start in range(0, len(order), size):
-            chunk = order[start : start + size]
-            for (_, numbers), scores in zip(chunk, self._score(scorer, [job for job, _ in chunk]), strict=True):
-                for number, score in zip(numbers, scores * (len(numbers) // len(scores)), strict=True):
-                    results[number] = score
-                    if requests[number][0] is not None:
-                        self.answers.keep("loglikelihood", requests[number][0], score)
-                bar.update(len(numbers))
-        bar.close()
-        self.meters["scoring"].add(scorer.evaluations)
-        self.meters["scoring"].time(len(scorer.evaluations), time.perf_counter() - began)
-        return [results[number] for number in range(len(requests))]
-
-    def _scorer(self, model: DiffusionLM, **changes: Any) -> Scorer:
-        label = self.options.get(CLASS)
-        return Scorer(
-            model,
-            self.settings.model_copy(update=changes),
-            samples=self.samples,
-            times=self.times,
-            limit=self.max_length,
-            label=None if label is None else self.source.classes.index(label),
-        )
-
-    @naming_plugins()
-    def _score(self, scorer: Scorer, jobs: list[Job]) -> list[list[tuple[float, bool]]]:
-        return scorer.mixture(jobs) if self.scoring == MIXTURE else scorer.pseudo(jobs)
-
-    def _scoring_batch(self, scorer: Scorer, longest: Job, wanted: int | None) -> int:
-        if scorer.sampling.solver.batch_coupled:
-            return 1
-        if wanted or self.batch_size != "auto":
-            return int(wanted or self.batch_size)
-        probe = self._scorer(scorer.model, **shortest(scorer.sampling))
-        return self._largest(lambda n: self._score(probe, [longest] * n))
+        return Scoring(self).scores(requests, quiet=disable_tqdm, batch_size=override_bs)
 
     def _detect_batch_size(self, requests: Any = None, pos: int = 0) -> int:
         # HFLM asks before whole texts and before scoring by the language model alone.
         if self.device.type == "cpu":
-            return self._largest(lambda n: None)
-        model = self.diffusion
+            return self.largest_batch(lambda n: None)
+        self.diffusion  # noqa: B018 -- loads the weights
         if self.scoring == MAIN:
             return int(super()._detect_batch_size(requests, pos))
-        job = Job((1,), [(1,) * (self.max_length - 1)])
-        return self._largest(lambda n: self._score(self._scorer(model, **shortest(self.settings)), [job] * n))
+        return Scoring(self).largest_batch()
+
+    def identity(self) -> dict[str, Any]:
+        """What an answer depends on beside its question."""
+        return self.source.identity() | {
+            "sampling": self.settings.model_dump(mode="json"),
+            "class_name": self.options.get(CLASS),
+            "scoring": self.scoring,
+            "noise_samples": self.samples,
+            "pseudo_times": self.times,
+            "max_length": self.max_length,
+            "add_bos_token": self.add_bos_token,
+            "prefix_token": self.prefix_token_id,
+            "think_end_token": self.think_end_token,
+            "tokenizer": tokenizer_fingerprint(self.tokenizer),
+            **({"search": self.search} if self.search else {}),
+        }
+
+    def gather(self, value: Any) -> list[Any]:
+        """A value of every process, in the order of ranks."""
+        if self.world_size == 1:
+            return [value]
+        values = [None] * self.world_size
+        torch.distributed.all_gather_object(values, value)
+        return values
+
+    def _notice(self, requests: Sequence[Any]) -> None:
+        names = {str(request.task_name) for request in requests} - self._tasks.keys()
+        tasks = named_tasks(names) if names else []
+        for task in tasks:
+            route(task)
+            check_sentence_data(task)
+        folders: dict[str, list[str]] = {}
+        for name, found in data_sources(tasks).items():
+            self._tasks[name] = found
+            if found["local_folder"]:
+                folders.setdefault(found["local_folder"], []).append(name)
+        for folder, served in folders.items():
+            if self.rank == 0:
+                _LOGGER.warning("Data of %s come from %s, not from the hub.", ", ".join(served), folder)
+
+    def _count(self, name: str) -> None:
+        self._states[name] = self.gather(self.meters[name].state())
+
+    def largest_batch(self, attempt: Callable[[int], Any]) -> int:
+        """Largest batch for which memory is enough."""
+        if self.device.type == "cpu":
+            size = min(self.max_batch_size, _AUTO_ON_CPU)
+        else:
+
+            @find_executable_batch_size(starting_batch_size=self.max_batch_size)  # type: ignore[untyped-decorator]
+            def fits(batch_size: int) -> int:
+                attempt(batch_size)
+                return batch_size
+
+            size = fits()
+        self.batch_sizes[len(self.batch_sizes)] = size
+        return int(size)
+
+    @override
+    def get_model_info(self) -> dict[str, Any]:
+        """HFLM's facts, and under `l2d` settings, costs, versions, fingerprints and where the data came from."""
+        reads_main = self.source.empty.identity_at_zero
+        costs = {name: meter.report(self._states[name], reads_main=reads_main) for name, meter in self.meters.items()}
+        settings = self.settings.model_dump(mode="json")
+        used = list(self.used.values())
+        if not used or any(state[0] for state in self._states["scoring"]):
+            used.append(settings | {CLASS: self.options.get(CLASS)})
+        return dict(super().get_model_info()) | {
+            "l2d": self.source.identity()
+            | {
+                **{name: _only([one[name] for one in used]) for name in _HEADLINES},
+                "sampling": settings,
+                "sampling_of_generation": list(self.used.values()),
+                "search": self.search,
+                "scoring": None if self.scoring is None else {"name": self.scoring, "is": METHODS[self.scoring]},
+                "noise_samples": self.samples,
+                "pseudo_times": self.times,
+                "cost": costs,
+                "data": self._tasks,
+            }
+        }
+
+
+def _only(values: list[Any]) -> Any:
+    """What all values are, or a list of those that there are."""
+    distinct = [value for number, value in enumerate(values) if value not in values[:number]]
+    return distinct[0] if len(distinct) == 1 else distinct
+
+
+def _positive(name: str, value: Any) -> int:
+    if not isinstance(value, int) or value < 1:
+        raise ConfigError(f"{name} must be a whole number above 0, got {value!r}.")
+    return value

@@ -42,14 +42,7 @@ _FILLED_IN = ("trust_remote_code",)
 
 
 def check_model_options(options: Mapping[str, Any]) -> None:
-    """Refuse unknown model arguments.
-
-    Args:
-        options: by name.
-
-    Raises:
-        ConfigError: naming the first.
-    """
+    """Refuse unknown model arguments."""
     known = (*_OWN, *PASSED, *DIFFUSING, *SEARCHING, *_FILLED_IN)
     for name, value in options.items():
         if name not in known:
@@ -58,14 +51,7 @@ def check_model_options(options: Mapping[str, Any]) -> None:
 
 
 def diffusing(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of diffusion among others.
-
-    Args:
-        options: by name.
-
-    Returns:
-        Those that concern diffusion; a single guidance as a list of one.
-    """
+    """The options of diffusion among others; a single guidance as a list of one."""
     found = {name: value for name, value in options.items() if name in DIFFUSING}
     if isinstance(found.get("guidance"), (str, Mapping)):
         found["guidance"] = [found["guidance"]]
@@ -140,3 +126,9 @@ def read_plan(
         picking["do_sample"] = bool(picking["do_sample"])
     picking = arguments.picking(picking, vocab_size=vocab_size)
     return Plan(until, count, picking, options, read_search({**(search or {}), **searching}, options.get(HINT)))
+
+
+def shortest(settings: SamplingSection) -> dict[str, Any]:
+    """As few evaluations as the solver can make, to try out a batch; none of them is larger than another."""
+    steps = settings.num_inference_steps
+    return {} if not steps or settings.solver.is_adaptive else {"num_inference_steps": settings.solver.stages + 1}

@@ -11,14 +11,7 @@ _FILES = ("json", "csv", "parquet", "text")
 
 
 def named_tasks(names: Iterable[str]) -> list[Any]:
-    """Tasks of lm_eval that are loaded in this process.
-
-    Args:
-        names: of tasks whose requests this process has seen.
-
-    Returns:
-        Its `ConfigurableTask`s of these names.
-    """
+    """Tasks of lm_eval that are loaded in this process."""
     # The harness hands a model requests and no way back to their task.
     from lm_eval.api.task import ConfigurableTask
 
@@ -28,14 +21,7 @@ def named_tasks(names: Iterable[str]) -> list[Any]:
 
 
 def data_sources(tasks: Iterable[Any]) -> dict[str, dict[str, Any]]:
-    """Data source of each task.
-
-    Args:
-        tasks: those of `named_tasks`.
-
-    Returns:
-        By task: `dataset_path`, `dataset_name` and `local_folder`, which is None for data of the hub or its cache.
-    """
+    """By task: `dataset_path`, `dataset_name`, and `local_folder`, None for data of the hub or its cache."""
     found = {}
     for task in tasks:
         path = task.config.dataset_path
@@ -48,15 +34,7 @@ def data_sources(tasks: Iterable[Any]) -> dict[str, dict[str, Any]]:
 
 
 def local_folder(path: str | None, options: dict[str, Any]) -> str | None:
-    """Where a data set lies on this machine.
-
-    Args:
-        path: its name in the task.
-        options: its `dataset_kwargs` there.
-
-    Returns:
-        A folder or files; None for data of the hub or its cache.
-    """
+    """Folder or files of a data set on this machine; None for data of the hub or its cache."""
     if path is None:
         return None
     if path in _FILES and ("data_files" in options or "data_dir" in options):

@@ -11,14 +11,7 @@ from l2d_framework.diffusion.rng import request_keys
 
 
 def content(arguments: Any) -> str:
-    """Hash of what a request asks.
-
-    Args:
-        arguments: JSON-ready.
-
-    Returns:
-        Hexadecimal digest.
-    """
+    """Hash of what a request asks."""
     return hashlib.sha256(json.dumps(arguments, default=str).encode()).hexdigest()
 
 
@@ -61,15 +54,7 @@ def occurrences(requests: Sequence[Any], gather: Callable[[Any], list[Any]]) -> 
 
 
 def noise_key(tokens: Sequence[int], occurrence: int) -> str:
-    """Name of a request for its noise.
-
-    Args:
-        tokens: of its context.
-        occurrence: its number among requests that say the same.
-
-    Returns:
-        The name.
-    """
+    """Name of a request for its noise."""
     return f"{request_keys([tokens])[0].rpartition('.')[0]}.{occurrence}"
 
 

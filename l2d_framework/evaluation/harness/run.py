@@ -21,6 +21,8 @@ from l2d_framework.evaluation.harness.errors import explain
 from l2d_framework.evaluation.harness.model import L2DLM
 from l2d_framework.evaluation.harness.provenance import local_folder
 from l2d_framework.evaluation.hub import is_reachable
+from l2d_framework.evaluation.statistics import standard_error
+from l2d_framework.registry import extensions
 
 _BOOTSTRAPS = 1000
 """Resamplings for the standard error of a metric that is no mean over items."""
@@ -81,41 +83,24 @@ class Answered:
 
 @cache
 def _index(folder: Path | None, *, has_defaults: bool) -> TaskManager:
-    return TaskManager(include_path=None if folder is None else str(folder), include_defaults=has_defaults)
+    return TaskManager(include_path=[str(place) for place in _folders(folder)], include_defaults=has_defaults)
+
+
+def _folders(folder: Path | None) -> list[Path]:
+    return [*extensions().task_folders(), *([] if folder is None else [folder])]
 
 
 def task_manager(name: str, folder: Path | None = None) -> TaskManager:
-    """An index of tasks in which one can be found.
-
-    Args:
-        name: of a task or group.
-        folder: further tasks beside lm_eval's own.
-
-    Returns:
-        The index of the folder where that is enough, since reading lm_eval's 14,000 tasks takes ten seconds.
-    """
-    if folder is not None:
-        small = _index(folder, has_defaults=False)
-        if name in small.task_index and all("task" in config for config in _configs(name, small)):
-            return small
+    """An index in which a task can be found: that of folders where it is enough, since all 14,000 take seconds."""
+    small = _index(folder, has_defaults=False)
+    if name in small.task_index and all("task" in config for config in _configs(name, small)):
+        return small
     return _index(folder, has_defaults=True)
 
 
 @contextmanager
 def explained(task: str) -> Iterator[None]:
-    """Say in this package's words what ends lm_eval.
-
-    Args:
-        task: what is asked.
-
-    Yields:
-        Nothing.
-
-    Raises:
-        ConfigError: in place of a ValueError.
-        L2DError: in place of an error that is known.
-        Exception: any other.
-    """
+    """Say in this package's words what ends lm_eval."""
     try:
         yield
     except Exception as error:
@@ -127,21 +112,7 @@ def explained(task: str) -> Iterator[None]:
 
 
 def evaluate(model: ModelChoice, task: TaskChoice, *, folder: Path | None = None) -> Answered:
-    """Answer a task.
-
-    Args:
-        model: the model.
-        task: the task.
-        folder: further tasks beside lm_eval's own.
-
-    Returns:
-        What it gave.
-
-    Raises:
-        ConfigError: if an option is unknown, or the task cannot be asked so.
-        L2DError: if the model cannot be opened, or something the task needs is missing.
-        Exception: whatever else ends the harness.
-    """
+    """Answer a task; `folder`: further tasks beside lm_eval's own and those of plugins."""
     lm = L2DLM(model.pretrained, device=model.device, batch_size=model.batch_size, **model.options)
     with explained(task.task):
         results = simple_evaluate(
@@ -176,7 +147,7 @@ def _answered(name: str, results: Mapping[str, Any], lm: L2DLM) -> Answered:
         error = table.get(f"{metric}_stderr,{chosen}")
         values[key] = {
             "value": float(value),
-            "error": _standard_error(scores) if scores else float(error) if isinstance(error, (int, float)) else None,
+            "error": standard_error(scores) if scores else float(error) if isinstance(error, (int, float)) else None,
             "items": items,
             "scores": scores,
         }
@@ -201,26 +172,8 @@ def _scores(samples: Sequence[Mapping[str, Any]], metric: str, chosen: str) -> l
     return [float(score) for score in found if score is not None]
 
 
-def _standard_error(scores: Sequence[float]) -> float | None:
-    if len(scores) < 2:
-        return None
-    mean = sum(scores) / len(scores)
-    return math.sqrt(sum((score - mean) ** 2 for score in scores) / (len(scores) - 1) / len(scores))
-
-
 def check_task(name: str, folder: Path | None = None) -> list[str]:
-    """Look for a task and its data without loading either.
-
-    Args:
-        name: of a task or group.
-        folder: further tasks beside lm_eval's own.
-
-    Returns:
-        Data sets that are neither folders here nor files nor in the hub's cache; they would have to be downloaded.
-
-    Raises:
-        ConfigError: if there is no such task.
-    """
+    """Look for a task; returns its data sets that would have to be downloaded."""
     manager = task_manager(name, folder)
     if name not in manager.task_index:
         raise ConfigError(f"Unknown task {name!r}{suggest(name, manager.all_tasks) or '.'} See `l2d eval ls tasks`.")
@@ -250,24 +203,17 @@ def _configs(name: str, manager: TaskManager) -> Iterator[dict[str, Any]]:
 
 
 def task_identity(name: str, folder: Path | None = None) -> str:
-    """Fingerprint of what a task asks and how it scores: a result of another wording is another result.
-
-    Args:
-        name: of a task or group.
-        folder: further tasks beside lm_eval's own.
-
-    Returns:
-        A hash of its settings and of the Python files beside those of its files that lie in the folder.
-    """
+    """Fingerprint of what a task asks and how it scores: a result of another wording is another result."""
     manager = task_manager(name, folder)
     text = json.dumps(list(_configs(name, manager)), sort_keys=True, default=str)
     # Functions are named by their files; where those are installed changes nothing.
-    for place in (Path(lm_eval.__file__).parent, *([folder] if folder is not None else [])):
+    folders = _folders(folder)
+    for place in (Path(lm_eval.__file__).parent, *folders):
         text = text.replace(str(place), "")
     digest = hashlib.sha256(text.encode())
     entry = manager.task_index.get(name)
     beside = None if entry is None or entry.yaml_path is None else entry.yaml_path.parent
-    if folder is not None and beside is not None and beside.is_relative_to(folder):
+    if beside is not None and any(beside.is_relative_to(place) for place in folders):
         for path in sorted(beside.glob("*.py")):
             digest.update(path.read_bytes())
     return digest.hexdigest()

@@ -3,20 +3,30 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm  # type: ignore[import-untyped]
 
+from l2d_framework.blame import naming_plugins
 from l2d_framework.config import SamplingSection
 from l2d_framework.diffusion.rng import TokenStreams
 from l2d_framework.diffusion.sampler import Block, Sampler
+from l2d_framework.errors import ConfigError
+from l2d_framework.evaluation.harness.options import shortest
 from l2d_framework.evaluation.harness.request_ids import noise_key
 from l2d_framework.generation.prompts import pad_left
 from l2d_framework.models.diffusion_lm import DiffusionLM
+from l2d_framework.models.unloaded import CLASS
 from l2d_framework.training.data.collate import number_blocks
 from l2d_framework.types import Context, Layout, Query
+
+if TYPE_CHECKING:
+    from l2d_framework.evaluation.harness.model import L2DLM
 
 MAIN, MIXTURE, PSEUDO = "main", "mixture", "pseudo"
 METHODS = {
@@ -45,14 +55,7 @@ class Job:
     answers: list[tuple[int, ...]]
 
     def text(self, limit: int) -> list[int]:
-        """All tokens known when the last of an answer is asked for, cut on the left.
-
-        Args:
-            limit: most tokens.
-
-        Returns:
-            The tokens.
-        """
+        """All tokens known when the last of an answer is asked for, cut on the left."""
         return [*self.context, *self.answers[0][:-1]][-limit:]
 
 
@@ -212,3 +215,79 @@ class Scorer:
         count = self.samples * self.times
         self.evaluations.extend(count for a in answers for _ in a)
         return [[(float(score) / count, bool(hit))] for score, hit in zip(scores, greedy, strict=True)]
+
+
+class Scoring:
+    """Scores of answers that lm_eval names.
+
+    Args:
+        lm: the model, which also counts what that costs and remembers scores.
+    """
+
+    def __init__(self, lm: L2DLM) -> None:
+        self.lm = lm
+
+    def scores(
+        self, requests: Sequence[Any], *, quiet: bool, batch_size: int | None = None
+    ) -> list[tuple[float, bool]]:
+        """Score of each triple of texts, tokens of the question and tokens of the answer."""
+        jobs: dict[Any, tuple[Job, list[int]]] = {}
+        # The mixture reads all but the last token, which is how pieces of a long text fill the context.
+        most = self.lm.max_length if self.lm.scoring == MIXTURE else self.lm.max_length - 1
+        for number, (_, context, answer) in enumerate(requests):
+            if len(answer) > most:
+                raise ConfigError(
+                    f"An answer of {len(answer)} tokens exceeds the model's context, {self.lm.max_length}."
+                )
+            # What comes before the last token is the same text, so one evaluation serves several last tokens.
+            shared = tuple(answer[:-1]) if self.lm.scoring == MIXTURE else tuple(answer)
+            job, numbers = jobs.setdefault((tuple(context), shared), (Job(tuple(context), []), []))
+            if self.lm.scoring == MIXTURE or not job.answers:
+                job.answers.append(tuple(answer))
+            numbers.append(number)
+        order = sorted(jobs.values(), key=lambda entry: (-len(entry[0].text(self.lm.max_length)), entry[0].context))
+        scorer = self._scorer()
+        size = self._batch_size(scorer, order[0][0], batch_size) if order else 1
+        results: dict[int, tuple[float, bool]] = {}
+        bar = tqdm(total=len(requests), disable=quiet or self.lm.rank != 0, desc="Scoring")
+        began = time.perf_counter()
+        for start in range(0, len(order), size):
+            chunk = order[start : start + size]
+            for (_, numbers), scores in zip(chunk, self._score(scorer, [job for job, _ in chunk]), strict=True):
+                for number, score in zip(numbers, scores * (len(numbers) // len(scores)), strict=True):
+                    results[number] = score
+                    if requests[number][0] is not None:
+                        self.lm.answers.keep("loglikelihood", requests[number][0], score)
+                bar.update(len(numbers))
+        bar.close()
+        self.lm.meters["scoring"].add(scorer.evaluations)
+        self.lm.meters["scoring"].time(len(scorer.evaluations), time.perf_counter() - began)
+        return [results[number] for number in range(len(requests))]
+
+    def _scorer(self, **changes: Any) -> Scorer:
+        label = self.lm.options.get(CLASS)
+        return Scorer(
+            self.lm.diffusion,
+            self.lm.settings.model_copy(update=changes),
+            samples=self.lm.samples,
+            times=self.lm.times,
+            limit=self.lm.max_length,
+            label=None if label is None else self.lm.source.classes.index(label),
+        )
+
+    @naming_plugins()
+    def _score(self, scorer: Scorer, jobs: list[Job]) -> list[list[tuple[float, bool]]]:
+        return scorer.mixture(jobs) if self.lm.scoring == MIXTURE else scorer.pseudo(jobs)
+
+    def _batch_size(self, scorer: Scorer, longest: Job, wanted: int | None) -> int:
+        if scorer.sampling.solver.batch_coupled:
+            return 1
+        if wanted or self.lm.batch_size != "auto":
+            return int(wanted or self.lm.batch_size)
+        probe = self._scorer(**shortest(scorer.sampling))
+        return self.lm.largest_batch(lambda n: self._score(probe, [longest] * n))
+
+    def largest_batch(self) -> int:
+        """Largest batch of the longest texts for which memory is enough."""
+        job = Job((1,), [(1,) * (self.lm.max_length - 1)])
+        return self.lm.largest_batch(lambda n: self._score(self._scorer(**shortest(self.lm.settings)), [job] * n))

@@ -25,16 +25,7 @@ class Until(StoppingCriteria):
         self._window = 1 + max((len(s.encode()) for s in self._strings), default=0)
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
-        """Which rows are done.
-
-        Args:
-            input_ids: prompts and answers so far, (B, S), int64.
-            scores: not used.
-            **kwargs: not used.
-
-        Returns:
-            (B,), bool.
-        """
+        """Which rows are done, (B,), bool."""
         tails = input_ids[:, max(self._start, input_ids.shape[1] - self._window) :].tolist()
         texts = [str(self._tokenizer.decode(tail)) for tail in tails]
         done = [any(string in text for string in self._strings) for text in texts]

@@ -51,14 +51,7 @@ OPTIONS = (FILE, CATEGORY, *(PREFIX + name for name in Search.model_fields))
 
 
 def split_options(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Tell options about search from others.
-
-    Args:
-        options: by name.
-
-    Returns:
-        (about search, others).
-    """
+    """Tell options about search from others."""
     found = {name: value for name, value in options.items() if name in OPTIONS}
     return found, {name: value for name, value in options.items() if name not in OPTIONS}
 
@@ -90,18 +83,7 @@ def read_search(options: Mapping[str, Any], hint: str | None = None) -> Search |
 
 
 def check_search(options: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Refuse wrong options before a model is loaded.
-
-    Args:
-        options: as for `read_search`.
-
-    Returns:
-        What tells these settings from others, JSON-ready: settings by category, that of no file named `None`; None
-        without options.
-
-    Raises:
-        ConfigError: if a value is wrong or the file cannot be used.
-    """
+    """The settings by category, JSON-ready, or None without options; refused if wrong, before a model is loaded."""
     if not options:
         return None
     chosen = options.get(CATEGORY)

@@ -14,11 +14,112 @@ from lm_eval import simple_evaluate
 from lm_eval.utils import simple_parse_args_string
 
 from l2d_framework.config.files import parse_json, read_text
-from l2d_framework.errors import ConfigError
+from l2d_framework.errors import ConfigError, suggest
 from l2d_framework.evaluation.harness.model import L2DLM
 from l2d_framework.evaluation.harness.run import explained, task_identity, task_manager
 from l2d_framework.evaluation.search.search import OPTIONS, PREFIX, Search
-from l2d_framework.evaluation.search.tasks import Question, Trained, open_tasks
+from l2d_framework.models.unloaded import HINT
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked of every setting.
+
+    Attributes:
+        tasks: names of tasks, each alone or as `CATEGORY=TASK`.
+        limit: first training items of each.
+        metric: such as `exact_match,strict-match`; the task's first when None.
+        num_fewshot: examples before a question; the task's own number when None.
+        is_chat: apply the chat template, with examples as turns of the past conversation.
+        folder: further tasks beside lm_eval's own.
+        runs_code: consent to run code that models write.
+    """
+
+    tasks: Sequence[str]
+    limit: int
+    metric: str | None = None
+    num_fewshot: int | None = None
+    is_chat: bool = False
+    folder: Path | None = None
+    runs_code: bool = False
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A task that asks its training items.
+
+    Attributes:
+        name: of the task.
+        category: of its settings.
+        split: it takes items from.
+        task: lm_eval's object.
+        metric: that settings are chosen by, such as `exact_match,strict-match`.
+        is_better_high: whether more of it is better.
+    """
+
+    name: str
+    category: str
+    split: str
+    task: Any
+    metric: str
+    is_better_high: bool
+
+
+def open_tasks(question: Question) -> list[Trained]:
+    """Tasks over their training items; a category is the one named, else the task's `class_hint`, else its own name."""
+    found = []
+    for text in question.tasks:
+        category, equals, name = text.rpartition("=")
+        manager = task_manager(name, question.folder)
+        if name not in manager.all_subtasks:
+            raise ConfigError(f"--tasks: {name!r} is no single task of lm_eval. `l2d eval ls subtasks` lists them.")
+        with explained(name):
+            task = manager.load([name])["tasks"][name]
+        config = task.config
+        if config.output_type != "generate_until":
+            raise ConfigError(
+                f"--tasks: {name!r} scores given answers, so there is nothing to search for. Leave it out."
+            )
+        split = config.training_split or config.fewshot_split
+        if split is None or split == config.test_split:
+            raise ConfigError(
+                f"--tasks: {name!r} names no training_split and no fewshot_split beside its test items, and settings "
+                "must not be chosen on those. Add one to a copy of its task file."
+            )
+        config.test_split = split  # examples before a question are then never the question itself
+        if config.unsafe_code and not question.runs_code:
+            raise ConfigError(
+                f"--tasks: {name!r} runs programs that the model writes. If you agree, add --confirm_run_unsafe_code."
+            )
+        _check_examples(name, task, question.num_fewshot)
+        hint = (config.generation_kwargs or {}).get(HINT)
+        metric = _metric(name, task, question.metric)
+        is_better_high = task.higher_is_better().get(metric.partition(",")[0]) is not False
+        found.append(Trained(name, category if equals else str(hint or name), split, task, metric, is_better_high))
+    return found
+
+
+def _check_examples(name: str, task: Any, asked: int | None) -> None:
+    count = (task.config.num_fewshot or 0) if asked is None else asked
+    if not count or task.fewshot_cfg.split != task.config.test_split:
+        return
+    most = len(list(task.fewshot_docs())) - 1
+    if count > most:
+        raise ConfigError(
+            f"--tasks: {name!r} takes its {count} examples from the {most + 1} items that are asked here, and none is "
+            f"an example for itself. Add --num_fewshot {most} or less."
+        )
+
+
+def _metric(name: str, task: Any, wanted: str | None) -> str:
+    filters = [one.name for one in task._filters] if task.config.filter_list else ["none"]
+    known = [f"{metric},{one}" for one in filters for metric in task.aggregation()]
+    if wanted is None:
+        return known[0]
+    if wanted not in known:
+        raise ConfigError(f"--metric: task {name!r} has no {wanted!r}{suggest(wanted, known) or '.'} It has {known}.")
+    return wanted
+
 
 Track = Callable[[Sequence[Any]], Iterable[Any]]
 """Passes what is left to do through and shows how far it is."""
@@ -39,11 +140,7 @@ class Tuning:
     rows: list[dict[str, Any]] = field(default_factory=list)
 
     def read(self) -> None:
-        """Take over the rows of an earlier run.
-
-        Raises:
-            ConfigError: if the file is another's.
-        """
+        """Take over the rows of an earlier run."""
         if not self.path.exists():
             return
         try:
@@ -62,27 +159,12 @@ class Tuning:
         self.rows = rows
 
     def find(self, task: str, settings: Search) -> dict[str, Any] | None:
-        """A row.
-
-        Args:
-            task: its task.
-            settings: its settings.
-
-        Returns:
-            The row, or None while it is missing.
-        """
+        """A row, or None while it is missing."""
         wanted = settings.model_dump()
         return next((row for row in self.rows if row["task"] == task and row["settings"] == wanted), None)
 
     def write(self, categories: Mapping[str, Any]) -> None:
-        """Write everything known.
-
-        Args:
-            categories: the best settings of each finished category.
-
-        Raises:
-            ConfigError: if the file cannot be written.
-        """
+        """Write everything known."""
         text = json.dumps({"identity": self.identity, "categories": categories, "rows": self.rows}, indent=2)
         stage = self.path.with_name(self.path.name + ".part")
         try:
@@ -96,18 +178,7 @@ class Tuning:
 
 
 def open_model(arguments: str, device: str | None = None) -> L2DLM:
-    """The model of `--model_args`; its weights are loaded later.
-
-    Args:
-        arguments: such as `pretrained=PATH,num_inference_steps=7`.
-        device: where it is to run; the GPU when there is one for None.
-
-    Returns:
-        The model.
-
-    Raises:
-        ConfigError: if they say how to search.
-    """
+    """The model of `--model_args`; its weights are loaded later."""
     options: dict[str, Any] = simple_parse_args_string(arguments)
     if given := sorted(set(options) & set(OPTIONS)):
         raise ConfigError(f"--model_args names {given}, which this command is to choose. Leave them out.")
@@ -117,17 +188,7 @@ def open_model(arguments: str, device: str | None = None) -> L2DLM:
 def grid(
     beams: int, powers: Sequence[float], penalties: Sequence[float], temperatures: Sequence[float]
 ) -> list[Search]:
-    """All combinations.
-
-    Args:
-        beams: hypotheses.
-        powers: of the length.
-        penalties: on repetition.
-        temperatures: of the final pick.
-
-    Returns:
-        Settings, validated.
-    """
+    """All combinations."""
     return [
         Search(beams=beams, length_power=power, repetition_penalty=penalty, temperature=temperature)
         for power, penalty, temperature in itertools.product(powers, penalties, temperatures)
@@ -220,16 +281,7 @@ def _is_number(value: Any) -> bool:
 
 
 def best(tuning: Tuning, tasks: Sequence[Trained], settings: Sequence[Search]) -> dict[str, Any]:
-    """Best settings of each category that has been measured completely.
-
-    Args:
-        tuning: the rows.
-        tasks: their tasks.
-        settings: to choose from.
-
-    Returns:
-        By category, fields of `Search`: those with the best mean score over its tasks.
-    """
+    """By category measured completely, the settings with the best mean score over its tasks."""
     found = {}
     for category in dict.fromkeys(task.category for task in tasks):
         means = [mean(tuning, [t for t in tasks if t.category == category], one) for one in settings]
@@ -240,16 +292,7 @@ def best(tuning: Tuning, tasks: Sequence[Trained], settings: Sequence[Search]) -
 
 
 def mean(tuning: Tuning, tasks: Sequence[Trained], settings: Search) -> float | None:
-    """Mean score of settings over tasks; where less is better, a score counts negatively.
-
-    Args:
-        tuning: the rows.
-        tasks: of one category.
-        settings: what was measured.
-
-    Returns:
-        The mean; None while a row is missing.
-    """
+    """Mean score over tasks, negative where less is better; None while a row is missing."""
     found = [(task, tuning.find(task.name, settings)) for task in tasks]
     scores = [row["score"] * (1 if task.is_better_high else -1) for task, row in found if row is not None]
     return sum(scores) / len(scores) if len(scores) == len(tasks) else None

@@ -12,15 +12,7 @@ _LONGEST_REPETITION = 90
 
 
 def unique_ngrams(words: Sequence[Hashable], n: int) -> tuple[int, int]:
-    """How many different n-grams there are, and how many in all.
-
-    Args:
-        words: of a text.
-        n: words per n-gram.
-
-    Returns:
-        (different ones, all).
-    """
+    """How many different n-grams there are, and how many in all."""
     grams = list(zip(*(words[start:] for start in range(n)), strict=False))
     return len(set(grams)), len(grams)
 
@@ -42,28 +34,13 @@ def distinct_per_word(text: str, n: int) -> float:
 
 
 def distinct_per_ngram(text: str, n: int) -> float:
-    """Different n-grams over the number of n-grams.
-
-    Args:
-        text: split at white space.
-        n: words per n-gram.
-
-    Returns:
-        The share; NaN for a text of fewer than n words.
-    """
+    """Different n-grams over the number of n-grams; NaN for a text of fewer than n words."""
     different, count = unique_ngrams(text.split(), n)
     return different / count if count else float("nan")
 
 
 def entropy(tokens: Sequence[Hashable]) -> float:
-    """Entropy of the tokens' frequencies, -sum p log2 p.
-
-    Args:
-        tokens: of one text.
-
-    Returns:
-        Bits; NaN without tokens.
-    """
+    """Entropy of the tokens' frequencies, -sum p log2 p."""
     if not tokens:
         return float("nan")
     shares = np.array(list(Counter(tokens).values())) / len(tokens)
@@ -75,12 +52,6 @@ def zipf(texts: Iterable[Sequence[Hashable]]) -> float:
     """Zipf's exponent: minus the slope of log frequency against log rank, over the 5,000 most frequent tokens.
 
     Source: Holtzman et al. 2020, "The Curious Case of Neural Text Degeneration", section 5.2.
-
-    Args:
-        texts: tokens of each text.
-
-    Returns:
-        The exponent; NaN with fewer than two different tokens.
     """
     counts = Counter(token for tokens in texts for token in tokens)
     frequencies = sorted(counts.values(), reverse=True)[:_RANKS]
@@ -111,14 +82,7 @@ def ends_in_likeliest_loop(tokens: Sequence[Hashable]) -> bool:
 
 
 def ends_in_loop(tokens: Sequence[Hashable]) -> bool:
-    """Whether a text ends in a loop of any length n <= 90.
-
-    Args:
-        tokens: of a text.
-
-    Returns:
-        True if it does.
-    """
+    """Whether a text ends in a loop of any length n <= 90."""
     return any(_is_loop(n, times) for n, times in _repeats(tokens).items())
 
 

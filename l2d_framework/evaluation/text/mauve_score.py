@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from l2d_framework.errors import ConfigError, DataError
 from l2d_framework.evaluation.statistics import Estimate
-from l2d_framework.evaluation.text.pretrained import Pretrained, Track, pad_right
+from l2d_framework.evaluation.text.judge import Pretrained, Track, pad_right
 from l2d_framework.evaluation.text.samples import Sample
 
 FEATURES_MODEL, MAX_LENGTH = "gpt2-large", 256
@@ -21,11 +21,7 @@ FEATURES_MODEL, MAX_LENGTH = "gpt2-large", 256
 
 
 def check_installed() -> None:
-    """Refuse when the library is missing.
-
-    Raises:
-        ConfigError: if it is.
-    """
+    """Refuse when the library is missing."""
     if importlib.util.find_spec("mauve") is None:
         raise ConfigError(
             "MAUVE needs the library mauve-text, which is not installed. Run: pip install 'l2d-framework[text-metrics]'"
@@ -33,15 +29,7 @@ def check_installed() -> None:
 
 
 def check_golds(samples: Sequence[Sample], name: str) -> None:
-    """Refuse samples that cannot be compared with human texts.
-
-    Args:
-        samples: generated texts.
-        name: where they come from.
-
-    Raises:
-        DataError: if golds are missing, or there are fewer than two texts to compare.
-    """
+    """Refuse samples that cannot be compared with human texts."""
     lacking = sum(sample.gold is None for sample in samples)
     if lacking:
         raise DataError(
@@ -70,15 +58,7 @@ class Features:
 
     @torch.inference_mode()
     def read(self, texts: Sequence[str], track: Track) -> tuple[NDArray[np.float32], int]:
-        """Features of texts.
-
-        Args:
-            texts: none of them empty.
-            track: shows the progress.
-
-        Returns:
-            The features, float32, (N, D), and how many texts were cut.
-        """
+        """Features of non-empty texts, float32, (N, D), and how many texts were cut."""
         whole = [self.source.encode(text) for text in texts]
         cut = [self.source.encode(text, truncation=True, max_length=self.max_length) for text in texts]
         new = sorted({*cut} - self._known.keys(), key=lambda ids: (len(ids), ids))

@@ -11,9 +11,8 @@ from typing import Any
 from l2d_framework.errors import DataError
 from l2d_framework.evaluation.statistics import Estimate, exp_of_ratio, mean
 from l2d_framework.evaluation.text import diversity
-from l2d_framework.evaluation.text.likelihood import Judge
+from l2d_framework.evaluation.text.judge import Judge, Track
 from l2d_framework.evaluation.text.mauve_score import Features, check_golds, check_installed, mauve
-from l2d_framework.evaluation.text.pretrained import Track
 from l2d_framework.evaluation.text.samples import Sample
 
 AUTHORS, CORRECTED = "authors", "corrected"

@@ -77,18 +77,7 @@ def read_samples(file: Path, columns: Columns, *, golds: Sequence[str] | None = 
 
 
 def read_golds(file: Path, column: str) -> list[str]:
-    """Texts that humans wrote.
-
-    Args:
-        file: JSONL.
-        column: its column.
-
-    Returns:
-        One text per row.
-
-    Raises:
-        DataError: if the file cannot be read or a row lacks the column.
-    """
+    """Texts that humans wrote."""
     return [_string(row, column, f"Row {index} of {str(file)!r}") for index, row in enumerate(_read_rows(file), 1)]
 
 

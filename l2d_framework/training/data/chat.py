@@ -47,18 +47,7 @@ def split_turns(messages: Messages, turns: Turns) -> list[Messages]:
 
 
 def resolve_template(chosen: str | None, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Source text of the chat template to use.
-
-    Args:
-        chosen: name of a shipped template, path to a jinja file, the template itself, or None for the tokenizer's own.
-        tokenizer: the language model's tokenizer.
-
-    Returns:
-        Jinja source.
-
-    Raises:
-        DataError: if there is no such file, or the tokenizer has no template.
-    """
+    """Source of a chat template: a name, a path, itself, or None for the tokenizer's own."""
     template = read_template(chosen)
     if template is not None:
         return template
@@ -88,27 +77,11 @@ class ChatEncoder:
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase, template: str) -> Self:
-        """Encoder for a tokenizer and a template.
-
-        Args:
-            tokenizer: the language model's tokenizer.
-            template: jinja source.
-
-        Returns:
-            The encoder.
-        """
+        """Encoder for a tokenizer and a template."""
         return cls(tokenizer, template, special_ids(tokenizer))
 
     def render(self, messages: Messages, *, add_generation_prompt: bool = False) -> str:
-        """Text of a conversation.
-
-        Args:
-            messages: turns with `role` and `content`.
-            add_generation_prompt: whether to end with what introduces an answer.
-
-        Returns:
-            The rendered text.
-        """
+        """Text of a conversation."""
         variables = self.tokenizer.special_tokens_map
         return render(self.template, messages, variables, add_generation_prompt=add_generation_prompt)[0]
 
@@ -144,12 +117,7 @@ class ChatEncoder:
         return self._with_eos(ids), supervised + [True] * (ids[-1] not in self.special_ids)
 
     def last_token(self) -> int | None:
-        """The last token of an answer that ends a conversation.
-
-        Returns:
-            Its id, which is the end-of-text token where the template writes no end; None if the template refuses a
-            question and an answer.
-        """
+        """Id of the last token of an answer; None if the template refuses a question and an answer."""
         try:
             ids, _ = self.encode(EXCHANGE)
         except DataError:
@@ -157,14 +125,7 @@ class ChatEncoder:
         return ids[-1] if ids else None
 
     def encode_all(self, messages: Messages) -> tuple[list[int], list[bool]]:
-        """Tokens of a whole conversation, every one of them supervised.
-
-        Args:
-            messages: turns with `role` and `content`.
-
-        Returns:
-            Token ids and, for each, True.
-        """
+        """Tokens of a whole conversation, every one of them supervised."""
         ids = self._ids([self.render(messages)])[0]
         ids = self._with_eos(ids[: self._turn_end(ids, 0, len(ids))])
         return ids, [True] * len(ids)
@@ -224,17 +185,7 @@ class ChatEncoder:
 
 
 def require_eos(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The token that ends a text.
-
-    Args:
-        tokenizer: the language model's tokenizer.
-
-    Returns:
-        Its token id.
-
-    Raises:
-        DataError: if the tokenizer has none.
-    """
+    """The token that ends a text."""
     if tokenizer.eos_token_id is None:
         raise DataError(
             "This tokenizer has no end-of-text token, so the model could never learn to stop. "

@@ -86,20 +86,7 @@ class Encoding:
     def of(
         cls, section: DataSection, tokenizer: PreTrainedTokenizerBase, *, classes: list[str], has_chat: bool
     ) -> Self:
-        """Encoding that a run file asks for.
-
-        Args:
-            section: its `data` section.
-            tokenizer: the language model's tokenizer.
-            classes: names of the run's classes.
-            has_chat: whether any source holds conversations.
-
-        Returns:
-            The encoding.
-
-        Raises:
-            DataError: if a class of `class_map` does not exist.
-        """
+        """Encoding that a run file asks for."""
         strangers = sorted(set(section.class_map.values()) - set(classes))
         if strangers:
             raise DataError(f"data.class_map leads to {strangers}, but the classes of this run are {classes}.")
@@ -118,14 +105,7 @@ class Encoding:
         )
 
     def ends(self, formats: Iterable[Format]) -> tuple[int, ...]:
-        """Tokens that answers of this encoding end with.
-
-        Args:
-            formats: of the data.
-
-        Returns:
-            The ends of turns for conversations, the end-of-text token for texts.
-        """
+        """Tokens that answers end with: the ends of turns for conversations, the end-of-text token for texts."""
         found: list[int | None] = []
         for each in formats:
             if each == "messages" and self.chat is not None:
@@ -136,16 +116,7 @@ class Encoding:
 
 
 def split_example(row: Mapping[str, Any], columns: Columns, encoding: Encoding) -> list[Mapping[str, Any]]:
-    """Rows to learn from one row: several where `data.turns` makes several conversations of one.
-
-    Args:
-        row: one row of a data source.
-        columns: where it keeps what.
-        encoding: how it becomes tokens.
-
-    Returns:
-        Rows for `encode_example`.
-    """
+    """Rows to learn from one row: several where `data.turns` makes several conversations of one."""
     if "messages" not in columns.names:
         return [row]
     conversations = chat.split_turns(_messages(row, columns), encoding.turns)

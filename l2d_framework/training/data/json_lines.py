@@ -13,17 +13,7 @@ from l2d_framework.lines import read_lines, read_objects
 
 
 def first_columns(file: str) -> tuple[str, ...]:
-    """Columns of the first row of a file.
-
-    Args:
-        file: its path.
-
-    Returns:
-        Their names; none if the file holds one JSON value over several lines, or a list.
-
-    Raises:
-        StopIteration: if the file is empty.
-    """
+    """Columns of a file's first row; none if it holds one JSON value over several lines, or a list."""
     _, line = next(read_lines(file))
     try:
         first = json.loads(line)
@@ -33,15 +23,7 @@ def first_columns(file: str) -> tuple[str, ...]:
 
 
 def json_lines(files: list[str], columns: tuple[str, ...]) -> Iterator[dict[str, Any]]:
-    """Rows of some files, one after the other.
-
-    Args:
-        files: their paths.
-        columns: what to keep of each row.
-
-    Yields:
-        Values by column; None where a row lacks it.
-    """
+    """Rows of some files, one after the other, as values by column; None where a row lacks it."""
     for file in files:
         for _, row in read_objects(file):
             yield {name: row.get(name) for name in columns}

@@ -103,25 +103,11 @@ class Masker:
     exact_lengths: bool = False
 
     def objective(self, update: int) -> Objective:
-        """Objective of one update.
-
-        Args:
-            update: its number, from 0.
-
-        Returns:
-            The objective.
-        """
+        """Objective of one update."""
         return self.objectives[keyed_generator(self.seed, update, "objective").integers(len(self.objectives))]
 
     def __call__(self, row: Mapping[str, Any]) -> Mask:
-        """Mask of an example.
-
-        Args:
-            row: a row of `RunOrder` or `RunStream`; one without `ordinal` is held out and gets the evaluation mask.
-
-        Returns:
-            True where masked, (S,).
-        """
+        """Where an example is masked, (S,), bool; a row without `ordinal` is held out and gets the evaluation mask."""
         length = len(row["input_ids"])
         if "ordinal" not in row:
             return prefix_mask(length, None)

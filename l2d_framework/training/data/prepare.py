@@ -121,20 +121,7 @@ def prepare(
 def check_first_rows(
     section: DataSection, tokenizer: PreTrainedTokenizerBase | None, *, classes: Sequence[str] = ()
 ) -> list[str]:
-    """Encode the first 200 rows of each source, as training will.
-
-    Args:
-        section: the `data` section of the run file.
-        tokenizer: the language model's tokenizer; columns alone are checked while there is none.
-        classes: names of the run's classes.
-
-    Returns:
-        What the user should know though it stops nothing, one sentence each.
-
-    Raises:
-        DataError: if a source, a column or an example cannot be used.
-        NothingSupervisedError: if too many examples have nothing to learn.
-    """
+    """Encode the first 200 rows of each source, as training will; says what a user should know of them."""
     notes = []
     found = [(source, open_first(source)) for source in (*section.train, *section.eval)]
     notes += [
@@ -250,20 +237,7 @@ class _Encoder:
         return True
 
     def tolerate(self, dropped: int, seen: int, first: int, example: dict[str, Any]) -> str:
-        """Refuse more examples without a supervised token than there may be.
-
-        Args:
-            dropped: how many there are.
-            seen: among how many.
-            first: number of one of them.
-            example: the same.
-
-        Returns:
-            Beginning of a sentence that says how many are left out.
-
-        Raises:
-            NothingSupervisedError: if there are too many.
-        """
+        """Refuse more examples without a supervised token than there may be; else begin a sentence that counts them."""
         # A share of the first few rows of a stream says nothing.
         if dropped > self.share * (max(seen, _FIRST_ROWS) if self.streams else seen):
             try:

@@ -62,27 +62,13 @@ def load_sources(section: DataSection, which: Literal["train", "eval"]) -> list[
     """Open the training or the evaluation sources of a run file.
 
     A folder relative to the working directory comes before the Hub id of the same name.
-
-    Args:
-        section: the `data` section of the run file.
-        which: the list of sources to open.
-
-    Returns:
-        One opened source per entry, in order.
     """
     sources = section.train if which == "train" else section.eval
     return [_open(source, streaming=section.streaming) for source in sources]
 
 
 def describe(source: RowSource) -> str:
-    """Short name of a source for messages.
-
-    Args:
-        source: its entry in the run file.
-
-    Returns:
-        Path, name where there is one, and split.
-    """
+    """Short name of a source for messages."""
     return f"{source.path!r} ({f'name {source.name!r}, ' if source.name else ''}split {source.split!r})"
 
 
@@ -101,17 +87,7 @@ def _open(source: DataSource, *, streaming: bool) -> Opened:
 
 
 def open_first(source: DataSource) -> Opened | None:
-    """Open a source to look at its first rows, without a download of all of them.
-
-    Args:
-        source: its entry in the run file.
-
-    Returns:
-        The opened source, or None if it lies on the Hub and cannot be reached now.
-
-    Raises:
-        DataError: if it cannot be used.
-    """
+    """Open a source to look at its first rows; None if it lies on the Hub and cannot be reached now."""
     is_here = Path(source.path).expanduser().exists() or glob.has_magic(source.path)
     if not is_here and (hub.HF_HUB_OFFLINE or "[" in source.split):
         return None
@@ -124,15 +100,7 @@ def open_first(source: DataSource) -> Opened | None:
 
 
 def load_rows(source: RowSource, *, streaming: bool = False) -> tuple[Any, list[str], list[str]]:
-    """Open the rows of a source, all of them.
-
-    Args:
-        source: its entry in the run file.
-        streaming: whether to read them one after the other.
-
-    Returns:
-        (a `Dataset` or, when streaming, an `IterableDataset`; its columns; the local files that the path names).
-    """
+    """A `Dataset` or, streaming, an `IterableDataset`; its columns; the local files that the path names."""
     loader, data_files, files = _locate(source)
     with _blaming(source, streaming=streaming):
         is_whole = source.split == "train" and loader == "json" and files
@@ -151,17 +119,7 @@ def load_rows(source: RowSource, *, streaming: bool = False) -> tuple[Any, list[
 
 
 def select_rows(source: RowSource, data: Any, files: Sequence[str], *, used: list[str]) -> tuple[Any, dict[str, Any]]:
-    """Rows that the source asks for, and facts about them.
-
-    Args:
-        source: its entry in the run file; the columns of `exclude` exist.
-        data: from `load_rows`.
-        files: likewise.
-        used: columns that count in the fingerprint.
-
-    Returns:
-        (the rows that are left, facts that JSON can hold).
-    """
+    """Rows that the source asks for, and facts about them."""
     streaming = isinstance(data, datasets.IterableDataset)
     with _blaming(source, streaming=streaming):
         if source.exclude:
@@ -257,16 +215,7 @@ def _blaming(source: RowSource, *, streaming: bool) -> Iterator[None]:
 
 
 def require_columns(source: RowSource, present: list[str], wanted: Iterable[tuple[str, str]]) -> None:
-    """Refuse a source that lacks a column.
-
-    Args:
-        source: its entry in the run file.
-        present: its columns.
-        wanted: pairs of our name for a column and the source's.
-
-    Raises:
-        DataError: naming the first one that is missing.
-    """
+    """Refuse a source that lacks a column."""
     for field, column in wanted:
         if column not in present:
             raise DataError(

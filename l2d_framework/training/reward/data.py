@@ -68,15 +68,7 @@ class PairWriter:
 
     @classmethod
     def of(cls, run: RewardRun, tokenizer: PreTrainedTokenizerBase) -> PairWriter:
-        """Writer that a run file asks for.
-
-        Args:
-            run: the run.
-            tokenizer: the base model's, with a padding token.
-
-        Returns:
-            The writer.
-        """
+        """Writer that a run file asks for."""
         chosen = run.data.chat_template or _SHIPPED[run.data.format]
         chat.require_eos(tokenizer)
         layout = "tokenizer" if run.data.chat_template is not None else run.data.format
@@ -90,17 +82,7 @@ class PairWriter:
         )
 
     def ids(self, written: str | Messages) -> list[int]:
-        """Tokens of one side of a pair.
-
-        Args:
-            written: a conversation that ends in an answer, or a text.
-
-        Returns:
-            Token ids.
-
-        Raises:
-            DataError: if transformers would take the last of them for padding.
-        """
+        """Tokens of one side of a pair."""
         if isinstance(written, str):
             text, front = check_text(written.removeprefix(self.around[0]).join(self.around)), self.front
         else:
@@ -115,18 +97,7 @@ class PairWriter:
 
 
 def prepare_pairs(run: RewardRun, tokenizer: PreTrainedTokenizerBase) -> Pairs:
-    """Open, write, filter and split the data of a run.
-
-    Args:
-        run: the run.
-        tokenizer: the base model's, with a padding token.
-
-    Returns:
-        The pairs.
-
-    Raises:
-        DataError: if a source, a column or a pair cannot be used, or no pair is left.
-    """
+    """Open, write, filter and split the data of a run."""
     writer = PairWriter.of(run, tokenizer)
     cards: dict[str, list[Any]] = {"train": [], "eval": []}
     parts: dict[str, Any] = {}

@@ -90,18 +90,7 @@ def train_reward(
 
 
 def check_ready(runs: Sequence[Run], *, overwrite: bool = False) -> list[RewardRun]:
-    """The runs of a file, if `l2d train-reward` can train every one of them.
-
-    Args:
-        runs: from `load_run`.
-        overwrite: whether an output folder that exists will be moved aside.
-
-    Returns:
-        The same runs.
-
-    Raises:
-        ConfigError: if one is of another kind, cannot be started or has a taken output folder, or TRL is missing.
-    """
+    """The runs of a file, if `l2d train-reward` can train every one of them."""
     found: list[RewardRun] = []
     for run in runs:
         if not isinstance(run, RewardRun):
@@ -125,12 +114,6 @@ def padding_tokenizer(run: RewardRun) -> PreTrainedTokenizerBase:
 
     Without one of its own, the end-of-text token pads, which keeps the vocabulary that guidance compares. transformers
     tells padding by its token, not by the attention mask, so a text must not end in it; `PairWriter` refuses that.
-
-    Args:
-        run: the run.
-
-    Returns:
-        The tokenizer.
     """
     tokenizer = base_tokenizer(run.model)
     if tokenizer.pad_token in (None, tokenizer.eos_token):
@@ -142,18 +125,7 @@ def padding_tokenizer(run: RewardRun) -> PreTrainedTokenizerBase:
 
 
 def load_reward_model(run: RewardRun, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """The base model with a head of one output, new unless the base is a reward model already.
-
-    Args:
-        run: the run; its seed makes the head.
-        tokenizer: with a padding token.
-
-    Returns:
-        The model, in the type the run asks for.
-
-    Raises:
-        CheckpointError: if transformers cannot load it as asked.
-    """
+    """The base model with a head of one output, new unless the base is a reward model already."""
     section = run.model
     folder, adapter = locate(section)
     config = load_config(section)

@@ -14,28 +14,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
 from trl.trainer.reward_config import RewardConfig
 from trl.trainer.reward_trainer import DataCollatorForPreference, RewardTrainer
+from typing_extensions import override
 
 from l2d_framework.config import RewardRun, SimplexNoise
+from l2d_framework.config.reward import RewardTraining
 from l2d_framework.training.arguments import divide_batch, refuse_sharding
-from l2d_framework.training.output_dir import checkpoints, remove, staged
 from l2d_framework.training.reward.data import Pairs
-from l2d_framework.training.trainer import Boundaries
+from l2d_framework.training.trainer import Boundaries, ResumableTrainer
 
 
 def make_reward_arguments(run: RewardRun, output: Path) -> RewardConfig:
-    """TRL's arguments for a reward run.
-
-    Args:
-        run: the run.
-        output: the output folder.
-
-    Returns:
-        The arguments.
-    """
+    """TRL's arguments for a reward run."""
     refuse_sharding()
     training = run.training
     with warnings.catch_warnings():
@@ -71,7 +63,7 @@ def make_reward_arguments(run: RewardRun, output: Path) -> RewardConfig:
     return arguments
 
 
-class PairTrainer(RewardTrainer):
+class PairTrainer(ResumableTrainer, RewardTrainer):
     """TRL's trainer on prepared pairs.
 
     Args:
@@ -83,6 +75,8 @@ class PairTrainer(RewardTrainer):
         callbacks: such as a progress bar.
     """
 
+    training: RewardTraining
+
     def __init__(
         self,
         model: PreTrainedModel,
@@ -93,7 +87,7 @@ class PairTrainer(RewardTrainer):
         tokenizer: PreTrainedTokenizerBase,
         callbacks: Sequence[TrainerCallback] = (),
     ) -> None:
-        self.run, self.output = run, Path(str(arguments.output_dir))
+        self.run, self.training, self.output = run, run.training, Path(str(arguments.output_dir))
         super().__init__(
             model,
             arguments,
@@ -108,31 +102,15 @@ class PairTrainer(RewardTrainer):
     def _send_telemetry(self) -> None:
         """Nobody is told: a run file asks for trackers, and for nothing else that leaves the machine."""
 
-    def create_scheduler(
-        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
-    ) -> torch.optim.lr_scheduler.LRScheduler:
-        """Linear warm-up from zero, then a straight line to the final fraction.
+    @override
+    def _share_of_rate(self, step: int, steps: int) -> float:
+        """Linear warm-up from zero, then a straight line to the final fraction."""
+        warmup = math.ceil(self.training.warmup_ratio * steps)
+        if step < warmup:
+            return step / warmup
+        return 1 - (1 - self.training.final_fraction) * (step - warmup) / max(steps - warmup, 1)
 
-        Args:
-            num_training_steps: updates of the whole run.
-            optimizer: the optimizer; the trainer's own when None.
-
-        Returns:
-            The schedule.
-        """
-        if self.lr_scheduler is None:
-            warmup = math.ceil(self.run.training.warmup_ratio * num_training_steps)
-            final = self.run.training.final_fraction
-
-            def factor(step: int) -> float:
-                if step < warmup:
-                    return step / warmup
-                return 1 - (1 - final) * (step - warmup) / max(num_training_steps - warmup, 1)
-
-            self.lr_scheduler = LambdaLR(optimizer or self.create_optimizer(), factor)
-            self._created_lr_scheduler = True
-        return self.lr_scheduler
-
+    @override
     def compute_loss(
         self,
         model: nn.Module,
@@ -140,17 +118,7 @@ class PairTrainer(RewardTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """Mean of -log sigmoid(r_chosen - r_rejected - margin) over the pairs of a batch.
-
-        Args:
-            model: the reward model, possibly wrapped.
-            inputs: a batch of pairs, all chosen sides before all rejected ones.
-            return_outputs: also return what the model returned.
-            num_items_in_batch: unused by TRL.
-
-        Returns:
-            The loss, (), or (loss, outputs).
-        """
+        """Mean of -log sigmoid(r_chosen - r_rejected - margin) over the pairs of a batch."""
         plain: Any = super()
         return plain.compute_loss(model, self._as_guided(inputs), return_outputs, num_items_in_batch)
 
@@ -177,20 +145,12 @@ class PairTrainer(RewardTrainer):
 
     _drawn = (-1, 0)
 
+    @override
     @torch.no_grad()
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Loss, accuracy and mean lead of the chosen reward, each over all held-out pairs.
-
-        Args:
-            eval_dataset: pairs; the trainer's own when None.
-            ignore_keys: unused, for the Trainer's signature.
-            metric_key_prefix: put before every name.
-
-        Returns:
-            `eval_loss`, `eval_accuracy`, `eval_margin` and `eval_seconds`.
-        """
+        """Loss, accuracy and mean lead of the chosen reward, each over all held-out pairs."""
         start = time.perf_counter()
         model: Any = self.model
         model.eval()
@@ -212,18 +172,6 @@ class PairTrainer(RewardTrainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        writes, wait = self.args.should_save, self.accelerator.wait_for_everyone
-        with staged(self.output / f"checkpoint-{self.state.global_step}", writes=writes, wait=wait) as folder:
-            self.save_model(str(folder), _internal_call=True)
-            self._save_optimizer_and_scheduler(str(folder))
-            self._save_rng_state(str(folder))
-            if writes:
-                self.state.save_to_json(str(folder / "trainer_state.json"))
-        if writes:
-            for old in checkpoints(self.output)[: -self.run.training.save_total_limit]:
-                remove(old)
-
 
 def noisy_embeddings(ids: Tensor, embedding: Tensor, noise: SimplexNoise, *, generator: torch.Generator) -> Tensor:
     """Mean embeddings under the noisy simplexes of true tokens, both sides of a pair at the same time.
@@ -242,8 +190,9 @@ def noisy_embeddings(ids: Tensor, embedding: Tensor, noise: SimplexNoise, *, gen
     Source: TESS 2, arXiv:2502.13917, Eq. 1 and 2.
     """
     u = torch.rand(len(ids) // 2, generator=generator, device=ids.device).repeat(2)
-    t = noise.schedule.sample_times(u)
-    alpha, sigma = noise.schedule.alpha(t), noise.schedule.sigma(t)
+    schedule = noise.schedule.build()
+    t = schedule.sample_times(u)
+    alpha, sigma = schedule.alpha(t), schedule.sigma(t)
     rows = []
     for row, a, s in zip(ids, alpha, sigma, strict=True):
         draw = torch.randn(len(row), len(embedding), generator=generator, device=ids.device)

@@ -61,7 +61,7 @@ def test_resumed_is_uninterrupted(folder, tmp_path, monkeypatch, sampled):
     scores = cached(folder, tmp_path / "scores.db")[1].loglikelihood(choices())
 
     model, caching = cached(folder, tmp_path / "part.db")
-    batches, answer = [], model._answer
+    batches, answer = [], model.generator.answer
 
     def interrupted(*arguments: Any, **changes: Any) -> Any:
         batches.append(1)
@@ -69,14 +69,14 @@ def test_resumed_is_uninterrupted(folder, tmp_path, monkeypatch, sampled):
             raise KeyboardInterrupt
         return answer(*arguments, **changes)
 
-    monkeypatch.setattr(model, "_answer", interrupted)
+    monkeypatch.setattr(model.generator, "answer", interrupted)
     with pytest.raises(KeyboardInterrupt):
         caching.generate_until(generation(**options))
     caching.dbdict.close()
     resumed, caching = cached(folder, tmp_path / "part.db")
     count = []
-    answer = resumed._answer
-    monkeypatch.setattr(resumed, "_answer", lambda *a, **o: count.append(1) or answer(*a, **o))
+    answer = resumed.generator.answer
+    monkeypatch.setattr(resumed.generator, "answer", lambda *a, **o: count.append(1) or answer(*a, **o))
     assert caching.generate_until(generation(**options)) == whole
     assert len(count) == 5  # of eight batches, three were kept, the last in the middle of a question's repeats
     assert caching.loglikelihood(choices()) == scores

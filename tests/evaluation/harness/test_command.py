@@ -15,6 +15,8 @@ from typer.testing import CliRunner
 
 pytest.importorskip("lm_eval")
 
+import lm_eval.tasks
+
 from l2d_bench.protocols import folder
 from l2d_framework.cli import app
 from l2d_framework.config import ModelSection
@@ -166,6 +168,13 @@ def test_an_unknown_task_is_answered_with_those_like_it(monkeypatch):
     def unknown() -> None:
         raise ValueError("Tasks not found: gsm9k, xqzxqz")
 
+    # All of lm_eval's tasks take ten seconds to read.
+    manager, known = lm_eval.tasks.TaskManager, str(Path(lm_eval.tasks.__file__).parent / "gsm8k")
+
+    def few(*_: Any, **__: Any) -> Any:
+        return manager(include_path=known, include_defaults=False)
+
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", few)
     monkeypatch.setattr("lm_eval.__main__.cli_evaluate", unknown)
     monkeypatch.setattr(sys, "argv", [])
     said = r"task 'gsm9k'; did you mean 'gsm8k'.*\? lm_eval knows no task 'xqzxqz'\. `lm_eval ls tasks`.*--include_path"
@@ -173,17 +182,28 @@ def test_an_unknown_task_is_answered_with_those_like_it(monkeypatch):
         run(["--model", "dummy", "--tasks", "gsm9k,xqzxqz"])
 
 
-def test_arguments_reach_lm_eval_after_the_folder_of_our_tasks(monkeypatch):
-    ours = ["--include_path", str(folder())]
+def test_lm_eval_knows_the_tasks_of_plugins_and_those_of_the_user(monkeypatch, tmp_path):
     seen: list[list[str]] = []
-    monkeypatch.setattr("lm_eval.__main__.cli_evaluate", lambda: seen.append(sys.argv[1:]))
+    asked: list[Any] = []
+
+    def evaluate() -> None:
+        seen.append(sys.argv[1:])
+        lm_eval.tasks.TaskManager(include_path=str(tmp_path), metadata={})
+
+    def before(verbosity: Any, include_path: Any, **_: Any) -> None:
+        asked.append(include_path)
+
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", before)
+    monkeypatch.setattr("lm_eval.__main__.cli_evaluate", evaluate)
     monkeypatch.setattr(sys, "argv", [])
     monkeypatch.setenv("L2D_PRETRAINED", "x")
     for arguments in (["--tasks", "a", "--limit", "2"], ["run", "--model", "hf"], ["ls", "tasks"], ["--help"]):
         assert CliRunner().invoke(app, ["eval", *arguments]).exception is None
     assert seen == [
-        ["run", *ours, "--model", "l2d", "--tasks", "a", "--limit", "2"],
-        ["run", *ours, "--model", "hf"],
-        ["ls", *ours, "tasks"],
+        ["run", "--model", "l2d", "--tasks", "a", "--limit", "2"],
+        ["run", "--model", "hf"],
+        ["ls", "tasks"],
         ["--help"],
     ]
+    assert asked == [[str(folder()), str(tmp_path)]] * 4
+    assert lm_eval.tasks.TaskManager is before

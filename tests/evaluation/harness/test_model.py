@@ -69,7 +69,7 @@ def asked(kind: str, arguments: Sequence[Any], *, repeats: int = 1) -> list[Inst
 
 
 def to_generate(texts: Sequence[str] = QUESTIONS, *, repeats: int = 1, **options: Any) -> list[Instance]:
-    kwargs = {"until": ["\n\n"], "max_gen_toks": 6, "do_sample": True, "temperature": 1.0} | options
+    kwargs = {"until": ["\n\n"], "max_gen_toks": 4, "do_sample": True, "temperature": 1.0} | options
     return asked("generate_until", [(text, kwargs) for text in texts], repeats=repeats)
 
 
@@ -79,7 +79,7 @@ def to_score(texts: Sequence[str] = QUESTIONS) -> list[Instance]:
 
 @pytest.mark.parametrize("name", ["l2d", "tess"])
 def test_answers_do_not_depend_on_batch_or_order(opened, name):
-    requests = to_generate(repeats=2)
+    requests = to_generate(QUESTIONS[:5], repeats=2)
     alone = opened(name, batch_size=1).generate_until(requests)
     assert opened(name, batch_size=8).generate_until(requests) == alone
     assert opened(name, batch_size="auto").generate_until(requests) == alone
@@ -103,18 +103,24 @@ def test_scores_do_not_depend_on_batch_or_order(opened, name, options):
 
 
 def test_auto_takes_the_largest_batch_that_memory_allows(opened, monkeypatch):
-    model, answers, scores = opened(batch_size="auto", max_batch_size=8), to_generate(), to_score()
+    model, answers, scores = (
+        opened(batch_size="auto", max_batch_size=8),
+        to_generate(QUESTIONS[:5]),
+        to_score(QUESTIONS[:3]),
+    )
     assert model.diffusion.device.type == "cpu"
-    answer, mixture = model._answer, scorer.Scorer.mixture
+    answer, mixture = model.generator.answer, scorer.Scorer.mixture
 
     def tight(rows: Sequence[Any]) -> None:
         if len(rows) > 3:
             raise RuntimeError("CUDA out of memory.")
 
     monkeypatch.setattr(model, "_device", torch.device("cuda"))
-    monkeypatch.setattr(model, "_answer", lambda plan, batch, **o: tight(batch.input_ids) or answer(plan, batch, **o))
+    monkeypatch.setattr(
+        model.generator, "answer", lambda plan, batch, **o: tight(batch.input_ids) or answer(plan, batch, **o)
+    )
     monkeypatch.setattr(scorer.Scorer, "mixture", lambda self, jobs: tight(jobs) or mixture(self, jobs))
-    monkeypatch.setattr(model, "_plain_seconds", lambda *_: 1.0)
+    monkeypatch.setattr(model.generator, "_plain_seconds", lambda *_: 1.0)
     found = model.generate_until(answers), [score for score, _ in model.loglikelihood(scores)]
     assert len(model.batch_sizes) == 2 and set(model.batch_sizes.values()) <= {1, 2, 3}
     monkeypatch.undo()
@@ -142,9 +148,9 @@ def test_repeats_and_seeds_differ(opened, name):
 
 @pytest.mark.parametrize("name", ["l2d", "tess"])
 def test_a_prompt_is_read_once_for_all_its_repeats(opened, monkeypatch, name):
-    requests = to_generate(QUESTIONS[:3], repeats=5) + to_generate(QUESTIONS[1:2], repeats=5)
+    requests = to_generate(QUESTIONS[:3], repeats=4) + to_generate(QUESTIONS[1:2], repeats=4)
     every = {}
-    for size in (1, 2, 7, 32):
+    for size in (1, 7, 32):
         model = opened(name, batch_size=size)
         read, whole = [], model.diffusion.backbone.read
         monkeypatch.setattr(
@@ -152,8 +158,8 @@ def test_a_prompt_is_read_once_for_all_its_repeats(opened, monkeypatch, name):
         )
         every[size] = model.generate_until(requests)
         assert sum(read) == 3
-    assert every[1] == every[2] == every[7] == every[32]
-    assert len(set(every[1])) > 15
+    assert every[1] == every[7] == every[32]
+    assert len(set(every[1])) > 12
     # Neither the repeats before nor those after a request change its answer.
     assert opened(name).generate_until(to_generate(QUESTIONS[:1], repeats=2)) == every[1][:2]
 
@@ -231,11 +237,12 @@ def test_models_of_whole_answers_have_no_likelihood(opened):
 def test_a_batch_coupled_solver_sees_one_row(opened):
     pytest.importorskip("torchdiffeq")
     options = {"solver": {"name": "torchdiffeq_adaptive", "rtol": 0.3, "atol": 0.3}, "num_inference_steps": None}
-    requests = to_generate(QUESTIONS[:2], max_gen_toks=2)
+    options["noise_samples"] = 1
+    requests = to_generate(QUESTIONS[:2], max_gen_toks=1)
     alone = opened(batch_size=1, **options)
     assert alone.settings.solver.batch_coupled
     assert opened(batch_size=8, **options).generate_until(requests) == alone.generate_until(requests)
-    scores = to_score(QUESTIONS[:1])
+    scores = to_score(QUESTIONS[:1])[:2]
     found = opened(batch_size=8, **options).loglikelihood(scores)
     assert found == alone.loglikelihood(scores)
 
@@ -288,18 +295,19 @@ def test_generation_options_win_over_model_options(opened):
 
 
 def test_a_class_hint_serves_models_that_know_it_and_stops_no_other(opened, caplog):
-    chosen = opened().generate_until(to_generate(class_name="math", guidance_scale=1.5))
+    few = QUESTIONS[:3]
+    chosen = opened().generate_until(to_generate(few, class_name="math", guidance_scale=1.5))
     model = opened()
-    assert model.generate_until(to_generate(class_hint="math", guidance_scale=1.5)) == chosen
+    assert model.generate_until(to_generate(few, class_hint="math", guidance_scale=1.5)) == chosen
     assert model.get_model_info()["l2d"]["sampling_of_generation"][0]["class_name"] == "math"
     # What the user names for certain is stronger than what a task proposes.
-    assert opened(class_name="math").generate_until(to_generate(class_hint="code", guidance_scale=1.5)) == chosen
+    assert opened(class_name="math").generate_until(to_generate(few, class_hint="code", guidance_scale=1.5)) == chosen
     assert "ignored" not in caplog.text
     for name, options in (("l2d", {}), ("tess", {}), ("base", {"num_inference_steps": 0})):
         other = opened(name, **options)
-        unasked = other.generate_until(to_generate())
+        unasked = other.generate_until(to_generate(few))
         caplog.clear()
-        assert other.generate_until(to_generate(class_hint="history")) == unasked
+        assert other.generate_until(to_generate(few, class_hint="history")) == unasked
         other.generate_until(to_generate(QUESTIONS[:1], class_hint="history", max_gen_toks=2))
         assert caplog.text.count("class_hint='history' is ignored") == 1
     with pytest.raises(ConfigError, match="class_hint must be the name"):
@@ -309,7 +317,7 @@ def test_a_class_hint_serves_models_that_know_it_and_stops_no_other(opened, capl
 def test_a_guided_model_waits_for_the_class_of_each_task(opened):
     guided = opened(guidance_scale=1.5)
     for ask in (lambda: guided.loglikelihood(to_score()), lambda: guided.generate_until(to_generate())):
-        with pytest.raises(ConfigError, match=r"class_name=NAME to --gen_kwargs.*\['math', 'code'\].*class_hint"):
+        with pytest.raises(ConfigError, match=r"\['math', 'code'\].*class_name=NAME to --gen_kwargs.*class_hint"):
             ask()
     assert guided._diffusion is None
     chosen = opened().generate_until(to_generate(class_name="code", guidance_scale=1.5))
@@ -488,8 +496,8 @@ def test_an_answer_ends_with_its_turn(tmp_path, monkeypatch, ends, is_chat, sear
     model.origin = dataclasses.replace(model.origin, model=section, ends=ends)
     save(model, tmp_path / "model")
     opened = L2DLM(str(tmp_path / "model"), device="cpu", num_inference_steps=0, **searching)
-    found, answer = [], opened._answer
-    monkeypatch.setattr(opened, "_answer", lambda *a, **k: found.append(answer(*a, **k)) or found[-1])
+    found, answer = [], opened.generator.answer
+    monkeypatch.setattr(opened.generator, "answer", lambda *a, **k: found.append(answer(*a, **k)) or found[-1])
     asked = [opened.apply_chat_template([{"role": "user", "content": q}]) if is_chat else q for q in QUESTIONS]
     opened.generate_until(to_generate(asked, max_gen_toks=8))
     goes_on = [3 in tokens[:-1] for answers in found for tokens, _ in answers]

@@ -11,7 +11,7 @@ from diffusion_models import diffusion_lm, random_tokens, shared_lm
 from tiny_models import tiny_lm, tiny_tokenizer
 
 from l2d_framework.errors import ConfigError
-from l2d_framework.evaluation import search as module
+from l2d_framework.evaluation.search import search as module
 from l2d_framework.evaluation.search.search import Search, check_search, read_search, search
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")

@@ -15,11 +15,9 @@ from lm_eval.tasks import TaskManager
 from l2d_framework.cli import app
 from l2d_framework.errors import ConfigError
 from l2d_framework.evaluation.harness.model import L2DLM
-from l2d_framework.evaluation.search import tasks as search_tasks
 from l2d_framework.evaluation.search import tuning as search_tuning
 from l2d_framework.evaluation.search.search import Search, read_search
-from l2d_framework.evaluation.search.tasks import Question, open_tasks
-from l2d_framework.evaluation.search.tuning import grid, tune
+from l2d_framework.evaluation.search.tuning import Question, grid, open_tasks, tune
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
 
@@ -191,7 +189,7 @@ def test_an_interrupted_run_goes_on_at_the_missing_row(folder, tmp_path, monkeyp
 )
 def test_tasks_that_cannot_be_tuned_on_are_refused(folder, monkeypatch, name, message):
     small = TaskManager(include_path=str(folder / "tasks"), include_defaults=False)
-    monkeypatch.setattr(search_tasks, "task_manager", lambda *_: small)
+    monkeypatch.setattr(search_tuning, "task_manager", lambda *_: small)
     with pytest.raises(ConfigError, match=message):
         open_tasks(question(folder, name))
 
@@ -206,9 +204,22 @@ def test_the_command_tunes_and_the_adapter_takes_its_file(folder, tmp_path):
     assert "chosen" in result.output and "2 items of train" in result.output
     assert len(json.loads(out.read_text())["rows"]) == 2
     searching = L2DLM(str(folder / "base"), device="cpu", num_inference_steps=0, search=str(out))
-    assert searching._plan({"until": [], "max_gen_toks": 3, "class_hint": "sums"}).search == read_search(
+    assert searching.generator.plan({"until": [], "max_gen_toks": 3, "class_hint": "sums"}).search == read_search(
         {"search": str(out)}, "sums"
     )
+
+
+@pytest.mark.parametrize("ways", [[], ["--apply_chat_template"]])
+def test_the_command_that_is_printed_asks_as_tuning_did(folder, tmp_path, monkeypatch, ways):
+    scored(monkeypatch, lambda task, settings: 0.0)
+    arguments = ["tune-search", "--model_args", f"pretrained={folder / 'base'},num_inference_steps=0"]
+    ways = [*ways, "--include_path", str(folder / "tasks")]
+    result = CliRunner().invoke(
+        app, [*arguments, "--tasks", "tiny_hinted", "--out", str(tmp_path / "search.json"), *ways]
+    )
+    assert result.exit_code == 0, result.output
+    (printed,) = (line for line in result.output.splitlines() if line.startswith("Search with:"))
+    assert printed.split()[5:] == [f"{arguments[-1]},search={tmp_path / 'search.json'}", *ways, "--tasks", "..."]
 
 
 @pytest.mark.parametrize(

@@ -9,10 +9,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from l2d_framework.errors import ConfigError, DataError
-from l2d_framework.evaluation.text.likelihood import Judge
+from l2d_framework.evaluation.text.judge import Judge, Pretrained, open_tokenizer, pretrained
 from l2d_framework.evaluation.text.mauve_score import Features
 from l2d_framework.evaluation.text.measure import AUTHORS, CORRECTED, evaluate_texts
-from l2d_framework.evaluation.text.pretrained import Pretrained, open_tokenizer, pretrained
 from l2d_framework.evaluation.text.samples import Sample
 
 SAMPLES = [

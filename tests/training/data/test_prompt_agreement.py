@@ -8,8 +8,7 @@ from diffusion_models import fresh_lm
 from tiny_models import ADDING, tiny_lm, tiny_tokenizer
 
 from l2d_framework.config import DataSection, RewardRun, parse_run
-from l2d_framework.evaluation.text.likelihood import Judge
-from l2d_framework.evaluation.text.pretrained import Pretrained
+from l2d_framework.evaluation.text.judge import Judge, Pretrained
 from l2d_framework.evaluation.text.samples import Sample
 from l2d_framework.generation.infill import read_gaps
 from l2d_framework.generation.prompts import encode_prompts, encode_text

@@ -14,7 +14,7 @@ from l2d_framework.config import RewardRun, SimplexNoise, load_run, parse_run, r
 from l2d_framework.errors import ConfigError, DataError, UnsupportedModelError
 from l2d_framework.registry import registry
 from l2d_framework.training import output_dir
-from l2d_framework.training import reward as reward_module
+from l2d_framework.training.reward import run as reward_module
 from l2d_framework.training.reward.data import PairWriter, prepare_pairs
 from l2d_framework.training.reward.run import load_reward_model, padding_tokenizer, train_reward
 from l2d_framework.training.run import train_runs

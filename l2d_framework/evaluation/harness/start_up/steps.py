@@ -29,29 +29,14 @@ def register() -> None:
 
 
 def named_model(arguments: Sequence[str]) -> str | None:
-    """Model that a command line of lm_eval names.
-
-    Args:
-        arguments: of the program, its name left out.
-
-    Returns:
-        The last `--model`, or None.
-    """
+    """The last `--model` that arguments of lm_eval name, or None."""
     models = [arguments[i + 1] for i, name in enumerate(arguments[:-1]) if name in ("--model", "-M")]
     models += [argument.partition("=")[2] for argument in arguments if argument.startswith("--model=")]
     return models[-1] if models else None
 
 
 def lacks_checkpoint(arguments: Sequence[str], environ: Mapping[str, str]) -> bool:
-    """Whether a command line of lm_eval asks for `l2d` and says nowhere which checkpoint.
-
-    Args:
-        arguments: of the program, its name left out.
-        environ: environment variables.
-
-    Returns:
-        True if neither the command line nor the environment can name one; False where a configuration file may.
-    """
+    """Whether a command asks for `l2d` and names no checkpoint; False where a configuration file may."""
     told = any("pretrained" in argument for argument in arguments) or bool(environ.get(PRETRAINED))
     filed = any(argument in ("-C", "--config") or argument.startswith("--config=") for argument in arguments)
     return named_model(arguments) == "l2d" and not told and not filed
@@ -75,11 +60,7 @@ def check_command() -> None:
 
 
 def prepare(arguments: Sequence[str]) -> None:
-    """Make code tasks use the sandbox, and errors that a user can cause end in one line.
-
-    Args:
-        arguments: of lm_eval's command line.
-    """
+    """Make code tasks use the sandbox, and errors that a user can cause end in one line."""
     from l2d_framework.evaluation.code.metric import serve
     from l2d_framework.evaluation.harness.errors import show_errors
 
