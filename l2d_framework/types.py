@@ -18,7 +18,7 @@ class Layout:
     """A batch of token sequences together with who may see whom.
 
     A noisy position of block k sees clean tokens of blocks < k and noisy states of block k, never a token of its own or
-    of a later block.
+    of a later block; known tokens that stand after it only where the backbone declares `sees_later`.
 
     Attributes:
         tokens: token ids, (B, S), int64; padding holds any valid id.

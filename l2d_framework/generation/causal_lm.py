@@ -85,10 +85,11 @@ class DiffusionForCausalLM(PreTrainedModel, GenerationMixin):
 
     def __init__(self, diffusion: Diffusion, sampling: Sampling, class_id: int | None = None) -> None:
         if diffusion.block_size != 1 or not diffusion.backbone.independent_positions:
+            size = diffusion.block_size
             raise ConfigError(
-                f"Only a model of one token per block is a causal language model to transformers; "
-                f"{type(diffusion.backbone).__name__} denoises "
-                f"{'whole answers' if diffusion.block_size is None else f'{diffusion.block_size} tokens'} together. "
+                "Only a model of one token per block, each asked about by itself, is a causal language model to "
+                f"transformers; {type(diffusion.backbone).__name__} denoises "
+                f"{'whole answers' if size is None else 'tokens' if size == 1 else f'{size} tokens'} together. "
                 "Use generate() of the diffusion model itself."
             )
         if sampling.block_size not in (None, 1):

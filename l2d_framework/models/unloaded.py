@@ -104,8 +104,8 @@ class UnloadedModel:
 
     @property
     def is_block(self) -> bool:
-        """True if several tokens are denoised together."""
-        return self.parts.block_size != 1
+        """True if there are no next-token logits, because noisy tokens see each other or blocks are read as such."""
+        return self.parts.block_size != 1 or not self.empty.independent_positions
 
     def classed(self, options: Mapping[str, Any]) -> dict[str, Any]:
         """Options whose class hint became the class, or was dropped.

@@ -60,11 +60,7 @@ def backbone_checks(config: BackboneConfig) -> Sequence[Callable[[Any], None]]:
 
 @torch.no_grad()
 def check_backbone_shapes(config: BackboneConfig) -> None:
-    """The table is (V, H), features (B, L, H), logits (B, L, V) in float32, and at least one block size is served.
-
-    Args:
-        config: any backbone.
-    """
+    """The table is (V, H), features (B, L, H), logits (B, L, V) in float32, and at least one block size is served."""
     backbone = built(config)
     ensure(bool(block_sizes(config)), "check() refuses every block size: 1, 2 and null.")
     again = built(backbone.config)
@@ -94,11 +90,7 @@ def check_backbone_shapes(config: BackboneConfig) -> None:
 
 @torch.no_grad()
 def check_backbone_uses_state_and_time(config: BackboneConfig) -> None:
-    """The noisy state and its time change what is said about a position.
-
-    Args:
-        config: any backbone.
-    """
+    """The noisy state and its time change what is said about a position."""
     backbone = built(config)
     for size, scene in noisy_scenes(backbone):
         base = scene.ask(backbone)
@@ -111,11 +103,7 @@ def check_backbone_uses_state_and_time(config: BackboneConfig) -> None:
 
 @torch.no_grad()
 def check_backbone_does_not_leak(config: BackboneConfig) -> None:
-    """A noisy position sees every clean token of an earlier block and no token of its own or a later one.
-
-    Args:
-        config: any backbone.
-    """
+    """A noisy position sees every clean token of an earlier block and no token of its own or a later one."""
     backbone = built(config)
     for size, scene in noisy_scenes(backbone):
         base = scene.ask(backbone)
@@ -134,11 +122,7 @@ def check_backbone_does_not_leak(config: BackboneConfig) -> None:
 
 @torch.no_grad()
 def check_backbone_denoises_blocks_apart(config: BackboneConfig) -> None:
-    """A block says the same among the others of a text and alone after the tokens before it, as it is generated.
-
-    Args:
-        config: any backbone.
-    """
+    """A block says the same among the others of a text and alone after the tokens before it, as it is generated."""
     backbone = built(config)
     for size, scene in noisy_scenes(backbone):
         together = scene.ask(backbone)
@@ -155,11 +139,7 @@ def check_backbone_denoises_blocks_apart(config: BackboneConfig) -> None:
 
 
 def check_backbone_trains_as_it_generates(config: BackboneConfig) -> None:
-    """Features are the same where gradients are recorded.
-
-    Args:
-        config: any backbone.
-    """
+    """Features are the same where gradients are recorded."""
     backbone = built(config)
     for size, scene in noisy_scenes(backbone):
         with torch.no_grad():
@@ -170,11 +150,7 @@ def check_backbone_trains_as_it_generates(config: BackboneConfig) -> None:
 
 @torch.no_grad()
 def check_backbone_sees_later_where_declared(config: BackboneConfig) -> None:
-    """A noisy position sees the known tokens after it if, and only if, the backbone declares `sees_later`.
-
-    Args:
-        config: any backbone.
-    """
+    """A noisy position sees the known tokens after it if, and only if, the backbone declares `sees_later`."""
     backbone, place = built(config), 4
     layout = known_layout()
     blocks = layout.blocks.clone()
@@ -195,11 +171,7 @@ def check_backbone_sees_later_where_declared(config: BackboneConfig) -> None:
 
 @torch.no_grad()
 def check_backbone_extends_what_it_read(config: BackboneConfig) -> None:
-    """Reading a text at once, in two parts or block by block is the same, also after padding.
-
-    Args:
-        config: any backbone.
-    """
+    """Reading a text at once, in two parts or block by block is the same, also after padding."""
     backbone = built(config)
     layout = known_layout(padding=2)
     for size, _ in noisy_scenes(backbone):
@@ -229,11 +201,7 @@ def check_backbone_extends_what_it_read(config: BackboneConfig) -> None:
 
 @torch.no_grad()
 def check_backbone_ignores_padding(config: BackboneConfig) -> None:
-    """A row padded on the left says the same as that row alone, whatever token the padding holds.
-
-    Args:
-        config: any backbone.
-    """
+    """A row padded on the left says the same as that row alone, whatever token the padding holds."""
     backbone, padding = built(config), 2
     for size, scene in noisy_scenes(backbone):
         blocks = scene.layout.blocks.clone()
@@ -251,11 +219,7 @@ def check_backbone_ignores_padding(config: BackboneConfig) -> None:
 
 @torch.no_grad()
 def check_backbone_selects_rows(config: BackboneConfig) -> None:
-    """Selected rows answer as before, in their new order, and extending them leaves the original alone.
-
-    Args:
-        config: any backbone.
-    """
+    """Selected rows answer as before, in their new order, and extending them leaves the original alone."""
     backbone = built(config)
     layout, rows = known_layout(padding=2), torch.tensor([1, 0, 1])
     scene = Scene(layout, [LENGTH])
@@ -276,11 +240,7 @@ def check_backbone_selects_rows(config: BackboneConfig) -> None:
 
 @torch.no_grad()
 def check_backbone_shared_time(config: BackboneConfig) -> None:
-    """A time known on the host gives the same features as the same time in a tensor.
-
-    Args:
-        config: any backbone.
-    """
+    """A time known on the host gives the same features as the same time in a tensor."""
     backbone = built(config)
     for _, scene in noisy_scenes(backbone):
         for time in (0.0, 0.25, 0.75):
@@ -291,11 +251,7 @@ def check_backbone_shared_time(config: BackboneConfig) -> None:
 
 @torch.no_grad()
 def check_backbone_unconditional_is_no_class(config: BackboneConfig) -> None:
-    """Class -1 and no class at all are the same, for a whole batch and for single positions.
-
-    Args:
-        config: any backbone.
-    """
+    """Class -1 and no class at all are the same, for a whole batch and for single positions."""
     backbone = built(config)
     _, scene = next(noisy_scenes(backbone))
     expected = scene.ask(backbone)
@@ -308,11 +264,7 @@ def check_backbone_unconditional_is_no_class(config: BackboneConfig) -> None:
 
 @torch.no_grad()
 def check_backbone_uses_classes(config: BackboneConfig) -> None:
-    """A class changes what is said about a position.
-
-    Args:
-        config: a backbone with `num_classes` above 0.
-    """
+    """A class changes what is said about a position."""
     backbone = built(config)
     _, scene = next(noisy_scenes(backbone))
     base = scene.ask(backbone)
@@ -323,11 +275,7 @@ def check_backbone_uses_classes(config: BackboneConfig) -> None:
 
 @torch.no_grad()
 def check_backbone_positions_are_independent(config: BackboneConfig) -> None:
-    """A position answers alike alone, among others, and asked about twice with different states.
-
-    Args:
-        config: a backbone that declares `independent_positions`.
-    """
+    """A position answers alike alone, among others, and asked about twice with different states."""
     backbone = built(config)
     for _, scene in noisy_scenes(backbone):
         context = backbone.read(scene.layout)

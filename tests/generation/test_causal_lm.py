@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from diffusion_models import diffusion_lm, random_tokens, shared_lm, shared_tess
+from diffusion_models import diffusion_lm, random_tokens, shared_lm, shared_tess, tess_lm
 from tiny_models import tiny_lm
 from transformers import pipeline
 
@@ -116,6 +116,7 @@ def test_classes_and_guidance_reach_the_model():
     ("call", "message"),
     [
         (lambda: shared_tess().as_transformers(), "one token per block"),
+        (lambda: tess_lm(block_size=1).as_transformers(), "each asked about by itself"),
         (lambda: shared_lm().as_transformers(block_size=4), "block_size=4"),
         (lambda: shared_lm().as_transformers()(random_tokens(3, 4), request_keys=["a", "b"]), "2 for 3 rows"),
         (
