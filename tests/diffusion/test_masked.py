@@ -58,8 +58,12 @@ class Conditionals(Backbone):
 
     def features(self, h, t, positions, context, condition, *, shared_time=None):
         allowed = torch.where(h.sum(-1, keepdim=True) > 0, h, 1.0)
-        weighted = torch.einsum("abc,ra,rb,rc->rabc", self.joint, *allowed.unbind(1))
-        sides = [weighted.sum([1 + other for other in range(LENGTH) if other != place]) for place in range(LENGTH)]
+        sides = []
+        for place in range(LENGTH):
+            # What a token is itself is left to the state space to say.
+            others = torch.where(torch.arange(LENGTH)[:, None] == place, 1.0, allowed)
+            weighted = torch.einsum("abc,ra,rb,rc->rabc", self.joint, *others.unbind(1))
+            sides.append(weighted.sum([1 + other for other in range(LENGTH) if other != place]))
         return torch.stack(sides, 1).log()
 
     def head(self, features):

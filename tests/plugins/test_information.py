@@ -111,6 +111,13 @@ def test_falling_means_are_those_of_pooling_adjacent_violators():
     torch.testing.assert_close(_falling(sums, counts), torch.tensor(wanted, dtype=torch.float64))
 
 
+def test_a_law_made_for_its_shapes_alone_knows_its_last_time():
+    with torch.device("meta"):
+        law = Information().build()
+    assert law.statistics.is_meta
+    assert law.grid(1, 1.0) == [0.0]
+
+
 def test_losses_that_are_no_numbers_are_not_heard():
     law, other = Information().build(), Information().build()
     t, loss = torch.rand(100), torch.rand(100)

@@ -59,10 +59,10 @@ class InformationLaw(nn.Module, NoiseLaw):
     def __init__(self, config: Information) -> None:
         super().__init__()
         self._config = config
-        below_one = torch.nextafter(torch.tensor(1.0), torch.tensor(0.0))
-        ends = config.base.sample_times(torch.stack([torch.tensor(0.0), below_one]).cpu())
+        # On the host even where shapes are made on the meta device; 1 - 2^-24 is the float32 below 1.
+        ends = torch.tensor([0.0, 1 - 2**-24], device="cpu")
+        self._last = float(config.base.sample_times(ends).max())
         self._places = torch.linspace(0, 1, config.knots + 1, dtype=torch.float64, device="cpu")
-        self._last = float(ends.max())
         self.register_buffer("statistics", torch.zeros(2, config.knots + 1))
 
     @property
