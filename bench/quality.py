@@ -24,7 +24,8 @@ from rich.console import Console
 import l2d_framework as l2d
 from l2d_framework.cli.progress import progress
 from l2d_framework.config import DiffusionRun, load_run
-from l2d_framework.diffusion.loss import NoiseRule, chunked_cross_entropy, denoising_loss, draw
+from l2d_framework.diffusion.loss import chunked_cross_entropy, denoising_loss
+from l2d_framework.diffusion.training_noise import NoiseRule, draw
 from l2d_framework.models.diffusion_lm import DiffusionLM
 from l2d_framework.training.data.collate import Collator
 from l2d_framework.training.data.prepare import prepare

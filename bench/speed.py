@@ -29,7 +29,8 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, StoppingCriteria, StoppingCriteriaList
 
 from l2d_framework.config import DiffusionRun, parse_run
-from l2d_framework.diffusion.loss import NoiseRule, denoising_loss, draw
+from l2d_framework.diffusion.loss import denoising_loss
+from l2d_framework.diffusion.training_noise import NoiseRule, draw
 from l2d_framework.models.diffusion_lm import DiffusionLM
 from l2d_framework.training.metrics import peak_memory
 from l2d_framework.training.run_record import environment
@@ -120,7 +121,7 @@ class Bench:
         assert isinstance(run, DiffusionRun)
         backbone = run.backbone.build(self.lm)
         state_space = run.parametrization.build(backbone.vocab_size, backbone.hidden_size)
-        model = DiffusionLM(run.schedule, state_space, backbone, run.block_size).to(self.device)
+        model = DiffusionLM(run.schedule.build(), state_space, backbone, run.block_size).to(self.device)
         for parameter in model.own_parameters().values():
             parameter.data = parameter.data.to(dtype)
             if not parameter.any():  # nothing is to be zero, lest somebody profits from it

@@ -86,7 +86,7 @@ def model(shape: dict[str, Any]) -> DiffusionLM:
     assert isinstance(run, DiffusionRun)
     backbone = run.backbone.build(LlamaForCausalLM(LlamaConfig(**shape)).eval())
     space = run.parametrization.build(backbone.vocab_size, backbone.hidden_size)
-    return DiffusionLM(run.schedule, space, backbone, run.block_size).eval()
+    return DiffusionLM(run.schedule.build(), space, backbone, run.block_size).eval()
 
 
 def timed(run: Callable[[], Any]) -> Sample:

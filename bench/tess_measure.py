@@ -14,7 +14,8 @@ from rich.progress import track
 from transformers import AutoModelForCausalLM
 
 from l2d_framework.config import DiffusionRun
-from l2d_framework.diffusion.loss import NoiseRule, denoising_loss, draw
+from l2d_framework.diffusion.loss import denoising_loss
+from l2d_framework.diffusion.training_noise import NoiseRule, draw
 from l2d_framework.evaluation.text import diversity
 from l2d_framework.generation.prompts import encode_prompts
 from l2d_framework.models.diffusion_lm import DiffusionLM

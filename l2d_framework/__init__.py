@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from l2d_framework.models.checkpoint import load, push_to_hub, save
     from l2d_framework.models.diffusion_lm import DiffusionLM
     from l2d_framework.parametrization import Parametrization, ParametrizationConfig
-    from l2d_framework.schedule import Schedule
+    from l2d_framework.schedule import NoiseLaw, Schedule, ScheduleConfig
     from l2d_framework.solver import Solver
     from l2d_framework.types import Layout, Prediction, Query
 
@@ -30,11 +30,13 @@ __all__ = [
     "DiffusionLM",
     "Guidance",
     "Layout",
+    "NoiseLaw",
     "Parametrization",
     "ParametrizationConfig",
     "Prediction",
     "Query",
     "Schedule",
+    "ScheduleConfig",
     "Solver",
     "__version__",
     "hookimpl",
@@ -51,11 +53,13 @@ _HOMES = {
     "DiffusionLM": "models.diffusion_lm",
     "Guidance": "guidance",
     "Layout": "types",
+    "NoiseLaw": "schedule",
     "Parametrization": "parametrization",
     "ParametrizationConfig": "parametrization",
     "Prediction": "types",
     "Query": "types",
     "Schedule": "schedule",
+    "ScheduleConfig": "schedule",
     "Solver": "solver",
     "hookimpl": "hooks",
     "load": "models.checkpoint",

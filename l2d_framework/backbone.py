@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self
 
 from pydantic import Field
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from typing_extensions import TypeVar
 
 from l2d_framework.component import Component
-from l2d_framework.types import Layout
+from l2d_framework.types import Context, Layout
 
 if TYPE_CHECKING:
     from peft import PeftConfig  # takes seconds to import
+
+C = TypeVar("C", bound=Context, default=Any)
+"""What a backbone remembers; a `Backbone` without it is one whose contexts are nobody else's business."""
 
 
 class BackboneConfig(Component):
@@ -51,7 +56,7 @@ class BackboneConfig(Component):
         """
 
 
-class Backbone(nn.Module, ABC):
+class Backbone(nn.Module, ABC, Generic[C]):
     """The network: owns the embedding table, time and class conditioning, cache, visibility and label shift.
 
     Row i of everything returned is *about* the i-th queried position. A backbone that declares `identity_at_zero`
@@ -72,12 +77,26 @@ class Backbone(nn.Module, ABC):
     """True when the language model's own weights are what is trained; a checkpoint then holds all of them."""
     sees_later: bool = False
     """True when a noisy position sees known tokens that come after it, so that gaps in a text can be filled."""
+    block_size: int | None = None
+    """Tokens denoised together, None for one block per sequence; set by `in_blocks`."""
 
     config: BackboneConfig
     vocab_size: int
     hidden_size: int
     lm: PreTrainedModel
     is_merged: bool = False
+
+    def in_blocks(self, size: int | None) -> Self:
+        """Learn how many tokens the model it is a part of denoises together.
+
+        Args:
+            size: a number that `BackboneConfig.check` does not refuse, or None for one block per sequence.
+
+        Returns:
+            This backbone.
+        """
+        self.block_size = size
+        return self
 
     @abstractmethod
     def table(self) -> Tensor:
@@ -88,7 +107,7 @@ class Backbone(nn.Module, ABC):
         """
 
     @abstractmethod
-    def read(self, layout: Layout) -> Any:
+    def read(self, layout: Layout) -> C:
         """Take in the clean tokens of a batch.
 
         Args:
@@ -99,12 +118,12 @@ class Backbone(nn.Module, ABC):
         """
 
     @abstractmethod
-    def extend(self, context: Any, tokens: Tensor) -> Any:
+    def extend(self, context: C, tokens: Tensor) -> C:
         """Append clean tokens to a context.
 
         Args:
             context: what `read` or `extend` returned; not to be used afterwards.
-            tokens: (B, N), int64.
+            tokens: (B, N), int64; a block, or several that follow each other.
 
         Returns:
             The longer context, from which the positions just after each new token can be denoised.
@@ -116,7 +135,7 @@ class Backbone(nn.Module, ABC):
         h: Tensor,
         t: Tensor,
         positions: Tensor,
-        context: Any,
+        context: C,
         condition: Tensor | None,
         *,
         shared_time: float | None = None,
@@ -135,34 +154,23 @@ class Backbone(nn.Module, ABC):
             (B, L, H).
         """
 
+    @property
     @abstractmethod
-    def head(self, features: Tensor) -> Tensor:
-        """Logits of hidden states, position by position.
+    def head(self) -> nn.Module:
+        """Maps hidden states of positions, (B, n, H), to their logits, (B, n, V), float32, position by position.
 
-        Args:
-            features: (..., H).
-
-        Returns:
-            (..., V), float32.
+        Its parameters are all that it uses, so that the loss can train them a few positions at a time.
         """
 
-    def head_parameters(self) -> list[nn.Parameter]:
-        """Trainable parameters that `head` uses.
+    def parameter_groups(self) -> Mapping[str, list[nn.Parameter]]:
+        """Parameters that are trained without weight decay at a rate of their own, by the name of the group.
 
         Returns:
-            Empty unless a backbone trains its head.
+            Empty unless a backbone names some; `time` takes `training.time_learning_rate`.
         """
-        return []
+        return {}
 
-    def time_parameters(self) -> list[nn.Parameter]:
-        """Parameters of the time embedding, which may be trained at a rate of their own.
-
-        Returns:
-            Empty unless a backbone names some.
-        """
-        return []
-
-    def plain(self, positions: Tensor, context: Any) -> Tensor:
+    def plain(self, positions: Tensor, context: C) -> Tensor:
         """Hidden states of the language model alone, for `num_inference_steps = 0`.
 
         Args:

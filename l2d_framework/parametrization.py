@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from l2d_framework.component import Component, merged
 from l2d_framework.errors import ConfigError
-from l2d_framework.schedule import Schedule
-from l2d_framework.types import Random
+from l2d_framework.schedule import NoiseLaw
+from l2d_framework.types import Random, Stride
 
 
 class ParametrizationConfig(Component):
@@ -76,7 +76,7 @@ class Parametrization(nn.Module, ABC):
         """
 
     @abstractmethod
-    def embed(self, x: Tensor, t: Tensor, schedule: Schedule, table: Tensor, previous: Tensor | None) -> Tensor:
+    def embed(self, x: Tensor, t: Tensor, schedule: NoiseLaw, table: Tensor, previous: Tensor | None) -> Tensor:
         """Network input for noisy states.
 
         Args:
@@ -97,13 +97,25 @@ class Parametrization(nn.Module, ABC):
 
         Args:
             logits: (B, L, V), float32.
-            t: time that the move made with this estimate leads to, (B, L); temperature schedules read it.
+            t: time that temperature schedules read, (B, L): what `lookahead` made of the evaluation's.
             codebook: what `codebook` returned.
             random: streams for estimates that draw.
 
         Returns:
             (B, L, D), float32.
         """
+
+    def lookahead(self, t: Tensor, stride: Stride) -> Tensor:
+        """Time whose temperature an estimate has.
+
+        Args:
+            t: time of the evaluation, (B, L), float.
+            stride: the move that the estimate is for.
+
+        Returns:
+            (B, L); `t` itself, unless a method anneals ahead of the state.
+        """
+        return t
 
     def noise(self, random: Random) -> Tensor:
         """Standard normal noise of a state.
@@ -115,6 +127,52 @@ class Parametrization(nn.Module, ABC):
             (B, L, D), float32.
         """
         return random.normal(self.state_size)
+
+    def prior(self, random: Random) -> Tensor:
+        """State at t = 0, from which sampling starts: what `corrupt` makes of any token there.
+
+        Args:
+            random: one stream per token.
+
+        Returns:
+            (B, L, D), float32; the noise times the prior's scale unless a space has another corruption.
+        """
+        return self.prior_scale * self.noise(random)
+
+    def corrupt(self, tokens: Tensor, noise: Tensor, t: Tensor, schedule: NoiseLaw, table: Tensor) -> Tensor:
+        """Noisy states of tokens.
+
+        Args:
+            tokens: ids, (B, L), int64.
+            noise: standard normal, (B, L, D), float32; what `noise` made or any tensor.
+            t: times, (B, L), float32.
+            schedule: the noise law.
+            table: the backbone's embedding table, (V, H).
+
+        Returns:
+            (B, L, D), float32; alpha(t) * clean + sigma(t) * prior_scale * noise unless a space has another corruption,
+            which is then the prior at t = 0 and `encode` at t = 1, and whose solvers move by other rules than a slope.
+        """
+        return schedule.interpolate(self.encode(tokens, table), self.prior_scale * noise, t)
+
+    def refine(self, logits: Tensor, x: Tensor, t: Tensor, schedule: NoiseLaw, table: Tensor) -> Tensor:
+        """Logits after what the state itself says of its token; the network then learns the rest.
+
+        A token that the corruption left as it was is so never mistaken, in the loss, between evaluations or in the
+        read-out. In training no gradient reaches state or table through this, only the logits. A space that overrides
+        it holds the logits of a whole block in generation.
+
+        Args:
+            logits: of some positions, (B, n, V), float32.
+            x: their states, (B, n, D), float32.
+            t: their times, (B, n), float32.
+            schedule: the noise law.
+            table: the backbone's embedding table, (V, H).
+
+        Returns:
+            (B, n, V), float32; the logits as they are unless a space knows better.
+        """
+        return logits
 
     def remember(self, logits: Tensor, table: Tensor) -> Tensor:
         """What `embed` will need of logits that are too many to keep.

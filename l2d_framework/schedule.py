@@ -1,20 +1,42 @@
-"""Schedule: the scalar law of noise."""
+"""Schedule: the scalar law of noise, and when training and sampling visit it."""
 
 from __future__ import annotations
 
-from abc import abstractmethod
-from typing import ClassVar
+from abc import ABC, abstractmethod
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from l2d_framework.component import Component
 
 
-class Schedule(Component):
-    """x_t = alpha(t) * clean + sigma(t) * noise, with t from 0 (noise) to 1 (data); owns no weights."""
+class ScheduleConfig(Component):
+    """Configuration of a law of noise; `build` makes the law of one model."""
 
     kind: ClassVar[str] = "schedule"
+
+    @abstractmethod
+    def build(self) -> NoiseLaw:
+        """Make the law.
+
+        Returns:
+            This component itself where nothing is learned (`Schedule`); else a module that owns what is.
+        """
+
+
+class NoiseLaw(ABC):
+    """x_t = alpha(t) * clean + sigma(t) * noise, with t from 0 (noise) to 1 (data).
+
+    A law that learns is an `nn.Module` too: its state dict is part of every checkpoint, and `observe` lets it hear the
+    loss of each update.
+    """
+
+    @property
+    @abstractmethod
+    def config(self) -> ScheduleConfig:
+        """The component this law was built from."""
 
     @abstractmethod
     def alpha(self, t: Tensor) -> Tensor:
@@ -105,6 +127,36 @@ class Schedule(Component):
         """
         return u
 
+    def fixed_times(self, u: Tensor) -> Tensor:
+        """Times that stay the same while a schedule learns, for held-out losses that are compared.
+
+        Args:
+            u: numbers in [0, 1), any shape.
+
+        Returns:
+            Times in [0, 1], same shape; the training times unless these are learned.
+        """
+        return self.sample_times(u)
+
+    def observe(self, t: Tensor, loss: Tensor) -> None:  # noqa: B027 - most laws have nothing to learn
+        """Hear the losses of one update, once after it and the same in every process; only modules are told.
+
+        Args:
+            t: time of every draw of all processes, (N,), float32.
+            loss: its cross-entropy in nats, without the weight, (N,), float32.
+        """
+
+    def weight(self, t: Tensor) -> Tensor | None:
+        """Weight of a token's cross-entropy in the training loss.
+
+        Args:
+            t: training times, any shape.
+
+        Returns:
+            Same shape, finite and not negative; None, the default, where every weight is 1.
+        """
+        return None
+
     def noisier(self, t: Tensor) -> Tensor:
         """Times one step nearer to the noise, at which training makes the prediction it conditions itself on.
 
@@ -127,3 +179,16 @@ class Schedule(Component):
             `count` increasing times; the first is where the state is pure noise.
         """
         return [float(v) for v in torch.linspace(0.0, end, count)]
+
+
+class Schedule(NoiseLaw, ScheduleConfig):
+    """A law that learns nothing, and is therefore its own configuration."""
+
+    @property
+    @override
+    def config(self) -> ScheduleConfig:
+        return self
+
+    @override
+    def build(self) -> Self:
+        return self

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from l2d_framework.component import Component
 from l2d_framework.errors import ConfigError
-from l2d_framework.schedule import Schedule
+from l2d_framework.schedule import NoiseLaw
 
 Time = float | Tensor
 """A time shared by all tokens, or one per token, (B, L)."""
@@ -21,17 +21,16 @@ class Problem(Protocol):
     """The differential equation as a solver sees it; every call of `clean` or `velocity` costs one evaluation."""
 
     @property
-    def schedule(self) -> Schedule:
+    def schedule(self) -> NoiseLaw:
         """The noise law."""
         ...
 
-    def clean(self, x: Tensor, t: Time, *, until: Time | None = None, active: Tensor | None = None) -> Tensor:
+    def clean(self, x: Tensor, t: Time, *, active: Tensor | None = None) -> Tensor:
         """Estimate of the clean state.
 
         Args:
             x: (B, L, D), float.
             t: time of `x`.
-            until: time the move made with this estimate leads to; `t` when None.
             active: tokens to evaluate, (B, L), bool; all when None. The others cost nothing.
 
         Returns:
@@ -39,13 +38,12 @@ class Problem(Protocol):
         """
         ...
 
-    def velocity(self, x: Tensor, t: Time, *, until: Time | None = None, active: Tensor | None = None) -> Tensor:
+    def velocity(self, x: Tensor, t: Time, *, active: Tensor | None = None) -> Tensor:
         """Slope dx/dt.
 
         Args:
             x: (B, L, D), float.
             t: time of `x`, below 1.
-            until: time the move made with this slope leads to; `t` when None.
             active: tokens to evaluate, (B, L), bool; all when None. The others cost nothing.
 
         Returns:

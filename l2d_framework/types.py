@@ -50,6 +50,21 @@ class Context(Protocol):
 
 
 @dataclass(frozen=True)
+class Stride:
+    """The move that an evaluation is for, as the grid of the solve tells it.
+
+    Attributes:
+        length: of the interval of the grid that the solver is crossing, in units of time; 0 where it chooses its own.
+        stages: evaluations it makes to cross it.
+        evaluates_end: whether one of them is at its end.
+    """
+
+    length: float = 0.0
+    stages: int = 1
+    evaluates_end: bool = False
+
+
+@dataclass(frozen=True)
 class Query:
     """One question to the network: which tokens stand at `positions`, given their noisy states?
 
@@ -68,7 +83,7 @@ class Query:
     x: Tensor
     t: Tensor
     positions: Tensor
-    context: Any
+    context: Context
     condition: Tensor | None = None
     previous: Tensor | None = None
     shared_time: float | None = None

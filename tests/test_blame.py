@@ -14,14 +14,15 @@ from pydantic import Field
 from tiny_models import tiny_lm
 
 from l2d_framework.config import SamplingSection
-from l2d_framework.diffusion.loss import NoiseRule, denoising_loss, draw
+from l2d_framework.diffusion.loss import denoising_loss
+from l2d_framework.diffusion.training_noise import NoiseRule, draw
 from l2d_framework.errors import ConfigError, EvaluationBudgetError, PluginError
 from l2d_framework.guidance import Guidance
 from l2d_framework.models.diffusion_lm import DiffusionLM, Origin
 from l2d_framework.registry import Registry
 from l2d_framework.types import Prediction
 from l2d_plugins.schedules.linear import Linear
-from l2d_plugins.solvers.euler import Euler
+from l2d_plugins.solvers.runge_kutta import Euler
 
 IDS = torch.tensor([[5, 6, 7]])
 HOW: dict[str, Any] = {"max_new_tokens": 1, "num_inference_steps": 3, "eos_token_id": None}

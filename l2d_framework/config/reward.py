@@ -12,7 +12,7 @@ from l2d_framework.component import merged
 from l2d_framework.config.sampling import component_type
 from l2d_framework.config.sections import ModelSection, RowSource, Section, Updates, UserPath
 from l2d_framework.registry import Registry
-from l2d_framework.schedule import Schedule
+from l2d_framework.schedule import ScheduleConfig
 
 PRESETS: dict[str, dict[str, Any]] = {
     "tess2-paper": {
@@ -115,7 +115,7 @@ class RewardTraining(Updates):
 class SimplexNoise(Section):
     """Noise on the simplex under the training texts, so that the reward model knows the drafts guidance shows it."""
 
-    schedule: SerializeAsAny[Schedule]
+    schedule: SerializeAsAny[ScheduleConfig]
     k: float = Field(default=5.0, gt=0)
     """Half the distance between the true token's coordinate and the others', and the standard deviation of noise."""
 
@@ -157,7 +157,7 @@ def reward_type(plugins: Registry) -> type[RewardRun]:
         "SimplexNoise",
         __base__=SimplexNoise,
         __doc__=SimplexNoise.__doc__,
-        schedule=(component_type(plugins, "schedule", Schedule), ...),
+        schedule=(component_type(plugins, "schedule", ScheduleConfig), ...),
     )
     return create_model("RewardRun", __base__=RewardRun, __doc__=RewardRun.__doc__, noise=(noise | None, None))
 

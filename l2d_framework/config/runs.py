@@ -21,7 +21,7 @@ from l2d_framework.config.sections import (
 )
 from l2d_framework.parametrization import ParametrizationConfig
 from l2d_framework.registry import Registry, registry
-from l2d_framework.schedule import Schedule
+from l2d_framework.schedule import ScheduleConfig
 
 
 def _sampling_is_optional(schema: dict[str, Any]) -> None:
@@ -35,7 +35,7 @@ class DiffusionRun(Section):
 
     kind: Literal["diffusion"] = "diffusion"
     model: ModelSection
-    schedule: SerializeAsAny[Schedule]
+    schedule: SerializeAsAny[ScheduleConfig]
     parametrization: SerializeAsAny[ParametrizationConfig]
     backbone: SerializeAsAny[BackboneConfig]
     block_size: int | None = Field(default=1, ge=1)
@@ -125,7 +125,7 @@ def diffusion_type(plugins: Registry) -> type[DiffusionRun]:
         "DiffusionRun",
         __base__=DiffusionRun,
         __doc__=DiffusionRun.__doc__,
-        schedule=(component_type(plugins, "schedule", Schedule), ...),
+        schedule=(component_type(plugins, "schedule", ScheduleConfig), ...),
         parametrization=(component_type(plugins, "parametrization", ParametrizationConfig), ...),
         backbone=(component_type(plugins, "backbone", BackboneConfig), ...),
         sampling=(sampling_type(plugins), ...),

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from l2d_framework.backbone import Backbone
+from l2d_framework.diffusion.logits import Logits
 from l2d_framework.parametrization import Parametrization
-from l2d_framework.schedule import Schedule
+from l2d_framework.schedule import NoiseLaw
 from l2d_framework.types import Prediction, Query
 
 
@@ -22,12 +23,12 @@ class Diffusion(nn.Module):
     """
 
     def __init__(
-        self, schedule: Schedule, parametrization: Parametrization, backbone: Backbone, block_size: int | None = 1
+        self, schedule: NoiseLaw, parametrization: Parametrization, backbone: Backbone, block_size: int | None = 1
     ) -> None:
         super().__init__()
         self.schedule = schedule
         self.parametrization = parametrization
-        self.backbone = backbone
+        self.backbone = backbone.in_blocks(block_size)
         self.block_size = block_size
         self._codebook: tuple[object, Tensor] | None = None
 
@@ -65,10 +66,9 @@ class Diffusion(nn.Module):
             noise: standard normal, (B, L, D), float32; what `Parametrization.noise` made or any tensor.
 
         Returns:
-            alpha(t) * clean + sigma(t) * prior_scale * noise, (B, L, D), float32; gradients reach the projection.
+            What `Parametrization.corrupt` makes of them, (B, L, D), float32; gradients reach the projection.
         """
-        clean = self.parametrization.encode(tokens, self.backbone.table())
-        return self.schedule.interpolate(clean, self.parametrization.prior_scale * noise, t)
+        return self.parametrization.corrupt(tokens, noise, t, self.schedule, self.backbone.table())
 
     def features(self, query: Query) -> Tensor:
         """Hidden states about the queried positions, before the vocabulary head.
@@ -95,7 +95,40 @@ class Diffusion(nn.Module):
         Returns:
             Logits in float32.
         """
-        return Prediction(self.backbone.head(self.features(query)).float())
+        logits = self.backbone.head(self.features(query)).float()
+        return Prediction(self.refine(logits, query.x, query.t) if self.refines else logits)
+
+    @property
+    def refines(self) -> bool:
+        """Whether the state space has something to say about logits."""
+        return type(self.parametrization).refine is not Parametrization.refine
+
+    def refine(self, logits: Tensor, x: Tensor, t: Tensor) -> Tensor:
+        """Logits after what the states say of their tokens.
+
+        Args:
+            logits: of some positions, (B, n, V), float32.
+            x: their states, (B, n, D), float32.
+            t: their times, (B, n), float32.
+
+        Returns:
+            (B, n, V), float32.
+        """
+        return self.parametrization.refine(logits, x.detach(), t, self.schedule, self.backbone.table().detach())
+
+    def answer(self, query: Query) -> Logits:
+        """Predict without guidance, such that not all logits need be held at once.
+
+        Args:
+            query: what is asked.
+
+        Returns:
+            Logits made a few positions at a time, or all of them where the state space refines them.
+        """
+        size = self.backbone.vocab_size
+        if self.refines:
+            return Logits(self.forward(query).logits, size)
+        return Logits(self.features(query), size, self.backbone.head)
 
     def together(self, queries: list[Query]) -> list[Prediction]:
         """Answer queries that share positions and context in one pass of the network.

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from l2d_framework.blame import described
 from l2d_framework.diffusion.diffusion import Diffusion
@@ -18,10 +19,10 @@ from l2d_framework.diffusion.selection import ActiveTokens, AllTokens, Sliced, S
 from l2d_framework.errors import PluginError
 from l2d_framework.guidance import Guidance
 from l2d_framework.parametrization import Parametrization
-from l2d_framework.schedule import Schedule
+from l2d_framework.schedule import NoiseLaw
 from l2d_framework.simplex_state import CHUNK
-from l2d_framework.solver import Time, as_time
-from l2d_framework.types import Layout, Predict, Prediction, Query, Random, Space
+from l2d_framework.solver import Problem, Solver, Time, as_time
+from l2d_framework.types import Layout, Predict, Prediction, Query, Random, Space, Stride
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ class Streams:
     repeat: bool = False
 
 
-class TokenODE:
+class TokenODE(Problem):
     """Turns predictions into clean states and velocities, and counts evaluations.
 
     Tokens that a solver declares inactive are left out of the network's batch, not merely masked.
@@ -105,60 +106,57 @@ class TokenODE:
         self._context = query.context
         self._settling = None if patience is None else EarlyStop(patience, len(query.positions))
         self._count = 0
+        self._moves: tuple[Solver, list[float], int] | None = None
         self._unsound: dict[int, Tensor] = {}
         self.evaluations = torch.zeros_like(query.positions)
         self.metrics: dict[str, list[Tensor]] = {}
 
+    def solve(self, solver: Solver, x: Tensor, times: list[float]) -> Tensor:
+        """Let a solver move through `times`, by which estimates know how far each move leads.
+
+        Args:
+            solver: how to move.
+            x: state at times[0], (B, L, D), float.
+            times: increasing times.
+
+        Returns:
+            State at times[-1], (B, L, D).
+        """
+        self._moves = None if solver.is_adaptive else (solver, times, self._count)
+        return solver.solve(self, x, times)
+
+    def _stride(self) -> Stride:
+        """The move that the next evaluation is for."""
+        if self._moves is None:
+            return Stride()
+        solver, times, begun = self._moves
+        # By count, since a time of the grid belongs to the interval that ends there and to the one that begins.
+        interval = min((self._count - begun) // solver.stages, len(times) - 2)
+        return Stride(times[interval + 1] - times[interval], solver.stages, solver.evaluates_end)
+
     @property
-    def schedule(self) -> Schedule:
-        """The noise law."""
+    @override
+    def schedule(self) -> NoiseLaw:
         return self._diffusion.schedule
 
+    @override
     def fresh_noise(self, x: Tensor) -> Tensor:
-        """New noise from the prior.
-
-        Args:
-            x: a state; its shape is the block's.
-
-        Returns:
-            (B, L, D), with the prior's standard deviation.
-        """
         return self._parametrization.prior_scale * self._parametrization.noise(self._streams.fresh)
 
-    def velocity(self, x: Tensor, t: Time, *, until: Time | None = None, active: Tensor | None = None) -> Tensor:
-        """Slope dx/dt.
-
-        Args:
-            x: (B, L, D), float.
-            t: time of `x`, below 1.
-            until: time the move made with this slope leads to; `t` when None.
-            active: tokens to evaluate, (B, L), bool; all when None.
-
-        Returns:
-            (B, L, D); zero where not active.
-        """
-        clean = self.clean(x, t, until=until, active=active)
+    @override
+    def velocity(self, x: Tensor, t: Time, *, active: Tensor | None = None) -> Tensor:
+        clean = self.clean(x, t, active=active)
         slope = self.schedule.velocity(x, clean, as_time(t, x))
         return slope if active is None else torch.where(active[..., None], slope, 0)
 
-    def clean(self, x: Tensor, t: Time, *, until: Time | None = None, active: Tensor | None = None) -> Tensor:
-        """Estimate of the clean state.
-
-        Args:
-            x: (B, L, D), float.
-            t: time of `x`.
-            until: time the move made with this estimate leads to; `t` when None.
-            active: tokens to evaluate, (B, L), bool; all when None.
-
-        Returns:
-            (B, L, D); zero where not active.
-        """
+    @override
+    def clean(self, x: Tensor, t: Time, *, active: Tensor | None = None) -> Tensor:
         query = self._at(x, t)
-        until_t = query.t if until is None else as_time(until, x).float()
+        ahead = self._parametrization.lookahead(as_time(t, x), self._stride()).float()
         if active is None:
-            return self._evaluate(query, until_t, AllTokens(self._streams.estimate))[1]
+            return self._evaluate(query, ahead, AllTokens(self._streams.estimate))[1]
         part = self._compact(active)
-        _, found = self._evaluate(part.query(query), part.take(until_t), ActiveTokens(self._streams.estimate, part))
+        _, found = self._evaluate(part.query(query), part.take(ahead), ActiveTokens(self._streams.estimate, part))
         return part.put(found)
 
     def read_out(self, x: Tensor, t: float) -> Logits:
@@ -177,22 +175,22 @@ class TokenODE:
         shared = None if isinstance(t, Tensor) else float(t)
         return self._query.replace(x=x.float(), t=as_time(t, x).float(), shared_time=shared, previous=self._previous)
 
-    def _evaluate(self, query: Query, until: Tensor | None, random: AllTokens | ActiveTokens) -> tuple[Logits, Tensor]:
-        """Logits, and the clean state for a move `until` a time; the read-out moves no more and gets an empty one."""
+    def _evaluate(self, query: Query, ahead: Tensor | None, random: AllTokens | ActiveTokens) -> tuple[Logits, Tensor]:
+        """Logits, and the clean state at the temperature of `ahead`; the read-out moves no more and gets none."""
         if self._streams.repeat:
             self._streams.estimate.rewind()
-        space = _Space(self, query.t if until is None else until, random, self._count)
+        space = _Space(self, query.t if ahead is None else ahead, random, self._count)
         answer, clean = self._predict(query, space)
         if self._observer is not None:
-            self._observer(Evaluation(query.positions, query.t, query.x, answer.values, until is None))
+            self._observer(Evaluation(query.positions, query.t, query.x, answer.values, ahead is None))
         self._count += 1
         random.count(self.evaluations, None if self._settling is None else self._settling.going)
         estimates, memory, tokens = [], [], []
         draws = Sliced(space.branch())
         for part, logits in answer.parts():
-            if until is not None and clean is None:
-                estimates.append(self._parametrization.estimate(logits, until[:, part], self._codebook, draws.of(part)))
-            if until is not None and self._parametrization.uses_previous:
+            if ahead is not None and clean is None:
+                estimates.append(self._parametrization.estimate(logits, ahead[:, part], self._codebook, draws.of(part)))
+            if ahead is not None and self._parametrization.uses_previous:
                 whole = logits.shape == answer.values.shape
                 memory.append(
                     logits if whole else self._parametrization.remember(logits, self._diffusion.backbone.table())
@@ -202,7 +200,7 @@ class TokenODE:
         if memory:
             self._previous = random.keep(_joined(memory), self._previous)
         if self._settling is not None:
-            answer = self._settling.add(answer, torch.cat(tokens, 1), is_last=until is None)
+            answer = self._settling.add(answer, torch.cat(tokens, 1), is_last=ahead is None)
         return answer, clean if clean is not None else _joined(estimates) if estimates else query.t.new_empty(0)
 
     def _predict(self, query: Query, space: _Space) -> tuple[Logits, Tensor | None]:
@@ -213,7 +211,7 @@ class TokenODE:
         rows, length = query.positions.shape
         size = self._diffusion.backbone.vocab_size
         if not self._guidance and self._observer is None and rows * length * size > CHUNK:
-            return Logits(self._diffusion.features(query), size, self._diffusion.backbone.head), None
+            return self._diffusion.answer(query), None
         predict: Predict = self._diffusion
         for guidance in self._guidance:
             predict = _Guided(predict, guidance, space, self)
@@ -276,8 +274,8 @@ def _joined(parts: list[Tensor]) -> Tensor:
 class _Space:
     """The state space at one evaluation, as guidance sees it."""
 
-    def __init__(self, problem: TokenODE, until: Tensor, random: AllTokens | ActiveTokens, evaluation: int) -> None:
-        self._problem, self._until, self._random, self.evaluation = problem, until, random, evaluation
+    def __init__(self, problem: TokenODE, ahead: Tensor, random: AllTokens | ActiveTokens, evaluation: int) -> None:
+        self._problem, self._ahead, self._random, self.evaluation = problem, ahead, random, evaluation
         self._estimates = 0
         self._recorded: set[str] = set()
 
@@ -293,7 +291,7 @@ class _Space:
 
     def estimate(self, logits: Tensor) -> Tensor:
         problem = self._problem
-        return problem._parametrization.estimate(logits, self._until, problem._codebook, self.branch())
+        return problem._parametrization.estimate(logits, self._ahead, problem._codebook, self.branch())
 
     def encode(self, tokens: Tensor) -> Tensor:
         return self._problem._parametrization.encode(tokens, self._problem._diffusion.backbone.table())

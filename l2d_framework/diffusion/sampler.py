@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +15,7 @@ from l2d_framework.diffusion.ode import Observer, Streams, TokenODE
 from l2d_framework.diffusion.rng import TokenStreams
 from l2d_framework.diffusion.sampling import Sampling, plan
 from l2d_framework.parametrization import Parametrization
-from l2d_framework.types import Layout, Query
+from l2d_framework.types import Context, Layout, Query
 
 
 @dataclass(frozen=True)
@@ -34,7 +33,7 @@ class Block:
 
     positions: Tensor
     layout: Layout
-    context: Any
+    context: Context
     keys: Sequence[Sequence[tuple[int | str, ...]]]
     condition: Tensor | None = None
     guidance_scale: Tensor | None = None
@@ -112,7 +111,7 @@ class Sampler:
             answer = Logits(plain, backbone.vocab_size, backbone.head)
             return Denoised(answer, torch.zeros_like(positions), {})
         solver, times = plan(diffusion, sampling)
-        x = space.prior_scale * space.noise(block.streams("prior"))
+        x = space.prior(block.streams("prior"))
         x = x.to(torch.float32 if x.device.type == "mps" else space.state_dtype)
         problem = TokenODE(
             diffusion,
@@ -133,7 +132,7 @@ class Sampler:
             observer=self.observer,
         )
         try:
-            answer = problem.read_out(solver.solve(problem, x, times), times[-1])
+            answer = problem.read_out(problem.solve(solver, x, times), times[-1])
         except Settled as end:
             answer = end.answer
         problem.check_sound()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from l2d_framework.diffusion.rng import TokenStreams
-from l2d_framework.types import Query, Random
+from l2d_framework.types import Context, Query, Random
 
 
 class Subset:
@@ -22,7 +22,7 @@ class Subset:
         context: of those rows.
     """
 
-    def __init__(self, rows: Tensor, active: Tensor, context: object) -> None:
+    def __init__(self, rows: Tensor, active: Tensor, context: Context) -> None:
         width = int(active.sum(1).max())
         order = (~active[rows]).long().argsort(stable=True, dim=1)[:, :width]
         self.rows, self.columns, self.active, self.context = rows[:, None], order, active, context

@@ -143,5 +143,5 @@ def check_infilling(backbone: Backbone) -> None:
         name = backbone.config.component_name()
         raise ConfigError(
             f"Infilling needs a backbone that sees the tokens after a gap; this one, {name!r}, sees earlier ones only. "
-            "Use a model trained with the backbone 'in_place', with attention: bidirectional."
+            "Use a model trained with the backbone 'in_place', with attention: bidirectional and block_size: null."
         )

@@ -22,7 +22,7 @@ from l2d_framework.diffusion.sampler import Block, Sampler
 from l2d_framework.diffusion.sampling import Sampling, check_sampling
 from l2d_framework.errors import ConfigError
 from l2d_framework.generation.prompts import Encoded
-from l2d_framework.types import Layout
+from l2d_framework.types import Context, Layout
 
 
 @dataclass(frozen=True)
@@ -258,7 +258,7 @@ class _Loop:
             keys.append([(seed, request, first + i, sample) for i in range(count)])
         return keys
 
-    def _block(self, context: Any, rows: list[int], ids: Tensor, keys: Any) -> Block:
+    def _block(self, context: Context, rows: list[int], ids: Tensor, keys: Any) -> Block:
         start, count = ids.shape[1], len(keys[0])
         present = functional.pad(self.mask[self.first[rows]], (0, start - self.mask.shape[1]), value=1)
         return Block(

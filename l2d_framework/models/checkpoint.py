@@ -57,6 +57,7 @@ from l2d_framework.opening import open_model, reading
 from l2d_framework.registry import registry
 
 ADAPTER = "adapter"
+_SCHEDULE = "schedule."
 
 
 @naming_plugins()
@@ -105,7 +106,7 @@ def _go_on(model: DiffusionLM, run: DiffusionRun, folder: Path) -> None:
                 f"model.base: {run.model.base!r} is a diffusion model with {kind} {earlier!r}, but the run asks for "
                 f"{wanted!r}. Make them agree, or start from a language model."
             )
-    _load_own(model, folder)
+    _load_own(model, folder, schedule=manifest["schedule"] == model.schedule.config.to_json())
 
 
 def _assemble(parts: Any, lm: PreTrainedModel, seed: int) -> DiffusionLM:
@@ -114,7 +115,8 @@ def _assemble(parts: Any, lm: PreTrainedModel, seed: int) -> DiffusionLM:
         backbone = parts.backbone.build(lm)
         check_quantization(lm.config, str(lm.config.name_or_path), whole=backbone.trains_lm or None)
         parametrization = parts.parametrization.build(backbone.vocab_size, backbone.hidden_size)
-    return DiffusionLM(parts.schedule, parametrization, backbone, parts.block_size)
+        schedule = parts.schedule.build()
+    return DiffusionLM(schedule, parametrization, backbone, parts.block_size)
 
 
 def save(model: DiffusionLM, folder: str | Path, *, notes: str = "", dtype: torch.dtype | None = None) -> None:
@@ -148,7 +150,7 @@ def save(model: DiffusionLM, folder: str | Path, *, notes: str = "", dtype: torc
             peft_config.base_model_name_or_path = None if base is None else base.base
             peft_config.save_pretrained(str(stage / ADAPTER))
             save_file(_plain(state, dtype), stage / ADAPTER / "adapter_model.safetensors", metadata={"format": "pt"})
-        save_file(_plain(own, dtype), stage / WEIGHTS, metadata={"format": "pt"})
+        save_file(_plain(own, dtype) | _plain(_learned(model)), stage / WEIGHTS, metadata={"format": "pt"})
         files = [path.relative_to(stage) for path in sorted(stage.rglob("*")) if path.is_file()]
         hashes = {path.as_posix(): file_hash(stage / path) for path in files}
         manifest = sealed(to_manifest(model) | {"files": hashes})
@@ -168,13 +170,20 @@ def save(model: DiffusionLM, folder: str | Path, *, notes: str = "", dtype: torc
         shutil.rmtree(stage, ignore_errors=True)
 
 
-def _own(model: DiffusionLM) -> dict[str, nn.Parameter]:
-    """Trained parameters that are neither the adapter's nor the language model's, which have files of their own."""
+def _own(model: DiffusionLM) -> dict[str, Tensor]:
+    """Weights that are neither the adapter's nor the language model's, which have files of their own."""
     adapter = model.backbone.peft_adapter()
     elsewhere = {tensor.data_ptr() for tensor in (adapter[1] if adapter else {}).values()}
     if model.backbone.trains_lm:
         elsewhere |= {parameter.data_ptr() for parameter in model.backbone.lm.parameters()}
-    return {name: p for name, p in model.own_parameters().items() if p.data_ptr() not in elsewhere}
+    own = {name: p for name, p in model.own_parameters().items() if p.data_ptr() not in elsewhere}
+    return {name: value for name, value in own.items() if not name.startswith(_SCHEDULE)}
+
+
+def _learned(model: DiffusionLM) -> dict[str, Tensor]:
+    """What a schedule has learned, which keeps its precision in every file."""
+    law = model.schedule
+    return {_SCHEDULE + name: v for name, v in law.state_dict().items()} if isinstance(law, nn.Module) else {}
 
 
 def _save_language_model(model: DiffusionLM, folder: Path, dtype: torch.dtype | None) -> None:
@@ -198,7 +207,7 @@ def to_manifest(model: DiffusionLM) -> dict[str, Any]:
         "l2d_framework": version("l2d-framework"),
         "model": None if origin.model is None else origin.model.model_dump(mode="json"),
         "fingerprint": origin.fingerprint,
-        "schedule": model.schedule.to_json(),
+        "schedule": model.schedule.config.to_json(),
         "parametrization": model.parametrization.config.to_json(),
         "backbone": model.backbone.config.to_json(),
         "block_size": model.block_size,
@@ -277,16 +286,18 @@ def load_weights(model: DiffusionLM, folder: str | Path) -> None:
             lm.load_state_dict(open_model(type(lm), inside, dtype=lm.dtype)[0].state_dict())
 
 
-def _load_own(model: DiffusionLM, folder: Path) -> None:
+def _load_own(model: DiffusionLM, folder: Path, *, schedule: bool = True) -> None:
     adapter = model.backbone.peft_adapter()
     targets: dict[str, Tensor] = {} if adapter is None else dict(adapter[1])
-    targets |= _own(model)
+    targets |= _own(model) | (_learned(model) if schedule else {})
     found: dict[str, Tensor] = {}
     for path in [folder / WEIGHTS] + ([folder / ADAPTER / "adapter_model.safetensors"] if adapter else []):
         try:
             found |= load_file(path)
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{str(path)!r} is missing or damaged ({error}). Copy it again.") from error
+    if not schedule:  # a run may go on with another one
+        found = {name: value for name, value in found.items() if not name.startswith(_SCHEDULE)}
     wrong = sorted(
         name
         for name in targets.keys() | found.keys()

@@ -247,7 +247,7 @@ def _assemble(run: DiffusionRun, lm: PreTrainedModel) -> DiffusionLM:
     with torch.random.fork_rng(devices=[]):
         backbone = run.backbone.build(lm)
         parametrization = run.parametrization.build(backbone.vocab_size, backbone.hidden_size)
-    return DiffusionLM(run.schedule, parametrization, backbone, run.block_size)
+    return DiffusionLM(run.schedule.build(), parametrization, backbone, run.block_size)
 
 
 def _own(model: DiffusionLM) -> dict[str, torch.nn.Parameter]:

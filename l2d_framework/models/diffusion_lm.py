@@ -41,7 +41,7 @@ from l2d_framework.generation.prompts import (
 )
 from l2d_framework.models.origin import Origin
 from l2d_framework.parametrization import Parametrization
-from l2d_framework.schedule import Schedule
+from l2d_framework.schedule import NoiseLaw
 from l2d_framework.types import Layout
 
 DEFAULT_NEW_TOKENS = 256
@@ -65,7 +65,7 @@ class DiffusionLM(Diffusion):
     """
 
     def __init__(
-        self, schedule: Schedule, parametrization: Parametrization, backbone: Backbone, block_size: int | None = 1
+        self, schedule: NoiseLaw, parametrization: Parametrization, backbone: Backbone, block_size: int | None = 1
     ) -> None:
         super().__init__(schedule, parametrization, backbone, block_size)
         self.origin = Origin()

@@ -31,7 +31,7 @@ def model_card(model: DiffusionLM, notes: str = "") -> str:
             'print(lm.tokenizer.decode(lm.generate(["Hello"], max_new_tokens=32).sequences[0]))',
             "```",
             "",
-            f"Schedule `{model.schedule.component_name()}`, parametrization "
+            f"Schedule `{model.schedule.config.component_name()}`, parametrization "
             f"`{model.parametrization.config.component_name()}`, backbone `{model.backbone.config.component_name()}`.",
             "",
             notes,

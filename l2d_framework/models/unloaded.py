@@ -84,7 +84,7 @@ class UnloadedModel:
         self.parts = Parts(self.manifest)
         self.lm_config = load_config(self.reference)
         lm = empty_language_model(self.lm_config, self.reference.attn_implementation)
-        self.empty: Backbone = self.parts.backbone.build(lm)
+        self.empty: Backbone = self.parts.backbone.build(lm).in_blocks(self.parts.block_size)
         self.classes = list(self.origin.classes)
         self._ignored: set[str] = set()
         tokenizer = load_tokenizer(self.reference)

@@ -18,7 +18,7 @@ from l2d_framework.component import Component
 from l2d_framework.errors import PluginError, suggest
 
 INTERFACES = {
-    "schedule": "l2d_framework.schedule:Schedule",
+    "schedule": "l2d_framework.schedule:ScheduleConfig",
     "parametrization": "l2d_framework.parametrization:ParametrizationConfig",
     "backbone": "l2d_framework.backbone:BackboneConfig",
     "solver": "l2d_framework.solver:Solver",

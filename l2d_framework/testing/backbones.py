@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import nn
 
 from l2d_framework.backbone import BackboneConfig
 from l2d_framework.testing.assertions import distance, ensure, ensure_close
@@ -15,7 +16,7 @@ from l2d_framework.testing.inner_models import (
     check_backbone_merge_changes_nothing,
     check_backbone_names_its_head_parameters,
 )
-from l2d_framework.testing.scenes import LENGTH, Scene, block_sizes, built, known_layout, noisy_scene
+from l2d_framework.testing.scenes import KNOWN, LENGTH, Scene, block_sizes, built, known_layout, noisy_scenes
 from l2d_framework.types import Layout
 
 _VISIBLE = 1e-3
@@ -35,6 +36,8 @@ def backbone_checks(config: BackboneConfig) -> Sequence[Callable[[Any], None]]:
         check_backbone_shapes,
         check_backbone_uses_state_and_time,
         check_backbone_does_not_leak,
+        check_backbone_denoises_blocks_apart,
+        check_backbone_trains_as_it_generates,
         check_backbone_extends_what_it_read,
         check_backbone_ignores_padding,
         check_backbone_selects_rows,
@@ -76,8 +79,9 @@ def check_backbone_shapes(config: BackboneConfig) -> None:
         "(vocab_size, hidden_size)": (backbone.vocab_size, backbone.hidden_size),
     }.items():
         ensure(shape == expected, f"{name} is {shape}, the language model's table {expected}.")
-    scene = noisy_scene(block_sizes(config)[0])
+    _, scene = next(noisy_scenes(backbone))
     features = scene.ask(backbone)
+    ensure(isinstance(backbone.head, nn.Module), f"head must be a module; it is {backbone.head!r}.")
     logits = backbone.head(features)
     ensure(features.shape == scene.h.shape, f"features are {tuple(features.shape)}, not {tuple(scene.h.shape)}.")
     ensure(
@@ -96,8 +100,7 @@ def check_backbone_uses_state_and_time(config: BackboneConfig) -> None:
         config: any backbone.
     """
     backbone = built(config)
-    for size in block_sizes(config):
-        scene = noisy_scene(size)
+    for size, scene in noisy_scenes(backbone):
         base = scene.ask(backbone)
         for name, other in {
             "noisy state": scene.ask(backbone, h=scene.h.flip(-1)),
@@ -114,8 +117,7 @@ def check_backbone_does_not_leak(config: BackboneConfig) -> None:
         config: any backbone.
     """
     backbone = built(config)
-    for size in block_sizes(config):
-        scene = noisy_scene(size)
+    for size, scene in noisy_scenes(backbone):
         base = scene.ask(backbone)
         for changed in range(LENGTH):
             tokens = scene.layout.tokens.clone()
@@ -131,6 +133,42 @@ def check_backbone_does_not_leak(config: BackboneConfig) -> None:
 
 
 @torch.no_grad()
+def check_backbone_denoises_blocks_apart(config: BackboneConfig) -> None:
+    """A block says the same among the others of a text and alone after the tokens before it, as it is generated.
+
+    Args:
+        config: any backbone.
+    """
+    backbone = built(config)
+    for size, scene in noisy_scenes(backbone):
+        together = scene.ask(backbone)
+        context = backbone.read(Layout(scene.layout.tokens[:, :KNOWN], scene.layout.blocks[:, :KNOWN]))
+        step = size or LENGTH - KNOWN
+        for first in range(0, LENGTH - KNOWN, step):
+            block = slice(first, first + step)
+            alone = Scene(scene.layout, scene.places[block])
+            found = alone.ask(backbone, context=context, h=scene.h[:, block], t=scene.t[:, block])
+            ensure_close(
+                found, together[:, block], f"a block must answer alike alone and among others with block_size={size}"
+            )
+            context = backbone.extend(context, scene.layout.tokens[:, KNOWN:][:, block])
+
+
+def check_backbone_trains_as_it_generates(config: BackboneConfig) -> None:
+    """Features are the same where gradients are recorded.
+
+    Args:
+        config: any backbone.
+    """
+    backbone = built(config)
+    for size, scene in noisy_scenes(backbone):
+        with torch.no_grad():
+            expected = scene.ask(backbone)
+        found = scene.ask(backbone).detach()
+        ensure_close(found, expected, f"recording gradients must not matter with block_size={size}")
+
+
+@torch.no_grad()
 def check_backbone_sees_later_where_declared(config: BackboneConfig) -> None:
     """A noisy position sees the known tokens after it if, and only if, the backbone declares `sees_later`.
 
@@ -142,45 +180,51 @@ def check_backbone_sees_later_where_declared(config: BackboneConfig) -> None:
     blocks = layout.blocks.clone()
     blocks[:, place] = 1
     scene = Scene(Layout(layout.tokens, blocks), [place])
-    base = scene.ask(backbone)
-    for later in range(place + 1, LENGTH):
-        tokens = layout.tokens.clone()
-        tokens[:, later] = (tokens[:, later] + 5) % backbone.vocab_size
-        effect = distance(scene.ask(backbone, layout=Layout(tokens, blocks)), base)
-        ensure(
-            effect > _VISIBLE if backbone.sees_later else effect <= 1e-6,
-            f"sees_later is {backbone.sees_later}, but known token {later} changes what is said about position {place} "
-            f"by {effect:.3g}.",
-        )
+    for size, _ in noisy_scenes(backbone):
+        base = scene.ask(backbone)
+        for later in range(place + 1, LENGTH):
+            tokens = layout.tokens.clone()
+            tokens[:, later] = (tokens[:, later] + 5) % backbone.vocab_size
+            effect = distance(scene.ask(backbone, layout=Layout(tokens, blocks)), base)
+            ensure(
+                effect > _VISIBLE if backbone.sees_later else effect <= 1e-6,
+                f"sees_later is {backbone.sees_later} with block_size={size}, but known token {later} changes what is "
+                f"said about position {place} by {effect:.3g}.",
+            )
 
 
 @torch.no_grad()
 def check_backbone_extends_what_it_read(config: BackboneConfig) -> None:
-    """Reading a text at once, in two parts or token by token is the same, also after padding.
+    """Reading a text at once, in two parts or block by block is the same, also after padding.
 
     Args:
         config: any backbone.
     """
     backbone = built(config)
     layout = known_layout(padding=2)
-    whole = backbone.read(layout)
-    part = Layout(layout.tokens[:, :5], layout.blocks[:, :5])
-    at_once = backbone.extend(backbone.read(part), layout.tokens[:, 5:])
-    # Inside what was just appended only blocks of one token can be asked about.
-    positions = [6, 7, 8] if 1 in block_sizes(config) else [8]
-    scene = Scene(layout, positions)
-    ensure_close(
-        scene.ask(backbone, context=at_once), scene.ask(backbone, context=whole), "extend(tokens) must equal read(all)"
-    )
-    stepwise = backbone.read(part)
-    for i in range(5, LENGTH):
-        stepwise = backbone.extend(stepwise, layout.tokens[:, i : i + 1])
-    scene = Scene(layout, [8])
-    ensure_close(
-        scene.ask(backbone, context=stepwise),
-        scene.ask(backbone, context=whole),
-        "extending token by token must equal read(all)",
-    )
+    for size, _ in noisy_scenes(backbone):
+        step, blocks = size or 1, layout.blocks.clone()
+        if size is not None:
+            blocks[:, 5:] = 1 + torch.arange(LENGTH - 5) // size
+        whole = backbone.read(Layout(layout.tokens, blocks))
+        part = Layout(layout.tokens[:, :5], layout.blocks[:, :5])
+        at_once = backbone.extend(backbone.read(part), layout.tokens[:, 5:])
+        # Inside what was just appended only blocks of one token can be asked about.
+        scene = Scene(layout, [6, 7, 8] if size == 1 else [8])
+        ensure_close(
+            scene.ask(backbone, context=at_once),
+            scene.ask(backbone, context=whole),
+            f"extend(tokens) must equal read(all) with block_size={size}",
+        )
+        stepwise = backbone.read(part)
+        for i in range(5, LENGTH, step):
+            stepwise = backbone.extend(stepwise, layout.tokens[:, i : i + step])
+        scene = Scene(layout, [8])
+        ensure_close(
+            scene.ask(backbone, context=stepwise),
+            scene.ask(backbone, context=whole),
+            f"extending block by block must equal read(all) with block_size={size}",
+        )
 
 
 @torch.no_grad()
@@ -191,8 +235,7 @@ def check_backbone_ignores_padding(config: BackboneConfig) -> None:
         config: any backbone.
     """
     backbone, padding = built(config), 2
-    for size in block_sizes(config):
-        scene = noisy_scene(size)
+    for size, scene in noisy_scenes(backbone):
         blocks = scene.layout.blocks.clone()
         blocks[1, :padding] = -1
         alone = Scene(
@@ -216,18 +259,19 @@ def check_backbone_selects_rows(config: BackboneConfig) -> None:
     backbone = built(config)
     layout, rows = known_layout(padding=2), torch.tensor([1, 0, 1])
     scene = Scene(layout, [LENGTH])
-    context = backbone.read(layout)
-    expected = scene.ask(backbone, context=context)
-    chosen = context.select(rows)
-    picked = Scene(Layout(layout.tokens[rows], layout.blocks[rows]), [LENGTH])
-    found = picked.ask(backbone, context=chosen, h=scene.h[rows])
-    ensure_close(found, expected[rows], "select must keep the chosen rows as they are")
-    backbone.extend(chosen, layout.tokens[rows, :1])
-    ensure_close(
-        scene.ask(backbone, context=context),
-        expected,
-        "extending selected rows must not change the context they came from",
-    )
+    for _ in noisy_scenes(backbone):
+        context = backbone.read(layout)
+        expected = scene.ask(backbone, context=context)
+        chosen = context.select(rows)
+        picked = Scene(Layout(layout.tokens[rows], layout.blocks[rows]), [LENGTH])
+        found = picked.ask(backbone, context=chosen, h=scene.h[rows])
+        ensure_close(found, expected[rows], "select must keep the chosen rows as they are")
+        backbone.extend(chosen, layout.tokens[rows, :1])
+        ensure_close(
+            scene.ask(backbone, context=context),
+            expected,
+            "extending selected rows must not change the context they came from",
+        )
 
 
 @torch.no_grad()
@@ -238,8 +282,7 @@ def check_backbone_shared_time(config: BackboneConfig) -> None:
         config: any backbone.
     """
     backbone = built(config)
-    for size in block_sizes(config):
-        scene = noisy_scene(size)
+    for _, scene in noisy_scenes(backbone):
         for time in (0.0, 0.25, 0.75):
             t = torch.full_like(scene.t, time)
             found = scene.ask(backbone, t=t, shared_time=time)
@@ -254,7 +297,7 @@ def check_backbone_unconditional_is_no_class(config: BackboneConfig) -> None:
         config: any backbone.
     """
     backbone = built(config)
-    scene = noisy_scene(block_sizes(config)[0])
+    _, scene = next(noisy_scenes(backbone))
     expected = scene.ask(backbone)
     condition = torch.full_like(scene.t, -1, dtype=torch.int64)
     ensure_close(scene.ask(backbone, condition=condition), expected, "class -1 must equal no class")
@@ -271,7 +314,7 @@ def check_backbone_uses_classes(config: BackboneConfig) -> None:
         config: a backbone with `num_classes` above 0.
     """
     backbone = built(config)
-    scene = noisy_scene(block_sizes(config)[0])
+    _, scene = next(noisy_scenes(backbone))
     base = scene.ask(backbone)
     for label in range(config.num_classes):
         other = scene.ask(backbone, condition=torch.full_like(scene.t, label, dtype=torch.int64))
@@ -286,8 +329,7 @@ def check_backbone_positions_are_independent(config: BackboneConfig) -> None:
         config: a backbone that declares `independent_positions`.
     """
     backbone = built(config)
-    for size in block_sizes(config):
-        scene = noisy_scene(size)
+    for _, scene in noisy_scenes(backbone):
         context = backbone.read(scene.layout)
         together = scene.ask(backbone, context=context)
         first = int(scene.positions[0, 0])

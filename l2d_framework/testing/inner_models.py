@@ -7,7 +7,7 @@ import torch
 from l2d_framework.backbone import BackboneConfig
 from l2d_framework.testing.assertions import ensure, ensure_close
 from l2d_framework.testing.models import tiny_llama
-from l2d_framework.testing.scenes import LENGTH, Scene, block_sizes, built, known_layout, noisy_scene
+from l2d_framework.testing.scenes import LENGTH, Scene, built, known_layout, noisy_scenes
 
 
 @torch.no_grad()
@@ -16,8 +16,7 @@ def check_backbone_merge_changes_nothing(config: BackboneConfig) -> None:
     lm = tiny_llama()
     weights = [(weight, weight.clone()) for weight in lm.parameters()]
     backbone = built(config, lm)
-    for size in block_sizes(config):
-        scene = noisy_scene(size)
+    for _, scene in noisy_scenes(backbone):
         before = backbone.head(scene.ask(backbone))
         backbone.merge()
         ensure_close(backbone.head(scene.ask(backbone)), before, "merge must not change the logits")
@@ -60,13 +59,13 @@ def check_backbone_leaves_the_language_model(config: BackboneConfig) -> None:
 
 
 def check_backbone_names_its_head_parameters(config: BackboneConfig) -> None:
-    """Whatever weight the head uses is among `head_parameters`, or the loss would train nothing there."""
+    """Whatever weight the head uses is among its parameters, or the loss would train nothing there."""
     backbone = built(config).requires_grad_(True)
     features = torch.randn(2, 3, backbone.hidden_size, generator=torch.Generator().manual_seed(9))
     weights = dict(backbone.named_parameters())
     backbone.head(features).square().sum().backward()
-    named = {id(weight) for weight in backbone.head_parameters()}
+    named = {id(weight) for weight in backbone.head.parameters()}
     used = [name for name, weight in weights.items() if weight.grad is not None]
     missing = [name for name in used if id(weights[name]) not in named]
     ensure(bool(used), "The head uses no trainable weight.")
-    ensure(not missing, f"head_parameters leaves out {missing}, which the head uses.")
+    ensure(not missing, f"head.parameters() leaves out {missing}, which the head uses.")

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from l2d_framework.errors import ConfigError
 from l2d_framework.parametrization import Parametrization, ParametrizationConfig
+from l2d_framework.simplex_state import dense
 from l2d_framework.testing.assertions import distance, ensure, ensure_close
 from l2d_framework.testing.space_noise import check_noise_is_standard_normal, check_noise_keeps_to_its_streams
 from l2d_framework.testing.spaces import HIDDEN, VOCAB, built_space, questions
@@ -26,6 +27,9 @@ def parametrization_checks(config: ParametrizationConfig) -> Sequence[Callable[[
         check_codebook_is_not_stale,
         check_estimate_keeps_to_its_streams,
         check_estimate_is_tokenwise,
+        check_prior_is_corruption_at_the_start,
+        check_corruption_ends_clean,
+        check_corruption_is_tokenwise,
         check_embed_is_finite,
         check_embed_is_tokenwise,
         check_embed_uses_previous_where_declared,
@@ -33,7 +37,10 @@ def parametrization_checks(config: ParametrizationConfig) -> Sequence[Callable[[
         check_noise_keeps_to_its_streams,
         check_parametrization_is_its_state_dict,
     ]
-    if built_space(config)[0].uses_previous:
+    space, _ = built_space(config)
+    if type(space).refine is not Parametrization.refine:
+        checks += [check_refinement_knows_clean_states, check_refinement_is_tokenwise]
+    if space.uses_previous:
         checks += [check_no_previous_is_uniform, check_embed_needs_only_what_is_remembered]
     return [*checks, check_estimate_options] if "estimate" in type(config).model_fields else checks
 
@@ -132,15 +139,97 @@ def check_estimate_is_tokenwise(config: ParametrizationConfig) -> None:
 
 
 @torch.no_grad()
+def check_prior_is_corruption_at_the_start(config: ParametrizationConfig) -> None:
+    """At t = 0 a token has become the prior, whichever token it was.
+
+    Args:
+        config: any parametrization.
+    """
+    space, table = built_space(config)
+    tokens, _, _ = questions()
+    start = torch.zeros(tokens.shape)
+    prior = dense(space.prior(toy_streams(tokens)))
+    for these in (tokens, tokens.flip(1)):
+        x = space.corrupt(these, space.noise(toy_streams(tokens)), start, ToySchedule(), table)
+        ensure_close(dense(x), prior, "prior must be what corrupt makes of the same noise at t = 0")
+
+
+@torch.no_grad()
+def check_corruption_ends_clean(config: ParametrizationConfig) -> None:
+    """At t = 1 no noise is left, and nothing else before.
+
+    Args:
+        config: any parametrization.
+    """
+    space, table = built_space(config)
+    tokens, _, _ = questions()
+    clean = dense(space.encode(tokens, table))
+    noise = space.noise(toy_streams(tokens))
+    x = space.corrupt(tokens, noise, torch.ones(tokens.shape), ToySchedule(), table)
+    ensure_close(dense(x), clean, "corrupt must be encode at t = 1")
+    x = space.corrupt(tokens, noise, torch.full(tokens.shape, 0.5), ToySchedule(), table)
+    ensure(distance(dense(x), clean) > 1e-3, "corrupt leaves every token as it is at t = 0.5.")
+
+
+@torch.no_grad()
+def check_corruption_is_tokenwise(config: ParametrizationConfig) -> None:
+    """A token's noisy state depends on its own token, noise and time, and on nothing else.
+
+    Args:
+        config: any parametrization.
+    """
+    space, table = built_space(config)
+    tokens, _, t = questions()
+    noise = space.noise(toy_streams(tokens))
+    together = dense(space.corrupt(tokens, noise, t, ToySchedule(), table))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        one = slice(1, 2)
+        alone = space.corrupt(tokens[1:, one], noise[1:, one], t[1:, one], ToySchedule(), table)
+    ensure_close(together[1:, one], dense(alone), "a token's noisy state must not depend on its batch mates or on dice")
+
+
+@torch.no_grad()
+def check_refinement_knows_clean_states(config: ParametrizationConfig) -> None:
+    """Where no noise is left, the state names its token against whatever the network says.
+
+    Args:
+        config: a parametrization that overrides `refine`.
+    """
+    space, table = built_space(config)
+    tokens, logits, t = questions()
+    before = logits.clone()
+    found = space.refine(logits, space.encode(tokens, table), torch.ones_like(t), ToySchedule(), table)
+    ensure(found.shape == logits.shape and found.isfinite().all(), "refine must give finite logits of the same shape.")
+    ensure(torch.equal(logits, before), "refine changes the logits it is given.")
+    ensure(torch.equal(found.argmax(-1), tokens), "refine does not know the token of a clean state.")
+
+
+@torch.no_grad()
+def check_refinement_is_tokenwise(config: ParametrizationConfig) -> None:
+    """A token's logits depend on its own state and time, and on nothing else.
+
+    Args:
+        config: a parametrization that overrides `refine`.
+    """
+    space, table = built_space(config)
+    tokens, logits, t = questions()
+    x = space.corrupt(tokens, space.noise(toy_streams(tokens)), t, ToySchedule(), table)
+    together = space.refine(logits, x, t, ToySchedule(), table)
+    alone = space.refine(logits[1:, 1:2], x[1:, 1:2], t[1:, 1:2], ToySchedule(), table)
+    ensure_close(together[1:, 1:2], alone, "a token's logits must not depend on its batch mates")
+
+
+@torch.no_grad()
 def check_embed_is_finite(config: ParametrizationConfig) -> None:
     """The network input is (B, L, H) and finite from pure noise to clean states, with and without a previous answer."""
     space, table = built_space(config)
     tokens, logits, _ = questions()
     schedule = ToySchedule()
-    noise = space.prior_scale * toy_streams(tokens).normal(space.state_size)
+    noise = space.noise(toy_streams(tokens))
     for time in (0.0, 1e-6, 0.5, 1 - 1e-6, 1.0):
         t = torch.full(tokens.shape, time)
-        x = schedule.interpolate(space.encode(tokens, table), noise, t)
+        x = space.corrupt(tokens, noise, t, schedule, table)
         for previous in (None, logits):
             h = space.embed(x, t, schedule, table, previous)
             ensure(h.shape == (*tokens.shape, HIDDEN), f"embed gave {tuple(h.shape)} for H = {HIDDEN}.")
@@ -152,7 +241,7 @@ def check_embed_is_tokenwise(config: ParametrizationConfig) -> None:
     """A token's network input does not depend on what else is in the batch."""
     space, table = built_space(config)
     tokens, _, t = questions()
-    x = space.prior_scale * toy_streams(tokens).normal(space.state_size)
+    x = space.prior(toy_streams(tokens))
     together = space.embed(x, t, ToySchedule(), table, None)
     alone = space.embed(x[1:, 1:2], t[1:, 1:2], ToySchedule(), table, None)
     ensure_close(together[1:, 1:2], alone, "a token's network input must not depend on its batch mates")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,6 +51,20 @@ class Scene:
         context = backbone.read(other.get("layout", self.layout)) if context is None else context
         h, t = other.get("h", self.h), other.get("t", self.t)
         return backbone.features(h, t, self.positions, context, other.get("condition"), shared_time=shared_time)
+
+
+def noisy_scenes(backbone: Backbone) -> Iterator[tuple[int | None, Scene]]:
+    """Scenes of every block size that a backbone serves, set to each in turn.
+
+    Args:
+        backbone: any backbone.
+
+    Yields:
+        The block size and its scene.
+    """
+    for size in block_sizes(backbone.config):
+        backbone.in_blocks(size)
+        yield size, noisy_scene(size)
 
 
 def noisy_scene(block_size: int | None) -> Scene:

@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import wraps
 from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from l2d_framework.schedule import Schedule
+from l2d_framework.schedule import NoiseLaw, ScheduleConfig
 from l2d_framework.testing.assertions import ensure, ensure_close
 
+Law = Callable[[NoiseLaw], None]
 
-def schedule_checks(schedule: Schedule) -> Sequence[Callable[[Any], None]]:
-    """Laws of every schedule.
+
+def schedule_checks(config: ScheduleConfig) -> Sequence[Callable[[Any], None]]:
+    """Laws of every schedule, and those of one that learns.
 
     Args:
-        schedule: any schedule.
+        config: any schedule.
 
     Returns:
         The checks.
     """
-    return [
+    checks: list[Callable[[Any], None]] = [
         check_schedule_shapes,
         check_schedule_endpoints,
         check_schedule_signal_to_noise_rises,
@@ -30,12 +33,36 @@ def schedule_checks(schedule: Schedule) -> Sequence[Callable[[Any], None]]:
         check_schedule_noise_inverts_interpolate,
         check_schedule_velocity_follows_path,
         check_schedule_training_times,
+        check_schedule_weight,
         check_schedule_noisier,
         check_schedule_grid,
     ]
+    return [*checks, check_schedule_is_its_state_dict] if isinstance(config.build(), nn.Module) else checks
 
 
-def check_schedule_shapes(schedule: Schedule) -> None:
+def _of_built(check: Law) -> Callable[[ScheduleConfig], None]:
+    """The check of a law as it is built, and where it learns also after it has heard losses."""
+
+    @wraps(check)
+    def checked(config: ScheduleConfig) -> None:
+        law = config.build()
+        check(law)
+        if isinstance(law, nn.Module):
+            _tell(law)
+            check(law)
+
+    return checked
+
+
+def _tell(law: NoiseLaw, updates: int = 5) -> None:
+    """Losses that fall where half of the signal has come, as far as the numbers that make the times go."""
+    for _ in range(updates):
+        t = torch.rand(2000, generator=torch.Generator().manual_seed(0))
+        law.observe(t, 5 * torch.sigmoid(20 * (law.sigma(t) - law.alpha(t))))
+
+
+@_of_built
+def check_schedule_shapes(schedule: NoiseLaw) -> None:
     """Weights and slopes have the shape and dtype of the time they belong to.
 
     Args:
@@ -55,7 +82,8 @@ def check_schedule_shapes(schedule: Schedule) -> None:
             )
 
 
-def check_schedule_endpoints(schedule: Schedule) -> None:
+@_of_built
+def check_schedule_endpoints(schedule: NoiseLaw) -> None:
     """T = 0 is pure noise of the prior's scale and t = 1 is clean.
 
     Args:
@@ -66,7 +94,8 @@ def check_schedule_endpoints(schedule: Schedule) -> None:
     ensure_close(schedule.sigma(ends), 1 - ends, "sigma must be 1 at t = 0 and 0 at t = 1", tolerance=1e-3)
 
 
-def check_schedule_signal_to_noise_rises(schedule: Schedule) -> None:
+@_of_built
+def check_schedule_signal_to_noise_rises(schedule: NoiseLaw) -> None:
     """Alpha never falls, sigma never rises, and their ratio rises all the time.
 
     Args:
@@ -80,7 +109,8 @@ def check_schedule_signal_to_noise_rises(schedule: Schedule) -> None:
     ensure((ratio.diff() > 0).all(), f"alpha / sigma does not rise after t = {_first(t, ratio.diff() <= 0)}.")
 
 
-def check_schedule_derivatives(schedule: Schedule) -> None:
+@_of_built
+def check_schedule_derivatives(schedule: NoiseLaw) -> None:
     """`derivatives` are the slopes of `alpha` and `sigma`.
 
     Args:
@@ -94,7 +124,8 @@ def check_schedule_derivatives(schedule: Schedule) -> None:
         ensure_close(slope, central, f"derivatives must be the slope of {name}", tolerance=2e-3)
 
 
-def check_schedule_noise_inverts_interpolate(schedule: Schedule) -> None:
+@_of_built
+def check_schedule_noise_inverts_interpolate(schedule: NoiseLaw) -> None:
     """The noise recovered from a state is the noise that made it.
 
     Args:
@@ -105,7 +136,8 @@ def check_schedule_noise_inverts_interpolate(schedule: Schedule) -> None:
     ensure_close(found, noise, "noise must undo interpolate")
 
 
-def check_schedule_velocity_follows_path(schedule: Schedule) -> None:
+@_of_built
+def check_schedule_velocity_follows_path(schedule: NoiseLaw) -> None:
     """The velocity points along the path, at whatever speed, and is finite from t = 0 on.
 
     Args:
@@ -121,7 +153,8 @@ def check_schedule_velocity_follows_path(schedule: Schedule) -> None:
     ensure(schedule.velocity(noise, clean, start).isfinite().all(), "velocity is not finite at t = 0.")
 
 
-def check_schedule_training_times(schedule: Schedule) -> None:
+@_of_built
+def check_schedule_training_times(schedule: NoiseLaw) -> None:
     """Training times of uniform numbers lie in [0, 1], and rise or fall with them all the way.
 
     Args:
@@ -139,7 +172,23 @@ def check_schedule_training_times(schedule: Schedule) -> None:
     ensure(not back.any(), f"sample_times turns back after u = {_first(u, back)}.")
 
 
-def check_schedule_noisier(schedule: Schedule) -> None:
+@_of_built
+def check_schedule_weight(schedule: NoiseLaw) -> None:
+    """Weights of the loss are finite at every training time and none is negative.
+
+    Args:
+        schedule: any schedule.
+    """
+    t = schedule.sample_times(_uniform_numbers())
+    weight = schedule.weight(t)
+    if weight is not None:
+        ensure(weight.shape == t.shape, f"weight changed {tuple(t.shape)} to {tuple(weight.shape)}.")
+        wrong = (weight < 0) | ~weight.isfinite()
+        ensure(not wrong.any(), f"weight gives {weight[wrong].tolist()[:3]} for t = {t[wrong].tolist()[:3]}.")
+
+
+@_of_built
+def check_schedule_noisier(schedule: NoiseLaw) -> None:
     """The time of a first prediction lies in [0, 1], never later than the training time it serves and mostly earlier.
 
     Args:
@@ -157,7 +206,8 @@ def check_schedule_noisier(schedule: Schedule) -> None:
     ensure((noisier < t).float().mean() > 0.5, "noisier leaves most times where they are.")
 
 
-def check_schedule_grid(schedule: Schedule) -> None:
+@_of_built
+def check_schedule_grid(schedule: NoiseLaw) -> None:
     """A grid has as many times as asked for, rising within [0, 1] to the end asked for.
 
     Args:
@@ -173,6 +223,27 @@ def check_schedule_grid(schedule: Schedule) -> None:
                 f"grid({count}, {end}) does not rise: {times}.",
             )
             ensure(count == 1 or abs(times[-1] - end) < 1e-6, f"grid({count}, {end}) ends at {times[-1]}.")
+
+
+@torch.no_grad()
+def check_schedule_is_its_state_dict(config: ScheduleConfig) -> None:
+    """What a schedule has learned is in its state dict, to the bit, and held-out times do not change with it.
+
+    Args:
+        config: a schedule that builds a module.
+    """
+    law, other = config.build(), config.build()
+    assert isinstance(law, nn.Module) and isinstance(other, nn.Module)  # `schedule_checks` asks no others
+    u = _uniform_numbers()
+    fixed = law.fixed_times(u)
+    _tell(law)
+    ensure(torch.equal(law.fixed_times(u), fixed), "fixed_times change with what is learned.")
+    other.load_state_dict(law.state_dict())
+    for _ in range(2):
+        same = torch.equal(law.sample_times(u), other.sample_times(u)) and law.grid(9, 1.0) == other.grid(9, 1.0)
+        ensure(same, "Two schedules of one state dict have different times.")
+        _tell(law, 1)
+        _tell(other, 1)
 
 
 def _uniform_numbers() -> Tensor:

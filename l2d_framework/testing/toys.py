@@ -7,10 +7,11 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from l2d_framework.diffusion.rng import TokenStreams
 from l2d_framework.schedule import Schedule
-from l2d_framework.solver import Time, as_time
+from l2d_framework.solver import Problem, Time, as_time
 from l2d_framework.types import Layout, Prediction, Query
 
 CleanLaw = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -36,7 +37,7 @@ def toy_streams(keys: Tensor) -> TokenStreams:
     return TokenStreams([[("toy", key) for key in row] for row in keys.tolist()], keys.device)
 
 
-class ToyProblem:
+class ToyProblem(Problem):
     """An equation with a known clean state, which counts its evaluations token by token.
 
     Args:
@@ -46,7 +47,7 @@ class ToyProblem:
     Attributes:
         keys: name of each token, (B, L), int64; the clean law and the noise of a token depend on it alone.
         evaluations: how often each token was evaluated, (B, L), int64.
-        visits: (t, until, whether a slope was asked for) of every call, the times (B, L), float32.
+        visits: (t, whether a slope was asked for) of every call, the times (B, L), float32.
     """
 
     schedule: Schedule = ToySchedule()
@@ -54,54 +55,27 @@ class ToyProblem:
     def __init__(self, law: CleanLaw, keys: Tensor) -> None:
         self.keys = keys
         self.evaluations = torch.zeros_like(keys)
-        self.visits: list[tuple[Tensor, Tensor, bool]] = []
+        self.visits: list[tuple[Tensor, bool]] = []
         self._law = law
         self._streams = toy_streams(keys)
 
-    def clean(self, x: Tensor, t: Time, *, until: Time | None = None, active: Tensor | None = None) -> Tensor:
-        """Clean state by the law.
+    @override
+    def clean(self, x: Tensor, t: Time, *, active: Tensor | None = None) -> Tensor:
+        return self._evaluate(x, t, active, slope=False)
 
-        Args:
-            x: (B, L, D), float.
-            t: time of `x`.
-            until: time the move leads to; `t` when None.
-            active: tokens to evaluate, (B, L), bool; all when None.
+    @override
+    def velocity(self, x: Tensor, t: Time, *, active: Tensor | None = None) -> Tensor:
+        return self._evaluate(x, t, active, slope=True)
 
-        Returns:
-            (B, L, D); zero where not active.
-        """
-        return self._evaluate(x, t, until, active, slope=False)
-
-    def velocity(self, x: Tensor, t: Time, *, until: Time | None = None, active: Tensor | None = None) -> Tensor:
-        """Slope of the toy schedule's path to the clean state.
-
-        Args:
-            x: (B, L, D), float.
-            t: time of `x`, below 1.
-            until: time the move leads to; `t` when None.
-            active: tokens to evaluate, (B, L), bool; all when None.
-
-        Returns:
-            (B, L, D); zero where not active.
-        """
-        return self._evaluate(x, t, until, active, slope=True)
-
+    @override
     def fresh_noise(self, x: Tensor) -> Tensor:
-        """Standard normal numbers, every token from its own stream.
-
-        Args:
-            x: a state, for its shape.
-
-        Returns:
-            (B, L, D), of the dtype of `x`.
-        """
         return self._streams.normal(x.shape[-1]).to(x)
 
-    def _evaluate(self, x: Tensor, t: Time, until: Time | None, active: Tensor | None, *, slope: bool) -> Tensor:
+    def _evaluate(self, x: Tensor, t: Time, active: Tensor | None, *, slope: bool) -> Tensor:
         time = as_time(t, x)
         active = torch.ones_like(self.keys, dtype=torch.bool) if active is None else active
         self.evaluations = self.evaluations + active
-        self.visits.append((time[active], (time if until is None else as_time(until, x))[active], slope))
+        self.visits.append((time[active], slope))
         exact = time.to(x) if isinstance(t, Tensor) else torch.full_like(time, t, dtype=x.dtype)
         out = self._law(x, exact[..., None], self.keys[..., None])
         if slope:

@@ -52,10 +52,7 @@ class NextToken(Learner):
         self.lm, self._tokenizer, self._chunk = lm, tokenizer, training.loss_chunk
         inner: Any = lm.get_base_model() if isinstance(lm, PeftModel) else lm
         self._body: tuple[nn.Module, ...] = (inner.base_model,)  # a tuple, so that no parameter is registered twice
-        head = copy.copy(inner)
-        head._modules = {**inner._modules, inner.base_model_prefix: _Through()}
-        output = inner.get_output_embeddings()
-        self._head, self._head_parameters = (head,), [] if output is None else list(output.parameters())
+        self._head = (_Head(inner),)
         if training.gradient_checkpointing:
             # transformers before 5.23 knows only the older name.
             enable = getattr(inner, "activation_checkpointing_enable", None) or inner.gradient_checkpointing_enable
@@ -75,13 +72,8 @@ class NextToken(Learner):
     ) -> dict[str, Tensor]:
         hidden = self._body[0](input_ids=input_ids, use_cache=False).last_hidden_state
         row, place = (labels[:, 1:] != IGNORED).nonzero(as_tuple=True)
-        head = self._head[0]
         total, losses = chunked_cross_entropy(
-            lambda features: head(inputs_embeds=features, use_cache=False).logits,
-            hidden[row, place],
-            labels[row, place + 1],
-            chunk=self._chunk,
-            parameters=[p for p in self._head_parameters if p.requires_grad],
+            self._head[0], hidden[row, place], labels[row, place + 1], chunk=self._chunk
         )
         return {"loss": total, "losses": losses, "row": row}
 
@@ -119,6 +111,18 @@ class NextToken(Learner):
                 lm = copy.deepcopy(lm).to(dtype)
             lm.save_pretrained(folder)
         self._tokenizer.save_pretrained(folder)
+
+
+class _Head(nn.Module):
+    """The vocabulary head of a language model, its soft caps and scales included."""
+
+    def __init__(self, lm: Any) -> None:
+        super().__init__()
+        self.lm = copy.copy(lm)
+        self.lm._modules = {**lm._modules, lm.base_model_prefix: _Through()}
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.lm(inputs_embeds=features, use_cache=False).logits  # type: ignore[no-any-return]
 
 
 class _Through(nn.Module):

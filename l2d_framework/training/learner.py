@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from l2d_framework.config import DiffusionRun, TrainingSection
-from l2d_framework.diffusion.loss import NoiseRule, denoising_loss, draw
+from l2d_framework.diffusion.loss import denoising_loss
+from l2d_framework.diffusion.training_noise import NoiseRule, draw
 from l2d_framework.errors import ConfigError
 from l2d_framework.models import checkpoint
 from l2d_framework.models.diffusion_lm import DiffusionLM
@@ -62,9 +64,22 @@ class Learner(nn.Module, ABC):
         """Write the model such that `restore` continues exactly."""
         self.save(folder, "")
 
-    def time_parameters(self) -> list[nn.Parameter]:
-        """Parameters that may have a learning rate of their own; none unless the model knows time."""
-        return []
+    def parameter_groups(self) -> Mapping[str, list[nn.Parameter]]:
+        """Parameters with a learning rate of their own, as in `Backbone`; none unless the model names some."""
+        return {}
+
+    @property
+    def hears_losses(self) -> bool:
+        """Whether `observe` wants to be called."""
+        return False
+
+    def observe(self, t: Tensor, losses: Tensor) -> None:
+        """Hear the losses of an update of all processes.
+
+        Args:
+            t: time of every draw, (N,), float32.
+            losses: its cross-entropy, (N,), float32.
+        """
 
     @abstractmethod
     def restore(self, folder: Path) -> None:
@@ -127,7 +142,6 @@ class Denoiser(Learner):
 
         Noise is keyed by (seed, epoch, index) in training and by (seed, index) in evaluation, where labels of classes
         are never dropped, so that evaluations can be compared.
-
         """
         layout = Layout(input_ids, blocks)
         settings, seed = self._training, self._seed
@@ -138,6 +152,7 @@ class Denoiser(Learner):
             class_dropout=settings.class_dropout if self.training else 0.0,
             dropout_per=settings.class_dropout_per,
             self_conditioning=settings.self_conditioning if self.training else float(settings.self_conditioning > 0),
+            fixed_times=not self.training,
             is_first_noisier=self.training,
         )
         draws = draw(self.model, layout, rule)
@@ -148,6 +163,7 @@ class Denoiser(Learner):
         return {
             "loss": losses.total,
             "losses": losses.tokens,
+            "cross_entropies": losses.cross_entropies,
             "t": losses.t,
             "row": losses.row,
             "is_pad": losses.position >= length[losses.row],
@@ -162,8 +178,17 @@ class Denoiser(Learner):
         checkpoint.save(self.model, folder)
 
     @override
-    def time_parameters(self) -> list[nn.Parameter]:
-        return self.model.backbone.time_parameters()
+    def parameter_groups(self) -> Mapping[str, list[nn.Parameter]]:
+        return self.model.backbone.parameter_groups()
+
+    @property
+    @override
+    def hears_losses(self) -> bool:
+        return isinstance(self.model.schedule, nn.Module)
+
+    @override
+    def observe(self, t: Tensor, losses: Tensor) -> None:
+        self.model.schedule.observe(t, losses)
 
     @override
     def restore(self, folder: Path) -> None:

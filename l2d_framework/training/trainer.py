@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from itertools import islice
 from pathlib import Path
@@ -116,26 +116,35 @@ class TokenTrainer(ResumableTrainer):
             data_collator=EpochCollator(data.collate),
             train_dataset=order,
             eval_dataset=None if data.eval is None else HeldOut(data.eval, multiple),
-            callbacks=[Boundaries(), *callbacks],
+            callbacks=[Boundaries(), _AfterUpdate(self._observe), *callbacks],
         )
         self.remove_callback(PrinterCallback)
         self.model_accepts_loss_kwargs = self.loss_is_scaled_for_ga = True
         self._meter = LossMeter(arguments.device)
         self._tokens = torch.zeros(2, dtype=torch.int64)
         self._stopwatch = Stopwatch()
+        self._heard: list[Tensor] = []
 
     @override
     def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
-        """AdamW over everything trainable, with weight decay on matrices only and a group for the time embedding."""
+        """AdamW over everything trainable, with weight decay on matrices only and the backbone's groups."""
         if self.optimizer is None:
             rate, decay = self.training.learning_rate, self.training.weight_decay
-            time = [p for p in self.learner.time_parameters() if p.requires_grad]
-            alone = {id(p) for p in time}
+            named = self.learner.parameter_groups()
+            rates = {"time": self.training.time_learning_rate}
+            alone = {id(p) for group in named.values() for p in group}
             parameters = [p for p in (model or self.learner).parameters() if p.requires_grad and id(p) not in alone]
             groups = [
                 {"params": [p for p in parameters if p.ndim > 1], "weight_decay": decay},
                 {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-                {"params": time, "weight_decay": 0.0, "lr": self.training.time_learning_rate or rate},
+                *(
+                    {
+                        "params": [p for p in group if p.requires_grad],
+                        "weight_decay": 0.0,
+                        "lr": rates.get(name) or rate,
+                    }
+                    for name, group in named.items()
+                ),
             ]
             self.optimizer = AdamW(
                 [group for group in groups if group["params"]],
@@ -175,6 +184,8 @@ class TokenTrainer(ResumableTrainer):
         assert num_items_in_batch is not None  # `get_batch_samples` always counts
         outputs = model(**inputs)
         self._meter.add(outputs)
+        if self.learner.hears_losses:
+            self._heard.append(torch.stack([outputs["t"], outputs["cross_entropies"]], 1))
         loss = outputs["loss"] * self.accelerator.num_processes / num_items_in_batch
         return (loss, outputs) if return_outputs else loss
 
@@ -232,6 +243,15 @@ class TokenTrainer(ResumableTrainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         self.learner.restore(Path(resume_from_checkpoint))
 
+    def _observe(self) -> None:
+        # Once an update, so that neither micro-batches nor processes change what is learned from it.
+        if self._heard:
+            padded = self.accelerator.pad_across_processes(torch.cat(self._heard), pad_index=-1)
+            draws = self.accelerator.gather(padded)
+            t, losses = draws[draws[:, 0] >= 0].unbind(1)
+            self.learner.observe(t, losses)
+            self._heard.clear()
+
 
 class Boundaries(TrainerCallback):
     """Logs wherever a resumed run could start, so that its losses are the means over the same updates."""
@@ -239,3 +259,13 @@ class Boundaries(TrainerCallback):
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Log before saving and at the end."""
         control.should_log |= control.should_save or control.should_training_stop
+
+
+class _AfterUpdate(TrainerCallback):
+    """Does something after every update, before it is saved."""
+
+    def __init__(self, action: Callable[[], None]) -> None:
+        self._action = action
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._action()

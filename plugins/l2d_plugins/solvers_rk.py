@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal, Self
 import torch
 from pydantic import Field
 from torch import Tensor
+from typing_extensions import override
 
 from l2d_framework.component import Component
 from l2d_framework.errors import EvaluationBudgetError, L2DError
@@ -28,56 +29,36 @@ class _TorchDiffEq(Solver):
 
 
 class TorchDiffEqFixed(_TorchDiffEq):
-    """A fixed-step method, one step per interval of the grid.
-
-    Estimates are asked for at the temperature half an interval ahead for midpoint and one interval ahead, at most that
-    of t = 1, for the others, as the released L2D code does.
-    """
+    """A fixed-step method, one step per interval of the grid."""
 
     name: Literal["torchdiffeq_fixed"] = "torchdiffeq_fixed"
     method: Literal["euler", "midpoint", "heun2", "heun3", "rk4"] = "midpoint"
 
     @property
+    @override
     def stages(self) -> int:
-        """Evaluations that one `step` costs."""
         return _FIXED[self.method][0]
 
     @property
+    @override
     def order(self) -> int:
-        """Order of convergence."""
         return _FIXED[self.method][1]
 
     @property
+    @override
     def evaluates_end(self) -> bool:
-        """True when it needs the velocity at the end time."""
         return self.method in ("heun2", "rk4")
 
+    @override
     def step(self, problem: Problem, x: Tensor, t: float, s: float) -> Tensor:
-        """Move from time t to time s.
-
-        Args:
-            problem: the differential equation.
-            x: state at t, (B, L, D), float32.
-            t: time of `x`.
-            s: time to move to.
-
-        Returns:
-            State at s, (B, L, D).
-        """
-        ahead = (s - t) / 2 if self.method == "midpoint" else s - t
-
-        def slope(time: Tensor, state: Tensor) -> Tensor:
-            now = float(time)
-            return problem.velocity(state, now, until=min(now + ahead, 1.0))
-
-        return _odeint(slope, x, [t, s], method=self.method)
+        return _odeint(lambda time, state: problem.velocity(state, float(time)), x, [t, s], method=self.method)
 
 
 class TorchDiffEqAdaptive(_TorchDiffEq):
     """An adaptive method whose step size is shared by the whole batch, which one difficult token slows down for all.
 
     Steps may overshoot the end, from where torchdiffeq interpolates back; beyond t = 1 the velocity counts as zero, as
-    in the released L2D code. Estimates are asked for at the temperature of the time itself, as there.
+    in the released L2D code.
     """
 
     is_adaptive: ClassVar[bool] = True
@@ -95,55 +76,25 @@ class TorchDiffEqAdaptive(_TorchDiffEq):
     """Evaluations a token may cost, the read-out included."""
 
     @property
+    @override
     def stages(self) -> int:
-        """Evaluations that one `step` costs; in `solve`, every step but the first costs one less."""
         return _ADAPTIVE[self.method][0]
 
     @property
+    @override
     def order(self) -> int:
-        """Order of convergence."""
         return _ADAPTIVE[self.method][1]
 
+    @override
     def with_budget(self, evaluations: int) -> Self:
-        """The same solver with another `max_evaluations`.
-
-        Args:
-            evaluations: largest number of network evaluations per token, the read-out included.
-
-        Returns:
-            A changed copy.
-        """
         return self.model_copy(update={"max_evaluations": evaluations})
 
+    @override
     def step(self, problem: Problem, x: Tensor, t: float, s: float) -> Tensor:
-        """Move from time t to time s, in as many steps as the error estimate asks for.
-
-        Args:
-            problem: the differential equation.
-            x: state at t, (B, L, D), float32.
-            t: time of `x`.
-            s: time to move to.
-
-        Returns:
-            State at s, (B, L, D).
-        """
         return self.solve(problem, x, [t, s])
 
+    @override
     def solve(self, problem: Problem, x: Tensor, times: list[float]) -> Tensor:
-        """Move through all `times`.
-
-        Args:
-            problem: the differential equation.
-            x: state at times[0], (B, L, D), float32.
-            times: increasing times.
-
-        Returns:
-            State at times[-1], (B, L, D).
-
-        Raises:
-            EvaluationBudgetError: if more evaluations than `max_evaluations` would be needed.
-            L2DError: if the step shrinks to nothing or the state stops being finite.
-        """
         used = 1  # the read-out
 
         def slope(time: Tensor, state: Tensor) -> Tensor:

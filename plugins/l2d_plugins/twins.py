@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
+from inspect import signature
 from types import MethodType
 from typing import Any
 
 from torch import Tensor, nn
+from transformers.modeling_outputs import MoeModelOutputWithPast
 
 _OWN_CALLS = {"forward", "_old_forward"}
 """What libraries put on single modules: kernels of the hub and Liger their forward, accelerate its hooks around it."""
@@ -72,6 +75,61 @@ def run_body(body: Any, **given: Any) -> Tensor:
         if getattr(body.config, name, False):
             given[name] = False
     return private(body)(**given, use_cache=False).last_hidden_state  # type: ignore[no-any-return]
+
+
+def cache_name(body: Any) -> str:
+    """What a model's body calls its cache: since 5.24 transformers says `cache`.
+
+    Args:
+        body: transformers' model without a head.
+
+    Returns:
+        Name of the argument.
+    """
+    return "cache" if "cache" in signature(body.forward).parameters else "past_key_values"
+
+
+class Head(nn.Module):
+    """The vocabulary head of a language model, from hidden states to logits, its soft caps and scales included.
+
+    Args:
+        lm: the language model.
+        body: name of its child that makes the hidden states.
+        norm: what comes before the head; None for nothing.
+    """
+
+    def __init__(self, lm: nn.Module, body: str, norm: nn.Module | None = None) -> None:
+        super().__init__()
+        self.lm = twin(lm, _modules={**lm._modules, body: _Through(norm)})
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Logits.
+
+        Args:
+            features: (B, n, H).
+
+        Returns:
+            (B, n, V).
+        """
+        return self.lm(inputs_embeds=features, use_cache=False).logits  # type: ignore[no-any-return]
+
+
+class _Through(nn.Module):
+    """Stands for the body of a language model whose hidden states are already there."""
+
+    def __init__(self, norm: nn.Module | None) -> None:
+        super().__init__()
+        self.norm = nn.Identity() if norm is None else norm
+
+    def forward(self, *_: Any, inputs_embeds: Tensor, **__: Any) -> _Output:
+        return _Output(last_hidden_state=self.norm(inputs_embeds))
+
+
+@dataclass
+class _Output(MoeModelOutputWithPast):
+    """Whatever heads ask the output of a body for."""
+
+    cross_attentions: None = None
 
 
 class StandIn:

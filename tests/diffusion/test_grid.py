@@ -14,7 +14,8 @@ from pydantic import ValidationError
 from tiny_models import tiny_lm, tiny_tokenizer
 from transformers import LlamaForSequenceClassification
 
-from l2d_framework.diffusion.loss import NoiseRule, denoising_loss, draw
+from l2d_framework.diffusion.loss import denoising_loss
+from l2d_framework.diffusion.training_noise import NoiseRule, draw
 from l2d_framework.errors import ConfigError
 from l2d_framework.models.diffusion_lm import DiffusionLM, Origin
 from l2d_framework.registry import registry

@@ -17,7 +17,8 @@ from diffusion_models import (
 from torch import nn
 from torch.nn import functional
 
-from l2d_framework.diffusion.loss import NoiseRule, chunked_cross_entropy, denoising_loss, draw
+from l2d_framework.diffusion.loss import chunked_cross_entropy, denoising_loss
+from l2d_framework.diffusion.training_noise import NoiseRule, draw
 from l2d_framework.models.diffusion_lm import DiffusionLM
 from l2d_framework.types import Layout
 from l2d_plugins.schedules.linear import Linear
@@ -230,11 +231,43 @@ def test_cross_entropy_in_chunks_is_plain_cross_entropy_with_its_gradients(head,
     features, targets = torch.randn(11, 6, requires_grad=True), torch.randint(50, (11,))
     plain = functional.cross_entropy(head(features), targets, reduction="none")
     wanted = torch.autograd.grad(3 * plain.sum(), [features, *head.parameters()])
-    total, losses = chunked_cross_entropy(head, features, targets, chunk=chunk, parameters=list(head.parameters()))
+    total, losses = chunked_cross_entropy(head, features, targets, chunk=chunk)
     close(losses, plain.detach())
     found = torch.autograd.grad(3 * total, [features, *head.parameters()])
     for one, other in zip(found, wanted, strict=True):
         close(one, other, 1e-5)
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 100])
+def test_weights_and_refined_logits_count_in_the_sum_and_its_gradients_whatever_the_chunk(head, chunk):
+    features, targets = torch.randn(11, 6, requires_grad=True), torch.randint(50, (11,))
+    weights, added = torch.rand(11), torch.randn(11, 50)
+    plain = functional.cross_entropy(head(features) + added, targets, reduction="none")
+    wanted = torch.autograd.grad(3 * (weights * plain).sum(), [features, *head.parameters()])
+    options = {"chunk": chunk, "weights": weights, "refine": lambda logits, part: logits + added[part]}
+    total, losses = chunked_cross_entropy(head, features, targets, parameters=list(head.parameters()), **options)
+    close(losses, plain.detach())
+    found = torch.autograd.grad(3 * total, [features, *head.parameters()])
+    for one, other in zip(found, wanted, strict=True):
+        close(one, other, 1e-5)
+    with torch.no_grad():
+        close(chunked_cross_entropy(head, features, targets, **options)[0], total)
+
+
+class Late(Linear):
+    def weight(self, t):
+        return 2 * t
+
+
+def test_each_tokens_cross_entropy_is_weighted_by_the_schedule_and_reported_beside():
+    model, layout = shared_lm(), ragged()
+    late = DiffusionLM(Late(), model.parametrization, model.backbone)
+    with torch.no_grad():
+        plain, weighted = training_loss(model, layout, draws=2), training_loss(late, layout, draws=2)
+    assert plain.tokens is plain.cross_entropies
+    assert torch.equal(weighted.cross_entropies, plain.tokens)
+    assert torch.equal(weighted.tokens, 2 * weighted.t * plain.tokens)
+    close(weighted.total, weighted.tokens.sum() / 2)
 
 
 @pytest.mark.parametrize("gradients", [True, False])
@@ -242,14 +275,16 @@ def test_no_more_logits_than_a_chunk_are_made_at_once(head, gradients):
     sizes = []
     features, targets = torch.randn(11, 6, requires_grad=gradients), torch.randint(50, (11,))
     with torch.set_grad_enabled(gradients):
-        chunked_cross_entropy(lambda f: sizes.append(f.shape[1]) or head(f), features, targets, chunk=4)
+        head.register_forward_pre_hook(lambda _, given: sizes.append(given[0].shape[1]))
+        chunked_cross_entropy(head, features, targets, chunk=4)
     assert sizes == [4, 4, 3]
 
 
 def test_no_logits_are_kept_for_the_backward_pass(head):
     features, targets = torch.randn(11, 6, requires_grad=True), torch.randint(50, (11,))
     total, _ = chunked_cross_entropy(head, features, targets, chunk=11)
-    assert [tuple(kept.shape) for kept in total.grad_fn.saved_tensors] == [(11, 6)]
+    kept = [tuple(saved.shape) for saved in total.grad_fn.saved_tensors]
+    assert kept == [(11, 6), *(tuple(weight.shape) for weight in head.parameters())]
 
 
 def test_the_size_of_the_chunk_does_not_change_a_gradient():

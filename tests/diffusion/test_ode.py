@@ -1,6 +1,6 @@
 """What a solver may ask: clean states, slopes, noise; and what it costs, token by token."""
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import pytest
 import torch
@@ -12,8 +12,11 @@ from l2d_framework.diffusion.ode import Streams, TokenODE
 from l2d_framework.diffusion.rng import TokenStreams
 from l2d_framework.guidance import Guidance
 from l2d_framework.models.diffusion_lm import DiffusionLM
+from l2d_framework.registry import registry
+from l2d_framework.solver import Solver
 from l2d_framework.types import Prediction, Query
 from l2d_plugins.guidance.classifier_free import ClassifierFree
+from l2d_plugins.parametrizations.embedding import Embedding
 from l2d_plugins.schedules.linear import Linear
 
 ROWS, LENGTH, WIDTH = 3, 6, 4
@@ -77,12 +80,101 @@ def test_a_time_per_token_means_what_the_same_time_for_all_means():
     torch.testing.assert_close(problem(estimate=AVERAGE).clean(x, torch.full((ROWS, WIDTH), 0.25)), shared)
 
 
-def test_the_temperature_is_that_of_the_time_the_move_leads_to():
-    sharp = {"mode": "average", "temperature": {"name": "polynomial"}}
-    x = state()
-    until_the_end = problem(estimate=sharp).clean(x, 0.5, until=1.0)
-    torch.testing.assert_close(until_the_end, problem(estimate={"mode": "argmax"}).clean(x, 0.5))
-    assert not torch.allclose(problem(estimate=sharp).clean(x, 0.5), until_the_end)
+def solver(name, **fields):
+    return registry().create("solver", {"name": name, **fields})
+
+
+THIRDS = [0, 1 / 6, 1 / 3, 0.5, 0.5, 0.625, 0.75, 0.875]
+STEP = [0.5] * 4 + [0.375] * 4
+LOOKAHEAD = [
+    (solver("euler"), [0.5, 0.875]),
+    (solver("renoise"), [0.5, 0.875]),
+    (solver("midpoint"), [0.25, 0.5, 0.6875, 0.875]),
+    (solver("heun"), [0.5, 1, 0.875, 1]),
+    (solver("rk4"), [min(t + h, 1) for t, h in zip(THIRDS, STEP, strict=True)]),
+    (solver("torchdiffeq_fixed", method="heun3"), [0.5, 2 / 3, 5 / 6, 0.875, 1, 1]),
+]
+"""Times whose temperatures the released code takes on the grid 0, 0.5, 0.875."""
+
+
+def read_times(solver, grid, monkeypatch, lookahead="released"):
+    """Where the temperatures of a solve are read, and when its evaluations are."""
+    times, asked = [], []
+    real = Embedding.estimate
+    monkeypatch.setattr(Embedding, "estimate", lambda *a: times.append(a[2]) or real(*a))
+    observed = problem(estimate={"lookahead": lookahead}, observer=lambda e: asked.append(e.t))
+    observed.solve(solver, state(), grid)
+    return times, asked
+
+
+@pytest.mark.parametrize(("solver", "wanted"), LOOKAHEAD, ids=[s.name for s, _ in LOOKAHEAD])
+def test_temperatures_are_those_of_the_released_code(solver, wanted, monkeypatch):
+    if solver.missing_requirements():
+        pytest.skip("torchdiffeq is not installed")
+    times, _ = read_times(solver, [0.0, 0.5, 0.875], monkeypatch)
+    torch.testing.assert_close(torch.stack(times), torch.tensor(wanted).float()[:, None, None].expand(-1, ROWS, WIDTH))
+
+
+ITSELF = [(solver(name), "paper") for name in ("midpoint", "rk4")] + [(solver("bosh3", rtol=2.0, atol=2.0), "released")]
+
+
+@pytest.mark.parametrize(("solver", "lookahead"), ITSELF, ids=["midpoint", "rk4", "bosh3"])
+def test_the_papers_temperatures_and_those_of_adaptive_solvers_are_of_the_time_itself(solver, lookahead, monkeypatch):
+    times, asked = read_times(solver, [0.0, 0.5, 0.875], monkeypatch, lookahead)
+    assert len(times) > 3
+    assert all(torch.equal(*pair) for pair in zip(times, asked, strict=True))
+
+
+class Textbook(Solver):
+    """Knows a state, a time and a slope; nothing of temperatures."""
+
+    name: Literal["textbook"] = "textbook"
+
+
+class TextbookEuler(Textbook):
+    def step(self, problem, x, t, s):
+        return x + (s - t) * problem.velocity(x, t)
+
+
+class TextbookMidpoint(Textbook):
+    stages: ClassVar[int] = 2
+
+    def step(self, problem, x, t, s):
+        h = s - t
+        return x + h * problem.velocity(x + h / 2 * problem.velocity(x, t), t + h / 2)
+
+
+class TextbookHeun(Textbook):
+    stages: ClassVar[int] = 2
+    evaluates_end: ClassVar[bool] = True
+
+    def step(self, problem, x, t, s):
+        k1 = problem.velocity(x, t)
+        return x + (s - t) / 2 * (k1 + problem.velocity(x + (s - t) * k1, s))
+
+
+class TextbookRK4(Textbook):
+    stages: ClassVar[int] = 4
+    evaluates_end: ClassVar[bool] = True
+
+    def step(self, problem, x, t, s):
+        h = s - t
+        k1 = problem.velocity(x, t)
+        k2 = problem.velocity(x + h * k1 / 3, t + h / 3)
+        k3 = problem.velocity(x + h * (k2 - k1 / 3), t + 2 * h / 3)
+        k4 = problem.velocity(x + h * (k1 - k2 + k3), s)
+        return x + h * (k1 + 3 * (k2 + k3) + k4) / 8
+
+
+@pytest.mark.parametrize("mode", ["sample", "average"])
+@pytest.mark.parametrize("book", [TextbookEuler, TextbookMidpoint, TextbookHeun, TextbookRK4])
+def test_a_solver_written_from_the_textbook_gives_the_built_ins_result_at_annealed_temperatures(book, mode):
+    estimate = {"mode": mode, "temperature": {"name": "polynomial"}}
+    name, grid = book.__name__.removeprefix("Textbook").lower(), [0.0, 0.2, 0.3, 0.7, 0.9]
+    ends = [problem(estimate=estimate).solve(how, state(), grid) for how in (book(), solver(name))]
+    torch.testing.assert_close(*ends, rtol=0, atol=1e-6 if name == "rk4" else 0)
+    without = problem(estimate={**estimate, "lookahead": "paper"}).solve(book(), state(), grid)
+    assert not torch.allclose(ends[0], without)
 
 
 @pytest.mark.parametrize("estimate", [AVERAGE, {"mode": "sample"}])

@@ -6,7 +6,8 @@ import toy_components as toys
 from diffusion_models import random_tokens, shared_lm, shared_tess, tess_lm, training_loss
 from tiny_models import tiny_lm
 
-from l2d_framework.diffusion.loss import NoiseRule, denoising_loss, draw
+from l2d_framework.diffusion.loss import denoising_loss
+from l2d_framework.diffusion.training_noise import NoiseRule, draw
 from l2d_framework.models.diffusion_lm import DiffusionLM
 from l2d_framework.simplex_state import dense
 from l2d_framework.types import Layout

@@ -23,7 +23,7 @@ from l2d_framework.registry import registry
 from l2d_framework.types import Layout
 from l2d_plugins.guidance.classifier_free import ClassifierFree
 from l2d_plugins.parametrizations.embedding import EmbeddingConfig
-from l2d_plugins.solvers.euler import Euler
+from l2d_plugins.solvers.runge_kutta import Euler
 
 NAN, INF = float("nan"), float("inf")
 HUGE = 10**9

@@ -231,7 +231,7 @@ def test_wrong_requests_are_refused(folder: Path, options: tuple[str, ...], mess
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"block_size": 1}, "Set block_size to null"),
+        ({"block_size": 1, "backbone": {"attention": "causal"}}, "its noise would go unseen"),
         ({"training": {"draws_per_token": 2}}, "see each other"),
         ({"data": {"masking": {}}}, "text"),
     ],
@@ -242,6 +242,17 @@ def test_wrong_runs_are_refused(folder: Path, changes: dict[str, Any], message: 
         given[name] = {**given[name], **value} if isinstance(value, dict) else value
     with pytest.raises(Exception, match=message):
         train_runs([parse_run(given)])
+
+
+def test_a_run_in_blocks_trains_and_its_checkpoint_answers_in_blocks(folder: Path) -> None:
+    train_runs([parse_run({**run(folder, "blocks", gradient_checkpointing=True), "block_size": 4})])
+    found = tiny_runs.losses(folder / "blocks")
+    assert found[9]["eval_loss"] < 0.9 * found[3]["eval_loss"]
+    model = load(folder / "blocks")
+    assert model.block_size == 4
+    assert model.generate(["1+1="], max_new_tokens=9, eos_token_id=None).lengths.tolist() == [9]
+    refused = cli(folder / "blocks", "--infill", "1+<mask:1>=2")
+    assert "block_size: null" in str(refused.exception)
 
 
 def test_infilling_needs_a_model_that_looks_ahead(folder: Path) -> None:

@@ -338,7 +338,7 @@ def _solve_adaptive(case: Case, how: Solver, grid: list[float]) -> Tensor:
 
     def solve(case: Case) -> Tensor:
         problem = case.problem(_last(case), case.context(), AVERAGE, [])
-        return how.solve(problem, case.io["trajectory.x0"], grid)[:, 0]
+        return problem.solve(how, case.io["trajectory.x0"], grid)[:, 0]
 
     with torch.no_grad():
         return case.exactly(solve)  # type: ignore[no-any-return]
@@ -384,7 +384,7 @@ def test_golden_six_token_decode(case: Case, name: Literal["T1avg", "argmax"], e
         grid, found = lm.schedule.grid(8, 1.0), []
         for step, noise in enumerate(io["decode.noise"]):
             problem = case.problem(torch.full((len(noise), 1), length - 1 + step), context, estimate, [])
-            logits = problem.read_out(solver("midpoint").solve(problem, noise.double(), grid), grid[-1]).values
+            logits = problem.read_out(problem.solve(solver("midpoint"), noise.double(), grid), grid[-1]).values
             found.append(logits)
             context = lm.backbone.extend(context, logits.argmax(-1))
         return torch.cat(found, 1)
@@ -403,8 +403,7 @@ def _one_percent_faster(patch: pytest.MonkeyPatch) -> None:
 
 
 def _without_lookahead(patch: pytest.MonkeyPatch) -> None:
-    right = TokenODE.velocity
-    patch.setattr(TokenODE, "velocity", lambda self, x, t, until=None, **kwargs: right(self, x, t, **kwargs))
+    patch.setattr(Embedding, "lookahead", lambda self, t, stride: t)
 
 
 def _one_percent_hotter(patch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,8 @@ import torch
 from golden_tess import TIMES, Case, query, replay, slots, take
 from torch import Tensor
 
-from l2d_framework.diffusion.loss import Draws, denoising_loss
+from l2d_framework.diffusion.loss import denoising_loss
+from l2d_framework.diffusion.training_noise import Draws
 from l2d_framework.simplex_state import dense
 from l2d_plugins.parametrizations.simplex import nucleus
 from l2d_plugins.schedules.cosine import Cosine

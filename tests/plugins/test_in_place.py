@@ -12,7 +12,6 @@ from transformers import T5Config
 from l2d_framework.errors import ConfigError, UnsupportedModelError
 from l2d_framework.generation.infill import check_infilling
 from l2d_framework.generation.prompts import pad_left
-from l2d_framework.registry import registry
 from l2d_framework.types import Layout
 from l2d_plugins.backbones.in_place import InPlaceConfig
 
@@ -293,23 +292,6 @@ def test_all_weights_of_the_language_model_are_trained(family):
     gradients = own_gradients(model, training_loss(model, ragged()).total)
     assert {name for name in gradients if name.startswith("backbone.lm.")}
     assert not [name for name, slope in gradients.items() if slope is None and "pooler" not in name]
-
-
-@pytest.mark.parametrize("size", [1, 2, 8])
-def test_a_backbone_that_a_refusal_recommends_takes_the_block_size(size):
-    with pytest.raises(ConfigError) as caught:
-        InPlaceConfig().check(tiny_lm().config, size)
-    assert ("two_stream" in str(caught.value)) == (size == 1)
-    for name, backbone in registry().components("backbone").items():
-        if f"use the backbone {name!r}" in str(caught.value):
-            backbone().check(tiny_lm().config, size)
-
-
-@pytest.mark.parametrize("size", [1, 2, 7])
-def test_several_blocks_per_sequence_are_refused(size):
-    with pytest.raises(ConfigError, match=rf"one block per sequence; got block_size={size}\. Set block_size to null"):
-        InPlaceConfig().check(tiny_lm().config, size)
-    InPlaceConfig().check(tiny_lm().config, None)
 
 
 def test_encoder_decoders_are_refused():

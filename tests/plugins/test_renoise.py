@@ -108,7 +108,7 @@ def test_states_as_wide_as_the_vocabulary_stay_small(deterministic):
     tokens = torch.tensor([[1, 2, 3], [0, 0, 1]])
 
     class Wide(Problem):
-        def clean(self, x, t, *, until=None, active=None):
+        def clean(self, x, t, *, active=None):
             return WideState.simplex(tokens, 5.0, SIZE)
 
         def fresh_noise(self, x):

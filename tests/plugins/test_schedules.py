@@ -20,7 +20,7 @@ def states():
 
 
 def test_the_schedules_are_offered_under_their_names():
-    assert {c.component_name() for c in l2d_components()} == {"linear", "cosine"}
+    assert {c.component_name() for c in l2d_components()} == {"linear", "cosine", "information"}
 
 
 def test_the_path_runs_from_noise_to_data():

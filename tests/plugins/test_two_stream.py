@@ -282,7 +282,7 @@ def test_single_precision_gradients_agree_with_double(variant):
     double = diffusion_lm(variant=variant).double()
     wanted = own_gradients(single, training_loss(single, layout).total)
     query = ask_everywhere(double, layout)
-    from l2d_framework.diffusion.loss import NoiseRule, draw
+    from l2d_framework.diffusion.training_noise import NoiseRule, draw
 
     draws = draw(single, layout, NoiseRule(keys=[(0, 0, row) for row in range(len(PADDING))]))
     targets = layout.tokens.gather(1, draws.positions)

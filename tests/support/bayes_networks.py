@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 
 import torch
 from tiny_models import tiny_lm
-from torch import Tensor
+from torch import Tensor, nn
 from toy_components import Projected, Read
 
 from l2d_framework.backbone import Backbone
@@ -13,7 +13,7 @@ from l2d_framework.config import SamplingSection
 from l2d_framework.models.diffusion_lm import DiffusionLM, Origin
 from l2d_framework.parametrization import Parametrization
 from l2d_framework.schedule import Schedule
-from l2d_plugins.solvers.euler import Euler
+from l2d_plugins.solvers.runge_kutta import Euler
 
 TOKENS = 12
 
@@ -79,8 +79,9 @@ class BayesNetwork(Backbone):
         squares = (h[..., None, :] - alpha[..., None] * self._table).square().sum(-1)
         return prior - squares / (2 * sigma**2)
 
-    def head(self, features):
-        return features
+    @property
+    def head(self):
+        return nn.Identity()
 
 
 def bayes_lm(schedule: Schedule, share: Any, *, scale: float = 2.0) -> DiffusionLM:

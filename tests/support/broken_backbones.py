@@ -4,20 +4,41 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 from toy_components import Beside, BesideNetwork, Canvas, CanvasNetwork, Read, appended
 
 from l2d_framework.testing import backbones
 from l2d_framework.types import Layout
 
 
+class Changed(nn.Module):
+    """What a function makes of a head."""
+
+    def __init__(self, head, change):
+        super().__init__()
+        self.head, self.change = head, change
+
+    def forward(self, features):
+        return self.change(self.head, features)
+
+
 class HalfPrecision(BesideNetwork):
-    def head(self, features):
-        return super().head(features).bfloat16()
+    @property
+    def head(self):
+        return Changed(super().head, lambda head, features: head(features).bfloat16())
 
 
 class BatchHead(BesideNetwork):
+    @property
+    def head(self):
+        return Changed(super().head, lambda head, features: head(features - features.mean(1, keepdim=True)))
+
+
+class HeadlessCall(BesideNetwork):
+    """Makes logits in a method, whose parameters nobody can ask for."""
+
     def head(self, features):
-        return super().head(features - features.mean(1, keepdim=True))
+        return self.lm.lm_head(features)
 
 
 class Misreports(BesideNetwork):
@@ -120,8 +141,10 @@ class MergesIntoModel(BesideNetwork):
     def merge(self):
         self.lm.lm_head.weight.mul_(2)
 
-    def head(self, features):
-        return super().head(features) / (self.lm.lm_head.weight.norm() / self.norm)
+    @property
+    def head(self):
+        ratio = self.lm.lm_head.weight.norm() / self.norm
+        return Changed(super().head, lambda head, features: head(features) / ratio)
 
     def __init__(self, config, lm):
         super().__init__(config, lm)
@@ -151,13 +174,35 @@ class Mixes(BesideNetwork):
         return super().features(h + h.mean(1, keepdim=True), t, positions, context, condition)
 
 
+class Peeks(CanvasNetwork):
+    """Sees in training the tokens it is to find."""
+
+    def read(self, layout):
+        if torch.is_grad_enabled():
+            layout = Layout(layout.tokens, layout.blocks.clamp(max=0))
+        return super().read(layout)
+
+    def features(self, h, t, positions, context, condition, *, shared_time=None):
+        found = super().features(h, t, positions, context, condition)
+        known = context.layout.blocks.gather(1, positions) == 0
+        return found + known[..., None] * self.table()[context.layout.tokens.gather(1, positions)]
+
+
+class Counts(BesideNetwork):
+    """Answers by how many positions are asked about."""
+
+    def features(self, h, t, positions, context, condition, *, shared_time=None):
+        return super().features(h * positions.shape[1], t, positions, context, condition)
+
+
 class ClaimsLater(BesideNetwork):
     sees_later = True
 
 
 class OwnHead(CanvasNetwork):
-    def head_parameters(self):
-        return []
+    @property
+    def head(self):
+        return Changed(nn.Identity(), lambda _, features: self.lm.lm_head(features))
 
 
 def canvas(network: type[CanvasNetwork]) -> Canvas:
@@ -182,15 +227,18 @@ def beside(network: type[BesideNetwork], **fields: Any) -> Beside:
 
 BROKEN = [
     (backbones.check_backbone_shapes, beside(HalfPrecision), "torch.bfloat16"),
+    (backbones.check_backbone_shapes, beside(HeadlessCall), "head must be a module"),
     (backbones.check_backbone_shapes, beside(BatchHead), "every position alike"),
     (backbones.check_backbone_shapes, beside(Misreports), "from which another one is built"),
     (backbones.check_backbone_uses_state_and_time, beside(Deaf), "noisy state changes nothing"),
     (backbones.check_backbone_uses_state_and_time, beside(Timeless), "time changes nothing"),
     (backbones.check_backbone_does_not_leak, beside(OffByOne), "sees its own or a later block"),
     (backbones.check_backbone_does_not_leak, beside(Blind), "does not see an earlier block"),
+    (backbones.check_backbone_denoises_blocks_apart, beside(Counts), "alike alone and among others with block_size=1"),
+    (backbones.check_backbone_trains_as_it_generates, canvas(Peeks), "recording gradients must not matter"),
     (backbones.check_backbone_sees_later_where_declared, beside(ClaimsLater), "sees_later is True"),
     (backbones.check_backbone_sees_later_where_declared, canvas(HidesLater), "sees_later is False"),
-    (backbones.check_backbone_names_its_head_parameters, canvas(OwnHead), "head_parameters leaves out"),
+    (backbones.check_backbone_names_its_head_parameters, canvas(OwnHead), r"head.parameters\(\) leaves out"),
     (backbones.check_backbone_extends_what_it_read, beside(Forgetful), r"extend\(tokens\) must equal"),
     (backbones.check_backbone_ignores_padding, beside(PaddingCounts), "padding must not matter"),
     (backbones.check_backbone_selects_rows, beside(SortsRows), "select must keep"),

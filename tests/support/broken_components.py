@@ -4,10 +4,12 @@ import copy
 from typing import ClassVar, Literal
 
 import torch
+from masked_diffusion import Masked, MaskedSpace
 from pydantic import ConfigDict, Field
-from toy_components import Circle, Doubling, Forward, Projected, ProjectedSpace, Sharpen
+from toy_components import Circle, Doubling, Forward, Halfway, HalfwayLaw, Projected, ProjectedSpace, Sharpen
 
 from l2d_framework.guidance import Guidance
+from l2d_framework.parametrization import Parametrization, ParametrizationConfig
 from l2d_framework.solver import Solver
 from l2d_framework.testing import common, guidance, parametrizations, schedules, solvers
 from l2d_framework.types import Prediction
@@ -92,6 +94,11 @@ class Wavering(Circle):
         return (u + 0.05 * torch.sin(50 * u)).clamp(0, 1)
 
 
+class NoWeight(Circle):
+    def weight(self, t):
+        return 1 / t
+
+
 class LessNoise(Circle):
     def noisier(self, t):
         return (t + 1e-3).clamp_max(1)
@@ -105,6 +112,30 @@ class BeyondNoise(Circle):
 class SameNoise(Circle):
     def noisier(self, t):
         return t
+
+
+class Forgetful(HalfwayLaw):
+    def __init__(self, config):
+        super().__init__(config)
+        self.sums = self._buffers.pop("sums")
+
+
+class Drifting(HalfwayLaw):
+    def fixed_times(self, u):
+        return self.sample_times(u)
+
+
+class Runaway(HalfwayLaw):
+    def sample_times(self, u):
+        return u * (self.sums[1] / 2).clamp_min(1)
+
+
+def learned(law: type[HalfwayLaw]) -> Halfway:
+    class Broken(Halfway):
+        pass
+
+    Broken.law, Broken.__name__ = law, law.__name__
+    return Broken()
 
 
 class LongGrid(Circle):
@@ -121,9 +152,13 @@ SCHEDULES = [
     (schedules.check_schedule_velocity_follows_path, Backwards(), "must point along the path"),
     (schedules.check_schedule_training_times, LateTimes(), r"sample_times gives \[1.0"),
     (schedules.check_schedule_training_times, Wavering(), "sample_times turns back after"),
+    (schedules.check_schedule_weight, NoWeight(), r"weight gives \[inf\]"),
     (schedules.check_schedule_noisier, LessNoise(), "moves away from the noise"),
     (schedules.check_schedule_noisier, BeyondNoise(), r"noisier leaves \[0, 1\]"),
     (schedules.check_schedule_noisier, SameNoise(), "leaves most times where they are"),
+    (schedules.check_schedule_training_times, learned(Runaway), "sample_times gives"),
+    (schedules.check_schedule_is_its_state_dict, learned(Forgetful), "different times"),
+    (schedules.check_schedule_is_its_state_dict, learned(Drifting), "fixed_times change"),
     (schedules.check_schedule_grid, LongGrid(), r"grid\(1, 1.0\) has 2 times"),
 ]
 
@@ -217,6 +252,31 @@ class CentredNoise(ProjectedSpace):
         return noise - 0.5 * noise.mean((0, 1))
 
 
+class LoudPrior(ProjectedSpace):
+    def prior(self, random):
+        return 2 * super().prior(random)
+
+
+class NeverClean(ProjectedSpace):
+    def corrupt(self, tokens, noise, t, schedule, table):
+        return super().corrupt(tokens, noise, 0.9 * t, schedule, table)
+
+
+class ShuffledNoise(ProjectedSpace):
+    def corrupt(self, tokens, noise, t, schedule, table):
+        return super().corrupt(tokens, noise - noise.mean((0, 1)), t, schedule, table)
+
+
+class Stubborn(MaskedSpace):
+    def refine(self, logits, x, t, schedule, table):
+        return super().refine(logits, -1 - 0 * x, t, schedule, table)
+
+
+class Gossip(MaskedSpace):
+    def refine(self, logits, x, t, schedule, table):
+        return super().refine(logits - logits.mean((0, 1)), x, t, schedule, table)
+
+
 class Undeclared(ProjectedSpace):
     uses_previous: ClassVar[bool] = False
 
@@ -235,8 +295,12 @@ class Copies(ProjectedSpace):
         return copy.deepcopy(super().with_estimate(options))
 
 
-def projected(space: type[ProjectedSpace]) -> Projected:
-    class Broken(Projected):
+def masked(space: type[MaskedSpace]) -> Masked:
+    return projected(space, Masked)
+
+
+def projected(space: type[Parametrization], config: type[ParametrizationConfig] = Projected) -> ParametrizationConfig:
+    class Broken(config):
         module = space
 
     Broken.__name__ = space.__name__
@@ -250,6 +314,11 @@ PARAMETRIZATIONS = [
     (parametrizations.check_codebook_is_not_stale, projected(Stale), "must follow the weights"),
     (parametrizations.check_estimate_keeps_to_its_streams, projected(GlobalDraws), "global generator"),
     (parametrizations.check_estimate_is_tokenwise, projected(BatchAverage), "must not depend on its batch mates"),
+    (parametrizations.check_prior_is_corruption_at_the_start, projected(LoudPrior), "prior must be"),
+    (parametrizations.check_corruption_ends_clean, projected(NeverClean), "corrupt must be encode at t = 1"),
+    (parametrizations.check_corruption_is_tokenwise, projected(ShuffledNoise), "must not depend on its batch mates"),
+    (parametrizations.check_refinement_knows_clean_states, masked(Stubborn), "does not know the token"),
+    (parametrizations.check_refinement_is_tokenwise, masked(Gossip), "must not depend on its batch mates"),
     (parametrizations.check_embed_is_finite, projected(Explodes), "not finite at t = 1.0"),
     (parametrizations.check_embed_is_tokenwise, projected(BatchNormal), "must not depend on its batch mates"),
     (parametrizations.check_embed_uses_previous_where_declared, projected(Undeclared), "uses_previous is False"),
@@ -285,9 +354,18 @@ class Implicit(Forward):
         return x + (s - t) * problem.velocity(x, s)
 
 
-class Ahead(Forward):
+class Overclaiming(Solver):
+    """The midpoint method, which never evaluates the end."""
+
+    stages: ClassVar[int] = 2
+    order: ClassVar[int] = 2
+    evaluates_end: ClassVar[bool] = True
+
+    name: Literal["overclaiming"] = "overclaiming"
+
     def step(self, problem, x, t, s):
-        return x + (s - t) * problem.velocity(x, t, until=s + (s - t))
+        half = (s - t) / 2
+        return x + (s - t) * problem.velocity(x + half * problem.velocity(x, t), t + half)
 
 
 class Miscounted(Forward):
@@ -346,10 +424,10 @@ SOLVERS = [
     (solvers.check_solver_is_repeatable, GlobalJitter(), "global generator"),
     (solvers.check_solver_is_repeatable, InPlace(), "in place"),
     (solvers.check_solver_times, Implicit(), "set evaluates_end"),
-    (solvers.check_solver_times, Ahead(), "announced to lead to"),
     (solvers.check_solver_evaluation_count, Miscounted(), "num_inference_steps=2 became"),
     (solvers.check_solver_evaluation_count, WordlessRefusal(), "names no number that works"),
     (solvers.check_solver_order, Boastful(), "Order 2 is declared"),
+    (solvers.check_solver_is_the_textbooks, Overclaiming(), "as the textbook writes it"),
     (solvers.check_solver_accuracy, OneStep(), "The solution is missed"),
     (solvers.check_solver_budget, Spendthrift(), "with a budget of 20"),
     (solvers.check_solver_tokens_are_independent, SharedSteps(), "must not depend on its batch mates"),

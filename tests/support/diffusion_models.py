@@ -10,7 +10,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from l2d_framework.config import SamplingSection
-from l2d_framework.diffusion.loss import Losses, NoiseRule, denoising_loss, draw
+from l2d_framework.diffusion.loss import Losses, denoising_loss
+from l2d_framework.diffusion.training_noise import NoiseRule, draw
 from l2d_framework.models.diffusion_lm import DiffusionLM, Origin
 from l2d_framework.types import Layout, Query
 from l2d_plugins.backbones import in_place, main_path
@@ -79,6 +80,7 @@ def tess_lm(
     classes: Sequence[str] = (),
     tokenizer: bool = False,
     space: dict[str, Any] | None = None,
+    block_size: int | None = None,
     **backbone: Any,
 ) -> DiffusionLM:
     """TESS 2 over a language model or a family of `tiny_models`, its time and class embeddings moved to matter."""
@@ -92,7 +94,7 @@ def tess_lm(
         for weight in own:
             weight.copy_(0.5 * torch.randn(weight.shape, generator=generator))
     model = DiffusionLM(
-        Cosine(), SimplexConfig(**(space or {})).build(network.vocab_size, network.hidden_size), network, None
+        Cosine(), SimplexConfig(**(space or {})).build(network.vocab_size, network.hidden_size), network, block_size
     )
     sampling = SamplingSection(solver=Renoise(), num_inference_steps=4, block_size=None)
     model.origin = Origin(classes=tuple(classes), sampling=sampling)

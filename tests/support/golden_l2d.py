@@ -123,4 +123,4 @@ def steps(problem: TokenODE, how: Solver, states: Tensor, grid: list[float]) -> 
     Each starts anew, so that rounding is not carried on: late dynamics multiply it by up to a thousand.
     """
     moves = zip(states.double(), pairwise(grid), strict=False)
-    return torch.stack([how.solve(problem, state, list(times)) for state, times in moves])
+    return torch.stack([problem.solve(how, state, list(times)) for state, times in moves])

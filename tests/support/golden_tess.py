@@ -133,6 +133,6 @@ def replay(
     )
     problem.noises = iter(later)
     times = model.schedule.grid(steps, 1.0)
-    x = solver.solve(problem, model.parametrization.prior_scale * start, times)
+    x = problem.solve(solver, model.parametrization.prior_scale * start, times)
     problem.read_out(x, times[-1])
     return seen, problem

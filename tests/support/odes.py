@@ -12,17 +12,17 @@ Field = Callable[[Tensor, Tensor], Tensor]
 class Ode:
     """dx/dt = field(x, t) for tokens that do not see each other.
 
-    `evaluations` counts them per token, (B, L); `visits` lists (t, until) of every call as given.
+    `evaluations` counts them per token, (B, L); `visits` lists the time of every call as given.
     """
 
     def __init__(self, field: Field) -> None:
         self.field = field
         self.evaluations = torch.zeros(1, dtype=torch.int64)
-        self.visits: list[tuple[float | Tensor, float | Tensor | None]] = []
+        self.visits: list[float | Tensor] = []
 
-    def velocity(self, x, t, *, until=None, active=None):
+    def velocity(self, x, t, *, active=None):
         self.evaluations = self.evaluations + (torch.ones(x.shape[:2]) if active is None else active).long()
-        self.visits.append((t, until))
+        self.visits.append(t)
         time = t if isinstance(t, Tensor) else torch.full(x.shape[:2], t, dtype=x.dtype)
         slope = self.field(x, time[..., None])
         return slope if active is None else torch.where(active[..., None], slope, 0.0)

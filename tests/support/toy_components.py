@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+import masked_diffusion
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ from l2d_framework.diffusion.rng import categorical
 from l2d_framework.errors import ConfigError, EvaluationBudgetError
 from l2d_framework.guidance import Guidance
 from l2d_framework.parametrization import Parametrization, ParametrizationConfig
-from l2d_framework.schedule import Schedule
+from l2d_framework.schedule import NoiseLaw, Schedule, ScheduleConfig
 from l2d_framework.solver import Solver
 from l2d_framework.types import Layout, Prediction
 
@@ -29,6 +30,46 @@ class Circle(Schedule):
 
     def sample_times(self, u):
         return 1 - (1 - u).sqrt()
+
+
+class Halfway(ScheduleConfig):
+    """Times between those of the circle and the middle of the losses it has heard."""
+
+    name: Literal["halfway"] = "halfway"
+    law: ClassVar[type[NoiseLaw]]
+
+    def build(self):
+        return self.law(self)
+
+
+class HalfwayLaw(nn.Module, NoiseLaw):
+    def __init__(self, config):
+        super().__init__()
+        self._config = config
+        self.register_buffer("sums", torch.tensor([0.5, 1.0]))
+
+    @property
+    def config(self):
+        return self._config
+
+    def alpha(self, t):
+        return Circle().alpha(t)
+
+    def sigma(self, t):
+        return Circle().sigma(t)
+
+    def sample_times(self, u):
+        middle = self.sums[0] / self.sums[1]
+        return u ** (middle.log() / math.log(0.5)).clamp(0.5, 2).to(u)
+
+    def fixed_times(self, u):
+        return u
+
+    def observe(self, t, loss):
+        self.sums += torch.stack([(t * loss).sum(), loss.sum()])
+
+
+Halfway.law = HalfwayLaw
 
 
 class ProjectedEstimate(BaseModel):
@@ -85,7 +126,7 @@ class Forward(Solver):
     name: Literal["forward"] = "forward"
 
     def step(self, problem, x, t, s):
-        return x + (s - t) * problem.velocity(x, t, until=s)
+        return x + (s - t) * problem.velocity(x, t)
 
 
 class Renoise(Solver):
@@ -95,7 +136,7 @@ class Renoise(Solver):
 
     def step(self, problem, x, t, s):
         time = torch.full(x.shape[:2], s)
-        return problem.schedule.interpolate(problem.clean(x, t, until=s), problem.fresh_noise(x), time)
+        return problem.schedule.interpolate(problem.clean(x, t), problem.fresh_noise(x), time)
 
 
 class Doubling(Solver):
@@ -208,8 +249,9 @@ class BesideNetwork(Backbone):
     def plain(self, positions, context):
         return self.main(context, positions)
 
-    def head(self, features):
-        return self.lm.lm_head(features)
+    @property
+    def head(self):
+        return self.lm.lm_head
 
 
 Beside.module = BesideNetwork
@@ -260,11 +302,9 @@ class CanvasNetwork(Backbone):
         run = self.lm.model(inputs_embeds=inputs, attention_mask=seen, position_ids=places, use_cache=False)
         return run.last_hidden_state.gather(1, positions[..., None].expand_as(h))
 
-    def head(self, features):
-        return self.lm.lm_head(features)
-
-    def head_parameters(self):
-        return list(self.lm.lm_head.parameters())
+    @property
+    def head(self):
+        return self.lm.lm_head
 
 
 Canvas.module = CanvasNetwork
@@ -276,6 +316,7 @@ def appended(layout: Layout, tokens: Tensor) -> Layout:
 
 CORRECT: list[Any] = [
     Circle(),
+    Halfway(),
     Projected(),
     Forward(),
     Renoise(),
@@ -284,4 +325,5 @@ CORRECT: list[Any] = [
     Beside(),
     Beside(num_classes=2),
     Canvas(),
+    *masked_diffusion.TOYS,
 ]

@@ -20,6 +20,8 @@ VARIANTS = [
     ("backbone", "two_stream", {"variant": "full"}),
     ("backbone", "two_stream", {"variant": "full_random", "num_classes": 1}),
     ("schedule", "cosine", {"steps": None}),
+    ("schedule", "information", {"family": "gumbel", "base": {"name": "cosine"}}),
+    ("schedule", "information", {"base": {"name": "linear", "minimum_noise": 0.1}, "uniform": 0.01}),
     ("parametrization", "simplex", {"k": 3.0, "estimate": {"mode": "nucleus", "top_p": 0.9, "temperature": 0.7}}),
     ("parametrization", "simplex", {"estimate": {"mode": "nucleus", "top_p": 1.0}, "self_conditioning": "none"}),
     ("parametrization", "simplex", {"estimate": {"mode": "average"}, "self_conditioning": "sum"}),

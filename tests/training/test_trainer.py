@@ -10,7 +10,8 @@ from safetensors import safe_open
 from transformers import TrainerCallback
 
 from l2d_framework.config import TrainingSection, parse_run
-from l2d_framework.diffusion.loss import NoiseRule, denoising_loss, draw
+from l2d_framework.diffusion.loss import denoising_loss
+from l2d_framework.diffusion.training_noise import NoiseRule, draw
 from l2d_framework.errors import ConfigError
 from l2d_framework.models import checkpoint
 from l2d_framework.training.arguments import TrainingData, make_arguments, total_steps

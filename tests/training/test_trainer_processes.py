@@ -17,10 +17,13 @@ def test_two_processes_train_like_one(tmp_path: Path) -> None:
     methods = {"l2d": tiny_runs.diffusion_run, "tess": tiny_runs.tess_run}
 
     def stages(kind: str, **training: Any) -> dict[str, dict[str, Any]]:
-        return {
+        runs = {
             name: method(base, sums, tmp_path / kind / name, max_steps=6, **training)
             for name, method in methods.items()
         }
+        # A schedule that hears the losses of both processes, in few knots so that it is felt.
+        runs["l2d"]["schedule"] = {"name": "information", "base": runs["l2d"]["schedule"], "knots": 8}
+        return runs
 
     # Each process takes one sequence at a time: two micro-batches per update, unlike the single process below.
     fields = {"stages": list(stages("two", micro_batch_size=1).values())}

@@ -6,22 +6,32 @@ import torch
 from torch import Tensor
 
 from l2d_framework.diffusion.diffusion import Diffusion
+from l2d_framework.errors import ConfigError
+from l2d_framework.parametrization import Parametrization
 from l2d_framework.simplex_state import dense, pieces
 
 
 class TokenLikelihood:
     """log N(x_t; alpha(t) clean(y), (sigma(t) prior_scale)^2 I) for every token y, up to a number all tokens share.
 
-    The law holds for every schedule and every parametrization, since x_t = alpha(t) clean + sigma(t) prior_scale noise
-    is what `Diffusion.diffuse` makes of any of them.
+    The law holds for every schedule and for every parametrization with the corruption that
+    `Parametrization.corrupt` has by default, x_t = alpha(t) clean + sigma(t) prior_scale noise.
 
     Args:
         diffusion: the model; its weights must not change while this is used.
+
+    Raises:
+        ConfigError: if its states are corrupted in another way.
     """
 
     @torch.no_grad()
     def __init__(self, diffusion: Diffusion) -> None:
         space, table = diffusion.parametrization, diffusion.backbone.table()
+        if type(space).corrupt is not Parametrization.corrupt:
+            raise ConfigError(
+                f"Parametrization {space.config.component_name()!r} corrupts tokens in a way of its own, for which the "
+                "likelihood of a noisy state is not known here. Diagnose models with Gaussian noise."
+            )
         tokens = torch.arange(diffusion.backbone.vocab_size, device=table.device)[None]
         # States as wide as the vocabulary stay symbolic until a piece is used.
         parts = pieces(1, tokens.shape[1], space.state_size)

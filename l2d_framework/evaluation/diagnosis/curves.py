@@ -39,7 +39,7 @@ class _Seen:
 
     t: float
     x: Tensor
-    features: Tensor
+    answer: Logits
 
 
 @torch.no_grad()
@@ -58,8 +58,8 @@ def cross_entropies(
     combined = torch.full((rows, ANCHORS, count), torch.nan, dtype=torch.float64)
     for anchor in range(ANCHORS):
         combined[:, anchor, anchor:] = 0
-    backbone, targets = model.backbone, batch.targets
-    answers = [Logits(one.features, backbone.vocab_size, backbone.head).parts() for one in seen]
+    targets = batch.targets
+    answers = [one.answer.parts() for one in seen]
     for parts in zip(*answers, strict=True):
         where = parts[0][0]
         logarithms = [logits.log_softmax(-1) for _, logits in parts]
@@ -75,8 +75,8 @@ def cross_entropies(
 
 
 def _look(model: DiffusionLM, batch: Batch, context: Any, times: Sequence[float]) -> list[_Seen]:
-    """Features at every time; a self-conditioned network is shown its prediction at the time before, as in sampling."""
-    space, backbone, targets = model.parametrization, model.backbone, batch.targets
+    """Answers at every time; a self-conditioned network is shown its prediction at the time before, as in sampling."""
+    space, table, targets = model.parametrization, model.backbone.table(), batch.targets
     noise = batch.noise(model)
     previous: Tensor | None = None
     seen = []
@@ -84,11 +84,10 @@ def _look(model: DiffusionLM, batch: Batch, context: Any, times: Sequence[float]
         t = torch.full(targets.shape, time, device=targets.device)
         x = model.diffuse(targets, t, noise) if number else space.prior_scale * noise
         query = Query(x, t, batch.positions, context, batch.condition, previous=previous, shared_time=time)
-        features = model.features(query)
-        seen.append(_Seen(time, x, features))
+        answer = model.answer(query)
+        seen.append(_Seen(time, x, answer))
         if space.uses_previous:
-            parts = Logits(features, backbone.vocab_size, backbone.head).parts()
-            previous = torch.cat([space.remember(logits, backbone.table()) for _, logits in parts], 1)
+            previous = torch.cat([space.remember(logits, table) for _, logits in answer.parts()], 1)
     return seen
 
 

@@ -20,7 +20,7 @@ from l2d_framework.evaluation.diagnosis.curves import ANCHORS, cross_entropies
 from l2d_framework.evaluation.diagnosis.trajectories import evaluations, solve
 from l2d_framework.evaluation.diagnosis.verdict import NEGLIGIBLE, per_token, verdict
 from l2d_framework.models.diffusion_lm import DiffusionLM
-from l2d_framework.schedule import Schedule
+from l2d_framework.schedule import NoiseLaw
 
 Track = Callable[[Sequence[Batch]], Iterable[Batch]]
 """Passes batches through and shows how far they are."""
@@ -55,7 +55,7 @@ class Settings:
     adaptive: SamplingSection | None
 
 
-def time_grid(schedule: Schedule, count: int) -> list[float]:
+def time_grid(schedule: NoiseLaw, count: int) -> list[float]:
     """Times as a solver would visit them, those without noise left out; at the first the state is noise alone."""
     return schedule.grid(count + 1, 1.0)[:count]
 

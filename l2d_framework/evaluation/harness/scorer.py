@@ -22,7 +22,8 @@ from l2d_framework.evaluation.harness.request_ids import noise_key
 from l2d_framework.generation.prompts import pad_left
 from l2d_framework.models.diffusion_lm import DiffusionLM
 from l2d_framework.models.unloaded import CLASS
-from l2d_framework.types import Layout, Query
+from l2d_framework.training.data.collate import number_blocks
+from l2d_framework.types import Context, Layout, Query
 
 if TYPE_CHECKING:
     from l2d_framework.evaluation.harness.model import L2DLM
@@ -137,7 +138,7 @@ class Scorer:
         offsets: list[list[int]],
         width: int,
         layout: Layout,
-        context: object,
+        context: Context,
         samples: list[int],
     ) -> Tensor:
         """Log-probabilities of the tokens `offsets` into each answer, (B, L, K, V)."""
@@ -163,7 +164,7 @@ class Scorer:
         """Minus the denoising loss of each answer, as training measures it, at fixed times and noises.
 
         score = mean over t in {1/2T, 3/2T, ...} and over noises of sum_i log p(y_i | x_t, t, question), where x_t is
-        the whole answer under noise. Noise depends on the question, the position and the sample alone.
+        the answer under noise, block by block. Noise depends on the question, the position and the sample alone.
 
         Args:
             jobs: a batch, one answer each.
@@ -176,12 +177,14 @@ class Scorer:
         longest = max(map(len, answers))
         cut = [job.context[-(self.limit - len(a)) :] for job, a in zip(jobs, answers, strict=True)]
         encoded = pad_left(cut)
-        layout = Layout(encoded.input_ids.to(device), encoded.attention_mask.to(device) - 1)
-        context = model.backbone.read(layout)
         # Shorter answers repeat their last token, state and all, which is one slot for the network.
         offsets = torch.tensor([[min(j, len(a) - 1) for j in range(longest)] for a in answers], device=device)
         own = torch.tensor([[j < len(a) for j in range(longest)] for a in answers], device=device)
         padded = torch.tensor([[a[min(j, len(a) - 1)] for j in range(longest)] for a in answers], device=device)
+        # A block is denoised after the true tokens before it, as in training.
+        ids, mask = encoded.input_ids.to(device), encoded.attention_mask.to(device)
+        blocks = torch.where(own, number_blocks(own, model.block_size), -1)
+        context = model.backbone.read(Layout(torch.cat([ids, padded], 1), torch.cat([mask - 1, blocks], 1)))
         label = None if self.label is None else torch.full_like(padded, self.label)
         scores = torch.zeros(len(jobs), device=device)
         greedy = torch.ones(len(jobs), dtype=torch.bool, device=device)

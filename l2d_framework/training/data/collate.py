@@ -27,7 +27,7 @@ class Collator:
         block_size: tokens per denoised block, or None for one block of all supervised tokens.
         pad_to_multiple_of: round the length of a batch up to a multiple of this many tokens.
         padding: "none" to leave padding out of everything; "target" to fill rows up to `max_length` with
-            padding that is denoised in the last block and counted; "context" for the same without counting.
+            padding that is denoised in blocks like the answer and counted; "context" for the same without counting.
         max_length: tokens of a row with its padding; needed by "target" and "context".
         masker: decides what is supervised in the rows' stead, or None.
     """
@@ -70,9 +70,8 @@ class Collator:
             blocks[i, here] = 0
             supervised[i, here] = torch.as_tensor(row["supervised"] if self.masker is None else self.masker(row))
         counted = supervised | (blocks < 0) if self.padding == "target" else supervised
-        blocks = torch.where(supervised, number_blocks(supervised, self.block_size), blocks)
-        if self._fills:
-            blocks = torch.where(blocks < 0, blocks.amax(-1, keepdim=True), blocks)
+        denoised = supervised | (blocks < 0) if self._fills else supervised
+        blocks = torch.where(denoised, number_blocks(denoised, self.block_size), blocks)
         return {
             "input_ids": ids,
             "blocks": blocks,

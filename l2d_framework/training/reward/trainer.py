@@ -190,8 +190,9 @@ def noisy_embeddings(ids: Tensor, embedding: Tensor, noise: SimplexNoise, *, gen
     Source: TESS 2, arXiv:2502.13917, Eq. 1 and 2.
     """
     u = torch.rand(len(ids) // 2, generator=generator, device=ids.device).repeat(2)
-    t = noise.schedule.sample_times(u)
-    alpha, sigma = noise.schedule.alpha(t), noise.schedule.sigma(t)
+    schedule = noise.schedule.build()
+    t = schedule.sample_times(u)
+    alpha, sigma = schedule.alpha(t), schedule.sigma(t)
     rows = []
     for row, a, s in zip(ids, alpha, sigma, strict=True):
         draw = torch.randn(len(row), len(embedding), generator=generator, device=ids.device)

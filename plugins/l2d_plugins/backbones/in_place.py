@@ -1,23 +1,25 @@
-"""The in-place backbone of TESS 2: a language model that reads known and noisy tokens in one bidirectional pass."""
+"""The in-place backbone of TESS 2: the language model itself reads known and noisy tokens, all at once or in blocks."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+from typing_extensions import override
 
 from l2d_framework.backbone import Backbone, BackboneConfig
 from l2d_framework.errors import ConfigError, UnsupportedModelError
 from l2d_framework.opening import new_model
-from l2d_framework.types import Layout
+from l2d_framework.types import Context, Layout
+from l2d_plugins.backbones.blocks import Beside, BlockContext, Reader
 from l2d_plugins.families import advice
-from l2d_plugins.twins import run_body, twin
+from l2d_plugins.twins import Head, cache_name, run_body
 
 PROVEN = ("llama", "qwen2", "qwen3", "mistral", "smollm3", "phi3", "olmo2", "gpt2", "roberta", "bert")
 """Families that are known to be served."""
@@ -28,6 +30,10 @@ class InPlaceConfig(BackboneConfig):
 
     Noisy positions enter as embeddings plus a time embedding, known ones as their plain embeddings. Padding is never
     seen; pads that are to be learnt, as the authors do, are tokens like any other (`data.padding`).
+
+    With `block_size` null, known and noisy tokens see each other, and every evaluation reads all of them. With a number
+    the text grows in blocks (arXiv:2503.09573): known tokens see their own block and earlier ones, so that each is read
+    once, and noisy ones see those and their own block.
     """
 
     name: Literal["in_place"] = "in_place"
@@ -40,44 +46,39 @@ class InPlaceConfig(BackboneConfig):
     time_bias: bool = False
     """A bias in the time embedding, as TESS 1 has."""
 
-    def check(self, lm_config: Any, block_size: int | None) -> None:
-        """Refuse several blocks per sequence and encoder-decoders.
+    def shifts(self, lm_config: Any) -> bool:
+        """Whether position i is predicted from the output at i - 1.
 
         Args:
             lm_config: the language model's transformers config.
-            block_size: tokens denoised together.
 
-        Raises:
-            ConfigError: if there is more than one block per sequence.
-            UnsupportedModelError: if the model is an encoder-decoder.
+        Returns:
+            The option, or what the model was pretrained to do.
         """
-        if block_size is not None:
-            raise ConfigError(
-                f"Backbone 'in_place' denoises one block per sequence; got block_size={block_size}. Set block_size to "
-                "null (sampling.block_size still lets an answer grow block by block)"
-                + (", or use the backbone 'two_stream'." if block_size == 1 else ".")
-            )
+        return not _is_masked(lm_config) if self.label_shift is None else self.label_shift
+
+    @override
+    def check(self, lm_config: Any, block_size: int | None) -> None:
         if getattr(lm_config, "is_encoder_decoder", False):
             raise UnsupportedModelError(
                 f"Backbone 'in_place' needs one stack of layers; {lm_config.model_type!r} is an encoder-decoder. "
                 "Choose a causal or masked language model."
             )
+        if block_size == 1 and self.attention == "causal" and self.shifts(lm_config):
+            raise ConfigError(
+                "Backbone 'in_place' with attention: causal predicts a token from what comes before it, so with "
+                "block_size=1 its noise would go unseen. Set attention to bidirectional or block_size to 2 or more, "
+                "or use the backbone 'two_stream'."
+            )
 
+    @override
     def build(self, lm: PreTrainedModel) -> InPlace:
-        """Wrap a language model and prove by a self-test that first outputs see last inputs.
-
-        Args:
-            lm: a causal or masked language model with sdpa or eager attention.
-
-        Returns:
-            The backbone.
-        """
         return InPlace(self, lm)
 
 
 @dataclass(frozen=True)
-class InPlaceContext:
-    """The known tokens of a batch.
+class InPlaceContext(Context):
+    """The known tokens of a batch whose noisy ones are one block.
 
     Attributes:
         embedded: their embeddings, of no meaning elsewhere, (B, S, H).
@@ -87,19 +88,12 @@ class InPlaceContext:
     embedded: Tensor
     known: Tensor
 
+    @override
     def select(self, rows: Tensor) -> InPlaceContext:
-        """Context of some rows; a row may be repeated.
-
-        Args:
-            rows: (B',), int64.
-
-        Returns:
-            Their context.
-        """
         return InPlaceContext(self.embedded[rows], self.known[rows])
 
 
-class InPlace(Backbone):
+class InPlace(Backbone[InPlaceContext | BlockContext]):
     """Module of `InPlaceConfig`.
 
     Args:
@@ -119,12 +113,13 @@ class InPlace(Backbone):
         if config.initialization == "random" and not is_meta:
             lm = _forgotten(lm)
         self.lm = lm.eval()
-        self.sees_later = config.attention == "bidirectional"
-        masked = lm.config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
-        self.shift = int(not masked if config.label_shift is None else config.label_shift)
+        self.is_causal = config.attention == "causal"
+        self.sees_later = not self.is_causal
+        masked = _is_masked(lm.config)
+        self.shift = int(config.shifts(lm.config))
         self.vocab_size, self.hidden_size = self.table().shape
         self._body: tuple[nn.Module, ...] = (lm.base_model,)  # a tuple, so that no parameter is registered twice
-        self._head = (twin(lm, _modules={**lm._modules, lm.base_model_prefix: _Through()}),)
+        self._head = (Head(lm, lm.base_model_prefix),)
         # Learned positions of the RoBERTa family start after the one kept for padding.
         embeddings = getattr(lm.base_model, "embeddings", None)
         self._first_position = int(getattr(embeddings, "padding_idx", -1)) + 1 if masked else 0
@@ -157,62 +152,55 @@ class InPlace(Backbone):
         else:
             disable()
 
-    def table(self) -> Tensor:
-        """The input embedding table.
+    @override
+    def in_blocks(self, size: int | None) -> Self:
+        super().in_blocks(size)
+        self.sees_later = size is None and not self.is_causal
+        if size is not None and self.lm.device.type != "meta":
+            self._self_test_of_blocks()
+        return self
 
-        Returns:
-            (V, H).
-        """
+    @override
+    def table(self) -> Tensor:
         embeddings: Any = self.lm.get_input_embeddings()
         return embeddings.weight  # type: ignore[no-any-return]
 
-    def read(self, layout: Layout) -> InPlaceContext:
-        """Embed the known tokens.
+    @override
+    def read(self, layout: Layout) -> InPlaceContext | BlockContext:
+        embedded = self.lm.get_input_embeddings()(layout.tokens)
+        if self.block_size is None:
+            return InPlaceContext(embedded, layout.blocks == 0)
+        context = BlockContext.of(embedded, layout.blocks)
+        # Training reads clean and noisy tokens in one pass: transformers drops a cache where it recomputes activations.
+        return context if torch.is_grad_enabled() or self.lm.training else self._read(context, embedded.shape[1])
 
-        Args:
-            layout: tokens and blocks, (B, S); only block 0 is known.
+    @override
+    def extend(self, context: InPlaceContext | BlockContext, tokens: Tensor) -> InPlaceContext | BlockContext:
+        more, count = self.lm.get_input_embeddings()(tokens), tokens.shape[1]
+        if isinstance(context, BlockContext):
+            longer = context.longer(more, self.block_size or count)
+            return longer if context.keys is None else self._read(longer, count)
+        embedded = torch.cat([context.embedded, more], 1)
+        return InPlaceContext(embedded, functional.pad(context.known, (0, count), value=True))
 
-        Returns:
-            The context.
-        """
-        return InPlaceContext(self.lm.get_input_embeddings()(layout.tokens), layout.blocks == 0)
-
-    def extend(self, context: InPlaceContext, tokens: Tensor) -> InPlaceContext:
-        """Append known tokens.
-
-        Args:
-            context: what `read` or `extend` returned.
-            tokens: (B, N), int64.
-
-        Returns:
-            The longer context.
-        """
-        embedded = torch.cat([context.embedded, self.lm.get_input_embeddings()(tokens)], 1)
-        return InPlaceContext(embedded, functional.pad(context.known, (0, tokens.shape[1]), value=True))
-
+    @override
     def features(
         self,
         h: Tensor,
         t: Tensor,
         positions: Tensor,
-        context: InPlaceContext,
+        context: InPlaceContext | BlockContext,
         condition: Tensor | None,
         *,
         shared_time: float | None = None,
     ) -> Tensor:
-        """Outputs of the language model over known and noisy tokens together.
-
-        Args:
-            h: embedded noisy states, (B, L, H).
-            t: times, (B, L), float32; the time embedding reads 1 - t.
-            positions: slots asked about, (B, L), int64, inside the context or after it.
-            context: what `read` or `extend` returned.
-            condition: class per position, (B, L), int64; None or -1 is unconditional.
-            shared_time: not used.
-
-        Returns:
-            (B, L, H); zero for the first token under a label shift, about which no output speaks.
-        """
+        # Zero for the first token under a label shift, about which no output speaks.
+        mark = self.time((1 - t)[..., None].to(self.time.weight.dtype))
+        if self.config.num_classes:
+            label = torch.full_like(positions, -1) if condition is None else condition
+            mark = mark + self.classes(torch.where(label < 0, self.config.num_classes, label))
+        if isinstance(context, BlockContext):
+            return self._beside(h.to(mark.dtype) + mark, positions, context)
         rows, length = positions.shape
         context = _long_enough(context, int(positions.max()) + 1)
         total = context.known.shape[1]
@@ -220,60 +208,64 @@ class InPlace(Backbone):
         # Positions may be repeated to fill up a row. Each slot takes one of them, and so does its gradient.
         column = positions.new_full((rows, total), -1).scatter(1, positions, order)
         noisy, column = column >= 0, column.clamp_min(0)
-        mark = self.time((1 - t)[..., None].to(self.time.weight.dtype))
-        if self.config.num_classes:
-            label = torch.full_like(positions, -1) if condition is None else condition
-            mark = mark + self.classes(torch.where(label < 0, self.config.num_classes, label))
         embedded = _take(h, column).to(mark.dtype) + _take(mark, column)
         inputs = torch.where(noisy[..., None], embedded.to(context.embedded.dtype), context.embedded)
         visible = context.known | noisy
-        hidden = self._run(inputs, visible)
+        hidden = self._whole(inputs, visible)
         before = (positions - self.shift).clamp_min(0)
         speaks = visible.gather(1, before) & (positions >= self.shift)
         return _take(hidden, before).masked_fill(~speaks[..., None], 0)
 
-    def head(self, features: Tensor) -> Tensor:
-        """Vocabulary head of the language model.
+    @property
+    @override
+    def head(self) -> nn.Module:
+        return self._head[0]
 
-        Args:
-            features: (B, L, H).
+    @override
+    def parameter_groups(self) -> Mapping[str, list[nn.Parameter]]:
+        return {"time": list(self.time.parameters())}
 
-        Returns:
-            (B, L, V).
-        """
-        return self._head[0](inputs_embeds=features, use_cache=False).logits  # type: ignore[no-any-return]
-
-    def head_parameters(self) -> list[nn.Parameter]:
-        """Trainable parameters outside the body, and the output table, which may be tied to the input's.
-
-        Returns:
-            The parameters.
-        """
-        body = {id(p) for p in self._body[0].parameters()}
-        output: Any = self.lm.get_output_embeddings()
-        found = [p for p in self.lm.parameters() if id(p) not in body] + list(output.parameters())
-        return [p for p in {id(p): p for p in found}.values() if p.requires_grad]
-
-    def time_parameters(self) -> list[nn.Parameter]:
-        """Parameters of the time embedding.
-
-        Returns:
-            Its weight and, if it has one, its bias.
-        """
-        return list(self.time.parameters())
-
-    def _run(self, inputs: Tensor, visible: Tensor) -> Tensor:
+    def _whole(self, inputs: Tensor, visible: Tensor) -> Tensor:
         """Last hidden states, (B, T, H), every position seeing all visible ones."""
         total = visible.shape[1]
-        allowed = visible[:, None, None, :]
-        if self.config.attention == "causal":
+        allowed = visible[:, None]
+        if self.is_causal:
             allowed = allowed & torch.ones(total, total, dtype=torch.bool, device=visible.device).tril()
-        mask = torch.zeros(len(visible), 1, total, total, dtype=inputs.dtype, device=inputs.device)
+        return self._run(inputs, allowed.expand(-1, total, -1), (visible.cumsum(-1) - 1).clamp_min(0))
+
+    def _beside(self, noisy: Tensor, positions: Tensor, context: BlockContext) -> Tensor:
+        """Hidden states about positions whose noisy inputs, (B, L, H), stand beside the clean tokens."""
+        beside = Beside.of(context, positions, self.shift)
+        edges = beside.slots[:, positions.shape[1] :]
+        inputs = torch.cat([noisy.to(context.embedded.dtype), _take(context.embedded, edges)], 1)
+        seen, places = beside.seen(context, is_causal=self.is_causal), context.places(beside.slots)
+        if context.keys is None:
+            known = context.embedded.shape[1]
+            clean = functional.pad(context.seen(known, is_causal=self.is_causal), (0, inputs.shape[1]))
+            slots = torch.arange(known, device=positions.device).expand(len(positions), -1)
+            places = torch.cat([context.places(slots), places], 1)
+            hidden = self._run(torch.cat([context.embedded, inputs], 1), torch.cat([clean, seen], 1), places)[:, known:]
+        else:
+            hidden = self._run(inputs, seen, places, Reader(context.keys))
+        return _take(hidden, beside.source.clamp_min(0)).masked_fill(beside.source[..., None] < 0, 0)
+
+    def _read(self, context: BlockContext, count: int) -> BlockContext:
+        """The context with keys and values of its last tokens, too."""
+        slots = torch.arange(context.embedded.shape[1], device=context.blocks.device)[-count:]
+        places = context.places(slots.expand(len(context.blocks), -1))
+        reader = Reader(context.keys)
+        self._run(context.embedded[:, -count:], context.seen(count, is_causal=self.is_causal), places, reader)
+        return replace(context, keys=reader.keys())
+
+    def _run(self, inputs: Tensor, allowed: Tensor, places: Tensor, reader: Reader | None = None) -> Tensor:
+        """Last hidden states of inputs that see what is allowed, (B, n, keys)."""
+        mask = torch.zeros(*allowed.shape, dtype=inputs.dtype, device=inputs.device)
         # A mask of our own: transformers would make a causal one, or see one where there is padding.
         # Finite in every type it may be cast to: a row that sees nothing must not become NaN.
-        mask = mask.masked_fill(~allowed, torch.finfo(torch.float16).min)
-        position_ids = (visible.cumsum(-1) - 1).clamp_min(0) + self._first_position
-        return run_body(self._body[0], inputs_embeds=inputs, attention_mask=mask, position_ids=position_ids)
+        mask = mask.masked_fill(~allowed, torch.finfo(torch.float16).min)[:, None]
+        given = {} if reader is None else {cache_name(self._body[0]): reader}
+        places = places + self._first_position
+        return run_body(self._body[0], inputs_embeds=inputs, attention_mask=mask, position_ids=places, **given)
 
     @torch.no_grad()
     def _self_test(self) -> None:
@@ -283,7 +275,7 @@ class InPlace(Backbone):
         first, last = embedded.clone(), embedded.clone()
         first[:, 0] += 1
         last[:, -1] += 1
-        plain, after_first, after_last = (self._run(e, seen) for e in (embedded, first, last))
+        plain, after_first, after_last = (self._whole(e, seen) for e in (embedded, first, last))
         sees_later = not torch.equal(plain[:, 0], after_last[:, 0])
         problem = (
             "its embedding layer does more than look up rows"
@@ -291,21 +283,36 @@ class InPlace(Backbone):
             else "its last output does not see the first input"
             if torch.equal(plain[:, -1], after_first[:, -1])
             else f"its attention is {'bidirectional' if sees_later else 'causal'} whatever the mask says"
-            if sees_later != self.sees_later
+            if sees_later == self.is_causal
             else None
         )
         if problem:
-            raise UnsupportedModelError(
-                f"Backbone 'in_place' cannot serve {type(self.lm).__name__}: {problem}. "
-                f"{advice(self.lm.config.model_type, PROVEN)}"
-            )
+            raise self._refusal(problem)
+
+    @torch.no_grad()
+    def _self_test_of_blocks(self) -> None:
+        tokens = torch.arange(6, device=self.lm.device)[None] % self.vocab_size
+        positions, blocks = torch.arange(2, 6, device=tokens.device)[None], torch.tensor([[0, 0, 1, 1, 2, 2]])
+        again = BlockContext.of(self.lm.get_input_embeddings()(tokens), blocks.to(tokens.device))
+        noisy = again.embedded[:, 2:].flip(1)
+        try:
+            found, wanted = (self._beside(noisy, positions, c).float() for c in (self._read(again, 6), again))
+        except (RuntimeError, TypeError, AttributeError, LookupError, ValueError) as error:
+            raise self._refusal(f"it does not run with a cache ({type(error).__name__}: {error})") from error
+        off = float((found - wanted).norm() / wanted.norm().clamp_min(1e-12))
+        # Half precision loses a percent over tens of layers; a model without a cache is off by as much as it says.
+        if not off <= (1e-3 if self.lm.dtype == torch.float32 else 0.1):
+            raise self._refusal(f"with a cache it says something else, by {off:.1e}; block_size null needs none")
+
+    def _refusal(self, why: str) -> UnsupportedModelError:
+        return UnsupportedModelError(
+            f"Backbone 'in_place' cannot serve {type(self.lm).__name__}: {why}. "
+            f"{advice(self.lm.config.model_type, PROVEN)}"
+        )
 
 
-class _Through(nn.Module):
-    """Stands for the body of a language model whose hidden states are already there."""
-
-    def forward(self, *_: Any, inputs_embeds: Tensor, **__: Any) -> BaseModelOutputWithPastAndCrossAttentions:
-        return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=inputs_embeds)
+def _is_masked(lm_config: Any) -> bool:
+    return lm_config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 
 def _forgotten(lm: PreTrainedModel) -> PreTrainedModel:

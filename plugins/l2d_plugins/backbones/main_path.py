@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from inspect import signature
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
-from transformers.modeling_outputs import MoeModelOutputWithPast
+from typing_extensions import override
 
 from l2d_framework.errors import UnsupportedModelError
-from l2d_framework.types import Layout
+from l2d_framework.types import Context, Layout
 from l2d_plugins.backbones.branches import Branch, find_branches, is_norm
 from l2d_plugins.backbones.shadow import MainKeys, gather_kwargs
 from l2d_plugins.families import advice
-from l2d_plugins.twins import StandIn, private, twin
+from l2d_plugins.twins import Head, StandIn, cache_name, private
 
 PROVEN = ("llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3_text", "smollm3", "phi3", "olmo2")
 """Families that are promised to be served."""
@@ -27,7 +26,7 @@ _FAILURES = (RuntimeError, TypeError, AttributeError, LookupError, ValueError)
 
 
 @dataclass(frozen=True)
-class MainContext:
+class MainContext(Context):
     """What the main path remembers.
 
     Attributes:
@@ -73,15 +72,8 @@ class MainContext:
         index = self.index(positions)[..., None]
         return self.hidden.gather(1, index.expand(-1, -1, self.hidden.shape[-1]))
 
+    @override
     def select(self, rows: Tensor) -> MainContext:
-        """Context of some rows; a row may be repeated.
-
-        Args:
-            rows: (B',), int64.
-
-        Returns:
-            A context that shares no mutable state with this one but the modulation tables.
-        """
         batch = self.hidden.shape[0]
         cache = DynamicCache()
         layers: list[Any] = self.cache.layers
@@ -135,31 +127,17 @@ class MainPath:
                 f"(found layers: {layers is not None}, norms: {len(norms)})"
             )
         self.layers: nn.ModuleList = layers
-        # Since 5.24 transformers calls it `cache`.
-        names = signature(self.decoder.forward).parameters
-        self._cache_name = "cache" if "cache" in names else "past_key_values"
+        self._cache_name = cache_name(self.decoder)
         self.layers_name = next(n for n, module in lm.named_modules() if module is layers)
         self.final_norm = norms[0]
         self._norm_name = next(n for n, child in self.decoder.named_children() if child is norms[0])
-        # A shallow clone whose decoder is the final norm alone: soft caps and logit scales stay transformers' own code.
-        self._head = twin(lm, _modules={**lm._modules, name: _FinalNorm(self.final_norm)})
+        self.head = Head(lm, name, self.final_norm)
 
     def _refusal(self, why: str) -> UnsupportedModelError:
         return UnsupportedModelError(
             f"Backbone 'two_stream' cannot serve {type(self.lm).__name__}: {why}. "
             f"{advice(self.lm.config.model_type, PROVEN)}"
         )
-
-    def head(self, features: Tensor) -> Tensor:
-        """Final norm and vocabulary head.
-
-        Args:
-            features: (B, L, H).
-
-        Returns:
-            (B, L, V).
-        """
-        return self._head(inputs_embeds=features, use_cache=False).logits  # type: ignore[no-any-return]
 
     def find_branches(self) -> list[tuple[Branch, Branch]]:
         """Residual branches of every layer, from one forward pass over two tokens.
@@ -308,12 +286,3 @@ class MainPath:
                     f"layer {number} replayed on the main path's keys and values is off by {off:.1e} "
                     f"(at most {tolerance:.0e} is rounding)"
                 )
-
-
-class _FinalNorm(nn.Module):
-    def __init__(self, norm: nn.Module) -> None:
-        super().__init__()
-        self.norm = norm
-
-    def forward(self, *_: Any, inputs_embeds: Tensor, **__: Any) -> MoeModelOutputWithPast:
-        return MoeModelOutputWithPast(last_hidden_state=self.norm(inputs_embeds))

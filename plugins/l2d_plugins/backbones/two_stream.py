@@ -10,6 +10,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
+from typing_extensions import override
 
 from l2d_framework.backbone import Backbone, BackboneConfig
 from l2d_framework.errors import ConfigError, UnsupportedModelError
@@ -50,17 +51,8 @@ class TwoStreamConfig(BackboneConfig):
     time_features: int = Field(default=256, gt=1, multiple_of=2)
     conditioning_size: int = Field(default=256, gt=0)
 
+    @override
     def check(self, lm_config: Any, block_size: int | None) -> None:
-        """Refuse block sizes other than one token and attention kernels without explicit masks.
-
-        Args:
-            lm_config: the language model's transformers config.
-            block_size: tokens denoised together.
-
-        Raises:
-            ConfigError: if the block size is not 1.
-            UnsupportedModelError: if the model is not a decoder.
-        """
         if block_size != 1:
             raise ConfigError(
                 f"Backbone 'two_stream' denoises one token per block; got block_size={block_size}. Set block_size to 1."
@@ -71,19 +63,12 @@ class TwoStreamConfig(BackboneConfig):
                 "Choose a causal language model."
             )
 
+    @override
     def build(self, lm: PreTrainedModel) -> TwoStream:
-        """Wrap a language model and prove by a self-test that the shadows repeat it.
-
-        Args:
-            lm: a causal language model with sdpa or eager attention.
-
-        Returns:
-            The backbone.
-        """
         return TwoStream(self, lm)
 
 
-class TwoStream(Backbone):
+class TwoStream(Backbone[MainContext]):
     """Module of `TwoStreamConfig`.
 
     Args:
@@ -142,66 +127,32 @@ class TwoStream(Backbone):
             init_lora_weights="gaussian",
         )
 
+    @override
     def train(self, mode: bool = True) -> Self:
-        """Switch the diffusion path's mode; the language model and its shadows stay in evaluation mode.
-
-        Dropout in the frozen path would break the identity at t = 0, and transformers' own gradient checkpointing,
-        which only acts in training mode, would silently drop the cache.
-
-        Args:
-            mode: True for training.
-
-        Returns:
-            This backbone.
-        """
+        # Dropout in the frozen path would break the identity at t = 0, and transformers' own gradient checkpointing,
+        # which only acts in training mode, would silently drop the cache.
         super().train(mode)
         self.lm.eval()
         self.shadows.eval()
         return self
 
+    @override
     def table(self) -> Tensor:
-        """Input embedding table.
-
-        Returns:
-            (V, H), frozen.
-        """
         return self.lm.get_input_embeddings().get_parameter("weight")
 
+    @override
     def read(self, layout: Layout) -> MainContext:
-        """Run the main path over the clean tokens.
-
-        Args:
-            layout: tokens and blocks, (B, S); padding on one side only.
-
-        Returns:
-            Keys, values and final hidden states of the language model.
-        """
         return self.main.read(layout)
 
+    @override
     def extend(self, context: MainContext, tokens: Tensor) -> MainContext:
-        """Run the main path over further tokens.
-
-        Args:
-            context: a context whose rows are padded on the left, if at all.
-            tokens: (B, N), int64.
-
-        Returns:
-            The longer context.
-        """
         return self.main.extend(context, tokens)
 
+    @override
     def plain(self, positions: Tensor, context: MainContext) -> Tensor:
-        """Hidden states of the language model alone.
-
-        Args:
-            positions: slots asked about, (B, L).
-            context: the main path.
-
-        Returns:
-            (B, L, H).
-        """
         return context.hidden_at(positions)
 
+    @override
     def features(
         self,
         h: Tensor,
@@ -212,23 +163,9 @@ class TwoStream(Backbone):
         *,
         shared_time: float | None = None,
     ) -> Tensor:
-        """Main hidden state plus w(t) times the diffusion path, before the final norm.
-
-        The diffusion token about position i sits at input position i - 1: it has that position's rotary angle and
-        causal row and reads the main path's keys and values up to it. Where t is 0 the sum is exactly the main hidden
-        state.
-
-        Args:
-            h: translated noisy states, (B, L, H).
-            t: (B, L), float32.
-            positions: (B, L), each within one of the last chunk read.
-            context: the main path.
-            condition: (B, L), int64, or None.
-            shared_time: the time when all are equal; modulation is then computed once per generation.
-
-        Returns:
-            (B, L, H).
-        """
+        # The diffusion token about position i sits at input position i - 1: it has that position's rotary angle and
+        # causal row and reads the main path's keys and values up to it. Where t is 0 the sum, made before the final
+        # norm, is exactly the main hidden state.
         main = context.hidden_at(positions)
         if shared_time is None or torch.is_grad_enabled():
             modulations, weight = self.conditioning(t, condition)
@@ -255,23 +192,13 @@ class TwoStream(Backbone):
         change: Tensor = (weight * y.to(weight.dtype)).to(main.dtype)
         return main + change.masked_fill((t == 0)[..., None], 0)
 
-    def head(self, features: Tensor) -> Tensor:
-        """Final norm and vocabulary head of the language model, soft caps included.
+    @property
+    @override
+    def head(self) -> nn.Module:
+        return self.main.head
 
-        Args:
-            features: (B, L, H).
-
-        Returns:
-            (B, L, V).
-        """
-        return self.main.head(features)
-
+    @override
     def peft_adapter(self) -> tuple[PeftConfig, dict[str, Tensor]] | None:
-        """The LoRA adapter under the names it would have on the language model itself.
-
-        Returns:
-            (config, weights) ready for a PEFT folder, or None for the full variants.
-        """
         modules = self._lora_modules()
         if not modules:
             return None
@@ -296,13 +223,11 @@ class TwoStream(Backbone):
                     found[f"{self.main.layers_name}.{number}.{name}"] = (owner, attribute, module)
         return found
 
+    @override
     def merge(self) -> None:
-        """Fold the LoRA adapter into projections of the diffusion path's own; the language model's are left alone.
-
-        Costs one more copy of the adapted projections and saves their low-rank products, but where the language model
-        is quantized: there it would cost the memory that quantizing saved, so the products stay. Weights of the
-        path's own take the language model's type.
-        """
+        # Costs one more copy of the adapted projections and saves their low-rank products, but where the language model
+        # is quantized: there it would cost the memory that quantizing saved, so the products stay. Weights of the
+        # path's own take the language model's type.
         for parent, attribute, module in self._lora_modules().values():
             base: Any = module.get_base_layer()
             if is_quantized(base):

@@ -9,11 +9,12 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 from torch.nn import functional
+from typing_extensions import override
 
 from l2d_framework.diffusion.rng import categorical
 from l2d_framework.parametrization import Parametrization, ParametrizationConfig
-from l2d_framework.schedule import Schedule
-from l2d_framework.types import Random
+from l2d_framework.schedule import NoiseLaw
+from l2d_framework.types import Random, Stride
 
 _TINY = 1e-30
 _ROWS = 16384
@@ -79,6 +80,10 @@ class EmbeddingEstimate(BaseModel):
     temperature: Temperature = PolynomialTemperature()
     renormalize: bool = False
     """Scale an average back to the norm sqrt(D) of a token."""
+    lookahead: Literal["released", "paper"] = "released"
+    """Time whose temperature is taken: one interval of the solver's grid ahead of the evaluation, half of one for a
+    method of two stages that never evaluates the end (midpoint), as in the released code; or that of the evaluation
+    itself. They are the same for adaptive solvers."""
 
 
 class EmbeddingConfig(ParametrizationConfig):
@@ -99,16 +104,8 @@ class EmbeddingConfig(ParametrizationConfig):
     """Sigma of the paper; the signal-to-noise ratio of a state is t sqrt(D) / ((1 - t) sigma)."""
     estimate: EmbeddingEstimate = EmbeddingEstimate()
 
+    @override
     def build(self, vocab_size: int, hidden_size: int) -> Embedding:
-        """Make the module.
-
-        Args:
-            vocab_size: V, unused since the table comes from the backbone.
-            hidden_size: H.
-
-        Returns:
-            The state space with Xavier-uniform weights and zero biases.
-        """
         return Embedding(self, hidden_size)
 
 
@@ -139,27 +136,13 @@ class Embedding(Parametrization):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
 
+    @override
     def encode(self, tokens: Tensor, table: Tensor) -> Tensor:
-        """Clean states of tokens; gradients reach the projection.
-
-        Args:
-            tokens: ids, (B, L), int64.
-            table: embedding table, (V, H).
-
-        Returns:
-            Vectors of norm sqrt(D), (B, L, D), float32.
-        """
+        """Vectors of norm sqrt(D); gradients reach the projection."""
         return self._project(table[tokens])
 
+    @override
     def codebook(self, table: Tensor) -> Tensor:
-        """Clean states of the whole vocabulary.
-
-        Args:
-            table: embedding table, (V, H).
-
-        Returns:
-            (V, D), float32.
-        """
         # In pieces, since the table of a large model need not fit a second time in float32.
         return torch.cat([self._project(rows) for rows in table.split(_ROWS)])
 
@@ -168,37 +151,26 @@ class Embedding(Parametrization):
             mapped = functional.linear(rows.float(), self.vocabulary.weight.float(), self.vocabulary.bias.float())
             return math.sqrt(self.state_size) * functional.normalize(mapped, dim=-1)
 
-    def embed(self, x: Tensor, t: Tensor, schedule: Schedule, table: Tensor, previous: Tensor | None) -> Tensor:
+    @override
+    def embed(self, x: Tensor, t: Tensor, schedule: NoiseLaw, table: Tensor, previous: Tensor | None) -> Tensor:
         """Network input: the state at unit variance, translated to the language model's width.
 
         The variance per component is sigma(t)^2 prior_scale^2 + alpha(t)^2, since tokens have norm sqrt(D).
-
-        Args:
-            x: (B, L, D), float32.
-            t: (B, L), float32.
-            schedule: the noise law.
-            table: not used.
-            previous: not used.
-
-        Returns:
-            (B, L, H).
         """
         variance = (schedule.sigma(t) * self.prior_scale) ** 2 + schedule.alpha(t) ** 2
         y = x / variance.sqrt()[..., None]
         return self.translation(y.to(self.vocabulary.weight.dtype))  # type: ignore[no-any-return]
 
+    @override
+    def lookahead(self, t: Tensor, stride: Stride) -> Tensor:
+        if self.config.estimate.lookahead == "paper":
+            return t
+        # The released code says it by name: half an interval for `midpoint`, one for its other fixed-step methods.
+        moves = 2 if stride.stages == 2 and not stride.evaluates_end else 1
+        return (t + stride.length / moves).clamp_max(1.0)
+
+    @override
     def estimate(self, logits: Tensor, t: Tensor, codebook: Tensor, random: Random) -> Tensor:
-        """Clean state to move towards, by the config's mode at temperature T(t).
-
-        Args:
-            logits: (B, L, V), float32.
-            t: time the move leads to, (B, L).
-            codebook: (V, D), float32.
-            random: one number per token is drawn in mode `sample`.
-
-        Returns:
-            (B, L, D), float32.
-        """
         options = self.config.estimate
         if options.mode == "argmax" or options.temperature == ConstantTemperature(value=0.0):
             return codebook[logits.argmax(-1)]

@@ -7,10 +7,11 @@ from typing import ClassVar, Literal
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
+from typing_extensions import override
 
 from l2d_framework.diffusion.rng import categorical
 from l2d_framework.parametrization import Parametrization, ParametrizationConfig
-from l2d_framework.schedule import Schedule
+from l2d_framework.schedule import NoiseLaw
 from l2d_framework.simplex_state import WideState, cached_pieces, pieces
 from l2d_framework.types import Random
 
@@ -50,16 +51,8 @@ class SimplexConfig(ParametrizationConfig):
     """Let gradients reach the embedding table through noisy positions, too."""
     estimate: SimplexEstimate = SimplexEstimate()
 
+    @override
     def build(self, vocab_size: int, hidden_size: int) -> Simplex:
-        """Make the module, which has no weights.
-
-        Args:
-            vocab_size: V, width of the state.
-            hidden_size: H.
-
-        Returns:
-            The state space.
-        """
         return Simplex(self, vocab_size)
 
 
@@ -80,43 +73,22 @@ class Simplex(Parametrization):
         self.prior_scale = config.k
         self.uses_previous = config.self_conditioning != "none"
 
+    @override
     def noise(self, random: Random) -> Tensor:
-        """Standard normal noise, drawn from a seed per token when it is needed.
-
-        Args:
-            random: one stream per token.
-
-        Returns:
-            (B, L, V), float32, kept as seeds.
-        """
+        """Standard normal noise, kept as a seed per token."""
         return WideState.normal(random.seeds(), self.state_size, random.device)
 
+    @override
     def encode(self, tokens: Tensor, table: Tensor) -> Tensor:
-        """Simplexes of tokens.
-
-        Args:
-            tokens: ids, (B, L), int64.
-            table: not used.
-
-        Returns:
-            (B, L, V), float32, kept as ids.
+        """Simplexes of tokens, kept as ids.
 
         Source: arXiv:2502.13917, Eq. 1.
         """
         return WideState.simplex(tokens, self.config.k, self.state_size)
 
-    def embed(self, x: Tensor, t: Tensor, schedule: Schedule, table: Tensor, previous: Tensor | None) -> Tensor:
-        """Network input: the expected embedding under the mixture of state and previous prediction.
-
-        Args:
-            x: (B, L, V), float32.
-            t: not used; the time embedding is the backbone's.
-            schedule: not used.
-            table: embedding table, (V, H).
-            previous: logits of the previous evaluation, (B, L, V), or its expected embeddings, (B, L, H).
-
-        Returns:
-            (B, L, H), type of `table`.
+    @override
+    def embed(self, x: Tensor, t: Tensor, schedule: NoiseLaw, table: Tensor, previous: Tensor | None) -> Tensor:
+        """Expected embedding under the mixture of state and previous prediction; the time is the backbone's affair.
 
         Source: arXiv:2502.13917, Eq. 1 and 6 to 8.
         """
@@ -142,31 +114,16 @@ class Simplex(Parametrization):
             both = _mixed(now, now.new_zeros(1, 1, 1).expand(now.shape), mix).to(table.dtype) @ table
         return 0.5 * both if mix == "mean" else both
 
+    @override
     def remember(self, logits: Tensor, table: Tensor) -> Tensor:
-        """Expected embeddings of a prediction, all that the mixtures linear in it need.
-
-        Args:
-            logits: (B, n, V), float32.
-            table: embedding table, (V, H).
-
-        Returns:
-            (B, n, H); the logits themselves for other mixtures, or when they are no wider.
-        """
+        """Expected embeddings where the mixture is linear in a prediction and they are narrower, else the logits."""
         if self.config.self_conditioning not in ("mean", "sum") or self.state_size <= table.shape[1]:
             return logits
         return logits.softmax(-1).to(table.dtype) @ table
 
+    @override
     def estimate(self, logits: Tensor, t: Tensor, codebook: Tensor, random: Random) -> Tensor:
-        """Clean simplex to move towards.
-
-        Args:
-            logits: (B, L, V), float32.
-            t: not used.
-            codebook: not used.
-            random: two numbers per token are drawn in mode `nucleus`, one if it is the whole vocabulary.
-
-        Returns:
-            (B, L, V), float32.
+        """Clean simplex to move towards; mode `nucleus` draws two numbers per token, one if it is the vocabulary.
 
         Source: arXiv:2502.13917, Eq. 5.
         """

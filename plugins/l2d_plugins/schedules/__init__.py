@@ -5,6 +5,7 @@ from __future__ import annotations
 from l2d_framework.component import Component
 from l2d_framework.hooks import hookimpl
 from l2d_plugins.schedules.cosine import Cosine
+from l2d_plugins.schedules.information import Information
 from l2d_plugins.schedules.linear import Linear
 
 
@@ -15,4 +16,4 @@ def l2d_components() -> list[type[Component]]:
     Returns:
         Their classes.
     """
-    return [Cosine, Linear]
+    return [Cosine, Information, Linear]

@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from pydantic import Field
 from torch import Tensor
+from typing_extensions import override
 
 from l2d_framework.schedule import Schedule
 
@@ -40,65 +41,33 @@ class Cosine(Schedule):
         angle = (torch.arange(steps, dtype=torch.float64) / steps + _OFFSET) / (1 + _OFFSET) * (math.pi / 2)
         return (angle.cos() ** 2 / math.cos(_OFFSET / (1 + _OFFSET) * math.pi / 2) ** 2).float()
 
+    @override
     def alpha(self, t: Tensor) -> Tensor:
-        """Weight of the clean state.
-
-        Args:
-            t: times in [0, 1], any shape, float.
-
-        Returns:
-            Same shape and dtype as `t`.
-        """
         return _angle(t).cos() / math.cos(_OFFSET / (1 + _OFFSET) * math.pi / 2)
 
+    @override
     def sigma(self, t: Tensor) -> Tensor:
-        """Weight of the noise.
-
-        Args:
-            t: times in [0, 1], any shape, float.
-
-        Returns:
-            Same shape and dtype as `t`; its slope is infinite at t = 1.
-        """
         # The authors keep abar in float32, which is felt where little noise is left.
         return (1 - (self.alpha(t.double()) ** 2).float()).clamp_min(0).sqrt().to(t.dtype)
 
+    @override
     def sample_times(self, u: Tensor) -> Tensor:
-        """Training times from uniform numbers.
-
-        Args:
-            u: numbers in [0, 1), any shape.
-
-        Returns:
-            1 - i / T with i = floor(u T), or 1 - u without a table; same shape.
-        """
+        """1 - i / T with i = floor(u T), or 1 - u without a table."""
         return 1 - u if self.steps is None else 1 - (u * self.steps).floor() / self.steps
 
+    @override
     def noisier(self, t: Tensor) -> Tensor:
-        """Times one step of the table nearer to the noise, the noisiest being its own neighbour.
-
-        Args:
-            t: times in [0, 1], any shape.
-
-        Returns:
-            Same shape.
-        """
+        """Times one step of the table nearer to the noise, the noisiest being its own neighbour."""
         if self.steps is None:
             return super().noisier(t)
         index = ((1 - t) * self.steps).round() + 1
         return 1 - index.clamp_max(self.steps - 1) / self.steps
 
+    @override
     def grid(self, count: int, end: float) -> list[float]:
         """Times 1/N, 2/N, .., 1, all times `end`.
 
         The state at the first is pure noise, although the schedule has some signal there: the authors start so.
-
-        Args:
-            count: N.
-            end: last time, in (0, 1].
-
-        Returns:
-            N increasing times.
         """
         return [end * (i + 1) / count for i in range(count)]
 

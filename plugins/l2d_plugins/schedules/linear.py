@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from pydantic import Field
 from torch import Tensor
+from typing_extensions import override
 
 from l2d_framework.schedule import Schedule
 
@@ -21,72 +22,38 @@ class Linear(Schedule):
     name: Literal["linear"] = "linear"
     times: Literal["uniform", "cosmap"] = "uniform"
     """Distribution of training times; cosmap is that of Esser et al. 2024, arXiv:2403.03206, section 3.1."""
-    minimum_noise: float = Field(0.0, ge=0, lt=1)
+    minimum_noise: float = Field(default=0.0, ge=0, lt=1)
     """Share of the time axis next to the data that training never visits."""
     velocity_scaling: Literal["constant", "edm"] = "constant"
     """How the distance to the clean state becomes a slope: divided by 1 - t, or by its square."""
 
+    @override
     def alpha(self, t: Tensor) -> Tensor:
-        """Weight of the clean state.
-
-        Args:
-            t: times in [0, 1], any shape, float.
-
-        Returns:
-            t itself.
-        """
         return t
 
+    @override
     def sigma(self, t: Tensor) -> Tensor:
-        """Weight of the noise.
-
-        Args:
-            t: times in [0, 1], any shape, float.
-
-        Returns:
-            1 - t.
-        """
         return 1 - t
 
+    @override
     def derivatives(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Slopes of alpha and sigma.
-
-        Args:
-            t: times in [0, 1], any shape, float.
-
-        Returns:
-            (1, -1), each of the shape of `t`, per unit of time.
-        """
         one = torch.ones_like(t)
         return one, -one
 
+    @override
     def velocity(self, x: Tensor, clean: Tensor, t: Tensor) -> Tensor:
-        """Slope of the path through `x` that ends in `clean`.
+        """Slope (clean - x) / (1 - t), which equals the general formula with fewer roundings.
 
-        Computes (clean - x) / (1 - t), which equals the general formula with fewer roundings; with `velocity_scaling`
-        "edm" the divisor is (1 - t)^2, which follows the straight path at another speed.
-
-        Args:
-            x: noisy state, (B, L, D), float.
-            clean: estimate of the clean state, (B, L, D), same dtype as `x`.
-            t: times in [0, 1), (B, L).
-
-        Returns:
-            dx/dt, (B, L, D), in state units per unit of time.
+        With `velocity_scaling` "edm" the divisor is (1 - t)^2, which follows the straight path at another speed.
 
         Source: Cetin et al. 2025, arXiv:2501.15781, and its released code for "edm".
         """
         left = 1 - t[..., None]
         return (clean - x) / (left.square() if self.velocity_scaling == "edm" else left)
 
+    @override
     def sample_times(self, u: Tensor) -> Tensor:
-        """Training times from uniform numbers.
-
-        Args:
-            u: numbers in [0, 1), any shape.
-
-        Returns:
-            Times in [0, 1 - minimum_noise), same shape.
+        """Times in [0, 1 - minimum_noise).
 
         Source: Esser et al. 2024, arXiv:2403.03206, section 3.1 (CosMap); L2D scales by 1 - minimum_noise.
         """

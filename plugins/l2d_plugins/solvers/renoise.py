@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from torch import Tensor
+from typing_extensions import override
 
 from l2d_framework.solver import Problem, Solver, as_time
 
@@ -22,23 +23,13 @@ class Renoise(Solver):
     deterministic: bool = False
 
     @property
+    @override
     def is_stochastic(self) -> bool:
-        """True unless deterministic."""
         return not self.deterministic
 
+    @override
     def step(self, problem: Problem, x: Tensor, t: float, s: float) -> Tensor:
-        """Move from time t to time s.
-
-        Args:
-            problem: the differential equation.
-            x: state at t, (B, L, D), float.
-            t: time of `x`.
-            s: time to move to.
-
-        Returns:
-            State at s, (B, L, D).
-        """
-        clean, times = problem.clean(x, t, until=s), as_time(s, x)
+        clean, times = problem.clean(x, t), as_time(s, x)
         if not self.deterministic:
             return problem.schedule.interpolate(clean, problem.fresh_noise(x), times)
         if t >= 1:

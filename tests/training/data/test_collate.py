@@ -66,8 +66,8 @@ def test_a_row_is_the_same_whatever_its_batch_mates(size):
             assert torch.equal(together[name][i, :n], alone[name][0])
 
 
-@pytest.mark.parametrize(("size", "last"), [(1, 3), (2, 2), (None, 1)])
-def test_padding_is_denoised_in_the_last_block_and_counted_only_as_a_target(size, last):
+@pytest.mark.parametrize(("size", "last"), [(1, [4, 5]), (2, [2, 3]), (None, [1, 1])])
+def test_padding_is_denoised_in_blocks_like_the_answer_and_counted_only_as_a_target(size, last):
     rows = [row("..xx.x", class_id=2, index=5), row(".x", start=50, index=3)]
     plain, target, context = (
         Collator(7, size, padding=padding, max_length=8)(rows) for padding in ("none", "target", "context")
@@ -76,8 +76,8 @@ def test_padding_is_denoised_in_the_last_block_and_counted_only_as_a_target(size
         assert filled["input_ids"][0].tolist() == [10, 11, 12, 13, 14, 15, 7, 7]
         assert filled["input_ids"][1].tolist() == [50, 51, *[7] * 6]
         assert torch.equal(filled["blocks"][0, :6], plain["blocks"][0])
-        assert filled["blocks"][0, 6:].tolist() == [last] * 2
-        assert filled["blocks"][1].tolist() == [0, *[1] * 7]
+        assert filled["blocks"][0, 6:].tolist() == last
+        assert filled["blocks"][1].tolist() == [0, *(1 + place // (size or 7) for place in range(7))]
         assert torch.equal(filled["labels"][0, :6], plain["labels"][0])
     assert target["labels"][:, 6:].tolist() == [[7, 7], [7, 7]]
     assert context["labels"][:, 6:].tolist() == [[IGNORED] * 2] * 2

@@ -2,48 +2,29 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import reduce
-from typing import ClassVar, Self
+from typing import ClassVar, Literal, Self
 
 import torch
 from pydantic import Field
 from torch import Tensor
+from typing_extensions import override
 
 from l2d_framework.errors import EvaluationBudgetError
-from l2d_framework.solver import Problem, Solver
+from l2d_framework.solver import Problem
+from l2d_plugins.solvers.runge_kutta import RungeKutta, Tableau, combine
 
 _SAFETY, _SMALLEST_FACTOR, _LARGEST_FACTOR = 0.9, 0.2, 10.0
 
 
-@dataclass(frozen=True)
-class Tableau:
-    """Coefficients of an embedded pair whose last stage serves as the first of the next step.
-
-    Attributes:
-        nodes: where each stage but the first stands in the step, 0 to 1.
-        coefficients: weights of the earlier slopes in the state of each stage but the first.
-        weights: weights of all slopes in the step.
-        errors: the same minus the weights of the embedded method.
-    """
-
-    nodes: tuple[float, ...]
-    coefficients: tuple[tuple[float, ...], ...]
-    weights: tuple[float, ...]
-    errors: tuple[float, ...]
-
-
-class EmbeddedPair(Solver):
+class EmbeddedPair(RungeKutta):
     """Integrates each token with its own time, step size and error estimate, so that none feels its neighbours.
 
+    The last stage of a step serves as the first of the next, so every step but the first costs one evaluation less.
     A token's step is accepted when the root mean square over D of error / (atol + rtol * |state|) is at most 1. The
     step-size rule and its constants are torchdiffeq's; unlike there, the last step is shortened to land on the end.
-    Estimates are asked for at the temperature of the time itself, as the released L2D code does for adaptive methods.
     """
 
     is_adaptive: ClassVar[bool] = True
-    evaluates_end: ClassVar[bool] = True
-    tableau: ClassVar[Tableau]
 
     rtol: float = Field(3e-4, gt=0, allow_inf_nan=False)
     """Error allowed per step, relative to the state."""
@@ -54,52 +35,12 @@ class EmbeddedPair(Solver):
     max_evaluations: int = Field(1000, ge=5)
     """Evaluations a token may cost, the read-out included."""
 
-    @property
-    def stages(self) -> int:
-        """Evaluations that one `step` costs; in `solve`, every step but the first costs one less."""
-        return len(self.tableau.weights)
-
+    @override
     def with_budget(self, evaluations: int) -> Self:
-        """The same solver with another `max_evaluations`.
-
-        Args:
-            evaluations: largest number of network evaluations per token, the read-out included.
-
-        Returns:
-            A changed copy.
-        """
         return self.model_copy(update={"max_evaluations": evaluations})
 
-    def step(self, problem: Problem, x: Tensor, t: float, s: float) -> Tensor:
-        """Move all tokens from time t to time s in one step, whatever its error.
-
-        Args:
-            problem: the differential equation.
-            x: state at t, (B, L, D), float32.
-            t: time of `x`.
-            s: time to move to.
-
-        Returns:
-            State at s, (B, L, D).
-        """
-        start, end = (torch.full(x.shape[:2], time, dtype=x.dtype, device=x.device) for time in (t, s))
-        slopes = self._slopes(problem, x, problem.velocity(x, t), (start, end), active=None)
-        return x + (s - t) * _combine(self.tableau.weights, slopes)
-
+    @override
     def solve(self, problem: Problem, x: Tensor, times: list[float]) -> Tensor:
-        """Move every token through all `times`, in as many steps as its error estimate asks for.
-
-        Args:
-            problem: the differential equation.
-            x: state at times[0], (B, L, D), float32.
-            times: increasing times; each is landed on.
-
-        Returns:
-            State at times[-1], (B, L, D).
-
-        Raises:
-            EvaluationBudgetError: if a token would need more evaluations than `max_evaluations`.
-        """
         grid = torch.tensor(times, dtype=x.dtype, device=x.device)
         reached = torch.zeros(x.shape[:2], dtype=torch.int64, device=x.device)
         t, h = torch.full_like(x[..., 0], times[0]), torch.full_like(x[..., 0], self.first_step)
@@ -113,11 +54,11 @@ class EmbeddedPair(Solver):
                 first = problem.velocity(x, times[0])
             end = grid[(reached + 1).clamp(max=len(times) - 1)]
             s = torch.minimum(t + h, end)
-            slopes = self._slopes(problem, x, first, (t, s), active=active)
+            slopes = self._slopes(problem, x, first, (t, s), active)
             width = (s - t)[..., None]
-            proposal = x + width * _combine(self.tableau.weights, slopes)
+            proposal = x + width * combine(self.tableau.weights, slopes)
             tolerance = self.atol + self.rtol * torch.maximum(x.abs(), proposal.abs())
-            ratio = (width * _combine(self.tableau.errors, slopes) / tolerance).square().mean(-1).sqrt()
+            ratio = (width * combine(self.tableau.errors, slopes) / tolerance).square().mean(-1).sqrt()
             accepted = active & (ratio <= 1)
             h = (s - t) * self._growth(ratio)
             x = torch.where(accepted[..., None], proposal, x)
@@ -125,17 +66,6 @@ class EmbeddedPair(Solver):
             t = torch.where(accepted, s, t)
             reached = reached + (accepted & (s == end))
         return x
-
-    def _slopes(
-        self, problem: Problem, x: Tensor, first: Tensor, interval: tuple[Tensor, Tensor], *, active: Tensor | None
-    ) -> list[Tensor]:
-        t, s = interval
-        slopes = [first]
-        for node, row in zip(self.tableau.nodes, self.tableau.coefficients, strict=True):
-            state = x + (s - t)[..., None] * _combine(row, slopes)
-            # t + (s - t) may round to beyond s.
-            slopes.append(problem.velocity(state, s if node == 1 else t + node * (s - t), active=active))
-        return slopes
 
     def _growth(self, ratio: Tensor) -> Tensor:
         # In float64, because a vectorised float32 power rounds differently from a scalar one, and a token's step must
@@ -156,5 +86,35 @@ class EmbeddedPair(Solver):
         )
 
 
-def _combine(weights: tuple[float, ...], slopes: list[Tensor]) -> Tensor:
-    return reduce(torch.add, (weight * slope for weight, slope in zip(weights, slopes, strict=True) if weight))
+class Fehlberg2(EmbeddedPair):
+    """Adaptive method of order 2 with two new evaluations per attempted step; the adaptive solver of the L2D paper.
+
+    Source: Fehlberg 1969, NASA TR R-315, Table XII (RKF1(2)); `fehlberg2` of torchdiffeq.
+    """
+
+    order: ClassVar[int] = 2
+    tableau: ClassVar[Tableau] = Tableau(
+        nodes=(1 / 2, 1.0),
+        coefficients=((1 / 2,), (1 / 256, 255 / 256)),
+        weights=(1 / 512, 255 / 256, 1 / 512),
+        errors=(-1 / 512, 0.0, 1 / 512),
+    )
+
+    name: Literal["fehlberg2"] = "fehlberg2"
+
+
+class Bosh3(EmbeddedPair):
+    """Adaptive method of order 3 with three new evaluations per attempted step.
+
+    Source: Bogacki and Shampine 1989, A 3(2) pair of Runge-Kutta formulas; `bosh3` of torchdiffeq.
+    """
+
+    order: ClassVar[int] = 3
+    tableau: ClassVar[Tableau] = Tableau(
+        nodes=(1 / 2, 3 / 4, 1.0),
+        coefficients=((1 / 2,), (0.0, 3 / 4), (2 / 9, 1 / 3, 4 / 9)),
+        weights=(2 / 9, 1 / 3, 4 / 9, 0.0),
+        errors=(2 / 9 - 7 / 24, 1 / 3 - 1 / 4, 4 / 9 - 1 / 3, -1 / 8),
+    )
+
+    name: Literal["bosh3"] = "bosh3"

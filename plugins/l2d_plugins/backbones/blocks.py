@@ -1,0 +1,232 @@
+"""Block diffusion: clean tokens beside noisy copies of some, and who sees whom where an answer grows block by block."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from typing_extensions import override
+
+from l2d_framework.types import Context
+
+Keys = tuple[tuple[Tensor, Tensor], ...]
+"""Keys and values of every layer, (B, heads, S, head size)."""
+
+
+@dataclass(frozen=True)
+class BlockContext(Context):
+    """Clean tokens, each of which sees its own block and those before it.
+
+    Blocks are numbered along the text, and known tokens between two answers are a block of their own, so that nothing
+    sees what is written later: training meets what generation will.
+
+    Attributes:
+        embedded: embeddings, (B, S, H).
+        blocks: number of every slot's block, never falling along a row, (B, S), int64.
+        present: where real tokens stand, (B, S), bool.
+        keys: keys and values of all slots; None where the network is to read them again, beside the noisy ones.
+    """
+
+    embedded: Tensor
+    blocks: Tensor
+    present: Tensor
+    keys: Keys | None = None
+
+    @classmethod
+    def of(cls, embedded: Tensor, blocks: Tensor) -> BlockContext:
+        """A context that no network has read.
+
+        Args:
+            embedded: (B, S, H).
+            blocks: as in `Layout`, (B, S), int64.
+
+        Returns:
+            The context.
+        """
+        changes = (blocks[:, 1:] != blocks[:, :-1]).cumsum(-1)
+        return cls(embedded, functional.pad(changes, (1, 0)), blocks >= 0)
+
+    def longer(self, embedded: Tensor, size: int) -> BlockContext:
+        """The context with further tokens, which the network has not read yet.
+
+        Args:
+            embedded: their embeddings, (B, N, H).
+            size: most tokens of a block.
+
+        Returns:
+            The longer context.
+        """
+        count = embedded.shape[1]
+        blocks = self.after() + torch.arange(count, device=embedded.device) // size
+        return replace(
+            self,
+            embedded=torch.cat([self.embedded, embedded], 1),
+            blocks=torch.cat([self.blocks, blocks], 1),
+            present=functional.pad(self.present, (0, count), value=True),
+        )
+
+    def after(self) -> Tensor:
+        """Number of the block that comes next, (B, 1), int64."""
+        return functional.pad(self.blocks + 1, (1, 0))[:, -1:]
+
+    def places(self, slots: Tensor) -> Tensor:
+        """How many real tokens stand before each slot.
+
+        Args:
+            slots: inside the context or after it, (B, n), int64.
+
+        Returns:
+            (B, n), int64.
+        """
+        after = max(0, int(slots.max()) + 1 - self.present.shape[1])
+        return (functional.pad(self.present, (0, after), value=True).cumsum(-1) - 1).clamp_min(0).gather(1, slots)
+
+    def seen(self, count: int, *, is_causal: bool) -> Tensor:
+        """What the last clean tokens see.
+
+        Args:
+            count: how many.
+            is_causal: whether no token sees a later one.
+
+        Returns:
+            (B, count, S), bool.
+        """
+        seen = self.present[:, None] & (self.blocks[:, None] <= self.blocks[:, -count:, None])
+        return seen.tril(seen.shape[-1] - count) if is_causal else seen
+
+    @override
+    def select(self, rows: Tensor) -> BlockContext:
+        keys = None if self.keys is None else tuple((key[rows], value[rows]) for key, value in self.keys)
+        return BlockContext(self.embedded[rows], self.blocks[rows], self.present[rows], keys)
+
+
+@dataclass(frozen=True)
+class Beside:
+    """The slots that stand beside the clean tokens: those asked about, and edges.
+
+    Under a label shift the output before a block speaks about its first token, so it has to see the block. The clean
+    token there must not, being what later blocks see: a second copy, the edge, is seen by its block in its stead.
+
+    Attributes:
+        slots: those asked about, then edges, (B, M), int64.
+        blocks: which block each belongs to, (B, M), int64.
+        present: False where a slot is listed already and where there is no edge, (B, M), bool.
+        reach: the clean tokens before it are seen, (B, M), int64.
+        source: which of the M speaks about each position asked about, -1 for none, (B, L), int64.
+    """
+
+    slots: Tensor
+    blocks: Tensor
+    present: Tensor
+    reach: Tensor
+    source: Tensor
+
+    @classmethod
+    def of(cls, context: BlockContext, positions: Tensor, shift: int) -> Beside:
+        """Arrange the slots of a query.
+
+        Args:
+            context: the clean tokens; what comes after them is one block.
+            positions: slots asked about, (B, L), int64; repeated ones count once.
+            shift: 1 if the output before a position speaks about it, 0 if its own.
+
+        Returns:
+            The slots.
+        """
+        length, (rows, known) = positions.shape[1], context.blocks.shape
+        total = max(known, int(positions.max()) + 1)
+        numbers = torch.cat([context.blocks, context.after().expand(-1, total - known)], 1)
+        blocks = numbers.gather(1, positions)
+        start = torch.searchsorted(numbers, blocks)
+        order = torch.arange(length, device=positions.device).expand(rows, -1)
+        column = positions.new_full((rows, total), -1).scatter(1, positions, order)
+        once = column.gather(1, positions) == order
+        if not shift:
+            return cls(positions, blocks, once, start, column.gather(1, positions))
+        # The first of its block that is asked about brings the edge along.
+        leader = positions.new_full((rows, total), length).scatter_reduce(1, blocks, order, "amin").gather(1, blocks)
+        leads = leader == order
+        rank = (leads.cumsum(1) - 1).gather(1, leader)
+        chosen = (~leads).long().argsort(dim=1, stable=True)[:, : int(leads.sum(1).max())]
+        edges = start.gather(1, chosen) - 1
+        has_edge = leads.gather(1, chosen) & (edges >= 0)
+        edges = edges.clamp_min(0)
+        has_edge &= functional.pad(context.present, (0, total - known)).gather(1, edges)
+        source = torch.where(
+            positions > start,
+            column.gather(1, (positions - 1).clamp_min(0)),
+            torch.where(has_edge.gather(1, rank), length + rank, -1),
+        )
+        return cls(
+            torch.cat([positions, edges], 1),
+            torch.cat([blocks, blocks.gather(1, chosen)], 1),
+            torch.cat([once, has_edge], 1),
+            torch.cat([start, start.gather(1, chosen)], 1) - 1,
+            source,
+        )
+
+    def seen(self, context: BlockContext, *, is_causal: bool) -> Tensor:
+        """What the slots see: clean tokens of earlier blocks, then each other within a block.
+
+        Args:
+            context: the clean tokens.
+            is_causal: whether no slot sees a later one.
+
+        Returns:
+            (B, M, S + M), bool.
+        """
+        clean = torch.arange(context.present.shape[1], device=self.slots.device)
+        before = context.present[:, None] & (clean < self.reach[..., None])
+        beside = self.present[:, None] & (self.blocks[:, None] == self.blocks[..., None])
+        if is_causal:
+            beside &= self.slots[:, None] <= self.slots[..., None]
+        return torch.cat([before, beside], -1)
+
+
+class Reader:
+    """A cache that hands every layer the keys and values read before, and what is new behind them; keeps both.
+
+    Args:
+        past: keys and values read before, or None.
+
+    Attributes:
+        made: old and new keys and values by layer.
+    """
+
+    def __init__(self, past: Keys | None) -> None:
+        self._past, self.made = past, dict[int, tuple[Tensor, Tensor]]()
+
+    def update(self, key: Tensor, value: Tensor, layer_idx: int, *_: object, **__: object) -> tuple[Tensor, Tensor]:
+        """Keys and values that a layer attends to.
+
+        Args:
+            key: of the new tokens, (B, heads, n, head size).
+            value: likewise.
+            layer_idx: which layer asks.
+
+        Returns:
+            (B, heads, S + n, head size) twice.
+        """
+        if self._past is not None:
+            key, value = (
+                torch.cat([old, new], -2) for old, new in zip(self._past[layer_idx], (key, value), strict=True)
+            )
+        self.made[layer_idx] = key, value
+        return key, value
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens read before.
+
+        Args:
+            layer_idx: not used.
+
+        Returns:
+            S.
+        """
+        return 0 if self._past is None else self._past[0][0].shape[-2]
+
+    def keys(self) -> Keys:
+        """Old and new keys and values of every layer, in order."""
+        return tuple(self.made[number] for number in sorted(self.made))

@@ -1,0 +1,133 @@
+"""Runge-Kutta methods that take one step per interval, each by its tableau."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import reduce
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from l2d_framework.solver import Problem, Solver, Time
+
+
+@dataclass(frozen=True)
+class Tableau:
+    """Coefficients of an explicit Runge-Kutta method.
+
+    Attributes:
+        nodes: where each stage but the first stands in the step, 0 to 1.
+        coefficients: weights of the earlier slopes in the state of each stage but the first.
+        weights: weights of all slopes in the step.
+        errors: the same minus the weights of an embedded method; empty where there is none.
+    """
+
+    nodes: tuple[float, ...]
+    coefficients: tuple[tuple[float, ...], ...]
+    weights: tuple[float, ...]
+    errors: tuple[float, ...] = ()
+
+
+class RungeKutta(Solver):
+    """Steps by the class's tableau, without an error estimate.
+
+    Source: Hairer, Norsett and Wanner, Solving Ordinary Differential Equations I, section II.1.
+    """
+
+    tableau: ClassVar[Tableau]
+
+    @property
+    @override
+    def stages(self) -> int:
+        return len(self.tableau.weights)
+
+    @property
+    @override
+    def evaluates_end(self) -> bool:
+        return 1.0 in self.tableau.nodes
+
+    @override
+    def step(self, problem: Problem, x: Tensor, t: float, s: float) -> Tensor:
+        slopes = self._slopes(problem, x, problem.velocity(x, t), (t, s))
+        return x + (s - t) * combine(self.tableau.weights, slopes)
+
+    def _slopes(
+        self, problem: Problem, x: Tensor, first: Tensor, interval: tuple[Time, Time], active: Tensor | None = None
+    ) -> list[Tensor]:
+        t, s = interval
+        h, slopes = s - t, [first]
+        width = h[..., None] if isinstance(h, Tensor) else h
+        for node, row in zip(self.tableau.nodes, self.tableau.coefficients, strict=True):
+            # t + (s - t) may round to beyond s.
+            now = s if node == 1 else t + node * h
+            slopes.append(problem.velocity(x + width * combine(row, slopes), now, active=active))
+        return slopes
+
+
+def combine(weights: tuple[float, ...], slopes: list[Tensor]) -> Tensor:
+    """Weighted sum of slopes.
+
+    Args:
+        weights: one per slope, not all 0.
+        slopes: each (B, L, D).
+
+    Returns:
+        (B, L, D).
+    """
+    terms = zip(weights, slopes, strict=True)
+    return reduce(torch.add, (slope if weight == 1 else weight * slope for weight, slope in terms if weight))
+
+
+class Euler(RungeKutta):
+    """Follows the slope at the start of each interval.
+
+    Order 1, one evaluation per step; never needs the velocity at the end time.
+    """
+
+    tableau: ClassVar[Tableau] = Tableau((), (), (1.0,))
+
+    name: Literal["euler"] = "euler"
+
+
+class Midpoint(RungeKutta):
+    """Follows the slope found half an interval ahead.
+
+    Order 2, two evaluations per step; never needs the velocity at the end time. The solver of the L2D paper.
+    """
+
+    order: ClassVar[int] = 2
+    tableau: ClassVar[Tableau] = Tableau((1 / 2,), ((1 / 2,),), (0.0, 1.0))
+
+    name: Literal["midpoint"] = "midpoint"
+
+
+class Heun(RungeKutta):
+    """Follows the mean of the slopes at both ends of each interval; `heun2` of torchdiffeq.
+
+    Order 2, two evaluations per step.
+    """
+
+    order: ClassVar[int] = 2
+    tableau: ClassVar[Tableau] = Tableau((1.0,), ((1.0,),), (1 / 2, 1 / 2))
+
+    name: Literal["heun"] = "heun"
+
+
+class RK4(RungeKutta):
+    """Kutta's 3/8 rule, with nodes 0, 1/3, 2/3 and 1; `rk4` of torchdiffeq.
+
+    Order 4, four evaluations per step.
+
+    Source: Hairer, Norsett and Wanner, Table II.1.2.
+    """
+
+    order: ClassVar[int] = 4
+    tableau: ClassVar[Tableau] = Tableau(
+        nodes=(1 / 3, 2 / 3, 1.0),
+        coefficients=((1 / 3,), (-1 / 3, 1.0), (1.0, -1.0, 1.0)),
+        weights=(1 / 8, 3 / 8, 3 / 8, 1 / 8),
+    )
+
+    name: Literal["rk4"] = "rk4"

@@ -1,0 +1,33 @@
+"""Scores from the scorer itself, without lm_eval."""
+
+import pytest
+import torch
+from diffusion_models import tess_lm
+
+from l2d_framework.diffusion.loss import Draws, denoising_loss
+from l2d_framework.diffusion.rng import TokenStreams
+from l2d_framework.evaluation.harness.request_ids import noise_key
+from l2d_framework.evaluation.harness.scorer import Job, Scorer
+from l2d_framework.types import Layout
+
+
+@pytest.mark.parametrize(("size", "blocks"), [(None, [1, 1, 1, 1, 1]), (2, [1, 1, 2, 2, 3]), (16, [1, 1, 1, 1, 1])])
+def test_the_pseudo_likelihood_is_minus_the_training_loss_of_the_same_blocks(size, blocks):
+    model = tess_lm(block_size=size)
+    job = Job((5, 6, 7), [(8, 9, 10, 11, 12)])
+    scorer = Scorer(model, model.origin.sampling, samples=1, times=1, limit=50)
+    # A shorter answer beside it changes nothing.
+    ((score, _),), _ = scorer.pseudo([job, Job((5,), [(6, 7)])])
+    names = [[(scorer.sampling.seed, noise_key(job.context, 0), slot, 0, "pseudo") for slot in range(3, 8)]]
+    everywhere = torch.ones(1, 5, dtype=torch.bool)
+    draws = Draws(
+        positions=torch.arange(3, 8)[None],
+        valid=everywhere,
+        t=torch.full((1, 5), 0.5),
+        noise=model.parametrization.noise(TokenStreams(names, torch.device("cpu"))),
+        kept=everywhere,
+        first_t=torch.full((1, 5), 0.5),
+        conditioned=torch.zeros(1, dtype=torch.bool),
+    )
+    layout = Layout(torch.tensor([[*job.context, *job.answers[0]]]), torch.tensor([[0, 0, 0, *blocks]]))
+    assert score == pytest.approx(-float(denoising_loss(model, layout, draws).total.detach()), abs=1e-4)
