@@ -11,11 +11,13 @@ from l2d_bench.cells import Filled, fill
 from l2d_bench.files import read_profile
 from l2d_bench.jobs import DataJob, Job, MeasureJob, ModelJob
 from l2d_bench.plan import Plan, make_plan
-from l2d_bench.plots import can_plot, draw
+from l2d_bench.plots import draw
 from l2d_bench.pool import unfinished
-from l2d_bench.report import markdown, to_json, write
+from l2d_bench.report import markdown, to_json
 from l2d_bench.resolve import Resolver
 from l2d_framework.errors import ConfigError, L2DError
+from l2d_framework.evaluation.plots import can_plot
+from l2d_framework.evaluation.tables import write_whole
 
 
 class Bench:
@@ -76,6 +78,8 @@ class Bench:
             job = jobs[key]
             if broken.intersection(job.needs):
                 broken.add(key)
+            elif isinstance(job, DataJob) and not all(jobs[need].is_done for need in job.needs):
+                broken.add(key)  # made of a model, once that is trained
             elif isinstance(job, DataJob):
                 try:
                     job.do(lambda done, total, text: None)
@@ -114,10 +118,11 @@ class Bench:
         files = [self.out / f"{name}.json", self.out / f"{name}.md"]
         picture = self.out / f"{name}.png"
         found = to_json(filled, self.profile, surroundings)
+        self.out.mkdir(parents=True, exist_ok=True)
         # The numbers first, should the picture fail.
-        write(files[0], json.dumps(found, indent=1, ensure_ascii=False) + "\n")
-        write(files[1], markdown(filled, self.profile, []))
+        write_whole(files[0], json.dumps(found, indent=1, ensure_ascii=False) + "\n")
+        write_whole(files[1], markdown(filled, self.profile, []))
         if filled.plan.table.figure is not None and can_plot() and draw(filled, self.profile, picture):
-            write(files[1], markdown(filled, self.profile, [picture.name]))
+            write_whole(files[1], markdown(filled, self.profile, [picture.name]))
             files.append(picture)
         return files

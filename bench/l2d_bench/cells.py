@@ -13,6 +13,7 @@ from l2d_bench.jobs import Job
 from l2d_bench.measures.base import Outcome, Value
 from l2d_bench.plan import NO_DATA, CellPlan, Plan
 from l2d_bench.schema import Column, ProfileFile, Row
+from l2d_framework.evaluation.statistics import standard_error
 
 FAILED = "failed"
 """Why a cell has no number: its job, or one before it, failed."""
@@ -45,11 +46,7 @@ class Cell:
     @property
     def spread(self) -> float | None:
         """Standard error over seeds: what training and noise add; None for one seed."""
-        values = [one["value"] for one in self.seeds.values()]
-        if len(values) < 2:
-            return None
-        mean = sum(values) / len(values)
-        return math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1) / len(values))
+        return standard_error([one["value"] for one in self.seeds.values()])
 
 
 @dataclass
@@ -161,9 +158,7 @@ def _error(found: Sequence[Value], scale: float) -> float | None:
     """
     scores = [value.scores for value in found if value.scores is not None]
     if len(scores) == len(found) and len({len(one) for one in scores}) == 1 and len(scores[0]) > 1:
-        items = [sum(one) / len(one) for one in zip(*scores, strict=True)]
-        mean = sum(items) / len(items)
-        return scale * math.sqrt(sum((item - mean) ** 2 for item in items) / (len(items) - 1) / len(items))
+        return scale * (standard_error([sum(one) / len(one) for one in zip(*scores, strict=True)]) or 0.0)
     errors = [value.error for value in found if value.error is not None]
     if len(errors) < len(found):
         return None

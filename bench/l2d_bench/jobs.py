@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
@@ -15,6 +14,7 @@ from typing import Any
 from l2d_bench.data.makers import Maker
 from l2d_bench.kinds import KINDS, MAKERS
 from l2d_bench.measures.base import Measure, Subject
+from l2d_framework.evaluation.tables import write_whole
 
 Report = Callable[[int, int, str], None]
 """Told how much of how much is done, and a few words."""
@@ -155,9 +155,7 @@ class MeasureJob(Job):
             "commit": commit(),
         }
         self.output.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.output.with_name(self.output.name + ".part")
-        temporary.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        os.replace(temporary, self.output)
+        write_whole(self.output, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
 
 
 def make_maker(section: Mapping[str, Any]) -> Maker:

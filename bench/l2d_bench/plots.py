@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from textwrap import wrap
@@ -11,22 +9,13 @@ from typing import Any
 
 from l2d_bench.cells import Filled
 from l2d_bench.schema import Figure, ProfileFile
+from l2d_framework.evaluation import plots
 
-# Okabe and Ito's colours, which colour-blind readers can tell apart.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+_COLOURS = plots.COLOURS
 _MARKERS = "osD^vPX"
 _ACROSS = 3
 _LETTERS = 64
 """Of a title, above one panel."""
-
-
-def can_plot() -> bool:
-    """Whether matplotlib is installed.
-
-    Returns:
-        True if it is.
-    """
-    return importlib.util.find_spec("matplotlib") is not None
 
 
 def draw(filled: Filled, profile: ProfileFile, path: Path) -> bool:
@@ -45,30 +34,17 @@ def draw(filled: Filled, profile: ProfileFile, path: Path) -> bool:
     panels = {"lines": _lines, "bars": _bars, "curves": _curves, "heatmap": _heatmaps}[figure.kind](filled, figure)
     if not panels:
         return False
-    from matplotlib.figure import Figure as Canvas
-
     across = min(_ACROSS, len(panels))
-    down = -(-len(panels) // across)
-    canvas = Canvas(figsize=(4.6 * across, 3.3 * down + 0.6), dpi=130, layout="constrained")
-    axes = list(canvas.subplots(down, across, squeeze=False).flat)
-    for place, (name, paint) in zip(axes, panels, strict=False):
+    axes = plots.panels(len(panels), across, (4.6, 3.3), below=0.6, dpi=130)
+    for place, (name, paint) in zip(axes, panels, strict=True):
         paint(place)
         place.set_title(name, fontsize=10)
-    for place in axes[len(panels) :]:
-        place.set_axis_off()
-    handles: dict[str, Any] = {}
-    for place in axes:
-        handles |= {text: handle for handle, text in zip(*place.get_legend_handles_labels(), strict=True)}
-    if handles:
-        canvas.legend(
-            handles.values(), handles, loc="outside lower center", ncols=min(3, len(handles)), frameon=False, fontsize=8
-        )
+    canvas: Any = axes[0].figure
+    plots.legend_below(canvas, columns=3, fontsize=8)
     title = wrap(f"{filled.plan.table.title} — {profile.title}", _LETTERS * across)
     canvas.suptitle("\n".join(title), fontsize=10)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".part")
-    canvas.savefig(temporary, format="png")
-    os.replace(temporary, path)
+    plots.save(canvas, path)
     return True
 
 
@@ -88,15 +64,14 @@ def _lines(filled: Filled, figure: Figure) -> list[Any]:
     def panel(name: str) -> Any:
         def paint(axes: Any) -> None:
             for index, one in enumerate(series):
-                points = sorted(
-                    (row.x, filled.cells[number, name].value, filled.cells[number, name].error or 0.0)
+                known = sorted(
+                    (row.x, value, filled.cells[number, name].error or 0.0)
                     for number, row in enumerate(plan.rows)
                     if row.x is not None and (row.series or row.label) == one
-                    if filled.cells[number, name].value is not None
+                    if (value := filled.cells[number, name].value) is not None
                 )
-                if points:
-                    x, y, error = zip(*points, strict=True)
-                    axes.errorbar(x, y, error, capsize=2, lw=1.4, ms=4, label=one, **_style(index))
+                if known:
+                    plots.points(axes, known, linewidth=1.4, label=one, **_style(index))
             for index, number in enumerate(level):
                 cell = filled.cells[number, name]
                 if cell.value is not None and len(level) <= len(series) + 4:

@@ -19,9 +19,9 @@ from l2d_bench.jobs import Job
 from l2d_framework.errors import L2DError
 
 _PAUSE = 0.2
+"""Seconds between two reports of progress."""
 _PATIENCE = 10.0
 """Seconds for a process to end by itself."""
-"""Seconds between two reports of progress."""
 
 
 class Event(NamedTuple):
@@ -146,7 +146,12 @@ def _do(job: Job, notify: Callable[[Event], None]) -> Event:
 
 
 class _Worker:
-    """A process that does one job at a time."""
+    """A process that does one job at a time.
+
+    Not a `ProcessPoolExecutor`: when a process of one dies, all its jobs fail, and nothing says at which one or with
+    what code it died; with a pool for each process, pipes for the progress and an end by force, that is the longer
+    program.
+    """
 
     def __init__(self, surroundings: Surroundings) -> None:
         context = multiprocessing.get_context("spawn")

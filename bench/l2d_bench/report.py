@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 from l2d_bench.cells import FAILED, Cell, Filled
 from l2d_bench.files import paper_numbers
 from l2d_bench.plan import NO_DATA, NOT_RERUN
 from l2d_bench.schema import Column, ProfileFile
+from l2d_framework.evaluation import tables
 
 LEGEND = (
     "Mean over the seeds ± standard error over items (of each item's mean over the seeds where its scores are known); "
@@ -109,13 +108,12 @@ def markdown(filled: Filled, profile: ProfileFile, pictures: Sequence[str]) -> s
         Markdown.
     """
     table = filled.plan.table
-    heading, *body = rows(filled, profile)
     lines = [
         f"# {table.title}",
         "",
         f"{table.reference}; `l2d bench {filled.plan.id}`.",
         "",
-        *(_line(row) for row in (heading, ["---"] * len(heading), *body)),
+        *tables.markdown(rows(filled, profile)),
         "",
         *(f"* {note}" for note in notes(filled, profile)),
         "",
@@ -125,10 +123,6 @@ def markdown(filled: Filled, profile: ProfileFile, pictures: Sequence[str]) -> s
         *_texts(filled),
     ]
     return "\n".join(lines).rstrip() + "\n"
-
-
-def _line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |"
 
 
 def _seeds(filled: Filled, profile: ProfileFile) -> list[str]:
@@ -153,8 +147,7 @@ def _seeds(filled: Filled, profile: ProfileFile) -> list[str]:
 
 
 def _section(title: str, table: Sequence[Sequence[str]]) -> list[str]:
-    heading, *body = table
-    return [f"## {title}", "", *(_line(row) for row in (heading, ["---"] * len(heading), *body)), ""]
+    return [f"## {title}", "", *tables.markdown(table), ""]
 
 
 def printed(filled: Filled) -> list[tuple[str, list[list[str]]]]:
@@ -190,9 +183,8 @@ def _texts(filled: Filled) -> list[str]:
     for index in range(max(len(texts) for texts in shown.values())):
         prompt = next(texts[index]["prompt"] for texts in shown.values() if index < len(texts))
         lines += [f"### {index + 1}", "", *(f"> {line}" for line in prompt.splitlines() or [""]), ""]
-        heading = list(shown)
         texts = [_inline(found[index]["text"]) if index < len(found) else "" for found in shown.values()]
-        lines += [_line(heading), _line(["---"] * len(heading)), _line(texts), ""]
+        lines += [*tables.markdown([list(shown), texts]), ""]
     return lines
 
 
@@ -262,16 +254,3 @@ def _cell(cell: Cell, column: Column) -> dict[str, Any]:
 
 def _brief(details: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in details.items() if not isinstance(value, (dict, list))}
-
-
-def write(path: Path, text: str) -> None:
-    """Write a file under a temporary name first.
-
-    Args:
-        path: the file.
-        text: its contents.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".part")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)

@@ -110,7 +110,8 @@ class Resolver:
             if found.kind == "model":
                 reason = self.missing_model(found.key, where)
             else:
-                reason = make_maker(self._entries.data(found.key, where)).missing()
+                section = self._entries.data(found.key, where)
+                reason = self._missing_below(section, where) or make_maker(section).missing()
             if reason is not None:
                 return reason
         return None
@@ -227,21 +228,24 @@ class Resolver:
         needs = []
         for found in references(value):
             if found.kind == "data":
-                needs.append(self._data_job(found.key, where))
+                needs.append(self._data_job(found.key, seed, where))
             else:
                 needs += self._own_needs(found.key, self._entries.model(found.key, where), seed)
         return tuple(dict.fromkeys(needs))
 
-    def _data_job(self, key: str, where: str) -> str:
+    def _data_job(self, key: str, seed: int, where: str) -> str:
         section = self._entries.data(key, where)
-        job = f"data-{key}-{digest([section, make_maker(section).code()])}"
-        self.jobs[job] = DataJob(job, f"make {key}", self._out / "data" / job.removeprefix("data-"), (), section)
+        needs = self._needs(section, seed, f"data.{key}")
+        named = replaced(section, lambda found: self._name(found, seed))
+        filled = replaced(section, lambda found: self._place(found, seed))
+        job = f"data-{key}-{digest([named, make_maker(section).code()])}"
+        self.jobs[job] = DataJob(job, f"make {key}", self._out / "data" / job.removeprefix("data-"), needs, filled)
         return job
 
     def _name(self, found: Reference, seed: int) -> str:
         """What names an entry wherever it lies."""
         if found.kind == "data":
-            return self._data_job(found.key, "a reference")
+            return self._data_job(found.key, seed, "a reference")
         model = self._entries.model(found.key, "a reference")
         return f"{model.pretrained}@{model.revision}" if model.run is None else self.model_job(found.key, seed)
 

@@ -12,9 +12,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from l2d_framework.config import Run
-    from l2d_framework.demo.findings import Results
-    from l2d_framework.demo.measure import Measurement
-    from l2d_framework.demo.scores import Outcome
+    from l2d_framework.demo.report import Results
+    from l2d_framework.demo.run import Demo
 
 _TITLES = {"base": "1/4 base model ", "lora": "2/4 LoRA       ", "l2d": "3/4 L2D        "}
 _MEASURING = "4/4 answering  "
@@ -41,10 +40,8 @@ def demo(
     from rich.console import Console
 
     from l2d_framework.cli.progress import progress
-    from l2d_framework.demo.measure import Measurement
-    from l2d_framework.demo.plots import can_plot
-    from l2d_framework.demo.run import Demo, one_thread
-    from l2d_framework.demo.runs import FULL, QUICK
+    from l2d_framework.demo.run import FULL, QUICK, Demo, one_thread
+    from l2d_framework.evaluation.plots import INSTALL, can_plot
     from l2d_framework.training.output_dir import move_aside
     from l2d_framework.training.run import train_runs
 
@@ -55,8 +52,8 @@ def demo(
     if overwrite:
         move_aside(out)
     demo = Demo(out, QUICK if quick else FULL, seed)
-    data, runs = demo.prepare()
-    example = data.held_out_new[0]
+    runs = demo.prepare()
+    example = demo.data.held_out_new[0]
     console.print(
         f"The task: continue [bold]{example.prompt}[/] with [bold]{example.completion.strip()}[/]", highlight=False
     )
@@ -66,22 +63,20 @@ def demo(
 
     with one_thread():
         train_runs(runs, callbacks=lambda run: [progress(console, title(run))])
-        measurement = Measurement(demo.folder, data)
-        outcomes = _answer(console, measurement)
-        results = demo.results(measurement, outcomes)
-    files = demo.write(results, data)
+        results = _measure(console, demo)
+    files = demo.write(results)
     _show(console, results)
     if quick:
         console.print("This was a quick run: too little training for its numbers to mean anything.")
     if not can_plot():
-        console.print("No pictures: matplotlib is missing. Run: pip install 'l2d-framework\\[plots]', then this again.")
+        console.print(f"No pictures: matplotlib is missing. {INSTALL}, then this again.", markup=False)
     trained = ", ".join(f"{name} {card['seconds']:.0f} s" for name, card in results.cards.items())
     console.print(f"Training took {trained}; this session {time.monotonic() - start:.0f} s in all.", highlight=False)
     console.print("Written:")
-    for name in (*(path.name for path in files), "l2d"):
+    for name in (*files, "l2d"):
         console.print(f"  {out / name}", highlight=False, soft_wrap=True)
     console.print("Generate, with 15 evaluations a token and with 1, which is the base model:")
-    for command in demo.commands(data):
+    for command in demo.commands():
         console.print(f"  {command}", highlight=False, markup=False, soft_wrap=True)
 
 
@@ -98,25 +93,21 @@ def _silence_libraries() -> None:
     transformers.utils.logging.set_verbosity_error()
 
 
-def _answer(console: Console, measurement: Measurement) -> list[Outcome]:
+def _measure(console: Console, demo: Demo) -> Results:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from l2d_framework.demo.measure import WAYS
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as bar:
-        task = bar.add_task(_MEASURING, total=measurement.rounds)
-        return measurement.outcomes(lambda: bar.advance(task))
+        task = bar.add_task(_MEASURING, total=len(WAYS))
+        return demo.measure(lambda: bar.advance(task))
 
 
 def _show(console: Console, results: Results) -> None:
-    from rich import box
-    from rich.table import Table
+    from l2d_framework.demo.report import findings, table
+    from l2d_framework.evaluation.tables import terminal
 
-    from l2d_framework.demo.findings import findings
-    from l2d_framework.demo.report import COLUMNS, table
-
-    shown = Table(*COLUMNS, box=box.SIMPLE_HEAD, title="Exact match on held-out questions, ± standard error")
-    for row in table(results):
-        shown.add_row(*row)
-    console.print(shown)
+    console.print(terminal(table(results), "Exact match on held-out questions, ± standard error"))
     for finding in findings(results):
         console.print(f"- {finding}", highlight=False)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -40,22 +39,21 @@ def bar() -> Iterator[Progress]:
 
 def show(rows: Sequence[Sequence[str]], notes: Sequence[str], *, title: str) -> None:
     """Print a table, whose first row is its heading, and notes below it."""
-    from rich import box
     from rich.console import Console
-    from rich.table import Table
+
+    from l2d_framework.evaluation.tables import terminal
 
     console = Console()
-    table = Table(*rows[0], box=box.SIMPLE_HEAD, title=title)
-    for row in rows[1:]:
-        table.add_row(*row)
-    console.print(table)
+    console.print(terminal(rows, title))
     for note in notes:
         console.print(f"- {note}", highlight=False, markup=False, soft_wrap=True)
 
 
 def can_draw() -> bool:
     """Whether pictures can be drawn; says what is missing if not."""
-    found = importlib.util.find_spec("matplotlib") is not None
-    if not found:
-        typer.echo("No picture: matplotlib is missing. Run: pip install 'l2d-framework[plots]'", err=True)
-    return found
+    from l2d_framework.evaluation.plots import INSTALL, can_plot
+
+    if not can_plot():
+        typer.echo(f"No picture: matplotlib is missing. {INSTALL}", err=True)
+        return False
+    return True

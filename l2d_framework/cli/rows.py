@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 from fsspec.utils import infer_compression
 
 from l2d_framework.errors import DataError
+from l2d_framework.evaluation.tables import write_whole
 from l2d_framework.generation.chat_template import check_conversation
 from l2d_framework.generation.prompts import Prompt
 from l2d_framework.lines import read_lines, read_objects
@@ -48,6 +48,4 @@ def write_rows(output: Path | None, rows: list[dict[str, Any]]) -> None:
     """Write a JSONL file, if one is named, in one piece."""
     if output is None:
         return
-    temporary = output.with_name(output.name + ".part")
-    temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    os.replace(temporary, output)
+    write_whole(output, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

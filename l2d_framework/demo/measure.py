@@ -8,107 +8,123 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
-from l2d_framework.demo.runs import BASE, L2D, LORA, Data
-from l2d_framework.demo.scores import Outcome, Sheet
-from l2d_framework.demo.task import Question
+from l2d_framework.demo.task import Data, Question
 from l2d_framework.diffusion.ode import Evaluation
+from l2d_framework.evaluation.statistics import Estimate, mean
 from l2d_framework.generation.prompts import encode_prompts
 from l2d_framework.models import checkpoint
-from l2d_framework.models.diffusion_lm import DiffusionLM
 from l2d_framework.opening import open_model, open_tokenizer
 
+BASE, LORA, L2D = "base", "lora", "l2d"
+"""Output folders of the three stages, and what each outcome is of."""
 EVALUATIONS = (3, 7, 15, 31)
 FIXED = ("euler", "midpoint")
 ADAPTIVE = "fehlberg2"
 DEFAULT = ("midpoint", 15)
 """Solver and evaluations of the preset `l2d-paper`."""
+WAYS: list[tuple[str, str | None, dict[str, Any]]] = [
+    (BASE, None, {}),
+    (LORA, None, {}),
+    (L2D, None, {"num_inference_steps": 1}),
+    *((L2D, name, {"solver": name, "num_inference_steps": count}) for name in FIXED for count in EVALUATIONS),
+    (L2D, ADAPTIVE, {"preset": "l2d-adaptive"}),
+]
+"""Stage, solver and sampling of every way of answering."""
 
 _BATCH = 500
 _SHOWN = 3
 
-Answer = Callable[[Tensor], tuple[Tensor, Tensor]]
-"""From prompts, (B, S), to answer tokens, (B,), and evaluations spent, (B,)."""
+Marks = NDArray[np.bool_]
+"""Right or wrong, one entry per question."""
+
+
+def score(marks: Marks) -> Estimate:
+    """Share p of right answers and its standard error sqrt(p (1 - p) / N)."""
+    share = float(marks.mean())
+    return Estimate(share, float(np.sqrt(share * (1 - share) / len(marks))), len(marks))
+
+
+def difference(first: Marks, second: Marks) -> Estimate:
+    """How much better the second does on the same questions; pairing removes what those have in common."""
+    return mean(second.astype(float) - first.astype(float))
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """Answers to a set of questions, and network evaluations spent on each."""
+
+    questions: list[Question]
+    answers: list[str]
+    evaluations: list[int]
+
+    @property
+    def marks(self) -> Marks:
+        """Right or wrong, (N,)."""
+        pairs = zip(self.questions, self.answers, strict=True)
+        return np.array([question.completion == answer for question, answer in pairs])
+
+    @property
+    def score(self) -> Estimate:
+        """Exact match."""
+        return score(self.marks)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How one way of answering fares: a stage, with L2D the solver if there is anything to solve, and its answers."""
+
+    model: str
+    solver: str | None
+    new: Sheet
+    old: Sheet
+
+    @property
+    def evaluations(self) -> float:
+        """Mean network evaluations per answer about the new skill."""
+        return float(np.mean(self.new.evaluations))
 
 
 @dataclass(frozen=True)
 class Denoising:
-    """How one answer takes shape.
-
-    Attributes:
-        question: what was asked.
-        chosen: why this question is shown.
-        tokens: the most likely tokens, as text; those of the last evaluation first.
-        times: of each evaluation.
-        probabilities: of each token at each evaluation.
-    """
+    """How one answer takes shape."""
 
     question: Question
-    chosen: str
-    tokens: list[str]
-    times: list[float]
-    probabilities: list[list[float]]
+    chosen: str  # why this question is shown
+    tokens: list[str]  # the most likely ones; those of the last evaluation first
+    times: list[float]  # of each evaluation
+    probabilities: list[list[float]]  # of each token at each evaluation
 
 
 class Measurement:
-    """The three trained models and the questions they answer.
-
-    Args:
-        folder: of the demo.
-        data: its questions.
-    """
+    """The three trained models in the folder of a demo, and the questions they answer."""
 
     def __init__(self, folder: Path, data: Data) -> None:
         self._data = data
         self._tokenizer: PreTrainedTokenizerBase = open_tokenizer(folder / BASE)
         self._model = checkpoint.load(folder / L2D)
-        self._ways: list[tuple[str, str | None, Answer]] = [
-            ("base", None, _plain(folder / BASE)),
-            ("lora", None, _plain(folder / LORA)),
-            ("l2d", None, _diffused(self._model, num_inference_steps=1)),
-        ]
-        for solver in FIXED:
-            self._ways += [
-                ("l2d", solver, _diffused(self._model, solver=solver, num_inference_steps=n)) for n in EVALUATIONS
-            ]
-        self._ways.append(("l2d", ADAPTIVE, _diffused(self._model, preset="l2d-adaptive")))
-
-    @property
-    def rounds(self) -> int:
-        """How many outcomes there will be."""
-        return len(self._ways)
+        # By transformers alone, so that agreement with it says something.
+        self._plain: dict[str, Any] = {
+            name: open_model(AutoModelForCausalLM, folder / name)[0].eval() for name in (BASE, LORA)
+        }
 
     def outcomes(self, after_each: Callable[[], None]) -> list[Outcome]:
-        """Let every model answer every held-out question in every way.
-
-        Args:
-            after_each: called after each way.
-
-        Returns:
-            Base, LoRA, L2D at one evaluation, L2D with each solver at each number of evaluations, L2D adaptive.
-        """
-        found = []
-        for model, solver, answer in self._ways:
-            sheets = [
-                self._sheet(questions, answer) for questions in (self._data.held_out_new, self._data.held_out_old)
-            ]
-            found.append(Outcome(model, solver, *sheets))
+        """Let all models answer all held-out questions: base, LoRA, L2D at one evaluation, then with each solver."""
+        outcomes = []
+        for model, solver, sampling in WAYS:
+            parts = self._data.held_out_new, self._data.held_out_old
+            new, old = (self._sheet(part, model, sampling) for part in parts)
+            outcomes.append(Outcome(model, solver, new, old))
             after_each()
-        return found
+        return outcomes
 
     def denoisings(self, outcomes: list[Outcome]) -> list[Denoising]:
-        """Watch answers take shape, with the default solver and the most evaluations.
-
-        Args:
-            outcomes: what `outcomes` returned.
-
-        Returns:
-            Of the new questions that the base model gets wrong and L2D right, or of all if there are none, the first
-            and the one whose answer gains most probability after the first move.
-        """
+        """Watch answers take shape, with the default solver and the most evaluations."""
         base = outcomes[0].new
         last = next(one.new for one in reversed(outcomes) if one.solver == DEFAULT[0])
         kind = "questions that the base model gets wrong and L2D right"
@@ -116,26 +132,16 @@ class Measurement:
         if not wanted:
             kind, wanted = "held-out questions", list(range(len(base.questions)))
         questions = [base.questions[row] for row in wanted[:_BATCH]]
-        times, probabilities = self._watch(questions)
+        seen: list[Evaluation] = []
+        most = {"solver": DEFAULT[0], "num_inference_steps": EVALUATIONS[-1], "observer": seen.append}
+        self._answer(self._encode(questions), L2D, most)
+        times = [float(evaluation.t[0, 0]) for evaluation in seen]
+        probabilities = torch.stack([evaluation.logits[:, 0].softmax(-1) for evaluation in seen])
         answer = probabilities[-1].argmax(-1, keepdim=True)
         late = (probabilities[-1] - probabilities[1]).gather(-1, answer)[:, 0]
         chosen = {0: f"the first of the {kind}"}
         chosen.setdefault(int(late.argmax()), f"of {len(questions)} such, the one that gains most after the first move")
         return [self._shown(questions[row], why, times, probabilities[:, row]) for row, why in chosen.items()]
-
-    def _watch(self, questions: list[Question]) -> tuple[list[float], Tensor]:
-        """Times of all evaluations and the probabilities there, (evaluations, questions, V)."""
-        seen: list[Evaluation] = []
-        self._model.generate(
-            self._encode(questions),
-            solver=DEFAULT[0],
-            num_inference_steps=EVALUATIONS[-1],
-            max_new_tokens=1,
-            do_sample=False,
-            observer=seen.append,
-        )
-        times = [float(evaluation.t[0, 0]) for evaluation in seen]
-        return times, torch.stack([evaluation.logits[:, 0].softmax(-1) for evaluation in seen])
 
     def _shown(self, question: Question, chosen: str, times: list[float], probabilities: Tensor) -> Denoising:
         best = [probabilities[row].topk(_SHOWN).indices.tolist() for row in (-1, 0, 1)]
@@ -149,33 +155,22 @@ class Measurement:
     def _encode(self, questions: list[Question]) -> Tensor:
         return torch.tensor(encode_prompts(self._tokenizer, [question.prompt for question in questions]))
 
-    def _sheet(self, questions: list[Question], answer: Answer) -> Sheet:
+    def _sheet(self, questions: list[Question], model: str, sampling: dict[str, Any]) -> Sheet:
         answers: list[str] = []
         evaluations: list[int] = []
         # Operations of one and of two words make prompts of two lengths.
         for _, same_length in groupby(questions, lambda question: len(question.operation.split())):
             for prompts in self._encode(list(same_length)).split(_BATCH):
-                tokens, spent = answer(prompts)
+                tokens, spent = self._answer(prompts, model, sampling)
                 answers += [self._text(token) for token in tokens.tolist()]
                 evaluations += spent.tolist()
         return Sheet(questions, answers, evaluations)
 
-
-def _plain(folder: Path) -> Answer:
-    # By transformers alone, so that agreement with it says something.
-    lm: Any = open_model(AutoModelForCausalLM, folder)[0].eval()
-
-    def answer(prompts: Tensor) -> tuple[Tensor, Tensor]:
+    def _answer(self, prompts: Tensor, model: str, sampling: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """Answer tokens and evaluations spent, (B,)."""
+        if model == L2D:
+            made = self._model.generate(prompts, max_new_tokens=1, do_sample=False, **sampling)
+            return made.answers[:, 0], made.evaluations[:, 0]
         mask = torch.ones_like(prompts)
-        tokens = lm.generate(prompts, attention_mask=mask, max_new_tokens=1, do_sample=False)[:, -1]
+        tokens = self._plain[model].generate(prompts, attention_mask=mask, max_new_tokens=1, do_sample=False)[:, -1]
         return tokens, torch.ones_like(tokens)
-
-    return answer
-
-
-def _diffused(model: DiffusionLM, **sampling: Any) -> Answer:
-    def answer(prompts: Tensor) -> tuple[Tensor, Tensor]:
-        found = model.generate(prompts, max_new_tokens=1, do_sample=False, **sampling)
-        return found.answers[:, 0], found.evaluations[:, 0]
-
-    return answer

@@ -1,124 +1,176 @@
-"""The demo's table, report and numbers."""
+"""What the demo measured: findings in words, each computed from the answers, a table, a report, and all numbers."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from l2d_framework.demo.findings import Results, findings, way
-from l2d_framework.demo.measure import ADAPTIVE
-from l2d_framework.demo.runs import Data
-from l2d_framework.demo.scores import Outcome, Sheet, score
-from l2d_framework.demo.task import NEW, OLD
-
-COLUMNS = ("model", "solver", "evaluations", f"{NEW} (new)", f"{len(OLD)} old skills")
+from l2d_framework.demo.measure import ADAPTIVE, DEFAULT, FIXED, Denoising, Outcome, Sheet, difference
+from l2d_framework.demo.task import NEW, OLD, Data
+from l2d_framework.evaluation import tables
+from l2d_framework.evaluation.statistics import Estimate
 
 _NAMES = {"base": "base model", "lora": "LoRA", "l2d": "L2D"}
 
 
-def table(results: Results) -> list[tuple[str, ...]]:
-    """Rows of the table with the columns `COLUMNS`.
+class Results:
+    """Everything the demo measured.
 
     Args:
-        results: what was measured.
-
-    Returns:
-        One row per outcome.
+        outcomes: in the order of `Measurement.outcomes`.
+        denoisings: answers taking shape.
+        cards: `run.json` of each stage by name.
     """
-    return [
-        (
-            _NAMES[outcome.model],
-            outcome.solver or "-",
-            _evaluations(outcome),
-            str(score(outcome.new.marks)),
-            str(score(outcome.old.marks)),
-        )
-        for outcome in results.outcomes
-    ]
+
+    def __init__(self, outcomes: list[Outcome], denoisings: list[Denoising], cards: dict[str, dict[str, Any]]) -> None:
+        self.outcomes, self.denoisings, self.cards = outcomes, denoisings, cards
+        # At one evaluation no solver has anything to do.
+        self.base, self.lora, self.one = outcomes[:3]
+        solver, evaluations = DEFAULT
+        self.default = next(one for one in self.solved(solver) if one.evaluations == evaluations)
+
+    def solved(self, solver: str) -> list[Outcome]:
+        """L2D with one solver, from the fewest evaluations to the most."""
+        return [outcome for outcome in self.outcomes if outcome.solver == solver]
+
+
+def findings(results: Results) -> list[str]:
+    """What the numbers say in a sentence or two each; a difference is one only beyond two standard errors."""
+    curves = [_curve(results, solver) for solver in FIXED]
+    others = [one(results) for one in (_adaptive, _against_lora, _forgetting, _cost)]
+    return [_identity(results), *curves, *others]
+
+
+def _identity(results: Results) -> str:
+    pairs = [(results.base.new, results.one.new), (results.base.old, results.one.old)]
+    same = sum(a == b for ours, theirs in pairs for a, b in zip(ours.answers, theirs.answers, strict=True))
+    total = sum(len(sheet.answers) for sheet, _ in pairs)
+    text = f"At 1 evaluation L2D gives the base model's own answer to {same:,} of {total:,} questions"
+    return f"{text}." if same == total else f"{text}, although it should to all: report this as a bug."
+
+
+def _curve(results: Results, solver: str) -> str:
+    few, *_, many = results.solved(solver)
+    rise, later = difference(results.one.new.marks, few.new.marks), difference(few.new.marks, many.new.marks)
+    return (
+        f"With {solver}, exact match on the new skill {_change(rise)} from 1 to {few.evaluations:.0f} evaluations and "
+        f"{_change(later)} from {few.evaluations:.0f} to {many.evaluations:.0f}."
+    )
+
+
+def _adaptive(results: Results) -> str:
+    (adaptive,), default = results.solved(ADAPTIVE), results.default
+    spent = adaptive.new.evaluations
+    gap = difference(default.new.marks, adaptive.new.marks)
+    verdict = (
+        f"exact match is {'higher' if _rises(gap) else 'lower'} than" if gap.is_clear else "no clear difference from"
+    )
+    return (
+        f"{ADAPTIVE} chooses {adaptive.evaluations:.1f} evaluations a token on average, from {min(spent)} to "
+        f"{max(spent)}: {verdict} {_way(default)} ({_text(gap, '+')})."
+    )
+
+
+def _against_lora(results: Results) -> str:
+    lora, default = results.lora, results.default
+    gap = difference(default.new.marks, lora.new.marks)
+    better = "LoRA" if _rises(gap) else "L2D"
+    verdict = f"{better} is better by {_size(gap)}" if gap.is_clear else f"no clear winner ({_text(gap, '+')})"
+    return (
+        f"After {results.cards['lora']['result']['steps']:,} updates each, LoRA has {_text(lora.new.score)} on the new "
+        f"skill and L2D {_text(default.new.score)} with {_way(default)}: {verdict}."
+    )
+
+
+def _forgetting(results: Results) -> str:
+    base, lora, default = results.base.old, results.lora.old, results.default.old
+    text = (
+        f"On the old skills the base model has {_text(base.score)}, LoRA {_text(lora.score)}, L2D "
+        f"{_text(results.one.old.score)} at 1 evaluation and {_text(default.score)} with {_way(results.default)}."
+    )
+    gaps = {"LoRA": difference(base.marks, lora.marks), "L2D": difference(base.marks, default.marks)}
+    forgets = [name for name, gap in gaps.items() if gap.is_clear and not _rises(gap)]
+    who, verb = " and ".join(forgets) or "Neither", "forget" if len(forgets) == 2 else "forgets"
+    back = "; with L2D, a request for 1 evaluation brings the base model back" if "L2D" in forgets else ""
+    return f"{text} {who} {verb}{back}."
+
+
+def _cost(results: Results) -> str:
+    lora, l2d = results.cards["lora"], results.cards["l2d"]
+    draws = l2d["config"]["training"]["draws_per_token"]
+    return (
+        f"LoRA trained {lora['parameters']['trainable']:,} parameters in {lora['seconds']:.0f} s, L2D "
+        f"{l2d['parameters']['trainable']:,} in {l2d['seconds']:.0f} s with {draws} noise draws per token."
+    )
+
+
+def _way(outcome: Outcome) -> str:
+    return f"{outcome.solver} at {outcome.evaluations:.0f}"
+
+
+def _change(gap: Estimate) -> str:
+    verb = "rises" if _rises(gap) else "falls"
+    return f"{verb} by {_size(gap)}" if gap.is_clear else f"does not clearly change ({_text(gap, '+')})"
+
+
+def _rises(gap: Estimate) -> bool:
+    return (gap.value or 0.0) > 0
+
+
+def _text(number: Estimate, sign: str = "") -> str:
+    return f"{number.value:{sign}.3f} ± {number.standard_error:.3f}"
+
+
+def _size(gap: Estimate) -> str:
+    return _text(gap, "+")[1:]
+
+
+def table(results: Results) -> list[tuple[str, ...]]:
+    """Headings, then a row per outcome."""
+    rows: list[tuple[str, ...]] = [("model", "solver", "evaluations", f"{NEW} (new)", f"{len(OLD)} old skills")]
+    for one in results.outcomes:
+        spent = f"{one.evaluations:.1f} (mean)" if one.solver == ADAPTIVE else f"{one.evaluations:.0f}"
+        scores = _text(one.new.score), _text(one.old.score)
+        rows.append((_NAMES[one.model], one.solver or "-", spent if one.model == "l2d" else "-", *scores))
+    return rows
 
 
 def markdown(results: Results, data: Data, commands: list[str]) -> str:
-    """The report.
-
-    Args:
-        results: what was measured.
-        data: the questions.
-        commands: what to try next.
-
-    Returns:
-        Markdown that shows the pictures beside it.
-    """
-    rows = [COLUMNS, ("---",) * len(COLUMNS), *table(results)]
-    lines = [
-        "# A tiny language model becomes a diffusion language model",
-        "",
-        _introduction(results, data),
-        "",
-        *(f"| {' | '.join(row)} |" for row in rows),
-        "",
-        "## What this says",
-        "",
-        *(f"- {finding}" for finding in findings(results)),
-        "",
-        "![exact match against evaluations](accuracy_vs_steps.png)",
-        "",
-        "![answers taking shape](denoising.png)",
-        "",
-        "## By skill",
-        "",
-        *_by_skill(results),
-        "",
-        "## Go on",
-        "",
-        "```",
-        *commands,
-        "```",
-        "",
+    """The report in Markdown, which shows the pictures beside it; `commands` say what to try next."""
+    parts = [
+        ["# A tiny language model becomes a diffusion language model"],
+        [_introduction(results, data)],
+        tables.markdown(table(results)),
+        ["## What this says"],
+        [f"- {finding}" for finding in findings(results)],
+        ["![exact match against evaluations](accuracy_vs_steps.png)"],
+        ["![answers taking shape](denoising.png)"],
+        ["## By skill"],
+        tables.markdown(_by_skill(results)),
+        ["## Go on"],
+        ["```", *commands, "```"],
     ]
-    return "\n".join(lines)
+    return "\n".join(line for part in parts for line in (*part, ""))
 
 
 def to_json(results: Results) -> dict[str, Any]:
-    """All numbers.
-
-    Args:
-        results: what was measured.
-
-    Returns:
-        A JSON-ready dictionary.
-    """
-    return {
-        "outcomes": [
-            {
-                "model": outcome.model,
-                "solver": outcome.solver,
-                "evaluations": {
-                    "mean": outcome.evaluations,
-                    "min": min(outcome.new.evaluations),
-                    "max": max(outcome.new.evaluations),
-                },
-                "new": _numbers(outcome.new),
-                "old": _numbers(outcome.old),
-                "by_skill": {name: _numbers(_only(outcome, name)) for name in (NEW, *OLD)},
-            }
-            for outcome in results.outcomes
-        ],
-        "findings": findings(results),
-        "denoisings": [
-            {
-                "chosen": one.chosen,
-                "prompt": one.question.prompt,
-                "completion": one.question.completion,
-                "times": one.times,
-                "tokens": one.tokens,
-                "probabilities": one.probabilities,
-            }
-            for one in results.denoisings
-        ],
-        "stages": {
-            name: {"seconds": card["seconds"], **card["parameters"], "updates": card["result"]["steps"]}
-            for name, card in results.cards.items()
-        },
+    """All numbers, JSON-ready."""
+    outcomes = []
+    for one in results.outcomes:
+        spent = one.new.evaluations
+        evaluations = {"mean": one.evaluations, "min": min(spent), "max": max(spent)}
+        skills = {name: _numbers(_only(one, name)) for name in (NEW, *OLD)}
+        scores = {"new": _numbers(one.new), "old": _numbers(one.old), "by_skill": skills}
+        outcomes.append({"model": one.model, "solver": one.solver, "evaluations": evaluations, **scores})
+    denoisings = []
+    for shown in results.denoisings:
+        asked = {"prompt": shown.question.prompt, "completion": shown.question.completion}
+        seen = {"times": shown.times, "tokens": shown.tokens, "probabilities": shown.probabilities}
+        denoisings.append({"chosen": shown.chosen, **asked, **seen})
+    stages = {
+        name: {"seconds": card["seconds"], **card["parameters"], "updates": card["result"]["steps"]}
+        for name, card in results.cards.items()
     }
+    return {"outcomes": outcomes, "findings": findings(results), "denoisings": denoisings, "stages": stages}
 
 
 def _introduction(results: Results, data: Data) -> str:
@@ -134,14 +186,10 @@ def _introduction(results: Results, data: Data) -> str:
     )
 
 
-def _by_skill(results: Results) -> list[str]:
+def _by_skill(results: Results) -> list[tuple[str, ...]]:
     shown = [results.base, results.lora, results.one, results.default]
-    heads = ["base model", "LoRA", "L2D, 1 evaluation", f"L2D, {way(results.default)}"]
-    lines = [f"| skill | {' | '.join(heads)} |", f"|{' --- |' * (len(heads) + 1)}"]
-    for name in (NEW, *OLD):
-        scores = [str(score(_only(outcome, name).marks)) for outcome in shown]
-        lines.append(f"| {name} | {' | '.join(scores)} |")
-    return lines
+    rows = [("skill", "base model", "LoRA", "L2D, 1 evaluation", f"L2D, {_way(results.default)}")]
+    return rows + [(name, *(_text(_only(one, name).score) for one in shown)) for name in (NEW, *OLD)]
 
 
 def _only(outcome: Outcome, operation: str) -> Sheet:
@@ -151,12 +199,6 @@ def _only(outcome: Outcome, operation: str) -> Sheet:
     return Sheet(list(questions), list(answers), list(evaluations))
 
 
-def _numbers(sheet: Sheet) -> dict[str, float]:
-    found = score(sheet.marks)
-    return {"exact_match": found.mean, "standard_error": found.error, "questions": len(sheet.questions)}
-
-
-def _evaluations(outcome: Outcome) -> str:
-    if outcome.model != "l2d":
-        return "-"
-    return f"{outcome.evaluations:.1f} (mean)" if outcome.solver == ADAPTIVE else f"{outcome.evaluations:.0f}"
+def _numbers(sheet: Sheet) -> dict[str, float | None]:
+    found = sheet.score
+    return {"exact_match": found.value, "standard_error": found.standard_error, "questions": found.samples}

@@ -1,30 +1,103 @@
-"""The demo from an empty folder to its report."""
+"""The demo from an empty folder to its report; what it trains is a run file as any user writes it."""
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 import yaml
 
 from l2d_framework.config import Run, load_run
-from l2d_framework.demo.findings import Results
-from l2d_framework.demo.measure import Measurement
-from l2d_framework.demo.plots import ACCURACY, DENOISING, can_plot, draw_accuracy, draw_denoisings
-from l2d_framework.demo.report import markdown, to_json
-from l2d_framework.demo.runs import L2D, RUN_FILE, Data, Size, data_file, make_data, run_file
-from l2d_framework.demo.scores import Outcome
-from l2d_framework.demo.task import write_questions
+from l2d_framework.demo.measure import BASE, L2D, LORA, Measurement
+from l2d_framework.demo.plots import ACCURACY, DENOISING, draw_accuracy, draw_denoisings
+from l2d_framework.demo.report import Results, markdown, to_json
+from l2d_framework.demo.task import Data, make_data, write_questions
 from l2d_framework.errors import ConfigError
+from l2d_framework.evaluation.plots import can_plot
+from l2d_framework.evaluation.tables import write_whole
 from l2d_framework.training.output_dir import read_card
 
-REPORT, NUMBERS = "report.md", "results.json"
+_RUN_FILE = "runs.yaml"
+_LENGTH = 32
+_CONFIG = {
+    "model_type": "llama",
+    "hidden_size": 64,
+    "intermediate_size": 176,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": _LENGTH,
+    "initializer_range": 0.06,
+    "tie_word_embeddings": False,
+}
+
+
+class Size(NamedTuple):
+    """Questions to train the base model and the finetunings on, updates of either, held-out questions of a kind."""
+
+    base: int
+    new: int
+    base_updates: int
+    updates: int
+    answers: int
+
+    def questions(self, seed: int) -> Data:
+        """All questions; the same seed gives the same ones."""
+        return make_data(seed, base=self.base, new=self.new, answers=self.answers)
+
+
+FULL = Size(base=40_000, new=30_000, base_updates=800, updates=1000, answers=2000)
+QUICK = Size(base=600, new=300, base_updates=10, updates=10, answers=100)
+"""Enough to see that everything works, far too little to learn anything."""
+
+
+def run_file(folder: Path, size: Size, seed: int) -> dict[str, Any]:
+    """Contents of the run file: pretraining, then a LoRA for comparison and L2D, both from the first stage.
+
+    L2D's settings come from about ten trials on other held-out questions, LoRA's from none; the learning rates are high
+    because the models are tiny.
+    """
+
+    def stage(name: str, kind: str, learning_rate: float, how: dict[str, Any], **more: int) -> dict[str, Any]:
+        data, updates = ("base", size.base_updates) if name == BASE else ("new", size.updates)
+        training: dict[str, Any] = {"max_steps": updates, "batch_size": 128, "learning_rate": learning_rate}
+        training |= {"warmup_steps": min(50, updates), "warmup": "linear", "logging_steps": 100, **more}
+        return {
+            "kind": kind,
+            **({} if name == BASE else {"model": {"base": str(folder / BASE)}}),
+            **how,
+            "data": {"train": [{"path": str(_data_file(folder, data))}], "max_length": _LENGTH},
+            "training": training,
+            "output_dir": str(folder / name),
+            "seed": seed,
+        }
+
+    # Merges end by themselves once every word and number is one token.
+    scratch = {"scratch": {"tokenizer": {"vocab_size": 512}, "config": _CONFIG}}
+    # At the default width of 256 the heads that modulate the layers would outweigh this base model.
+    l2d = {
+        "schedule": {"name": "linear"},
+        "parametrization": {"name": "embedding", "size": 64, "hidden": 64},
+        "backbone": {"name": "two_stream", "rank": 32, "time_features": 64, "conditioning_size": 64},
+    }
+    lora = {"lora": {"rank": 32, "alpha": 32.0, "targets": "all-linear"}}
+    return {
+        "stages": [
+            stage(BASE, "language_model", 4e-3, scratch),
+            stage(LORA, "language_model", 8e-3, lora),
+            stage(L2D, "diffusion", 1e-2, l2d, draws_per_token=4),
+        ]
+    }
+
+
+def _data_file(folder: Path, name: str) -> Path:
+    return folder / "data" / f"{name}.jsonl"
 
 
 class Demo:
@@ -40,91 +113,67 @@ class Demo:
     """
 
     def __init__(self, folder: Path, size: Size, seed: int) -> None:
-        self.folder, self._size, self._seed = folder.absolute(), size, seed
-        self._name = folder
+        self.folder, self._name = folder.absolute(), folder
         self._text = yaml.safe_dump(run_file(self.folder, size, seed), sort_keys=False)
-        path = self.folder / RUN_FILE
+        path = self.folder / _RUN_FILE
+        problem = None
         if self.folder.exists() and not (self.folder.is_dir() and (path.is_file() or not any(self.folder.iterdir()))):
+            problem = "exists and holds no demo"
+        elif path.is_file() and path.read_text(encoding="utf-8") != self._text:
+            problem = "holds a demo with other settings, such as another seed"
+        if problem is not None:
             raise ConfigError(
-                f"{str(folder)!r} exists and holds no demo. Choose another --out, or use --overwrite, which moves it "
-                "aside."
+                f"{str(folder)!r} {problem}. Choose another --out, or use --overwrite, which moves it aside."
             )
-        if path.is_file() and path.read_text(encoding="utf-8") != self._text:
-            raise ConfigError(
-                f"{str(folder)!r} holds a demo with other settings, such as another seed. Choose another --out, or use "
-                "--overwrite, which moves it aside."
-            )
+        self.data = size.questions(seed)
 
-    def prepare(self) -> tuple[Data, list[Run]]:
+    def prepare(self) -> list[Run]:
         """Write questions and run file.
 
         Returns:
-            The questions and the runs to train, in order.
+            The runs to train.
 
         Raises:
             ConfigError: if the folder cannot be written.
         """
-        data = make_data(self._size, self._seed)
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / "data").mkdir(parents=True, exist_ok=True)
             # First, since it marks the folder as a demo's for whoever comes back to it.
-            _write(self.folder / RUN_FILE, self._text)
-            for name, questions in data._asdict().items():
-                path = data_file(self.folder, name)
-                path.parent.mkdir(exist_ok=True)
-                write_questions(path, questions)
+            write_whole(self.folder / _RUN_FILE, self._text)
+            for name, questions in self.data._asdict().items():
+                write_questions(_data_file(self.folder, name), questions)
         except OSError as error:
             raise ConfigError(
                 f"{str(self.folder)!r} cannot be written ({error.strerror}). Choose another --out."
             ) from error
-        return data, load_run(self.folder / RUN_FILE)
+        return load_run(self.folder / _RUN_FILE)
 
-    def results(self, measurement: Measurement, outcomes: list[Outcome]) -> Results:
-        """Outcomes with everything else the report needs.
-
-        Args:
-            measurement: of this demo.
-            outcomes: what it found.
-
-        Returns:
-            What was measured.
-        """
-        stages = [Path(str(stage["output_dir"])) for stage in run_file(self.folder, self._size, self._seed)["stages"]]
-        cards = {stage.name: read_card(stage) or {} for stage in stages}
+    def measure(self, after_each: Callable[[], None]) -> Results:
+        """Let the trained models answer in every way of `WAYS`."""
+        measurement = Measurement(self.folder, self.data)
+        outcomes = measurement.outcomes(after_each)
+        cards = {name: read_card(self.folder / name) or {} for name in (BASE, LORA, L2D)}
         return Results(outcomes, measurement.denoisings(outcomes), cards)
 
-    def commands(self, data: Data) -> list[str]:
-        """What to try next.
-
-        Args:
-            data: the questions.
-
-        Returns:
-            Command lines, for where the demo was started.
-        """
-        prompt = data.held_out_new[0].prompt
+    def commands(self) -> list[str]:
+        """What to try next, for where the demo was started."""
         program = "l2d" if shutil.which("l2d") else str(Path(sys.executable).with_name("l2d"))
+        prompt = self.data.held_out_new[0].prompt
         generate = f'{program} generate {self._name / L2D} --prompt "{prompt}" --max-new-tokens 1'
         return [generate, f"{generate} --num-inference-steps 1"]
 
-    def write(self, results: Results, data: Data) -> list[Path]:
-        """Write report, numbers and, with matplotlib, pictures.
-
-        Args:
-            results: what was measured.
-            data: the questions.
-
-        Returns:
-            The files.
-        """
-        _write(self.folder / REPORT, markdown(results, data, self.commands(data)))
-        _write(self.folder / NUMBERS, json.dumps(to_json(results), indent=2, ensure_ascii=False) + "\n")
-        files = [self.folder / REPORT, self.folder / NUMBERS]
-        if can_plot():
-            draw_accuracy(results, self.folder / ACCURACY)
-            draw_denoisings(results.denoisings, self.folder / DENOISING)
-            files += [self.folder / ACCURACY, self.folder / DENOISING]
-        return files
+    def write(self, results: Results) -> list[str]:
+        """Write report, numbers and, with matplotlib, pictures; returns the names of the files."""
+        report = markdown(results, self.data, self.commands())
+        numbers = json.dumps(to_json(results), indent=2, ensure_ascii=False) + "\n"
+        texts = {"report.md": report, "results.json": numbers}
+        for name, text in texts.items():
+            write_whole(self.folder / name, text)
+        if not can_plot():
+            return list(texts)
+        draw_accuracy(results, self.folder / ACCURACY)
+        draw_denoisings(results.denoisings, self.folder / DENOISING)
+        return [*texts, ACCURACY, DENOISING]
 
 
 @contextmanager
@@ -136,9 +185,3 @@ def one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".part")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)

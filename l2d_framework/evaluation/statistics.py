@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,6 +42,11 @@ class Estimate:
         decimals = max(0, 1 - math.floor(math.log10(self.standard_error)))
         return f"{self.value:,.{decimals}f} ± {self.standard_error:,.{decimals}f}"
 
+    @property
+    def is_clear(self) -> bool:
+        """Whether the number is further from zero than two standard errors."""
+        return self.value is not None and self.standard_error is not None and abs(self.value) > 2 * self.standard_error
+
     def to_json(self) -> dict[str, Any]:
         """Fields that say something.
 
@@ -75,6 +80,39 @@ def mean(values: Sequence[float] | Values, *, truncated: int | None = None) -> E
     )
 
 
+def standard_error(values: Sequence[float]) -> float | None:
+    """Standard error of the mean of independent numbers, std / sqrt(n); None for a single one."""
+    # Python's sum, since numpy's differs from it in the last digit and stored results were made with this one.
+    n, center = len(values), sum(values) / max(1, len(values))
+    return math.sqrt(sum((value - center) ** 2 for value in values) / (n - 1) / n) if n > 1 else None
+
+
+class _Sums(Protocol):
+    """What numpy's arrays and torch's tensors have in common."""
+
+    def sum(self) -> Any: ...
+    def __sub__(self, other: Any, /) -> Self: ...
+    def __rmul__(self, other: float, /) -> Self: ...
+    def __pow__(self, other: int, /) -> Self: ...
+    def __len__(self) -> int: ...
+
+
+def ratio(numerators: _Sums, denominators: _Sums) -> Estimate:
+    """A ratio of sums, such as a mean over tokens whose standard error is over rows.
+
+    Args:
+        numerators: a of each sample, (N,), float64.
+        denominators: b of each sample, (N,), float64.
+
+    Returns:
+        sum a / sum b; its standard error is linearised.
+    """
+    n, total = len(numerators), float(denominators.sum())
+    value = float(numerators.sum()) / total
+    spread = float(((numerators - value * denominators) ** 2).sum())
+    return Estimate(value, math.sqrt(spread * n / (n - 1)) / total if n > 1 else None, n)
+
+
 def exp_of_ratio(numerators: Values, denominators: Values, *, truncated: int | None = None) -> Estimate:
     """The exponential of a ratio of sums, exp(sum a / sum b); samples with b <= 0 are left out.
 
@@ -87,11 +125,10 @@ def exp_of_ratio(numerators: Values, denominators: Values, *, truncated: int | N
         The number; its standard error is that of the ratio, linearised, times the number.
     """
     known = denominators > 0
-    a, b = numerators[known], denominators[known]
-    n = len(a)
-    if not n:
+    if not known.any():
         return Estimate(None, None, 0, len(known), truncated)
-    ratio = a.sum() / b.sum()
-    value = float(np.exp(ratio))
-    spread = float(np.sqrt(((a - ratio * b) ** 2).sum() * n / (n - 1)) / b.sum()) if n > 1 else None
-    return Estimate(value, None if spread is None else value * spread, n, len(known) - n, truncated)
+    found = ratio(numerators[known], denominators[known])
+    assert found.value is not None  # a ratio of something
+    value, spread = float(np.exp(found.value)), found.standard_error
+    error = None if spread is None else value * spread
+    return Estimate(value, error, found.samples, len(known) - found.samples, truncated)

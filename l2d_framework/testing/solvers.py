@@ -30,14 +30,7 @@ _UNEVEN = [0.0, 0.2, 0.3, 0.6, _END]
 
 
 def solver_checks(solver: Solver) -> Sequence[Callable[[Any], None]]:
-    """Laws that a solver's declared capabilities commit it to.
-
-    Args:
-        solver: any solver.
-
-    Returns:
-        The checks.
-    """
+    """Laws that a solver's declared capabilities commit it to."""
     checks = [check_solver_reaches_a_constant, check_solver_is_repeatable, check_solver_times]
     checks += [check_solver_accuracy, check_solver_budget] if solver.is_adaptive else [check_solver_evaluation_count]
     if not (solver.is_adaptive or solver.is_stochastic):
@@ -48,11 +41,7 @@ def solver_checks(solver: Solver) -> Sequence[Callable[[Any], None]]:
 
 
 def check_solver_reaches_a_constant(solver: Solver) -> None:
-    """If the clean state never changes, the end of the path is the end of a straight line to it.
-
-    Args:
-        solver: any solver.
-    """
+    """If the clean state never changes, the end of the path is the end of a straight line to it."""
     end = 0.99 if solver.evaluates_end else 1.0
     problem, x = ToyProblem(_constant, _keys()), _start(_keys())
     found = solver.solve(problem, x, problem.schedule.grid(7, end))
@@ -64,11 +53,7 @@ def check_solver_reaches_a_constant(solver: Solver) -> None:
 
 
 def check_solver_is_repeatable(solver: Solver) -> None:
-    """The same noise gives the same path, the start is left as it was, and no global generator is touched.
-
-    Args:
-        solver: any solver.
-    """
+    """The same noise gives the same path, the start is left as it was, and no global generator is touched."""
     x = _start(_keys())
     given = x.clone()
     with torch.random.fork_rng(devices=[]):
@@ -81,11 +66,7 @@ def check_solver_is_repeatable(solver: Solver) -> None:
 
 
 def check_solver_times(solver: Solver) -> None:
-    """No slope is asked for at t = 1, where it is singular, and nothing outside of 0 to 1.
-
-    Args:
-        solver: any solver.
-    """
+    """No slope is asked for at t = 1, where it is singular, and nothing outside of 0 to 1."""
     ends = (_END,) if solver.evaluates_end else (_END, 1.0)
     for end in ends:
         _, problem = _solve(solver, _start(_keys()), _keys(), end=end)
@@ -97,11 +78,7 @@ def check_solver_times(solver: Solver) -> None:
 
 
 def check_solver_evaluation_count(solver: Solver) -> None:
-    """A number of evaluations is hit exactly, read-out included, or refused with one that can be.
-
-    Args:
-        solver: a solver that is not adaptive.
-    """
+    """A number of evaluations is hit exactly, read-out included, or refused with one that can be."""
     hit = 0
     for wanted in range(1, 18):
         size = _grid_size(solver, wanted)
@@ -118,11 +95,7 @@ def check_solver_evaluation_count(solver: Solver) -> None:
 
 
 def check_solver_order(solver: Solver) -> None:
-    """Halving the step divides the error by 2 to the declared order.
-
-    Args:
-        solver: a deterministic solver that is not adaptive.
-    """
+    """Halving the step divides the error by 2 to the declared order."""
     keys = torch.zeros(1, 4, dtype=torch.int64)
     x, end = _start(keys).double(), 0.8
     true = _reference(x, keys, end)
@@ -141,9 +114,6 @@ def check_solver_is_the_textbooks(solver: Solver) -> None:
 
     So it does where tokens are drawn at a temperature that falls along the grid, of which no textbook knows. A method
     that is more than such sums, for instance one that limits its states, is not held to this.
-
-    Args:
-        solver: a deterministic solver that is not adaptive.
     """
     once, twice = (_written_out(solver, _UNEVEN, scale) for scale in (1.0, 2.0))
     if not all(torch.allclose(2 * a[2], b[2]) for a, b in zip(once, twice, strict=True)):
@@ -178,11 +148,7 @@ def check_solver_is_the_textbooks(solver: Solver) -> None:
 
 
 def check_solver_accuracy(solver: Solver) -> None:
-    """An adaptive solve of a smooth equation ends near its solution.
-
-    Args:
-        solver: an adaptive solver.
-    """
+    """An adaptive solve of a smooth equation ends near its solution."""
     keys = torch.zeros(1, 4, dtype=torch.int64)
     x, end = _start(keys), 0.6
     found, _ = _solve(solver, x, keys, end=end)
@@ -191,11 +157,7 @@ def check_solver_accuracy(solver: Solver) -> None:
 
 
 def check_solver_budget(solver: Solver) -> None:
-    """No token costs more evaluations than the budget, read-out included; a solve that would is stopped.
-
-    Args:
-        solver: an adaptive solver.
-    """
+    """No token costs more evaluations than the budget, read-out included; a solve that would is stopped."""
     keys = _keys() + 200
     for budget in (20, 60):
         problem = ToyProblem(_bump, keys)
@@ -206,11 +168,7 @@ def check_solver_budget(solver: Solver) -> None:
 
 
 def check_solver_tokens_are_independent(solver: Solver) -> None:
-    """A token's path and what it costs are the same alone and beside easier and harder ones.
-
-    Args:
-        solver: a solver that does not declare `batch_coupled`.
-    """
+    """A token's path and what it costs are the same alone and beside easier and harder ones."""
     keys = _keys()
     x = _start(keys)
     together, problem = _solve(solver, x, keys)

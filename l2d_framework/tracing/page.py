@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from l2d_framework.evaluation.tables import write_whole
 from l2d_framework.tracing.record import Trace
 from l2d_framework.tracing.texts import token_texts
 
@@ -31,9 +31,7 @@ def write_page(trace: Trace, tokenizer: PreTrainedTokenizerBase, path: Path, *, 
     texts = token_texts(tokenizer, used)
     data = {"title": title, "texts": {str(token): text for token, text in texts.items()}, "trace": trace.to_json()}
     template = resources.files(__package__).joinpath("page.html").read_text(encoding="utf-8")
-    temporary = path.with_name(path.name + ".part")
-    temporary.write_text(template.replace(_MARK, _embedded(data)), encoding="utf-8")
-    os.replace(temporary, path)
+    write_whole(path, template.replace(_MARK, _embedded(data)))
 
 
 def _embedded(data: Any) -> str:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +11,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from l2d_framework.errors import ConfigError
+from l2d_framework.evaluation import plots
 from l2d_framework.tracing.maps import maps
 from l2d_framework.tracing.record import Trace
 from l2d_framework.tracing.texts import token_texts
@@ -35,8 +34,8 @@ def check_plots() -> None:
     Raises:
         ConfigError: if it is not installed.
     """
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ConfigError("Heat maps need matplotlib. Run: pip install 'l2d-framework[plots]'")
+    if not plots.can_plot():
+        raise ConfigError(f"Heat maps need matplotlib. {plots.INSTALL}")
 
 
 def draw_trace(trace: Trace, tokenizer: PreTrainedTokenizerBase, path: Path, *, title: str = "") -> None:
@@ -62,15 +61,13 @@ def draw_trace(trace: Trace, tokenizer: PreTrainedTokenizerBase, path: Path, *, 
         ("gap: first minus second probability", found.gap, "viridis", share),
         ("KL from the evaluation before (nats)", found.kl, "magma", SymLogNorm(1e-3, vmin=0, vmax=_top(found.kl))),
     ]
-    figure = _figure(min(24.0, 5.0 + 0.16 * max(30, count)), 17.0)
+    figure = plots.figure(min(24.0, 5.0 + 0.16 * max(30, count)), 17.0, dpi=110)
     axes = figure.subplots(5, 1, sharex=True, height_ratios=[1.5, 1, 1, 1, 1])
     for place, (name, values, colours, norm) in zip(axes, panels, strict=True):
         _draw_map(figure, place, values[:, start:], (name, colours, norm))
     _label_positions(axes, trace, tokenizer, start)
     figure.suptitle(_readable(title, 120), fontsize=12, family=_FONT, parse_math=False)
-    temporary = path.with_name(path.name + ".part")
-    figure.savefig(temporary, format="png")
-    os.replace(temporary, path)
+    plots.save(figure, path)
 
 
 def _draw_map(figure: Figure, axes: Axes, values: NDArray[Any], look: tuple[str, str, Any]) -> None:
@@ -126,9 +123,3 @@ def _readable(text: str, longest: int) -> str:
     text = text.replace("\n", "↵").replace("\t", "⇥")
     text = text if len(text) <= longest else text[: longest - 1] + "…"
     return "".join(letter if letter.isprintable() and font.get_char_index(ord(letter)) else "□" for letter in text)
-
-
-def _figure(width: float, height: float) -> Figure:
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(width, height), dpi=110, layout="constrained")

@@ -374,7 +374,7 @@ def test_other_code_makes_other_data(monkeypatch):
     maker = make_maker({"kind": "demo"})
     before = maker.code()
     assert make_maker({"kind": "demo", "seed": 1}).code() == before
-    monkeypatch.setattr(type(maker), "sources", ("l2d_framework.demo.task",))
+    monkeypatch.setattr(type(maker), "sources", ("l2d_framework.demo.report",))
     assert maker.code() != before
 
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from l2d_framework.diffusion.ode import Streams, TokenODE
 from l2d_framework.diffusion.rng import TokenStreams
+from l2d_framework.diffusion.sampler import Block, Sampler
 from l2d_framework.guidance import Guidance
 from l2d_framework.models.diffusion_lm import DiffusionLM
 from l2d_framework.registry import registry
@@ -113,6 +114,18 @@ def test_temperatures_are_those_of_the_released_code(solver, wanted, monkeypatch
         pytest.skip("torchdiffeq is not installed")
     times, _ = read_times(solver, [0.0, 0.5, 0.875], monkeypatch)
     torch.testing.assert_close(torch.stack(times), torch.tensor(wanted).float()[:, None, None].expand(-1, ROWS, WIDTH))
+
+
+def test_a_sampled_block_has_the_temperatures_of_its_grid(monkeypatch):
+    model, times = shared_lm(), []
+    real = Embedding.estimate
+    monkeypatch.setattr(Embedding, "estimate", lambda *a: times.append(float(a[2][0, 0])) or real(*a))
+    layout = all_known(random_tokens(ROWS, LENGTH))
+    positions = torch.arange(2, 2 + WIDTH).expand(ROWS, -1)
+    keys = [[(row, column) for column in range(WIDTH)] for row in range(ROWS)]
+    sampling = model.sampling(solver=solver("midpoint"), num_inference_steps=5)
+    Sampler.of(model, sampling)(Block(positions, layout, model.backbone.read(layout), keys))
+    assert times == [0.25, 0.5, 0.75, 1.0]
 
 
 ITSELF = [(solver(name), "paper") for name in ("midpoint", "rk4")] + [(solver("bosh3", rtol=2.0, atol=2.0), "released")]

@@ -5,7 +5,8 @@ import torch
 from diffusion_models import BIDIRECTIONAL, own_gradients, random_tokens, tess_lm, training_loss
 from tiny_models import MASKED, tiny_lm
 
-from l2d_framework.diffusion.loss import Draws, NoiseRule, denoising_loss, draw
+from l2d_framework.diffusion.loss import denoising_loss
+from l2d_framework.diffusion.training_noise import Draws, NoiseRule, draw
 from l2d_framework.errors import ConfigError, UnsupportedModelError
 from l2d_framework.generation.infill import check_infilling
 from l2d_framework.generation.prompts import pad_left

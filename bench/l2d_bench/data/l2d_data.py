@@ -9,13 +9,11 @@ from typing import TYPE_CHECKING, Any, Literal
 from l2d_bench.data.makers import Maker, missing_data
 from l2d_bench.data.rows import Row, write_rows
 from l2d_bench.data.tess_data import TessTexts
-from l2d_framework.demo.runs import Data, Size, make_data
-from l2d_framework.demo.task import Question
+from l2d_framework.demo.task import Data, Question, make_data
 
 if TYPE_CHECKING:
     import datasets
 
-_SIZE = Size(base_questions=40_000, new_questions=24_000, base_updates=0, updates=0, answers=500)
 _FEW_MEDIANS, _FEW_EXPRESSIONS = 4_000, 3_000
 """Training questions that the base model sees beside the demo's; finetuning sees more of both."""
 _MORE_EXPRESSIONS = 9_000
@@ -30,7 +28,7 @@ class L2DQuestions(Maker):
     """
 
     kind: Literal["l2d_questions"] = "l2d_questions"
-    sources = ("l2d_framework.demo.task", "l2d_framework.demo.runs", "l2d_bench.data.tess_data")
+    sources = ("l2d_framework.demo.task", "l2d_bench.data.tess_data")
 
     def missing(self) -> str | None:
         """Look for the data set.
@@ -86,7 +84,7 @@ def task_data(questions: str, **metadata: Any) -> dict[str, datasets.Dataset]:
 @cache
 def _questions() -> Data:
     """Those to train on and those held out come from one source, so that they share none."""
-    return make_data(_SIZE, seed=1)
+    return make_data(1, base=40_000, new=24_000, answers=500)
 
 
 def _row(question: Question) -> Row:

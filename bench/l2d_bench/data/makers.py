@@ -65,7 +65,7 @@ class DemoQuestions(Maker):
     """
 
     kind: Literal["demo"] = "demo"
-    sources = ("l2d_framework.demo.task", "l2d_framework.demo.runs")
+    sources = ("l2d_framework.demo.task",)
     seed: int = 0
     base_questions: int = Field(default=40_000, gt=0)
     new_questions: int = Field(default=30_000, gt=0)
@@ -77,9 +77,8 @@ class DemoQuestions(Maker):
         Args:
             folder: exists and is empty.
         """
-        from l2d_framework.demo.runs import Size, make_data
-        from l2d_framework.demo.task import write_questions
+        from l2d_framework.demo.task import make_data, write_questions
 
-        size = Size(self.base_questions, self.new_questions, base_updates=0, updates=0, answers=self.answers)
-        for name, questions in make_data(size, self.seed)._asdict().items():
+        data = make_data(self.seed, base=self.base_questions, new=self.new_questions, answers=self.answers)
+        for name, questions in data._asdict().items():
             write_questions(folder / f"{name}.jsonl", questions)

@@ -44,6 +44,8 @@ class DataSetRows(Maker):
     """The data set's columns by the names they get."""
     min_words: dict[str, int] = Field(default_factory=dict)
     """Least number of white-space words by column; shorter rows are passed over."""
+    most_characters: int | None = Field(default=None, gt=0)
+    """Of all columns of a row together; longer rows are passed over."""
     shuffle_seed: int | None = None
     limit: int | None = Field(default=None, gt=0)
 
@@ -68,6 +70,8 @@ class DataSetRows(Maker):
         files = None if self.data_files is None else {self.split: self.data_files}
         rows = datasets.load_dataset(self.path, self.name, data_files=files, split=self.split, revision=self.revision)
         rows = rows.filter(lambda row: all(len(row[name].split()) >= n for name, n in self.min_words.items()))
+        if (most := self.most_characters) is not None:
+            rows = rows.filter(lambda row: sum(len(row[column]) for column in self.columns.values()) <= most)
         if self.shuffle_seed is not None:
             rows = rows.shuffle(seed=self.shuffle_seed)
         if self.limit is not None:

@@ -14,7 +14,8 @@ _NAMES = ("loss", "loss_without_pads", "eval_loss", "eval_loss_without_pads")
 class LossMeasure(Measure):
     """What a run of this profile logged; nothing for a published model.
 
-    `last` is the mean training loss over the last tenth of the logged updates, `held_out` the last evaluation's.
+    `last` is the mean training loss over the last tenth of the logged updates, `held_out` the last evaluation's, and
+    `accuracy` the share of held-out pairs that a reward model ranks right.
     """
 
     kind: Literal["loss"] = "loss"
@@ -25,7 +26,7 @@ class LossMeasure(Measure):
         Returns:
             The names.
         """
-        return ["last", "held_out"]
+        return ["last", "held_out", "accuracy"]
 
     def run(self, subject: Subject) -> Outcome:
         """Read the log beside the model.
@@ -34,7 +35,7 @@ class LossMeasure(Measure):
             subject: the model.
 
         Returns:
-            The curves, in nats per token against updates, and both values where they are known.
+            The curves, in nats per token against updates, and the values that are known.
         """
         path = Path(subject.path) / "trainer_state.json"
         if subject.card is None or not path.is_file():
@@ -50,4 +51,6 @@ class LossMeasure(Measure):
             values["last"] = Value(value=sum(last) / len(last), items=len(last))
         if "eval_loss" in curves:
             values["held_out"] = Value(value=curves["eval_loss"][-1][1], items=1)
+        if "accuracy" in (ranked := subject.card["result"].get("held_out") or {}):
+            values["accuracy"] = Value(value=ranked["accuracy"], items=1)
         return Outcome(values=values, curves=curves)

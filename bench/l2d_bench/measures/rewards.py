@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
+from typing_extensions import override
 
 from l2d_bench.measures.base import Measure, Outcome, Subject
 from l2d_framework.config.sections import UserPath
@@ -52,19 +53,11 @@ class RewardMeasure(Measure):
         """
         from l2d_bench.data.rows import prompts_of, read_rows
         from l2d_bench.measures.prompts import Answerer, share
-        from l2d_framework.evaluation.text import diversity
 
         rows = read_rows(self.data, ("prompt",), self.limit)
         answerer, prompts = Answerer(subject, self.options), prompts_of(rows, chat=True)
         found = answerer.ask(prompts, self.canvas)
-        ends = {answerer.tokenizer.eos_token_id, *answerer.lm.ends(is_chat=True)}
-        scores = {
-            "reward": self._rewards(answerer, prompts, found, ends),
-            "distinct_2": [diversity.distinct_per_ngram(answer.text, 2) for answer in found],
-            "loops": [float(diversity.ends_in_loop(answer.ids)) for answer in found],
-            "ended": [float(not ends.isdisjoint(answer.ids)) for answer in found],
-            "tokens": [float(len(answer.ids)) for answer in found],
-        }
+        scores = self._scores(answerer, prompts, found)
         return Outcome(
             # Answers of less than two words have no pair of words.
             values={name: share(values) for name, values in scores.items() if not all(v != v for v in values)},
@@ -72,8 +65,20 @@ class RewardMeasure(Measure):
             details={"evaluations_per_token": sum(answer.evaluations for answer in found) / len(found)},
         )
 
+    def _scores(self, answerer: Answerer, prompts: Sequence[Any], found: Sequence[Answer]) -> dict[str, list[float]]:
+        from l2d_framework.evaluation.text import diversity
+
+        ends = _ends(answerer)
+        return {
+            "reward": self._rewards(self.model, answerer, prompts, found),
+            "distinct_2": [diversity.distinct_per_ngram(answer.text, 2) for answer in found],
+            "loops": [float(diversity.ends_in_loop(answer.ids)) for answer in found],
+            "ended": [float(not ends.isdisjoint(answer.ids)) for answer in found],
+            "tokens": [float(len(answer.ids)) for answer in found],
+        }
+
     def _rewards(
-        self, answerer: Answerer, prompts: Sequence[Any], answers: Sequence[Answer], ends: set[int]
+        self, model: str, answerer: Answerer, prompts: Sequence[Any], answers: Sequence[Answer]
     ) -> list[float]:
         import torch
         from transformers import AutoModelForSequenceClassification
@@ -81,11 +86,11 @@ class RewardMeasure(Measure):
         from l2d_framework.generation.prompts import encode_prompts, turn_end
         from l2d_framework.opening import open_model, open_tokenizer
 
-        judge: Any = open_model(AutoModelForSequenceClassification, self.model)[0]
+        judge: Any = open_model(AutoModelForSequenceClassification, model)[0]
         judge = judge.to(answerer.lm.device).eval()
-        tokenizer: Any = open_tokenizer(self.model)
+        tokenizer: Any = open_tokenizer(model)
         pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-        end = turn_end(tokenizer)
+        end, ends = turn_end(tokenizer), _ends(answerer)
         ids = torch.full((len(answers), self.canvas), int(pad), device=answerer.lm.device)
         # Answers are read as text, since a judge need not have the tokens of every model that it judges.
         for row, prompt, answer in zip(ids, encode_prompts(tokenizer, list(prompts)), answers, strict=True):
@@ -98,3 +103,48 @@ class RewardMeasure(Measure):
                 # Given embeddings instead of tokens, transformers reads the last position, padding or not.
                 rewards += judge(inputs_embeds=embed(part)).logits[:, 0].float().tolist()
         return rewards
+
+
+def _ends(answerer: Answerer) -> set[int]:
+    return {answerer.tokenizer.eos_token_id, *answerer.lm.ends(is_chat=True)}
+
+
+class GuidedMeasure(RewardMeasure):
+    """The same, with the reward of the model that guides, and what a language model and the tokens alone say.
+
+    `entropy` is that of an answer's tokens, in bits; `loss` their cross-entropy under `language_model`, given the
+    question, in nats per token, whose exponential is a perplexity.
+    """
+
+    kind: Literal["guided"] = "guided"  # type: ignore[assignment]
+    guide: UserPath
+    """Folder of the reward model that guides."""
+    language_model: UserPath
+    """Folder of a causal language model with the measured model's tokenizer."""
+
+    @override
+    def metrics(self) -> list[str]:
+        return [*super().metrics(), "guiding_reward", "entropy", "loss"]
+
+    @override
+    def _scores(self, answerer: Answerer, prompts: Sequence[Any], found: Sequence[Answer]) -> dict[str, list[float]]:
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        from l2d_framework.evaluation.text import diversity
+        from l2d_framework.generation.prompts import encode_prompts
+        from l2d_framework.opening import open_model
+
+        judge: Any = open_model(AutoModelForCausalLM, self.language_model)[0]
+        judge.to(answerer.lm.device).eval()
+        losses = []
+        for before, answer in zip(encode_prompts(answerer.tokenizer, list(prompts)), found, strict=True):
+            ids = torch.tensor([[*before, *answer.ids]], device=answerer.lm.device)
+            with torch.inference_mode():
+                scores = judge(ids).logits[0, len(before) - 1 : -1].log_softmax(-1)
+            losses.append(-scores.gather(1, ids[0, len(before) :, None]).mean().item())
+        return super()._scores(answerer, prompts, found) | {
+            "guiding_reward": self._rewards(self.guide, answerer, prompts, found),
+            "entropy": [diversity.entropy(answer.ids) for answer in found],
+            "loss": losses,
+        }

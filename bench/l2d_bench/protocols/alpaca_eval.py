@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import typer
 
 from l2d_framework.errors import DataError
+from l2d_framework.evaluation.tables import write_whole
 from l2d_framework.lines import read_objects
 
 
@@ -38,9 +38,7 @@ def write_outputs(samples: Path, file: Path, generator: str) -> int:
     if not rows:
         raise DataError(f"{samples} is empty. Run the task again with --log_samples.")
     outputs = [row for _, row in sorted(rows, key=lambda entry: entry[0])]
-    draft = file.with_name(file.name + ".part")
-    draft.write_text(json.dumps(outputs, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
-    os.replace(draft, file)
+    write_whole(file, json.dumps(outputs, ensure_ascii=False, indent=2) + "\n")
     return len(outputs)
 
 

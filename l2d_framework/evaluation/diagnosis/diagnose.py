@@ -18,7 +18,8 @@ from l2d_framework.evaluation.diagnosis.batches import Batch, batches
 from l2d_framework.evaluation.diagnosis.bayes import TokenLikelihood
 from l2d_framework.evaluation.diagnosis.curves import ANCHORS, cross_entropies
 from l2d_framework.evaluation.diagnosis.trajectories import evaluations, solve
-from l2d_framework.evaluation.diagnosis.verdict import NEGLIGIBLE, per_token, verdict
+from l2d_framework.evaluation.diagnosis.verdict import NEGLIGIBLE, verdict
+from l2d_framework.evaluation.statistics import ratio
 from l2d_framework.models.diffusion_lm import DiffusionLM
 from l2d_framework.schedule import NoiseLaw
 
@@ -118,13 +119,12 @@ def diagnose(
         "tokens": int(tokens.sum()),
         **_curves(sums, settings.times),
         "settled": [
-            {"t": t, "share": per_token(share, tokens).to_json()}
-            for t, share in zip(moves, sums["settled"].T, strict=True)
+            {"t": t, "share": ratio(share, tokens).to_json()} for t, share in zip(moves, sums["settled"].T, strict=True)
         ],
         "evaluations": None if settings.adaptive is None else _spent(spent, settings.adaptive),
         "answers": {
             "base": "language model" if model.backbone.identity_at_zero else "first evaluation",
-            **{name: per_token(sums[name], tokens).to_json() for name in ("differs", "right", "base_right")},
+            **{name: ratio(sums[name], tokens).to_json() for name in ("differs", "right", "base_right")},
         },
         "definitions": DEFINITIONS,
     }
@@ -134,9 +134,9 @@ def _curves(sums: _Sums, times: Sequence[float]) -> dict[str, Any]:
     tokens, network, combined = sums["tokens"], sums["network"], sums["combined"]
     names = ("combination", "combination_after_first_move")
     points = [
-        {"t": t, "network": per_token(network[:, number], tokens).to_json()}
+        {"t": t, "network": ratio(network[:, number], tokens).to_json()}
         | {
-            names[anchor]: per_token(combined[:, anchor, number], tokens).to_json()
+            names[anchor]: ratio(combined[:, anchor, number], tokens).to_json()
             for anchor in range(min(ANCHORS, number + 1))
         }
         for number, t in enumerate(times)
@@ -145,7 +145,7 @@ def _curves(sums: _Sums, times: Sequence[float]) -> dict[str, Any]:
     for anchor in range(ANCHORS):
         # At its own time the combination is the network itself.
         later = slice(anchor + 1, None)
-        gain = per_token((combined[:, anchor, later] - network[:, later]).mean(1), tokens)
+        gain = ratio((combined[:, anchor, later] - network[:, later]).mean(1), tokens)
         gains[f"over_{names[anchor]}"] = gain.to_json() | {"verdict": verdict(gain)}
     return {"cross_entropy": points, "gain": gains}
 

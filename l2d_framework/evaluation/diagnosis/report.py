@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from l2d_framework.evaluation import plots
 from l2d_framework.evaluation.statistics import Estimate
 
 Found = Mapping[str, Any]
 """What `diagnose` returned."""
 
-# Okabe and Ito's colours, which colour-blind readers can tell apart.
 _CURVES: dict[str, dict[str, Any]] = {
-    "network": {"color": "#0072B2", "marker": "o", "label": "network"},
-    "combination": {"color": "#D55E00", "marker": "s", "label": "its first prediction with the exact hint"},
-    "combination_after_first_move": {"color": "#E69F00", "marker": "^", "label": "its second with the exact hint"},
+    "network": {"color": plots.BLUE, "marker": "o", "label": "network"},
+    "combination": {"color": plots.VERMILION, "marker": "s", "label": "its first prediction with the exact hint"},
+    "combination_after_first_move": {"color": plots.ORANGE, "marker": "^", "label": "its second with the exact hint"},
 }
 
 
@@ -76,27 +75,20 @@ def _share(numbers: Mapping[str, Any]) -> str:
 
 def draw(found: Found, path: Path) -> None:
     """Cross-entropies, settling and cost, side by side."""
-    from matplotlib.figure import Figure
-
     spent = found["evaluations"]
     has_histogram = spent is not None and "histogram" in spent
-    figure = Figure(figsize=(14 if has_histogram else 10, 4.6), dpi=150, layout="constrained")
+    figure = plots.figure(14 if has_histogram else 10, 4.6)
     panels = figure.subplots(1, 3 if has_histogram else 2)
     _draw_curves(panels[0], found)
     _draw_settling(panels[1], found)
     if has_histogram:
         _draw_histogram(panels[2], spent)
-    temporary = path.with_name(path.name + ".part")
-    figure.savefig(temporary, format="png")
-    os.replace(temporary, path)
+    plots.save(figure, path)
 
 
 def _draw_curves(axes: Any, found: Found) -> None:
     for name, style in _CURVES.items():
-        points = [(point["t"], point[name]) for point in found["cross_entropy"] if name in point]
-        values = [numbers["value"] for _, numbers in points]
-        errors = [numbers["standard_error"] or 0 for _, numbers in points]
-        axes.errorbar([t for t, _ in points], values, yerr=errors, markersize=4, capsize=2, **style)
+        plots.points(axes, [_point(entry, name) for entry in found["cross_entropy"] if name in entry], **style)
     gain = found["gain"]
     verdicts = [gain[name]["verdict"] for name in ("over_combination", "over_combination_after_first_move")]
     axes.set_title(f"after the first evaluation: {verdicts[0]}\nonce it has moved: {verdicts[1]}", fontsize=10)
@@ -107,13 +99,13 @@ def _draw_curves(axes: Any, found: Found) -> None:
     axes.legend(fontsize=8, framealpha=0.9)
 
 
+def _point(entry: Mapping[str, Any], name: str) -> tuple[float, float, float | None]:
+    return entry["t"], entry[name]["value"], entry[name]["standard_error"]
+
+
 def _draw_settling(axes: Any, found: Found) -> None:
     points = found["settled"]
-    shares, errors = zip(
-        *((point["share"]["value"], point["share"]["standard_error"] or 0) for point in points), strict=True
-    )
-    times = [point["t"] for point in points]
-    axes.errorbar(times, shares, yerr=errors, color="#009E73", marker="o", markersize=4, capsize=2)
+    plots.points(axes, [_point(point, "share") for point in points], color=plots.GREEN, marker="o")
     axes.set_title(f"tokens that have settled, {len(points)} evaluations", fontsize=10)
     axes.set_xlabel("t of the evaluation")
     axes.set_ylabel("share of tokens")
@@ -123,9 +115,9 @@ def _draw_settling(axes: Any, found: Found) -> None:
 
 def _draw_histogram(axes: Any, spent: Mapping[str, Any]) -> None:
     counts = spent["histogram"]
-    axes.bar(list(counts), list(counts.values()), color="#56B4E9", edgecolor="white", width=0.9)
-    axes.axvline(spent["mean"], color="#000000", linestyle="--", label=f"mean {spent['mean']:.1f}")
-    axes.axvline(spent["p95"], color="#CC79A7", linestyle=":", label=f"95 % at most {spent['p95']}")
+    axes.bar(list(counts), list(counts.values()), color=plots.SKY, edgecolor="white", width=0.9)
+    axes.axvline(spent["mean"], color=plots.BLACK, linestyle="--", label=f"mean {spent['mean']:.1f}")
+    axes.axvline(spent["p95"], color=plots.PURPLE, linestyle=":", label=f"95 % at most {spent['p95']}")
     axes.set_title(f"cost with {spent['solver']['name']}", fontsize=10)
     axes.set_xlabel("network evaluations per token")
     axes.set_ylabel("tokens")

@@ -21,6 +21,7 @@ from l2d_framework.evaluation.harness.errors import explain
 from l2d_framework.evaluation.harness.model import L2DLM
 from l2d_framework.evaluation.harness.provenance import local_folder
 from l2d_framework.evaluation.hub import is_reachable
+from l2d_framework.evaluation.statistics import standard_error
 from l2d_framework.registry import extensions
 
 _BOOTSTRAPS = 1000
@@ -146,7 +147,7 @@ def _answered(name: str, results: Mapping[str, Any], lm: L2DLM) -> Answered:
         error = table.get(f"{metric}_stderr,{chosen}")
         values[key] = {
             "value": float(value),
-            "error": _standard_error(scores) if scores else float(error) if isinstance(error, (int, float)) else None,
+            "error": standard_error(scores) if scores else float(error) if isinstance(error, (int, float)) else None,
             "items": items,
             "scores": scores,
         }
@@ -169,13 +170,6 @@ def _scores(samples: Sequence[Mapping[str, Any]], metric: str, chosen: str) -> l
     if not found or not all(isinstance(score, (bool, int, float)) for score in found):
         return None
     return [float(score) for score in found if score is not None]
-
-
-def _standard_error(scores: Sequence[float]) -> float | None:
-    if len(scores) < 2:
-        return None
-    mean = sum(scores) / len(scores)
-    return math.sqrt(sum((score - mean) ** 2 for score in scores) / (len(scores) - 1) / len(scores))
 
 
 def check_task(name: str, folder: Path | None = None) -> list[str]:

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from l2d_framework.evaluation import plots, tables
 from l2d_framework.evaluation.statistics import Estimate
 from l2d_framework.evaluation.text.measure import AUTHORS, CORRECTED, DEFINITIONS
 
 Results = Mapping[str, dict[str, Any]]
 """What `evaluate_texts` returned, by the name of what was measured."""
 
-# Okabe and Ito's colours, which colour-blind readers can tell apart.
 _STYLES: dict[str, dict[str, Any]] = {
-    AUTHORS: {"color": "#0072B2", "label": "as the authors define it"},
-    CORRECTED: {"color": "#E69F00", "hatch": "//", "label": "corrected"},
+    AUTHORS: {"color": plots.BLUE, "label": "as the authors define it"},
+    CORRECTED: {"color": plots.ORANGE, "hatch": "//", "label": "corrected"},
 }
 _ACROSS = 3
 
@@ -58,13 +57,13 @@ def notes(results: Results) -> list[str]:
 
 def markdown(results: Results, *, picture: str | None) -> str:
     """A report."""
-    heading, *rows = table(results)
+    rows = table(results)
     used = {row[0] for row in rows}
     said = notes(results)
     lines = [
         "# Metrics of generated text",
         "",
-        *(f"| {' | '.join(row)} |" for row in (heading, ("---",) * len(heading), *rows)),
+        *tables.markdown(rows),
         "",
         "After ± stands the standard error over samples, which are taken as independent.",
         "",
@@ -90,21 +89,13 @@ def markdown(results: Results, *, picture: str | None) -> str:
 
 def draw(results: Results, path: Path) -> None:
     """One panel of bars per metric; needs matplotlib, the extra `plots`."""
-    from matplotlib.figure import Figure
-
     metrics = [metric for metric in DEFINITIONS if any(metric in result["metrics"] for result in results.values())]
-    down = -(-len(metrics) // _ACROSS)
-    figure = Figure(figsize=(4.2 * _ACROSS, 2.8 * down + 0.5), dpi=150, layout="constrained")
-    panels = figure.subplots(down, _ACROSS, squeeze=False).flat
-    for axes, metric in zip(panels, metrics, strict=False):
+    panels = plots.panels(len(metrics), _ACROSS, (4.2, 2.8), below=0.5)
+    for axes, metric in zip(panels, metrics, strict=True):
         _draw_panel(axes, results, metric)
-    for axes in list(panels)[len(metrics) :]:
-        axes.set_axis_off()
-    handles, labels = max((axes.get_legend_handles_labels() for axes in figure.axes), key=lambda found: len(found[1]))
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
-    temporary = path.with_name(path.name + ".part")
-    figure.savefig(temporary, format="png")
-    os.replace(temporary, path)
+    figure: Any = panels[0].figure
+    plots.legend_below(figure)
+    plots.save(figure, path)
 
 
 def _draw_panel(axes: Any, results: Results, metric: str) -> None:

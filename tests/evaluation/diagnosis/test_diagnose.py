@@ -12,8 +12,8 @@ from toy_components import Circle, Projected
 from l2d_framework.evaluation.diagnosis.bayes import TokenLikelihood
 from l2d_framework.evaluation.diagnosis.diagnose import Settings, diagnose, time_grid
 from l2d_framework.evaluation.diagnosis.report import draw, sentences, table
-from l2d_framework.evaluation.diagnosis.verdict import NEGLIGIBLE, per_token, verdict
-from l2d_framework.evaluation.statistics import Estimate
+from l2d_framework.evaluation.diagnosis.verdict import NEGLIGIBLE, verdict
+from l2d_framework.evaluation.statistics import Estimate, ratio
 from l2d_framework.models.diffusion_lm import DiffusionLM
 from l2d_framework.simplex_state import dense
 from l2d_framework.testing.toys import ToySchedule
@@ -190,7 +190,7 @@ def test_every_time_has_a_line_in_the_table():
 def test_the_standard_error_is_that_of_rows_of_like_tokens():
     # Twenty tokens that are alike within a row are no more than one.
     sums, tokens = torch.tensor([20.0, 40.0, 60.0]), torch.tensor([20.0, 20.0, 20.0])
-    found = per_token(sums.double(), tokens.double())
+    found = ratio(sums.double(), tokens.double())
     assert found.value == pytest.approx(2.0)
     assert found.standard_error == pytest.approx(1 / math.sqrt(3))
 

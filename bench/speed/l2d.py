@@ -1,4 +1,4 @@
-"""Speed and memory of L2D beside the language model it is built on: `python bench/speed.py [--device cuda]`.
+"""Speed and memory of L2D beside the language model it is built on: `python bench/speed/l2d.py [--device cuda]`.
 
 One run, one machine, the same random weights. Every round measures every case once, so that a busy machine slows all of
 them alike, and ratios are medians over rounds. On a CPU, seconds are those of the process, not of the clock.
@@ -400,7 +400,7 @@ def main(
     console = Console()
     for table in tables(card):
         console.print(table)
-    write(out or Path(__file__).parent / "results" / f"speed_{bench.device.type}.json", card)
+    write(out or Path(__file__).parents[1] / "results" / f"speed_{bench.device.type}.json", card)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Cost of a reverse step of TESS 2 beside its unavoidable parts, and its peak memory: `python bench/speed_tess.py`.
+"""Cost of a reverse step of TESS 2 beside its unavoidable parts, and its peak memory: `python bench/speed/tess.py`.
 
 Every round measures every case once, so that a busy machine slows all of them alike; the floor of a round is the sum of
 its parts in that round, and ratios are medians over rounds. On a CPU, seconds are those of the process.
@@ -17,11 +17,11 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from l2d import Sample, measure, seconds, summarize, write
 from rich import box
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from speed import Sample, measure, seconds, summarize, write
 from torch import Tensor
 from transformers import (
     LlamaConfig,
@@ -350,7 +350,7 @@ def main(
     console = Console()
     for table in tables(card):
         console.print(table)
-    write(out or Path(__file__).parent / "results" / "speed_tess_cpu.json", card)
+    write(out or Path(__file__).parents[1] / "results" / "speed_tess_cpu.json", card)
 
 
 if __name__ == "__main__":
