@@ -49,7 +49,7 @@ WAYS: dict[str, Any] = {
     "of the model": requested,
     "of the request": lambda preset, **options: default_sampling(SPACE).resolve(SPACE, {"preset": preset} | options),
     "of a run file": lambda preset, **options: default_sampling(SPACE).resolve(
-        SPACE, with_preset({**options, "solver": {"name": options["solver"]}}, preset)
+        SPACE, with_preset({**options, "solver": {"name": options["solver"]}, "preset": preset}, None)
     ),
 }
 
