@@ -65,10 +65,10 @@ def _lines(filled: Filled, figure: Figure) -> list[Any]:
         def paint(axes: Any) -> None:
             for index, one in enumerate(series):
                 known = sorted(
-                    (row.x, filled.cells[number, name].value, filled.cells[number, name].error or 0.0)
+                    (row.x, cell.value, cell.error or 0.0)
                     for number, row in enumerate(plan.rows)
                     if row.x is not None and (row.series or row.label) == one
-                    if filled.cells[number, name].value is not None
+                    if (cell := filled.cells[number, name]).value is not None
                 )
                 if known:
                     plots.points(axes, known, linewidth=1.4, label=one, **_style(index))

@@ -126,7 +126,7 @@ def _size(gap: Estimate) -> str:
 
 def table(results: Results) -> list[tuple[str, ...]]:
     """Headings, then a row per outcome."""
-    rows = [("model", "solver", "evaluations", f"{NEW} (new)", f"{len(OLD)} old skills")]
+    rows: list[tuple[str, ...]] = [("model", "solver", "evaluations", f"{NEW} (new)", f"{len(OLD)} old skills")]
     for one in results.outcomes:
         spent = f"{one.evaluations:.1f} (mean)" if one.solver == ADAPTIVE else f"{one.evaluations:.0f}"
         scores = _text(one.new.score), _text(one.old.score)
@@ -188,7 +188,9 @@ def _introduction(results: Results, data: Data) -> str:
 
 def _by_skill(results: Results) -> list[tuple[str, ...]]:
     shown = [results.base, results.lora, results.one, results.default]
-    rows = [("skill", "base model", "LoRA", "L2D, 1 evaluation", f"L2D, {_way(results.default)}")]
+    rows: list[tuple[str, ...]] = [
+        ("skill", "base model", "LoRA", "L2D, 1 evaluation", f"L2D, {_way(results.default)}")
+    ]
     return rows + [(name, *(_text(_only(one, name).score) for one in shown)) for name in (NEW, *OLD)]
 
 

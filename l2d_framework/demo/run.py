@@ -66,7 +66,7 @@ def run_file(folder: Path, size: Size, seed: int) -> dict[str, Any]:
 
     def stage(name: str, kind: str, learning_rate: float, how: dict[str, Any], **more: int) -> dict[str, Any]:
         data, updates = ("base", size.base_updates) if name == BASE else ("new", size.updates)
-        training = {"max_steps": updates, "batch_size": 128, "learning_rate": learning_rate}
+        training: dict[str, Any] = {"max_steps": updates, "batch_size": 128, "learning_rate": learning_rate}
         training |= {"warmup_steps": min(50, updates), "warmup": "linear", "logging_steps": 100, **more}
         return {
             "kind": kind,
@@ -128,7 +128,10 @@ class Demo:
         self.data = size.questions(seed)
 
     def prepare(self) -> list[Run]:
-        """Write questions and run file; returns the runs to train.
+        """Write questions and run file.
+
+        Returns:
+            The runs to train, in order.
 
         Raises:
             ConfigError: if the folder cannot be written.

@@ -128,6 +128,6 @@ def exp_of_ratio(numerators: Values, denominators: Values, *, truncated: int | N
     if not known.any():
         return Estimate(None, None, 0, len(known), truncated)
     found = ratio(numerators[known], denominators[known])
-    value, spread = float(np.exp(found.value)), found.standard_error
+    value, spread = float(np.exp(found.value or 0.0)), found.standard_error
     error = None if spread is None else value * spread
     return Estimate(value, error, found.samples, len(known) - found.samples, truncated)

@@ -135,7 +135,8 @@ class GuidedMeasure(RewardMeasure):
         from l2d_framework.generation.prompts import encode_prompts
         from l2d_framework.opening import open_model
 
-        judge: Any = open_model(AutoModelForCausalLM, self.language_model)[0].to(answerer.lm.device).eval()
+        judge: Any = open_model(AutoModelForCausalLM, self.language_model)[0]
+        judge = judge.to(answerer.lm.device).eval()
         losses = []
         for before, answer in zip(encode_prompts(answerer.tokenizer, list(prompts)), found, strict=True):
             ids = torch.tensor([[*before, *answer.ids]], device=answerer.lm.device)
