@@ -188,7 +188,9 @@ def _introduction(results: Results, data: Data) -> str:
 
 def _by_skill(results: Results) -> list[tuple[str, ...]]:
     shown = [results.base, results.lora, results.one, results.default]
-    rows = [("skill", "base model", "LoRA", "L2D, 1 evaluation", f"L2D, {_way(results.default)}")]
+    rows: list[tuple[str, ...]] = [
+        ("skill", "base model", "LoRA", "L2D, 1 evaluation", f"L2D, {_way(results.default)}")
+    ]
     return rows + [(name, *(_text(_only(one, name).score) for one in shown)) for name in (NEW, *OLD)]
 
 
