@@ -1,6 +1,7 @@
 """Turn pretrained language models into diffusion language models; every scientific choice is a plugin.
 
-Names are imported when first used, so that importing this package costs neither torch nor plugins.
+Public is what is named here and in `l2d_framework.testing`; everything else may change without notice. Names are
+imported when first used, so that importing this package costs neither torch nor plugins.
 """
 
 from __future__ import annotations
@@ -12,14 +13,25 @@ if TYPE_CHECKING:
     from l2d_framework import registry
     from l2d_framework.backbone import Backbone, BackboneConfig
     from l2d_framework.component import Component
+    from l2d_framework.errors import L2DError
     from l2d_framework.guidance import Guidance
     from l2d_framework.hooks import hookimpl
     from l2d_framework.models.checkpoint import load, push_to_hub, save
     from l2d_framework.models.diffusion_lm import DiffusionLM
     from l2d_framework.parametrization import Parametrization, ParametrizationConfig
     from l2d_framework.schedule import NoiseLaw, Schedule, ScheduleConfig
-    from l2d_framework.solver import Solver
-    from l2d_framework.types import Layout, Prediction, Query
+    from l2d_framework.solver import Problem, Solver
+    from l2d_framework.types import (
+        Context,
+        ForeignCheckpoint,
+        Layout,
+        Predict,
+        Prediction,
+        Query,
+        Random,
+        Space,
+        Stride,
+    )
 
     __version__: str
 
@@ -27,17 +39,25 @@ __all__ = [
     "Backbone",
     "BackboneConfig",
     "Component",
+    "Context",
     "DiffusionLM",
+    "ForeignCheckpoint",
     "Guidance",
+    "L2DError",
     "Layout",
     "NoiseLaw",
     "Parametrization",
     "ParametrizationConfig",
+    "Predict",
     "Prediction",
+    "Problem",
     "Query",
+    "Random",
     "Schedule",
     "ScheduleConfig",
     "Solver",
+    "Space",
+    "Stride",
     "__version__",
     "hookimpl",
     "load",
@@ -50,17 +70,25 @@ _HOMES = {
     "Backbone": "backbone",
     "BackboneConfig": "backbone",
     "Component": "component",
+    "Context": "types",
     "DiffusionLM": "models.diffusion_lm",
+    "ForeignCheckpoint": "types",
     "Guidance": "guidance",
+    "L2DError": "errors",
     "Layout": "types",
     "NoiseLaw": "schedule",
     "Parametrization": "parametrization",
     "ParametrizationConfig": "parametrization",
+    "Predict": "types",
     "Prediction": "types",
+    "Problem": "solver",
     "Query": "types",
+    "Random": "types",
     "Schedule": "schedule",
     "ScheduleConfig": "schedule",
     "Solver": "solver",
+    "Space": "types",
+    "Stride": "types",
     "hookimpl": "hooks",
     "load": "models.checkpoint",
     "push_to_hub": "models.checkpoint",

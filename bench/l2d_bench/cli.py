@@ -39,7 +39,9 @@ def bench(
     tables: Annotated[
         list[str] | None, typer.Argument(help="Ids of tables, YAML files, or `all`.", metavar="TABLE...")
     ] = None,
-    profile: Annotated[str, typer.Option(help="A name that --list shows, such as tiny, or a YAML file or folder of one.")] = "tiny",
+    profile: Annotated[
+        str, typer.Option(help="A name that --list shows, such as tiny, or a YAML file or folder of one.")
+    ] = "tiny",
     out: Annotated[Path, typer.Option(help="Folder for models, results and tables; shared between tables.")] = Path(
         "l2d-bench"
     ),
