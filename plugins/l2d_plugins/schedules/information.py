@@ -165,7 +165,8 @@ class InformationLaw(nn.Module, NoiseLaw):
         return (share - share[0]) / (share[-1] - share[0])
 
     def _noise_to_signal(self, t: Tensor) -> Tensor:
-        return 2 * (self.sigma(t).log() - self.alpha(t).log())
+        gamma: Tensor = 2 * (self.sigma(t).log() - self.alpha(t).log())
+        return gamma
 
 
 def _falling(sums: Tensor, counts: Tensor) -> Tensor:
