@@ -149,7 +149,7 @@ class InformationLaw(nn.Module, NoiseLaw):
 
     def _measured(self) -> Tensor:
         """Share of the fall in cross-entropy before each knot, as far as there are draws to trust."""
-        sums, counts = self.statistics.double().cpu()
+        sums, counts = self.statistics.double().cpu().unbind()
         if not counts.any():
             return self._places
         level = _falling(sums + 1e-3 * sums.sum() / counts.sum(), counts + 1e-3)
@@ -165,8 +165,7 @@ class InformationLaw(nn.Module, NoiseLaw):
         return (share - share[0]) / (share[-1] - share[0])
 
     def _noise_to_signal(self, t: Tensor) -> Tensor:
-        gamma: Tensor = 2 * (self.sigma(t).log() - self.alpha(t).log())
-        return gamma
+        return 2 * (self.sigma(t).log() - self.alpha(t).log())
 
 
 def _falling(sums: Tensor, counts: Tensor) -> Tensor:
