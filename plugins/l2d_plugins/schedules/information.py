@@ -149,7 +149,7 @@ class InformationLaw(nn.Module, NoiseLaw):
 
     def _measured(self) -> Tensor:
         """Share of the fall in cross-entropy before each knot, as far as there are draws to trust."""
-        sums, counts = self.statistics.double().cpu()
+        sums, counts = self.statistics.double().cpu().unbind()
         if not counts.any():
             return self._places
         level = _falling(sums + 1e-3 * sums.sum() / counts.sum(), counts + 1e-3)
