@@ -46,7 +46,7 @@ test-oldest: wheel
 	$(call suite-in-new,oldest)
 
 # Other kernels round otherwise; what the caller of make has set is the sixth.
-kernel-tests = $(addprefix $(CURDIR)/tests/,golden test_conformance.py test_generation.py plugins/test_solvers.py plugins/test_solvers_rk.py)
+kernel-tests = $(addprefix $(CURDIR)/tests/,golden testing/test_conformance.py generation/test_loop.py plugins/test_solvers.py plugins/test_solvers_rk.py)
 test-kernels: install-wheel
 	$(call run-kernels)
 	$(call run-kernels,MKL_ENABLE_INSTRUCTIONS=AVX2 ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2)

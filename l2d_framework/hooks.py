@@ -34,7 +34,7 @@ def l2d_presets() -> Mapping[str, Mapping[str, Any]]:  # type: ignore[empty-body
 
 @hookspec
 def l2d_methods() -> Mapping[str, Mapping[str, Any]]:  # type: ignore[empty-body]
-    """Fields of a diffusion run by the name of the method, which `method: NAME` in a run file stands for."""
+    """Fields of a diffusion run by name; `method: NAME` in a run file lays the rest of the file over them."""
 
 
 @hookspec

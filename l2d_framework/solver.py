@@ -52,7 +52,7 @@ class Problem(Protocol):
         ...
 
     def fresh_noise(self, x: Tensor) -> Tensor:
-        """New noise from the prior.
+        """New noise as `Parametrization.corrupt` takes it, at the scale of the start.
 
         Args:
             x: a state, for its shape.

@@ -181,6 +181,22 @@ def test_a_method_stands_for_its_components_and_settings():
     assert parse_run({**short, "backbone": {"name": "canvas"}}) == diffusion(backbone={"name": "canvas"})
 
 
+def test_whatever_a_method_says_lies_under_the_run():
+    fields = {
+        **TOYS.load().l2d_methods()["toy"],
+        "sampling": {"preset": "toy-default", "patience": 3, "seed": 4},
+        "training": {"learning_rate": 0.123},
+        "block_size": 2,
+        "seed": 9,
+    }
+    more = plugin("more", methods={"other": fields})
+    with installed(TOYS, more):
+        run = parse_run({"model": {"base": "org/model"}, "method": "other", "sampling": {"seed": 5}})
+        assert (run.sampling.patience, run.sampling.seed, run.block_size, run.seed) == (3, 5, 2, 9)
+        assert run.sampling.solver.component_name() == "forward"
+        assert run.training.learning_rate == 0.123
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -9,6 +9,7 @@ from fake_plugins import TOYS, FakeEntryPoint, Toy, broken, forget_afterwards, i
 from toy_components import Circle, Doubling, Forward, Sharpen
 
 from l2d_framework.errors import ConfigError, PluginError
+from l2d_framework.hooks import EXTENSIONS
 from l2d_framework.registry import Registry, registry
 from l2d_framework.schedule import Schedule
 
@@ -247,11 +248,12 @@ def test_importing_the_registry_imports_no_torch():
 
 
 def extending(**functions: Any) -> Registry:
-    return Registry.load([FakeEntryPoint("acme", lambda: module(**functions))])
+    return Registry.load([FakeEntryPoint("acme", lambda: module(**functions))], EXTENSIONS)
 
 
 def test_a_plugin_adds_commands_and_a_folder_of_tasks(tmp_path):
     app = typer.Typer()
+    app.command()(print)
     found = extending(l2d_commands=lambda: {"shine": app}, l2d_tasks=lambda: tmp_path)
     assert found.commands() == {"shine": app}
     assert found.task_folders() == [tmp_path]
@@ -266,6 +268,8 @@ def test_a_plugin_adds_commands_and_a_folder_of_tasks(tmp_path):
     [
         ("l2d_commands", {"shine": print}, "Command 'shine' must be a typer.Typer"),
         ("l2d_commands", {3: typer.Typer()}, "Command 3 must be"),
+        ("l2d_commands", {"shine": typer.Typer()}, "Could not get a command"),
+        ("l2d_components", [Forward], "read from the entry-point group 'l2d_framework', not from 'l2d_framework.ext"),
         ("l2d_tasks", "tasks", "l2d_tasks must return a folder that exists, as a Path, got 'tasks'"),
         ("l2d_tasks", Path("nowhere"), "l2d_tasks must return a folder that exists"),
     ],
@@ -274,3 +278,8 @@ def test_malformed_commands_and_tasks_keep_their_plugin_out(hook, answer, says):
     found = extending(**{hook: lambda: answer})
     assert says in found.broken["acme"].error
     assert not found.commands() and not found.task_folders()
+
+
+def test_commands_among_the_components_are_refused_with_their_group():
+    found = Registry.load([FakeEntryPoint("acme", lambda: module(l2d_commands=lambda: {}))])
+    assert "read from the entry-point group 'l2d_framework.extensions'" in found.broken["acme"].error

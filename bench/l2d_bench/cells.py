@@ -11,8 +11,8 @@ from typing import Any
 from l2d_bench.files import paper_value
 from l2d_bench.jobs import Job
 from l2d_bench.measures.base import Outcome, Value
-from l2d_bench.plan import NO_DATA, CellPlan, Plan
-from l2d_bench.schema import Column, ProfileFile, Row
+from l2d_bench.plan import CellPlan, Plan
+from l2d_bench.schema import Column, ProfileFile
 from l2d_framework.evaluation.statistics import standard_error
 
 FAILED = "failed"
@@ -179,16 +179,3 @@ def _average(members: Sequence[Cell], column: Column, paper: float | str | None)
     }
     jobs = tuple(dict.fromkeys(key for cell in members for key in cell.jobs))
     return Cell(sum(values) / len(values), error, seeds, paper=paper, jobs=jobs)
-
-
-def measured_rows(filled: Filled) -> list[tuple[int, Row]]:
-    """Rows in which something was measured.
-
-    Args:
-        filled: the table.
-
-    Returns:
-        Their numbers and the rows.
-    """
-    has_value = {number for (number, _), cell in filled.cells.items() if cell.jobs and cell.reason != NO_DATA}
-    return [(number, row) for number, row in enumerate(filled.plan.rows) if number in has_value]

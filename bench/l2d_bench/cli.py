@@ -155,10 +155,10 @@ def _list(console: Console) -> None:
     from rich import box
     from rich.table import Table
 
-    from l2d_bench.files import profile_names, read_profile, read_table, table_ids
+    from l2d_bench.files import own_table_ids, profile_names, read_profile, read_table, table_ids
 
     shown = Table("table", "title", "of the paper", box=box.SIMPLE_HEAD)
-    for name in table_ids():
+    for name in (*table_ids(), *own_table_ids()):
         table = read_table(name)
         shown.add_row(name, table.title, table.reference)
     console.print(shown)

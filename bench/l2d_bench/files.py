@@ -47,6 +47,15 @@ def table_ids() -> list[str]:
     return sorted((path.stem for path in (bench_folder() / "tables").glob("*.yaml")), key=_in_order)
 
 
+def own_table_ids() -> list[str]:
+    """Tables that no paper has; `all` leaves them out, since each needs a profile of its own.
+
+    Returns:
+        Their ids.
+    """
+    return sorted(f"own/{path.stem}" for path in (bench_folder() / "tables" / "own").glob("*.yaml"))
+
+
 def profile_names() -> list[str]:
     """The declared profiles.
 
@@ -71,7 +80,7 @@ def read_table(table: str) -> TableFile:
     """
     path = Path(table) if table.endswith(".yaml") else bench_folder() / "tables" / f"{table}.yaml"
     if not path.is_file():
-        hint = suggest(table, table_ids()) or "."
+        hint = suggest(table, [*table_ids(), *own_table_ids()]) or "."
         raise ConfigError(f"Unknown table {table!r}{hint} See `l2d bench --list`.")
     return _parsed(TableFile, read_file(path), path)
 

@@ -46,7 +46,9 @@ COMMANDS = {
 }
 """For each command: its module, its function or typer app in there, and what `l2d --help` says about it."""
 
-ELSEWHERE = {"bench": "It comes with the distribution l2d-bench. Run: pip install 'l2d-framework[bench]'"}
+ELSEWHERE = {
+    "bench": "It comes with l2d-bench. Run: pip install 'l2d-framework[bench]', or pip install ./bench in a clone."
+}
 """Commands of other distributions of this project, and how to get them."""
 
 
@@ -64,7 +66,9 @@ class _LazyGroup(TyperGroup):
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         if args and args[0] in ELSEWHERE and args[0] not in self.commands:
             left_out = [source for source in extensions().disabled if source.plugin == args[0]]
+            broken = extensions().broken.get(args[0])
             why = f"{ALLOW_LIST} leaves out {left_out[0]}." if left_out else ELSEWHERE[args[0]]
+            why = why if broken is None else f"Its plugin of {broken.distribution} is broken: {broken.error}"
             ctx.fail(f"No such command {args[0]!r}. {why}")
         name, command, rest = super().resolve_command(ctx, args)
         return name, _load(name) if name in COMMANDS else command, rest

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -73,14 +74,16 @@ def diagnose(
         "seed": seed,
     }
     options = override({key: value for key, value in given.items() if value is not None}, set_ or [])
-    settings = _settings(source, options, adaptive_solver, times)
+    settings = _settings(source, options, adaptive_solver)
     where_named = "Add --class-column NAME, whose entries are class labels."
     source.check_class(settings.sampling, is_named=class_column is not None, where=where_named)
     rows, card = _rows(source, data, _fields(name, split, columns, class_column, limit), max_length)
 
     from l2d_framework.evaluation.diagnosis.diagnose import diagnose as run
+    from l2d_framework.evaluation.diagnosis.diagnose import time_grid
 
     lm = source.load(where)
+    settings = replace(settings, times=time_grid(lm.schedule, times))
     with bar() as progress:
         track = partial(progress.track, description="diagnosing")
         found = run(lm, rows, settings, batch_size=batch_size, track=track)
@@ -90,15 +93,15 @@ def diagnose(
         _write(found | facts | {"device": str(where)}, out)
 
 
-def _settings(source: UnloadedModel, options: dict[str, Any], adaptive_solver: str, times: int) -> Settings:
-    from l2d_framework.evaluation.diagnosis.diagnose import Settings, time_grid
+def _settings(source: UnloadedModel, options: dict[str, Any], adaptive_solver: str) -> Settings:
+    from l2d_framework.evaluation.diagnosis.diagnose import Settings
     from l2d_framework.registry import registry
 
     sampling = source.sampling(options).model_copy(update={"patience": None})
     solver, steps = sampling.solver, sampling.num_inference_steps
     if solver.is_adaptive or solver.batch_coupled or not steps or steps < 2:
         raise ConfigError(
-            f"EarlyStop is watched on a fixed grid of at least 2 evaluations; solver {solver.component_name()!r} with "
+            f"Settling is watched on a fixed grid of at least 2 evaluations; solver {solver.component_name()!r} with "
             f"num_inference_steps={steps} has none. Give --solver and --num-inference-steps, such as midpoint and 15."
         )
     adaptive = None
@@ -111,7 +114,7 @@ def _settings(source: UnloadedModel, options: dict[str, Any], adaptive_solver: s
                 "that does, such as fehlberg2, or none."
             )
         adaptive = source.sampling(options | {"solver": other, "num_inference_steps": None, "patience": None})
-    return Settings(time_grid(source.parts.schedule, times), sampling, adaptive)
+    return Settings([], sampling, adaptive)  # a schedule that learns has its times with the weights
 
 
 def _fields(

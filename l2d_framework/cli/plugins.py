@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+from l2d_framework.cli import COMMANDS
+
 
 def plugins() -> None:
     """List what plugins offer, with who ships it, and the error of every plugin that cannot be used."""
@@ -11,7 +15,14 @@ def plugins() -> None:
 
     from l2d_framework.registry import ALLOW_LIST, extensions, registry
 
-    rows = [row for part in (registry(), extensions()) for row in part.table() if row.status != "disabled"]
+    rows = [
+        replace(row, status="clash", error=f"Command {row.name!r} is built in; the plugin must choose another name.")
+        if row.kind == "command" and row.name in COMMANDS
+        else row
+        for part in (registry(), extensions())
+        for row in part.table()
+        if row.status != "disabled"
+    ]
     console = Console()
     if not console.is_terminal:
         console = Console(width=160)  # a file or pipe has no edge to wrap at

@@ -68,7 +68,7 @@ def parse_run(data: Mapping[str, Any], where: str = "") -> Run:
     method, data = data.get("method"), {name: value for name, value in data.items() if name != "method"}
     if method is not None:
         try:
-            data = _laid_over(registry().method(str(method)), data)
+            data, method = _laid_over(registry().method(str(method)), data, str(method))
         except PluginError as error:
             raise ConfigError(f"{prefix}method: {error}") from error
     try:
@@ -93,17 +93,19 @@ def config_hash(run: Run) -> str:
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 
-_SECTIONS = ("schedule", "parametrization", "backbone")
+_SETTINGS = ("block_size", "sampling", "data")
 
 
-def _laid_over(method: Mapping[str, Any], data: Mapping[str, Any]) -> dict[str, Any]:
-    """A run laid over the components of its method; what is no section stays for validation to name."""
-    out = dict(data)
-    for kind in _SECTIONS:
-        chosen, default = data.get(kind, {}), method.get(kind)
-        if isinstance(chosen, Mapping) and default is not None:
-            out[kind] = merged(default, chosen)
-    return out
+def _laid_over(method: Mapping[str, Any], data: Mapping[str, Any], name: str) -> tuple[dict[str, Any], str | None]:
+    """A run laid over the fields of its method, and whose settings complete it.
+
+    That is another method where the run chooses another state space, since settings of the first would not fit.
+    """
+    fields = {field: value for field, value in method.items() if field not in _SETTINGS}
+    run = merged(fields, data)
+    space, chosen = (section.get("parametrization") for section in (fields, run))
+    is_same = not isinstance(chosen, Mapping) or space is None or chosen.get("name") == space.get("name")
+    return run, name if is_same else None
 
 
 def _completed(data: Mapping[str, Any], method: str | None) -> dict[str, Any]:
@@ -119,8 +121,9 @@ def _completed(data: Mapping[str, Any], method: str | None) -> dict[str, Any]:
         out["sampling"] = with_preset(explicit, method)
     out.setdefault("block_size", defaults.get("block_size", 1))
     section = data.get("data")
-    if isinstance(section, Mapping) and section.get("padding") is None:
-        out["data"] = {**section, "padding": defaults.get("data", {}).get("padding", "none")}
+    if isinstance(section, Mapping):
+        given = {name: value for name, value in section.items() if name != "padding" or value is not None}
+        out["data"] = merged({"padding": "none", **defaults.get("data", {})}, given)
     network, chosen = _component(data, "backbone")
     classes = data.get("classes")
     has_count = network is not None and "num_classes" in network.model_fields

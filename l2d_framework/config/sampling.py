@@ -102,7 +102,9 @@ def with_preset(sampling: Mapping[str, Any], method: str | None) -> dict[str, An
         return dict(sampling)
     preset = sampling.get("preset")
     if preset is None and method is not None:
-        preset = registry().method(method).get("sampling", {}).get("preset")
+        settings = registry().method(method).get("sampling", {})
+        preset = settings.get("preset")
+        sampling = merged({name: value for name, value in settings.items() if name != "preset"}, sampling)
     if not isinstance(preset, str):
         return dict(sampling)
     return _laid_over(registry().preset(preset), sampling) | {"preset": preset}

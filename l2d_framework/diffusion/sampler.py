@@ -83,7 +83,7 @@ class Sampler:
 
     @classmethod
     def of(cls, diffusion: Diffusion, sampling: Sampling, observer: Observer | None = None) -> Sampler:
-        """A solver with the sampling's estimate options.
+        """A sampler with the sampling's estimate options.
 
         Args:
             diffusion: the model.
@@ -91,7 +91,7 @@ class Sampler:
             observer: called after every network evaluation, or None.
 
         Returns:
-            The solver of blocks.
+            The sampler of blocks.
         """
         return cls(diffusion, sampling, diffusion.parametrization.with_estimate(sampling.estimate), observer)
 

@@ -73,7 +73,7 @@ class Request(_Arguments):
     seed: Count | Annotated[list[Count], Strict()] | None = None
 
 
-class Decoding(_Arguments):
+class DecodingOptions(_Arguments):
     """Fields of transformers' generation configuration that have a say in which token is picked, and when it ends."""
 
     max_length: Some | None = None
@@ -334,7 +334,7 @@ def _sorted_out(options: Mapping[str, Any], vocab_size: int | None) -> tuple[dic
             problems[name] = f"{name}={shown(value)} is not served: {reason}."
     try:
         # Copies as they are, not as the model would hold them: transformers knows its own types best.
-        Decoding.model_validate(plain, context={"vocab_size": vocab_size})
+        DecodingOptions.model_validate(plain, context={"vocab_size": vocab_size})
     except ValidationError as error:
         problems |= _problems(error, plain)
     return {name: value for name, value in plain.items() if name not in problems}, problems

@@ -12,7 +12,7 @@ import shutil
 import tempfile
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from huggingface_hub import HfApi
@@ -55,6 +55,7 @@ from l2d_framework.models.model_card import model_card
 from l2d_framework.models.origin import Origin
 from l2d_framework.opening import open_model, reading
 from l2d_framework.registry import registry
+from l2d_framework.schedule import ScheduleConfig
 
 ADAPTER = "adapter"
 _SCHEDULE = "schedule."
@@ -270,7 +271,7 @@ class Parts:
     """Components a manifest names."""
 
     def __init__(self, manifest: dict[str, Any]) -> None:
-        self.schedule: Any = registry().create("schedule", manifest["schedule"])
+        self.schedule = cast(ScheduleConfig, registry().create("schedule", manifest["schedule"]))
         self.parametrization: Any = registry().create("parametrization", manifest["parametrization"])
         self.backbone: Any = registry().create("backbone", manifest["backbone"])
         self.block_size: int | None = manifest["block_size"]

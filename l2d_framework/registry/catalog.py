@@ -111,7 +111,7 @@ class Registry:
         elsewhere = {entry.name for entry in metadata.entry_points(group=EXTENSIONS if group == GROUP else GROUP)}
         # The built-in ones first, before anybody else's code has run.
         for entry_point in sorted(found, key=lambda entry_point: not _is_builtin(source_of(entry_point))):
-            registry._add(entry_point, allowed)
+            registry._add(entry_point, allowed, group)
         for name in sorted((allowed or set()) - registry._loaded - set(registry.broken) - elsewhere):
             error = f"{ALLOW_LIST} names it, but no installed distribution has such an entry point."
             registry.broken[name] = BrokenPlugin("not installed", "", error)
@@ -274,14 +274,14 @@ class Registry:
         rows += [PluginRow("", name, b.distribution, b.version, "broken", b.error) for name, b in self.broken.items()]
         return rows
 
-    def _add(self, entry_point: EntryPoint, allowed: set[str] | None) -> None:
+    def _add(self, entry_point: EntryPoint, allowed: set[str] | None, group: str) -> None:
         source = source_of(entry_point)
         if allowed is not None and not _is_builtin(source) and source.plugin not in allowed:
             self.disabled.append(source)
             return
         try:
             with untouched_modules():
-                offers = offers_of(entry_point)
+                offers = offers_of(entry_point, group)
         except KeyboardInterrupt:
             raise
         # A plugin's code may fail in any way, sys.exit() and errors that are no Exception included.

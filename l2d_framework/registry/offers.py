@@ -31,7 +31,8 @@ CONVERTER = "converter"
 COMMAND = "command"
 TASKS = "tasks"
 
-_HOOKS = ("l2d_components", "l2d_presets", "l2d_methods", "l2d_converters", "l2d_commands", "l2d_tasks")
+_EXTENDING = ("l2d_commands", "l2d_tasks")
+_HOOKS = ("l2d_components", "l2d_presets", "l2d_methods", "l2d_converters", *_EXTENDING)
 
 
 @dataclass(frozen=True)
@@ -88,13 +89,14 @@ def source_of(entry_point: EntryPoint) -> Source:
     return Source(entry_point.name, found.name if found else "unknown", found.version if found else "")
 
 
-def offers_of(entry_point: EntryPoint) -> list[Offer]:
+def offers_of(entry_point: EntryPoint, group: str) -> list[Offer]:
     """Load an entry point and check everything it offers.
 
     A plugin manager of its own keeps one plugin's raising or misspelt hook from aborting the calls of all others.
 
     Args:
         entry_point: an entry point of the group.
+        group: of entry points.
 
     Returns:
         All of it.
@@ -110,6 +112,9 @@ def offers_of(entry_point: EntryPoint) -> list[Offer]:
     for caller in callers:
         if not caller.has_spec():
             raise PluginError(unknown("hook", caller.name, _HOOKS))
+        home = hooks.EXTENSIONS if caller.name in _EXTENDING else hooks.GROUP
+        if home != group:
+            raise PluginError(f"Hook {caller.name!r} is read from the entry-point group {home!r}, not from {group!r}.")
     if not callers:
         raise PluginError(f"No function is decorated with @hookimpl. Implement {' or '.join(_HOOKS)}.")
     offers = list(_answers(manager, source_of(entry_point)))
@@ -158,6 +163,7 @@ def _answers(manager: pluggy.PluginManager, source: Source) -> Iterator[Offer]:
         for name, app in commands.items():
             if not isinstance(name, str) or not isinstance(app, typer.Typer):
                 raise PluginError(f"Command {name!r} must be a typer.Typer, got {app!r}.")
+            typer.main.get_command(app)  # refuses an app without commands
             yield Offer(COMMAND, name, app, source)
     for folder in manager.hook.l2d_tasks():
         if not isinstance(folder, Path) or not folder.is_dir():

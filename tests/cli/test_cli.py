@@ -16,7 +16,7 @@ from l2d_framework.cli.params import count_by_module
 from l2d_framework.config import config_hash, load_run
 from l2d_framework.errors import ConfigError
 from l2d_framework.models.checkpoint import build_model
-from l2d_framework.registry import Registry
+from l2d_framework.registry import BrokenPlugin, PluginRow, Registry, extensions
 
 
 @pytest.fixture
@@ -245,3 +245,19 @@ def test_the_benchmarks_say_what_to_install_where_they_are_missing(l2d, monkeypa
     code, _, err = l2d("bench", "--list")
     assert code == 2
     assert "pip install 'l2d-framework[bench]'" in " ".join(err.replace("│", " ").split())
+
+
+def test_a_broken_plugin_of_the_benchmarks_says_why(l2d, monkeypatch):
+    monkeypatch.setattr(Registry, "commands", lambda self: {})
+    monkeypatch.setattr(extensions(), "broken", {"bench": BrokenPlugin("l2d-bench", "1", "ImportError: no luck today")})
+    _, _, err = l2d("bench", "--list")
+    assert "no luck today" in " ".join(err.replace("│", " ").split())
+
+
+def test_a_plugins_command_with_the_name_of_a_built_in_one_is_a_clash(l2d, monkeypatch):
+    rows = [PluginRow("command", "train", "acme", "1", "ok"), PluginRow("command", "shine", "acme", "1", "ok")]
+    monkeypatch.setattr(extensions(), "table", lambda: rows)
+    _, out, _ = l2d("plugins")
+    assert "clash" in next(line for line in out.splitlines() if "train" in line and "acme" in line)
+    assert "ok" in next(line for line in out.splitlines() if "shine" in line)
+    assert "Command 'train' is built in; the plugin must choose another name." in out

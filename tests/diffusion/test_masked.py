@@ -66,8 +66,7 @@ class Conditionals(Backbone):
             sides.append(weighted.sum([1 + other for other in range(LENGTH) if other != place]))
         return torch.stack(sides, 1).log()
 
-    def head(self, features):
-        return features
+    head = property(lambda self: torch.nn.Identity())
 
 
 def test_the_weighted_loss_of_the_true_conditionals_is_the_likelihood_of_every_text():

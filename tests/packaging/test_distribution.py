@@ -128,3 +128,10 @@ def test_every_entry_point_of_the_project_loads():
     assert {entry.name for entry in entry_points} >= {"schedules", "parametrizations", "backbones", "solvers"}
     for entry in entry_points:
         entry.load()
+
+
+def test_the_tests_that_run_under_other_kernels_are_there(repository):
+    (line,) = re.findall(
+        r"^kernel-tests = \$\(addprefix \$\(CURDIR\)/tests/,(.*)\)$", (repository / "Makefile").read_text(), re.M
+    )
+    assert [name for name in line.split() if not (repository / "tests" / name).exists()] == []

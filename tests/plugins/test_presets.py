@@ -65,3 +65,10 @@ def test_a_method_is_what_it_is_written_out(method):
         for fields in (LONG[method], {"method": method} | data, components | data)
     }
     assert len(hashes) == 1
+
+
+def test_another_state_space_brings_its_own_settings():
+    run = parse_run({"model": {"base": "org/model"}, "method": "l2d", "parametrization": {"name": "simplex"}})
+    assert run.sampling.preset == "tess2"
+    assert run.block_size is None
+    assert run.schedule.component_name() == "linear"

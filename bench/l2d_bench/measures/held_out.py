@@ -90,12 +90,12 @@ def _losses(lm: DiffusionLM, run: DiffusionRun) -> _Losses:
         batch = {name: value.to(lm.device) for name, value in batch.items()}
         layout, counted = Layout(batch["input_ids"], batch["blocks"]), batch["labels"] != IGNORED
         keys: list[tuple[int | str, ...]] = [("quality", i) for i in batch["index"].tolist()]
-        draws = draw(lm, layout, NoiseRule(keys=keys, self_conditioning=1.0, is_first_noisier=False))
+        draws = draw(lm, layout, NoiseRule(keys=keys, self_conditioning=1.0, is_first_noisier=False, fixed_times=True))
         with torch.no_grad():
             found = denoising_loss(lm, layout, draws, counted=counted)
             chosen = draws.valid & counted.gather(1, draws.positions)
             targets = layout.tokens.gather(1, draws.positions)[chosen]
-            part = [found.t, found.tokens, found.position < batch["length"][found.row], targets]
+            part = [found.t, found.cross_entropies, found.position < batch["length"][found.row], targets]
             if lm.backbone.identity_at_zero:
                 plain = lm.backbone.plain(draws.positions, lm.backbone.read(layout))[chosen]
                 part.append(chunked_cross_entropy(lm.backbone.head, plain, targets, chunk=1024)[1].double())

@@ -27,7 +27,7 @@ class TokenLikelihood:
     @torch.no_grad()
     def __init__(self, diffusion: Diffusion) -> None:
         space, table = diffusion.parametrization, diffusion.backbone.table()
-        if type(space).corrupt is not Parametrization.corrupt:
+        if (type(space).corrupt, type(space).prior) != (Parametrization.corrupt, Parametrization.prior):
             raise ConfigError(
                 f"Parametrization {space.config.component_name()!r} corrupts tokens in a way of its own, for which the "
                 "likelihood of a noisy state is not known here. Diagnose models with Gaussian noise."
