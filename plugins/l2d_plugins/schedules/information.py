@@ -182,9 +182,9 @@ class InformationLaw(nn.Module, NoiseLaw):
     def _measured(self) -> tuple[Tensor, float]:
         """Share of the fall in cross-entropy before each knot, and how far to trust it, from 0 to 1.
 
-        The means that never rise and are closest to the measured ones when their whole fall costs a penalty (Wu, Meyer
-        and Opsomer 2015, "Penalized isotonic regression"), here what noise may do to a sum of losses: noise about one
-        level makes no fall. What an update says about a knot counts as one reading, as its draws may share their noise.
+        The means that never rise and are closest to the measured ones when their whole fall costs a penalty, which is
+        what noise may do to a sum of losses: noise about one level makes no fall. The penalty lowers the first sum and
+        raises the last. What an update says about a knot is one reading, since its draws may share their noise.
         """
         mass = self.statistics[1].sum()
         if not mass:
