@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import tiny_runs
+import torch
+from safetensors.torch import load_file
 
 from l2d_framework.config import parse_run
 from l2d_framework.training.run import train_runs
@@ -54,3 +56,7 @@ def test_two_processes_train_like_one(tmp_path: Path) -> None:
             "rng_state_0.pth",
             "rng_state_1.pth",
         ]
+    two, one = (load_file(tmp_path / kind / "l2d" / "diffusion.safetensors") for kind in ("two", "one"))
+    heard = one["schedule._extra_state"]
+    assert heard.any()
+    torch.testing.assert_close(two["schedule._extra_state"], heard, rtol=1e-4, atol=1e-4)

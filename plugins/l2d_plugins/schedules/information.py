@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Annotated, Literal
 
 import torch
@@ -16,6 +15,8 @@ from l2d_plugins.schedules.linear import Linear
 
 _TRUSTED = 20
 """Draws per knot at which measurement and uniform times count alike."""
+_CAUTION = 2
+"""Standard errors by which noise may lower a sum of losses and not be taken for a fall."""
 _CUT_OFF = 1e-5
 """Share of either tail of the Gumbel distribution that is never visited."""
 
@@ -23,8 +24,8 @@ _CUT_OFF = 1e-5
 class Information(ScheduleConfig):
     """Alpha and sigma of a base schedule, visited so that the cross-entropy falls linearly, in training and sampling.
 
-    Until enough losses have been heard, what is fitted is uniform times. Held-out losses are taken at the times of the
-    base. Two runs whose updates saw the same losses have the same times, whatever the micro-batches and processes.
+    As far as the fall could be noise, times are uniform. Held-out losses are taken at the times of the base. Two runs
+    whose updates saw the same losses have the same times, whatever the micro-batches and processes.
 
     Source: Dieleman et al. 2022, arXiv:2211.15089, section 4 (time warping); arXiv:2604.11748 (Gumbel).
     """
@@ -34,7 +35,7 @@ class Information(ScheduleConfig):
     family: Literal["piecewise", "gumbel"] = "piecewise"
     """What is fitted to the cross-entropy over t: a falling piecewise-linear function, or the distribution function of
     a Gumbel variable with location and scale over log(sigma^2 / alpha^2)."""
-    knots: int = Field(default=256, ge=2)
+    knots: int = Field(default=256, ge=2, le=4096)
     """Pieces between t = 0 and the last training time, in which losses are averaged."""
     memory: int = Field(default=1000, ge=1)
     """Updates over which they are averaged."""
@@ -54,7 +55,9 @@ class InformationLaw(nn.Module, NoiseLaw):
     """
 
     statistics: Tensor
-    """Decaying sums of losses and of draws at each knot, (2, knots + 1), float32."""
+    """Decaying sums over updates, at each knot, of an update's weighted losses l, of its weights w, and of l^2, l w and
+    w^2; (5, knots + 1), float64. State, but no buffer: it stays on the host and as precise wherever the model goes.
+    """
 
     def __init__(self, config: Information) -> None:
         super().__init__()
@@ -63,7 +66,16 @@ class InformationLaw(nn.Module, NoiseLaw):
         ends = torch.tensor([0.0, 1 - 2**-24], device="cpu")
         self._last = float(config.base.sample_times(ends).max())
         self._places = torch.linspace(0, 1, config.knots + 1, dtype=torch.float64, device="cpu")
-        self.register_buffer("statistics", torch.zeros(2, config.knots + 1))
+        self.statistics = torch.zeros(5, config.knots + 1, dtype=torch.float64, device="cpu")
+        self._fit: tuple[Tensor, Tensor] | None = None
+
+    @override
+    def get_extra_state(self) -> Tensor:
+        return self.statistics
+
+    @override
+    def set_extra_state(self, state: Tensor) -> None:
+        self.statistics.copy_(state)
 
     @property
     @override
@@ -114,13 +126,24 @@ class InformationLaw(nn.Module, NoiseLaw):
     @override
     @torch.no_grad()
     def observe(self, t: Tensor, loss: Tensor) -> None:
-        place = (t / self._last).clamp(0, 1) * self._config.knots
+        place = (t.cpu().double() / self._last).clamp(0, 1) * self._config.knots
         low = place.long().clamp_max(self._config.knots - 1)
+        right = place - low
+        loss = loss.cpu().double()
         sound = loss.isfinite()
-        pair = torch.stack([loss.where(sound, 0), sound]).to(self.statistics)
-        right = (place - low).to(self.statistics)
-        self.statistics.mul_(1 - 1 / self._config.memory)
-        self.statistics.index_add_(1, low, pair * (1 - right)).index_add_(1, low + 1, pair * right)
+        # By one over the density of the draws: else a knot that is hardly visited any more would go on showing losses
+        # of long ago beside new ones of its neighbours.
+        weight = (self._places.diff() / self.share().diff())[low] * sound
+        index = torch.cat([low, low + 1])
+        total, mass = (
+            torch.bincount(index, torch.cat([v * (1 - right), v * right]), self._config.knots + 1)
+            for v in (weight * loss.where(sound, 0), weight)
+        )
+        kept = 1 - 1 / self._config.memory
+        sums, squares = self.statistics.split([2, 3])
+        sums.mul_(kept).add_(torch.stack([total, mass]))
+        # The variance of a sum that decays does so twice as fast.
+        squares.mul_(kept**2).add_(torch.stack([total * total, total * mass, mass * mass]))
 
     def share(self) -> Tensor:
         """Share of the information that lies before each knot, by the family's fit and the uniform share.
@@ -128,8 +151,14 @@ class InformationLaw(nn.Module, NoiseLaw):
         Returns:
             Rising strictly from 0 to 1, (knots + 1,), float64, on the host.
         """
-        fit = self._measured() if self._config.family == "piecewise" else self._fitted()
-        return (1 - self._config.uniform) * fit + self._config.uniform * self._places
+        # By content, since whoever loads a checkpoint writes into the state dict.
+        if self._fit is None or not torch.equal(self._fit[0], self.statistics):
+            shape, trust = self._measured()
+            if self._config.family == "gumbel" and trust:
+                shape = self._fitted(shape)
+            weight = (1 - self._config.uniform) * trust
+            self._fit = self.statistics.clone(), weight * shape + (1 - weight) * self._places
+        return self._fit[1]
 
     def gumbel(self) -> tuple[float, float]:
         """Location and scale of the Gumbel distribution of log(sigma^2 / alpha^2) that is closest to the measurement.
@@ -139,28 +168,45 @@ class InformationLaw(nn.Module, NoiseLaw):
         Returns:
             Both numbers.
         """
+        return self._location_and_scale(self._measured()[0])
+
+    def _location_and_scale(self, shape: Tensor) -> tuple[float, float]:
         quantiles = torch.arange(1, 20, dtype=torch.float64, device="cpu") / 20
-        times = _interpolated(quantiles, self._measured(), self._last * self._places)
+        times = _interpolated(quantiles, shape, self._last * self._places)
         wanted, found = -(-(1 - quantiles).log()).log(), self._noise_to_signal(times.clamp(1e-4, 1 - 1e-4))
         wanted_mean, found_mean = wanted.mean(), found.mean()
         scale = ((wanted - wanted_mean) * (found - found_mean)).sum() / (wanted - wanted_mean).square().sum()
         scale = scale.clamp_min(1e-3)
         return float(found_mean - scale * wanted_mean), float(scale)
 
-    def _measured(self) -> Tensor:
-        """Share of the fall in cross-entropy before each knot, as far as there are draws to trust."""
-        sums, counts = self.statistics.double().cpu().unbind()
-        if not counts.any():
-            return self._places
-        level = _falling(sums + 1e-3 * sums.sum() / counts.sum(), counts + 1e-3)
-        trust = counts.sum() / (counts.sum() + _TRUSTED * self._config.knots)
-        fall = level[0] - level[-1]
-        shape: Tensor = (level[0] - level) / fall if fall > 0 else self._places
-        between: Tensor = trust * shape + (1 - trust) * self._places
-        return between
+    def _measured(self) -> tuple[Tensor, float]:
+        """Share of the fall in cross-entropy before each knot, and how far to trust it, from 0 to 1.
 
-    def _fitted(self) -> Tensor:
-        location, scale = self.gumbel()
+        The means that never rise and are closest to the measured ones when their whole fall costs a penalty, which is
+        what noise may do to a sum of losses: noise about one level makes no fall. The penalty lowers the first sum and
+        raises the last. What an update says about a knot is one reading, since its draws may share their noise.
+        """
+        mass = self.statistics[1].sum()
+        if not mass:
+            return self._places, 0.0
+        sums, counts, squares, crossed, weights = self.statistics
+        sums, counts = sums + 1e-3 * sums.sum() / mass, counts + 1e-3
+        level = _falling(sums, counts)
+        variance = (squares - 2 * level * crossed + level * level * weights).sum()
+        # At least that of 1e-4 nats: losses without any noise, as before the first update, are rounded.
+        penalty = _CAUTION * variance.clamp_min(1e-8 * weights.sum()).sqrt()
+        sums[0] -= penalty
+        sums[-1] += penalty
+        level = _falling(sums, counts)
+        fall = level[0] - level[-1]
+        if fall <= 0:
+            return self._places, 0.0
+        lost = penalty / counts[level == level[0]].sum() + penalty / counts[level == level[-1]].sum()
+        heard = mass / (mass + _TRUSTED * self._config.knots)
+        return (level[0] - level) / fall, float(heard * fall**2 / (fall**2 + lost**2))
+
+    def _fitted(self, shape: Tensor) -> Tensor:
+        location, scale = self._location_and_scale(shape)
         far = (self._noise_to_signal(self._last * self._places) - location) / scale
         share = ((-torch.expm1(-torch.exp(-far)) - _CUT_OFF) / (1 - 2 * _CUT_OFF)).clamp(0, 1)
         return (share - share[0]) / (share[-1] - share[0])
@@ -170,17 +216,16 @@ class InformationLaw(nn.Module, NoiseLaw):
 
 
 def _falling(sums: Tensor, counts: Tensor) -> Tensor:
-    """Means that never rise and are closest to the given ones in weighted squares: isotonic regression.
-
-    At k the smallest, over all starts i <= k, of the largest mean from i to any end j >= k (Robertson et al. 1988,
-    section 1.4).
-    """
-    total, mass = (torch.cat([v.new_zeros(1), v.cumsum(0)]) for v in (sums, counts))
-    means = (total[None, 1:] - total[:-1, None]) / (mass[None, 1:] - mass[:-1, None])
-    is_stretch = torch.ones_like(means, dtype=torch.bool).triu()
-    largest = means.where(is_stretch, -math.inf).flip(1).cummax(1).values.flip(1)
-    smallest: Tensor = largest.where(is_stretch, math.inf).amin(0)
-    return smallest
+    """Means that never rise and are closest to the given ones in weighted squares, by pooling adjacent violators."""
+    pools: list[tuple[float, float, int]] = []
+    for total, mass in zip(sums.tolist(), counts.tolist(), strict=True):
+        length = 1
+        while pools and pools[-1][0] * mass <= total * pools[-1][1]:
+            before = pools.pop()
+            total, mass, length = total + before[0], mass + before[1], length + before[2]
+        pools.append((total, mass, length))
+    means = torch.tensor([total / mass for total, mass, _ in pools], dtype=torch.float64, device="cpu")
+    return means.repeat_interleave(torch.tensor([length for *_, length in pools], device="cpu"))
 
 
 def _interpolated(x: Tensor, places: Tensor, values: Tensor) -> Tensor:
