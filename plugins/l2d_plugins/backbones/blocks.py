@@ -22,7 +22,7 @@ class BlockContext(Context):
     A token's keys and values thus depend on the text up to it alone, not on where turns or blocks begin: a conversation
     that is learnt, one read at once as a prompt and one that was extended block by block are the same to the network,
     and a causal language model reads as it was pretrained to. Attention both ways inside blocks of clean tokens has
-    none of this, since a prompt does not tell which of its turns were answers. Noisy blocks look both ways inside.
+    none of this, since a prompt does not tell which of its turns were answers. Only noisy tokens look ahead.
 
     Attributes:
         embedded: embeddings, (B, S, H).

@@ -32,8 +32,8 @@ class InPlaceConfig(BackboneConfig):
     seen; pads that are to be learnt, as the authors do, are tokens like any other (`data.padding`).
 
     With `block_size` null, known and noisy tokens see each other, and every evaluation reads all of them. With a number
-    the text grows in blocks (arXiv:2503.09573): known tokens see earlier ones, so that each is read once; noisy ones see
-    those before their block and all of the block.
+    the text grows in blocks (arXiv:2503.09573): known tokens see earlier ones, so that each is read once; noisy
+    ones see those before their block and all of the block.
     """
 
     name: Literal["in_place"] = "in_place"
