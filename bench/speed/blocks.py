@@ -65,7 +65,7 @@ def models(device: torch.device, sizes: list[int]) -> dict[str, tuple[DiffusionL
         assert isinstance(run, DiffusionRun)
         backbone = run.backbone.build(lm)
         space = run.parametrization.build(backbone.vocab_size, backbone.hidden_size)
-        return DiffusionLM(run.schedule, space, backbone, block_size).to(device).eval()
+        return DiffusionLM(run.schedule.build(), space, backbone, block_size).to(device).eval()
 
     whole = model(None)
     found: dict[str, tuple[DiffusionLM, int | None]] = {WHOLE: (whole, None)}

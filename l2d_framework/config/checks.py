@@ -26,6 +26,7 @@ from l2d_framework.blame import naming_plugins
 from l2d_framework.config.reward import RewardRun
 from l2d_framework.config.runs import DiffusionRun, Run
 from l2d_framework.config.sections import ModelSection, RowSource, ScratchSection
+from l2d_framework.diffusion.sampling import check_block_size
 from l2d_framework.errors import CheckpointError, ConfigError, UnsupportedModelError, suggest
 from l2d_framework.opening import adapter_base, make_config, new_model, open_config
 
@@ -50,6 +51,7 @@ def check_run(run: Run, *, earlier: Sequence[Run] = ()) -> None:
     lm_config = _lm_config(run, earlier)
     if isinstance(run, DiffusionRun):
         run.backbone.check(lm_config, run.block_size)
+        check_block_size(run.backbone, lm_config, trained=run.block_size, wanted=run.sampling.block_size)
         backbone = _backbone(run, lm_config)
         check_quantization(lm_config, run.model.base, whole=backbone.trains_lm)
     elif run.model is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Protocol
 
+from l2d_framework.backbone import BackboneConfig
 from l2d_framework.diffusion.diffusion import Diffusion
 from l2d_framework.errors import ConfigError
 from l2d_framework.guidance import Guidance
@@ -91,6 +92,28 @@ def check_sampling(sampling: Sampling, *, num_classes: int, has_condition: bool,
                 f"Guidance {name!r} with scale {guidance.scale:g} guides towards a class, and the requests name none. "
                 "Give the class of each prompt, or leave the guidance out."
             )
+
+
+def check_block_size(backbone: BackboneConfig, lm_config: Any, *, trained: int | None, wanted: int | None) -> None:
+    """Refuse blocks that a model has not learnt to denoise; needs no weights.
+
+    Args:
+        backbone: configuration of its backbone.
+        lm_config: the language model's transformers config.
+        trained: the model's block size; one of one block per sequence may grow its answer in blocks of any size.
+        wanted: tokens to be denoised together, None for the model's own number.
+
+    Raises:
+        ConfigError: if the backbone cannot serve such blocks, or the model knows smaller ones only.
+    """
+    if trained is None or wanted is None:
+        return
+    backbone.check(lm_config, wanted)
+    if wanted > trained:
+        raise ConfigError(
+            f"This model has learnt to denoise {trained} tokens together; sampling got block_size={wanted}. Set it to "
+            f"{trained} or less, or leave it out."
+        )
 
 
 def plan(diffusion: Diffusion, sampling: Sampling) -> tuple[Solver, list[float]]:

@@ -19,7 +19,7 @@ from l2d_framework.diffusion.logits import Logits
 from l2d_framework.diffusion.ode import Observer
 from l2d_framework.diffusion.rng import TokenStreams, categorical, request_keys
 from l2d_framework.diffusion.sampler import Block, Sampler
-from l2d_framework.diffusion.sampling import Sampling, check_sampling
+from l2d_framework.diffusion.sampling import Sampling, check_block_size, check_sampling
 from l2d_framework.errors import ConfigError
 from l2d_framework.generation.prompts import Encoded
 from l2d_framework.types import Context, Layout
@@ -119,9 +119,8 @@ def generate(
             f"num_inference_steps=0 means the plain language model, which {type(diffusion.backbone).__name__} does not "
             "contain. Use at least 1."
         )
-    if sampling.block_size is not None and diffusion.block_size is not None:
-        # A model of one block per sequence may grow its answer in blocks of any size.
-        diffusion.backbone.config.check(diffusion.backbone.lm.config, sampling.block_size)
+    backbone = diffusion.backbone
+    check_block_size(backbone.config, backbone.lm.config, trained=diffusion.block_size, wanted=sampling.block_size)
     check_sampling(
         sampling,
         num_classes=diffusion.backbone.config.num_classes,

@@ -15,7 +15,7 @@ from l2d_framework.backbone import Backbone
 from l2d_framework.base_model import empty_language_model, fetch, fingerprint, load_config, load_tokenizer
 from l2d_framework.config import DiffusionRun, SamplingSection
 from l2d_framework.config.parsing import parse_run
-from l2d_framework.diffusion.sampling import check_sampling
+from l2d_framework.diffusion.sampling import check_block_size, check_sampling
 from l2d_framework.errors import CheckpointError, ConfigError
 from l2d_framework.models.checkpoint import Parts, build_model, load
 from l2d_framework.models.diffusion_lm import DiffusionLM
@@ -148,8 +148,8 @@ class UnloadedModel:
         self.origin.class_id(options.get(CLASS))
         # Whether a class is named, only a request can tell.
         check_sampling(settings, num_classes=self.parts.backbone.num_classes, has_condition=True)
-        if settings.block_size is not None and self.parts.block_size is not None:
-            self.parts.backbone.check(self.lm_config, settings.block_size)
+        trained, wanted = self.parts.block_size, settings.block_size
+        check_block_size(self.parts.backbone, self.lm_config, trained=trained, wanted=wanted)
         if settings.num_inference_steps == 0 and not self.empty.identity_at_zero:
             raise ConfigError(
                 f"num_inference_steps=0 means the plain language model, which backbone "

@@ -5,13 +5,16 @@ import torch
 from diffusion_models import BIDIRECTIONAL, own_gradients, random_tokens, tess_lm, training_loss
 from tiny_models import MASKED, tiny_lm
 
+from l2d_framework.config import check_runs, parse_run
 from l2d_framework.diffusion.loss import denoising_loss
 from l2d_framework.diffusion.training_noise import Draws, NoiseRule, draw
 from l2d_framework.errors import ConfigError, UnsupportedModelError
 from l2d_framework.generation.infill import check_infilling
 from l2d_framework.generation.prompts import pad_left
 from l2d_framework.models.checkpoint import load, save
+from l2d_framework.models.unloaded import UnloadedModel
 from l2d_framework.registry import registry
+from l2d_framework.training.data.collate import number_blocks
 from l2d_framework.types import Layout
 from l2d_plugins.backbones.blocks import BlockContext
 from l2d_plugins.backbones.in_place import InPlace, InPlaceConfig
@@ -112,6 +115,73 @@ def test_a_known_turn_after_an_answer_is_seen_by_later_blocks_only(family, atten
     ]
     assert not moved[0].any()
     assert (moved[1] > 1e-5).all()
+
+
+ROLES = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1, 0, 0, 0, 0]]).bool()
+"""A turn of a conversation, an answer, and the next turn."""
+
+
+@pytest.mark.parametrize(
+    ("family", "attention", "size"),
+    [
+        *((family, "bidirectional", 4) for family in BIDIRECTIONAL),
+        *(("llama", "bidirectional", size) for size in (1, 2, 3, 16)),
+        *(("llama", "causal", size) for size in (2, 4)),
+        *(("bert", "bidirectional", size) for size in (1, 3)),
+    ],
+)
+def test_an_answer_within_a_conversation_is_learnt_as_it_is_generated(family, attention, size, monkeypatch):
+    model, answer = tess_lm(family, block_size=size, attention=attention), 7
+    history, later = random_tokens(1, ROLES.shape[1]), random_tokens(1, 3, seed=1)
+    asked, run = [], InPlace.features
+
+    def features(self, h, t, positions, context, condition, **options):
+        found = run(self, h, t, positions, context, condition, **options)
+        asked.append((h.clone(), t.clone(), positions.clone(), found))
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(InPlace, "features", features)
+        options = {"max_new_tokens": answer, "eos_token_id": None, "num_inference_steps": 2}
+        found = model.generate(pad_left(history.tolist()), **options)
+    roles = torch.cat([ROLES, torch.ones(1, answer).bool(), torch.zeros(1, 3).bool()], 1)
+    text = Layout(torch.cat([found.sequences, later], 1), number_blocks(roles, size))
+    assert len(asked) == 2 * -(-answer // size)
+    for h, t, positions, expected in asked:
+        close(run(model.backbone, h, t, positions, model.backbone.read(text), None).detach(), expected)
+
+
+@families
+@pytest.mark.parametrize("parts", [(1,) * 8, (4, 4), (3, 4, 1), (8,)], ids=str)
+def test_a_text_read_again_has_the_keys_and_values_of_one_that_was_extended(family, parts):
+    backbone, tokens = tess_lm(family, block_size=4).backbone, random_tokens(2, LENGTH)
+    known = torch.zeros_like(tokens)
+    known[1, :2] = -1
+    with torch.no_grad():
+        again = backbone.read(Layout(tokens, known))
+        grown = backbone.read(Layout(tokens[:, :KNOWN], known[:, :KNOWN]))
+        for part in tokens[:, KNOWN:].split(parts, 1):
+            grown = backbone.extend(grown, part)
+        learnt = backbone.read(Layout(tokens, torch.where(known < 0, -1, layout(4).blocks.clamp_min(0))))
+    for context in (grown, learnt):
+        for found, wanted in zip(context.keys, again.keys, strict=True):
+            for new, old in zip(found, wanted, strict=True):
+                close(new[0], old[0])
+                close(new[1, :, 2:], old[1, :, 2:])
+
+
+@pytest.mark.parametrize("family", [family for family in BIDIRECTIONAL if family not in MASKED])
+def test_known_tokens_are_read_as_the_language_model_was_pretrained_to(family):
+    # As elsewhere in this backbone, its masks know no sliding window.
+    window = {"sliding_window": None} if family == "mistral" else {}
+    backbone, tokens = tess_lm(tiny_lm(family, **window), block_size=4).backbone, random_tokens(2, LENGTH)
+    with torch.no_grad():
+        wanted = backbone.lm(tokens, use_cache=True).past_key_values
+        found = backbone.read(Layout(tokens, torch.zeros_like(tokens))).keys
+    assert len(found) == len(wanted.layers)
+    for (key, value), layer in zip(found, wanted.layers, strict=True):
+        close(key, layer.keys)
+        close(value, layer.values)
 
 
 def taken(draws, chosen):
@@ -266,6 +336,28 @@ def test_only_blocks_whose_noise_would_go_unseen_are_refused(size, attention, sh
                 backbone().check(tiny_lm().config, size)
     else:
         config.check(tiny_lm().config, size)
+
+
+@pytest.mark.parametrize(("trained", "wanted"), [(4, 5), (4, 8), (1, 2), (4, 4), (4, 3), (4, 1), (None, 8)])
+def test_blocks_larger_than_those_learnt_are_refused_before_weights_load(trained, wanted, tmp_path, saved_tiny_lm):
+    model = tess_lm(block_size=trained, tokenizer=True)
+    save(model, tmp_path)
+    written = {"model": {"base": str(saved_tiny_lm())}, "method": "tess"}
+    run = parse_run({**written, "block_size": trained, "sampling": {"block_size": wanted}})
+    options = {"max_new_tokens": 6, "eos_token_id": None, "num_inference_steps": 2, "block_size": wanted}
+    doors = (
+        lambda: check_runs([run]),
+        lambda: UnloadedModel(str(tmp_path)).sampling({"block_size": wanted}),
+        lambda: model.generate(pad_left([[5, 6, 7]]), **options),
+    )
+    for door in doors:
+        if trained is not None and wanted > trained:
+            with pytest.raises(
+                ConfigError, match=f"denoise {trained} tokens together; .* got block_size={wanted}.*Set"
+            ):
+                door()
+        else:
+            door()
 
 
 def test_a_model_of_blocks_fills_no_gaps():

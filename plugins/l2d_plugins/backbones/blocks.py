@@ -17,14 +17,17 @@ Keys = tuple[tuple[Tensor, Tensor], ...]
 
 @dataclass(frozen=True)
 class BlockContext(Context):
-    """Clean tokens, each of which sees its own block and those before it.
+    """Clean tokens, each of which sees itself and those before it, whoever wrote them.
 
-    Blocks are numbered along the text, and known tokens between two answers are a block of their own, so that nothing
-    sees what is written later: training meets what generation will.
+    A token's keys and values thus depend on the text up to it alone, not on where turns or blocks begin: a conversation
+    that is learnt, one read at once as a prompt and one that was extended block by block are the same to the network,
+    and a causal language model reads as it was pretrained to. Attention both ways inside blocks of clean tokens has
+    none of this, since a prompt does not tell which of its turns were answers. Only noisy tokens look ahead.
 
     Attributes:
         embedded: embeddings, (B, S, H).
-        blocks: number of every slot's block, never falling along a row, (B, S), int64.
+        blocks: number of every slot's block, never falling along a row, (B, S), int64; says which slots are denoised
+            together where they are asked about.
         present: where real tokens stand, (B, S), bool.
         keys: keys and values of all slots; None where the network is to read them again, beside the noisy ones.
     """
@@ -48,18 +51,17 @@ class BlockContext(Context):
         changes = (blocks[:, 1:] != blocks[:, :-1]).cumsum(-1)
         return cls(embedded, functional.pad(changes, (1, 0)), blocks >= 0)
 
-    def longer(self, embedded: Tensor, size: int) -> BlockContext:
+    def longer(self, embedded: Tensor) -> BlockContext:
         """The context with further tokens, which the network has not read yet.
 
         Args:
             embedded: their embeddings, (B, N, H).
-            size: most tokens of a block.
 
         Returns:
             The longer context.
         """
         count = embedded.shape[1]
-        blocks = self.after() + torch.arange(count, device=embedded.device) // size
+        blocks = self.after() + torch.arange(count, device=embedded.device)
         return replace(
             self,
             embedded=torch.cat([self.embedded, embedded], 1),
@@ -83,18 +85,16 @@ class BlockContext(Context):
         after = max(0, int(slots.max()) + 1 - self.present.shape[1])
         return (functional.pad(self.present, (0, after), value=True).cumsum(-1) - 1).clamp_min(0).gather(1, slots)
 
-    def seen(self, count: int, *, is_causal: bool) -> Tensor:
+    def seen(self, count: int) -> Tensor:
         """What the last clean tokens see.
 
         Args:
             count: how many.
-            is_causal: whether no token sees a later one.
 
         Returns:
             (B, count, S), bool.
         """
-        seen = self.present[:, None] & (self.blocks[:, None] <= self.blocks[:, -count:, None])
-        return seen.tril(seen.shape[-1] - count) if is_causal else seen
+        return self.present[:, None].expand(-1, count, -1).tril(self.present.shape[1] - count)
 
     @override
     def select(self, rows: Tensor) -> BlockContext:

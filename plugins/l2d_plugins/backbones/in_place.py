@@ -32,13 +32,13 @@ class InPlaceConfig(BackboneConfig):
     seen; pads that are to be learnt, as the authors do, are tokens like any other (`data.padding`).
 
     With `block_size` null, known and noisy tokens see each other, and every evaluation reads all of them. With a number
-    the text grows in blocks (arXiv:2503.09573): known tokens see their own block and earlier ones, so that each is read
-    once, and noisy ones see those and their own block.
+    the text grows in blocks (arXiv:2503.09573): known tokens see earlier ones, so that each is read once; noisy
+    ones see those before their block and all of the block.
     """
 
     name: Literal["in_place"] = "in_place"
     attention: Literal["bidirectional", "causal"] = "bidirectional"
-    """`causal` is the ablation of the paper's pilot study."""
+    """`causal` is the ablation of the paper's pilot study; in blocks only noisy tokens look ahead."""
     initialization: Literal["pretrained", "random"] = "pretrained"
     """`random` forgets the pretrained weights before training: the first column of the paper's Table 1."""
     label_shift: bool | None = None
@@ -178,7 +178,7 @@ class InPlace(Backbone[InPlaceContext | BlockContext]):
     def extend(self, context: InPlaceContext | BlockContext, tokens: Tensor) -> InPlaceContext | BlockContext:
         more, count = self.lm.get_input_embeddings()(tokens), tokens.shape[1]
         if isinstance(context, BlockContext):
-            longer = context.longer(more, self.block_size or count)
+            longer = context.longer(more)
             return longer if context.keys is None else self._read(longer, count)
         embedded = torch.cat([context.embedded, more], 1)
         return InPlaceContext(embedded, functional.pad(context.known, (0, count), value=True))
@@ -241,7 +241,7 @@ class InPlace(Backbone[InPlaceContext | BlockContext]):
         seen, places = beside.seen(context, is_causal=self.is_causal), context.places(beside.slots)
         if context.keys is None:
             known = context.embedded.shape[1]
-            clean = functional.pad(context.seen(known, is_causal=self.is_causal), (0, inputs.shape[1]))
+            clean = functional.pad(context.seen(known), (0, inputs.shape[1]))
             slots = torch.arange(known, device=positions.device).expand(len(positions), -1)
             places = torch.cat([context.places(slots), places], 1)
             hidden = self._run(torch.cat([context.embedded, inputs], 1), torch.cat([clean, seen], 1), places)[:, known:]
@@ -254,7 +254,7 @@ class InPlace(Backbone[InPlaceContext | BlockContext]):
         slots = torch.arange(context.embedded.shape[1], device=context.blocks.device)[-count:]
         places = context.places(slots.expand(len(context.blocks), -1))
         reader = Reader(context.keys)
-        self._run(context.embedded[:, -count:], context.seen(count, is_causal=self.is_causal), places, reader)
+        self._run(context.embedded[:, -count:], context.seen(count), places, reader)
         return replace(context, keys=reader.keys())
 
     def _run(self, inputs: Tensor, allowed: Tensor, places: Tensor, reader: Reader | None = None) -> Tensor:
