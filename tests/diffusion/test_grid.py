@@ -87,7 +87,7 @@ def built(schedule, space, backbone, block_size, **fields):
         network = type(BACKBONES[backbone]).model_validate({**BACKBONES[backbone].model_dump(), **fields})
         network = network.build(tiny_lm(vocab_size=VOCABULARY))
         states = SPACES[space].build(network.vocab_size, network.hidden_size)
-    model = DiffusionLM(SCHEDULES[schedule], states, network, block_size)
+    model = DiffusionLM(SCHEDULES[schedule].build(), states, network, block_size)
     model.origin = Origin(classes=CLASSES[: network.config.num_classes])
     return model
 
