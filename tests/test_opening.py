@@ -170,8 +170,9 @@ def place_reward_model(base, plant):
     yield lambda: reward_network.check_reward_model(str(folder), tiny_tokenizer(), needs_end=False)
     yield lambda: reward_network.load_reward_model(str(folder), torch.device("cpu"), torch.float32)
     measure = RewardMeasure(data="a", model=str(folder), canvas=8)
-    answerer = SimpleNamespace(lm=SimpleNamespace(device="cpu"), tokenizer=tiny_tokenizer(), batch_size=1)
-    yield lambda: measure._rewards(answerer, ["a"], [SimpleNamespace(text="b", ids=[5])], set())
+    lm = SimpleNamespace(device="cpu", ends=lambda is_chat: ())
+    answerer = SimpleNamespace(lm=lm, tokenizer=tiny_tokenizer(), batch_size=1)
+    yield lambda: measure._rewards(str(folder), answerer, ["a"], [SimpleNamespace(text="b", ids=[5])])
 
 
 def place_judge(base, plant):

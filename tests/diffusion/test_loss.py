@@ -245,7 +245,7 @@ def test_weights_and_refined_logits_count_in_the_sum_and_its_gradients_whatever_
     plain = functional.cross_entropy(head(features) + added, targets, reduction="none")
     wanted = torch.autograd.grad(3 * (weights * plain).sum(), [features, *head.parameters()])
     options = {"chunk": chunk, "weights": weights, "refine": lambda logits, part: logits + added[part]}
-    total, losses = chunked_cross_entropy(head, features, targets, parameters=list(head.parameters()), **options)
+    total, losses = chunked_cross_entropy(head, features, targets, **options)
     close(losses, plain.detach())
     found = torch.autograd.grad(3 * total, [features, *head.parameters()])
     for one, other in zip(found, wanted, strict=True):
