@@ -15,12 +15,8 @@ from importlib import metadata
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from threading import RLock
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import ValidationError
-
-from l2d_framework.blame import attribute
-from l2d_framework.component import Component
 from l2d_framework.errors import ConfigError, PluginError
 from l2d_framework.hooks import EXTENSIONS, GROUP
 from l2d_framework.registry.modules import untouched_modules
@@ -37,6 +33,9 @@ from l2d_framework.registry.offers import (
     source_of,
     unknown,
 )
+
+if TYPE_CHECKING:  # `l2d --help` asks for extensions, and has no time for pydantic
+    from l2d_framework.component import Component
 
 BUILTIN_DISTRIBUTION = "l2d-framework"
 ALLOW_LIST = "L2D_PLUGINS"
@@ -177,6 +176,8 @@ class Registry:
         if not isinstance(name, str):
             known = ", ".join(self.components(kind))
             raise ConfigError(f"A {kind} needs a `name`, got {dict(data)}. Available: {known}.")
+        from pydantic import ValidationError
+
         found = self.get(kind, name)
         try:
             return found.model_validate_json(json.dumps(dict(data)))
@@ -292,6 +293,8 @@ class Registry:
         self._loaded.add(source.plugin)
         for offer in offers:
             if not _is_builtin(source) and offer.kind in (*INTERFACES, CONVERTER):
+                from l2d_framework.blame import attribute
+
                 attribute(offer.value, source.shipped)
             self._offers.setdefault((offer.kind, offer.name), []).append(offer)
 

@@ -14,7 +14,6 @@ import pluggy
 import typer
 
 from l2d_framework import hooks
-from l2d_framework.component import Component
 from l2d_framework.errors import PluginError, suggest
 
 INTERFACES = {
@@ -172,6 +171,8 @@ def _answers(manager: pluggy.PluginManager, source: Source) -> Iterator[Offer]:
 
 
 def _kind(component: object) -> str:
+    from l2d_framework.component import Component
+
     if not isinstance(component, type):
         raise PluginError(f"l2d_components must return classes, got {component!r}. Return the class, not an instance.")
     interfaces = {kind: pkgutil.resolve_name(path) for kind, path in INTERFACES.items()}

@@ -17,7 +17,7 @@ from l2d_framework.config import SamplingSection, default_sampling
 from l2d_framework.config.sampling import with_preset
 from l2d_framework.diffusion.sampling import check_sampling
 from l2d_framework.errors import ConfigError, L2DError
-from l2d_framework.generation.arguments import _UNSERVED, _WITHOUT_EFFECT, Decoding, check_gapped
+from l2d_framework.generation.arguments import _UNSERVED, _WITHOUT_EFFECT, DecodingOptions, check_gapped
 from l2d_framework.generation.prompts import Encoded, pad_left
 from l2d_framework.registry import registry
 from l2d_framework.types import Layout
@@ -287,7 +287,7 @@ def test_no_field_of_a_generation_config_ends_in_a_foreign_error(name):
 
 def test_every_served_field_is_one_of_transformers_and_stands_in_one_list():
     fields = set(GenerationConfig().to_dict())
-    lists = [set(Decoding.model_fields), set(_UNSERVED), set(_WITHOUT_EFFECT)]
+    lists = [set(DecodingOptions.model_fields), set(_UNSERVED), set(_WITHOUT_EFFECT)]
     assert sum(map(len, lists)) == len(set.union(*lists))
     assert {"max_new_tokens", "eos_token_id", "pad_token_id", "temperature", "num_beams", "use_cache"} <= fields
 
