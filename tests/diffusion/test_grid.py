@@ -19,6 +19,7 @@ from l2d_framework.diffusion.training_noise import NoiseRule, draw
 from l2d_framework.errors import ConfigError
 from l2d_framework.models.diffusion_lm import DiffusionLM, Origin
 from l2d_framework.registry import registry
+from l2d_framework.schedule import Schedule
 from l2d_framework.types import Layout
 
 VOCABULARY, PROMPT, NEW = 64, 4, 4
@@ -77,7 +78,9 @@ def refusal(backbone, block_size):
 
 
 ALL = list(product(SCHEDULES, SPACES, BACKBONES, BLOCK_SIZES))
-SERVED = [parts for parts in ALL if refusal(*parts[2:]) is None]
+# Noise of a schedule that learns is that of its base, so every block size meets the base alone.
+LEARNED = [name for name, config in SCHEDULES.items() if not isinstance(config, Schedule)]
+SERVED = [parts for parts in ALL if refusal(*parts[2:]) is None and (parts[0] not in LEARNED or parts[3] in (1, None))]
 REFUSED = sorted({parts[2:] for parts in ALL} - {parts[2:] for parts in SERVED}, key=str)
 
 
