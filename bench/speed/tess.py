@@ -34,7 +34,7 @@ from transformers import (
 from l2d_framework.config import DiffusionRun, parse_run
 from l2d_framework.diffusion.ode import Streams, TokenODE
 from l2d_framework.diffusion.rng import TokenStreams
-from l2d_framework.diffusion.selection import AllTokens
+from l2d_framework.diffusion.selection import Selection
 from l2d_framework.models.diffusion_lm import DiffusionLM
 from l2d_framework.training.metrics import peak_memory
 from l2d_framework.training.run_record import environment
@@ -144,7 +144,7 @@ class Steps:
         options: dict[str, Any] = {} if guidance is None else {"guidance": [guidance]}
         sampling = self.lm.sampling(estimate=estimate, **options)
         space = self.lm.parametrization.with_estimate(sampling.estimate)
-        start = AllTokens(self._streams("prior"))
+        start = Selection(self._streams("prior"))
         problem = TokenODE(
             self.lm,
             Query(

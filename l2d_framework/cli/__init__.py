@@ -65,13 +65,16 @@ class _LazyGroup(TyperGroup):
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         if args and args[0] in ELSEWHERE and args[0] not in self.commands:
-            left_out = [source for source in extensions().disabled if source.plugin == args[0]]
-            broken = extensions().broken.get(args[0])
-            why = f"{ALLOW_LIST} leaves out {left_out[0]}." if left_out else ELSEWHERE[args[0]]
-            why = why if broken is None else f"Its plugin of {broken.distribution} is broken: {broken.error}"
-            ctx.fail(f"No such command {args[0]!r}. {why}")
+            ctx.fail(f"No such command {args[0]!r}. {_why_missing(args[0])}")
         name, command, rest = super().resolve_command(ctx, args)
         return name, _load(name) if name in COMMANDS else command, rest
+
+
+def _why_missing(name: str) -> str:
+    if broken := extensions().broken.get(name):
+        return f"Its plugin of {broken.distribution} is broken: {broken.error}"
+    left_out = [source for source in extensions().disabled if source.plugin == name]
+    return f"{ALLOW_LIST} leaves out {left_out[0]}." if left_out else ELSEWHERE[name]
 
 
 def _load(name: str) -> Any:

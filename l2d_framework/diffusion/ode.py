@@ -15,13 +15,13 @@ from l2d_framework.diffusion.diffusion import Diffusion
 from l2d_framework.diffusion.early_stop import EarlyStop
 from l2d_framework.diffusion.logits import CHUNK, Logits
 from l2d_framework.diffusion.rng import TokenStreams
-from l2d_framework.diffusion.selection import ActiveTokens, AllTokens, Sliced, Subset
+from l2d_framework.diffusion.selection import Selection, Sliced
 from l2d_framework.errors import PluginError
 from l2d_framework.guidance import Guidance
 from l2d_framework.parametrization import Parametrization
 from l2d_framework.schedule import NoiseLaw
 from l2d_framework.solver import Problem, Solver, Time, as_time
-from l2d_framework.types import Layout, Predict, Prediction, Query, Random, Space, Stride
+from l2d_framework.types import Context, Layout, Predict, Prediction, Query, Random, Space, Stride
 
 
 @dataclass(frozen=True)
@@ -153,10 +153,10 @@ class TokenODE(Problem):
         query = self._at(x, t)
         ahead = self._parametrization.lookahead(as_time(t, x), self._stride()).float()
         if active is None:
-            return self._evaluate(query, ahead, AllTokens(self._streams.estimate))[1]
-        part = self._compact(active)
-        _, found = self._evaluate(part.query(query), part.take(ahead), ActiveTokens(self._streams.estimate, part))
-        return part.put(found)
+            return self._evaluate(query, ahead, Selection(self._streams.estimate))[1]
+        rows, context = self._asked(active)
+        chosen = Selection.of(self._streams.estimate, active, rows)
+        return chosen.put(self._evaluate(chosen.query(query, context), chosen.take(ahead), chosen)[1])
 
     def read_out(self, x: Tensor, t: float) -> Logits:
         """Logits that yield the tokens, from the last evaluation.
@@ -168,13 +168,13 @@ class TokenODE(Problem):
         Returns:
             The logits; those of settled rows are the ones they settled with.
         """
-        return self._evaluate(self._at(x, t), None, AllTokens(self._streams.estimate))[0]
+        return self._evaluate(self._at(x, t), None, Selection(self._streams.estimate))[0]
 
     def _at(self, x: Tensor, t: Time) -> Query:
         shared = None if isinstance(t, Tensor) else float(t)
         return self._query.replace(x=x.float(), t=as_time(t, x).float(), shared_time=shared, previous=self._previous)
 
-    def _evaluate(self, query: Query, ahead: Tensor | None, random: AllTokens | ActiveTokens) -> tuple[Logits, Tensor]:
+    def _evaluate(self, query: Query, ahead: Tensor | None, random: Selection) -> tuple[Logits, Tensor]:
         """Logits, and the clean state at the temperature of `ahead`; the read-out moves no more and gets none."""
         if self._streams.repeat:
             self._streams.estimate.rewind()
@@ -254,16 +254,14 @@ class TokenODE(Problem):
                     "too, it is the model."
                 )
 
-    def _compact(self, active: Tensor) -> Subset:
+    def _asked(self, active: Tensor) -> tuple[Tensor, Context]:
+        """Rows with active tokens and their context, which is selected again only where the rows have changed."""
         rows = active.any(1).nonzero()[:, 0]
         if len(rows) == len(active):
-            context = self._query.context
-        elif self._rows is not None and torch.equal(rows, self._rows):
-            context = self._context
-        else:
+            return rows, self._query.context
+        if self._rows is None or not torch.equal(rows, self._rows):
             self._rows, self._context = rows, self._query.context.select(rows)
-            context = self._context
-        return Subset(rows, active, context)
+        return rows, self._context
 
 
 def _joined(parts: list[Tensor]) -> Tensor:
@@ -273,7 +271,7 @@ def _joined(parts: list[Tensor]) -> Tensor:
 class _Space:
     """The state space at one evaluation, as guidance sees it."""
 
-    def __init__(self, problem: TokenODE, ahead: Tensor, random: AllTokens | ActiveTokens, evaluation: int) -> None:
+    def __init__(self, problem: TokenODE, ahead: Tensor, random: Selection, evaluation: int) -> None:
         self._problem, self._ahead, self._random, self.evaluation = problem, ahead, random, evaluation
         self._estimates = 0
         self._recorded: set[str] = set()
@@ -283,7 +281,7 @@ class _Space:
         layout = self._problem._layout
         return Layout(self._random.rows(layout.tokens), self._random.rows(layout.blocks))
 
-    def branch(self) -> AllTokens | ActiveTokens:
+    def branch(self) -> Selection:
         # Streams per branch, so that what one branch draws does not depend on whether there is another.
         self._estimates += 1
         return self._random.branch(self._estimates - 1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,53 +13,52 @@ from l2d_framework.diffusion.rng import TokenStreams
 from l2d_framework.types import Context, Query, Random
 
 
-class Subset:
-    """The active tokens of a block as a smaller block: rows with any, and in each the active positions first.
+@dataclass(frozen=True)
+class Selection:
+    """All tokens of a block, or some as a smaller block: rows with any, and in each the active positions first.
 
-    Args:
-        rows: numbers of the rows with active tokens, (B',), int64.
-        active: (B, L), bool.
-        context: of those rows.
+    It is the `Random` of its tokens; of the streams of `uniform`, only theirs advance.
+
+    Attributes:
+        streams: of the whole block.
+        active: which tokens, (B, L), bool; all when None.
+        places: rows and columns of the smaller block's tokens, (B', 1) and (B', L'), int64; None where it is the whole.
     """
 
-    def __init__(self, rows: Tensor, active: Tensor, context: Context) -> None:
+    streams: TokenStreams
+    active: Tensor | None = None
+    places: tuple[Tensor, Tensor] | None = None
+
+    @classmethod
+    def of(cls, streams: TokenStreams, active: Tensor, rows: Tensor) -> Selection:
+        """Some tokens.
+
+        Args:
+            streams: of the whole block.
+            active: (B, L), bool.
+            rows: numbers of the rows with active tokens, (B',), int64.
+
+        Returns:
+            The selection.
+        """
         width = int(active.sum(1).max())
-        order = (~active[rows]).long().argsort(stable=True, dim=1)[:, :width]
-        self.rows, self.columns, self.active, self.context = rows[:, None], order, active, context
+        columns = (~active[rows]).long().argsort(stable=True, dim=1)[:, :width]
+        return cls(streams, active, (rows[:, None], columns))
 
     def take(self, values: Tensor) -> Tensor:
-        """Values of the smaller block.
-
-        Args:
-            values: (B, L, ...).
-
-        Returns:
-            (B', L', ...).
-        """
-        return values[self.rows, self.columns]
+        """Values of the smaller block, (B', L', ...), from those of the whole, (B, L, ...)."""
+        return values if self.places is None else values[self.places]
 
     def put(self, values: Tensor) -> Tensor:
-        """Values at the active tokens, zero elsewhere.
-
-        Args:
-            values: of the smaller block, (B', L', ...).
-
-        Returns:
-            (B, L, ...).
-        """
+        """Values of the smaller block, (B', L', ...), at their tokens of the whole, (B, L, ...), zero elsewhere."""
+        if self.active is None or self.places is None:
+            return values
         out = values.new_zeros(*self.active.shape, *values.shape[2:])
-        out[self.rows, self.columns] = values
+        out[self.places] = values
         return torch.where(self.active[..., None], out, 0)
 
-    def query(self, query: Query) -> Query:
-        """A query about the smaller block.
-
-        Args:
-            query: about the whole.
-
-        Returns:
-            About the active tokens.
-        """
+    def query(self, query: Query, context: Context) -> Query:
+        """A query about the smaller block from one about the whole, with the context of the rows asked about."""
         optional = {"condition": query.condition, "previous": query.previous, "guidance_scale": query.guidance_scale}
         taken: dict[str, Any] = {name: self.take(value) for name, value in optional.items() if value is not None}
         return replace(
@@ -67,55 +66,31 @@ class Subset:
             x=self.take(query.x),
             t=self.take(query.t),
             positions=self.take(query.positions),
-            context=self.context,
+            context=context,
             **taken,
         )
 
-
-class AllTokens:
-    """Random numbers for all tokens of the block.
-
-    Args:
-        streams: of the block.
-    """
-
-    def __init__(self, streams: TokenStreams) -> None:
-        self._streams = streams
-
     @property
     def device(self) -> torch.device:
         """Where the numbers are wanted."""
-        return self._streams.device
+        return self.streams.device
 
     def uniform(self) -> Tensor:
         """Next number of every stream, (B', L')."""
-        return self._streams.uniform()
+        return self.take(self.streams.uniform(self.active))
 
     def normal(self, size: int) -> Tensor:
-        """Next normal numbers of every stream.
-
-        Args:
-            size: how many per token.
-
-        Returns:
-            (B', L', size).
-        """
-        return self._streams.normal(size)
+        """Next normal numbers of every stream, (B', L', size)."""
+        return self.take(self.streams.normal(size))
 
     def seeds(self) -> Tensor:
         """Next seed of every stream, (B', L'), on the host."""
-        return self._streams.seeds()
+        seeds = self.streams.seeds()
+        return seeds if self.places is None else self.take(seeds.to(self.device)).cpu()
 
-    def branch(self, number: int) -> AllTokens:
-        """Independent streams of the same tokens.
-
-        Args:
-            number: which; 0 for these.
-
-        Returns:
-            The streams.
-        """
-        return AllTokens(self._streams.branch(number))
+    def branch(self, number: int) -> Selection:
+        """Independent streams of the same tokens; 0 for these."""
+        return replace(self, streams=self.streams.branch(number))
 
     def count(self, evaluations: Tensor, going: Tensor | None) -> None:
         """Count one evaluation.
@@ -124,133 +99,34 @@ class AllTokens:
             evaluations: per token, (B, L), int64; changed in place.
             going: rows that have not settled, (B,), bool, or None for all.
         """
-        evaluations += 1 if going is None else going[:, None].to(evaluations)
+        if self.active is not None:
+            evaluations += self.active
+        else:
+            evaluations += 1 if going is None else going[:, None].to(evaluations)
 
     def keep(self, memory: Tensor, earlier: Tensor | None) -> Tensor:
         """What is remembered of the evaluations so far.
 
         Args:
-            memory: of this one.
+            memory: of this one, (B', L', M).
             earlier: of those before, (B, L, M), or None.
 
         Returns:
             (B, L, M).
         """
-        return memory
+        new = self.put(memory)
+        return new if self.active is None or earlier is None else torch.where(self.active[..., None], new, earlier)
 
     def rows(self, values: Tensor) -> Tensor:
-        """Values of the rows asked about.
-
-        Args:
-            values: (B, ...).
-
-        Returns:
-            (B', ...).
-        """
-        return values
+        """Values of the rows asked about, (B', ...), from those of all, (B, ...)."""
+        return values if self.places is None else values[self.places[0][:, 0]]
 
     def spread(self, values: Tensor) -> Tensor:
-        """Values for all rows, NaN where nothing was asked.
-
-        Args:
-            values: (B',), float.
-
-        Returns:
-            (B,), float32.
-        """
-        return values
-
-
-class ActiveTokens:
-    """Random numbers for the active tokens; of the streams of `uniform`, only theirs advance.
-
-    Args:
-        streams: of the block.
-        part: the active tokens.
-    """
-
-    def __init__(self, streams: TokenStreams, part: Subset) -> None:
-        self._streams, self._part = streams, part
-
-    @property
-    def device(self) -> torch.device:
-        """Where the numbers are wanted."""
-        return self._streams.device
-
-    def uniform(self) -> Tensor:
-        """Next number of every stream, (B', L')."""
-        return self._part.take(self._streams.uniform(self._part.active))
-
-    def normal(self, size: int) -> Tensor:
-        """Next normal numbers of every stream.
-
-        Args:
-            size: how many per token.
-
-        Returns:
-            (B', L', size).
-        """
-        return self._part.take(self._streams.normal(size))
-
-    def seeds(self) -> Tensor:
-        """Next seed of every stream, (B', L'), on the host."""
-        return self._part.take(self._streams.seeds().to(self.device)).cpu()
-
-    def branch(self, number: int) -> ActiveTokens:
-        """Independent streams of the same tokens.
-
-        Args:
-            number: which; 0 for these.
-
-        Returns:
-            The streams.
-        """
-        return ActiveTokens(self._streams.branch(number), self._part)
-
-    def count(self, evaluations: Tensor, going: Tensor | None) -> None:
-        """Count one evaluation.
-
-        Args:
-            evaluations: per token, (B, L), int64; changed in place.
-            going: rows that have not settled, (B,), bool, or None for all.
-        """
-        evaluations += self._part.active
-
-    def keep(self, memory: Tensor, earlier: Tensor | None) -> Tensor:
-        """What is remembered of the evaluations so far.
-
-        Args:
-            memory: of this one.
-            earlier: of those before, (B, L, M), or None.
-
-        Returns:
-            (B, L, M).
-        """
-        new = self._part.put(memory)
-        return new if earlier is None else torch.where(self._part.active[..., None], new, earlier)
-
-    def rows(self, values: Tensor) -> Tensor:
-        """Values of the rows asked about.
-
-        Args:
-            values: (B, ...).
-
-        Returns:
-            (B', ...).
-        """
-        return values[self._part.rows[:, 0]]
-
-    def spread(self, values: Tensor) -> Tensor:
-        """Values for all rows, NaN where nothing was asked.
-
-        Args:
-            values: (B',), float.
-
-        Returns:
-            (B,), float32.
-        """
-        out = torch.full((len(self._part.active),), torch.nan, device=values.device)
-        out[self._part.rows[:, 0]] = values.float()
+        """Values of the rows asked about, (B',), float32, among those of all, (B,), NaN where nothing was asked."""
+        if self.active is None or self.places is None:
+            return values
+        out = torch.full((len(self.active),), torch.nan, device=values.device)
+        out[self.places[0][:, 0]] = values
         return out
 
 

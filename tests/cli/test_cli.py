@@ -11,30 +11,12 @@ from fake_plugins import TOYS, broken, installed, plugin
 from torch import nn
 from toy_components import Forward
 
-from l2d_framework.cli import COMMANDS, main
+from l2d_framework.cli import COMMANDS
 from l2d_framework.cli.params import count_by_module
 from l2d_framework.config import config_hash, load_run
 from l2d_framework.errors import ConfigError
 from l2d_framework.models.checkpoint import build_model
 from l2d_framework.registry import BrokenPlugin, PluginRow, Registry, extensions
-
-
-@pytest.fixture
-def l2d(monkeypatch, capsys):
-    """Runs the command line in this process; returns exit code, standard output and standard error."""
-    # Help texts are wrapped at the width of the terminal.
-    monkeypatch.setenv("COLUMNS", "200")
-
-    def run(*arguments):
-        capsys.readouterr()  # what the preparations wrote
-        monkeypatch.setattr(sys, "argv", ["l2d", *map(str, arguments)])
-        try:
-            code = main()
-        except SystemExit as stop:
-            code = stop.code
-        return code or 0, *capsys.readouterr()
-
-    return run
 
 
 @pytest.fixture
