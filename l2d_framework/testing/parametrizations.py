@@ -140,11 +140,7 @@ def check_estimate_is_tokenwise(config: ParametrizationConfig) -> None:
 
 @torch.no_grad()
 def check_prior_is_corruption_at_the_start(config: ParametrizationConfig) -> None:
-    """At t = 0 a token has become the prior, whichever token it was.
-
-    Args:
-        config: any parametrization.
-    """
+    """At t = 0 a token has become the prior, whichever token it was."""
     space, table = built_space(config)
     tokens, _, _ = questions()
     start = torch.zeros(tokens.shape)
@@ -156,11 +152,7 @@ def check_prior_is_corruption_at_the_start(config: ParametrizationConfig) -> Non
 
 @torch.no_grad()
 def check_corruption_ends_clean(config: ParametrizationConfig) -> None:
-    """At t = 1 no noise is left, and nothing else before.
-
-    Args:
-        config: any parametrization.
-    """
+    """At t = 1 no noise is left, and nothing else before."""
     space, table = built_space(config)
     tokens, _, _ = questions()
     clean = dense(space.encode(tokens, table))
@@ -173,11 +165,7 @@ def check_corruption_ends_clean(config: ParametrizationConfig) -> None:
 
 @torch.no_grad()
 def check_corruption_is_tokenwise(config: ParametrizationConfig) -> None:
-    """A token's noisy state depends on its own token, noise and time, and on nothing else.
-
-    Args:
-        config: any parametrization.
-    """
+    """A token's noisy state depends on its own token, noise and time, and on nothing else."""
     space, table = built_space(config)
     tokens, _, t = questions()
     noise = space.noise(toy_streams(tokens))
@@ -191,11 +179,7 @@ def check_corruption_is_tokenwise(config: ParametrizationConfig) -> None:
 
 @torch.no_grad()
 def check_refinement_knows_clean_states(config: ParametrizationConfig) -> None:
-    """Where no noise is left, the state names its token against whatever the network says.
-
-    Args:
-        config: a parametrization that overrides `refine`.
-    """
+    """Where no noise is left, the state names its token against whatever the network says."""
     space, table = built_space(config)
     tokens, logits, t = questions()
     before = logits.clone()
@@ -207,11 +191,7 @@ def check_refinement_knows_clean_states(config: ParametrizationConfig) -> None:
 
 @torch.no_grad()
 def check_refinement_is_tokenwise(config: ParametrizationConfig) -> None:
-    """A token's logits depend on its own state and time, and on nothing else.
-
-    Args:
-        config: a parametrization that overrides `refine`.
-    """
+    """A token's logits depend on its own state and time, and on nothing else."""
     space, table = built_space(config)
     tokens, logits, t = questions()
     x = space.corrupt(tokens, space.noise(toy_streams(tokens)), t, ToySchedule(), table)

@@ -63,11 +63,7 @@ def _tell(law: NoiseLaw, updates: int = 5) -> None:
 
 @_of_built
 def check_schedule_shapes(schedule: NoiseLaw) -> None:
-    """Weights and slopes have the shape and dtype of the time they belong to.
-
-    Args:
-        schedule: any schedule.
-    """
+    """Weights and slopes have the shape and dtype of the time they belong to."""
     for t in (torch.rand(2, 3) * 0.9, torch.tensor(0.5, dtype=torch.float64)):
         d_alpha, d_sigma = schedule.derivatives(t)
         for name, value in {
@@ -84,11 +80,7 @@ def check_schedule_shapes(schedule: NoiseLaw) -> None:
 
 @_of_built
 def check_schedule_endpoints(schedule: NoiseLaw) -> None:
-    """T = 0 is pure noise of the prior's scale and t = 1 is clean.
-
-    Args:
-        schedule: any schedule.
-    """
+    """T = 0 is pure noise of the prior's scale and t = 1 is clean."""
     ends = torch.tensor([0.0, 1.0])
     ensure_close(schedule.alpha(ends), ends, "alpha must be 0 at t = 0 and 1 at t = 1", tolerance=1e-3)
     ensure_close(schedule.sigma(ends), 1 - ends, "sigma must be 1 at t = 0 and 0 at t = 1", tolerance=1e-3)
@@ -96,11 +88,7 @@ def check_schedule_endpoints(schedule: NoiseLaw) -> None:
 
 @_of_built
 def check_schedule_signal_to_noise_rises(schedule: NoiseLaw) -> None:
-    """Alpha never falls, sigma never rises, and their ratio rises all the time.
-
-    Args:
-        schedule: any schedule.
-    """
+    """Alpha never falls, sigma never rises, and their ratio rises all the time."""
     t = _inner_times()
     alpha, sigma = schedule.alpha(t), schedule.sigma(t)
     ensure((alpha.diff() >= 0).all(), f"alpha falls after t = {_first(t, alpha.diff() < 0)}.")
@@ -111,11 +99,7 @@ def check_schedule_signal_to_noise_rises(schedule: NoiseLaw) -> None:
 
 @_of_built
 def check_schedule_derivatives(schedule: NoiseLaw) -> None:
-    """`derivatives` are the slopes of `alpha` and `sigma`.
-
-    Args:
-        schedule: any schedule.
-    """
+    """`derivatives` are the slopes of `alpha` and `sigma`."""
     t, h = _inner_times(), 1e-3
     for slope, law, name in zip(
         schedule.derivatives(t), (schedule.alpha, schedule.sigma), ("alpha", "sigma"), strict=True
@@ -126,11 +110,7 @@ def check_schedule_derivatives(schedule: NoiseLaw) -> None:
 
 @_of_built
 def check_schedule_noise_inverts_interpolate(schedule: NoiseLaw) -> None:
-    """The noise recovered from a state is the noise that made it.
-
-    Args:
-        schedule: any schedule.
-    """
+    """The noise recovered from a state is the noise that made it."""
     clean, noise, t = _path()
     found = schedule.noise(schedule.interpolate(clean, noise, t), clean, t)
     ensure_close(found, noise, "noise must undo interpolate")
@@ -138,11 +118,7 @@ def check_schedule_noise_inverts_interpolate(schedule: NoiseLaw) -> None:
 
 @_of_built
 def check_schedule_velocity_follows_path(schedule: NoiseLaw) -> None:
-    """The velocity points along the path, at whatever speed, and is finite from t = 0 on.
-
-    Args:
-        schedule: any schedule.
-    """
+    """The velocity points along the path, at whatever speed, and is finite from t = 0 on."""
     clean, noise, t = _path()
     h = 1e-4
     slope = (schedule.interpolate(clean, noise, t + h) - schedule.interpolate(clean, noise, t - h)) / (2 * h)
@@ -155,11 +131,7 @@ def check_schedule_velocity_follows_path(schedule: NoiseLaw) -> None:
 
 @_of_built
 def check_schedule_training_times(schedule: NoiseLaw) -> None:
-    """Training times of uniform numbers lie in [0, 1], and rise or fall with them all the way.
-
-    Args:
-        schedule: any schedule.
-    """
+    """Training times of uniform numbers lie in [0, 1], and rise or fall with them all the way."""
     u = _uniform_numbers()
     t = schedule.sample_times(u)
     ensure(
@@ -174,11 +146,7 @@ def check_schedule_training_times(schedule: NoiseLaw) -> None:
 
 @_of_built
 def check_schedule_weight(schedule: NoiseLaw) -> None:
-    """Weights of the loss are finite at every training time and none is negative.
-
-    Args:
-        schedule: any schedule.
-    """
+    """Weights of the loss are finite at every training time and none is negative."""
     t = schedule.sample_times(_uniform_numbers())
     weight = schedule.weight(t)
     if weight is not None:
@@ -189,11 +157,7 @@ def check_schedule_weight(schedule: NoiseLaw) -> None:
 
 @_of_built
 def check_schedule_noisier(schedule: NoiseLaw) -> None:
-    """The time of a first prediction lies in [0, 1], never later than the training time it serves and mostly earlier.
-
-    Args:
-        schedule: any schedule.
-    """
+    """The time of a first prediction lies in [0, 1], never after the training time it serves and mostly earlier."""
     t = schedule.sample_times(_uniform_numbers())
     noisier = schedule.noisier(t)
     ensure(
@@ -208,11 +172,7 @@ def check_schedule_noisier(schedule: NoiseLaw) -> None:
 
 @_of_built
 def check_schedule_grid(schedule: NoiseLaw) -> None:
-    """A grid has as many times as asked for, rising within [0, 1] to the end asked for.
-
-    Args:
-        schedule: any schedule.
-    """
+    """A grid has as many times as asked for, rising within [0, 1] to the end asked for."""
     for count in (1, 2, 5, 16):
         for end in (1.0, 0.9):
             times = schedule.grid(count, end)
@@ -227,11 +187,7 @@ def check_schedule_grid(schedule: NoiseLaw) -> None:
 
 @torch.no_grad()
 def check_schedule_is_its_state_dict(config: ScheduleConfig) -> None:
-    """What a schedule has learned is in its state dict, to the bit, and held-out times do not change with it.
-
-    Args:
-        config: a schedule that builds a module.
-    """
+    """What a schedule has learned is in its state dict, to the bit, and held-out times do not change with it."""
     law, other = config.build(), config.build()
     assert isinstance(law, nn.Module) and isinstance(other, nn.Module)  # `schedule_checks` asks no others
     u = _uniform_numbers()
