@@ -235,20 +235,12 @@ def _facts(surroundings: Surroundings, seconds: float) -> dict[str, object]:
 
 
 def _show(console: Console, filled: Filled, profile: ProfileFile) -> None:
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
-
     from l2d_bench.report import notes, printed, rows
+    from l2d_framework.evaluation.tables import terminal
 
     own = (filled.plan.table.title, rows(filled, profile))
     theirs = [(f"The paper prints: {title}", table) for title, table in printed(filled)]
-    for title, (heading, *body) in (own, *theirs):
-        shown = Table(box=box.SIMPLE_HEAD, title=Text(title))
-        for name in heading:
-            shown.add_column(Text(name))
-        for row in body:
-            shown.add_row(*(Text(cell) for cell in row))
-        console.print(shown)
+    for title, table in (own, *theirs):
+        console.print(terminal(table, title))
     for note in notes(filled, profile):
         console.print(f"- {note}", highlight=False, markup=False, soft_wrap=True)

@@ -12,16 +12,16 @@ class Settled(Exception):
     """Every row of a block has settled, so the solver may stop.
 
     Args:
-        answer: what they settled with.
+        logits: what they settled with.
     """
 
-    def __init__(self, answer: Logits) -> None:
+    def __init__(self, logits: Logits) -> None:
         super().__init__()
-        self.answer = answer
+        self.logits = logits
 
 
 class EarlyStop:
-    """Rows whose tokens no longer change keep the answer they had then, whatever their batch mates still do.
+    """Rows whose tokens no longer change keep the logits they had then, whatever their batch mates still do.
 
     Args:
         patience: evaluations in a row without a change after which a row has settled.
@@ -38,16 +38,16 @@ class EarlyStop:
         self._unchanged = torch.zeros(rows, dtype=torch.int64)
         self.going = torch.ones(rows, dtype=torch.bool)
 
-    def add(self, answer: Logits, tokens: Tensor, *, is_last: bool) -> Logits:
+    def add(self, logits: Logits, tokens: Tensor, *, is_last: bool) -> Logits:
         """Take note of an evaluation.
 
         Args:
-            answer: its answer.
+            logits: its logits.
             tokens: the most likely tokens, (B, L), int64.
             is_last: whether it is the read-out.
 
         Returns:
-            The answer, with that of settled rows in their place.
+            The logits, with those of settled rows in their place.
 
         Raises:
             Settled: if no row goes on before the read-out.
@@ -56,7 +56,7 @@ class EarlyStop:
             same = (tokens == self._tokens).all(1).cpu()
             self._unchanged = torch.where(same, self._unchanged + 1, 0)
         self._tokens = tokens
-        self._kept = answer if self._kept is None else answer.where(self.going.to(tokens.device), self._kept)
+        self._kept = logits if self._kept is None else logits.where(self.going.to(tokens.device), self._kept)
         self.going = self.going & (self._unchanged < self._patience)
         if not is_last and not self.going.any():
             raise Settled(self._kept)

@@ -55,12 +55,12 @@ class Denoised:
     """What became of a block.
 
     Attributes:
-        answer: logits that yield the tokens.
+        logits: those that yield the tokens.
         evaluations: network evaluations spent on each token, (B, L), int64.
         metrics: what guidance recorded, by name, (B, evaluations), float32.
     """
 
-    answer: Logits
+    logits: Logits
     evaluations: Tensor
     metrics: dict[str, Tensor]
 
@@ -108,8 +108,8 @@ class Sampler:
         backbone, space = diffusion.backbone, self.parametrization
         if sampling.num_inference_steps == 0:
             plain = backbone.plain(positions, block.context)
-            answer = Logits(plain, backbone.vocab_size, backbone.head)
-            return Denoised(answer, torch.zeros_like(positions), {})
+            logits = Logits(plain, backbone.vocab_size, backbone.head)
+            return Denoised(logits, torch.zeros_like(positions), {})
         solver, times = plan(diffusion, sampling)
         x = space.prior(block.streams("prior"))
         x = x.to(torch.float32 if x.device.type == "mps" else space.state_dtype)
@@ -132,9 +132,9 @@ class Sampler:
             observer=self.observer,
         )
         try:
-            answer = problem.read_out(problem.solve(solver, x, times), times[-1])
+            logits = problem.read_out(problem.solve(solver, x, times), times[-1])
         except Settled as end:
-            answer = end.answer
+            logits = end.logits
         problem.check_sound()
         metrics = {name: torch.stack(values, 1) for name, values in problem.metrics.items()}
-        return Denoised(answer, problem.evaluations, metrics)
+        return Denoised(logits, problem.evaluations, metrics)

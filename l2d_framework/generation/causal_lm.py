@@ -226,7 +226,7 @@ class DiffusionForCausalLM(PreTrainedModel, GenerationMixin):
         found = solve(Block(positions, cache.layout, cache.context, keys, condition))
         if self.on_step is not None:
             self.on_step(found.evaluations)
-        return torch.cat([part for _, part in found.answer.parts()], 1)
+        return torch.cat([part for _, part in found.logits.parts()], 1)
 
 
 def as_transformers(diffusion: Diffusion, sampling: Sampling, class_id: int | None = None) -> DiffusionForCausalLM:

@@ -132,7 +132,7 @@ def infill(diffusion: Diffusion, gapped: Layout, *, sampling: Sampling, observer
         ],
     )
     found = Sampler.of(diffusion, sampling, observer)(block)
-    chosen = torch.stack([logits.argmax(-1) for logits in found.answer.columns()], 1)
+    chosen = torch.stack([logits.argmax(-1) for logits in found.logits.columns()], 1)
     filled = gapped.tokens.scatter(1, positions, chosen)
     return Infilled(filled, gapped.blocks, found.evaluations[:, 0], found.metrics)
 

@@ -230,7 +230,7 @@ class _Loop:
             block_keys = self._keys(rows, start - length, end - start)
             found = self.denoise(self._block(context, rows, ids, block_keys))
             self._keep_metrics(found.metrics, rows, len(ids))
-            ids, before_end, going = self._pick(found.answer, rows, ids, (processors, criteria, config))
+            ids, before_end, going = self._pick(found.logits, rows, ids, (processors, criteria, config))
             block = ids.new_zeros(2, len(ids), end - start)
             block[:, rows] = torch.stack([found.evaluations * before_end, before_end.long()])
             cost, kept = torch.cat([cost, block[0]], 1), torch.cat([kept, block[1]], 1)

@@ -115,7 +115,7 @@ def test_a_change_starts_the_count_again():
     last = answer([1, 1])
     with pytest.raises(Settled) as end:
         settling.add(*last, is_last=False)
-    assert torch.equal(end.value.answer.values, last[0].values)
+    assert torch.equal(end.value.logits.values, last[0].values)
 
 
 def test_a_settled_row_keeps_its_answer_even_if_its_tokens_would_change():

@@ -53,7 +53,7 @@ def tokens(model: DiffusionLM, reading: Reading, batch_size: int) -> Tensor:
         parts = [
             logits.argmax(-1)
             for portion in batch.portions(model)
-            for _, logits in solve(portion.block(context)).answer.parts()
+            for _, logits in solve(portion.block(context)).logits.parts()
         ]
         found.append(torch.cat(parts, 1)[batch.valid].cpu())
     return torch.cat(found)

@@ -50,7 +50,7 @@ def solve(model: DiffusionLM, batch: Batch, context: Any, sampling: SamplingSect
     if not model.backbone.identity_at_zero:
         return Trajectories(times, torch.stack(tokens), tokens[0])
     plain = Sampler.of(model, sampling.model_copy(update={"num_inference_steps": 0}))(batch.block(context))
-    base = torch.cat([logits.argmax(-1) for _, logits in plain.answer.parts()], 1)
+    base = torch.cat([logits.argmax(-1) for _, logits in plain.logits.parts()], 1)
     return Trajectories(times, torch.stack(tokens), base.cpu())
 
 

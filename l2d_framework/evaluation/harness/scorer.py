@@ -156,7 +156,7 @@ class Scorer:
         spent = found.evaluations.view(shape).sum(-1).tolist()
         for row, counts in zip(offsets, spent, strict=True):
             self.evaluations.extend(n for j, n in enumerate(counts) if j == 0 or row[j] != row[j - 1])
-        logits = torch.cat([part for _, part in found.answer.parts()], 1)
+        logits = torch.cat([part for _, part in found.logits.parts()], 1)
         return logits.view(*shape, -1).log_softmax(-1)
 
     @torch.no_grad()
