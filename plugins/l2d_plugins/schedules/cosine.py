@@ -30,14 +30,7 @@ class Cosine(Schedule):
     """T, number of training times i / T; any time is drawn when None."""
 
     def table(self, steps: int) -> Tensor:
-        """abar at i / N for i = 0 .. N - 1.
-
-        Args:
-            steps: N.
-
-        Returns:
-            (N,), float32, computed in float64.
-        """
+        """abar at i / N for i = 0 .. N - 1, (N,), float32, computed in float64."""
         angle = (torch.arange(steps, dtype=torch.float64) / steps + _OFFSET) / (1 + _OFFSET) * (math.pi / 2)
         return (angle.cos() ** 2 / math.cos(_OFFSET / (1 + _OFFSET) * math.pi / 2) ** 2).float()
 
