@@ -19,7 +19,7 @@ from l2d_framework.testing.scenes import (
 )
 from l2d_framework.types import Layout
 
-law = Laws(torch.no_grad())
+law = Laws(torch.no_grad(), built)
 
 _VISIBLE = 1e-3
 """Smallest relative change that counts as an effect."""
@@ -37,20 +37,15 @@ def check_backbone_shapes(config: BackboneConfig) -> None:
         f"Built from {config!r}, the module's config is {backbone.config!r}, from which another one is built.",
     )
     expected = (backbone.lm.config.vocab_size, backbone.lm.config.hidden_size)
-    shapes = {
-        "table()": backbone.table().shape,
-        "(vocab_size, hidden_size)": (backbone.vocab_size, backbone.hidden_size),
-    }
-    for name, shape in shapes.items():
+    own = (backbone.vocab_size, backbone.hidden_size)
+    for name, shape in (("table()", backbone.table().shape), ("(vocab_size, hidden_size)", own)):
         ensure(shape == expected, f"{name} is {tuple(shape)}, the language model's table {expected}.")
     features = scene.ask(backbone)
     ensure(isinstance(backbone.head, nn.Module), f"head must be a module; it is {backbone.head!r}.")
     logits = backbone.head(features)
     ensure(features.shape == scene.h.shape, f"features are {tuple(features.shape)}, not {tuple(scene.h.shape)}.")
-    ensure(
-        logits.shape == (*features.shape[:2], backbone.vocab_size) and logits.dtype == torch.float32,
-        f"head gave {tuple(logits.shape)} {logits.dtype}.",
-    )
+    is_sound = logits.shape == (*features.shape[:2], backbone.vocab_size) and logits.dtype == torch.float32
+    ensure(is_sound, f"head gave {tuple(logits.shape)} {logits.dtype}.")
     ensure(logits.isfinite().all(), "Logits are not finite.")
     ensure_close(backbone.head(features[:, 1:2]), logits[:, 1:2], "head must treat every position alike")
 

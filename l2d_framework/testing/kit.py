@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from l2d_framework.component import Component
 from l2d_framework.testing import backbones, common, guidance, parametrizations, schedules, solvers
@@ -12,12 +12,12 @@ from l2d_framework.testing.laws import Check
 if TYPE_CHECKING:
     import pytest
 
-_BY_KIND: dict[str, Callable[[Any], list[Check]]] = {
-    "schedule": lambda config: schedules.law.of(config.build()),
-    "parametrization": lambda config: parametrizations.law.of(parametrizations.Case(config).space),
-    "backbone": lambda config: backbones.law.of(backbones.built(config)),
-    "solver": solvers.law.of,
-    "guidance": guidance.law.of,
+_BY_KIND = {
+    "schedule": schedules.law,
+    "parametrization": parametrizations.law,
+    "backbone": backbones.law,
+    "solver": solvers.law,
+    "guidance": guidance.law,
 }
 
 
@@ -35,7 +35,7 @@ def checks_for(component: object) -> list[Check]:
     """
     if not isinstance(component, Component) or component.kind not in _BY_KIND:
         raise TypeError(f"{component!r} is not a component; pass instances such as Midpoint().")
-    return common.law.of(component) + _BY_KIND[component.kind](component)
+    return common.law.of(component) + _BY_KIND[component.kind].of(component)
 
 
 def parametrize_with_checks(components: Sequence[Component]) -> pytest.MarkDecorator:

@@ -12,10 +12,14 @@ Check = Callable[[Any], None]
 
 
 class Laws:
-    """Laws of one kind of component, registered by decorating them; `around` makes a check of each function."""
+    """Laws of one kind of component: `around` makes a check of a function, `build` what declares capabilities."""
 
-    def __init__(self, around: Callable[[Any], Check] = lambda law: law) -> None:
-        self._around = around
+    def __init__(
+        self,
+        around: Callable[[Any], Check] = lambda law: law,
+        build: Callable[[Any], Any] = lambda component: component,
+    ) -> None:
+        self._around, self._build = around, build
         self._laws: list[tuple[Check, Callable[[Any], Any]]] = []
 
     def __call__(self, law: Callable[[Any], None]) -> Check:
@@ -34,7 +38,8 @@ class Laws:
 
     def of(self, component: Any) -> list[Check]:
         """The checks that bind a component, in the order of their registration."""
-        return [check for check, binds in self._laws if binds(component)]
+        built = self._build(component)
+        return [check for check, binds in self._laws if binds(built)]
 
 
 def ensure(holds: bool | Tensor, message: str) -> None:

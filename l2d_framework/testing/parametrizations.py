@@ -23,7 +23,7 @@ _ONE = (slice(1, None), slice(1, 2))
 """One token of those asked about."""
 
 
-class Case:
+class _Case:
     """A fresh state space in evaluation mode, and what it is asked about: a table (V, H), tokens, logits and times."""
 
     def __init__(self, config: ParametrizationConfig, seed: int = 0) -> None:
@@ -38,48 +38,41 @@ class Case:
         self.certain = 1e4 * functional.one_hot(self.tokens, VOCAB).float()
 
     def at(self, time: float) -> Tensor:
-        """The same time for every token."""
-        return torch.full(self.tokens.shape, time)
+        return torch.full(self.tokens.shape, float(time))
 
     def encode(self) -> Tensor:
-        """Clean states."""
         return self.space.encode(self.tokens, self.table)
 
     def noise(self) -> Tensor:
-        """The same noise at every call."""
         return self.space.noise(toy_streams(self.tokens))
 
     def corrupt(self, t: Tensor) -> Tensor:
-        """States of that noise."""
         return self.space.corrupt(self.tokens, self.noise(), t, _SCHEDULE, self.table)
 
     def estimate(self, logits: Tensor, t: Tensor, codebook: Tensor) -> Tensor:
-        """Clean states to move towards, drawn from fresh streams."""
         return self.space.estimate(logits, t, codebook, toy_streams(self.tokens))
 
     def embed(self, x: Tensor, t: Tensor, previous: Tensor | None) -> Tensor:
-        """Network input."""
         return self.space.embed(x, t, _SCHEDULE, self.table, previous)
 
     def refine(self, x: Tensor, t: Tensor) -> Tensor:
-        """Logits that know the state."""
         return self.space.refine(self.logits, x, t, _SCHEDULE, self.table)
 
 
-def _of_case(check: Callable[[Case], None]) -> Check:
+def _of_case(check: Callable[[_Case], None]) -> Check:
     @wraps(check)
     @torch.no_grad()
     def checked(config: ParametrizationConfig) -> None:
-        check(Case(config))
+        check(_Case(config))
 
     return checked
 
 
-law = Laws(_of_case)
+law = Laws(_of_case, lambda config: _Case(config).space)
 
 
 @law
-def check_parametrization_shapes(case: Case) -> None:
+def check_parametrization_shapes(case: _Case) -> None:
     """States are (B, L, D) in float32, and the prior has a scale."""
     space, tokens = case.space, case.tokens
     scale = space.prior_scale
@@ -95,7 +88,7 @@ def check_parametrization_shapes(case: Case) -> None:
 
 
 @law
-def check_parametrization_tells_tokens_apart(case: Case) -> None:
+def check_parametrization_tells_tokens_apart(case: _Case) -> None:
     """No two tokens share a clean state."""
     clean = case.space.encode(torch.arange(VOCAB)[None], case.table)[0]
     gaps = torch.cdist(clean, clean) + torch.eye(VOCAB) * clean.norm(dim=-1).max()
@@ -103,7 +96,7 @@ def check_parametrization_tells_tokens_apart(case: Case) -> None:
 
 
 @law
-def check_estimate_of_onehot_is_encode(case: Case) -> None:
+def check_estimate_of_onehot_is_encode(case: _Case) -> None:
     """A network that is certain of a token moves the state to that token, at every time."""
     for time in (0.0, 0.5, 1.0):
         estimate = case.estimate(case.certain, case.at(time), case.space.codebook(case.table))
@@ -111,7 +104,7 @@ def check_estimate_of_onehot_is_encode(case: Case) -> None:
 
 
 @law
-def check_codebook_is_not_stale(case: Case) -> None:
+def check_codebook_is_not_stale(case: _Case) -> None:
     """A codebook made once serves any number of estimates, and a fresh one follows every change of the weights."""
     kept = case.space.codebook(case.table)
     first = case.estimate(case.logits, case.t, kept)
@@ -126,7 +119,7 @@ def check_codebook_is_not_stale(case: Case) -> None:
 
 
 @law
-def check_estimate_keeps_to_its_streams(case: Case) -> None:
+def check_estimate_keeps_to_its_streams(case: _Case) -> None:
     """An estimate draws from the streams it is given and from nothing else."""
     codebook = case.space.codebook(case.table)
     with torch.random.fork_rng(devices=[]):
@@ -140,7 +133,7 @@ def check_estimate_keeps_to_its_streams(case: Case) -> None:
 
 
 @law
-def check_estimate_is_tokenwise(case: Case) -> None:
+def check_estimate_is_tokenwise(case: _Case) -> None:
     """A token's estimate does not depend on what else is in the batch."""
     codebook = case.space.codebook(case.table)
     together = case.estimate(case.logits, case.t, codebook)
@@ -149,7 +142,7 @@ def check_estimate_is_tokenwise(case: Case) -> None:
 
 
 @law
-def check_prior_is_corruption_at_the_start(case: Case) -> None:
+def check_prior_is_corruption_at_the_start(case: _Case) -> None:
     """At t = 0 a token has become the prior, whichever token it was."""
     prior, noise = dense(case.space.prior(toy_streams(case.tokens))), case.noise()
     for tokens in (case.tokens, case.tokens.flip(1)):
@@ -158,7 +151,7 @@ def check_prior_is_corruption_at_the_start(case: Case) -> None:
 
 
 @law
-def check_corruption_ends_clean(case: Case) -> None:
+def check_corruption_ends_clean(case: _Case) -> None:
     """At t = 1 no noise is left, and nothing else before."""
     clean = dense(case.encode())
     ensure_close(dense(case.corrupt(case.at(1))), clean, "corrupt must be encode at t = 1")
@@ -166,7 +159,7 @@ def check_corruption_ends_clean(case: Case) -> None:
 
 
 @law
-def check_corruption_is_tokenwise(case: Case) -> None:
+def check_corruption_is_tokenwise(case: _Case) -> None:
     """A token's noisy state depends on its own token, noise and time, and on nothing else."""
     noise, together = case.noise(), dense(case.corrupt(case.t))
     with torch.random.fork_rng(devices=[]):
@@ -180,7 +173,7 @@ def _refines(space: Parametrization) -> bool:
 
 
 @law.where(_refines)
-def check_refinement_knows_clean_states(case: Case) -> None:
+def check_refinement_knows_clean_states(case: _Case) -> None:
     """Where no noise is left, the state names its token against whatever the network says."""
     before = case.logits.clone()
     refined = case.refine(case.encode(), case.at(1))
@@ -191,7 +184,7 @@ def check_refinement_knows_clean_states(case: Case) -> None:
 
 
 @law.where(_refines)
-def check_refinement_is_tokenwise(case: Case) -> None:
+def check_refinement_is_tokenwise(case: _Case) -> None:
     """A token's logits depend on its own state and time, and on nothing else."""
     x = case.corrupt(case.t)
     together = case.refine(x, case.t)
@@ -200,7 +193,7 @@ def check_refinement_is_tokenwise(case: Case) -> None:
 
 
 @law
-def check_embed_is_finite(case: Case) -> None:
+def check_embed_is_finite(case: _Case) -> None:
     """The network input is (B, L, H) and finite from pure noise to clean states, with and without a previous answer."""
     for time in (0.0, 1e-6, 0.5, 1 - 1e-6, 1.0):
         x = case.corrupt(case.at(time))
@@ -211,7 +204,7 @@ def check_embed_is_finite(case: Case) -> None:
 
 
 @law
-def check_embed_is_tokenwise(case: Case) -> None:
+def check_embed_is_tokenwise(case: _Case) -> None:
     """A token's network input does not depend on what else is in the batch."""
     x = case.space.prior(toy_streams(case.tokens))
     together, alone = case.embed(x, case.t, None), case.embed(x[_ONE], case.t[_ONE], None)
@@ -219,7 +212,7 @@ def check_embed_is_tokenwise(case: Case) -> None:
 
 
 @law
-def check_embed_uses_previous_where_declared(case: Case) -> None:
+def check_embed_uses_previous_where_declared(case: _Case) -> None:
     """The previous answer changes the network input if, and only if, the space declares `uses_previous`."""
     without, with_previous = (case.embed(case.encode(), case.t, previous) for previous in (None, case.logits))
     effect, declared = distance(with_previous, without), case.space.uses_previous
@@ -230,7 +223,7 @@ def check_embed_uses_previous_where_declared(case: Case) -> None:
 
 
 @law.where(lambda space: space.uses_previous)
-def check_no_previous_is_uniform(case: Case) -> None:
+def check_no_previous_is_uniform(case: _Case) -> None:
     """No previous answer is the same as one that finds every token equally likely, remembered or not."""
     x, zero = case.encode(), torch.zeros_like(case.logits)
     without = case.embed(x, case.t, None)
@@ -239,7 +232,7 @@ def check_no_previous_is_uniform(case: Case) -> None:
 
 
 @law.where(lambda space: space.uses_previous)
-def check_embed_needs_only_what_is_remembered(case: Case) -> None:
+def check_embed_needs_only_what_is_remembered(case: _Case) -> None:
     """What is remembered of an answer serves the network input as well as its logits, and is never taken for logits."""
     logits, x = case.logits, case.encode()
     memory = case.space.remember(logits, case.table)
@@ -253,9 +246,9 @@ def check_embed_needs_only_what_is_remembered(case: Case) -> None:
 
 
 @law
-def check_parametrization_is_its_state_dict(case: Case) -> None:
+def check_parametrization_is_its_state_dict(case: _Case) -> None:
     """Two modules of one configuration and one state dict encode and embed alike."""
-    other = Case(case.config, seed=1)
+    other = _Case(case.config, seed=1)
     other.space.load_state_dict(case.space.state_dict())
     ensure_close(other.encode(), case.encode(), "encode must depend on the state dict only")
     h, again = (one.embed(case.encode(), case.t, case.logits) for one in (case, other))
@@ -263,7 +256,7 @@ def check_parametrization_is_its_state_dict(case: Case) -> None:
 
 
 @law.where(lambda space: "estimate" in type(space.config).model_fields)
-def check_estimate_options(case: Case) -> None:
+def check_estimate_options(case: _Case) -> None:
     """Other sampling-time options share every weight, and a misspelt one is refused."""
     other = case.space.with_estimate(case.config.to_json()["estimate"])
     ensure(other.config == case.config, f"Repeating the options changed the config to {other.config!r}.")
@@ -277,7 +270,7 @@ def check_estimate_options(case: Case) -> None:
 
 
 @law
-def check_noise_is_standard_normal(case: Case) -> None:
+def check_noise_is_standard_normal(case: _Case) -> None:
     """Noise is (B, L, D), standard normal, and independent within a token and between tokens."""
     keys, size = torch.arange(3000).view(30, 100), case.space.state_size
     noise = dense(case.space.noise(toy_streams(keys)))
@@ -297,7 +290,7 @@ def check_noise_is_standard_normal(case: Case) -> None:
 
 
 @law
-def check_noise_keeps_to_its_streams(case: Case) -> None:
+def check_noise_keeps_to_its_streams(case: _Case) -> None:
     """A token's noise comes from its own stream, is new at every call, and is the same alone and beside others."""
     streams = toy_streams(case.tokens)
     with torch.random.fork_rng(devices=[]):

@@ -27,7 +27,7 @@ def _of_built(check: Callable[[NoiseLaw], None]) -> Check:
     return checked
 
 
-law = Laws(_of_built)
+law = Laws(_of_built, lambda config: config.build())
 
 
 def _tell(schedule: NoiseLaw, updates: int = 5) -> None:
@@ -43,10 +43,8 @@ def check_schedule_shapes(schedule: NoiseLaw) -> None:
     for t in (torch.rand(2, 3) * 0.9, torch.tensor(0.5, dtype=torch.float64)):
         values = schedule.alpha(t), schedule.sigma(t), *schedule.derivatives(t)
         for name, value in zip(("alpha", "sigma", "alpha'", "sigma'"), values, strict=True):
-            ensure(
-                value.shape == t.shape and value.dtype == t.dtype,
-                f"{name} of {tuple(t.shape)} {t.dtype} came out as {tuple(value.shape)} {value.dtype}.",
-            )
+            claim = f"{name} of {tuple(t.shape)} {t.dtype} came out as {tuple(value.shape)} {value.dtype}."
+            ensure(_is_like(value, t), claim)
 
 
 @law
@@ -104,8 +102,7 @@ def check_schedule_training_times(schedule: NoiseLaw) -> None:
     """Training times of uniform numbers lie in [0, 1], and rise or fall with them all the way."""
     u = _uniform_numbers()
     t = schedule.sample_times(u)
-    is_like = t.shape == u.shape and t.dtype == u.dtype
-    ensure(is_like, f"sample_times changed {u.shape} {u.dtype} to {t.shape} {t.dtype}.")
+    ensure(_is_like(t, u), f"sample_times changed {u.shape} {u.dtype} to {t.shape} {t.dtype}.")
     outside = (t < 0) | (t > 1) | ~t.isfinite()
     ensure(not outside.any(), f"sample_times gives {t[outside].tolist()[:3]} for u = {u[outside].tolist()[:3]}.")
     ensure(t[-1] != t[0], "sample_times gives the first and the last u the same time.")
@@ -129,8 +126,7 @@ def check_schedule_noisier(schedule: NoiseLaw) -> None:
     """The time of a first prediction lies in [0, 1], never after the training time it serves and mostly earlier."""
     t = schedule.sample_times(_uniform_numbers())
     noisier = schedule.noisier(t)
-    is_like = noisier.shape == t.shape and noisier.dtype == t.dtype
-    ensure(is_like, f"noisier changed {t.shape} {t.dtype} to {noisier.shape} {noisier.dtype}.")
+    ensure(_is_like(noisier, t), f"noisier changed {t.shape} {t.dtype} to {noisier.shape} {noisier.dtype}.")
     outside = (noisier < 0) | (noisier > 1) | ~noisier.isfinite()
     ensure(not outside.any(), f"noisier leaves [0, 1] for t = {t[outside].tolist()[:3]}.")
     ensure((noisier <= t).all(), f"noisier moves away from the noise at t = {t[noisier > t].tolist()[:3]}.")
@@ -180,6 +176,10 @@ def _path() -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
     clean, noise = torch.randn(2, 2, 3, 8, generator=generator, dtype=torch.float64)
     return clean, noise, torch.tensor([[0.05, 0.3, 0.5], [0.6, 0.8, 0.95]], dtype=torch.float64)
+
+
+def _is_like(value: Tensor, given: Tensor) -> bool:
+    return value.shape == given.shape and value.dtype == given.dtype
 
 
 def _first(t: Tensor, where: Tensor) -> float:

@@ -120,20 +120,14 @@ class InPlace(Backbone[InPlaceContext | BlockContext]):
     @property
     def gradient_checkpointing(self) -> bool:
         """Whether activations are computed again in the backward pass; setting it switches the language model."""
-        for name in ("is_activation_checkpointing", "is_gradient_checkpointing"):
-            if hasattr(self.lm, name):
-                return bool(getattr(self.lm, name))
-        return False
+        return bool(getattr(self.lm, f"is_{_recomputation(self.lm)}", False))
 
     @gradient_checkpointing.setter
     def gradient_checkpointing(self, wanted: bool) -> None:
-        lm: Any = self.lm
-        enable = getattr(lm, "activation_checkpointing_enable", None) or lm.gradient_checkpointing_enable
-        disable = getattr(lm, "activation_checkpointing_disable", None) or lm.gradient_checkpointing_disable
         if wanted:
-            enable({"use_reentrant": False})
+            getattr(self.lm, f"{_recomputation(self.lm)}_enable")({"use_reentrant": False})
         else:
-            disable()
+            getattr(self.lm, f"{_recomputation(self.lm)}_disable")()
 
     @override
     def in_blocks(self, size: int | None) -> Self:
@@ -296,6 +290,11 @@ class InPlace(Backbone[InPlaceContext | BlockContext]):
 
 def _is_masked(lm_config: Any) -> bool:
     return lm_config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+
+def _recomputation(lm: PreTrainedModel) -> str:
+    """What this release of transformers calls it."""
+    return "activation_checkpointing" if hasattr(lm, "activation_checkpointing_enable") else "gradient_checkpointing"
 
 
 def _forgotten(lm: PreTrainedModel) -> PreTrainedModel:

@@ -140,14 +140,11 @@ def _mixed(now: Tensor, previous: Tensor, mix: str) -> Tensor:
     return now
 
 
-def nucleus(logits: Tensor, top_p: float) -> Tensor:
-    """The likeliest tokens as long as the mass before them is below `top_p` (arXiv:1904.09751), (..., V), bool."""
-    _, inside, order = _likeliest(logits, top_p, logits.shape[-1])
-    return torch.zeros_like(inside).scatter(-1, order, inside)
+def likeliest(logits: Tensor, top_p: float, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Of the `count` likeliest tokens in falling order: probability, whether the nucleus keeps them, and id.
 
-
-def _likeliest(logits: Tensor, top_p: float, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Of the `count` likeliest tokens in falling order: probability, whether the nucleus keeps them, and id."""
+    The nucleus keeps tokens as long as the mass before them is below `top_p`, so always the first (arXiv:1904.09751).
+    """
     total = logits.logsumexp(-1, keepdim=True)
     top, order = logits.topk(count, dim=-1)
     mass = (top - total).exp()
@@ -193,7 +190,7 @@ def _settled(logits: Tensor, top_p: float, tokens: Tensor, u: Tensor, candidates
     """
     size = logits.shape[-1]
     count = min(candidates, size)
-    mass, inside, order = _likeliest(logits, top_p, count)
+    mass, inside, order = likeliest(logits, top_p, count)
     drawn = order.gather(-1, categorical(mass * inside, u)[..., None]).squeeze(-1)
     kept = ((order == tokens[..., None]) & inside).any(-1)
     settled = torch.where(kept, tokens, drawn)

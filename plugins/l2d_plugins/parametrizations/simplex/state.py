@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Self
@@ -61,23 +61,20 @@ class WideState(Tensor):
 
     def dense(self) -> Tensor:
         """All its numbers, (B, L, D), float32."""
-        out = torch.empty(self.shape, device=self.device)
-        for place, state in self._places(out):
-            state._write(place).add_(state.level[..., None])
-        return out
+        return self._filled(lambda place, state: place.add_(state.level[..., None]))
 
     def _softmax(self) -> Tensor:
-        out = torch.empty(self.shape, device=self.device)
-        for place, state in self._places(out):
-            # No level: what all components share does not change their softmax.
-            torch.softmax(state._write(place), -1, out=place)
-        return out
+        # No level: what all components share does not change their softmax.
+        return self._filled(lambda place, _: torch.softmax(place, -1, out=place))
 
-    def _places(self, out: Tensor) -> Iterator[tuple[Tensor, WideState]]:
-        """Consecutive places of `out`, each (1, n, D), with the states that belong there."""
-        whole, out = _map(self, lambda values: values.reshape(1, -1)), out.view(1, -1, self.shape[-1])
-        for part in cached_pieces(out):
-            yield out[:, part], _map(whole, lambda values, part=part: values[:, part])  # type: ignore[misc]
+    def _filled(self, finish: Callable[[Tensor, WideState], Any]) -> Tensor:
+        """All its numbers but the level, finished a few positions at a time, each (1, n, D)."""
+        out = torch.empty(self.shape, device=self.device)
+        state, places = _map(self, lambda values: values.reshape(1, -1)), out.view(1, -1, self.shape[-1])
+        for part in cached_pieces(places):
+            here = _map(state, lambda values, part=part: values[:, part])  # type: ignore[misc]
+            finish(here._write(places[:, part]), here)
+        return out
 
     def _write(self, out: Tensor) -> Tensor:
         """Fill `out` with everything but the level."""
