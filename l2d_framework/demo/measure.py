@@ -92,10 +92,11 @@ class Outcome:
 class Denoising:
     """How one answer takes shape."""
 
-    question: Question
     chosen: str  # why this question is shown
-    tokens: list[str]  # the most likely ones; those of the last evaluation first
+    prompt: str
+    completion: str
     times: list[float]  # of each evaluation
+    tokens: list[str]  # the most likely ones; those of the last evaluation first
     probabilities: list[list[float]]  # of each token at each evaluation
 
 
@@ -142,7 +143,8 @@ class Measurement:
     def _shown(self, question: Question, chosen: str, times: list[float], probabilities: Tensor) -> Denoising:
         best = torch.cat([probabilities[row].topk(_SHOWN).indices for row in (-1, 0, 1)])
         shown = list(dict.fromkeys(best.tolist()))
-        return Denoising(question, chosen, self._texts(shown), times, probabilities[:, shown].T.tolist())
+        curves = probabilities[:, shown].T.tolist()
+        return Denoising(chosen, question.prompt, question.completion, times, self._texts(shown), curves)
 
     def _texts(self, tokens: list[int]) -> list[str]:
         return [str(self._tokenizer.decode([token])) for token in tokens]

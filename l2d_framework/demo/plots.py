@@ -80,12 +80,14 @@ def _draw_tokens(axes: Axes, denoising: Denoising) -> None:
     axes.plot(denoising.times, others, color=_GREY, linestyle=":", linewidth=1.6, label="all others")
     marks = cycle(zip(_TOKENS, "osv^DPX<", strict=True))
     for token, row in zip(denoising.tokens, denoising.probabilities, strict=True):
-        right = token == denoising.question.completion
+        right = token == denoising.completion
         colour, marker = (GREEN, "*") if right else next(marks)
-        style = {"markersize": 8, "linewidth": 2.8, "zorder": 4} if right else {"markersize": 4, "linewidth": 1.4}
+        style: dict[str, Any] = {"markersize": 4, "linewidth": 1.4}
+        if right:
+            style = {"markersize": 8, "linewidth": 2.8, "zorder": 4}
         label = f"{token.strip()}: right" if right else token.strip()
         axes.plot(denoising.times, row, color=colour, marker=marker, label=label, **style)
-    axes.set_title("\n".join([*wrap(denoising.chosen, 72), denoising.question.prompt]), fontsize=9)
+    axes.set_title("\n".join([*wrap(denoising.chosen, 72), denoising.prompt]), fontsize=9)
     _frame(axes, (-0.02, 1.02), "t, from noise (0: the base model's answer) to data (1: read-out)")
     axes.legend(fontsize=8, framealpha=0.9)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 from l2d_framework.demo.measure import ADAPTIVE, DEFAULT, FIXED, Denoising, Outcome, Sheet, difference
@@ -151,11 +152,7 @@ def to_json(results: Results) -> dict[str, Any]:
         skills = {name: _numbers(_only(one, name)) for name in (NEW, *OLD)}
         scores = {"new": _numbers(one.new), "old": _numbers(one.old), "by_skill": skills}
         outcomes.append({"model": one.model, "solver": one.solver, "evaluations": evaluations, **scores})
-    denoisings = []
-    for shown in results.denoisings:
-        asked = {"prompt": shown.question.prompt, "completion": shown.question.completion}
-        seen = {"times": shown.times, "tokens": shown.tokens, "probabilities": shown.probabilities}
-        denoisings.append({"chosen": shown.chosen, **asked, **seen})
+    denoisings = [asdict(denoising) for denoising in results.denoisings]
     stages = {
         name: {"seconds": card["seconds"], **card["parameters"], "updates": card["result"]["steps"]}
         for name, card in results.cards.items()

@@ -72,16 +72,12 @@ def check_solver_times(solver: Solver) -> None:
 @law.where(lambda solver: not solver.is_adaptive)
 def check_solver_evaluation_count(solver: Solver) -> None:
     """A number of evaluations is hit exactly, read-out included, or refused with one that can be."""
-    hit = 0
-    for wanted in range(1, 18):
-        size = _grid_size(solver, wanted)
-        if size is None:
-            continue
-        hit += 1
+    sizes = {wanted: size for wanted in range(1, 18) if (size := _grid_size(solver, wanted)) is not None}
+    for wanted, size in sizes.items():
         used = _solve(solver, _start(_KEYS), _KEYS, count=size)[1].evaluations + 1
         claim = f"num_inference_steps={wanted} became a grid of {size} times and {used.unique().tolist()} evaluations."
         ensure((used == wanted).all(), claim)
-    ensure(hit >= 2, "grid_size refuses nearly every number of evaluations from 1 to 17.")
+    ensure(len(sizes) >= 2, "grid_size refuses nearly every number of evaluations from 1 to 17.")
 
 
 @law.where(lambda solver: not (solver.is_adaptive or solver.is_stochastic))
@@ -89,8 +85,9 @@ def check_solver_order(solver: Solver) -> None:
     """Halving the step divides the error by 2 to the declared order."""
     keys = torch.zeros(1, 4, dtype=torch.int64)
     x, end = _start(keys).double(), 0.8
+    true = _reference(x, keys, end)
     ends = [_solve(solver, x, keys, count=steps + 1, end=end)[0] for steps in (16, 32)]
-    coarse, fine = (float((reached - _reference(x, keys, end)).abs().max()) for reached in ends)
+    coarse, fine = (float((reached - true).abs().max()) for reached in ends)
     measured = float(torch.tensor(coarse / fine).log2())
     ensure(
         measured > solver.order - 0.3,
@@ -164,10 +161,8 @@ def check_solver_tokens_are_independent(solver: Solver) -> None:
         one = (slice(row, row + 1), slice(column, column + 1))
         alone, lonely = _solve(solver, x[one], _KEYS[one])
         ensure_close(together[one], alone, "a token's path must not depend on its batch mates; or set batch_coupled")
-        ensure(
-            torch.equal(problem.evaluations[one], lonely.evaluations),
-            f"A token costs {int(lonely.evaluations)} evaluations alone, {int(problem.evaluations[one])} in a batch.",
-        )
+        here, there = int(problem.evaluations[one]), int(lonely.evaluations)
+        ensure(here == there, f"A token costs {there} evaluations alone, {here} in a batch.")
 
 
 def _constant(x: Tensor, t: Tensor, key: Tensor) -> Tensor:

@@ -68,8 +68,8 @@ class Trace:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Trace:
         """Read what `to_json` made, possibly after a round through text."""
-        read = {name: np.array(value, _DTYPES[name]) if name in _DTYPES else value for name, value in data.items()}
-        return cls(**read)
+        arrays: dict[str, Any] = {name: np.array(data[name], kind) for name, kind in _DTYPES.items()}
+        return cls(**{**data, **arrays})
 
 
 def _plain(value: Any) -> Any:

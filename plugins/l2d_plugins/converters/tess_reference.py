@@ -75,12 +75,7 @@ def read_tess1(folder: Path) -> ForeignCheckpoint:
             "tokens. Such a network cannot be converted."
         )
     return ForeignCheckpoint(
-        parts={
-            "schedule": {"name": "cosine"},
-            "parametrization": space,
-            "backbone": {"name": "in_place", "time_bias": True, "label_shift": False},
-            "block_size": None,
-        },
+        parts=_parts(space, time_bias=True, label_shift=False),
         own=own,
         base_config=_plain_config(config),
         base={name: value for name, value in state.items() if not name.startswith(_TESS1_IGNORED)},
@@ -106,16 +101,7 @@ def read_tess2(folder: Path) -> ForeignCheckpoint:
         config["model_type"] == "llama" and "lm_head.weight" not in state and not config.get("tie_word_embeddings")
     )
     return ForeignCheckpoint(
-        parts={
-            "schedule": {"name": "cosine"},
-            "parametrization": space,
-            "backbone": {
-                "name": "in_place",
-                "attention": "causal" if config.get("is_causal") else "bidirectional",
-                "label_shift": True,
-            },
-            "block_size": None,
-        },
+        parts=_parts(space, attention="causal" if config.get("is_causal") else "bidirectional", label_shift=True),
         own=time,
         base_config=_plain_config(config),
         base=_without_rotations(state),
@@ -138,6 +124,15 @@ def read_tess2_reward(folder: Path) -> ForeignCheckpoint:
             f"{str(folder)!r} has {max(counts)} outputs; a reward model has one. Give the folder of a reward model."
         )
     return ForeignCheckpoint(None, {}, _plain_config(config) | {"num_labels": 1}, _without_rotations(state))
+
+
+def _parts(space: dict[str, Any], **backbone: Any) -> dict[str, Any]:
+    return {
+        "schedule": {"name": "cosine"},
+        "parametrization": space,
+        "backbone": {"name": "in_place", **backbone},
+        "block_size": None,
+    }
 
 
 def _read_space(folder: Path, config: dict[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
