@@ -19,14 +19,7 @@ class LowRank(Linear):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        """Frozen projection plus the low-rank change.
-
-        Args:
-            x: (..., in).
-
-        Returns:
-            (..., out).
-        """
+        """Frozen projection plus the low-rank change."""
         (name,) = self.active_adapters
         down: Any = self.lora_A[name]
         up: Any = self.lora_B[name]
@@ -35,13 +28,7 @@ class LowRank(Linear):
 
 
 def adapt(layers: nn.Module, config: LoraConfig, name: str) -> None:
-    """Put a fresh LoRA on linear modules.
-
-    Args:
-        layers: where they are; changed in place.
-        config: names the modules; without dropout.
-        name: of the adapter.
-    """
+    """Put a fresh LoRA without dropout on the linear modules that the config names, in place."""
     # Of every kind: a quantized module computes in its own way what the low-rank product is added to.
     config._register_custom_module({nn.Module: LowRank})
     inject_adapter_in_model(config, layers, name)
