@@ -201,18 +201,7 @@ def read_file(path: str | Path) -> dict[str, Any]:
 
 
 def override(data: dict[str, Any], assignments: list[str]) -> dict[str, Any]:
-    """Run data with some values replaced.
-
-    Args:
-        data: contents of a run file.
-        assignments: such as `training.max_steps=100` or `data.train.0.path=my.jsonl`; values are YAML.
-
-    Returns:
-        A changed copy; sections that do not exist are made.
-
-    Raises:
-        ConfigError: if an assignment is malformed or its path leads nowhere.
-    """
+    """Run data with values replaced by assignments such as `data.train.0.path=my.jsonl`; missing sections are made."""
     data = copy.deepcopy(data)
     for assignment in assignments:
         path, equals, text = assignment.partition("=")

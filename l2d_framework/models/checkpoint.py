@@ -51,7 +51,6 @@ from l2d_framework.models.manifest import (
     recorded_origin,
     sealed,
 )
-from l2d_framework.models.model_card import model_card
 from l2d_framework.models.origin import Origin
 from l2d_framework.opening import open_model, reading
 from l2d_framework.registry import registry
@@ -63,36 +62,22 @@ _SCHEDULE = "schedule."
 
 @naming_plugins()
 def build_model(run: DiffusionRun, *, meta: bool = False) -> DiffusionLM:
-    """Diffusion model over a base model.
-
-    Args:
-        run: the run file.
-        meta: make shapes only, on the meta device; no weights are read.
-
-    Returns:
-        The model, its own weights initialised from the run's seed, or those of the diffusion checkpoint that its base
-        is.
-
-    Raises:
-        CheckpointError: if that checkpoint is one of another state space or backbone.
-        ConfigError: if the backbone trains a quantized language model, or its tokenizer has tokens without embeddings.
-    """
+    """Diffusion model over a base model, new or going on from a diffusion checkpoint; with `meta` its shapes only."""
     config = load_config(run.model)
     run.backbone.check(config, run.block_size)
     tokenizer = None if meta else load_tokenizer(run.model)
     if tokenizer is not None:
         check_vocabulary(tokenizer, config, run.model.base)
     lm = empty_language_model(config, run.model.attn_implementation) if meta else load_language_model(run.model)
-    model = _assemble(run, lm, run.seed)
+    model = assemble(run, lm, run.seed)
     if not meta and ((folder := fetch(run.model.base, run.model.revision)) / MANIFEST).is_file():
         _go_on(model, run, folder)
-    template = read_template(run.data.chat_template) if run.data is not None else None
     model.origin = Origin(
         model=run.model,
         fingerprint=None if meta else fingerprint(run.model),
         classes=tuple(run.classes),
         sampling=run.sampling,
-        chat_template=template,
+        chat_template=None if run.data is None else read_template(run.data.chat_template),
     )
     model.tokenizer = tokenizer
     return model
@@ -110,7 +95,8 @@ def _go_on(model: DiffusionLM, run: DiffusionRun, folder: Path) -> None:
     _load_own(model, folder, schedule=manifest["schedule"] == model.schedule.config.to_json())
 
 
-def _assemble(parts: Any, lm: PreTrainedModel, seed: int) -> DiffusionLM:
+def assemble(parts: Any, lm: PreTrainedModel, seed: int = 0) -> DiffusionLM:
+    """Diffusion model of the components of a run or manifest; the caller's random numbers do not change for it."""
     with torch.random.fork_rng(devices=[]), torch.device(lm.device):
         torch.manual_seed(seed)
         backbone = parts.backbone.build(lm)
@@ -155,7 +141,7 @@ def save(model: DiffusionLM, folder: str | Path, *, notes: str = "", dtype: torc
         files = [path.relative_to(stage) for path in sorted(stage.rglob("*")) if path.is_file()]
         hashes = {path.as_posix(): file_hash(stage / path) for path in files}
         manifest = sealed(to_manifest(model) | {"files": hashes})
-        (stage / CARD).write_text(model_card(model, notes), encoding="utf-8")
+        (stage / CARD).write_text(_model_card(model, notes), encoding="utf-8")
         (stage / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
         if model.backbone.trains_lm:
             # Those of an earlier save, such as shards and files of another tokenizer, would be opened with the new.
@@ -219,6 +205,36 @@ def to_manifest(model: DiffusionLM) -> dict[str, Any]:
     }
 
 
+def _model_card(model: DiffusionLM, notes: str = "") -> str:
+    base = model.origin.model.base if model.origin.model is not None else None
+    own = sum(p.numel() for p in model.own_parameters().values())
+    rest = "which is part of them" if model.backbone.trains_lm else "whose weights are not part of this repository"
+    is_hub = base is not None and not Path(base).exists() and base.count("/") == 1
+    head = ["---", "library_name: l2d-framework", "pipeline_tag: text-generation", "tags: [diffusion, l2d-framework]"]
+    head += [f"base_model: {base}"] if is_hub else []
+    lines = [
+        *head,
+        "---",
+        "",
+        "# Diffusion language model",
+        "",
+        f"{own:,} trained parameters over `{base}`, {rest}.",
+        "",
+        "```python",
+        "import l2d_framework as l2d",
+        "",
+        'lm = l2d.load("PATH_OR_HUB_ID")',
+        'print(lm.tokenizer.decode(lm.generate(["Hello"], max_new_tokens=32).sequences[0]))',
+        "```",
+        "",
+        f"Schedule `{model.schedule.config.component_name()}`, parametrization "
+        f"`{model.parametrization.config.component_name()}`, backbone `{model.backbone.config.component_name()}`.",
+        "",
+        notes,
+    ]
+    return "\n".join(lines)
+
+
 def load(
     path: str | Path,
     *,
@@ -248,21 +264,21 @@ def load(
     chosen = None if dtype is None else str(dtype).removeprefix("torch.")
     reference = base_reference(folder, manifest, base=base, dtype=chosen)
     is_inside = holds_language_model(manifest)
-    found = manifest["fingerprint"] if is_inside else fingerprint(reference)
+    here = manifest["fingerprint"] if is_inside else fingerprint(reference)
     # A model put together by hand has read no base files, so it could record no fingerprint.
-    if manifest["fingerprint"] not in (None, found):
+    if manifest["fingerprint"] not in (None, here):
         raise CheckpointError(
-            f"The base model {reference.base!r} has fingerprint {found[:12]}, but this checkpoint was trained on "
+            f"The base model {reference.base!r} has fingerprint {here[:12]}, but this checkpoint was trained on "
             f"{str(manifest['fingerprint'])[:12]}. Pass the right model as `base`."
         )
     config = load_config(reference)
     with reading(f"what {str(folder / MANIFEST)!r} describes"):
         parts = Parts(manifest)
         parts.backbone.check(config, parts.block_size)
-        model = _assemble(parts, load_language_model(reference), seed=0)
+        model = assemble(parts, load_language_model(reference))
     _load_own(model, folder)
     recorded = manifest["model"] and validated(ModelSection, manifest["model"], "model")
-    model.origin = recorded_origin(manifest, recorded if is_inside else reference, found)
+    model.origin = recorded_origin(manifest, recorded if is_inside else reference, here)
     model.tokenizer = load_tokenizer(reference)
     return model.to(device or "cpu").eval()
 
@@ -291,19 +307,16 @@ def _load_own(model: DiffusionLM, folder: Path, *, schedule: bool = True) -> Non
     adapter = model.backbone.peft_adapter()
     targets: dict[str, Tensor] = {} if adapter is None else dict(adapter[1])
     targets |= _own(model) | (_learned(model) if schedule else {})
-    found: dict[str, Tensor] = {}
+    stored: dict[str, Tensor] = {}
     for path in [folder / WEIGHTS] + ([folder / ADAPTER / "adapter_model.safetensors"] if adapter else []):
         try:
-            found |= load_file(path)
+            stored |= load_file(path)
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{str(path)!r} is missing or damaged ({error}). Copy it again.") from error
     if not schedule:  # a run may go on with another one
-        found = {name: value for name, value in found.items() if not name.startswith(_SCHEDULE)}
-    wrong = sorted(
-        name
-        for name in targets.keys() | found.keys()
-        if name not in targets or name not in found or targets[name].shape != found[name].shape
-    )
+        stored = {name: value for name, value in stored.items() if not name.startswith(_SCHEDULE)}
+    shapes, wanted = ({name: value.shape for name, value in state.items()} for state in (stored, targets))
+    wrong = sorted(name for name in wanted.keys() | shapes.keys() if wanted.get(name) != shapes.get(name))
     if wrong:
         raise CheckpointError(
             f"{str(folder)!r} does not fit this model: {len(wrong)} tensors are missing, superfluous or of another "
@@ -311,7 +324,7 @@ def _load_own(model: DiffusionLM, folder: Path, *, schedule: bool = True) -> Non
         )
     with torch.no_grad():
         for name, target in targets.items():
-            target.copy_(found[name])
+            target.copy_(stored[name])
 
 
 def push_to_hub(model: DiffusionLM, repo_id: str, *, private: bool = False, notes: str = "") -> str:

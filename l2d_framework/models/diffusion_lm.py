@@ -179,7 +179,7 @@ class DiffusionLM(Diffusion):
         if isinstance(scales, list):
             self._settings(diffusing, scale=1.0)  # refuses scales where there is nothing to scale
         encoded = self._encoded(prompts)
-        config, criteria = self._picking(generation_config, options, stopping_criteria, encoded.chats or [False])
+        config, criteria = self._decoding(generation_config, options, stopping_criteria, encoded.chats or [False])
         check_length(encoded.attention_mask.sum(-1).tolist(), config, self.backbone.lm.config)
         requests = Requests(
             encoded.to(self.device),
@@ -188,8 +188,8 @@ class DiffusionLM(Diffusion):
             samples=request.num_return_sequences,
             seeds=seeds if isinstance(seeds, list) else None,
         )
-        picking = Decoding(config, logits_processor or LogitsProcessorList(), criteria, streamer)
-        return generate(self, requests, sampling=sampling, picking=picking, observer=observer)
+        decoding = Decoding(config, logits_processor or LogitsProcessorList(), criteria, streamer)
+        return generate(self, requests, sampling=sampling, picking=decoding, observer=observer)
 
     @naming_plugins()
     def infill(
@@ -223,8 +223,7 @@ class DiffusionLM(Diffusion):
             arguments.check_texts(texts)
             gapped = read_gaps(self.tokenizer, [texts] if isinstance(texts, str) else texts, self.backbone.lm.config)
         placed = Layout(gapped.tokens.to(self.device), gapped.blocks.to(self.device))
-        found = infill(self, placed, sampling=sampling, observer=observer)
-        return found.ended(self.ends(is_chat=False))
+        return infill(self, placed, sampling=sampling, observer=observer).ended(self.ends(is_chat=False))
 
     @naming_plugins()
     def as_transformers(
@@ -247,9 +246,9 @@ class DiffusionLM(Diffusion):
         """
         sampling = self._settings(options, guidance_scale)
         label = None if class_name is None else self.origin.class_id(class_name)
-        face = as_transformers(self, sampling, label)
-        add_ends(face.generation_config, self.ends(is_chat=False))
-        return face
+        lm = as_transformers(self, sampling, label)
+        add_ends(lm.generation_config, self.ends(is_chat=False))
+        return lm
 
     def _encoded(self, prompts: Prompt | Sequence[Prompt] | Tensor | Encoded) -> Encoded:
         if isinstance(prompts, Tensor):
@@ -261,7 +260,7 @@ class DiffusionLM(Diffusion):
         chats = [not isinstance(prompt, str) for prompt in several]
         return pad_left(encode_prompts(self.tokenizer, several, self.origin.chat_template), chats=chats)
 
-    def _picking(
+    def _decoding(
         self,
         config: GenerationConfig | None,
         options: dict[str, Any],

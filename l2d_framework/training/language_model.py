@@ -33,13 +33,7 @@ _STREAMED_TEXTS = 100_000
 
 
 class NextToken(Learner):
-    """Learns to predict the next token at supervised positions.
-
-    Args:
-        lm: the language model, or a PEFT model over one; what requires a gradient is trained, in float32.
-        tokenizer: saved with it.
-        training: for gradient checkpointing and the size of loss chunks.
-    """
+    """Learns to predict the next token at supervised positions; what requires a gradient is trained, in float32."""
 
     def __init__(
         self, lm: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, training: TrainingSection
@@ -143,13 +137,6 @@ def scratch_tokenizer(data: DataSection, scratch: ScratchSection) -> PreTrainedT
 
     For some families, Qwen2 among them, transformers reads any tokenizer as the family's own class, which splits texts
     in its own way; for those it is trained to split so, too.
-
-    Args:
-        data: the `data` section of the run file.
-        scratch: the `scratch` section.
-
-    Returns:
-        The tokenizer; `AutoTokenizer` reads it beside the model's config as what it is.
     """
     size = scratch.tokenizer.vocab_size
     made = train_tokenizer(_texts(data), size)

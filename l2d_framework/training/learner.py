@@ -35,30 +35,11 @@ class Learner(nn.Module, ABC):
         index: Tensor,
         epoch: Tensor,
     ) -> dict[str, Tensor]:
-        """Loss of a batch; the arguments are what `EpochCollator` makes.
-
-        Args:
-            input_ids: (B, S), int64.
-            blocks: -1 padding, 0 known, k >= 1 supervised, (B, S), int64.
-            labels: token ids where supervised, else -100, (B, S), int64.
-            length: tokens of each row without padding, (B,), int64.
-            class_id: (B,), int64, -1 for none.
-            index: of each example in data order, (B,), int64.
-            epoch: of each example, (B,), int64.
-
-        Returns:
-            `loss`, the sum over supervised tokens in nats, (), differentiable; `losses` of every draw, (N,), and the
-            `row` each belongs to, (N,); for a diffusion model also its time `t` and whether it `is_pad`, (N,).
-        """
+        """Loss of a batch; the arguments are what `EpochCollator` makes."""
 
     @abstractmethod
     def save(self, folder: Path, notes: str) -> None:
-        """Write the model for its users.
-
-        Args:
-            folder: where to.
-            notes: markdown for the model card.
-        """
+        """Write the model for its users, with markdown for the model card."""
 
     def checkpoint(self, folder: Path) -> None:
         """Write the model such that `restore` continues exactly."""
@@ -74,12 +55,7 @@ class Learner(nn.Module, ABC):
         return False
 
     def observe(self, t: Tensor, losses: Tensor) -> None:
-        """Hear the losses of an update of all processes.
-
-        Args:
-            t: time of every draw, (N,), float32.
-            losses: its cross-entropy, (N,), float32.
-        """
+        """Hear the time of every draw of an update of all processes and its cross-entropy, each (N,), float32."""
 
     @abstractmethod
     def restore(self, folder: Path) -> None:
@@ -87,13 +63,7 @@ class Learner(nn.Module, ABC):
 
 
 class Denoiser(Learner):
-    """Learns to denoise supervised tokens.
-
-    Args:
-        model: the diffusion model; only its own parameters are trained.
-        training: for noise draws, class dropout and the size of loss chunks.
-        seed: of the noise.
-    """
+    """Learns to denoise supervised tokens; only the diffusion model's own parameters are trained."""
 
     def __init__(self, model: DiffusionLM, training: TrainingSection, seed: int) -> None:
         super().__init__()

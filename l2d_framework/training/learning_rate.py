@@ -13,14 +13,6 @@ def learning_rate(training: TrainingSection, step: int, total_steps: int) -> flo
     Warm-up rises from the final rate and reaches the peak at its last update. The logarithmic one follows
     final + (peak - final) * ln(step + 1) / ln(warmup_steps). Decay ends at the final rate with the last update.
 
-    Args:
-        training: the `training` section of a run file.
-        step: number of the update, from 0.
-        total_steps: updates of the whole run.
-
-    Returns:
-        The rate.
-
     Source: the authors' released code of arXiv:2501.15781 (DeepSpeed's `WarmupDecayLR` with `warmup_type: log`).
     """
     low, high, warmup = training.final_learning_rate, training.learning_rate, training.warmup_steps

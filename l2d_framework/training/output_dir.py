@@ -29,13 +29,7 @@ _WRITING, _REPLACED = ".writing", ".replaced"
 def staged(target: Path, *, writes: bool = True, wait: Callable[[], None] = lambda: None) -> Iterator[Path]:
     """Write a folder under a temporary name and give it its own when the block ends without an error.
 
-    Args:
-        target: the folder to make or replace.
-        writes: whether this process is the one that makes and renames it.
-        wait: waits for the other processes that write to it.
-
-    Yields:
-        The folder to write to.
+    One process `writes`, that is, makes and renames it; `wait` waits for the others.
     """
     stage = target.with_name(target.name + _WRITING)
     if writes:

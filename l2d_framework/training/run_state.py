@@ -22,13 +22,7 @@ from l2d_framework.training.run_record import environment
 
 @dataclass
 class Job:
-    """A run, how it is launched, and its card.
-
-    Attributes:
-        run: the run; it has data and an output folder.
-        arguments: transformers' arguments.
-        card: contents of its `run.json`.
-    """
+    """A run, which has data and an output folder, how it is launched, and its card, the contents of its `run.json`."""
 
     run: Run
     arguments: TrainingArguments
@@ -88,11 +82,7 @@ class Job:
 
 
 class CardKeeper(TrainerCallback):
-    """Keeps the time and memory a run has taken so far in its card, for a session that may be killed.
-
-    Args:
-        job: the run.
-    """
+    """Keeps the time and memory a run has taken so far in its card, for a session that may be killed."""
 
     def __init__(self, job: Job) -> None:
         self._job, self._watch = job, Stopwatch()

@@ -25,13 +25,7 @@ PADDING = -1
 
 
 class RunOrder(Dataset[dict[str, Any]]):
-    """Every example of a run in order; each epoch is a permutation keyed by (seed, epoch).
-
-    Args:
-        rows: rows of `PreparedData`, with random access.
-        seed: of the order.
-        total: examples in the whole run.
-    """
+    """Every example of a run in order; each epoch is a permutation keyed by (seed, epoch)."""
 
     def __init__(self, rows: Any, seed: int, total: int) -> None:
         self._rows, self._seed, self._total = rows, seed, total
@@ -51,12 +45,7 @@ def _permutation(seed: int, epoch: int, count: int) -> Any:
 
 
 class RunStream(IterableDataset[dict[str, Any]]):
-    """Every example of a run from a stream, which starts again when it ends.
-
-    Args:
-        rows: rows of `PreparedData`, as an `IterableDataset`.
-        total: examples in the whole run.
-    """
+    """Every example of a run from a stream, which starts again when it ends."""
 
     def __init__(self, rows: Any, total: int) -> None:
         self._rows, self._total = rows, total
@@ -77,12 +66,7 @@ class RunStream(IterableDataset[dict[str, Any]]):
 
 
 class HeldOut(Dataset[dict[str, Any]]):
-    """Examples to evaluate on, filled up to whole batches for all processes.
-
-    Args:
-        rows: rows of `PreparedData`; a stream is read into memory.
-        multiple: number that the length is rounded up to a multiple of.
-    """
+    """Examples to evaluate on, a stream's read into memory, filled up to a multiple: whole batches for all."""
 
     def __init__(self, rows: Any, multiple: int) -> None:
         self._rows = rows if hasattr(rows, "__len__") else list(rows)

@@ -30,12 +30,7 @@ from l2d_framework.training.samplers import PADDING, EpochCollator, HeldOut, Run
 
 
 class ResumableTrainer(transformers.Trainer):
-    """A trainer whose checkpoints survive a kill and whose learning rate is a function of the update alone.
-
-    Attributes:
-        training: what the run file says of training.
-        output: the output folder.
-    """
+    """A trainer whose checkpoints survive a kill and whose learning rate is a function of the update alone."""
 
     training: TrainingSection | RewardTraining
     output: Path
@@ -76,13 +71,6 @@ class TokenTrainer(ResumableTrainer):
 
     The loss of an update is the mean over all its supervised tokens, however they are spread over micro-batches and
     processes. Every example is seen in keyed order with its own epoch, so resumption continues the same sequence.
-
-    Args:
-        learner: what to train.
-        arguments: from `make_arguments`.
-        training: the `training` section.
-        data: training and held-out rows.
-        callbacks: further callbacks, such as a progress bar.
     """
 
     training: TrainingSection

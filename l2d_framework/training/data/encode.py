@@ -39,15 +39,7 @@ class NothingSupervisedError(DataError):
 
 @dataclass(frozen=True)
 class Columns:
-    """Where a row keeps what.
-
-    Attributes:
-        format: how to read a row.
-        names: column of each field of that format.
-        class_column: column of the class label, or None.
-        class_names: names of the labels where that column stores numbers, else None.
-        class_name: class of every row, or None.
-    """
+    """Where a row keeps what."""
 
     format: Format
     names: dict[str, str]
@@ -58,19 +50,7 @@ class Columns:
 
 @dataclass(frozen=True)
 class Encoding:
-    """How rows become tokens.
-
-    Attributes:
-        tokenizer: the language model's tokenizer.
-        front: tokens that this tokenizer puts at the start of every sequence.
-        max_length: longest example in tokens; the rest is cut off. None for no limit.
-        everything: whether prompts are supervised, too.
-        turns: which conversations are made of one.
-        chat: encoder of conversations; None if there are none.
-        classes: names of the classes; a class is stored as its position here.
-        class_map: class name of a label, where the two differ.
-        code: digest of the code that encodes, so that no cache outlives it.
-    """
+    """How rows become tokens."""
 
     tokenizer: PreTrainedTokenizerBase
     front: tuple[int, ...]
@@ -124,22 +104,7 @@ def split_example(row: Mapping[str, Any], columns: Columns, encoding: Encoding) 
 
 
 def encode_example(row: Mapping[str, Any], columns: Columns, encoding: Encoding) -> dict[str, Any]:
-    """Tokens of a row, which of them are supervised, and its class.
-
-    The first token is never supervised, since nothing before it could predict it.
-
-    Args:
-        row: one row of a data source.
-        columns: where it keeps what.
-        encoding: how it becomes tokens.
-
-    Returns:
-        `input_ids` (list of int), `supervised` (list of bool, as long) and `class_id` (int, -1 for none).
-
-    Raises:
-        DataError: if a value cannot be used, or all of a conversation is supervised though only answers should be.
-        NothingSupervisedError: if no token is left to learn from.
-    """
+    """`input_ids` of a row, which of them are `supervised`, and its `class_id`, -1 for none."""
     ids, supervised = _READERS[columns.format](row, columns, encoding)
     kept = [False, *supervised[1 : encoding.max_length]]
     if not any(kept):

@@ -21,20 +21,11 @@ Objective = Literal["t5", "aggressive_t5", "prefix"]
 def span_mask(
     length: int, ratio: float, mean_span: int, random: np.random.Generator, *, exact_lengths: bool = False
 ) -> Mask:
-    """Mask spans of random lengths at random places.
+    """Mask spans of random lengths at random places; True where masked, (length,).
 
     floor(length * ratio) tokens are masked, in floor(masked / mean_span) spans. Masked and visible tokens are each
-    split into as many random pieces, which alternate: the first token is visible, the last one masked.
-
-    Args:
-        length: tokens of the text, at least 2.
-        ratio: share of them to mask, in (0, 1).
-        mean_span: mean length of a span, in tokens.
-        random: source of the lengths.
-        exact_lengths: give every span `mean_span` tokens and the last one the remainder, too, instead of random ones.
-
-    Returns:
-        True where masked, (length,).
+    split into as many random pieces, which alternate: the first token is visible, the last one masked. With
+    `exact_lengths` spans have `mean_span` tokens and the last one the remainder, too.
     """
     masked = min(max(int(length * ratio), 1), length - 1)
     visible = length - masked
@@ -55,14 +46,9 @@ def _split(count: int, pieces: int, random: np.random.Generator) -> npt.NDArray[
 
 
 def prefix_mask(length: int, random: np.random.Generator | None) -> Mask:
-    """Mask everything after a prefix of at most half the text.
+    """Mask everything after a prefix of at most half the text, never the first token, always the last.
 
-    Args:
-        length: tokens of the text, at least 2.
-        random: source of the prefix's length, uniform; None for the longest one, on which models are evaluated.
-
-    Returns:
-        True where masked, (length,); the first token never is, the last one always.
+    The prefix's length is uniform; without `random` the longest one, on which models are evaluated. True where masked.
     """
     half = (length - 1) // 2
     prefix = half if random is None else int(random.integers(1, max(half, 2)))
@@ -89,12 +75,6 @@ class Masker:
     """Masks of a whole run: one objective per update, one mask per example and epoch.
 
     What an example gets depends on the seed and on its place in the run only, not on processes or micro-batches.
-
-    Attributes:
-        objectives: what updates choose from, with equal probabilities.
-        batch_size: examples per update over all processes.
-        seed: of the objectives and the masks.
-        exact_lengths: whether spans have exactly their mean length.
     """
 
     objectives: tuple[Objective, ...]

@@ -49,12 +49,6 @@ class PreparedData:
 
     Rows hold `input_ids`, `supervised`, `class_id` and `index`, the row's number in data order: unique, and the same
     whatever the shuffling, the sharding or the point of resumption.
-
-    Attributes:
-        train: a `Dataset`, or an `IterableDataset` when streaming.
-        eval: likewise, or None.
-        card: facts about sources, splits and sizes that JSON can hold.
-        ends: tokens that answers end with.
     """
 
     train: Any
@@ -66,23 +60,7 @@ class PreparedData:
 def prepare(
     section: DataSection, tokenizer: PreTrainedTokenizerBase, *, classes: Sequence[str] = (), seed: int = 0
 ) -> PreparedData:
-    """Open, encode, mix and number the data of a run.
-
-    Sources of equal weight contribute each row once. Otherwise rows are drawn with probabilities proportional to the
-    weights until every source is exhausted, which repeats rows of the others.
-
-    Args:
-        section: the `data` section of the run file.
-        tokenizer: the language model's tokenizer.
-        classes: names of the run's classes; a class is stored as its position here.
-        seed: decides the held-out rows; also the mixture and the shuffling of streams, unless `shuffle_seed` is set.
-
-    Returns:
-        The data.
-
-    Raises:
-        DataError: if a source, a column or an example cannot be used.
-    """
+    """Open, encode, mix and number the data of a run; `seed` decides the held-out rows."""
     opened = {which: load_sources(section, which) for which in ("train", "eval")}
     everything = [*opened["train"], *opened["eval"]]
     _check(section, everything, classes)

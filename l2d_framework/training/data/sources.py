@@ -40,14 +40,7 @@ _OTHER_SPLIT = re.compile(r"(?<![a-z])(test|testing|dev|val|valid|validation|eva
 
 @dataclass(frozen=True)
 class Opened:
-    """A data source whose rows can be read.
-
-    Attributes:
-        source: its entry in the run file.
-        data: its rows, a `Dataset` or, when streaming, an `IterableDataset`.
-        columns: where a row keeps what.
-        card: facts about it that JSON can hold.
-    """
+    """A data source whose rows, a `Dataset` or when streaming an `IterableDataset`, can be read."""
 
     source: DataSource
     data: Any

@@ -35,13 +35,7 @@ _CODE = hashlib.sha256(Path(__file__).read_bytes() + Path(prompts.__file__).read
 
 @dataclass(frozen=True)
 class Pairs:
-    """What a reward model learns from; rows hold `chosen_ids` and `rejected_ids`, and `margin` where there is one.
-
-    Attributes:
-        train: a `Dataset`.
-        eval: likewise, or None.
-        card: facts about sources, splits and sizes that JSON can hold.
-    """
+    """What a reward model learns from; rows hold `chosen_ids` and `rejected_ids`, and `margin` where there is one."""
 
     train: Any
     eval: Any | None
@@ -50,15 +44,7 @@ class Pairs:
 
 @dataclass(frozen=True)
 class PairWriter:
-    """How a conversation or a text becomes the tokens that a reward model reads.
-
-    Attributes:
-        encoder: writes conversations.
-        around: what stands in front of and behind a text without prompt.
-        front: tokens that are put in front of such a text, as in front of a prompt.
-        pad_id: token by which transformers tells padding, or None where padding counts as text.
-        code: digest of the code that writes, so that no cache outlives it.
-    """
+    """How a conversation or a text becomes the tokens that a reward model reads."""
 
     encoder: chat.ChatEncoder
     around: tuple[str, str]
@@ -68,7 +54,6 @@ class PairWriter:
 
     @classmethod
     def of(cls, run: RewardRun, tokenizer: PreTrainedTokenizerBase) -> PairWriter:
-        """Writer that a run file asks for."""
         chosen = run.data.chat_template or _SHIPPED[run.data.format]
         chat.require_eos(tokenizer)
         layout = "tokenizer" if run.data.chat_template is not None else run.data.format

@@ -30,17 +30,9 @@ PAD = "[PAD]"
 def train_reward(
     run: RewardRun, *, overwrite: bool = False, callbacks: Sequence[TrainerCallback] = ()
 ) -> dict[str, Any]:
-    """Train a reward model, going on where an earlier start was interrupted.
+    """Train a reward model, going on where an earlier start was interrupted; returns the card.
 
     The output folder holds a transformers model with one output, `score`, its tokenizer and `run.json`.
-
-    Args:
-        run: from `load_run`.
-        overwrite: move an output folder that exists aside.
-        callbacks: further callbacks, such as a progress bar.
-
-    Returns:
-        The card, the contents of `run.json`; a finished run's as it is.
     """
     check_ready([run], overwrite=overwrite)
     from l2d_framework.training.reward.trainer import PairTrainer, make_reward_arguments

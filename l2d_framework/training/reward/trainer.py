@@ -64,16 +64,7 @@ def make_reward_arguments(run: RewardRun, output: Path) -> RewardConfig:
 
 
 class PairTrainer(ResumableTrainer, RewardTrainer):
-    """TRL's trainer on prepared pairs.
-
-    Args:
-        model: with one output, in float32.
-        arguments: from `make_reward_arguments`.
-        run: the run.
-        pairs: training and held-out pairs.
-        tokenizer: with a padding token.
-        callbacks: such as a progress bar.
-    """
+    """TRL's trainer on prepared pairs, with a model of one output in float32."""
 
     training: RewardTraining
 
@@ -177,15 +168,6 @@ def noisy_embeddings(ids: Tensor, embedding: Tensor, noise: SimplexNoise, *, gen
     """Mean embeddings under the noisy simplexes of true tokens, both sides of a pair at the same time.
 
     x = alpha(t) * S + sigma(t) * k * z, where S is k at the true token and -k elsewhere; the result is softmax(x) E.
-
-    Args:
-        ids: chosen sides, then rejected ones, (2B, S), int64.
-        embedding: E, (V, D).
-        noise: schedule and k.
-        generator: of times and noise, on the device of `ids`.
-
-    Returns:
-        (2B, S, D), dtype of `embedding`.
 
     Source: TESS 2, arXiv:2502.13917, Eq. 1 and 2.
     """
