@@ -110,16 +110,22 @@ def _lm_config(run: Run, earlier: Sequence[Run]) -> Any:
         assert run.scratch is not None  # a run has one of the two
         return _scratch_config(run.scratch)
     base = run.model.base
-    for stage in reversed(earlier):
-        if stage.output_dir is not None and Path(stage.output_dir).absolute() == Path(base).absolute():
-            config = _lm_config(stage, earlier[: earlier.index(stage)])
-            if isinstance(stage, DiffusionRun) and not _backbone(stage, config).trains_lm:
-                raise ConfigError(
-                    f"model.base: {base!r} will hold a diffusion model without a language model of its own; start from "
-                    f"{stage.model.base!r}"
-                )
-            return config
-    return _saved_config(run.model)
+    stage = stage_before(base, earlier)
+    if stage is None:
+        return _saved_config(run.model)
+    config = _lm_config(stage, earlier[: earlier.index(stage)])
+    if isinstance(stage, DiffusionRun) and not _backbone(stage, config).trains_lm:
+        raise ConfigError(
+            f"model.base: {base!r} will hold a diffusion model without a language model of its own; start from "
+            f"{stage.model.base!r}"
+        )
+    return config
+
+
+def stage_before(base: str, earlier: Sequence[Run]) -> Run | None:
+    """The run from whose output a later one starts, the last of those that write there."""
+    outputs = {Path(stage.output_dir).absolute(): stage for stage in earlier if stage.output_dir is not None}
+    return outputs.get(Path(base).absolute())
 
 
 @naming_plugins()

@@ -25,7 +25,7 @@ from l2d_framework.diffusion.loss import chunked_cross_entropy
 from l2d_framework.errors import CheckpointError, ConfigError, suggest
 from l2d_framework.opening import make_config, new_model, open_model, open_tokenizer
 from l2d_framework.training.data.collate import IGNORED
-from l2d_framework.training.data.prepare import load_sources
+from l2d_framework.training.data.sources import load_sources
 from l2d_framework.training.learner import Learner
 from l2d_framework.training.tokenizer import train_tokenizer
 
@@ -53,18 +53,9 @@ class NextToken(Learner):
             enable({"use_reentrant": False})
 
     @override
-    def forward(
-        self,
-        input_ids: Tensor,
-        blocks: Tensor,
-        *,
-        labels: Tensor,
-        length: Tensor,
-        class_id: Tensor,
-        index: Tensor,
-        epoch: Tensor,
-    ) -> dict[str, Tensor]:
-        hidden = self._body[0](input_ids=input_ids, use_cache=False).last_hidden_state
+    def forward(self, **batch: Tensor) -> dict[str, Tensor]:
+        labels = batch["labels"]
+        hidden = self._body[0](input_ids=batch["input_ids"], use_cache=False).last_hidden_state
         row, place = (labels[:, 1:] != IGNORED).nonzero(as_tuple=True)
         total, losses = chunked_cross_entropy(
             self._head[0], hidden[row, place], labels[row, place + 1], chunk=self._chunk
@@ -86,10 +77,10 @@ class NextToken(Learner):
     @override
     def restore(self, folder: Path) -> None:
         if isinstance(self.lm, PeftModel):
-            found: Any = set_peft_model_state_dict(self.lm, load_file(folder / "adapter_model.safetensors"))
-            if found.unexpected_keys:
+            report: Any = set_peft_model_state_dict(self.lm, load_file(folder / "adapter_model.safetensors"))
+            if report.unexpected_keys:
                 raise CheckpointError(
-                    f"{str(folder)!r} holds an adapter of another shape, with {found.unexpected_keys[0]!r}. "
+                    f"{str(folder)!r} holds an adapter of another shape, with {report.unexpected_keys[0]!r}. "
                     "Use the run file it was trained with."
                 )
         else:
@@ -133,11 +124,9 @@ def scratch_config(scratch: ScratchSection, tokenizer: PreTrainedTokenizerBase) 
 
 
 def scratch_tokenizer(data: DataSection, scratch: ScratchSection) -> PreTrainedTokenizerBase:
-    """Byte-level BPE of the training texts; of a stream, of its first 100,000 rows.
-
-    For some families, Qwen2 among them, transformers reads any tokenizer as the family's own class, which splits texts
-    in its own way; for those it is trained to split so, too.
-    """
+    """Byte-level BPE of the training texts; of a stream, of its first 100,000 rows."""
+    # For some families, Qwen2 among them, transformers reads any tokenizer as the family's own class, which splits
+    # texts in its own way; for those it is trained to split so, too.
     size = scratch.tokenizer.vocab_size
     made = train_tokenizer(_texts(data), size)
     with tempfile.TemporaryDirectory() as folder:

@@ -24,18 +24,12 @@ class Learner(nn.Module, ABC):
     """A model together with its loss, in one `forward` so that distributed wrappers see the whole computation."""
 
     @abstractmethod
-    def forward(
-        self,
-        input_ids: Tensor,
-        blocks: Tensor,
-        *,
-        labels: Tensor,
-        length: Tensor,
-        class_id: Tensor,
-        index: Tensor,
-        epoch: Tensor,
-    ) -> dict[str, Tensor]:
-        """Loss of a batch; the arguments are what `EpochCollator` makes."""
+    def forward(self, **batch: Tensor) -> dict[str, Tensor]:
+        """Loss of a batch that a `Collator` made.
+
+        `loss` is the sum over supervised tokens in nats, (), differentiable; `losses` are those of every draw and `row`
+        says to which row each belongs, (N,); for a diffusion model also its time `t` and whether it `is_pad`, (N,).
+        """
 
     @abstractmethod
     def save(self, folder: Path, notes: str) -> None:
@@ -83,39 +77,30 @@ class Denoiser(Learner):
     @staticmethod
     def check(run: DiffusionRun) -> None:
         """Refuse what the backbone cannot do, before weights are loaded."""
-        if run.training.gradient_checkpointing or run.training.draws_per_token > 1:
-            empty = checkpoint.build_model(run, meta=True)
-            if run.training.draws_per_token > 1 and not empty.backbone.independent_positions:
-                raise ConfigError(
-                    f"training.draws_per_token is {run.training.draws_per_token}, but noisy positions of backbone "
-                    f"{run.backbone.component_name()!r} see each other: a token can be noised only once. Set it to 1."
-                )
-            if run.training.gradient_checkpointing and not hasattr(empty.backbone, "gradient_checkpointing"):
-                raise ConfigError(
-                    f"training.gradient_checkpointing is true, but backbone {run.backbone.component_name()!r} offers "
-                    "none. Set it to false."
-                )
+        draws, checkpoints = run.training.draws_per_token, run.training.gradient_checkpointing
+        if draws == 1 and not checkpoints:
+            return
+        backbone, name = checkpoint.build_model(run, meta=True).backbone, run.backbone.component_name()
+        if draws > 1 and not backbone.independent_positions:
+            raise ConfigError(
+                f"training.draws_per_token is {draws}, but noisy positions of backbone {name!r} see each other: a "
+                "token can be noised only once. Set it to 1."
+            )
+        if checkpoints and not hasattr(backbone, "gradient_checkpointing"):
+            raise ConfigError(
+                f"training.gradient_checkpointing is true, but backbone {name!r} offers none. Set it to false."
+            )
 
     @override
-    def forward(
-        self,
-        input_ids: Tensor,
-        blocks: Tensor,
-        *,
-        labels: Tensor,
-        length: Tensor,
-        class_id: Tensor,
-        index: Tensor,
-        epoch: Tensor,
-    ) -> dict[str, Tensor]:
+    def forward(self, **batch: Tensor) -> dict[str, Tensor]:
         """Denoising loss of a batch.
 
         Noise is keyed by (seed, epoch, index) in training and by (seed, index) in evaluation, where labels of classes
         are never dropped, so that evaluations can be compared.
         """
-        layout = Layout(input_ids, blocks)
+        layout = Layout(batch["input_ids"], batch["blocks"])
         settings, seed = self._training, self._seed
-        pairs = zip(epoch.tolist(), index.tolist(), strict=True)
+        pairs = zip(batch["epoch"].tolist(), batch["index"].tolist(), strict=True)
         rule = NoiseRule(
             keys=[(seed, e, i) if self.training else ("eval", seed, i) for e, i in pairs],
             draws=settings.draws_per_token,
@@ -126,17 +111,16 @@ class Denoiser(Learner):
             is_first_noisier=self.training,
         )
         draws = draw(self.model, layout, rule)
-        classes = class_id if self.model.backbone.config.num_classes else None
-        losses = denoising_loss(
-            self.model, layout, draws, classes=classes, counted=labels != IGNORED, chunk=settings.loss_chunk
-        )
+        classes = batch["class_id"] if self.model.backbone.config.num_classes else None
+        counted = batch["labels"] != IGNORED
+        losses = denoising_loss(self.model, layout, draws, classes=classes, counted=counted, chunk=settings.loss_chunk)
         return {
             "loss": losses.total,
             "losses": losses.tokens,
             "cross_entropies": losses.cross_entropies,
             "t": losses.t,
             "row": losses.row,
-            "is_pad": losses.position >= length[losses.row],
+            "is_pad": losses.position >= batch["length"][losses.row],
         }
 
     @override

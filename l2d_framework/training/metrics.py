@@ -21,7 +21,7 @@ class LossMeter:
         self._sums = torch.zeros(2, BINS + 2, dtype=dtype, device=device)
 
     def add(self, outputs: dict[str, Tensor], counted: Tensor | None = None) -> None:
-        """Take in what a `Learner` returned for a batch, of which the rows in `counted`, (B,), bool, count; all when None."""
+        """Take in what a `Learner` returned for a batch, all of it or the rows that are `counted`, (B,), bool."""
         losses = outputs["losses"].detach().to(self._sums.dtype)
         weights = torch.ones_like(losses) if counted is None else counted[outputs["row"]].to(losses.dtype)
         pair = torch.stack([losses * weights, weights])
@@ -31,7 +31,7 @@ class LossMeter:
         if "t" in outputs:
             self._sums.index_add_(1, (outputs["t"] * BINS).long().clamp(0, BINS - 1), pair)
 
-    def results(self, accelerator: Any, prefix: str = "") -> dict[str, float]:
+    def results(self, accelerator: Any) -> dict[str, float]:
         """Means since the last call, over all processes, in nats per token; every process must call.
 
         `loss` and, for each bin that saw a token, `loss_t00` to `loss_t09`; where padding was learnt, too, also
@@ -40,10 +40,10 @@ class LossMeter:
         sums, counts = accelerator.reduce(self._sums.clone()).tolist()
         self._sums.zero_()
         names = [f"loss_t{i:02d}" for i in range(BINS)] + ["loss", "loss_without_pads"]
-        found = {f"{prefix}{n}": s / c for n, s, c in zip(names, sums, counts, strict=True) if c}
+        means = {n: s / c for n, s, c in zip(names, sums, counts, strict=True) if c}
         if counts[BINS + 1] in (0, counts[BINS]):
-            found.pop(f"{prefix}loss_without_pads", None)
-        return found
+            means.pop("loss_without_pads", None)
+        return means
 
 
 class Stopwatch:

@@ -7,16 +7,17 @@ import platform
 import re
 import subprocess
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from l2d_framework.hooks import GROUP
 from l2d_framework.training.metrics import BINS
 
 _DISTRIBUTION = "l2d-framework"
-_GROUP = "l2d_framework"
 
 
 def environment(processes: int) -> dict[str, Any]:
@@ -45,19 +46,13 @@ def _cpu() -> str:
 
 
 def _versions() -> dict[str, str]:
-    required = [_name(text) for text in metadata.requires(_DISTRIBUTION) or []]
-    plugins = [point.dist.name for point in metadata.entry_points(group=_GROUP) if point.dist]
-    found = {"python": platform.python_version()}
+    required = [re.split(r"[^\w.-]", text, maxsplit=1)[0] for text in metadata.requires(_DISTRIBUTION) or []]
+    plugins = [point.dist.name for point in metadata.entry_points(group=GROUP) if point.dist]
+    versions = {"python": platform.python_version()}
     for name in dict.fromkeys([_DISTRIBUTION, *plugins, *required]):
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:  # an extra that is not installed
-            continue
-    return found
-
-
-def _name(requirement: str) -> str:
-    return re.split(r"[^\w.-]", requirement, maxsplit=1)[0]
+        with suppress(metadata.PackageNotFoundError):  # an extra that is not installed
+            versions[name] = metadata.version(name)
+    return versions
 
 
 def _commit() -> str | None:

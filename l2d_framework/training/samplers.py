@@ -7,14 +7,11 @@ carries its `ordinal`, its place in the sequence: the update it belongs to is or
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
 from l2d_framework.diffusion.rng import keyed_generator
@@ -79,18 +76,3 @@ class HeldOut(Dataset[dict[str, Any]]):
         if place < len(self._rows):
             return {**self._rows[place], "epoch": 0}
         return {**self._rows[0], "index": PADDING, "epoch": 0}
-
-
-@dataclass(frozen=True)
-class EpochCollator:
-    """Batches that carry the epoch of each example.
-
-    Attributes:
-        collate: makes tensors of rows.
-    """
-
-    collate: Callable[[Sequence[Mapping[str, Any]]], dict[str, Tensor]]
-
-    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        """What `collate` makes of rows with an `epoch`, and `epoch`, (B,), int64."""
-        return {**self.collate(rows), "epoch": torch.tensor([row["epoch"] for row in rows])}

@@ -62,6 +62,7 @@ class ChatEncoder:
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase, template: str) -> Self:
+        """Encoder for a tokenizer and a template."""
         return cls(tokenizer, template, special_ids(tokenizer))
 
     def render(self, messages: Messages, *, add_generation_prompt: bool = False) -> str:

@@ -24,8 +24,10 @@ class Collator:
     block_size: int | None = 1
     pad_to_multiple_of: int = 1
     padding: Literal["none", "target", "context"] = "none"
+    """What rows are filled up with to `max_length`: nothing; padding that is denoised and counted, or not counted."""
     max_length: int | None = None
     masker: Masker | None = None
+    """Decides what is supervised in the rows' stead."""
 
     def __post_init__(self) -> None:
         if self._fills and self.max_length is None:
@@ -38,8 +40,8 @@ class Collator:
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         """Tensors of one batch, all int64.
 
-        `input_ids`, `blocks` (-1 absent, 0 known, k >= 1 denoised k-th) and `labels` (-100 where nothing counts), (B, S);
-        `length` without padding, `class_id`, `index` and, if rows have one, `epoch`, (B,).
+        `input_ids`, `blocks` (-1 absent, 0 known, k >= 1 denoised k-th) and `labels` (-100 where nothing is counted),
+        (B, S); `length` without padding, `class_id`, `index` and, if rows have one, `epoch`, (B,).
         """
         longest = max(len(row["input_ids"]) for row in rows)
         if self._fills:
@@ -56,13 +58,13 @@ class Collator:
         counted = supervised | (blocks < 0) if self.padding == "target" else supervised
         denoised = supervised | (blocks < 0) if self._fills else supervised
         blocks = torch.where(denoised, number_blocks(denoised, self.block_size), blocks)
+        numbers = ("class_id", "index", *(["epoch"] if "epoch" in rows[0] else []))
         return {
             "input_ids": ids,
             "blocks": blocks,
             "labels": ids.masked_fill(~counted, IGNORED),
             "length": torch.tensor([len(row["input_ids"]) for row in rows]),
-            "class_id": torch.tensor([int(row["class_id"]) for row in rows]),
-            "index": torch.tensor([int(row["index"]) for row in rows]),
+            **{name: torch.tensor([int(row[name]) for row in rows]) for name in numbers},
         }
 
     @property

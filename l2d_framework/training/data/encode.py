@@ -43,9 +43,12 @@ class Columns:
 
     format: Format
     names: dict[str, str]
+    """Column of each field of that format."""
     class_column: str | None = None
     class_names: tuple[str, ...] | None = None
+    """Names of the labels where that column stores numbers."""
     class_name: str | None = None
+    """Class of every row."""
 
 
 @dataclass(frozen=True)
@@ -54,13 +57,17 @@ class Encoding:
 
     tokenizer: PreTrainedTokenizerBase
     front: tuple[int, ...]
+    """Tokens that this tokenizer puts at the start of every sequence."""
     max_length: int | None
-    everything: bool = False
-    turns: chat.Turns = "all"
-    chat: chat.ChatEncoder | None = None
-    classes: tuple[str, ...] = ()
-    class_map: tuple[tuple[str, str], ...] = ()
+    everything: bool
+    """Whether prompts are supervised, too."""
+    turns: chat.Turns
+    chat: chat.ChatEncoder | None
+    classes: tuple[str, ...]
+    """A class is stored as its position here."""
+    class_map: tuple[tuple[str, str], ...]
     code: str = _CODE
+    """So that no cache outlives the code that encodes."""
 
     @classmethod
     def of(
@@ -70,6 +77,9 @@ class Encoding:
         strangers = sorted(set(section.class_map.values()) - set(classes))
         if strangers:
             raise DataError(f"data.class_map leads to {strangers}, but the classes of this run are {classes}.")
+        encoder = None
+        if has_chat:
+            encoder = chat.ChatEncoder.of(tokenizer, chat.resolve_template(section.chat_template, tokenizer))
         return cls(
             tokenizer,
             front=tuple(prompts.opening(tokenizer)),
@@ -77,22 +87,20 @@ class Encoding:
             max_length=None if section.pack else section.max_length,
             everything=section.supervise == "all",
             turns=section.turns,
-            chat=chat.ChatEncoder.of(tokenizer, chat.resolve_template(section.chat_template, tokenizer))
-            if has_chat
-            else None,
+            chat=encoder,
             classes=tuple(classes),
             class_map=tuple(section.class_map.items()),
         )
 
     def ends(self, formats: Iterable[Format]) -> tuple[int, ...]:
         """Tokens that answers end with: the ends of turns for conversations, the end-of-text token for texts."""
-        found: list[int | None] = []
+        ends: list[int | None] = []
         for each in formats:
             if each == "messages" and self.chat is not None:
-                found += [prompts.turn_end(self.tokenizer, self.chat.template), self.chat.last_token()]
+                ends += [prompts.turn_end(self.tokenizer, self.chat.template), self.chat.last_token()]
             else:
-                found.append(self.tokenizer.eos_token_id)
-        return tuple(dict.fromkeys(token for token in found if token is not None))
+                ends.append(self.tokenizer.eos_token_id)
+        return tuple(dict.fromkeys(token for token in ends if token is not None))
 
 
 def split_example(row: Mapping[str, Any], columns: Columns, encoding: Encoding) -> list[Mapping[str, Any]]:
@@ -106,6 +114,7 @@ def split_example(row: Mapping[str, Any], columns: Columns, encoding: Encoding) 
 def encode_example(row: Mapping[str, Any], columns: Columns, encoding: Encoding) -> dict[str, Any]:
     """`input_ids` of a row, which of them are `supervised`, and its `class_id`, -1 for none."""
     ids, supervised = _READERS[columns.format](row, columns, encoding)
+    # The first token is never supervised, since nothing before it could predict it.
     kept = [False, *supervised[1 : encoding.max_length]]
     if not any(kept):
         raise NothingSupervisedError(
@@ -154,7 +163,7 @@ def _read_prompt_completion(row: Mapping[str, Any], columns: Columns, encoding: 
     completion = _text(row, columns.names["completion"])
     if not completion.strip():
         return prompt, [False] * len(prompt)
-    answer = _ended(_plain(completion, encoding), encoding)
+    answer = _ended(encoding.tokenizer(completion, add_special_tokens=False)["input_ids"], encoding)
     return prompt + answer, [encoding.everything] * len(prompt) + [True] * len(answer)
 
 
@@ -177,11 +186,6 @@ def _text(row: Mapping[str, Any], column: str) -> str:
         raise DataError(f"column {column!r} holds {shown(value)}, not a text.")
     # Readers of plain text, packed or on the Hub, take the byte-order mark of a file for a part of its first line.
     return check_text(value.removeprefix("\ufeff"))
-
-
-def _plain(text: str, encoding: Encoding) -> list[int]:
-    ids: list[int] = encoding.tokenizer(text, add_special_tokens=False)["input_ids"]
-    return ids
 
 
 def _started(text: str, encoding: Encoding) -> list[int]:

@@ -5,7 +5,7 @@ Source: UL2, arXiv:2205.05131; as drawn by TESS 2, arXiv:2502.13917, section 3.2
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -55,19 +55,8 @@ def prefix_mask(length: int, random: np.random.Generator | None) -> Mask:
     return np.arange(length) > min(prefix, length - 2)
 
 
-def _spans(ratio: float, means: tuple[int, ...]) -> Callable[[int, np.random.Generator, bool], Mask]:
-    def draw(length: int, random: np.random.Generator, exact_lengths: bool) -> Mask:
-        mean = means[random.integers(len(means))]
-        return span_mask(length, ratio, mean, random, exact_lengths=exact_lengths)
-
-    return draw
-
-
-_OBJECTIVES: dict[Objective, Callable[[int, np.random.Generator, bool], Mask]] = {
-    "t5": _spans(0.15, (8, 3)),
-    "aggressive_t5": _spans(0.5, (8, 3, 48)),
-    "prefix": lambda length, random, exact_lengths: prefix_mask(length, random),
-}
+_SPANS: dict[Objective, tuple[float, tuple[int, ...]]] = {"t5": (0.15, (8, 3)), "aggressive_t5": (0.5, (8, 3, 48))}
+"""Share to mask and mean lengths of spans; of all other objectives a prefix is seen."""
 
 
 @dataclass(frozen=True)
@@ -92,4 +81,9 @@ class Masker:
         if "ordinal" not in row:
             return prefix_mask(length, None)
         random = keyed_generator(self.seed, row["epoch"], row["index"], "mask")
-        return _OBJECTIVES[self.objective(row["ordinal"] // self.batch_size)](length, random, self.exact_lengths)
+        objective = self.objective(row["ordinal"] // self.batch_size)
+        if objective not in _SPANS:
+            return prefix_mask(length, random)
+        ratio, means = _SPANS[objective]
+        mean = means[random.integers(len(means))]
+        return span_mask(length, ratio, mean, random, exact_lengths=self.exact_lengths)

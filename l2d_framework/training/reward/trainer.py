@@ -21,22 +21,19 @@ from typing_extensions import override
 
 from l2d_framework.config import RewardRun, SimplexNoise
 from l2d_framework.config.reward import RewardTraining
-from l2d_framework.training.arguments import divide_batch, refuse_sharding
+from l2d_framework.training.arguments import common_arguments, divide_batch
 from l2d_framework.training.reward.data import Pairs
 from l2d_framework.training.trainer import Boundaries, ResumableTrainer
 
 
 def make_reward_arguments(run: RewardRun, output: Path) -> RewardConfig:
     """TRL's arguments for a reward run."""
-    refuse_sharding()
     training = run.training
     with warnings.catch_warnings():
         # TRL still sets the older name, and transformers before 5.23 knows no other.
         warnings.filterwarnings("ignore", "`gradient_checkpointing` is deprecated", FutureWarning)
         arguments = RewardConfig(
-            output_dir=str(output),
-            seed=run.seed,
-            use_cpu=not torch.accelerator.is_available(),
+            **common_arguments(training, output, run.seed),
             max_length=None,  # pairs that are too long are gone already, and counted
             max_steps=training.max_steps or -1,
             num_train_epochs=training.epochs,
@@ -44,20 +41,12 @@ def make_reward_arguments(run: RewardRun, output: Path) -> RewardConfig:
             adam_beta1=training.betas[0],
             adam_beta2=training.betas[1],
             weight_decay=training.weight_decay,
-            max_grad_norm=training.max_grad_norm,
-            bf16=training.bf16,
             gradient_checkpointing=training.gradient_checkpointing,
-            logging_steps=training.logging_steps,
-            logging_nan_inf_filter=False,
             save_strategy="steps" if training.save_steps else "no",
             save_steps=training.save_steps or 1,
             eval_strategy="steps" if training.eval_steps else "no",
             eval_steps=training.eval_steps,
-            report_to=training.report_to or "none",
-            dataloader_pin_memory=torch.cuda.is_available(),
-            disable_tqdm=True,
             ddp_find_unused_parameters=False,
-            ddp_timeout=24 * 3600,  # the other processes wait while the first one tokenizes
         )
     divide_batch(arguments, training)
     return arguments
@@ -151,17 +140,12 @@ class PairTrainer(ResumableTrainer, RewardTrainer):
                 rewards = model(**{k: v for k, v in self._as_guided(batch).items() if k != "margin"}).logits
             chosen, rejected = rewards.float().squeeze(-1).chunk(2)
             lead = chosen - rejected
-            losses.append(
-                self.accelerator.gather_for_metrics(-nn.functional.logsigmoid(lead - batch.get("margin", 0.0)))
-            )
+            loss = -nn.functional.logsigmoid(lead - batch.get("margin", 0.0))
+            losses.append(self.accelerator.gather_for_metrics(loss))
             leads.append(self.accelerator.gather_for_metrics(lead))
         lead = torch.cat(leads)
         means = {"loss": torch.cat(losses).mean(), "accuracy": (lead > 0).float().mean(), "margin": lead.mean()}
-        metrics = {f"{metric_key_prefix}_{name}": float(value) for name, value in means.items()}
-        metrics[f"{metric_key_prefix}_seconds"] = time.perf_counter() - start
-        self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
+        return self._report({name: float(value) for name, value in means.items()}, metric_key_prefix, start)
 
 
 def noisy_embeddings(ids: Tensor, embedding: Tensor, noise: SimplexNoise, *, generator: torch.Generator) -> Tensor:
