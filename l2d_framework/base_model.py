@@ -43,20 +43,16 @@ _SAMPLED_ENTRIES = 4096
 class BaseReference(Protocol):
     """Which language model; the `model` section of a run file is one."""
 
-    @property
-    def base(self) -> str: ...  # noqa: D102
-    @property
-    def revision(self) -> str | None: ...  # noqa: D102
-    @property
-    def adapter(self) -> str | None: ...  # noqa: D102
-    @property
-    def gguf_file(self) -> str | None: ...  # noqa: D102
+    base: str
+    revision: str | None
+    adapter: str | None
+    gguf_file: str | None
+    pad_token: str | None
+
     @property
     def dtype(self) -> str: ...  # noqa: D102
     @property
     def attn_implementation(self) -> str: ...  # noqa: D102
-    @property
-    def pad_token(self) -> str | None: ...  # noqa: D102
 
 
 def fetch(path: str, revision: str | None = None, *, gguf_file: str | None = None) -> Path:

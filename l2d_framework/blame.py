@@ -59,9 +59,9 @@ def _culprit(frames: list[FrameType]) -> str:
     """The component whose method is running, the innermost; at least the distribution."""
     for frame in reversed(frames):
         this: Any = frame.f_locals.get("self")
-        for found in (this, getattr(this, "config", None)):
-            if isinstance(found, Component) and type(found) in _SHIPPED:
-                return described(found)
+        for component in (this, getattr(this, "config", None)):
+            if isinstance(component, Component) and type(component) in _SHIPPED:
+                return described(component)
     return f"code of {_PACKAGES[_package(_module(frames[-1]))]}"
 
 

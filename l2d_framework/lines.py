@@ -40,9 +40,9 @@ def read_objects(file: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """JSON objects of a file, one a line, with the numbers of their lines from 1."""
     for number, line in read_lines(file):
         try:
-            found, problem = json.loads(line), f"got {line[:80]}"
+            value, problem = json.loads(line), f"got {line[:80]}"
         except (ValueError, RecursionError) as error:
-            found, problem = None, str(error)
-        if not isinstance(found, dict):
+            value, problem = None, str(error)
+        if not isinstance(value, dict):
             raise DataError(f"{file}:{number} is not a JSON object ({problem}). Write one object a line.")
-        yield number, found
+        yield number, value

@@ -74,7 +74,7 @@ def make_config(source: str | Path, fields: dict[str, Any]) -> PreTrainedConfig:
 
 
 def _safe(config: PreTrainedConfig, source: str | Path) -> PreTrainedConfig:
-    for part in (config, *(found for name in config.sub_configs if (found := getattr(config, name, None)))):
+    for part in filter(None, (config, *(getattr(config, name, None) for name in config.sub_configs))):
         wanted = part._attn_implementation
         if wanted in _ATTENTION:
             continue

@@ -18,20 +18,17 @@ from l2d_framework.config.sections import (
     Section,
     TrainingSection,
     UserPath,
+    optional,
 )
 from l2d_framework.parametrization import ParametrizationConfig
 from l2d_framework.registry import Registry, registry
 from l2d_framework.schedule import ScheduleConfig
 
 
-def _sampling_is_optional(schema: dict[str, Any]) -> None:
-    schema["required"] = [name for name in schema.get("required", []) if name != "sampling"]
-
-
 class DiffusionRun(Section):
     """Turning a language model into a diffusion language model."""
 
-    model_config = ConfigDict(json_schema_extra=_sampling_is_optional)
+    model_config = ConfigDict(json_schema_extra=optional("sampling"))
 
     kind: Literal["diffusion"] = "diffusion"
     model: ModelSection

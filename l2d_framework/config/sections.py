@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -10,6 +11,15 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 
 def _expanded(path: str) -> str:
     return str(Path(path).expanduser()) if path.startswith("~") else path
+
+
+def optional(*names: str) -> Callable[[dict[str, Any]], None]:
+    """For the JSON schema of a section: a run file may leave to presets what a run cannot do without."""
+
+    def relax(schema: dict[str, Any]) -> None:
+        schema["required"] = [name for name in schema.get("required", []) if name not in names]
+
+    return relax
 
 
 UserPath = Annotated[str, AfterValidator(_expanded)]
@@ -151,13 +161,9 @@ class DataSection(Section):
     """Examples held in memory to shuffle a stream."""
 
     @model_validator(mode="after")
-    def _one_held_out_set(self) -> Self:
+    def _consistent(self) -> Self:
         if self.eval and self.eval_fraction:
             raise ValueError(f"eval names data and eval_fraction is {self.eval_fraction}; keep one of them")
-        return self
-
-    @model_validator(mode="after")
-    def _supervises_once(self) -> Self:
         if self.turns != "all" and self.supervise == "all":
             raise ValueError(f"turns {self.turns!r} supervises one answer and supervise 'all' every token; keep one")
         if self.masking is not None and self.supervise == "all":

@@ -12,14 +12,15 @@ import shutil
 import tempfile
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, cast
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 from huggingface_hub import HfApi
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from l2d_framework.base_model import (
     LANGUAGE_MODEL,
@@ -54,7 +55,6 @@ from l2d_framework.models.manifest import (
 from l2d_framework.models.origin import Origin
 from l2d_framework.opening import open_model, reading
 from l2d_framework.registry import registry
-from l2d_framework.schedule import ScheduleConfig
 
 ADAPTER = "adapter"
 _SCHEDULE = "schedule."
@@ -107,37 +107,25 @@ def assemble(parts: Any, lm: PreTrainedModel, seed: int = 0) -> DiffusionLM:
 
 
 def save(model: DiffusionLM, folder: str | Path, *, notes: str = "", dtype: torch.dtype | None = None) -> None:
-    """Write a checkpoint.
-
-    Every file is written to a temporary folder beside its target and renamed, the manifest with the hashes of all
-    others last, so an interrupted save leaves either the old checkpoint or one that `load` recognises as incomplete.
-
-    Args:
-        model: the model.
-        folder: where to; made when missing.
-        notes: markdown to append to the model card.
-        dtype: of the weights in the files; as they are when None.
-
-    Raises:
-        CheckpointError: if the adapter has been merged.
-    """
+    """Write a checkpoint, `notes` appended to its model card; CheckpointError if the adapter has been merged."""
+    # Every file is written to a temporary folder beside its target and renamed, the manifest with the hashes of all
+    # others last: an interrupted save leaves either the old checkpoint or one that `load` recognises as incomplete.
     if model.backbone.is_merged:
         raise CheckpointError("The adapter of this model has been merged. Save the model before calling merge().")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     stage = Path(tempfile.mkdtemp(prefix=".l2d-", dir=folder))
     try:
-        own = _own(model)
         adapter = model.backbone.peft_adapter()
         if model.backbone.trains_lm:
-            _save_language_model(model, stage / LANGUAGE_MODEL, dtype)
+            save_language_model(model.backbone.lm, model.tokenizer, stage / LANGUAGE_MODEL, dtype)
         if adapter is not None:
             peft_config, state = adapter
             base = model.origin.model
             peft_config.base_model_name_or_path = None if base is None else base.base
             peft_config.save_pretrained(str(stage / ADAPTER))
             save_file(_plain(state, dtype), stage / ADAPTER / "adapter_model.safetensors", metadata={"format": "pt"})
-        save_file(_plain(own, dtype) | _plain(_learned(model)), stage / WEIGHTS, metadata={"format": "pt"})
+        save_file(_plain(_own(model), dtype) | _plain(_learned(model)), stage / WEIGHTS, metadata={"format": "pt"})
         files = [path.relative_to(stage) for path in sorted(stage.rglob("*")) if path.is_file()]
         hashes = {path.as_posix(): file_hash(stage / path) for path in files}
         manifest = sealed(to_manifest(model) | {"files": hashes})
@@ -173,13 +161,15 @@ def _learned(model: DiffusionLM) -> dict[str, Tensor]:
     return {_SCHEDULE + name: v for name, v in law.state_dict().items()} if isinstance(law, nn.Module) else {}
 
 
-def _save_language_model(model: DiffusionLM, folder: Path, dtype: torch.dtype | None) -> None:
-    lm: Any = model.backbone.lm
+def save_language_model(
+    lm: Any, tokenizer: PreTrainedTokenizerBase | None, folder: Path, dtype: torch.dtype | None
+) -> None:
+    """Write a transformers folder whose weights have the given type, and leave the model as it is."""
     if dtype not in (None, lm.dtype):
         lm = copy.deepcopy(lm).to(dtype)
     lm.save_pretrained(folder)
-    if model.tokenizer is not None:
-        model.tokenizer.save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
 
 
 def _plain(state: dict[str, Any], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
@@ -273,7 +263,7 @@ def load(
         )
     config = load_config(reference)
     with reading(f"what {str(folder / MANIFEST)!r} describes"):
-        parts = Parts(manifest)
+        parts = components(manifest)
         parts.backbone.check(config, parts.block_size)
         model = assemble(parts, load_language_model(reference))
     _load_own(model, folder)
@@ -283,14 +273,10 @@ def load(
     return model.to(device or "cpu").eval()
 
 
-class Parts:
-    """Components a manifest names."""
-
-    def __init__(self, manifest: dict[str, Any]) -> None:
-        self.schedule = cast(ScheduleConfig, registry().create("schedule", manifest["schedule"]))
-        self.parametrization: Any = registry().create("parametrization", manifest["parametrization"])
-        self.backbone: Any = registry().create("backbone", manifest["backbone"])
-        self.block_size: int | None = manifest["block_size"]
+def components(manifest: dict[str, Any]) -> SimpleNamespace:
+    """Components that a manifest names, under the names that they have in a run."""
+    created = {kind: registry().create(kind, manifest[kind]) for kind in ("schedule", "parametrization", "backbone")}
+    return SimpleNamespace(**created, block_size=manifest["block_size"])
 
 
 def load_weights(model: DiffusionLM, folder: str | Path) -> None:
@@ -328,17 +314,7 @@ def _load_own(model: DiffusionLM, folder: Path, *, schedule: bool = True) -> Non
 
 
 def push_to_hub(model: DiffusionLM, repo_id: str, *, private: bool = False, notes: str = "") -> str:
-    """Upload a checkpoint to the Hugging Face hub.
-
-    Args:
-        model: the model.
-        repo_id: such as "org/name"; made when missing.
-        private: make a new repository private.
-        notes: markdown to append to the model card.
-
-    Returns:
-        Address of the commit.
-    """
+    """Upload a checkpoint to "org/name" on the Hugging Face hub, made when missing; returns the commit's address."""
     api = HfApi()
     api.create_repo(repo_id, private=private, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:

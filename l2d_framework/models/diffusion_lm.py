@@ -55,13 +55,9 @@ _STOP_STRINGS = Lock()
 
 
 class DiffusionLM(Diffusion):
-    """A diffusion language model.
+    """A diffusion language model of a law of noise, a state space and a network.
 
-    Args:
-        schedule: the law of noise.
-        parametrization: the state space.
-        backbone: the network.
-        block_size: tokens denoised together; None for one block per sequence.
+    A block, whose tokens are denoised together, is the whole sequence when `block_size` is None.
     """
 
     def __init__(
@@ -77,28 +73,17 @@ class DiffusionLM(Diffusion):
         return self.backbone.lm.device
 
     def sampling(self, **options: Any) -> SamplingSection:
-        """The checkpoint's sampling settings with some replaced.
-
-        Args:
-            **options: fields of the `sampling` section; components by name or as a mapping.
-
-        Returns:
-            The validated settings.
-        """
+        """The checkpoint's sampling settings, validated, with fields replaced; components by name or as a mapping."""
         return self._settings(options)
 
     def _settings(self, options: dict[str, Any], scale: float | None = None) -> SamplingSection:
         return self.origin.settings(self.parametrization.config, options, scale=scale, tokenizer=self.tokenizer)
 
     def ends(self, *, is_chat: bool) -> tuple[int, ...]:
-        """Tokens that end an answer beside those of the language model's generation configuration.
+        """Ids of tokens that end an answer beside those of the language model's generation configuration.
 
-        Args:
-            is_chat: whether the prompt is a conversation. Where training has taught how answers end, that holds for any
-                prompt; of other models only the chat template says it.
-
-        Returns:
-            Their ids.
+        Where training has taught how answers end, that holds for any prompt; of other models only the chat template says,
+        for prompts that are conversations.
         """
         if self.origin.ends is not None:
             return self.origin.ends
@@ -106,17 +91,7 @@ class DiffusionLM(Diffusion):
         return () if end is None else (end,)
 
     def class_ids(self, names: Sequence[str | None]) -> Tensor:
-        """Ids of class labels.
-
-        Args:
-            names: one per prompt, None for no class.
-
-        Returns:
-            (B,), int64, -1 for no class.
-
-        Raises:
-            ConfigError: if a name is unknown.
-        """
+        """Ids of class labels, one per prompt, (B,), int64, -1 for None; ConfigError for an unknown name."""
         return torch.tensor([self.origin.class_id(name) for name in names], device=self.device)
 
     @naming_plugins()

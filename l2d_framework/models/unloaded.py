@@ -17,7 +17,7 @@ from l2d_framework.config import DiffusionRun, SamplingSection
 from l2d_framework.config.parsing import parse_run
 from l2d_framework.diffusion.sampling import check_block_size, check_sampling
 from l2d_framework.errors import CheckpointError, ConfigError
-from l2d_framework.models.checkpoint import Parts, build_model, load
+from l2d_framework.models.checkpoint import build_model, components, load
 from l2d_framework.models.diffusion_lm import DiffusionLM
 from l2d_framework.models.manifest import MANIFEST, base_reference, read_manifest, recorded_origin
 from l2d_framework.registry import registry
@@ -53,7 +53,7 @@ class UnloadedModel:
             fields = self._run.model_dump(mode="json", include={*_UNTRAINED, "block_size", "classes", "sampling"})
             self.manifest = fields | {"fingerprint": None, "chat_template": None, "ends": None, "files": {}}
         self.origin = recorded_origin(self.manifest, self.reference, self.manifest["fingerprint"])
-        self.parts = Parts(self.manifest)
+        self.parts = components(self.manifest)
         self.lm_config = load_config(self.reference)
         lm = empty_language_model(self.lm_config, self.reference.attn_implementation)
         self.empty: Backbone = self.parts.backbone.build(lm).in_blocks(self.parts.block_size)

@@ -23,6 +23,7 @@ from l2d_framework.base_model import empty_language_model, load_config, load_lan
 from l2d_framework.config import DataSection, LanguageModelRun, ScratchSection, TrainingSection
 from l2d_framework.diffusion.loss import chunked_cross_entropy
 from l2d_framework.errors import CheckpointError, ConfigError, suggest
+from l2d_framework.models.checkpoint import save_language_model
 from l2d_framework.opening import make_config, new_model, open_model, open_tokenizer
 from l2d_framework.training.data.collate import IGNORED
 from l2d_framework.training.data.sources import load_sources
@@ -90,12 +91,9 @@ class NextToken(Learner):
         if isinstance(self.lm, PeftModel):
             # Embeddings are never adapted, and "auto" would ask the hub for the base model's vocabulary size.
             self.lm.save_pretrained(str(folder), save_embedding_layers=False)
+            self._tokenizer.save_pretrained(folder)
         else:
-            lm: Any = self.lm
-            if dtype != lm.dtype:
-                lm = copy.deepcopy(lm).to(dtype)
-            lm.save_pretrained(folder)
-        self._tokenizer.save_pretrained(folder)
+            save_language_model(self.lm, self._tokenizer, folder, dtype)
 
 
 class _Head(nn.Module):
