@@ -82,8 +82,8 @@ class DiffusionLM(Diffusion):
     def ends(self, *, is_chat: bool) -> tuple[int, ...]:
         """Ids of tokens that end an answer beside those of the language model's generation configuration.
 
-        Where training has taught how answers end, that holds for any prompt; of other models only the chat template says,
-        for prompts that are conversations.
+        Where training has taught how answers end, that holds for any prompt; of others only the chat template says
+        it, and for conversations alone.
         """
         if self.origin.ends is not None:
             return self.origin.ends

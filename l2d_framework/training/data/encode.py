@@ -159,17 +159,17 @@ def _messages(row: Mapping[str, Any], columns: Columns) -> Messages:
 
 
 def _read_prompt_completion(row: Mapping[str, Any], columns: Columns, encoding: Encoding) -> Tokens:
-    prompt = _started(_text(row, columns.names["prompt"]), encoding)
-    completion = _text(row, columns.names["completion"])
+    prompt, completion = (_text(row, columns.names[field]) for field in ("prompt", "completion"))
+    asked = prompts.encode_text(encoding.tokenizer, prompt, front=encoding.front)
     if not completion.strip():
-        return prompt, [False] * len(prompt)
+        return asked, [False] * len(asked)
     answer = _ended(encoding.tokenizer(completion, add_special_tokens=False)["input_ids"], encoding)
-    return prompt + answer, [encoding.everything] * len(prompt) + [True] * len(answer)
+    return asked + answer, [encoding.everything] * len(asked) + [True] * len(answer)
 
 
 def _read_text(row: Mapping[str, Any], columns: Columns, encoding: Encoding) -> Tokens:
     text = _text(row, columns.names["text"])
-    ids = _ended(_started(text, encoding), encoding)
+    ids = _ended(prompts.encode_text(encoding.tokenizer, text, front=encoding.front), encoding)
     return ids, [bool(text.strip())] * len(ids)
 
 
@@ -186,10 +186,6 @@ def _text(row: Mapping[str, Any], column: str) -> str:
         raise DataError(f"column {column!r} holds {shown(value)}, not a text.")
     # Readers of plain text, packed or on the Hub, take the byte-order mark of a file for a part of its first line.
     return check_text(value.removeprefix("\ufeff"))
-
-
-def _started(text: str, encoding: Encoding) -> list[int]:
-    return prompts.encode_text(encoding.tokenizer, text, front=encoding.front)
 
 
 def _ended(ids: list[int], encoding: Encoding) -> list[int]:
