@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from functools import cache
 from typing import Any, Literal, Self
 
-from pydantic import ConfigDict, Field, SerializeAsAny, create_model, model_validator
+from pydantic import ConfigDict, Field, SerializeAsAny, model_validator
 
 from l2d_framework.component import merged
 from l2d_framework.config.sampling import component_type
-from l2d_framework.config.sections import ModelSection, RowSource, Section, Updates, UserPath, optional
+from l2d_framework.config.sections import ModelSection, RowSource, Section, Updates, UserPath, optional, specialised
 from l2d_framework.registry import Registry
 from l2d_framework.schedule import ScheduleConfig
 
@@ -132,13 +132,8 @@ class RewardRun(Section):
 @cache
 def reward_type(plugins: Registry) -> type[RewardRun]:
     """Reward run whose schedule is a union over plugins."""
-    noise: Any = create_model(
-        "SimplexNoise",
-        __base__=SimplexNoise,
-        __doc__=SimplexNoise.__doc__,
-        schedule=(component_type(plugins, "schedule", ScheduleConfig), ...),
-    )
-    return create_model("RewardRun", __base__=RewardRun, __doc__=RewardRun.__doc__, noise=(noise | None, None))
+    noise: Any = specialised(SimplexNoise, schedule=(component_type(plugins, "schedule", ScheduleConfig), ...))
+    return specialised(RewardRun, noise=(noise | None, None))
 
 
 def with_reward_preset(data: Mapping[str, Any]) -> dict[str, Any]:

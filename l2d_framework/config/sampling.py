@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from functools import cache
 from typing import Annotated, Any, Union, cast
 
-from pydantic import ConfigDict, Field, SerializeAsAny, create_model
+from pydantic import ConfigDict, Field, SerializeAsAny
 
 from l2d_framework.component import Component, merged
-from l2d_framework.config.sections import Section, optional
+from l2d_framework.config.sections import Section, optional, specialised
 from l2d_framework.config.validation import validated
 from l2d_framework.errors import ConfigError, L2DError
 from l2d_framework.guidance import Guidance
@@ -61,13 +61,8 @@ class SamplingSection(Section):
 def sampling_type(plugins: Registry) -> type[SamplingSection]:
     """Sampling section whose solver and guidance are unions over plugins."""
     guidance: Any = list[component_type(plugins, "guidance", Guidance)]  # type: ignore[misc]
-    return create_model(
-        "SamplingSection",
-        __base__=SamplingSection,
-        __doc__=SamplingSection.__doc__,
-        solver=(component_type(plugins, "solver", Solver), ...),
-        guidance=(guidance, Field(default_factory=list)),
-    )
+    solver = component_type(plugins, "solver", Solver)
+    return specialised(SamplingSection, solver=(solver, ...), guidance=(guidance, Field(default_factory=list)))
 
 
 def component_type(plugins: Registry, kind: str, interface: Any) -> Any:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, create_model, model_validator
 
 
 def _expanded(path: str) -> str:
@@ -30,6 +30,16 @@ class Section(BaseModel):
     """A part of a run file: frozen, strict, without unknown fields or numbers that are not finite."""
 
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
+
+
+S = TypeVar("S", bound=Section)
+
+
+def specialised(section: type[S], **fields: Any) -> type[S]:
+    """The same section with some of its fields replaced, such as components by unions over plugins."""
+    return create_model(
+        section.__name__, __base__=section, __doc__=section.__doc__, __module__=section.__module__, **fields
+    )
 
 
 class ModelSection(Section):

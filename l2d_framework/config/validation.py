@@ -44,7 +44,7 @@ def _component_problems(data: Mapping[str, Any]) -> Iterator[tuple[Path, str]]:
             continue
         for kind in registry().kinds():
             chosen = section.get(kind)
-            entries = [((*path, kind), chosen)]
+            entries: list[tuple[Path, Any]] = [((*path, kind), chosen)]
             if isinstance(chosen, list):
                 entries = [((*path, kind, index), entry) for index, entry in enumerate(chosen)]
             for place, entry in entries if chosen is not None else ():

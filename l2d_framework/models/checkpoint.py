@@ -58,6 +58,26 @@ from l2d_framework.registry import registry
 
 ADAPTER = "adapter"
 _SCHEDULE = "schedule."
+_CARD_TEXT = """---
+library_name: l2d-framework
+pipeline_tag: text-generation
+tags: [diffusion, l2d-framework]{base_model}
+---
+
+# Diffusion language model
+
+{about}
+
+```python
+import l2d_framework as l2d
+
+lm = l2d.load("PATH_OR_HUB_ID")
+print(lm.tokenizer.decode(lm.generate(["Hello"], max_new_tokens=32).sequences[0]))
+```
+
+{parts}
+
+{notes}"""
 
 
 @naming_plugins()
@@ -200,29 +220,14 @@ def _model_card(model: DiffusionLM, notes: str = "") -> str:
     own = sum(p.numel() for p in model.own_parameters().values())
     rest = "which is part of them" if model.backbone.trains_lm else "whose weights are not part of this repository"
     is_hub = base is not None and not Path(base).exists() and base.count("/") == 1
-    head = ["---", "library_name: l2d-framework", "pipeline_tag: text-generation", "tags: [diffusion, l2d-framework]"]
-    head += [f"base_model: {base}"] if is_hub else []
-    lines = [
-        *head,
-        "---",
-        "",
-        "# Diffusion language model",
-        "",
-        f"{own:,} trained parameters over `{base}`, {rest}.",
-        "",
-        "```python",
-        "import l2d_framework as l2d",
-        "",
-        'lm = l2d.load("PATH_OR_HUB_ID")',
-        'print(lm.tokenizer.decode(lm.generate(["Hello"], max_new_tokens=32).sequences[0]))',
-        "```",
-        "",
-        f"Schedule `{model.schedule.config.component_name()}`, parametrization "
-        f"`{model.parametrization.config.component_name()}`, backbone `{model.backbone.config.component_name()}`.",
-        "",
-        notes,
-    ]
-    return "\n".join(lines)
+    config = model.schedule.config, model.parametrization.config, model.backbone.config
+    schedule, state, network = (part.component_name() for part in config)
+    return _CARD_TEXT.format(
+        base_model=f"\nbase_model: {base}" if is_hub else "",
+        about=f"{own:,} trained parameters over `{base}`, {rest}.",
+        parts=f"Schedule `{schedule}`, parametrization `{state}`, backbone `{network}`.",
+        notes=notes,
+    )
 
 
 def load(

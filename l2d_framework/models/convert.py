@@ -213,7 +213,13 @@ class _Conversion:
             return {}
         base = load_language_model(ModelSection(base=str(self.base))).state_dict()
         dtype = next(iter(self.foreign.base.values())).dtype
-        return {name: _grown(base[name].to(dtype), self.config.vocab_size) for name in self.foreign.lost}
+        supplied = {}
+        for name in self.foreign.lost:
+            rows = base[name].to(dtype)
+            # Each row of an added token is the mean of the others.
+            mean = rows.float().mean(0, keepdim=True).to(dtype)
+            supplied[name] = torch.cat([rows, mean.expand(self.config.vocab_size - len(rows), *rows.shape[1:])])
+        return supplied
 
     def _card(self) -> str:
         return "\n\n".join([f"Converted from `{self.source}`.", *self.notes]) + "\n"
@@ -223,12 +229,6 @@ def _own(model: DiffusionLM) -> dict[str, torch.nn.Parameter]:
     """Parameters of the diffusion model that are not the language model's."""
     others = {id(parameter) for parameter in model.backbone.lm.parameters()}
     return {name: p for name, p in model.own_parameters().items() if id(p) not in others}
-
-
-def _grown(rows: Tensor, count: int) -> Tensor:
-    """A table with rows for added tokens, each the mean of the others."""
-    mean = rows.float().mean(0, keepdim=True).to(rows.dtype)
-    return torch.cat([rows, mean.expand(count - len(rows), *rows.shape[1:])])
 
 
 def _compare(lm: PreTrainedModel, wanted: Mapping[str, Tensor]) -> None:

@@ -137,7 +137,7 @@ class _Encoder:
 
 def _encode(source: PairSource, run: RewardRun, writer: PairWriter, cards: list[Any]) -> Any:
     data, present, files = load_rows(source)
-    columns: dict[str, str] = {"chosen": "chosen", "rejected": "rejected", **source.columns}
+    columns = {"chosen": "chosen", "rejected": "rejected"} | {str(name): own for name, own in source.columns.items()}
     if "prompt" in present:
         columns.setdefault("prompt", "prompt")
     require_columns(source, present, [*columns.items(), *(("exclude", name) for name in source.exclude)])

@@ -91,16 +91,10 @@ class PairTrainer(ResumableTrainer, RewardTrainer):
         return 1 - (1 - self.training.final_fraction) * (step - warmup) / max(steps - warmup, 1)
 
     @override
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
-    ) -> Any:
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *options: Any, **named: Any) -> Any:
         """Mean of -log sigmoid(r_chosen - r_rejected - margin) over the pairs of a batch."""
         plain: Any = super()
-        return plain.compute_loss(model, self._as_guided(inputs), return_outputs, num_items_in_batch)
+        return plain.compute_loss(model, self._as_guided(inputs), *options, **named)
 
     def _as_guided(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Padding in full sight and, as transformers does for embeddings, the reward read at its end."""
