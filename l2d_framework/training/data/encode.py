@@ -6,17 +6,15 @@ import hashlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import Any, Literal, Self
 
 from transformers import PreTrainedTokenizerBase
 
+from l2d_framework.config import DataSection
 from l2d_framework.errors import DataError, shown
 from l2d_framework.generation import chat_template, prompts
 from l2d_framework.generation.chat_template import Messages, check_conversation, check_text
 from l2d_framework.training.data import chat
-
-if TYPE_CHECKING:
-    from l2d_framework.config import DataSection
 
 Format = Literal["messages", "prompt_completion", "text"]
 Field = Literal["messages", "prompt", "completion", "text"]

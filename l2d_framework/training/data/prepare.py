@@ -9,13 +9,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import datasets
 import numpy as np
 from datasets.fingerprint import Hasher
 from transformers import PreTrainedTokenizerBase
 
+from l2d_framework.config import DataSection
 from l2d_framework.errors import DataError
 from l2d_framework.training.data.encode import (
     Columns,
@@ -25,9 +26,6 @@ from l2d_framework.training.data.encode import (
     split_example,
 )
 from l2d_framework.training.data.sources import Opened, describe, load_sources, open_first
-
-if TYPE_CHECKING:
-    from l2d_framework.config import DataSection
 
 _ENCODED = datasets.Features(
     {

@@ -12,17 +12,15 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import datasets
 from huggingface_hub import constants as hub
 
+from l2d_framework.config import DataSection, DataSource, RowSource
 from l2d_framework.errors import DataError, suggest
 from l2d_framework.lines import COMPRESSIONS, read_lines, read_objects
 from l2d_framework.training.data.encode import FIELDS, Columns, Format
-
-if TYPE_CHECKING:
-    from l2d_framework.config import DataSection, DataSource, RowSource
 
 _LOADERS = dict.fromkeys((".json", ".jsonl", ".ndjson"), "json")
 _LOADERS |= {".parquet": "parquet", ".txt": "text", ".csv": "csv", ".arrow": "arrow"}
