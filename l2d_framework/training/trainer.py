@@ -42,11 +42,9 @@ class ResumableTrainer(transformers.Trainer):
     @override
     def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> LambdaLR:
         if self.lr_scheduler is None:
-
-            def share(step: int) -> float:
-                return self._share_of_rate(step, num_training_steps)
-
-            self.lr_scheduler = LambdaLR(optimizer or self.create_optimizer(), share)
+            self.lr_scheduler = LambdaLR(
+                optimizer or self.create_optimizer(), lambda step: self._share_of_rate(step, num_training_steps)
+            )
             self._created_lr_scheduler = True
         return self.lr_scheduler
 
