@@ -117,9 +117,6 @@ def main() -> None:
     """Run the command line.
 
     A mistake of the user ends with its message on standard error and exit code 2; `L2D_DEBUG=1` shows the traceback.
-
-    Raises:
-        L2DError: in debug mode.
     """
     try:
         app()

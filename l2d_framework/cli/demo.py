@@ -30,12 +30,6 @@ def demo(
     """Train a tiny language model on synthetic text, finetune it with LoRA and with L2D, and compare their answers.
 
     Takes a few minutes on two CPU cores and downloads nothing. Started again, it goes on where it was interrupted.
-
-    Args:
-        out: folder.
-        seed: of everything.
-        quick: a run too short to learn.
-        overwrite: move an existing folder aside.
     """
     from rich.console import Console
 

@@ -17,10 +17,6 @@ class Drafts:
     """An observer that shows the most likely tokens of every evaluation in the place of the last.
 
     Nothing is shown where standard error is no terminal.
-
-    Args:
-        tokenizer: of the model.
-        ends: tokens that end an answer beside the end-of-text token.
     """
 
     def __init__(self, tokenizer: Any, ends: Sequence[int] = ()) -> None:

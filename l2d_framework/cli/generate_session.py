@@ -25,19 +25,7 @@ from l2d_framework.models.unloaded import CLASS, SCALE, UnloadedModel
 
 
 class Session:
-    """One model and one set of options; everything but `load` and what follows it needs no weights.
-
-    Args:
-        path: checkpoint folder or hub id.
-        base: where the base model lies now.
-        dtype: of the weights.
-        sampling: fields of the sampling section.
-        options: fields of transformers' generation configuration.
-        guidance_scale: scale of the guidance.
-        class_name: class label of every prompt.
-        stop: strings that end an answer.
-        samples: answers per prompt.
-    """
+    """One model and one set of options; everything but `load` and what follows it needs no weights."""
 
     def __init__(
         self,
@@ -87,12 +75,7 @@ class Session:
             )
 
     def load(self, device: str | None, *, merge: bool) -> None:
-        """Load the weights.
-
-        Args:
-            device: where to run; the GPU when there is one.
-            merge: fold the adapter into weights of its own.
-        """
+        """Load the weights."""
         self.lm = self.model.load(check_device(device))
         if merge:
             self.lm.backbone.merge()

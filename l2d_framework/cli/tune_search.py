@@ -43,26 +43,6 @@ def tune_search(
 
     Tries every combination. Called again it goes on where it was interrupted. `l2d eval --model_args
     pretrained=PATH,search=FILE` then searches with the settings of each task's category.
-
-    Args:
-        model_args: of the model.
-        tasks: their names.
-        out: file.
-        limit: training items.
-        beams: hypotheses.
-        length_powers: to try.
-        repetition_penalties: to try.
-        temperatures: to try.
-        metric: to choose by.
-        num_fewshot: examples.
-        apply_chat_template: ask as a conversation.
-        include_path: task files.
-        device: where to run.
-        confirm_run_unsafe_code: consent.
-
-    Raises:
-        PluginError: if lm_eval is not installed.
-        ConfigError: if the options cannot be used.
     """
     if importlib.util.find_spec("lm_eval") is None:
         raise PluginError("Tuning search needs lm_eval. Run: pip install 'l2d-framework[eval]'")

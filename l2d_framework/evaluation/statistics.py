@@ -16,21 +16,13 @@ Values = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Estimate:
-    """A number found from samples.
+    """A number found from samples."""
 
-    Attributes:
-        value: the number; None where no sample defines it.
-        standard_error: over samples, taken as independent; None where there is none.
-        samples: how many samples it rests on.
-        left_out: how many samples do not define it.
-        truncated: how many texts were cut to the length limit of a model; None where there is no limit.
-    """
-
-    value: float | None
-    standard_error: float | None
+    value: float | None  # None where no sample defines it
+    standard_error: float | None  # over samples, taken as independent
     samples: int
-    left_out: int = 0
-    truncated: int | None = None
+    left_out: int = 0  # samples that do not define it
+    truncated: int | None = None  # texts cut to the length limit of a model; None where there is no limit
 
     def __str__(self) -> str:
         if self.value is None:
@@ -48,26 +40,14 @@ class Estimate:
         return self.value is not None and self.standard_error is not None and abs(self.value) > 2 * self.standard_error
 
     def to_json(self) -> dict[str, Any]:
-        """Fields that say something.
-
-        Returns:
-            A JSON-ready dictionary.
-        """
+        """Fields that say something."""
         fields = {"value": self.value, "standard_error": self.standard_error, "samples": self.samples}
         more = {"left_out": self.left_out} | ({} if self.truncated is None else {"truncated": self.truncated})
         return fields | more
 
 
 def mean(values: Sequence[float] | Values, *, truncated: int | None = None) -> Estimate:
-    """Mean over the samples that define the number.
-
-    Args:
-        values: one per sample, NaN where undefined, (N,).
-        truncated: how many texts were cut.
-
-    Returns:
-        The mean and std / sqrt(n).
-    """
+    """Mean over the samples that define the number, NaN where undefined; its error is std / sqrt(n)."""
     given = np.asarray(values, dtype=np.float64)
     known = given[~np.isnan(given)]
     n = len(known)
@@ -98,15 +78,7 @@ class _Sums(Protocol):
 
 
 def ratio(numerators: _Sums, denominators: _Sums) -> Estimate:
-    """A ratio of sums, such as a mean over tokens whose standard error is over rows.
-
-    Args:
-        numerators: a of each sample, (N,), float64.
-        denominators: b of each sample, (N,), float64.
-
-    Returns:
-        sum a / sum b; its standard error is linearised.
-    """
+    """sum a / sum b of float64 numbers, such as a mean over tokens with its error, linearised, over rows."""
     n, total = len(numerators), float(denominators.sum())
     value = float(numerators.sum()) / total
     spread = float(((numerators - value * denominators) ** 2).sum())
@@ -114,16 +86,7 @@ def ratio(numerators: _Sums, denominators: _Sums) -> Estimate:
 
 
 def exp_of_ratio(numerators: Values, denominators: Values, *, truncated: int | None = None) -> Estimate:
-    """The exponential of a ratio of sums, exp(sum a / sum b); samples with b <= 0 are left out.
-
-    Args:
-        numerators: a of each sample, (N,).
-        denominators: b of each sample, (N,).
-        truncated: how many texts were cut.
-
-    Returns:
-        The number; its standard error is that of the ratio, linearised, times the number.
-    """
+    """The exponential of a ratio of sums, exp(sum a / sum b); samples with b <= 0 are left out."""
     known = denominators > 0
     if not known.any():
         return Estimate(None, None, 0, len(known), truncated)

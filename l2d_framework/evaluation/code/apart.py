@@ -119,11 +119,9 @@ class _Seen(list[Any]):
 class Link:
     """One end of the connection between a program and its tests.
 
-    Args:
-        descriptors: to read from, and to write to.
-        gone: never returns; called when the other end is closed or says what is no message.
-        is_trusting: whether the other side may ask anything of any object it knows; else it may call functions, step
-            through iterators, and use the public attributes of objects of the tests' own classes.
+    One that is not trusting lets the other side call functions, step through iterators, and use the public attributes
+    of objects of the tests' own classes; else it may ask anything of any object it knows. `gone` is called when the
+    other end is closed or says what is no message, and never returns.
     """
 
     def __init__(self, descriptors: tuple[int, int], *, gone: Callable[[], Any], is_trusting: bool) -> None:
@@ -151,19 +149,7 @@ class Link:
             return self._gone()
 
     def ask(self, what: str, *given: Any, **named: Any) -> Any:
-        """Have the other side do something, and serve it meanwhile.
-
-        Args:
-            what: a key of `_SERVED`, or "names".
-            *given: its arguments.
-            **named: arguments by name.
-
-        Returns:
-            What came of it; containers among the arguments have changed as they did there.
-
-        Raises:
-            BaseException: what was raised there, or the nearest built-in kind of it.
-        """
+        """Have the other side do something, and serve it meanwhile; containers among the arguments change as there."""
         seen = _Seen()
         self.send([what, self._pack([list(given), named], seen)])
         while (message := self.receive())[0] not in ("gives", "raises"):

@@ -18,23 +18,7 @@ _SANDBOX = Sandbox()
 
 
 def pass_at_k(samples: int, passed: int, k: int) -> float:
-    """Unbiased estimate of the probability that at least one of `k` programs passes.
-
-    Computes 1 - C(samples - passed, k) / C(samples, k).
-
-    Args:
-        samples: programs written for one problem.
-        passed: how many of them passed.
-        k: how many tries there are, at most `samples`.
-
-    Returns:
-        A probability.
-
-    Raises:
-        ValueError: if the numbers contradict each other.
-
-    Source: Chen et al. 2021, arXiv:2107.03374, Eq. 1.
-    """
+    """Unbiased estimate of the chance that at least one of `k` programs passes (arXiv:2107.03374, Eq. 1)."""
     if not (0 <= passed <= samples and 1 <= k <= samples):
         raise ValueError(f"Needs 0 <= passed <= samples and 1 <= k <= samples, got {passed=}, {samples=}, {k=}.")
     return 1.0 - math.comb(samples - passed, k) / math.comb(samples, k)
@@ -56,11 +40,7 @@ def check_isolation() -> None:
 
 
 class CodeEval:
-    """Stands where tasks expect `evaluate.load("code_eval")`; runs programs in the sandbox.
-
-    Attributes:
-        name: of the metric.
-    """
+    """Stands where tasks expect `evaluate.load("code_eval")`; runs programs in the sandbox."""
 
     name = NAME
 
@@ -73,21 +53,9 @@ class CodeEval:
         num_workers: int | None = None,
         timeout: float = 3.0,
     ) -> tuple[dict[str, float], dict[int, list[tuple[int, dict[str, Any]]]]]:
-        """Run every candidate with the tests of its problem.
+        """Run the candidates of each problem with its tests: "pass@k", averaged, and by problem what became of each.
 
-        Args:
-            predictions: per problem, its candidate programs.
-            references: per problem, the tests of each candidate.
-            k: numbers of tries; one for which some problem has too few candidates is left out.
-            num_workers: programs run at once; as many as this process has processors when None.
-            timeout: seconds each may take.
-
-        Returns:
-            "pass@k" averaged over problems, and per problem what became of each candidate.
-
-        Raises:
-            ConfigError: if the user has not agreed, or the system cannot isolate programs.
-            ValueError: if there are not as many references as predictions.
+        A k for which some problem has too few candidates is left out.
         """
         check_consent()
         pairs = list(zip(predictions, references, strict=True))

@@ -52,21 +52,13 @@ _SHARED = (
 
 @dataclass(frozen=True)
 class Limits:
-    """What one program may use.
+    """What one program may use."""
 
-    Attributes:
-        seconds: of wall-clock time; also, rounded up, of processor time per process.
-        memory: bytes of address space per process, and of memory of all processes and files together.
-        disk: bytes of one file, and of all files where the program is isolated.
-        processes: processes and threads at one time.
-        open_files: file descriptors per process.
-    """
-
-    seconds: float = 3.0
-    memory: int = 1 << 30
-    disk: int = 64 << 20
-    processes: int = 32
-    open_files: int = 64
+    seconds: float = 3.0  # of wall-clock time; also, rounded up, of processor time per process
+    memory: int = 1 << 30  # bytes of address space per process, and of memory of all processes and files together
+    disk: int = 64 << 20  # bytes of one file, and of all files where the program is isolated
+    processes: int = 32  # and threads
+    open_files: int = 64  # per process
 
 
 class Sandbox:
@@ -92,9 +84,6 @@ class Sandbox:
     function of the tests that is handed to it and then called; and values that pass tests without being right. A
     program whose tests are its last lines is alone in its process: one that exits early cannot pass, but one that means
     to deceive can find there how passing is reported.
-
-    Args:
-        limits: of each program.
     """
 
     def __init__(self, limits: Limits | None = None) -> None:
@@ -117,19 +106,7 @@ class Sandbox:
         return False
 
     def run(self, program: str, tests: str = "") -> str:
-        """Run one program.
-
-        Args:
-            program: Python source.
-            tests: Python source that uses names of the program; it passes when the last line of both has run without
-                an exception.
-
-        Returns:
-            "passed", "timed out", or "failed: " and why.
-
-        Raises:
-            ConfigError: if the system cannot isolate it and the user has not allowed that.
-        """
+        """Run Python source, which passes when its last line and that of its tests have run: "passed" or what went wrong."""
         answer = self._outcome(program, tests, is_isolated=self.is_isolated)
         if answer.startswith("refused: "):
             raise ConfigError(f"A program could not be isolated: {answer}. Fewer parallel workers may help.")

@@ -19,21 +19,13 @@ from l2d_framework.types import Layout
 
 @dataclass(frozen=True)
 class Batch:
-    """Supervised positions of some rows; L is the largest number per row.
-
-    Attributes:
-        layout: tokens and blocks, (B, S).
-        positions: slots, (B, L), int64; those not valid repeat the row's last.
-        valid: (B, L), bool.
-        keys: for each row, one tuple of key parts per position.
-        condition: class per position, (B, L), int64, or None.
-    """
+    """Supervised positions of some rows; L is the largest number per row."""
 
     layout: Layout
-    positions: Tensor
-    valid: Tensor
-    keys: list[list[tuple[int | str, ...]]]
-    condition: Tensor | None
+    positions: Tensor  # slots, (B, L), int64; those not valid repeat the row's last
+    valid: Tensor  # (B, L), bool
+    keys: list[list[tuple[int | str, ...]]]  # for each row, the parts of the key of each position
+    condition: Tensor | None  # class per position, (B, L), int64
 
     @property
     def targets(self) -> Tensor:

@@ -15,13 +15,8 @@ class TokenLikelihood:
     """log N(x_t; alpha(t) clean(y), (sigma(t) prior_scale)^2 I) for every token y, up to a number all tokens share.
 
     The law holds for every schedule and for every parametrization with the corruption that
-    `Parametrization.corrupt` has by default, x_t = alpha(t) clean + sigma(t) prior_scale noise.
-
-    Args:
-        diffusion: the model; its weights must not change while this is used.
-
-    Raises:
-        ConfigError: if its states are corrupted in another way.
+    `Parametrization.corrupt` has by default, x_t = alpha(t) clean + sigma(t) prior_scale noise. The model's weights
+    must not change while this is used.
     """
 
     @torch.no_grad()
@@ -40,18 +35,11 @@ class TokenLikelihood:
         self._schedule, self._scale = diffusion.schedule, space.prior_scale
 
     def __call__(self, x: Tensor, t: float) -> Tensor:
-        """Logarithms of the likelihood, less that of token 0.
+        """Logarithms of the likelihood of states (B, L, D), less that of token 0, (B, L, V), float32; sigma(t) is not 0.
 
         With move(y) = clean(y) - clean(0) the difference of the two squared distances is linear in x:
         (alpha x . move(y) - alpha^2 (|clean(y)|^2 - |clean(0)|^2) / 2) / (sigma prior_scale)^2. Components that all
         tokens share, whose sum would swamp the rest in float32, drop out.
-
-        Args:
-            x: noisy states, (B, L, D), float32.
-            t: their time, at which sigma is not 0.
-
-        Returns:
-            (B, L, V), float32; of a state of pure noise at a time without signal it is 0.
         """
         time = torch.tensor(t, dtype=torch.float64)
         alpha, sigma = float(self._schedule.alpha(time)), float(self._schedule.sigma(time)) * self._scale

@@ -21,16 +21,10 @@ ANCHORS = 2
 
 @dataclass(frozen=True)
 class Entropies:
-    """Cross-entropies of rows, summed over their tokens, in nats.
+    """Cross-entropies of rows, summed over their tokens, in nats."""
 
-    Attributes:
-        network: of the network at each time, (B, T), float64.
-        combined: of the Bayes combination with the prediction at each of the first times as prior, (B, ANCHORS, T),
-            float64; NaN before that time.
-    """
-
-    network: Tensor
-    combined: Tensor
+    network: Tensor  # at each time, (B, T), float64
+    combined: Tensor  # with the prediction at each first time as prior, (B, ANCHORS, T), float64; NaN before that time
 
 
 @dataclass(frozen=True)

@@ -43,17 +43,11 @@ DEFINITIONS = {
 
 @dataclass(frozen=True)
 class Settings:
-    """How to diagnose.
+    """How to diagnose."""
 
-    Attributes:
-        times: at which cross-entropies are taken, from `time_grid`.
-        sampling: how to diffuse; its solver takes fixed steps.
-        adaptive: the same with an adaptive solver, or None to leave it out.
-    """
-
-    times: Sequence[float]
-    sampling: SamplingSection
-    adaptive: SamplingSection | None
+    times: Sequence[float]  # at which cross-entropies are taken, from `time_grid`
+    sampling: SamplingSection  # with a solver of fixed steps
+    adaptive: SamplingSection | None  # the same with an adaptive one
 
 
 def time_grid(schedule: NoiseLaw, count: int) -> list[float]:

@@ -17,17 +17,11 @@ from l2d_framework.models.diffusion_lm import DiffusionLM
 
 @dataclass(frozen=True)
 class Trajectories:
-    """Likeliest tokens along the way; L positions of B rows, true tokens before them given.
+    """Likeliest tokens along the way; L positions of B rows, true tokens before them given."""
 
-    Attributes:
-        times: of each evaluation, the read-out last.
-        tokens: at each evaluation, (evaluations, B, L), int64.
-        base: of the base model, or of the first evaluation where the network contains no base model, (B, L), int64.
-    """
-
-    times: list[float]
-    tokens: Tensor
-    base: Tensor
+    times: list[float]  # of each evaluation, the read-out last
+    tokens: Tensor  # at each evaluation, (evaluations, B, L), int64
+    base: Tensor  # of the base model, or of the first evaluation where the network has none in it, (B, L), int64
 
     @property
     def settled(self) -> Tensor:

@@ -13,14 +13,7 @@ NEGLIGIBLE = 1e-3
 
 
 def verdict(gain: Estimate) -> Verdict:
-    """What a predicted gain says, at two standard errors.
-
-    Args:
-        gain: in nats per token.
-
-    Returns:
-        `gains` if all of gain ± 2 standard errors is above `NEGLIGIBLE`, `does not gain` if all of it is below.
-    """
+    """What a predicted gain says, at two standard errors."""
     if gain.value is None or gain.standard_error is None:
         return "not clear"
     if gain.value - 2 * gain.standard_error > NEGLIGIBLE:

@@ -12,15 +12,7 @@ IDENTITY = "__l2d_identity__"
 
 
 class Answers:
-    """What was answered before; stands in for lm_eval's cache hook.
-
-    Args:
-        store: the harness's own store, or None for no cache.
-        identity: of the model and its settings.
-
-    Raises:
-        CheckpointError: if the store holds answers of another model or other settings.
-    """
+    """What was answered before; stands in for lm_eval's cache hook."""
 
     def __init__(self, store: Any, identity: dict[str, Any]) -> None:
         self._store: Any = None

@@ -22,16 +22,7 @@ _SUBCOMMANDS = ("run", "ls", "validate")
 
 
 def run(arguments: Sequence[str]) -> None:
-    """Run lm_eval; its model is `l2d` unless the arguments name another.
-
-    Args:
-        arguments: as `lm_eval` takes them, and `--allow-network-in-sandbox`.
-
-    Raises:
-        PluginError: if lm_eval, or a package that a task needs, is not installed.
-        ConfigError: if no checkpoint is named.
-        L2DError: if the data of a task cannot be reached, or nobody agreed to run the programs it asks for.
-    """
+    """Run lm_eval; its model is `l2d` unless the arguments name another."""
     if importlib.util.find_spec("lm_eval") is None:
         raise PluginError("Evaluation needs lm_eval. Run: pip install 'l2d-framework[eval]'")
     asked = [argument for argument in arguments if argument != ALLOW_NETWORK]

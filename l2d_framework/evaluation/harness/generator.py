@@ -30,11 +30,7 @@ _LOGGER = logging.getLogger(__name__)
 
 
 class Generator:
-    """What a model answers to generative tasks.
-
-    Args:
-        lm: the model, which also counts what that costs and remembers answers.
-    """
+    """What a model answers to generative tasks."""
 
     def __init__(self, lm: L2DLM) -> None:
         self.lm = lm

@@ -181,17 +181,7 @@ class L2DLM(HFLM):  # type: ignore[misc]
 
     @override
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **options: Any) -> list[int]:
-        """Token ids of a text, which is a prompt or the beginning of one.
-
-        Args:
-            string: the text.
-            add_special_tokens: whether to put in front what the tokenizer does, nothing ever behind; when None as
-                `add_bos_token` says, else unless a chat template was applied.
-            **options: of lm_eval.
-
-        Returns:
-            The ids.
-        """
+        """Token ids of a prompt; None: special tokens as `add_bos_token` says, else without a chat template only."""
         if add_special_tokens is None:
             add_special_tokens = not self.is_chat if self.add_bos_token is None else self.add_bos_token
         if not add_special_tokens:

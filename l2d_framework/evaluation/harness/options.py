@@ -60,20 +60,12 @@ def diffusing(options: Mapping[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Plan:
-    """How to answer the requests of one set of generation options.
+    """How to answer the requests of one set of generation options."""
 
-    Attributes:
-        until: strings that end an answer.
-        count: most tokens of an answer.
-        picking: fields of transformers' generation configuration.
-        options: of diffusion, and `class_hint`.
-        search: among several hypotheses, or None.
-    """
-
-    until: list[str]
-    count: int
-    picking: dict[str, Any]
-    options: dict[str, Any]
+    stop_strings: list[str]
+    count: int  # most tokens of an answer
+    decoding: dict[str, Any]  # fields of transformers' generation configuration
+    options: dict[str, Any]  # of diffusion, and `class_hint`
     search: Search | None = None
 
 
@@ -85,21 +77,7 @@ def read_plan(
     search: Mapping[str, Any] | None = None,
     vocab_size: int | None = None,
 ) -> Plan:
-    """Plan of a request.
-
-    Args:
-        generation: its generation options.
-        default_count: most tokens where they name no number.
-        end: text of the end token.
-        search: options of search for all requests; those of `generation` win.
-        vocab_size: tokens of the model; None where it is not known.
-
-    Returns:
-        The plan.
-
-    Raises:
-        ConfigError: if an option is unknown or out of range.
-    """
+    """Plan of a request; its own options of search win over `search`, those for all requests."""
     for name in _COUNTS:
         value = generation.get(name)
         if value is not None and not (str(value).isdecimal() and int(value) > 0):

@@ -20,13 +20,6 @@ def occurrences(requests: Sequence[Any], gather: Callable[[Any], list[Any]]) -> 
 
     Each process has the documents of its rank, with all repeats of each. The harness pads the shorter lists with
     requests once more; those get the numbers they had before.
-
-    Args:
-        requests: lm_eval's instances on this process.
-        gather: collects an object of every process, in the order of ranks.
-
-    Returns:
-        A number per request; the same whatever the order of the requests and the number of processes.
     """
     names = [content(request.args) for request in requests]
     places = [_place(request) for request in requests]

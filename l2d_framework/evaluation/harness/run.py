@@ -30,55 +30,32 @@ _BOOTSTRAPS = 1000
 
 @dataclass(frozen=True)
 class ModelChoice:
-    """A model and how to open it.
-
-    Attributes:
-        pretrained: checkpoint folder or hub id.
-        options: other arguments of `--model_args`.
-        device: "cpu" or "cuda".
-        batch_size: rows computed together, or "auto".
-    """
+    """A model and how to open it."""
 
     pretrained: str
-    options: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)  # further ones of `--model_args`
     device: str = "cpu"
     batch_size: int | str = 1
 
 
 @dataclass(frozen=True)
 class TaskChoice:
-    """A task and how it is asked, in the words of lm_eval's command line.
-
-    Attributes:
-        task: a task, or a group of tasks.
-        limit: first items of each task.
-        num_fewshot: examples before a question.
-        chat: "none", "template" or "multiturn", the last with examples as turns of the past conversation; a model
-            without a chat template is asked without.
-        generation: as in `--gen_kwargs`.
-        runs_code: consent to run code that models write.
-    """
+    """A task and how it is asked, in the words of lm_eval's command line."""
 
     task: str
-    limit: int | None = None
+    limit: int | None = None  # first items of each task
     num_fewshot: int | None = None
-    chat: str = "none"
-    generation: dict[str, Any] = field(default_factory=dict)
-    runs_code: bool = False
+    chat: str = "none"  # "template", or "multiturn" with examples as past turns; only where the model has a template
+    generation: dict[str, Any] = field(default_factory=dict)  # as in `--gen_kwargs`
+    runs_code: bool = False  # consent to run code that models write
 
 
 @dataclass(frozen=True)
 class Answered:
-    """What a task gave.
+    """What a task gave."""
 
-    Attributes:
-        values: by `metric,filter`: `value`, `error` (None without), `items` and `scores` (None where the metric is no
-            mean of the items).
-        details: what the adapter says of itself, cost and data among it; versions of tasks.
-    """
-
-    values: dict[str, dict[str, Any]]
-    details: dict[str, Any]
+    values: dict[str, dict[str, Any]]  # by `metric,filter`; `scores` are None where it is no mean of the items
+    details: dict[str, Any]  # what the adapter says of itself, cost and data among it; versions of tasks
 
 
 @cache

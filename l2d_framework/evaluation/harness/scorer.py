@@ -44,12 +44,7 @@ _LOGITS = 2**25
 
 @dataclass(frozen=True)
 class Job:
-    """Answers to one question that differ in nothing but their last token.
-
-    Attributes:
-        context: tokens of the question, at least one.
-        answers: tokens of each answer, at least one.
-    """
+    """Answers to one question that differ in nothing but their last token."""
 
     context: tuple[int, ...]
     answers: list[tuple[int, ...]]
@@ -61,39 +56,23 @@ class Job:
 
 @dataclass(frozen=True)
 class Scorer:
-    """A model with the settings of scoring.
-
-    Attributes:
-        model: the model.
-        sampling: how to diffuse.
-        samples: fixed noises K.
-        times: times of the pseudo-likelihood.
-        limit: most tokens a text may have.
-        label: id of the class of all texts, or None.
-        evaluations: filled with the evaluations spent on each scored token, over all noises.
-    """
+    """A model with the settings of scoring."""
 
     model: DiffusionLM
     sampling: SamplingSection
-    samples: int
-    times: int
-    limit: int
-    label: int | None = None
-    evaluations: list[int] = field(default_factory=list)
+    samples: int  # fixed noises K
+    times: int  # of the pseudo-likelihood
+    limit: int  # most tokens a text may have
+    label: int | None = None  # id of the class of all texts
+    evaluations: list[int] = field(default_factory=list)  # filled: spent on each scored token, over all noises
 
     @torch.no_grad()
     def mixture(self, jobs: Sequence[Job]) -> list[list[tuple[float, bool]]]:
         """log p(answer | question) with p(token | text before) = mean over noises of softmax(logits).
 
         Every position is a block of its own that reads the true tokens before it, so all are solved together. Noise
-        depends on the question, the position and the sample: answers to one question meet the same noise.
-
-        Args:
-            jobs: a batch.
-
-        Returns:
-            For each answer of each job, its log-likelihood and whether every token is the averaged distribution's most
-            likely one.
+        depends on the question, the position and the sample: answers to one question meet the same noise. With each
+        logarithm goes whether every token is the averaged distribution's most likely one.
         """
         encoded = pad_left([job.text(self.limit) for job in jobs])
         device, width = self.model.device, encoded.input_ids.shape[1]
@@ -164,13 +143,8 @@ class Scorer:
         """Minus the denoising loss of each answer, as training measures it, at fixed times and noises.
 
         score = mean over t in {1/2T, 3/2T, ...} and over noises of sum_i log p(y_i | x_t, t, question), where x_t is
-        the answer under noise, block by block. Noise depends on the question, the position and the sample alone.
-
-        Args:
-            jobs: a batch, one answer each.
-
-        Returns:
-            For each answer of each job, its score and whether every token is the most likely one at every time.
+        the answer under noise, block by block. Noise depends on the question, the position and the sample alone. With
+        each score goes whether every token is the most likely one at every time.
         """
         model, device = self.model, self.model.device
         answers = [job.answers[0] for job in jobs]
@@ -218,11 +192,7 @@ class Scorer:
 
 
 class Scoring:
-    """Scores of answers that lm_eval names.
-
-    Args:
-        lm: the model, which also counts what that costs and remembers scores.
-    """
+    """Scores of answers that lm_eval names."""
 
     def __init__(self, lm: L2DLM) -> None:
         self.lm = lm

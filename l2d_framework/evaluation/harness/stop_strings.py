@@ -11,13 +11,7 @@ from transformers import PreTrainedTokenizerBase, StoppingCriteria
 
 
 class Until(StoppingCriteria):
-    """Ends a row once its answer contains a string.
-
-    Args:
-        tokenizer: of the model.
-        strings: any of them ends a row.
-        start: slot of the first answer token.
-    """
+    """Ends a row once its answer contains a string."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, strings: Sequence[str], start: int) -> None:
         self._tokenizer, self._strings, self._start = tokenizer, [s for s in strings if s], start

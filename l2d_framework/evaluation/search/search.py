@@ -57,19 +57,7 @@ def split_options(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str,
 
 
 def read_search(options: Mapping[str, Any], hint: str | None = None) -> Search | None:
-    """The search that options ask for.
-
-    Args:
-        options: any of `search` (a file of `l2d tune-search`), `search_category` (an entry of it), and the fields of
-            `Search` after `search_`, which win over the file's.
-        hint: category of the task, for where the options name none.
-
-    Returns:
-        The settings; None where nothing is asked for.
-
-    Raises:
-        ConfigError: if a value is wrong, or the file has no such category.
-    """
+    """The search that options ask for; the fields of `Search` among them win over those of the file's category."""
     if not options:
         return None
     file, category = options.get(FILE), options.get(CATEGORY)
@@ -117,26 +105,7 @@ def _entry(categories: dict[str, Any], wanted: str | None, file: str) -> dict[st
 def search(
     face: DiffusionForCausalLM, prompt: Tensor, settings: Search, *, name: str, picking: Mapping[str, Any]
 ) -> tuple[list[int], list[int]]:
-    """Answer one prompt.
-
-    Every random number is named by the face's seed and the request, so neither batch nor order matters. Numbers of
-    transformers' own draws depend on the device.
-
-    Args:
-        face: the model.
-        prompt: token ids without padding, (S,), int64.
-        settings: how to search.
-        name: of the request.
-        picking: fields of transformers' generation configuration and `stopping_criteria`.
-
-    Returns:
-        Tokens of the answer up to its end, and for each the network's passes over all hypotheses beside the one a
-        plain language model needs: with h hypotheses and e evaluations h (e + 1) - 1. Passes made after the end of the
-        answer, for longer hypotheses, count with its last token.
-
-    Raises:
-        ConfigError: if the solver lets rows influence each other.
-    """
+    """Tokens of one answer up to its end, and for each the network's passes beside a plain language model's one."""
     if face.sampling.solver.batch_coupled and face.sampling.num_inference_steps != 0:
         raise ConfigError(
             f"Solver {face.sampling.solver.component_name()!r} solves rows together, so hypotheses would influence "
@@ -144,15 +113,18 @@ def search(
         )
     spent: list[int] = []
     watched = copy.copy(face)  # others may be searching with the same
+    # With h hypotheses and e evaluations; a plain language model needs one pass.
     watched.on_step = lambda evaluations: spent.append(int((evaluations + 1).sum()) - 1)
     found = _hypotheses(watched, prompt, settings, name, picking)
     scores, lengths = found.sequences_scores.float().cpu(), (found.beam_indices >= 0).sum(1).tolist()
     if settings.temperature == 0:
         chosen = int(scores.argmax())
     else:
+        # Named by seed and request, as all random numbers, so neither batch nor order matters.
         number = torch.tensor(keyed_generator(face.sampling.seed, name, "pick").random(dtype="float32"))
         chosen = int(categorical((scores / settings.temperature).softmax(-1), number))
     tokens = found.sequences[chosen, len(prompt) : len(prompt) + lengths[chosen]].tolist()
+    # What longer hypotheses spend after the end of the answer counts with its last token.
     passes = spent[: len(tokens)]
     passes[-1] += sum(spent[len(tokens) :])
     return tokens, passes

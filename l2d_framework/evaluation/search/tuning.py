@@ -23,39 +23,20 @@ from l2d_framework.models.unloaded import HINT
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked of every setting.
+    """What is asked of every setting."""
 
-    Attributes:
-        tasks: names of tasks, each alone or as `CATEGORY=TASK`.
-        limit: first training items of each.
-        metric: such as `exact_match,strict-match`; the task's first when None.
-        num_fewshot: examples before a question; the task's own number when None.
-        is_chat: apply the chat template, with examples as turns of the past conversation.
-        folder: further tasks beside lm_eval's own.
-        runs_code: consent to run code that models write.
-    """
-
-    tasks: Sequence[str]
-    limit: int
-    metric: str | None = None
+    tasks: Sequence[str]  # each alone or as `CATEGORY=TASK`
+    limit: int  # first training items of each
+    metric: str | None = None  # such as `exact_match,strict-match`; the task's first when None
     num_fewshot: int | None = None
-    is_chat: bool = False
-    folder: Path | None = None
-    runs_code: bool = False
+    is_chat: bool = False  # with examples as turns of the past conversation
+    folder: Path | None = None  # of further tasks
+    runs_code: bool = False  # consent to run code that models write
 
 
 @dataclass(frozen=True)
 class Trained:
-    """A task that asks its training items.
-
-    Attributes:
-        name: of the task.
-        category: of its settings.
-        split: it takes items from.
-        task: lm_eval's object.
-        metric: that settings are chosen by, such as `exact_match,strict-match`.
-        is_better_high: whether more of it is better.
-    """
+    """A task that asks its training items."""
 
     name: str
     category: str
@@ -127,17 +108,11 @@ Track = Callable[[Sequence[Any]], Iterable[Any]]
 
 @dataclass
 class Tuning:
-    """Rows measured so far, kept in a file after each.
-
-    Attributes:
-        path: of the file.
-        identity: what every row depends on.
-        rows: a task, settings, score, its standard error and the number of items each.
-    """
+    """Rows measured so far, kept in a file after each."""
 
     path: Path
     identity: dict[str, Any]
-    rows: list[dict[str, Any]] = field(default_factory=list)
+    rows: list[dict[str, Any]] = field(default_factory=list)  # a task, settings, score, its error, number of items
 
     def read(self) -> None:
         """Take over the rows of an earlier run."""
@@ -203,16 +178,6 @@ def tune(
     Called again with the same model and question it goes on where it was interrupted, and measures only what the file
     lacks. The score of the chosen settings is the best of many on the very items they were chosen on, so it is
     optimistic; measure them on test items.
-
-    Args:
-        lm: the model.
-        question: what to ask.
-        settings: to choose from; where several score the same, the first wins.
-        out: JSON file, which `search=FILE` of the adapter takes.
-        track: shows progress.
-
-    Returns:
-        Best settings by category.
     """
     tasks = open_tasks(question)
     tuning = Tuning(out, _identity(lm, question, tasks))

@@ -18,17 +18,7 @@ def unique_ngrams(words: Sequence[Hashable], n: int) -> tuple[int, int]:
 
 
 def distinct_per_word(text: str, n: int) -> float:
-    """Different n-grams over the number of words, as TESS 2's evaluation counts.
-
-    A text of k different words does not reach 1 for n > 1, the less the shorter it is.
-
-    Args:
-        text: split at white space.
-        n: words per n-gram.
-
-    Returns:
-        The share; 0 for a text without words.
-    """
+    """Different n-grams over the number of words, as TESS 2's evaluation counts: below 1 for n > 1; 0 without words."""
     words = text.split()
     return unique_ngrams(words, n)[0] / len(words) if words else 0.0
 
@@ -69,12 +59,6 @@ def ends_in_likeliest_loop(tokens: Sequence[Hashable]) -> bool:
     one: "b c c b c c" ends in no loop.
 
     Source: Holtzman et al. 2020, section 5.3, as their published evaluation counts.
-
-    Args:
-        tokens: of a text.
-
-    Returns:
-        True if it does.
     """
     repeats = _repeats(tokens)
     n = max(repeats, key=lambda n: repeats[n], default=0)

@@ -28,14 +28,7 @@ Track = Callable[[Sequence[int], str], Iterable[int]]
 
 @dataclass
 class Pretrained:
-    """A model, its weights loaded when first used.
-
-    Attributes:
-        name: path or hub id, as given.
-        config: transformers config.
-        tokenizer: its tokenizer.
-        load: makes the model, in evaluation mode, where it is to run.
-    """
+    """A model, its weights loaded when first used."""
 
     name: str
     config: Any
@@ -128,20 +121,12 @@ _Ids = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Likelihood:
-    """What a judge finds of texts.
+    """What a judge finds of texts."""
 
-    Attributes:
-        nll: NLL(prefix + text) - NLL(prefix) of each sample in nats, (N,).
-        tokens: tokens that the text adds to its prefix, (N,); 0 or less where it adds none.
-        truncated: how many samples were cut to the judge's longest input.
-        merged: how many prefixes end in other tokens when the text follows, so that the difference is not exactly the
-            likelihood of the text given the prefix.
-    """
-
-    nll: Values
-    tokens: Values
-    truncated: int
-    merged: int
+    nll: Values  # NLL(prefix + text) - NLL(prefix) of each sample in nats, (N,)
+    tokens: Values  # tokens that the text adds to its prefix, (N,); 0 or less where it adds none
+    truncated: int  # samples cut to the judge's longest input
+    merged: int  # prefixes that end in other tokens when the text follows, where `nll` is not quite that of the text
 
     @property
     def perplexities(self) -> Values:
@@ -152,16 +137,7 @@ class Likelihood:
 
 
 class Judge:
-    """A causal language model that finds texts likely or not; what it has judged it remembers.
-
-    Args:
-        source: the language model.
-        max_length: longest input in tokens, the first one included; the model's own limit when None.
-        batch_size: texts at a time; does not change the result.
-
-    Raises:
-        ConfigError: if the tokenizer has no token to begin a text with, or `max_length` is below 2.
-    """
+    """A causal language model that finds texts likely or not; what it has judged it remembers."""
 
     def __init__(self, source: Pretrained, *, max_length: int | None = None, batch_size: int = 8) -> None:
         tokenizer = source.tokenizer

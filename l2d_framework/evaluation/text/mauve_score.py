@@ -41,15 +41,7 @@ def check_golds(samples: Sequence[Sample], name: str) -> None:
 
 
 class Features:
-    """Last hidden state of a language model at a text's last token; what it has read it remembers.
-
-    Source: Pillutla et al. 2021, "MAUVE", section 3; the states are those that the authors' library takes.
-
-    Args:
-        source: the language model.
-        max_length: tokens read of a text, special ones included.
-        batch_size: texts at a time; does not change the result.
-    """
+    """Last hidden state at a text's last token, as the authors' library takes it; what was read is remembered."""
 
     def __init__(self, source: Pretrained, *, max_length: int = MAX_LENGTH, batch_size: int = 8) -> None:
         self.source, self.batch_size = source, batch_size
@@ -71,19 +63,7 @@ class Features:
 
 
 def mauve(samples: Sequence[Sample], features: Features, track: Track, *, with_prefix: bool) -> Estimate:
-    """MAUVE of generated against human texts.
-
-    Source: Pillutla et al. 2021, equation 3, with the settings of the authors' library. Empty texts are left out.
-
-    Args:
-        samples: generated texts with golds.
-        features: reads the texts.
-        track: shows the progress.
-        with_prefix: compare prefix and continuation together, instead of the continuation alone.
-
-    Returns:
-        MAUVE, between 0 and 1; it has no standard error.
-    """
+    """MAUVE of the texts that are not empty (Pillutla et al. 2021, equation 3, settings of the authors' library)."""
     prefixes = [sample.prefix if with_prefix else "" for sample in samples]
     ours = [prefix + sample.text for prefix, sample in zip(prefixes, samples, strict=True)]
     golds = [prefix + (sample.gold or "") for prefix, sample in zip(prefixes, samples, strict=True)]

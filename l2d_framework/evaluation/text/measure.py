@@ -58,23 +58,7 @@ def evaluate_texts(
     features: Features | None = None,
     track: Track = _no_progress,
 ) -> dict[str, Any]:
-    """Metrics of generated texts.
-
-    Args:
-        samples: the texts.
-        tokenizer: of the generator, for entropy and, instead of white-space words, Zipf's law and repetition.
-        judge: for perplexity.
-        features: for MAUVE.
-        track: shows the progress.
-
-    Returns:
-        JSON-ready: number of `samples` and of `empty_texts`, `settings`, and `metrics`: by name and by `authors` or
-        `corrected`, the value, its standard error over samples, the number of samples, how many were left out and, of
-        those that models read, how many were cut.
-
-    Raises:
-        DataError: if there is no sample, or MAUVE is asked for without golds.
-    """
+    """Metrics of texts, JSON-ready; the generator's tokenizer serves entropy and, for words, Zipf's law and repetition."""
     if not samples:
         raise DataError("There is no text to measure. Give at least one sample.")
     if features is not None:

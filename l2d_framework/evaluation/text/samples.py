@@ -14,28 +14,16 @@ from l2d_framework.lines import read_objects
 
 @dataclass(frozen=True)
 class Sample:
-    """A generated text.
+    """A generated text."""
 
-    Attributes:
-        prefix: what it continues; "" for nothing.
-        text: what was generated, without the prefix.
-        gold: what a human wrote in its place, without the prefix.
-    """
-
-    prefix: str
+    prefix: str  # what it continues; "" for nothing
     text: str
-    gold: str | None = None
+    gold: str | None = None  # what a human wrote in its place
 
 
 @dataclass(frozen=True)
 class Columns:
-    """Names of the columns of a file.
-
-    Attributes:
-        prefix: column of the prefix.
-        text: column of the generated text.
-        gold: column of the text a human wrote.
-    """
+    """Names of the columns of a file."""
 
     prefix: str = "prefix"
     text: str = "text"
@@ -43,21 +31,7 @@ class Columns:
 
 
 def read_samples(file: Path, columns: Columns, *, golds: Sequence[str] | None = None) -> list[Sample]:
-    """Samples of a JSONL file, written by `l2d generate --output` or with columns of its own.
-
-    A prompt that is a conversation becomes its contents, one a line.
-
-    Args:
-        file: JSONL with `prompt` and `answers`, or with the columns.
-        columns: names of the columns.
-        golds: what humans wrote, one per row of the file; the file's column when None.
-
-    Returns:
-        One sample per generated text, in order.
-
-    Raises:
-        DataError: if the file cannot be read, lacks a column, or holds only empty texts.
-    """
+    """Samples of a JSONL file of `l2d generate --output`, conversations as one line a turn, or with other columns."""
     rows = _read_rows(file)
     if golds is not None and len(golds) != len(rows):
         raise DataError(

@@ -43,16 +43,10 @@ def lacks_checkpoint(arguments: Sequence[str], environ: Mapping[str, str]) -> bo
 
 
 def check_command() -> None:
-    """Prepare lm_eval's command line where it asks for `l2d`; end it there if no checkpoint is named.
-
-    That is before it reads thousands of task files.
-
-    Raises:
-        SystemExit: then.
-    """
+    """Prepare lm_eval's command line where it asks for `l2d`; end it here if no checkpoint is named."""
     if not sys.argv or os.path.basename(sys.argv[0]) not in _PROGRAMS:
         return
-    if lacks_checkpoint(sys.argv[1:], os.environ):
+    if lacks_checkpoint(sys.argv[1:], os.environ):  # before thousands of task files are read
         sys.stderr.write(f"Error: {MISSING}\n")
         raise SystemExit(2)
     if named_model(sys.argv[1:]) == "l2d":
