@@ -106,7 +106,7 @@ class Sandbox:
         return False
 
     def run(self, program: str, tests: str = "") -> str:
-        """Run Python source, which passes when its last line and that of its tests have run: "passed" or what went wrong."""
+        """Run Python source, which passes when its last line and that of its tests have run; says how it ended."""
         answer = self._outcome(program, tests, is_isolated=self.is_isolated)
         if answer.startswith("refused: "):
             raise ConfigError(f"A program could not be isolated: {answer}. Fewer parallel workers may help.")

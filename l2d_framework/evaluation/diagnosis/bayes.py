@@ -35,7 +35,7 @@ class TokenLikelihood:
         self._schedule, self._scale = diffusion.schedule, space.prior_scale
 
     def __call__(self, x: Tensor, t: float) -> Tensor:
-        """Logarithms of the likelihood of states (B, L, D), less that of token 0, (B, L, V), float32; sigma(t) is not 0.
+        """Logarithms of the likelihood of states (B, L, D), less that of token 0, (B, L, V), float32; sigma(t) > 0.
 
         With move(y) = clean(y) - clean(0) the difference of the two squared distances is linear in x:
         (alpha x . move(y) - alpha^2 (|clean(y)|^2 - |clean(0)|^2) / 2) / (sigma prior_scale)^2. Components that all

@@ -23,7 +23,7 @@ class Answers:
             store[IDENTITY] = identity
         elif recorded != identity:
             known = recorded or {}
-            differing = sorted(n for n in known.keys() | identity.keys() if known.get(n) != identity.get(n))
+            differing = sorted(n for n in known | identity if known.get(n) != identity.get(n))
             raise CheckpointError(
                 f"The cache {store.filename!r} holds answers of another model or of other settings; they differ in "
                 f"{differing}. Name another --use_cache."
@@ -33,20 +33,16 @@ class Answers:
 
     def find(self, kind: str, arguments: Any, number: int = 0) -> Any:
         """An earlier answer, or None."""
-        return None if self._store is None else self._store.recall(_key(kind, arguments, number))
+        return None if self._store is None else self._store.recall(content([kind, arguments, number]))
 
     def keep(self, kind: str, arguments: Any, answer: Any, number: int = 0) -> None:
         """Remember an answer: anything that can be pickled but None."""
         if self._store is not None:
-            self._store.remember(_key(kind, arguments, number), answer)
+            self._store.remember(content([kind, arguments, number]), answer)
 
     def add_partial(self, attr: str, req: Iterable[Any], res: Any) -> None:
         """What lm_eval's own code calls with an answer."""
         self.keep(attr, tuple(req), res)
-
-
-def _key(kind: str, arguments: Any, number: int) -> str:
-    return content([kind, arguments, number])
 
 
 def _keep_harness_out(store: Any) -> None:

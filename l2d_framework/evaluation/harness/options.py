@@ -20,18 +20,8 @@ DIFFUSING = (*SamplingSection.model_fields, CLASS, SCALE)
 """Options of diffusion, allowed in both places; those of `--gen_kwargs` win."""
 
 PASSED = (
-    "tokenizer",
-    "truncation",
-    "logits_cache",
-    "max_length",
-    "device",
-    "batch_size",
-    "max_batch_size",
-    "add_bos_token",
-    "prefix_token_id",
-    "think_end_token",
-    "enable_thinking",
-    "chat_template_args",
+    *("tokenizer", "truncation", "logits_cache", "max_length", "device", "batch_size", "max_batch_size"),
+    *("add_bos_token", "prefix_token_id", "think_end_token", "enable_thinking", "chat_template_args"),
 )
 """Options of lm_eval's own Hugging Face model that mean the same here."""
 
@@ -84,26 +74,28 @@ def read_plan(
             raise ConfigError(f"{name} should be a whole number above 0, got {value!r}. Correct it in --gen_kwargs.")
     try:
         rest: dict[str, Any] = dict(normalize_gen_kwargs(dict(generation), default_count))
-        until = handle_stop_sequences(rest.pop("until", None), eos=end)
+        stop_strings = handle_stop_sequences(rest.pop("until", None), eos=end)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{error}, got {dict(generation)}. Correct it in --gen_kwargs.") from error
-    if not all(isinstance(string, str) for string in until):
-        raise ConfigError(f"until should be a text or a list of texts, got {until!r}. Correct it in --gen_kwargs.")
+    if not all(isinstance(string, str) for string in stop_strings):
+        raise ConfigError(
+            f"until should be a text or a list of texts, got {stop_strings!r}. Correct it in --gen_kwargs."
+        )
     count = int(rest.pop("max_gen_toks"))
     searching, rest = split_options(rest)
     options = diffusing(rest) | ({HINT: rest[HINT]} if HINT in rest else {})
-    picking = {name: value for name, value in rest.items() if name not in options}
+    decoding = {name: value for name, value in rest.items() if name not in options}
     known = set(GenerationConfig().to_dict()) - {"max_length", "max_new_tokens", "num_return_sequences"}
-    for name, value in picking.items():
+    for name, value in decoding.items():
         if name not in known | {"temperature"}:
             hint = suggest(name, [*known, *DIFFUSING, *SEARCHING, HINT, "max_gen_toks", "until"]) or "."
             raise ConfigError(f"Unknown generation option {name}={value!r}{hint} Remove or correct it in --gen_kwargs.")
-    if not picking.get("do_sample") or not picking.get("temperature"):
-        picking.pop("temperature", None)
-    if picking.get("do_sample") in (0, 1):  # as a command line may well spell it
-        picking["do_sample"] = bool(picking["do_sample"])
-    picking = arguments.picking(picking, vocab_size=vocab_size)
-    return Plan(until, count, picking, options, read_search({**(search or {}), **searching}, options.get(HINT)))
+    if not decoding.get("do_sample") or not decoding.get("temperature"):
+        decoding.pop("temperature", None)
+    if decoding.get("do_sample") in (0, 1):  # as a command line may well spell it
+        decoding["do_sample"] = bool(decoding["do_sample"])
+    decoding = arguments.picking(decoding, vocab_size=vocab_size)
+    return Plan(stop_strings, count, decoding, options, read_search({**(search or {}), **searching}, options.get(HINT)))
 
 
 def shortest(settings: SamplingSection) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,34 +17,24 @@ def content(arguments: Any) -> str:
 
 
 def occurrences(requests: Sequence[Any], gather: Callable[[Any], list[Any]]) -> list[int]:
-    """How often the same question was asked before, in a task's own order of its documents.
+    """How often the same question was asked before, whatever the order of requests and the number of processes.
 
     Each process has the documents of its rank, with all repeats of each. The harness pads the shorter lists with
-    requests once more; those get the numbers they had before.
+    requests once more; those get the numbers they had before. `gather` collects an object of every process.
     """
-    names = [content(request.args) for request in requests]
-    places = [_place(request) for request in requests]
-    asked: dict[tuple[str, Any], int] = {}
+    keys = [(content(request.args), _place(request)) for request in requests]
+    asked: Counter[Any] = Counter()
     within = []
-    for request, name, place in zip(requests, names, places, strict=True):
-        count = asked.get((name, place), 0)
-        asked[name, place] = count + 1
-        within.append(count % request.repeats if request.repeats else count)
-    repeats = {
-        (name, place): request.repeats or asked[name, place]
-        for request, name, place in zip(requests, names, places, strict=True)
-    }
-    everywhere: dict[str, dict[Any, int]] = {}
-    for part in gather(repeats):
-        for (name, place), count in part.items():
-            everywhere.setdefault(name, {})[place] = count
-    first = {}
-    for name, by_place in everywhere.items():
-        total = 0
-        for place in sorted(by_place):
-            first[name, place] = total
-            total += by_place[place]
-    return [first[name, place] + count for name, place, count in zip(names, places, within, strict=True)]
+    for request, key in zip(requests, keys, strict=True):
+        within.append(asked[key] % request.repeats if request.repeats else asked[key])
+        asked[key] += 1
+    repeats = {key: request.repeats or asked[key] for request, key in zip(requests, keys, strict=True)}
+    everywhere = {key: count for part in gather(repeats) for key, count in part.items()}
+    first, total = {}, Counter[str]()
+    for name, place in sorted(everywhere):
+        first[name, place] = total[name]
+        total[name] += everywhere[name, place]
+    return [first[key] + count for key, count in zip(keys, within, strict=True)]
 
 
 def noise_key(tokens: Sequence[int], occurrence: int) -> str:

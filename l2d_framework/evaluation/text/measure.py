@@ -58,7 +58,7 @@ def evaluate_texts(
     features: Features | None = None,
     track: Track = _no_progress,
 ) -> dict[str, Any]:
-    """Metrics of texts, JSON-ready; the generator's tokenizer serves entropy and, for words, Zipf's law and repetition."""
+    """Metrics, JSON-ready; the generator's tokenizer serves entropy and, for words, Zipf's law and repetition."""
     if not samples:
         raise DataError("There is no text to measure. Give at least one sample.")
     if features is not None:

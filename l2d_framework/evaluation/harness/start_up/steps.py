@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -30,16 +31,19 @@ def register() -> None:
 
 def named_model(arguments: Sequence[str]) -> str | None:
     """The last `--model` that arguments of lm_eval name, or None."""
-    models = [arguments[i + 1] for i, name in enumerate(arguments[:-1]) if name in ("--model", "-M")]
-    models += [argument.partition("=")[2] for argument in arguments if argument.startswith("--model=")]
-    return models[-1] if models else None
+    return _last(arguments, "--model", "-M")
+
+
+def _last(arguments: Sequence[str], name: str, short: str) -> str | None:
+    values = [value for option, value in itertools.pairwise(arguments) if option in (name, short)]
+    values += [argument.partition("=")[2] for argument in arguments if argument.startswith(f"{name}=")]
+    return values[-1] if values else None
 
 
 def lacks_checkpoint(arguments: Sequence[str], environ: Mapping[str, str]) -> bool:
     """Whether a command asks for `l2d` and names no checkpoint; False where a configuration file may."""
-    told = any("pretrained" in argument for argument in arguments) or bool(environ.get(PRETRAINED))
-    filed = any(argument in ("-C", "--config") or argument.startswith("--config=") for argument in arguments)
-    return named_model(arguments) == "l2d" and not told and not filed
+    told = any(a in ("-C", "--config") or "pretrained" in a or a.startswith("--config=") for a in arguments)
+    return named_model(arguments) == "l2d" and not told and not environ.get(PRETRAINED)
 
 
 def check_command() -> None:
@@ -68,10 +72,10 @@ def prepare(arguments: Sequence[str]) -> None:
 def _is_confirmed_in_file(arguments: Sequence[str]) -> bool:
     import yaml
 
-    files = [arguments[i + 1] for i, name in enumerate(arguments[:-1]) if name in ("--config", "-C")]
-    files += [argument.partition("=")[2] for argument in arguments if argument.startswith("--config=")]
+    if (path := _last(arguments, "--config", "-C")) is None:
+        return False
     try:
-        with open(files[-1], encoding="utf-8") as file:
+        with open(path, encoding="utf-8") as file:
             return yaml.safe_load(file).get(CONFIRMED.removeprefix("--")) is True
-    except (OSError, ValueError, yaml.YAMLError, AttributeError, IndexError, RecursionError):
+    except (OSError, ValueError, yaml.YAMLError, AttributeError, RecursionError):
         return False  # lm_eval says what is wrong with the file
