@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -10,13 +9,25 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from l2d_framework.cli.common import (
+    Base,
+    Device,
+    Dtype,
+    Settings,
+    bar,
+    can_draw,
+    check_device,
+    check_dtype,
+    check_folder,
+    show,
+    write_json,
+)
 from l2d_framework.errors import ConfigError
+from l2d_framework.evaluation.diagnosis.report import draw, sentences, table
 
 if TYPE_CHECKING:
-    from l2d_framework.evaluation.diagnosis.diagnose import Settings
+    from l2d_framework.evaluation.diagnosis.diagnose import Settings as DiagnosisSettings
     from l2d_framework.models.unloaded import UnloadedModel
-
-_NUMBERS, _PICTURE = "diagnosis.json", "diagnosis.png"
 
 
 def diagnose(
@@ -38,14 +49,12 @@ def diagnose(
     adaptive_solver: Annotated[
         str, typer.Option(help="Adaptive solver whose evaluations are counted; `none` for none.")
     ] = "fehlberg2",
-    set_: Annotated[
-        list[str] | None, typer.Option("--set", help="Other sampling setting, such as estimate.mode=argmax.")
-    ] = None,
+    set_: Settings = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Of all noise.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows at a time; does not change the numbers.")] = 8,
-    base: Annotated[str | None, typer.Option(help="Where the base model lies now, if it has moved.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="Of the weights: float32, bfloat16 or float16.")] = None,
-    device: Annotated[str | None, typer.Option(help="Such as cuda; the GPU when there is one.")] = None,
+    base: Base = None,
+    dtype: Dtype = None,
+    device: Device = None,
     out: Annotated[Path | None, typer.Option(help="Folder for the numbers and a picture.")] = None,
 ) -> None:
     """Will more steps help? Compare a network along t with what its own first prediction and Bayes' rule know.
@@ -54,10 +63,9 @@ def diagnose(
     does together with the exact likelihood of the hint. Beside that: how soon tokens settle on the way, what an
     adaptive solver spends on them, and how many differ from the base model's.
     """
-    from l2d_framework.cli.loading import check_device, check_dtype
-    from l2d_framework.cli.output import bar, check_folder
     from l2d_framework.config.files import override
     from l2d_framework.models.unloaded import UnloadedModel
+    from l2d_framework.training.output_dir import staged
 
     check_dtype(dtype)
     where = check_device(device)
@@ -68,11 +76,8 @@ def diagnose(
             f"{model!r} is a plain language model: it has no diffusion network, and more steps mean nothing for it. "
             "Give the output_dir of a diffusion run."
         )
-    given = {
-        "num_inference_steps": num_inference_steps,
-        "solver": None if solver is None else {"name": solver},
-        "seed": seed,
-    }
+    named_solver = None if solver is None else {"name": solver}
+    given = {"num_inference_steps": num_inference_steps, "solver": named_solver, "seed": seed}
     options = override({key: value for key, value in given.items() if value is not None}, set_ or [])
     settings = _settings(source, options, adaptive_solver)
     where_named = "Add --class-column NAME, whose entries are class labels."
@@ -87,13 +92,18 @@ def diagnose(
     with bar() as progress:
         track = partial(progress.track, description="diagnosing")
         found = run(lm, rows, settings, batch_size=batch_size, track=track)
-    _show(found)
+    title = f"Cross-entropy in nats per token, ± standard error; {found['tokens']:,} tokens of {found['rows']:,} rows"
+    show(table(found), sentences(found), title=title)
     if out is not None:
         facts = {"model": source.identity(), "sampling": settings.sampling.model_dump(mode="json"), "data": card}
-        _write(found | facts | {"device": str(where)}, out)
+        with staged(out) as folder:
+            write_json(folder / "diagnosis.json", found | facts | {"device": str(where)})
+            if can_draw():
+                draw(found, folder / "diagnosis.png")
+        typer.echo(f"Written to {out}", err=True)
 
 
-def _settings(source: UnloadedModel, options: dict[str, Any], adaptive_solver: str) -> Settings:
+def _settings(source: UnloadedModel, options: dict[str, Any], adaptive_solver: str) -> DiagnosisSettings:
     from l2d_framework.evaluation.diagnosis.diagnose import Settings
     from l2d_framework.registry import registry
 
@@ -147,24 +157,3 @@ def _rows(source: UnloadedModel, data: list[str], fields: dict[str, Any], max_le
     section = validated(DataSection, {"train": sources, "max_length": length}, "data")
     prepared = prepare(section, source.tokenizer, classes=source.classes)
     return list(prepared.train), prepared.card["sources"]["train"]
-
-
-def _show(found: dict[str, Any]) -> None:
-    from l2d_framework.cli.output import show
-    from l2d_framework.evaluation.diagnosis.report import sentences, table
-
-    title = f"Cross-entropy in nats per token, ± standard error; {found['tokens']:,} tokens of {found['rows']:,} rows"
-    show(table(found), sentences(found), title=title)
-
-
-def _write(found: dict[str, Any], out: Path) -> None:
-    from l2d_framework.cli.output import can_draw
-    from l2d_framework.evaluation.diagnosis.report import draw
-    from l2d_framework.training.output_dir import staged
-
-    with staged(out) as folder:
-        text = json.dumps(found, indent=2, ensure_ascii=False)
-        (folder / _NUMBERS).write_text(text + "\n", encoding="utf-8")
-        if can_draw():
-            draw(found, folder / _PICTURE)
-    typer.echo(f"Written to {out}", err=True)

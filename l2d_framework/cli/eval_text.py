@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from l2d_framework.cli.common import (
+    Device,
+    Dtype,
+    bar,
+    can_draw,
+    check_device,
+    check_dtype,
+    check_folder,
+    show,
+    write_json,
+)
 from l2d_framework.errors import ConfigError
-
-_PICTURE = "eval_text.png"
 
 
 def eval_text(
@@ -37,23 +45,21 @@ def eval_text(
     ] = None,
     mauve_max_length: Annotated[int, typer.Option(min=1, help="Longest input for MAUVE, in tokens.")] = 256,
     batch_size: Annotated[int, typer.Option(min=1, help="Texts at a time; does not change the numbers.")] = 8,
-    dtype: Annotated[str, typer.Option(help="Of the weights: float32, bfloat16 or float16.")] = "float32",
-    device: Annotated[str | None, typer.Option(help="Such as cuda; the GPU when there is one.")] = None,
+    dtype: Dtype = "float32",
+    device: Device = None,
     output: Annotated[Path | None, typer.Option(help="Folder for the numbers, a report and a picture.")] = None,
 ) -> None:
     """Measure generated text: perplexity, distinct n-grams, entropy, MAUVE, Zipf's law and repetition.
 
     Each metric stands as TESS 2's evaluation defines it and, beside it, corrected. Several files are compared.
     """
-    from l2d_framework.cli.loading import check_device, check_dtype
-    from l2d_framework.cli.output import bar, check_folder, show
     from l2d_framework.evaluation.text.samples import Columns, read_golds, read_samples
 
     check_dtype(dtype)
     check_folder(output, "--output")
     golds = None if gold is None else read_golds(gold, gold_column)
     columns = Columns(prefix_column, text_column, gold_column)
-    found = {name: read_samples(file, columns, golds=golds) for name, file in _named(files).items()}
+    samples = {name: read_samples(file, columns, golds=golds) for name, file in _named(files).items()}
 
     from transformers.utils import logging
 
@@ -67,8 +73,8 @@ def eval_text(
     judge = features = None
     if mauve or mauve_model is not None:
         check_installed()
-        for name, samples in found.items():
-            check_golds(samples, name)
+        for name, texts in samples.items():
+            check_golds(texts, name)
         source = pretrained(mauve_model or FEATURES_MODEL, causal=False, **where)
         features = Features(source, max_length=mauve_max_length, batch_size=batch_size)
     if perplexity_model is not None:
@@ -81,8 +87,8 @@ def eval_text(
             return progress.track(batches, description=title)
 
         results = {
-            name: evaluate_texts(samples, tokenizer=words, judge=judge, features=features, track=track)
-            for name, samples in found.items()
+            name: evaluate_texts(texts, tokenizer=words, judge=judge, features=features, track=track)
+            for name, texts in samples.items()
         }
     show(table(results), notes(results), title="Generated text, ± standard error over samples")
     if output is not None:
@@ -98,17 +104,14 @@ def _named(files: list[Path]) -> dict[str, Path]:
 
 
 def _write(results: dict[str, Any], output: Path) -> None:
-    from l2d_framework.cli.output import can_draw
     from l2d_framework.evaluation.text.measure import DEFINITIONS
     from l2d_framework.evaluation.text.report import draw, markdown
     from l2d_framework.training.output_dir import staged
 
-    is_drawn = len(results) > 1 and can_draw()
+    picture = "eval_text.png" if len(results) > 1 and can_draw() else None
     with staged(output) as folder:
-        if is_drawn:
-            draw(results, folder / _PICTURE)
-        text = json.dumps({"results": results, "definitions": DEFINITIONS}, indent=2, ensure_ascii=False)
-        (folder / "eval_text.json").write_text(text + "\n", encoding="utf-8")
-        report = markdown(results, picture=_PICTURE if is_drawn else None)
-        (folder / "eval_text.md").write_text(report, encoding="utf-8")
+        if picture:
+            draw(results, folder / picture)
+        write_json(folder / "eval_text.json", {"results": results, "definitions": DEFINITIONS})
+        (folder / "eval_text.md").write_text(markdown(results, picture=picture), encoding="utf-8")
     typer.echo(f"Written to {output}", err=True)

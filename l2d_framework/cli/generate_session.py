@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-import os
+import itertools
 from collections.abc import Sequence
+from contextlib import suppress
+from itertools import takewhile
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import typer
 from rich.console import Console
+from rich.live import Live
 from rich.progress import Progress
+from rich.text import Text
 from transformers import GenerationConfig, TextStreamer
 
-from l2d_framework.cli.drafts import Drafts
-from l2d_framework.cli.loading import check_device, check_dtype
+from l2d_framework.cli.common import check_device, check_dtype
 from l2d_framework.cli.rows import write_rows
+from l2d_framework.diffusion.ode import Evaluation
 from l2d_framework.diffusion.rng import request_keys
 from l2d_framework.errors import ConfigError
 from l2d_framework.generation.arguments import picking
@@ -22,6 +26,34 @@ from l2d_framework.generation.infill import check_infilling, read_gaps
 from l2d_framework.generation.prompts import Prompt, check_length, encode_prompts, pad_left
 from l2d_framework.models.diffusion_lm import DiffusionLM
 from l2d_framework.models.unloaded import CLASS, SCALE, UnloadedModel
+
+
+class Drafts:
+    """An observer that shows the likeliest tokens of every evaluation in the place of the last, on a terminal only."""
+
+    def __init__(self, tokenizer: Any, ends: Sequence[int] = ()) -> None:
+        self._tokenizer = tokenizer
+        self._ends = {tokenizer.eos_token_id, *ends}
+        self._before: dict[int, list[int]] = {}
+        self._live = Live(console=Console(stderr=True), transient=True, auto_refresh=False)
+
+    def __enter__(self) -> Self:
+        self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._live.stop()
+
+    def __call__(self, evaluation: Evaluation) -> None:
+        """Show one draft."""
+        if not self._live.console.is_terminal:
+            return
+        # Blocks that are finished stay in front of the one that is being denoised.
+        self._before[int(evaluation.positions[0, 0])] = evaluation.logits[0].argmax(-1).tolist()
+        tokens = [token for start in sorted(self._before) for token in self._before[start]]
+        tokens = list(takewhile(lambda token: token not in self._ends, tokens))
+        text = self._tokenizer.decode(tokens, skip_special_tokens=True)
+        self._live.update(Text(f"t = {float(evaluation.t[0, 0]):.2f}  {text}"), refresh=True)
 
 
 class Session:
@@ -63,17 +95,6 @@ class Session:
         check_length([len(tokens) for tokens in batch], config, self.model.lm_config, names=names)
         return batch
 
-    def check_output(self, output: Path | None) -> None:
-        """Refuse a file that cannot be written."""
-        if output is None:
-            return
-        if output.exists():
-            raise ConfigError(f"{str(output)!r} exists. Name another --output, so that nothing is lost.")
-        if not os.access(output.resolve().parent, os.W_OK):
-            raise ConfigError(
-                f"{str(output.resolve().parent)!r} is missing or cannot be written. Name another --output."
-            )
-
     def load(self, device: str | None, *, merge: bool) -> None:
         """Load the weights."""
         self.lm = self.model.load(check_device(device))
@@ -89,10 +110,10 @@ class Session:
         """Fill gaps in texts, print and write the results."""
         assert self.lm is not None
         filled = [self.lm.infill(text, **self.sampling) for text in texts]
-        found = [one.texts(self.tokenizer)[0] for one in filled]
-        for text in found:
-            typer.echo(text)
-        pairs = zip(texts, found, strict=True)
+        answers = [one.texts(self.tokenizer)[0] for one in filled]
+        for answer in answers:
+            typer.echo(answer)
+        pairs = zip(texts, answers, strict=True)
         write_rows(output, [{"infill": text, "answers": [{"text": new}]} for text, new in pairs])
 
     def trace(self, prompt: Prompt, path: Path, *, output: Path | None) -> None:
@@ -101,12 +122,12 @@ class Session:
 
         recorder = Recorder()
         batch = self.encode([prompt])
-        found = self.answer([prompt], batch, request_keys(batch), observer=recorder)[0]
+        answer = self.answer([prompt], batch, request_keys(batch), observer=recorder)[0]
         title = prompt if isinstance(prompt, str) else str(prompt[-1].get("content"))
-        trace = recorder.finish([*batch[0], *found.pop("ids")])
+        trace = recorder.finish([*batch[0], *answer.pop("ids")])
         write_trace(trace, self.tokenizer, path, title=title)
-        typer.echo(found["text"])
-        write_rows(output, [{"prompt": prompt, "answers": [found]}])
+        typer.echo(answer["text"])
+        write_rows(output, [{"prompt": prompt, "answers": [answer]}])
 
     def answer(
         self,
@@ -120,9 +141,7 @@ class Session:
         """Per answer to an encoded prompt its text, token ids, number of tokens and mean evaluations."""
         assert self.lm is not None
         tokenizer: Any = self.tokenizer
-        options: dict[str, Any] = {**self.sampling, **self.options}
-        if self.stop:
-            options["stop_strings"] = self.stop
+        stop = {"stop_strings": self.stop} if self.stop else {}
         output = self.lm.generate(
             pad_left(batch, keys, chats=[not isinstance(prompt, str) for prompt in prompts]),
             classes=None if self.class_name is None else [self.class_name] * len(batch),
@@ -130,9 +149,9 @@ class Session:
             num_return_sequences=self.samples,
             streamer=streamer,
             observer=observer,
-            **options,
+            **{**self.sampling, **self.options, **stop},
         )
-        found = [
+        answers = [
             {
                 "text": self._cut(tokenizer.decode(tokens[: int(count)], skip_special_tokens=True)),
                 "ids": tokens[: int(count)].tolist(),
@@ -142,13 +161,12 @@ class Session:
             for tokens, cost, count in zip(output.answers, output.evaluations, output.lengths, strict=True)
         ]
         for name, values in output.metrics.items():
-            for row, answer in zip(values.tolist(), found, strict=True):
+            for row, answer in zip(values.tolist(), answers, strict=True):
                 answer[name] = [round(value, 4) for value in row if value == value]
-        return found
+        return answers
 
     def _cut(self, text: str) -> str:
-        found = [text.find(stop) for stop in self.stop if stop in text]
-        return text[: min(found)] if found else text
+        return text[: min((text.find(stop) for stop in self.stop if stop in text), default=len(text))]
 
     def stream(self, prompt: Prompt) -> str:
         """Answer one prompt, printing tokens as they come."""
@@ -183,11 +201,17 @@ class Session:
             with Progress(console=console, transient=True, disable=len(encoded) <= batch_size) as progress:
                 for start in progress.track(range(0, len(encoded), batch_size), description="generating"):
                     part = slice(start, start + batch_size)
-                    found = self.answer(prompts[part], encoded[part], keys[part])
-                    rows += [found[i : i + self.samples] for i in range(0, len(found), self.samples)]
-            for answers in rows:
-                for answer in answers:
-                    typer.echo(answer["text"])
-        for answer in (answer for answers in rows for answer in answers):
-            answer.pop("ids", None)
+                    answers = self.answer(prompts[part], encoded[part], keys[part])
+                    rows += [answers[i : i + self.samples] for i in range(0, len(answers), self.samples)]
+            for answer in itertools.chain(*rows):
+                typer.echo(answer["text"])
+                del answer["ids"]
         write_rows(output, [{"prompt": p, "answers": a} for p, a in zip(prompts, rows, strict=True)])
+
+    def talk(self) -> None:
+        """A conversation on the terminal, ended by an empty line or the end of input."""
+        messages: list[dict[str, str]] = []
+        with suppress(EOFError):
+            while line := input("> ").strip():
+                messages.append({"role": "user", "content": line})
+                messages.append({"role": "assistant", "content": self.stream(messages)})
