@@ -107,7 +107,7 @@ def _options(
 
 
 def main() -> None:
-    """Run the command line; a mistake of the user ends with its message and exit code 2, under L2D_DEBUG=1 with a traceback."""
+    """Run the command line; a user's mistake ends in a message and exit code 2, under L2D_DEBUG=1 in a traceback."""
     try:
         app()
     except L2DError as error:

@@ -43,24 +43,8 @@ _FUNCTIONS = (types.FunctionType, types.MethodType, types.BuiltinFunctionType)
 _NOT_DUMPABLE = (4, 0)
 _ENDED = "failed: it ended before its last line had run"
 _ASKED = ("getattr", "setattr", "iter", "next", "len", "bool", "str", "repr", "hash", "int", "float", "abs", "format")
-_BETWEEN = (
-    "eq",
-    "ne",
-    "lt",
-    "le",
-    "gt",
-    "ge",
-    "add",
-    "sub",
-    "mul",
-    "truediv",
-    "floordiv",
-    "mod",
-    "pow",
-    "and_",
-    "or_",
-    "xor",
-)
+_CALCULATED = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and_", "or_", "xor")
+_BETWEEN = ("eq", "ne", "lt", "le", "gt", "ge", *_CALCULATED)
 _SERVED: dict[str, Any] = {
     "call": lambda function, *given, **named: function(*given, **named),
     **{name: getattr(builtins, name) for name in _ASKED},
@@ -410,12 +394,10 @@ def tests(job: int, channel: int, incoming: int, outgoing: int) -> None:
 def _names(mentioned: set[str], bases: set[str], link: Link) -> dict[str, Any]:
     """What of the program's names the tests mention; it may not replace what they take for granted."""
     given = link.ask("names", sorted(mentioned))
-    found = {name: given[name] for name in mentioned if name in given and not name.startswith("__")}
-    own = {name: value for name, value in found.items() if not hasattr(builtins, name)}
+    names = {name: given[name] for name in mentioned if name in given and not name.startswith("__")}
     # A program is tested under the name of a built-in function only where no other name of it is tested.
-    found = own or found
-    modules = bases & found.keys() & {*_MODULES}
-    return found | {name: importlib.import_module(name) for name in modules}
+    names = {name: value for name, value in names.items() if not hasattr(builtins, name)} or names
+    return names | {name: importlib.import_module(name) for name in bases & names.keys() & {*_MODULES}}
 
 
 if __name__ == "__main__":

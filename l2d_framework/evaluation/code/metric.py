@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Sequence
 from functools import cache
+from itertools import islice
 from typing import Any
 
 from tqdm import tqdm  # type: ignore[import-untyped]
@@ -14,7 +15,7 @@ from l2d_framework.errors import ConfigError
 from l2d_framework.evaluation.code.sandbox import CONSENT, Limits, Sandbox
 
 NAME = "code_eval"
-_SANDBOX = Sandbox()
+SANDBOX = Sandbox()
 
 
 def pass_at_k(samples: int, passed: int, k: int) -> float:
@@ -32,11 +33,6 @@ def check_consent() -> None:
             f"security boundary. If you agree, pass --confirm_run_unsafe_code; from Python, also set {CONSENT}=1 in "
             "the environment."
         )
-
-
-def check_isolation() -> None:
-    """Find out, by an empty program, whether programs can be run as the user wants."""
-    _ = _SANDBOX.is_isolated
 
 
 class CodeEval:
@@ -60,20 +56,20 @@ class CodeEval:
         check_consent()
         pairs = list(zip(predictions, references, strict=True))
         programs = [(candidate, tests) for candidates, tests in pairs for candidate in candidates]
-        sandbox = _SANDBOX if timeout == _SANDBOX.limits.seconds else Sandbox(Limits(seconds=timeout))
+        sandbox = SANDBOX if timeout == SANDBOX.limits.seconds else Sandbox(Limits(seconds=timeout))
         answers = iter(sandbox.run_all(programs, workers=num_workers or _processors(), bar=_progress()))
-        results: dict[int, list[tuple[int, dict[str, Any]]]] = {}
-        for task, (candidates, _) in enumerate(pairs):
-            results[task] = []
-            for number in range(len(candidates)):
-                answer = next(answers)
-                found = {"task_id": task, "passed": answer == "passed", "result": answer, "completion_id": number}
-                results[task].append((number, found))
-        counts = [(len(found), sum(entry["passed"] for _, entry in found)) for found in results.values()]
-        possible = [tries for tries in k if counts and all(samples >= tries for samples, _ in counts)]
+        results = {
+            task: [
+                (number, {"task_id": task, "passed": answer == "passed", "result": answer, "completion_id": number})
+                for number, answer in enumerate(islice(answers, len(candidates)))
+            ]
+            for task, (candidates, _) in enumerate(pairs)
+        }
+        counts = [(len(entries), sum(entry["passed"] for _, entry in entries)) for entries in results.values()]
         scores = {
             f"pass@{tries}": sum(pass_at_k(samples, passed, tries) for samples, passed in counts) / len(counts)
-            for tries in possible
+            for tries in k
+            if counts and all(samples >= tries for samples, _ in counts)
         }
         return scores, results
 

@@ -43,10 +43,10 @@ class TokenLikelihood:
         """
         time = torch.tensor(t, dtype=torch.float64)
         alpha, sigma = float(self._schedule.alpha(time)), float(self._schedule.sigma(time)) * self._scale
-        state, found = dense(x), []
+        state, logarithms = dense(x), []
         for part in self._clean:
             clean = dense(part)
             move = (clean - self._first)[0]
             rise = (move * (clean + self._first)[0]).sum(-1) / 2
-            found.append((alpha * (state @ move.T) - alpha**2 * rise) / sigma**2)
-        return torch.cat(found, -1)
+            logarithms.append((alpha * (state @ move.T) - alpha**2 * rise) / sigma**2)
+        return torch.cat(logarithms, -1)

@@ -33,7 +33,7 @@ class _Seen:
 
     t: float
     x: Tensor
-    answer: Logits
+    logits: Logits
 
 
 @torch.no_grad()
@@ -53,15 +53,14 @@ def cross_entropies(
     for anchor in range(ANCHORS):
         combined[:, anchor, anchor:] = 0
     targets = batch.targets
-    answers = [one.answer.parts() for one in seen]
-    for parts in zip(*answers, strict=True):
+    for parts in zip(*(one.logits.parts() for one in seen), strict=True):
         where = parts[0][0]
-        logarithms = [logits.log_softmax(-1) for _, logits in parts]
+        logarithms = [part.log_softmax(-1) for _, part in parts]
         # The first state carries nothing of its token, whatever the schedule says of that time.
         hints = [0, *(likelihood(one.x[:, where], one.t) for one in seen[1:])]
         priors = [logarithms[anchor] - hints[anchor] for anchor in range(ANCHORS)]
-        for number, (found, hint) in enumerate(zip(logarithms, hints, strict=True)):
-            network[:, number] += _summed(found, targets[:, where], batch.valid[:, where])
+        for number, (logarithm, hint) in enumerate(zip(logarithms, hints, strict=True)):
+            network[:, number] += _summed(logarithm, targets[:, where], batch.valid[:, where])
             for anchor in range(min(number + 1, ANCHORS)):
                 bayes = (priors[anchor] + hint).log_softmax(-1)
                 combined[:, anchor, number] += _summed(bayes, targets[:, where], batch.valid[:, where])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -18,13 +18,15 @@ from l2d_framework.evaluation.diagnosis.batches import Batch, batches
 from l2d_framework.evaluation.diagnosis.bayes import TokenLikelihood
 from l2d_framework.evaluation.diagnosis.curves import ANCHORS, cross_entropies
 from l2d_framework.evaluation.diagnosis.trajectories import evaluations, solve
-from l2d_framework.evaluation.diagnosis.verdict import NEGLIGIBLE, verdict
-from l2d_framework.evaluation.statistics import ratio
+from l2d_framework.evaluation.statistics import Estimate, ratio
 from l2d_framework.models.diffusion_lm import DiffusionLM
 from l2d_framework.schedule import NoiseLaw
 
 Track = Callable[[Sequence[Batch]], Iterable[Batch]]
 """Passes batches through and shows how far they are."""
+
+NEGLIGIBLE = 1e-3
+"""Nats per token below which an advantage counts as none; rounding is far smaller."""
 
 DEFINITIONS = {
     "cross_entropy": "nats per token of the true token given its state x_t on the true path, the true tokens before it "
@@ -55,17 +57,13 @@ def time_grid(schedule: NoiseLaw, count: int) -> list[float]:
     return schedule.grid(count + 1, 1.0)[:count]
 
 
-class _Sums:
-    """Sums over the tokens of each row."""
-
-    def __init__(self) -> None:
-        self._parts: dict[str, list[Tensor]] = {}
-
-    def add(self, name: str, values: Tensor) -> None:
-        self._parts.setdefault(name, []).append(values.double())
-
-    def __getitem__(self, name: str) -> Tensor:
-        return torch.cat(self._parts[name])
+def verdict(gain: Estimate) -> Literal["gains", "does not gain", "not clear"]:
+    """Whether all of a gain, in nats per token, ± 2 standard errors is above `NEGLIGIBLE`, or all of it below."""
+    if gain.value is None or gain.standard_error is None:
+        return "not clear"
+    if gain.value - 2 * gain.standard_error > NEGLIGIBLE:
+        return "gains"
+    return "does not gain" if gain.value + 2 * gain.standard_error < NEGLIGIBLE else "not clear"
 
 
 @naming_plugins()
@@ -78,12 +76,13 @@ def diagnose(
     track: Track = iter,
 ) -> dict[str, Any]:
     """What held-out text says about further evaluations."""
-    likelihood, sums = TokenLikelihood(model), _Sums()
+    likelihood = TokenLikelihood(model)
+    by_batch: list[dict[str, Tensor]] = []
     spent: list[int] | EvaluationBudgetError = []
     moves: list[float] = []
     for batch in track(batches(model, rows, seed=settings.sampling.seed, size=batch_size)):
-        # What the portions of a batch find belongs to the same rows.
-        found: dict[str, Tensor] = {}
+        # What the portions of a batch add belongs to the same rows.
+        totals: dict[str, Tensor] = {}
         context = model.backbone.read(batch.layout)
         for part in batch.portions(model):
             curves = cross_entropies(model, part, context=context, times=settings.times, likelihood=likelihood)
@@ -99,14 +98,14 @@ def diagnose(
                 "right": ((last == targets) & valid).sum(1),
                 "base_right": ((way.base == targets) & valid).sum(1),
             }
-            found = {name: found[name] + value if found else value for name, value in here.items()}
+            totals = {name: totals[name] + value if totals else value for name, value in here.items()}
             if settings.adaptive is not None and isinstance(spent, list):
                 try:
                     spent += evaluations(model, part, context, settings.adaptive)
                 except EvaluationBudgetError as error:
                     spent = error
-        for name, values in found.items():
-            sums.add(name, values)
+        by_batch.append(totals)
+    sums = {name: torch.cat([totals[name].double() for totals in by_batch]) for name in by_batch[0]}
     tokens = sums["tokens"]
     return {
         "rows": len(tokens),
@@ -124,7 +123,7 @@ def diagnose(
     }
 
 
-def _curves(sums: _Sums, times: Sequence[float]) -> dict[str, Any]:
+def _curves(sums: Mapping[str, Tensor], times: Sequence[float]) -> dict[str, Any]:
     tokens, network, combined = sums["tokens"], sums["network"], sums["combined"]
     names = ("combination", "combination_after_first_move")
     points = [
@@ -137,8 +136,7 @@ def _curves(sums: _Sums, times: Sequence[float]) -> dict[str, Any]:
     ]
     gains = {}
     for anchor in range(ANCHORS):
-        # At its own time the combination is the network itself.
-        later = slice(anchor + 1, None)
+        later = slice(anchor + 1, None)  # at its own time the combination is the network itself
         gain = ratio((combined[:, anchor, later] - network[:, later]).mean(1), tokens)
         gains[f"over_{names[anchor]}"] = gain.to_json() | {"verdict": verdict(gain)}
     return {"cross_entropy": points, "gain": gains}

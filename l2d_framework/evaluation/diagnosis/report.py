@@ -32,11 +32,9 @@ def sentences(found: Found) -> list[str]:
         f"Right before: {_share(answers['base_right'])}; after: {_share(answers['right'])}.",
         f"Tokens settled: {_settling(found['settled'])}.",
     ]
-    spent = found["evaluations"]
-    if spent is not None:
-        name = spent["solver"]["name"]
+    if (spent := found["evaluations"]) is not None:
         cost = spent.get("failed") or f"{spent['mean']:.1f} evaluations a token on average, 95 % at most {spent['p95']}"
-        lines.append(f"Adaptive solver {name}: {cost}.")
+        lines.append(f"Adaptive solver {spent['solver']['name']}: {cost}.")
     return lines
 
 
@@ -49,19 +47,17 @@ def _verdict(gain: Mapping[str, Any]) -> str:
 
 
 def _settling(points: list[dict[str, Any]]) -> str:
-    marks = []
-    for wanted in (0.5, 0.9, 0.99):
-        t = next(point["t"] for point in points if point["share"]["value"] >= wanted)
-        marks.append(f"{wanted:.0%} by t = {t:.2f}")
-    return ", ".join(marks)
+    first = {share: next(p["t"] for p in points if p["share"]["value"] >= share) for share in (0.5, 0.9, 0.99)}
+    return ", ".join(f"{share:.0%} by t = {t:.2f}" for share, t in first.items())
 
 
 def table(found: Found) -> list[tuple[str, ...]]:
     """Cross-entropies by time."""
-    rows: list[tuple[str, ...]] = [("t", "network", "first prediction + hint", "second prediction + hint")]
-    for point in found["cross_entropy"]:
-        rows.append((f"{point['t']:.2f}", *(_estimate(point[name]) if name in point else "" for name in _CURVES)))
-    return rows
+    heading = ("t", "network", "first prediction + hint", "second prediction + hint")
+    return [heading] + [
+        (f"{point['t']:.2f}", *(_estimate(point[name]) if name in point else "" for name in _CURVES))
+        for point in found["cross_entropy"]
+    ]
 
 
 def _estimate(numbers: Mapping[str, Any]) -> str:
@@ -92,8 +88,7 @@ def _draw_curves(axes: Any, found: Found) -> None:
     gain = found["gain"]
     verdicts = [gain[name]["verdict"] for name in ("over_combination", "over_combination_after_first_move")]
     axes.set_title(f"after the first evaluation: {verdicts[0]}\nonce it has moved: {verdicts[1]}", fontsize=10)
-    axes.set_xlabel("t, from noise (0) to data (1)")
-    axes.set_ylabel("cross-entropy, nats per token (± standard error)")
+    axes.set(xlabel="t, from noise (0) to data (1)", ylabel="cross-entropy, nats per token (± standard error)")
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.25)
     axes.legend(fontsize=8, framealpha=0.9)
@@ -107,9 +102,7 @@ def _draw_settling(axes: Any, found: Found) -> None:
     points = found["settled"]
     plots.points(axes, [_point(point, "share") for point in points], color=plots.GREEN, marker="o")
     axes.set_title(f"tokens that have settled, {len(points)} evaluations", fontsize=10)
-    axes.set_xlabel("t of the evaluation")
-    axes.set_ylabel("share of tokens")
-    axes.set_ylim(-0.02, 1.05)
+    axes.set(xlabel="t of the evaluation", ylabel="share of tokens", ylim=(-0.02, 1.05))
     axes.grid(alpha=0.25)
 
 
@@ -119,7 +112,6 @@ def _draw_histogram(axes: Any, spent: Mapping[str, Any]) -> None:
     axes.axvline(spent["mean"], color=plots.BLACK, linestyle="--", label=f"mean {spent['mean']:.1f}")
     axes.axvline(spent["p95"], color=plots.PURPLE, linestyle=":", label=f"95 % at most {spent['p95']}")
     axes.set_title(f"cost with {spent['solver']['name']}", fontsize=10)
-    axes.set_xlabel("network evaluations per token")
-    axes.set_ylabel("tokens")
+    axes.set(xlabel="network evaluations per token", ylabel="tokens")
     axes.grid(axis="y", alpha=0.25)
     axes.legend(fontsize=8, framealpha=0.9)

@@ -51,5 +51,4 @@ def solve(model: DiffusionLM, batch: Batch, context: Any, sampling: SamplingSect
 @torch.no_grad()
 def evaluations(model: DiffusionLM, batch: Batch, context: Any, sampling: SamplingSection) -> list[int]:
     """What an adaptive solver spends."""
-    found = Sampler.of(model, sampling)(batch.block(context)).evaluations
-    return [int(count) for count in found[batch.valid].tolist()]
+    return list(Sampler.of(model, sampling)(batch.block(context)).evaluations[batch.valid].tolist())

@@ -17,17 +17,15 @@ from typing_extensions import override
 from l2d_framework.config import SamplingSection
 from l2d_framework.errors import ConfigError, DataError
 from l2d_framework.evaluation.code.metric import serve
-from l2d_framework.evaluation.code.tasks import route
 from l2d_framework.evaluation.harness import scorer
 from l2d_framework.evaluation.harness.cache import Answers
 from l2d_framework.evaluation.harness.cost import Meter, report
-from l2d_framework.evaluation.harness.errors import check_sentence_data
 from l2d_framework.evaluation.harness.generator import Generator
 from l2d_framework.evaluation.harness.options import PASSED, check_model_options, diffusing
-from l2d_framework.evaluation.harness.provenance import data_sources, named_tasks
 from l2d_framework.evaluation.harness.request_ids import content
 from l2d_framework.evaluation.harness.scorer import MAIN, METHODS, MIXTURE, PSEUDO
 from l2d_framework.evaluation.harness.start_up import steps
+from l2d_framework.evaluation.harness.tasks import check_sentence_data, data_sources, named_tasks, route
 from l2d_framework.evaluation.search.search import check_search, split_options
 from l2d_framework.generation.chat_template import TEMPLATE_DATE, render
 from l2d_framework.generation.prompts import encode_text

@@ -19,7 +19,7 @@ from lm_eval.tasks import TaskManager
 from l2d_framework.errors import ConfigError, suggest
 from l2d_framework.evaluation.harness.errors import explain
 from l2d_framework.evaluation.harness.model import L2DLM
-from l2d_framework.evaluation.harness.provenance import local_folder
+from l2d_framework.evaluation.harness.tasks import local_folder
 from l2d_framework.evaluation.hub import is_reachable
 from l2d_framework.evaluation.statistics import standard_error
 from l2d_framework.registry import extensions
