@@ -61,7 +61,7 @@ def standard_error(values: Sequence[float]) -> float | None:
 
 
 def ratio(numerators: Any, denominators: Any) -> Estimate:
-    """sum a / sum b of numpy's or torch's float64 numbers, such as a mean over tokens with its error, linearised, over rows."""
+    """sum a / sum b of float64 arrays or tensors, such as a mean over tokens, and its error, linearised, over rows."""
     n, total = len(numerators), float(denominators.sum())
     value = float(numerators.sum()) / total
     spread = float(((numerators - value * denominators) ** 2).sum())

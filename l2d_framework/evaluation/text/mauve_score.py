@@ -30,8 +30,7 @@ def check_installed() -> None:
 
 def check_golds(samples: Sequence[Sample], name: str) -> None:
     """Refuse samples that cannot be compared with human texts."""
-    lacking = sum(sample.gold is None for sample in samples)
-    if lacking:
+    if lacking := sum(sample.gold is None for sample in samples):
         raise DataError(
             f"MAUVE compares with what humans wrote, and {lacking} of the {len(samples)} samples of {name!r} have no "
             "gold text. Add a column `gold`, name it with --gold-column, or give the texts with --gold."
@@ -70,5 +69,5 @@ def mauve(samples: Sequence[Sample], features: Features, track: Track, *, with_p
     human, cut_human = features.read([text for text in golds if text], track)
     machine, cut_machine = features.read([text for text in ours if text], track)
     library: Any = importlib.import_module("mauve")
-    found = library.compute_mauve(p_features=human, q_features=machine)
-    return Estimate(float(found.mauve), None, len(machine), len(ours) - len(machine), cut_human + cut_machine)
+    score = float(library.compute_mauve(p_features=human, q_features=machine).mauve)
+    return Estimate(score, None, len(machine), len(ours) - len(machine), cut_human + cut_machine)

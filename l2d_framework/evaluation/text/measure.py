@@ -64,20 +64,22 @@ def evaluate_texts(
     if features is not None:
         check_installed()
         check_golds(samples, "the samples")
-    settings: dict[str, Any] = {"tokens": "words" if tokenizer is None else _name(tokenizer)}
-    found: dict[str, dict[str, Estimate]] = {}
+    settings: dict[str, Any] = {
+        "tokens": "words" if tokenizer is None else str(tokenizer.name_or_path or type(tokenizer).__name__)
+    }
+    metrics: dict[str, dict[str, Estimate]] = {}
     if judge is not None:
-        settings["perplexity"], found["perplexity"] = _perplexity(samples, judge, track)
+        settings["perplexity"], metrics["perplexity"] = _perplexity(samples, judge, track)
     texts = [sample.text for sample in samples]
     for n in range(1, 5):
-        found[f"distinct_{n}"] = {
+        metrics[f"distinct_{n}"] = {
             AUTHORS: mean([diversity.distinct_per_word(text, n) for text in texts]),
             CORRECTED: mean([diversity.distinct_per_ngram(text, n) for text in texts]),
         }
-    found |= _of_tokens(texts, tokenizer)
+    metrics |= _of_tokens(texts, tokenizer)
     if features is not None:
         settings["mauve"] = {"features": features.source.name, "max_length": features.max_length}
-        found["mauve"] = {
+        metrics["mauve"] = {
             AUTHORS: mauve(samples, features, track, with_prefix=True),
             CORRECTED: mauve(samples, features, track, with_prefix=False),
         }
@@ -86,24 +88,24 @@ def evaluate_texts(
         "empty_texts": sum(not text.strip() for text in texts),
         "settings": settings,
         "metrics": {
-            name: {variant: estimate.to_json() for variant, estimate in found[name].items()}
+            name: {variant: estimate.to_json() for variant, estimate in metrics[name].items()}
             for name in DEFINITIONS
-            if name in found
+            if name in metrics
         },
     }
 
 
 def _perplexity(samples: Sequence[Sample], judge: Judge, track: Track) -> tuple[dict[str, Any], dict[str, Estimate]]:
-    found = judge.judge(samples, track)
+    judged = judge.judge(samples, track)
     settings = {
         "model": judge.source.name,
         "max_length": judge.max_length,
         "first_token": judge.source.tokenizer.convert_ids_to_tokens(judge.start),
-        "prefixes_merged_with_text": found.merged,
+        "prefixes_merged_with_text": judged.merged,
     }
     return settings, {
-        AUTHORS: mean(found.perplexities, truncated=found.truncated),
-        CORRECTED: exp_of_ratio(found.nll, found.tokens, truncated=found.truncated),
+        AUTHORS: mean(judged.perplexities, truncated=judged.truncated),
+        CORRECTED: exp_of_ratio(judged.nll, judged.tokens, truncated=judged.truncated),
     }
 
 
@@ -121,16 +123,11 @@ def _of_tokens(texts: Sequence[str], tokenizer: Any) -> dict[str, dict[str, Esti
                 CORRECTED: mean([diversity.entropy(tokens) for tokens in plain]),
             }
         }
-    exponent = diversity.zipf(plain)
+    exponent = diversity.zipf(plain)  # of all texts together
     return entropies | {
-        # One number for all texts together.
         "zipf": {AUTHORS: Estimate(None if exponent != exponent else exponent, None, len(texts))},
         "repetition": {
             AUTHORS: mean([float(diversity.ends_in_likeliest_loop(tokens)) for tokens in plain]),
             CORRECTED: mean([float(diversity.ends_in_loop(tokens)) for tokens in plain]),
         },
     }
-
-
-def _name(tokenizer: Any) -> str:
-    return str(tokenizer.name_or_path or type(tokenizer).__name__)

@@ -65,26 +65,28 @@ def _read_rows(file: Path) -> list[dict[str, Any]]:
 
 
 def _string(row: dict[str, Any], column: str, where: str) -> str:
-    found = _optional_string(row, column, where)
-    if found is None:
+    text = _optional_string(row, column, where)
+    if text is None:
         raise DataError(
             f"{where} has no column {column!r}{suggest(column, row) or '.'} It has {list(row)}. Name the columns with "
             '--prefix-column, --text-column and --gold-column; a text without a prefix has the prefix "".'
         )
-    return found
+    return text
 
 
 def _optional_string(row: dict[str, Any], column: str, where: str) -> str | None:
-    found = row.get(column)
-    if found is not None and not isinstance(found, str):
-        raise DataError(f"{where} has {column!r} of type {type(found).__name__}, not text: {str(found)[:80]}.")
-    return found if found is None else _whole(found, where)
+    text = row.get(column)
+    if text is not None and not isinstance(text, str):
+        raise DataError(f"{where} has {column!r} of type {type(text).__name__}, not text: {str(text)[:80]}.")
+    return text if text is None else _whole(text, where)
 
 
 def _prompt(row: dict[str, Any], where: str) -> str:
     prompt = row.get("prompt")
     try:
-        return _whole(prompt if isinstance(prompt, str) else _contents(prompt), where)
+        if not isinstance(prompt, str):
+            prompt = "".join(f"{message['content']}\n" for message in prompt or ())
+        return _whole(prompt, where)
     except (TypeError, KeyError) as error:
         raise DataError(f"{where} has a `prompt` that is neither text nor messages: {str(prompt)[:80]}.") from error
 
@@ -97,10 +99,6 @@ def _answers(answers: Any, where: str) -> list[str]:
     if not texts or not all(isinstance(text, str) for text in texts):
         raise DataError(f"{where} has no text among its `answers`: {str(answers)[:80]}.")
     return [_whole(text, where) for text in texts]
-
-
-def _contents(messages: Any) -> str:
-    return "".join(f"{message['content']}\n" for message in messages or ())
 
 
 def _whole(text: str, where: str) -> str:
