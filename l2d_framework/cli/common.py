@@ -83,3 +83,11 @@ def can_draw() -> bool:
 def write_json(path: Path, content: Any) -> None:
     """Write results for readers and programs."""
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def sampling(settings: list[str] | None, solver: str | None, **given: Any) -> dict[str, Any]:
+    """Fields of the sampling section that options name."""
+    from l2d_framework.config.files import override
+
+    named = given | {"solver": None if solver is None else {"name": solver}}
+    return override({name: value for name, value in named.items() if value is not None}, settings or [])

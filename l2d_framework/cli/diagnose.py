@@ -9,24 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from l2d_framework.cli.common import (
-    Base,
-    Device,
-    Dtype,
-    Settings,
-    bar,
-    can_draw,
-    check_device,
-    check_dtype,
-    check_folder,
-    show,
-    write_json,
-)
+from l2d_framework.cli import common
 from l2d_framework.errors import ConfigError
 from l2d_framework.evaluation.diagnosis.report import draw, sentences, table
 
 if TYPE_CHECKING:
-    from l2d_framework.evaluation.diagnosis.diagnose import Settings as DiagnosisSettings
+    from l2d_framework.evaluation.diagnosis.diagnose import Settings
     from l2d_framework.models.unloaded import UnloadedModel
 
 
@@ -49,12 +37,12 @@ def diagnose(
     adaptive_solver: Annotated[
         str, typer.Option(help="Adaptive solver whose evaluations are counted; `none` for none.")
     ] = "fehlberg2",
-    set_: Settings = None,
+    set_: common.Settings = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Of all noise.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows at a time; does not change the numbers.")] = 8,
-    base: Base = None,
-    dtype: Dtype = None,
-    device: Device = None,
+    base: common.Base = None,
+    dtype: common.Dtype = None,
+    device: common.Device = None,
     out: Annotated[Path | None, typer.Option(help="Folder for the numbers and a picture.")] = None,
 ) -> None:
     """Will more steps help? Compare a network along t with what its own first prediction and Bayes' rule know.
@@ -63,47 +51,45 @@ def diagnose(
     does together with the exact likelihood of the hint. Beside that: how soon tokens settle on the way, what an
     adaptive solver spends on them, and how many differ from the base model's.
     """
-    from l2d_framework.config.files import override
     from l2d_framework.models.unloaded import UnloadedModel
     from l2d_framework.training.output_dir import staged
 
-    check_dtype(dtype)
-    where = check_device(device)
-    check_folder(out, "--out")
+    common.check_dtype(dtype)
+    where = common.check_device(device)
+    common.check_folder(out, "--out")
     source = UnloadedModel(model, base=base, dtype=dtype)
     if source.is_plain:
         raise ConfigError(
             f"{model!r} is a plain language model: it has no diffusion network, and more steps mean nothing for it. "
             "Give the output_dir of a diffusion run."
         )
-    named_solver = None if solver is None else {"name": solver}
-    given = {"num_inference_steps": num_inference_steps, "solver": named_solver, "seed": seed}
-    options = override({key: value for key, value in given.items() if value is not None}, set_ or [])
+    options = common.sampling(set_, solver, num_inference_steps=num_inference_steps, seed=seed)
     settings = _settings(source, options, adaptive_solver)
     where_named = "Add --class-column NAME, whose entries are class labels."
     source.check_class(settings.sampling, is_named=class_column is not None, where=where_named)
-    rows, card = _rows(source, data, _fields(name, split, columns, class_column, limit), max_length)
+    fields = {"name": name, "split": split, "class_column": class_column, "limit": limit or None}
+    rows, card = _rows(source, data, fields | {"columns": _renamed(columns)}, max_length)
 
     from l2d_framework.evaluation.diagnosis.diagnose import diagnose as run
     from l2d_framework.evaluation.diagnosis.diagnose import time_grid
 
     lm = source.load(where)
     settings = replace(settings, times=time_grid(lm.schedule, times))
-    with bar() as progress:
+    with common.bar() as progress:
         track = partial(progress.track, description="diagnosing")
         found = run(lm, rows, settings, batch_size=batch_size, track=track)
     title = f"Cross-entropy in nats per token, ± standard error; {found['tokens']:,} tokens of {found['rows']:,} rows"
-    show(table(found), sentences(found), title=title)
+    common.show(table(found), sentences(found), title=title)
     if out is not None:
         facts = {"model": source.identity(), "sampling": settings.sampling.model_dump(mode="json"), "data": card}
         with staged(out) as folder:
-            write_json(folder / "diagnosis.json", found | facts | {"device": str(where)})
-            if can_draw():
+            common.write_json(folder / "diagnosis.json", found | facts | {"device": str(where)})
+            if common.can_draw():
                 draw(found, folder / "diagnosis.png")
         typer.echo(f"Written to {out}", err=True)
 
 
-def _settings(source: UnloadedModel, options: dict[str, Any], adaptive_solver: str) -> DiagnosisSettings:
+def _settings(source: UnloadedModel, options: dict[str, Any], adaptive_solver: str) -> Settings:
     from l2d_framework.evaluation.diagnosis.diagnose import Settings
     from l2d_framework.registry import registry
 
@@ -127,20 +113,12 @@ def _settings(source: UnloadedModel, options: dict[str, Any], adaptive_solver: s
     return Settings([], sampling, adaptive)  # a schedule that learns has its times with the weights
 
 
-def _fields(
-    name: str | None, split: str, columns: list[str] | None, class_column: str | None, limit: int
-) -> dict[str, Any]:
+def _renamed(columns: list[str] | None) -> dict[str, str]:
     pairs = [column.partition("=") for column in columns or []]
     for ours, sign, theirs in pairs:
         if not (ours and sign and theirs):
             raise ConfigError(f"--columns {ours + sign + theirs!r} must read OURS=THEIRS, such as prompt=question.")
-    return {
-        "name": name,
-        "split": split,
-        "columns": {ours: theirs for ours, _, theirs in pairs},
-        "class_column": class_column,
-        "limit": limit or None,
-    }
+    return {ours: theirs for ours, _, theirs in pairs}
 
 
 def _rows(source: UnloadedModel, data: list[str], fields: dict[str, Any], max_length: int | None) -> tuple[Any, Any]:

@@ -8,17 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from l2d_framework.cli.common import (
-    Device,
-    Dtype,
-    bar,
-    can_draw,
-    check_device,
-    check_dtype,
-    check_folder,
-    show,
-    write_json,
-)
+from l2d_framework.cli import common
 from l2d_framework.errors import ConfigError
 
 
@@ -45,8 +35,8 @@ def eval_text(
     ] = None,
     mauve_max_length: Annotated[int, typer.Option(min=1, help="Longest input for MAUVE, in tokens.")] = 256,
     batch_size: Annotated[int, typer.Option(min=1, help="Texts at a time; does not change the numbers.")] = 8,
-    dtype: Dtype = "float32",
-    device: Device = None,
+    dtype: common.Dtype = "float32",
+    device: common.Device = None,
     output: Annotated[Path | None, typer.Option(help="Folder for the numbers, a report and a picture.")] = None,
 ) -> None:
     """Measure generated text: perplexity, distinct n-grams, entropy, MAUVE, Zipf's law and repetition.
@@ -55,8 +45,8 @@ def eval_text(
     """
     from l2d_framework.evaluation.text.samples import Columns, read_golds, read_samples
 
-    check_dtype(dtype)
-    check_folder(output, "--output")
+    common.check_dtype(dtype)
+    common.check_folder(output, "--output")
     golds = None if gold is None else read_golds(gold, gold_column)
     columns = Columns(prefix_column, text_column, gold_column)
     samples = {name: read_samples(file, columns, golds=golds) for name, file in _named(files).items()}
@@ -65,10 +55,11 @@ def eval_text(
 
     from l2d_framework.evaluation.text.judge import Judge, open_tokenizer, pretrained
     from l2d_framework.evaluation.text.mauve_score import FEATURES_MODEL, Features, check_golds, check_installed
-    from l2d_framework.evaluation.text.measure import evaluate_texts
-    from l2d_framework.evaluation.text.report import notes, table
+    from l2d_framework.evaluation.text.measure import DEFINITIONS, evaluate_texts
+    from l2d_framework.evaluation.text.report import draw, markdown, notes, table
+    from l2d_framework.training.output_dir import staged
 
-    where: dict[str, Any] = {"device": check_device(device), "dtype": dtype}
+    where: dict[str, Any] = {"device": common.check_device(device), "dtype": dtype}
     words = None if tokenizer is None else open_tokenizer(tokenizer)
     judge = features = None
     if mauve or mauve_model is not None:
@@ -81,7 +72,7 @@ def eval_text(
         source = pretrained(perplexity_model, causal=True, **where)
         judge = Judge(source, max_length=max_length, batch_size=batch_size)
     logging.disable_progress_bar()  # loading bars would tear the one below apart
-    with bar() as progress:
+    with common.bar() as progress:
 
         def track(batches: Sequence[int], title: str) -> Iterable[int]:
             return progress.track(batches, description=title)
@@ -90,9 +81,15 @@ def eval_text(
             name: evaluate_texts(texts, tokenizer=words, judge=judge, features=features, track=track)
             for name, texts in samples.items()
         }
-    show(table(results), notes(results), title="Generated text, ± standard error over samples")
+    common.show(table(results), notes(results), title="Generated text, ± standard error over samples")
     if output is not None:
-        _write(results, output)
+        picture = "eval_text.png" if len(results) > 1 and common.can_draw() else None
+        with staged(output) as folder:
+            if picture:
+                draw(results, folder / picture)
+            common.write_json(folder / "eval_text.json", {"results": results, "definitions": DEFINITIONS})
+            (folder / "eval_text.md").write_text(markdown(results, picture=picture), encoding="utf-8")
+        typer.echo(f"Written to {output}", err=True)
 
 
 def _named(files: list[Path]) -> dict[str, Path]:
@@ -101,17 +98,3 @@ def _named(files: list[Path]) -> dict[str, Path]:
     # Short names where they tell the files apart.
     stems = [file.stem for file in files]
     return {file.stem if stems.count(file.stem) == 1 else str(file): file for file in files}
-
-
-def _write(results: dict[str, Any], output: Path) -> None:
-    from l2d_framework.evaluation.text.measure import DEFINITIONS
-    from l2d_framework.evaluation.text.report import draw, markdown
-    from l2d_framework.training.output_dir import staged
-
-    picture = "eval_text.png" if len(results) > 1 and can_draw() else None
-    with staged(output) as folder:
-        if picture:
-            draw(results, folder / picture)
-        write_json(folder / "eval_text.json", {"results": results, "definitions": DEFINITIONS})
-        (folder / "eval_text.md").write_text(markdown(results, picture=picture), encoding="utf-8")
-    typer.echo(f"Written to {output}", err=True)

@@ -67,23 +67,20 @@ class Sandbox:
     On Linux 5.12 or newer with user namespaces a program has no network and sees no other process; home folder, /run
     and /tmp are hidden and all other files read-only; root's programs run as nobody. The limits hold on every system,
     that on the memory of all processes together on Linux only: it is looked after twenty times a second, so a program
-    can pass it for a moment, up to the number of processes times what one may have, and memory behind file descriptors
-    that no process has mapped is not seen. Without namespaces, /dev/shm does not count either.
-    It is protection against accidents, no security boundary: the kernel is shared, files outside the hidden folders
-    that the user may read can be read, and sockets there can be spoken to.
+    can pass it for a moment, and memory behind file descriptors that no process has mapped is not seen; without
+    namespaces, /dev/shm does not count either. It is protection against accidents, no security boundary: the kernel is
+    shared, and files outside the hidden folders that the user may read can be read, sockets there spoken to.
 
     Tests that are given apart from their program run in a second process, which alone knows them and how passing is
-    reported, outside the process namespace of the program. It gets plain values, made anew from their parts, and asks
-    the program about everything else, so neither walking frames nor jumping over lines nor an object that equals
-    everything fakes a pass; only returning the right values does. What that costs: the program's own objects cannot be
-    compared or calculated with values of the tests, copied or used in a `with`, its classes neither derived from nor
-    named by `except`, and lists in its objects are read, not changed; tests do not see what it prints, seeds or changes
-    in modules, nor it what they do there, such as a `sys.stdin` of theirs; its constants are read once; and a call
-    takes a tenth of a millisecond or more. Tests that need this stand at the end of their program. What it does not
-    prevent: helpers that tests take from the program instead of bringing their own do what the program wants, as does a
-    function of the tests that is handed to it and then called; and values that pass tests without being right. A
-    program whose tests are its last lines is alone in its process: one that exits early cannot pass, but one that means
-    to deceive can find there how passing is reported.
+    reported. It gets plain values, made anew from their parts, and asks the program about everything else, so neither
+    walking frames nor jumping over lines nor an object that equals everything fakes a pass. What that costs: the
+    program's own objects cannot be compared or calculated with values of the tests, copied or used in a `with`, its
+    classes neither derived from nor named by `except`, and lists in its objects are read, not changed; tests do not see
+    what it prints, seeds or changes in modules, nor it what they do there; its constants are read once; and a call
+    takes a tenth of a millisecond or more. Tests that need this stand at the end of their program, alone with it in one
+    process: it cannot pass by exiting early, but one that means to deceive finds there how passing is reported. Helpers
+    that tests take from the program instead of bringing their own, and functions of theirs that they hand to it and
+    call, do what the program wants.
     """
 
     def __init__(self, limits: Limits | None = None) -> None:

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from l2d_framework.blame import naming_plugins
 from l2d_framework.config import SamplingSection
+from l2d_framework.diffusion.ode import Evaluation
+from l2d_framework.diffusion.sampler import Sampler
 from l2d_framework.errors import EvaluationBudgetError
 from l2d_framework.evaluation.diagnosis.batches import Batch, batches
-from l2d_framework.evaluation.diagnosis.bayes import TokenLikelihood
-from l2d_framework.evaluation.diagnosis.curves import ANCHORS, cross_entropies
-from l2d_framework.evaluation.diagnosis.trajectories import evaluations, solve
+from l2d_framework.evaluation.diagnosis.curves import ANCHORS, TokenLikelihood, cross_entropies
 from l2d_framework.evaluation.statistics import Estimate, ratio
 from l2d_framework.models.diffusion_lm import DiffusionLM
 from l2d_framework.schedule import NoiseLaw
@@ -66,6 +66,39 @@ def verdict(gain: Estimate) -> Literal["gains", "does not gain", "not clear"]:
     return "does not gain" if gain.value + 2 * gain.standard_error < NEGLIGIBLE else "not clear"
 
 
+@dataclass(frozen=True)
+class _Trajectories:
+    """Likeliest tokens along the way; L positions of B rows, true tokens before them given."""
+
+    times: list[float]  # of each evaluation, the read-out last
+    tokens: Tensor  # at each evaluation, (evaluations, B, L), int64
+    base: Tensor  # of the base model, or of the first evaluation where the network has none in it, (B, L), int64
+
+    @property
+    def settled(self) -> Tensor:
+        """Whether a token is, from this evaluation on, what it is in the end, (evaluations, B, L), bool."""
+        same = self.tokens == self.tokens[-1]
+        return same.flip(0).long().cumprod(0).flip(0).bool()
+
+
+def _solve(model: DiffusionLM, batch: Batch, context: Any, sampling: SamplingSection) -> _Trajectories:
+    """Solve every position from noise of its own and note the likeliest token at every evaluation."""
+    times: list[float] = []
+    tokens: list[Tensor] = []
+
+    def note(evaluation: Evaluation) -> None:
+        times.append(float(evaluation.t.flatten()[0]))
+        tokens.append(evaluation.logits.argmax(-1).cpu())
+
+    Sampler.of(model, sampling, note)(batch.block(context))
+    if not model.backbone.identity_at_zero:
+        return _Trajectories(times, torch.stack(tokens), tokens[0])
+    plain = Sampler.of(model, sampling.model_copy(update={"num_inference_steps": 0}))(batch.block(context))
+    base = torch.cat([logits.argmax(-1) for _, logits in plain.logits.parts()], 1)
+    return _Trajectories(times, torch.stack(tokens), base.cpu())
+
+
+@torch.no_grad()
 @naming_plugins()
 def diagnose(
     model: DiffusionLM,
@@ -86,7 +119,7 @@ def diagnose(
         context = model.backbone.read(batch.layout)
         for part in batch.portions(model):
             curves = cross_entropies(model, part, context=context, times=settings.times, likelihood=likelihood)
-            way = solve(model, part, context, settings.sampling)
+            way = _solve(model, part, context, settings.sampling)
             moves, valid, last = way.times, part.valid.cpu(), way.tokens[-1]
             targets = part.targets.cpu()
             here = {
@@ -101,7 +134,8 @@ def diagnose(
             totals = {name: totals[name] + value if totals else value for name, value in here.items()}
             if settings.adaptive is not None and isinstance(spent, list):
                 try:
-                    spent += evaluations(model, part, context, settings.adaptive)
+                    solved = Sampler.of(model, settings.adaptive)(part.block(context))
+                    spent += solved.evaluations[part.valid].tolist()
                 except EvaluationBudgetError as error:
                     spent = error
         by_batch.append(totals)

@@ -18,11 +18,10 @@ from l2d_framework.config import SamplingSection
 from l2d_framework.errors import ConfigError, DataError
 from l2d_framework.evaluation.code.metric import serve
 from l2d_framework.evaluation.harness import scorer
-from l2d_framework.evaluation.harness.cache import Answers
 from l2d_framework.evaluation.harness.cost import Meter, report
 from l2d_framework.evaluation.harness.generator import Generator
 from l2d_framework.evaluation.harness.options import PASSED, check_model_options, diffusing
-from l2d_framework.evaluation.harness.request_ids import content
+from l2d_framework.evaluation.harness.requests import Answers, content
 from l2d_framework.evaluation.harness.scorer import MAIN, METHODS, MIXTURE, PSEUDO
 from l2d_framework.evaluation.harness.start_up import steps
 from l2d_framework.evaluation.harness.tasks import check_sentence_data, data_sources, named_tasks, route

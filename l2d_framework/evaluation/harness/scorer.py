@@ -18,7 +18,7 @@ from l2d_framework.diffusion.rng import TokenStreams
 from l2d_framework.diffusion.sampler import Block, Sampler
 from l2d_framework.errors import ConfigError
 from l2d_framework.evaluation.harness.options import shortest
-from l2d_framework.evaluation.harness.request_ids import noise_key
+from l2d_framework.evaluation.harness.requests import noise_key
 from l2d_framework.generation.prompts import pad_left
 from l2d_framework.models.diffusion_lm import DiffusionLM
 from l2d_framework.models.unloaded import CLASS
@@ -83,8 +83,8 @@ class Scorer:
         coupled = self.sampling.solver.batch_coupled
         groups = [[k] for k in range(self.samples)] if coupled else [list(range(self.samples))]
         step = 1 if coupled else max(1, _LOGITS // (len(jobs) * self.samples * self.model.backbone.vocab_size))
-        likely: list[list[int]] = [[] for _ in jobs]
-        given: list[list[float]] = [[] for _ in jobs]
+        likely: list[Tensor] = []
+        given: list[Tensor] = []
         last: dict[int, Tensor] = {}
         for first in range(0, max(lengths), step):
             # Shorter answers ask about their last token again.
@@ -92,23 +92,16 @@ class Scorer:
             parts = [self._logarithms(jobs, offsets, layout, context, group) for group in groups]
             average = torch.cat(parts, 2).logsumexp(2) - math.log(self.samples)
             targets = torch.tensor([[job.answers[0][j] for j in row] for job, row in zip(jobs, offsets, strict=True)])
-            chosen = average.gather(2, targets.to(device)[..., None])[..., 0].tolist()
-            best = average.argmax(-1).tolist()
-            for number, length in enumerate(lengths):
-                count = max(0, min(length - first, len(best[number])))
-                likely[number] += best[number][:count]
-                given[number] += chosen[number][:count]
-                if 0 <= length - 1 - first < len(best[number]):
-                    last[number] = average[number, length - 1 - first]
+            given.append(average.gather(2, targets.to(device)[..., None])[..., 0])
+            likely.append(average.argmax(-1))
+            last |= {i: average[i, n - 1 - first] for i, n in enumerate(lengths) if first < n <= first + step}
+        before = torch.cat(given, 1).tolist(), torch.cat(likely, 1).tolist()
         return [
             [
-                (
-                    sum(given[number][:-1]) + float(last[number][answer[-1]]),
-                    [*likely[number][:-1], int(last[number].argmax())] == list(answer),
-                )
-                for answer in job.answers
+                (sum(chosen[: n - 1]) + float(last[i][a[-1]]), (*best[: n - 1], int(last[i].argmax())) == a)
+                for a in job.answers
             ]
-            for number, job in enumerate(jobs)
+            for i, (job, n, chosen, best) in enumerate(zip(jobs, lengths, *before, strict=True))
         ]
 
     def _logarithms(
