@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -57,11 +56,9 @@ def check_folder(folder: Path | None, option: str) -> None:
         raise ConfigError(f"{str(existing)!r} cannot be written. Name another {option}.")
 
 
-@contextmanager
-def bar() -> Iterator[Progress]:
-    """A bar on standard error: the table alone goes to standard output, which may be a pipe."""
-    with Progress(console=Console(stderr=True), transient=True) as progress:
-        yield progress
+def bar(*, is_shown: bool = True) -> Progress:
+    """A bar on standard error: what is asked for alone goes to standard output, which may be a pipe."""
+    return Progress(console=Console(stderr=True), transient=True, disable=not is_shown)
 
 
 def show(rows: tables.Rows, notes: Sequence[str], *, title: str) -> None:

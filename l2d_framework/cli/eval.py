@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib.util
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -65,16 +66,16 @@ def tune_search(
     """
     if importlib.util.find_spec("lm_eval") is None:
         raise PluginError("Tuning search needs lm_eval. Run: pip install 'l2d-framework[eval]'")
-    values = {
-        "length-powers": _numbers("length-powers", length_powers),
-        "repetition-penalties": _numbers("repetition-penalties", repetition_penalties, least=1e-3),
-        "temperatures": _numbers("temperatures", temperatures, least=0.0),
-    }
+    powers = _numbers("length-powers", length_powers)
+    penalties = _numbers("repetition-penalties", repetition_penalties, least=1e-3)
+    values = powers, penalties, _numbers("temperatures", temperatures, least=0.0)
+
+    from tqdm import tqdm  # type: ignore[import-untyped]
 
     from l2d_framework.evaluation.search.tuning import Question, grid, open_model, tune
 
     steps.prepare([steps.CONFIRMED] if confirm_run_unsafe_code else [])
-    settings = grid(beams, *values.values())
+    settings = grid(beams, *values)
     lm = open_model(model_args, device)
     # The harness warns at every row that options replace those of the task, which is what is wanted.
     logging.getLogger("lm_eval.evaluator").setLevel(logging.ERROR)
@@ -87,7 +88,7 @@ def tune_search(
         folder=include_path,
         runs_code=confirm_run_unsafe_code,
     )
-    chosen = tune(lm, question, settings, out=out, track=_track)
+    chosen = tune(lm, question, settings, out=out, track=partial(tqdm, desc="Tuning search", unit="row"))
     console = Console()
     for table in _tables(out, chosen):
         console.print(table)
@@ -104,12 +105,6 @@ def _numbers(name: str, text: str, least: float | None = None) -> list[float]:
     if least is not None and min(numbers) < least:
         raise ConfigError(f"--{name} must be at least {least:g}, got {min(numbers):g}.")
     return numbers
-
-
-def _track(left: Sequence[Any]) -> Iterator[Any]:
-    from tqdm import tqdm  # type: ignore[import-untyped]
-
-    return iter(tqdm(left, desc="Tuning search", unit="row"))
 
 
 def _tables(out: Path, chosen: dict[str, Any]) -> Iterator[Table]:

@@ -12,11 +12,10 @@ from typing import Any, Self
 import typer
 from rich.console import Console
 from rich.live import Live
-from rich.progress import Progress
 from rich.text import Text
 from transformers import GenerationConfig, TextStreamer
 
-from l2d_framework.cli.common import check_device, check_dtype
+from l2d_framework.cli.common import bar, check_device, check_dtype
 from l2d_framework.cli.rows import write_rows
 from l2d_framework.diffusion.ode import Evaluation
 from l2d_framework.diffusion.rng import request_keys
@@ -109,8 +108,7 @@ class Session:
     def infill(self, texts: Sequence[str], *, output: Path | None) -> None:
         """Fill gaps in texts, print and write the results."""
         assert self.lm is not None
-        filled = [self.lm.infill(text, **self.sampling) for text in texts]
-        answers = [one.texts(self.tokenizer)[0] for one in filled]
+        answers = [self.lm.infill(text, **self.sampling).texts(self.tokenizer)[0] for text in texts]
         for answer in answers:
             typer.echo(answer)
         pairs = zip(texts, answers, strict=True)
@@ -153,12 +151,12 @@ class Session:
         )
         answers = [
             {
-                "text": self._cut(tokenizer.decode(tokens[: int(count)], skip_special_tokens=True)),
-                "ids": tokens[: int(count)].tolist(),
-                "tokens": int(count),
-                "evaluations_per_token": round(float(cost[: int(count)].float().mean()), 2),
+                "text": self._cut(tokenizer.decode(tokens[:count], skip_special_tokens=True)),
+                "ids": tokens[:count].tolist(),
+                "tokens": count,
+                "evaluations_per_token": round(float(cost[:count].float().mean()), 2),
             }
-            for tokens, cost, count in zip(output.answers, output.evaluations, output.lengths, strict=True)
+            for tokens, cost, count in zip(output.answers, output.evaluations, output.lengths.tolist(), strict=True)
         ]
         for name, values in output.metrics.items():
             for row, answer in zip(values.tolist(), answers, strict=True):
@@ -196,9 +194,7 @@ class Session:
         else:
             rows = []
             keys = request_keys(encoded)
-            # Answers alone go to standard output, which may be a pipe.
-            console = Console(stderr=True)
-            with Progress(console=console, transient=True, disable=len(encoded) <= batch_size) as progress:
+            with bar(is_shown=len(encoded) > batch_size) as progress:
                 for start in progress.track(range(0, len(encoded), batch_size), description="generating"):
                     part = slice(start, start + batch_size)
                     answers = self.answer(prompts[part], encoded[part], keys[part])

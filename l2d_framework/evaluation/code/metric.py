@@ -25,16 +25,6 @@ def pass_at_k(samples: int, passed: int, k: int) -> float:
     return 1.0 - math.comb(samples - passed, k) / math.comb(samples, k)
 
 
-def check_consent() -> None:
-    """Refuse to run programs that nobody agreed to."""
-    if os.environ.get(CONSENT) != "1":
-        raise ConfigError(
-            "This task runs programs that the model writes. They run in a sandbox, which stops accidents but is no "
-            f"security boundary. If you agree, pass --confirm_run_unsafe_code; from Python, also set {CONSENT}=1 in "
-            "the environment."
-        )
-
-
 class CodeEval:
     """Stands where tasks expect `evaluate.load("code_eval")`; runs programs in the sandbox."""
 
@@ -49,11 +39,13 @@ class CodeEval:
         num_workers: int | None = None,
         timeout: float = 3.0,
     ) -> tuple[dict[str, float], dict[int, list[tuple[int, dict[str, Any]]]]]:
-        """Run the candidates of each problem with its tests: "pass@k", averaged, and by problem what became of each.
-
-        A k for which some problem has too few candidates is left out.
-        """
-        check_consent()
+        """Run candidates with their problem's tests: "pass@k", if all have so many, and what became of each."""
+        if os.environ.get(CONSENT) != "1":
+            raise ConfigError(
+                "This task runs programs that the model writes. They run in a sandbox, which stops accidents but is no "
+                f"security boundary. If you agree, pass --confirm_run_unsafe_code; from Python, also set {CONSENT}=1 "
+                "in the environment."
+            )
         pairs = list(zip(predictions, references, strict=True))
         programs = [(candidate, tests) for candidates, tests in pairs for candidate in candidates]
         sandbox = SANDBOX if timeout == SANDBOX.limits.seconds else Sandbox(Limits(seconds=timeout))

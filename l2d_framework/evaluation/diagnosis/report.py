@@ -76,7 +76,11 @@ def draw(found: Found, path: Path) -> None:
     figure = plots.figure(14 if has_histogram else 10, 4.6)
     panels = figure.subplots(1, 3 if has_histogram else 2)
     _draw_curves(panels[0], found)
-    _draw_settling(panels[1], found)
+    points, axes = found["settled"], panels[1]
+    plots.points(axes, [_point(point, "share") for point in points], color=plots.GREEN, marker="o")
+    axes.set_title(f"tokens that have settled, {len(points)} evaluations", fontsize=10)
+    axes.set(xlabel="t of the evaluation", ylabel="share of tokens", ylim=(-0.02, 1.05))
+    axes.grid(alpha=0.25)
     if has_histogram:
         _draw_histogram(panels[2], spent)
     plots.save(figure, path)
@@ -96,14 +100,6 @@ def _draw_curves(axes: Any, found: Found) -> None:
 
 def _point(entry: Mapping[str, Any], name: str) -> tuple[float, float, float | None]:
     return entry["t"], entry[name]["value"], entry[name]["standard_error"]
-
-
-def _draw_settling(axes: Any, found: Found) -> None:
-    points = found["settled"]
-    plots.points(axes, [_point(point, "share") for point in points], color=plots.GREEN, marker="o")
-    axes.set_title(f"tokens that have settled, {len(points)} evaluations", fontsize=10)
-    axes.set(xlabel="t of the evaluation", ylabel="share of tokens", ylim=(-0.02, 1.05))
-    axes.grid(alpha=0.25)
 
 
 def _draw_histogram(axes: Any, spent: Mapping[str, Any]) -> None:

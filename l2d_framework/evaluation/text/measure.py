@@ -5,7 +5,7 @@ Source: Tae et al. 2025, "TESS 2", and its published evaluation code.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from l2d_framework.errors import DataError
@@ -46,17 +46,13 @@ DEFINITIONS = {
 """For each metric, what is measured as the authors do and as we recommend."""
 
 
-def _no_progress(batches: Sequence[int], title: str) -> Iterable[int]:
-    return batches
-
-
 def evaluate_texts(
     samples: Sequence[Sample],
     *,
     tokenizer: Any = None,
     judge: Judge | None = None,
     features: Features | None = None,
-    track: Track = _no_progress,
+    track: Track = lambda batches, title: batches,
 ) -> dict[str, Any]:
     """Metrics, JSON-ready; the generator's tokenizer serves entropy and, for words, Zipf's law and repetition."""
     if not samples:
