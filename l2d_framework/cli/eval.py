@@ -112,7 +112,7 @@ def _tables(out: Path, chosen: dict[str, Any]) -> Iterator[Table]:
     for task, where in measured["identity"]["tasks"].items():
         rows = [row for row in measured["rows"] if row["task"] == task]
         rows.sort(key=lambda row: row["score"], reverse=where["is_better_high"])
-        lines = [("power", "penalty", "temperature", rows[0]["metric"], "± error", "")]
+        lines: list[tuple[str, ...]] = [("power", "penalty", "temperature", rows[0]["metric"], "± error", "")]
         for number, row in enumerate(rows):
             is_chosen = row["settings"] == chosen[where["category"]]
             if number < _SHOWN or is_chosen:

@@ -50,7 +50,7 @@ class CodeEval:
         programs = [(candidate, tests) for candidates, tests in pairs for candidate in candidates]
         sandbox = SANDBOX if timeout == SANDBOX.limits.seconds else Sandbox(Limits(seconds=timeout))
         answers = iter(sandbox.run_all(programs, workers=num_workers or _processors(), bar=_progress()))
-        results = {
+        results: dict[int, list[tuple[int, dict[str, Any]]]] = {
             task: [
                 (number, {"task_id": task, "passed": answer == "passed", "result": answer, "completion_id": number})
                 for number, answer in enumerate(islice(answers, len(candidates)))
