@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from l2d_framework.cli.progress import Reporter
     from l2d_framework.config import Run
 
-_TITLES = {"base": "1/4 base model ", "lora": "2/4 LoRA       ", "l2d": "3/4 L2D        "}
-
 
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for everything the demo writes.")] = Path("l2d-demo"),
@@ -52,8 +50,10 @@ def demo(
         f"The task: continue [bold]{example.prompt}[/] with [bold]{example.completion.strip()}[/]", highlight=False
     )
 
+    titles = {"base": "1/4 base model ", "lora": "2/4 LoRA       ", "l2d": "3/4 L2D        "}
+
     def report(run: Run) -> list[Reporter]:
-        return [progress(console, _TITLES[Path(str(run.output_dir)).name])]
+        return [progress(console, titles[Path(str(run.output_dir)).name])]
 
     with one_thread():
         train_runs(runs, callbacks=report)

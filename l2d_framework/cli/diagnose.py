@@ -77,15 +77,15 @@ def diagnose(
     settings = replace(settings, times=time_grid(lm.schedule, times))
     with common.bar() as progress:
         track = partial(progress.track, description="diagnosing")
-        found = run(lm, rows, settings, batch_size=batch_size, track=track)
-    title = f"Cross-entropy in nats per token, ± standard error; {found['tokens']:,} tokens of {found['rows']:,} rows"
-    common.show(table(found), sentences(found), title=title)
+        result = run(lm, rows, settings, batch_size=batch_size, track=track)
+    title = f"Cross-entropy in nats per token, ± standard error; {result['tokens']:,} tokens of {result['rows']:,} rows"
+    common.show(table(result), sentences(result), title=title)
     if out is not None:
         facts = {"model": source.identity(), "sampling": settings.sampling.model_dump(mode="json"), "data": card}
         with staged(out) as folder:
-            common.write_json(folder / "diagnosis.json", found | facts | {"device": str(where)})
+            common.write_json(folder / "diagnosis.json", result | facts | {"device": str(where)})
             if common.can_draw():
-                draw(found, folder / "diagnosis.png")
+                draw(result, folder / "diagnosis.png")
         typer.echo(f"Written to {out}", err=True)
 
 

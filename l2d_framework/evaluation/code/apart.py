@@ -39,9 +39,6 @@ _PARTS: dict[str, Any] = {
 _PLAIN = {type(None), bool, float, str}
 _LARGE = 1 << 63
 _MODULES = (*sys.stdlib_module_names, "numpy")
-_FUNCTIONS = (types.FunctionType, types.MethodType, types.BuiltinFunctionType)
-_NOT_DUMPABLE = (4, 0)
-_ENDED = "failed: it ended before its last line had run"
 _ASKED = ("getattr", "setattr", "iter", "next", "len", "bool", "str", "repr", "hash", "int", "float", "abs", "format")
 _CALCULATED = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and_", "or_", "xor")
 _BETWEEN = ("eq", "ne", "lt", "le", "gt", "ge", *_CALCULATED)
@@ -318,7 +315,8 @@ def _text(error: BaseException) -> str:
 def _is_harmless(what: str, given: Any) -> bool:
     target, *more = given
     if what == "call":
-        return isinstance(target, _FUNCTIONS) or getattr(target, "__module__", None) == "tests"
+        functions = types.FunctionType, types.MethodType, types.BuiltinFunctionType
+        return isinstance(target, functions) or getattr(target, "__module__", None) == "tests"
     if what in ("getattr", "setattr"):
         return type(target).__module__ == "tests" and isinstance(more[0], str) and not more[0].startswith("_")
     return what in _SERVED
@@ -363,7 +361,7 @@ def program(incoming: int, outgoing: int) -> None:
 def tests(job: int, channel: int, incoming: int, outgoing: int) -> None:
     """Have a program executed in the other process, run its tests in this one, and say how they ended."""
 
-    def answer(text: str = _ENDED) -> None:
+    def answer(text: str = "failed: it ended before its last line had run") -> None:
         os.write(channel, text.encode(errors="replace"))
         os._exit(0)
 
@@ -372,8 +370,8 @@ def tests(job: int, channel: int, incoming: int, outgoing: int) -> None:
     if sys.platform == "linux" and not task["is_isolated"]:
         import ctypes
 
-        # The program runs as the same user, and starts only below.
-        ctypes.CDLL(None).prctl(*_NOT_DUMPABLE, 0, 0, 0)
+        # Not dumpable (PR_SET_DUMPABLE): the program runs as the same user, and starts only below.
+        ctypes.CDLL(None).prctl(4, 0, 0, 0, 0)
     link = Link((incoming, outgoing), gone=answer, is_trusting=False)
     link.send(task["program"])
     if failure := link.receive():

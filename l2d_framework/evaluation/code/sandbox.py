@@ -220,11 +220,10 @@ def _interpreter() -> dict[str, str]:
 
 
 def _package_folders() -> list[str]:
-    found = []
-    for name in PACKAGES:
-        spec = find_spec(name)
+    folders = []
+    for spec in map(find_spec, PACKAGES):
         if spec is not None and spec.submodule_search_locations:
             folder = Path(spec.submodule_search_locations[0]).resolve()
             # Wheels keep the shared libraries of a package beside it.
-            found += [str(path) for path in (folder, folder.with_name(f"{name}.libs")) if path.is_dir()]
-    return found
+            folders += [str(path) for path in (folder, folder.with_name(f"{spec.name}.libs")) if path.is_dir()]
+    return folders

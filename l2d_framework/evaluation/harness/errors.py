@@ -10,10 +10,6 @@ from types import TracebackType
 
 from l2d_framework.errors import ConfigError, DataError, L2DError, PluginError, suggest
 
-_UNREACHED = re.compile(r"Couldn't reach '([^']+)' on the Hub|Dataset '([^']+)' doesn't exist on the Hub")
-_UNSAFE = re.compile(r"run task: (\S+) which is marked as unsafe")
-_UNKNOWN = re.compile(r"^Tasks not found: (.+)$")
-
 
 def explain(error: BaseException) -> L2DError | None:
     """An error of lm_eval in this package's words; None where nothing is known to say."""
@@ -29,18 +25,21 @@ def _explain(error: BaseException) -> L2DError | None:
     if isinstance(error, L2DError):
         return error
     if isinstance(error, (OSError, ValueError)):
-        if unreached := _UNREACHED.search(str(error)):
+        text = str(error)
+        if unreached := re.search(
+            r"Couldn't reach '([^']+)' on the Hub|Dataset '([^']+)' doesn't exist on the Hub", text
+        ):
             name = unreached[1] or unreached[2]
             return DataError(
                 f"The data set {name!r} cannot be reached ({error}). Go online once, or give it as the folder "
                 f"{str(Path(name).resolve())!r}: a folder named like a data set is read instead of the hub."
             )
-        if unsafe := _UNSAFE.search(str(error)):
+        if unsafe := re.search(r"run task: (\S+) which is marked as unsafe", text):
             return ConfigError(
                 f"The task {unsafe[1]!r} runs programs that the model writes. If you agree, pass "
                 "--confirm_run_unsafe_code."
             )
-        if unknown := _UNKNOWN.match(str(error)):
+        if unknown := re.match(r"Tasks not found: (.+)$", text):
             return ConfigError(_unknown_tasks([name.strip() for name in unknown[1].split(",")]))
     if isinstance(error, ModuleNotFoundError) and error.name and (extra := _extra(error.name)):
         return PluginError(f"A task needs {error.name!r}, which is not installed. Run: pip install 'lm_eval[{extra}]'")

@@ -26,14 +26,12 @@ PASSED = (
 """Options of lm_eval's own Hugging Face model that mean the same here."""
 
 _OWN = ("pretrained", "base", "dtype", "revision", "scoring", "noise_samples", "pseudo_times")
-_COUNTS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
-_FILLED_IN = ("trust_remote_code",)
-"""What the harness adds by itself; no code of a model folder is ever run."""
 
 
 def check_model_options(options: Mapping[str, Any]) -> None:
     """Refuse unknown model arguments."""
-    known = (*_OWN, *PASSED, *DIFFUSING, *SEARCHING, *_FILLED_IN)
+    # The harness adds the last by itself; no code of a model folder is ever run.
+    known = (*_OWN, *PASSED, *DIFFUSING, *SEARCHING, "trust_remote_code")
     for name, value in options.items():
         if name not in known:
             hint = suggest(name, known) or "."
@@ -42,10 +40,10 @@ def check_model_options(options: Mapping[str, Any]) -> None:
 
 def diffusing(options: Mapping[str, Any]) -> dict[str, Any]:
     """The options of diffusion among others; a single guidance as a list of one."""
-    found = {name: value for name, value in options.items() if name in DIFFUSING}
-    if isinstance(found.get("guidance"), (str, Mapping)):
-        found["guidance"] = [found["guidance"]]
-    return found
+    chosen = {name: value for name, value in options.items() if name in DIFFUSING}
+    if isinstance(chosen.get("guidance"), (str, Mapping)):
+        chosen["guidance"] = [chosen["guidance"]]
+    return chosen
 
 
 @dataclass(frozen=True)
@@ -68,7 +66,7 @@ def read_plan(
     vocab_size: int | None = None,
 ) -> Plan:
     """Plan of a request; its own options of search win over `search`, those for all requests."""
-    for name in _COUNTS:
+    for name in ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens"):
         value = generation.get(name)
         if value is not None and not (str(value).isdecimal() and int(value) > 0):
             raise ConfigError(f"{name} should be a whole number above 0, got {value!r}. Correct it in --gen_kwargs.")

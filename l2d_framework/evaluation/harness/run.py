@@ -24,9 +24,6 @@ from l2d_framework.evaluation.hub import is_reachable
 from l2d_framework.evaluation.statistics import standard_error
 from l2d_framework.registry import extensions
 
-_BOOTSTRAPS = 1000
-"""Resamplings for the standard error of a metric that is no mean over items."""
-
 
 @dataclass(frozen=True)
 class ModelChoice:
@@ -101,7 +98,7 @@ def evaluate(model: ModelChoice, task: TaskChoice, *, folder: Path | None = None
             apply_chat_template=task.chat != "none" and lm.tokenizer.chat_template is not None,
             fewshot_as_multiturn=task.chat == "multiturn",
             task_manager=task_manager(task.task, folder),
-            bootstrap_iters=_BOOTSTRAPS,
+            bootstrap_iters=1000,  # for the standard error of a metric that is no mean over items
             confirm_run_unsafe_code=task.runs_code,
         )
     assert results is not None  # of the first process, and there is one only
@@ -143,10 +140,10 @@ def _leaves(name: str, groups: Mapping[str, Sequence[str]]) -> Iterator[str]:
 
 def _scores(samples: Sequence[Mapping[str, Any]], metric: str, chosen: str) -> list[float] | None:
     """Score of each item, if the metric gives each a number."""
-    found = [sample.get(metric) for sample in samples if sample["filter"] == chosen]
-    if not found or not all(isinstance(score, (bool, int, float)) for score in found):
+    scores: list[Any] = [sample.get(metric) for sample in samples if sample["filter"] == chosen]
+    if not scores or not all(isinstance(score, (bool, int, float)) for score in scores):
         return None
-    return [float(score) for score in found if score is not None]
+    return [float(score) for score in scores]
 
 
 def check_task(name: str, folder: Path | None = None) -> list[str]:
@@ -176,7 +173,7 @@ def _configs(name: str, manager: TaskManager) -> Iterator[dict[str, Any]]:
         for child in entry.cfg["task"]:
             changes = {} if isinstance(child, str) else child
             below = child if isinstance(child, str) else str(child.get("task"))
-            yield from ({**found, **changes} for found in _configs(below, manager))
+            yield from ({**config, **changes} for config in _configs(below, manager))
 
 
 def task_identity(name: str, folder: Path | None = None) -> str:

@@ -7,9 +7,6 @@ from collections.abc import Hashable, Iterable, Sequence
 
 import numpy as np
 
-_RANKS = 5000
-_LONGEST_REPETITION = 90
-
 
 def unique_ngrams(words: Sequence[Hashable], n: int) -> tuple[int, int]:
     """How many different n-grams there are, and how many in all."""
@@ -44,7 +41,7 @@ def zipf(texts: Iterable[Sequence[Hashable]]) -> float:
     Source: Holtzman et al. 2020, "The Curious Case of Neural Text Degeneration", section 5.2.
     """
     counts = Counter(token for tokens in texts for token in tokens)
-    frequencies = sorted(counts.values(), reverse=True)[:_RANKS]
+    frequencies = sorted(counts.values(), reverse=True)[:5000]
     if len(frequencies) < 2:
         return float("nan")
     ranks = np.arange(1, len(frequencies) + 1)
@@ -73,7 +70,7 @@ def ends_in_loop(tokens: Sequence[Hashable]) -> bool:
 def _repeats(tokens: Sequence[Hashable]) -> dict[int, int]:
     """How many times in a row the last n tokens stand at the end, by n."""
     repeats = {}
-    for n in range(1, min(_LONGEST_REPETITION, len(tokens)) + 1):
+    for n in range(1, min(90, len(tokens)) + 1):
         last, times = tokens[len(tokens) - n :], 1
         while tokens[max(len(tokens) - n * (times + 1), 0) : len(tokens) - n * times] == last:
             times += 1

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -92,20 +92,30 @@ def pretrained(path: str, *, causal: bool, device: str, dtype: str) -> Pretraine
 
 def open_tokenizer(path: str) -> Any:
     """Tokenizer of a language model, or of an l2d-framework checkpoint's base model."""
-    found: Any = None
+    tokenizer: Any = None
     try:
         if (Path(path) / MANIFEST).is_file():
-            found = load_tokenizer(base_reference(path, read_manifest(path)))
+            tokenizer = load_tokenizer(base_reference(path, read_manifest(path)))
         elif Path(path).is_dir() or path.count("/") < 2:
-            found = opening.open_tokenizer(path)
+            tokenizer = opening.open_tokenizer(path)
     except CheckpointError as error:
         raise ConfigError(
             f"No tokenizer can be read from {path!r} ({str(error).partition(chr(10))[0]}). Name the folder or hub id "
             "of a language model."
         ) from error
-    if found is None or not len(found):
+    if tokenizer is None or not len(tokenizer):
         raise ConfigError(f"There is no tokenizer in {path!r}. Name the folder or hub id of a language model.")
-    return found
+    return tokenizer
+
+
+_Ids = tuple[int, ...]
+
+
+def batches(texts: set[_Ids], size: int, track: Track, title: str) -> Iterator[list[_Ids]]:
+    """Texts of like length together, so that little of a batch is padding; no progress is shown of none."""
+    order = sorted(texts, key=lambda ids: (len(ids), ids))
+    for first in track(range(0, len(order), size), title) if order else ():
+        yield order[first : first + size]
 
 
 def pad_right(batch: Sequence[Sequence[int]], device: torch.device) -> dict[str, Tensor]:
@@ -114,9 +124,6 @@ def pad_right(batch: Sequence[Sequence[int]], device: torch.device) -> dict[str,
     ids = torch.tensor([[*row, *[0] * (width - len(row))] for row in batch], device=device)
     mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in batch], device=device)
     return {"input_ids": ids, "attention_mask": mask}
-
-
-_Ids = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -182,13 +189,8 @@ class Judge:
 
     @torch.inference_mode()
     def _learn(self, texts: set[_Ids], track: Track) -> None:
-        # Texts of like length share a batch, so that little of it is padding.
-        new = sorted(texts - self._known.keys(), key=lambda ids: (len(ids), ids))
-        if not new:
-            return
-        model = self.source.model
-        for first in track(range(0, len(new), self.batch_size), "perplexity"):
-            batch = new[first : first + self.batch_size]
+        for batch in batches(texts - self._known.keys(), self.batch_size, track, "perplexity"):
+            model = self.source.model
             inputs = pad_right([(self.start, *ids) for ids in batch], model.device)
             logits = model(**inputs, use_cache=False).logits
             for row, ids in zip(logits, batch, strict=True):

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from l2d_framework.errors import ConfigError, DataError
 from l2d_framework.evaluation.statistics import Estimate
-from l2d_framework.evaluation.text.judge import Pretrained, Track, pad_right
+from l2d_framework.evaluation.text.judge import Pretrained, Track, batches, pad_right
 from l2d_framework.evaluation.text.samples import Sample
 
 FEATURES_MODEL, MAX_LENGTH = "gpt2-large", 256
@@ -52,9 +52,7 @@ class Features:
         """Features of non-empty texts, float32, (N, D), and how many texts were cut."""
         whole = [self.source.encode(text) for text in texts]
         cut = [self.source.encode(text, truncation=True, max_length=self.max_length) for text in texts]
-        new = sorted({*cut} - self._known.keys(), key=lambda ids: (len(ids), ids))
-        for first in track(range(0, len(new), self.batch_size), "MAUVE features"):
-            batch = new[first : first + self.batch_size]
+        for batch in batches({*cut} - self._known.keys(), self.batch_size, track, "MAUVE features"):
             states = self.source.model(**pad_right(batch, self.source.model.device)).last_hidden_state
             for row, ids in zip(states, batch, strict=True):
                 self._known[ids] = row[len(ids) - 1].float().cpu().numpy()

@@ -7,7 +7,6 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 
-TARGET = "l2d_framework.evaluation.harness.model:L2DLM"
 PRETRAINED = "L2D_PRETRAINED"
 """Environment variable that names the checkpoint."""
 
@@ -18,15 +17,13 @@ MISSING = (
 CONFIRMED = "--confirm_run_unsafe_code"
 """Option of lm_eval by which a user agrees to run programs that the model writes."""
 
-_PROGRAMS = ("lm_eval", "lm-eval", "__main__.py")
-
 
 def register() -> None:
     """Add `l2d` to lm_eval's table of models, as text: nothing that needs torch is imported."""
     from lm_eval.api.registry import model_registry
 
     if "l2d" not in model_registry:
-        model_registry.register("l2d", target=TARGET)
+        model_registry.register("l2d", target="l2d_framework.evaluation.harness.model:L2DLM")
 
 
 def named_model(arguments: Sequence[str]) -> str | None:
@@ -48,7 +45,7 @@ def lacks_checkpoint(arguments: Sequence[str], environ: Mapping[str, str]) -> bo
 
 def check_command() -> None:
     """Prepare lm_eval's command line where it asks for `l2d`; end it here if no checkpoint is named."""
-    if not sys.argv or os.path.basename(sys.argv[0]) not in _PROGRAMS:
+    if not sys.argv or os.path.basename(sys.argv[0]) not in ("lm_eval", "lm-eval", "__main__.py"):
         return
     if lacks_checkpoint(sys.argv[1:], os.environ):  # before thousands of task files are read
         sys.stderr.write(f"Error: {MISSING}\n")
