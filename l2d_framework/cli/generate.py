@@ -52,8 +52,7 @@ def generate(
     merge: Annotated[bool, typer.Option(help="Fold the adapter into weights of its own: faster, more memory.")] = False,
 ) -> None:
     """Generate text with a trained model."""
-    from l2d_framework.cli.generate_session import Session
-    from l2d_framework.cli.rows import check_output, read_prompts
+    from l2d_framework.cli.generate_session import Session, check_output, read_prompts
 
     named = read_prompts(prompt or [], file, chat=chat)
     prompts = list(named.values())
