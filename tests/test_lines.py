@@ -8,7 +8,7 @@ import pytest
 
 from l2d_bench.data.rows import read_rows
 from l2d_bench.protocols.alpaca_eval import write_outputs
-from l2d_framework.cli.rows import read_prompts
+from l2d_framework.cli.generate_session import read_prompts
 from l2d_framework.errors import DataError
 from l2d_framework.evaluation.text.samples import Columns, read_golds, read_samples
 from l2d_framework.lines import read_lines, read_objects
