@@ -73,6 +73,8 @@ class Backbone(nn.Module, ABC, Generic[C]):
 
     identity_at_zero: ClassVar[bool] = False
     independent_positions: ClassVar[bool] = False
+    rewinds: ClassVar[bool] = False
+    """True when `rewind` is served, so that tokens may be guessed ahead and taken back."""
     trains_lm: ClassVar[bool] = False
     """True when the language model's own weights are what is trained; a checkpoint then holds all of them."""
     sees_later: bool = False
@@ -128,6 +130,22 @@ class Backbone(nn.Module, ABC, Generic[C]):
         Returns:
             The longer context, from which the positions just after each new token can be denoised.
         """
+
+    def rewind(self, context: C, counts: Tensor) -> C:
+        """Take back the last tokens of every row.
+
+        Args:
+            context: what `extend` returned; not to be used afterwards.
+            counts: how many tokens of each row, (B,), int64; a token of each stays.
+
+        Returns:
+            A context to be extended before anything is asked. It is min(counts) slots shorter, and rows that lose more
+            than that are moved to its end, behind so much padding.
+
+        Raises:
+            TypeError: if the backbone does not declare `rewinds`.
+        """
+        raise TypeError(f"{type(self).__name__} takes no tokens back.")
 
     @abstractmethod
     def features(

@@ -62,6 +62,10 @@ class Streams:
     repeat: bool = False
 
 
+class ReadsSequence(Exception):
+    """A guidance asks for, or speaks about, the sequence so far while some of it is guessed."""
+
+
 class TokenODE(Problem):
     """Turns predictions into clean states and velocities, and counts evaluations.
 
@@ -74,7 +78,7 @@ class TokenODE(Problem):
         parametrization: the model's, with the request's estimate options.
         codebook: what `parametrization.codebook` returned.
         streams: random streams of the block.
-        layout: the sequence so far, for guidance; None when there is no guidance that reads it.
+        layout: the sequence so far, for guidance; `ReadsSequence` is raised where one asks for it and there is none.
         patience: evaluations in which no token of a row may change before the row is settled; None for never.
         observer: called after every evaluation, or None.
 
@@ -99,7 +103,7 @@ class TokenODE(Problem):
         self._diffusion, self._query, self._guidance = diffusion, query, guidance
         self._parametrization, self._codebook = parametrization, codebook
         self._streams, self._observer = streams, observer
-        self._layout = layout or Layout(query.positions[:, :0], query.positions[:, :0])
+        self._layout = layout
         self._previous: Tensor | None = None
         self._rows: Tensor | None = None
         self._context = query.context
@@ -279,6 +283,8 @@ class _Space:
     @property
     def layout(self) -> Layout:
         layout = self._problem._layout
+        if layout is None:
+            raise ReadsSequence
         return Layout(self._random.rows(layout.tokens), self._random.rows(layout.blocks))
 
     def branch(self) -> Selection:
@@ -298,6 +304,8 @@ class _Space:
         return self._random.branch(-1)
 
     def record(self, name: str, values: Tensor) -> None:
+        if self._problem._layout is None:
+            raise ReadsSequence
         if name not in self._recorded:
             self._recorded.add(name)
             self._problem.metrics.setdefault(name, []).append(self._random.spread(values.detach().float()))

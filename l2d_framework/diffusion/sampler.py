@@ -17,6 +17,9 @@ from l2d_framework.diffusion.sampling import Sampling, plan
 from l2d_framework.parametrization import Parametrization
 from l2d_framework.types import Context, Layout, Query
 
+Keys = Sequence[Sequence[tuple[int | str, ...]]]
+"""For each row, one tuple of key parts per token, which name its random numbers."""
+
 
 @dataclass(frozen=True)
 class Block:
@@ -24,17 +27,17 @@ class Block:
 
     Attributes:
         positions: their slots, (B, L), int64.
-        layout: the sequence so far, (B, S).
+        layout: the sequence so far, (B, S); None where it is not known, since some of it is guessed.
         context: what the backbone remembers of it.
-        keys: for each row, one tuple of key parts per token, which name its noise.
+        keys: name the noise of each token.
         condition: class of each token, (B, L), int64, or None.
         guidance_scale: scale of each token, (B, L), float32, or None.
     """
 
     positions: Tensor
-    layout: Layout
+    layout: Layout | None
     context: Context
-    keys: Sequence[Sequence[tuple[int | str, ...]]]
+    keys: Keys
     condition: Tensor | None = None
     guidance_scale: Tensor | None = None
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import (
@@ -71,6 +71,7 @@ class Request(_Arguments):
     guidance_scale: Number | Annotated[list[Number], Strict()] | None = None
     num_return_sequences: Annotated[int, Strict(), Field(ge=1, le=1_000_000)] = 1
     seed: Count | Annotated[list[Count], Strict()] | None = None
+    speculate: Literal["auto", "off"] | Annotated[int, Strict(), Field(ge=1, le=1_000)] = "off"
 
 
 class DecodingOptions(_Arguments):

@@ -16,12 +16,13 @@ from transformers.generation.streamers import BaseStreamer
 
 from l2d_framework.diffusion.diffusion import Diffusion
 from l2d_framework.diffusion.logits import Logits
-from l2d_framework.diffusion.ode import Observer
+from l2d_framework.diffusion.ode import Observer, ReadsSequence
 from l2d_framework.diffusion.rng import TokenStreams, categorical, request_keys
-from l2d_framework.diffusion.sampler import Block, Sampler
+from l2d_framework.diffusion.sampler import Block, Keys, Sampler
 from l2d_framework.diffusion.sampling import Sampling, check_block_size, check_sampling
 from l2d_framework.errors import ConfigError
 from l2d_framework.generation.prompts import Encoded
+from l2d_framework.generation.speculation import Guesses
 from l2d_framework.types import Context, Layout
 
 
@@ -35,6 +36,7 @@ class Requests:
         guidance_scale: scale of each prompt, (B,), float32, or None for the guidance's own.
         samples: answers per prompt; the prompt is read once.
         seeds: seed of each prompt, or None for the one of the sampling settings.
+        speculate: tokens to guess ahead with the language model alone; None for as many as pay.
     """
 
     prompts: Encoded
@@ -42,6 +44,7 @@ class Requests:
     guidance_scale: Tensor | None = None
     samples: int = 1
     seeds: Sequence[int] | None = None
+    speculate: int | None = 0
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,7 @@ class Generation:
         prompt_length: S.
         metrics: what guidance recorded at each evaluation, by name, (B * samples, evaluations), float32, NaN where a
             row took no part; such as the reward of each step.
+        guesses: tokens guessed ahead whose rightness was found out, and how many were right.
     """
 
     sequences: Tensor
@@ -63,6 +67,7 @@ class Generation:
     lengths: Tensor
     prompt_length: int
     metrics: dict[str, Tensor] = field(default_factory=dict)
+    guesses: tuple[int, int] = (0, 0)
 
     @property
     def answers(self) -> Tensor:
@@ -179,7 +184,13 @@ def _check_requests(requests: Requests, picking: Decoding) -> None:
 
 
 class _Loop:
-    """State of one call of `generate`; the network sees only rows that have not ended."""
+    """State of one call of `generate`; the network sees only rows that have not ended.
+
+    Attributes:
+        ids: prompts and answers, (B, limit); rows may have come differently far, where tokens are guessed ahead.
+        ends: columns of `ids` that each row has filled.
+        slots: tokens that the backbone remembers of each row still going; its rows end together.
+    """
 
     def __init__(
         self,
@@ -203,6 +214,7 @@ class _Loop:
         self.classes = None if requests.classes is None else repeat(requests.classes)
         self.scales = None if requests.guidance_scale is None else repeat(requests.guidance_scale)
         self.denoise = Sampler.of(diffusion, sampling, observer)
+        self.guesses = Guesses.of(diffusion, requests.speculate, sampling, has_observer=observer is not None)
         self.metrics: list[dict[str, Tensor]] = []
 
     def run(
@@ -213,61 +225,109 @@ class _Loop:
         config: GenerationConfig,
     ) -> Generation:
         backbone, streamer = self.diffusion.backbone, self.picking.streamer
-        prompts = self.requests.prompts
-        context = prompts.context
-        if context is None:
-            context = backbone.read(Layout(prompts.input_ids, torch.where(self.mask.bool(), 0, -1)))
-        if prompts.context is not None or len(self.first) > len(prompts.input_ids):
-            context = context.select(self.first)
-        length, limit = ids.shape[1], config.max_length
-        cost, kept = ids.new_zeros(len(ids), 0), ids.new_zeros(len(ids), 0)
-        rows = list(range(len(ids)))
+        self.processors, self.criteria, self.config, self.pad = processors, criteria, config, _pad_token(config)
+        count, self.width = ids.shape
+        limit: int = config.max_length  # type: ignore[assignment]  # transformers has set it
+        self.ids = functional.pad(ids, (0, limit - self.width), value=self.pad)
+        cost, kept = torch.zeros_like(self.ids), torch.zeros_like(self.ids)
+        self.ends, reached = [self.width] * count, self.width
+        size = self.sampling.block_size or self.diffusion.block_size or limit
+        # The backbone has read the columns before `ends`, less those that are pending, into its first `slots`.
+        rows, context, pending, self.slots = list(range(count)), self._read(), ids[:, :0], self.width
         if streamer is not None:
             streamer.put(ids.cpu())
-        size = self.sampling.block_size or self.diffusion.block_size or limit
         while rows:
-            start, end = ids.shape[1], min(ids.shape[1] + size, limit)
-            block_keys = self._keys(rows, start - length, end - start)
-            found = self.denoise(self._block(context, rows, ids, block_keys))
-            self._keep_metrics(found.metrics, rows, len(ids))
-            ids, before_end, going = self._pick(found.logits, rows, ids, (processors, criteria, config))
-            block = ids.new_zeros(2, len(ids), end - start)
-            block[:, rows] = torch.stack([found.evaluations * before_end, before_end.long()])
-            cost, kept = torch.cat([cost, block[0]], 1), torch.cat([kept, block[1]], 1)
+            room = limit - max(self.ends[row] for row in rows)
+            ahead = self.guesses.count(room - 1) if pending.shape[1] == 1 else 0
+            length = ahead + 1 if ahead else min(size, room)
+            keys = self._keys(rows, length)
+            self.numbers = _uniform(keys, ids.device) if config.do_sample else None
+            new = pending
+            if ahead:
+                context, new = self._look_ahead(context, pending, rows, ahead)
+            if new.shape[1]:
+                context = backbone.extend(context, new)
+                self.slots += new.shape[1]
+            try:
+                found = self.denoise(self._block(context, rows, keys, ahead))
+            except ReadsSequence:
+                self.guesses.never()
+                context = backbone.rewind(context, torch.full((len(rows),), ahead + 1, device=ids.device))
+                self.slots -= ahead + 1
+                continue
+            self._keep_metrics(found.metrics, rows, count)
+            taken, going = self._pick(found.logits, rows, new[:, pending.shape[1] :])
+            places = torch.tensor(rows, device=ids.device)[:, None], self._columns(rows, taken.shape[1])
+            cost[places], kept[places] = found.evaluations[:, : taken.shape[1]] * taken, taken.long()
+            written = taken.sum(1).tolist() if ahead else [length] * len(rows)
             if streamer is not None:
-                streamer.put(ids[:, start:].flatten().cpu())
+                streamer.put(self.ids[0, self.ends[0] : self.ends[0] + written[0]].cpu())
+            for row, more in zip(rows, written, strict=True):
+                self.ends[row] += more
+            reached = max(reached, *(self.ends[row] for row in rows))
             still = [number for number, goes in enumerate(going.tolist()) if goes]
+            if ahead:
+                self.guesses.learn(ahead, [written[number] - 1 for number in still])
             if still and len(still) < len(rows):
                 context = context.select(torch.tensor(still, device=ids.device))
             rows = [rows[number] for number in still]
+            wrong = [length - written[number] for number in still]
+            if any(wrong):
+                context = backbone.rewind(context, torch.tensor(wrong, device=ids.device))
+                self.slots -= min(wrong)
             if rows:
-                context = backbone.extend(context, ids[rows, start:])
+                pending = self.ids[
+                    torch.tensor(rows, device=ids.device)[:, None], self._columns(rows, -1 if ahead else -length)
+                ]
         if streamer is not None:
             streamer.end()
         metrics = {name: torch.cat([part[name] for part in self.metrics], 1) for name in next(iter(self.metrics), {})}
-        return Generation(ids, cost, kept.sum(1), length, metrics)
+        answers = slice(self.width, reached)
+        guesses = self.guesses.made, self.guesses.right
+        return Generation(self.ids[:, :reached], cost[:, answers], kept.sum(1), self.width, metrics, guesses)
 
-    def _keys(self, rows: list[int], offset: int, count: int) -> list[list[tuple[int | str, ...]]]:
-        """What names the noise of `count` tokens of each row, starting `offset` tokens after its prompt."""
+    def _read(self) -> Context:
+        prompts = self.requests.prompts
+        context = prompts.context
+        if context is None:
+            context = self.diffusion.backbone.read(Layout(prompts.input_ids, torch.where(self.mask.bool(), 0, -1)))
+        if prompts.context is not None or len(self.first) > len(prompts.input_ids):
+            context = context.select(self.first)
+        return context
+
+    def _columns(self, rows: list[int], count: int) -> Tensor:
+        """Columns of the next `count` tokens of each row, or of the last ones where it is negative, (B', |count|)."""
+        ends = torch.tensor([self.ends[row] for row in rows], device=self.ids.device)
+        return ends[:, None] + torch.arange(min(count, 0), max(count, 0), device=self.ids.device)
+
+    def _keys(self, rows: list[int], count: int) -> list[list[tuple[int | str, ...]]]:
+        """What names the noise of the next `count` tokens of each row."""
         keys: list[list[tuple[int | str, ...]]] = []
         for row in rows:
             request, sample = self.keys[row]
             seed = self.sampling.seed if self.requests.seeds is None else self.requests.seeds[int(self.first[row])]
-            first = self.real[row] + offset
+            first = self.real[row] + self.ends[row] - self.width
             keys.append([(seed, request, first + i, sample) for i in range(count)])
         return keys
 
-    def _block(self, context: Context, rows: list[int], ids: Tensor, keys: Any) -> Block:
-        start, count = ids.shape[1], len(keys[0])
-        present = functional.pad(self.mask[self.first[rows]], (0, start - self.mask.shape[1]), value=1)
+    def _block(self, context: Context, rows: list[int], keys: Keys, ahead: int) -> Block:
+        count = len(keys[0])
+        first = self.slots - ahead
         return Block(
-            positions=torch.arange(start, start + count, device=ids.device).expand(len(rows), -1),
-            layout=Layout(ids[rows], present.long() - 1),
+            positions=torch.arange(first, first + count, device=self.ids.device).expand(len(rows), -1),
+            layout=None if ahead else self._layout(rows),
             context=context,
             keys=keys,
             condition=_per_token(self.classes, rows, count),
             guidance_scale=_per_token(self.scales, rows, count),
         )
+
+    def _layout(self, rows: list[int]) -> Layout:
+        """The tokens in the backbone's slots."""
+        columns = self._columns(rows, -self.slots)
+        places = torch.tensor(rows, device=self.ids.device)[:, None], columns.clamp_min(0)
+        present = functional.pad(self.mask[self.first], (0, self.ids.shape[1] - self.width), value=1)
+        return Layout(self.ids[places], torch.where(columns < 0, -1, present[places].long() - 1))
 
     def _keep_metrics(self, metrics: dict[str, Tensor], rows: list[int], count: int) -> None:
         whole = {name: values.new_full((count, values.shape[1]), torch.nan) for name, values in metrics.items()}
@@ -275,39 +335,78 @@ class _Loop:
             whole[name][rows] = values
         self.metrics.append(whole)
 
-    def _pick(
-        self,
-        answer: Logits,
-        rows: list[int],
-        ids: Tensor,
-        how: tuple[LogitsProcessorList, StoppingCriteriaList, GenerationConfig],
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """All sequences with the block's tokens; per row still going, which come before its end, and if it goes on.
+    def _look_ahead(self, context: Context, pending: Tensor, rows: list[int], count: int) -> tuple[Context, Tensor]:
+        """The context as it was, and what the language model alone writes next, behind what is pending."""
+        backbone, known = self.diffusion.backbone, pending
+        everyone = torch.ones(len(rows), dtype=torch.bool, device=self.ids.device)
+        for i in range(count):
+            context = backbone.extend(context, known[:, -1:])
+            slot = torch.full_like(pending, self.slots + i + 1)
+            logits = backbone.head(backbone.plain(slot, context)).float()[:, 0]
+            known = torch.cat([known, self._write(logits, rows, i, everyone)[0][:, None]], 1)
+        self.ids[torch.tensor(rows, device=self.ids.device)[:, None], self._columns(rows, count)] = self.pad
+        return backbone.rewind(context, torch.full((len(rows),), count, device=self.ids.device)), known
 
-        Processors and criteria always see the whole batch, since transformers makes some of them for its rows.
+    def _pick(self, logits: Logits, rows: list[int], guessed: Tensor) -> tuple[Tensor, Tensor]:
+        """Write the tokens of a block as far as they are those guessed, and the first that is another.
+
+        Returns:
+            Which tokens of each row are written, (B', n), bool, n at most L, and which rows go on, (B',), bool.
         """
-        processors: Any
-        criteria: Any
-        processors, criteria, config = how
-        offset, pad, count = ids.shape[1] - self.mask.shape[1], _pad_token(config), answer.values.shape[1]
-        numbers = None
-        if config.do_sample:
-            keys = [[(*parts, "token") for parts in row] for row in self._keys(rows, offset, count)]
-            numbers = TokenStreams(keys, ids.device).uniform()
-        ended = torch.zeros(len(rows), dtype=torch.bool, device=ids.device)
-        kept = []
-        for i, logits in enumerate(answer.columns()):
-            whole = logits.new_zeros(len(ids), logits.shape[-1])
-            whole[rows] = logits
-            whole = processors(ids, whole)
-            scores = whole[rows]
-            token = scores.argmax(-1) if numbers is None else categorical(scores.softmax(-1), numbers[:, i])
-            column = ids.new_full((len(ids), 1), pad)
-            column[rows, 0] = torch.where(ended, pad, token)
-            ids = torch.cat([ids, column], 1)
-            kept.append(~ended)
-            ended = ended | criteria(ids, whole)[rows]
-        return ids, torch.stack(kept, 1), ~ended
+        goes = torch.ones(len(rows), dtype=torch.bool, device=self.ids.device)
+        ended, taken = ~goes, []
+        for i, column in enumerate(logits.columns()):
+            tokens, whole = self._write(column, rows, i, goes)
+            taken.append(goes)
+            stops = goes & self._stops(rows, i, whole)
+            ended, goes = ended | stops, goes & ~stops
+            if i < guessed.shape[1]:
+                goes = goes & (tokens == guessed[:, i])
+                if not goes.any():
+                    break
+        return torch.stack(taken, 1), ~ended
+
+    def _write(self, logits: Tensor, rows: list[int], offset: int, goes: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Write a token of each row that goes on, `offset` columns after its end.
+
+        Processors and criteria always see the whole batch, since transformers makes some of them for its rows; where
+        rows have come differently far, they see it as it was when it ended where each of them does.
+
+        Returns:
+            The tokens, (B',), and the scores of the whole batch as seen by each group of rows that end alike.
+        """
+        tokens, scores = torch.empty(len(rows), dtype=torch.int64, device=logits.device), []
+        for end, members in self._groups(rows).items():
+            there = [rows[member] for member in members]
+            whole = logits.new_zeros(len(self.ids), logits.shape[-1])
+            whole[there] = logits[members]
+            whole = self.processors(self.ids[:, : end + offset], whole)  # type: ignore[arg-type]  # LongTensor
+            scores.append(whole)
+            if self.numbers is None:
+                tokens[members] = whole[there].argmax(-1)
+            else:
+                tokens[members] = categorical(whole[there].softmax(-1), self.numbers[members, offset])
+            self.ids[there, end + offset] = torch.where(goes[members], tokens[members], self.pad)
+        return tokens, scores
+
+    def _stops(self, rows: list[int], offset: int, scores: list[Tensor]) -> Tensor:
+        stops = torch.zeros(len(rows), dtype=torch.bool, device=self.ids.device)
+        for (end, members), whole in zip(self._groups(rows).items(), scores, strict=True):
+            there = [rows[member] for member in members]
+            stops[members] = self.criteria(self.ids[:, : end + offset + 1], whole)[there]  # type: ignore[arg-type]
+        return stops
+
+    def _groups(self, rows: list[int]) -> dict[int, list[int]]:
+        """Numbers within `rows` by where the row ends."""
+        groups: dict[int, list[int]] = {}
+        for number, row in enumerate(rows):
+            groups.setdefault(self.ends[row], []).append(number)
+        return groups
+
+
+def _uniform(keys: Keys, device: torch.device) -> Tensor:
+    """A number in [0, 1) by which each token is drawn, (B', L)."""
+    return TokenStreams([[(*parts, "token") for parts in row] for row in keys], device).uniform()
 
 
 def _per_token(values: Tensor | None, rows: list[int], count: int) -> Tensor | None:

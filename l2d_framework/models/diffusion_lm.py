@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from threading import Lock
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -132,6 +132,7 @@ class DiffusionLM(Diffusion):
         classes: Sequence[str | None] | None = None,
         guidance_scale: float | Sequence[float] | None = None,
         num_return_sequences: int = 1,
+        speculate: Literal["auto", "off"] | int = "off",
         **options: Any,
     ) -> Generation:
         """Answer prompts.
@@ -155,6 +156,8 @@ class DiffusionLM(Diffusion):
             classes: class label of each prompt.
             guidance_scale: scale of the guidance, for all prompts or for each.
             num_return_sequences: answers per prompt; the prompt is read once.
+            speculate: tokens that the language model guesses ahead, to be denoised at once and kept as far as they are
+                those that would have been written one by one; `auto` for as many as pay. The answer stays the same.
             **options: as above.
 
         Returns:
@@ -169,6 +172,7 @@ class DiffusionLM(Diffusion):
             guidance_scale=guidance_scale,
             num_return_sequences=num_return_sequences,
             seed=diffusing.pop("seed", None),
+            speculate=speculate,
         )
         arguments.check_parts(logits_processor, stopping_criteria, streamer, observer)
         arguments.check_prompts(prompts, self.backbone.vocab_size)
@@ -187,6 +191,7 @@ class DiffusionLM(Diffusion):
             guidance_scale=torch.tensor(scales, device=self.device) if isinstance(scales, list) else None,
             samples=request.num_return_sequences,
             seeds=seeds if isinstance(seeds, list) else None,
+            speculate={"auto": None, "off": 0}.get(request.speculate, request.speculate),  # type: ignore[call-overload]
         )
         picking = Decoding(config, logits_processor or LogitsProcessorList(), criteria, streamer)
         return generate(self, requests, sampling=sampling, picking=picking, observer=observer)

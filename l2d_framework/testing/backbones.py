@@ -53,6 +53,8 @@ def backbone_checks(config: BackboneConfig) -> Sequence[Callable[[Any], None]]:
         checks += [check_backbone_is_the_language_model_at_zero, check_backbone_leaves_the_language_model]
     if backbone.independent_positions:
         checks.append(check_backbone_positions_are_independent)
+    if backbone.rewinds:
+        checks.append(check_backbone_rewinds)
     if backbone.trains_lm:
         checks.append(check_backbone_names_its_head_parameters)
     return checks
@@ -286,3 +288,22 @@ def check_backbone_positions_are_independent(config: BackboneConfig) -> None:
         h, t = torch.cat([scene.h[:, :1].flip(-1), scene.h], 1), torch.cat([scene.t[:, :1], scene.t], 1)
         twice = Scene(scene.layout, [first, *scene.positions[0].tolist()]).ask(backbone, context=context, h=h, t=t)
         ensure_close(twice[:, 1:], together, "a second question about a position must not change the first")
+
+
+@torch.no_grad()
+def check_backbone_rewinds(config: BackboneConfig) -> None:
+    """A context from which tokens were taken back goes on as one that never had them, whatever the rows lost."""
+    backbone, known = built(config), KNOWN
+    layout = known_layout(padding=2)
+    part = Layout(layout.tokens[:, :known], layout.blocks[:, :known])
+    for kept in ([2, 2], [1, 3], [3, 0]):
+        context = backbone.extend(backbone.read(part), layout.tokens[:, known : known + 3])
+        shorter = backbone.rewind(context, torch.tensor([3 - count for count in kept]))
+        end = known + max(kept)
+        last = torch.stack([layout.tokens[row, known + count] for row, count in enumerate(kept)])[:, None]
+        scene = Scene(layout, [end + 1])
+        found = scene.ask(backbone, context=backbone.extend(shorter, last))
+        for row, count in enumerate(kept):
+            alone = backbone.read(Layout(layout.tokens[:, : known + count + 1], layout.blocks[:, : known + count + 1]))
+            wanted = Scene(layout, [known + count + 1]).ask(backbone, context=alone, h=scene.h, t=scene.t)
+            ensure_close(found[row], wanted[row], f"rewinding rows to {kept} tokens must leave what they had")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -75,10 +76,7 @@ class MainContext(Context):
     @override
     def select(self, rows: Tensor) -> MainContext:
         batch = self.hidden.shape[0]
-        cache = DynamicCache()
-        layers: list[Any] = self.cache.layers
-        for number, layer in enumerate(layers):
-            cache.update(layer.keys[rows], layer.values[rows], number)
+        cache = _changed(self.cache, lambda values: values[rows])
         keys = MainKeys(cache)
         return replace(
             self,
@@ -91,6 +89,14 @@ class MainContext(Context):
             present=None if self.present is None else self.present[rows],
             real=self.real[rows],
         )
+
+
+def _changed(cache: DynamicCache, change: Callable[[Tensor], Tensor]) -> DynamicCache:
+    changed = DynamicCache()
+    layers: list[Any] = cache.layers
+    for number, layer in enumerate(layers):
+        changed.update(change(layer.keys), change(layer.values), number)
+    return changed
 
 
 def _pick(value: Any, rows: Tensor, batch: int) -> Any:
@@ -194,6 +200,38 @@ class MainPath:
             present = torch.cat([present, present.new_ones(present.shape[0], count)], 1)
         position_ids = context.real[:, None] + torch.arange(count, device=tokens.device)
         return self._run(context.cache, tokens, present, position_ids, context.real + count, context.tables)
+
+    def rewind(self, context: MainContext, counts: Tensor) -> MainContext:
+        """Take back the last tokens of every row.
+
+        Args:
+            context: what `extend` returned.
+            counts: how many tokens of each row, (B,), int64.
+
+        Returns:
+            A context to be extended before anything is asked.
+        """
+        least = int(counts.min())
+        length, present = context.length - least, context.present
+        source = torch.arange(length, device=counts.device) - (counts - least)[:, None]
+        if present is not None or bool((counts > least).any()):
+            old = torch.ones_like(source, dtype=torch.bool) if present is None else present
+            present = old.gather(1, source.clamp_min(0)) & (source >= 0)
+        index = source.clamp_min(0)[:, None, :, None]
+
+        def moved(values: Tensor) -> Tensor:
+            return values.gather(2, index.expand(-1, values.shape[1], -1, values.shape[3]))
+
+        cache = _changed(context.cache, moved)
+        return replace(
+            context,
+            cache=cache,
+            hidden=context.hidden[:, :0],
+            kwargs=[],
+            present=present,
+            real=context.real - counts,
+            length=length,
+        )
 
     def _run(
         self,

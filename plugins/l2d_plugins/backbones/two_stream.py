@@ -78,6 +78,7 @@ class TwoStream(Backbone[MainContext]):
 
     identity_at_zero: ClassVar[bool] = True
     independent_positions: ClassVar[bool] = True
+    rewinds: ClassVar[bool] = True
 
     config: TwoStreamConfig
 
@@ -147,6 +148,10 @@ class TwoStream(Backbone[MainContext]):
     @override
     def extend(self, context: MainContext, tokens: Tensor) -> MainContext:
         return self.main.extend(context, tokens)
+
+    @override
+    def rewind(self, context: MainContext, counts: Tensor) -> MainContext:
+        return self.main.rewind(context, counts)
 
     @override
     def plain(self, positions: Tensor, context: MainContext) -> Tensor:
