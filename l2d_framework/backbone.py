@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, Self
 
 from pydantic import Field
 from torch import Tensor, nn
@@ -68,7 +68,6 @@ class Backbone(nn.Module, ABC, Generic[C]):
         vocab_size: V.
         hidden_size: H.
         lm: the wrapped language model.
-        is_merged: True after `merge`; such a model generates, but is neither trained nor saved.
     """
 
     identity_at_zero: ClassVar[bool] = False
@@ -86,7 +85,8 @@ class Backbone(nn.Module, ABC, Generic[C]):
     vocab_size: int
     hidden_size: int
     lm: PreTrainedModel
-    is_merged: bool = False
+    merging: Literal["auto", "always", "never"] = "auto"
+    """Whether `merge` may take memory: if there is plenty, in any case, or not at all."""
 
     def in_blocks(self, size: int | None) -> Self:
         """Learn how many tokens the model it is a part of denoises together.
@@ -204,9 +204,10 @@ class Backbone(nn.Module, ABC, Generic[C]):
         raise TypeError(f"{type(self).__name__} has no plain language model; use at least one inference step.")
 
     def merge(self) -> None:
-        """Fold adapters into weights of their own to save time; a no-op unless a backbone has adapters.
+        """Get ready to generate: make what saves time and depends on weights only, such as adapters folded in.
 
-        The language model's weights stay as they are.
+        Called before every generation. What it makes is used where no gradients are recorded, and not any more once a
+        weight has changed; the weights themselves stay as they are. A no-op unless a backbone has adapters.
         """
 
     def peft_adapter(self) -> tuple[PeftConfig, dict[str, Tensor]] | None:

@@ -96,6 +96,7 @@ class Sampler:
         Returns:
             The sampler of blocks.
         """
+        diffusion.backbone.merge()
         return cls(diffusion, sampling, diffusion.parametrization.with_estimate(sampling.estimate), observer)
 
     def __call__(self, block: Block) -> Denoised:

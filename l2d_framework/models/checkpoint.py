@@ -131,12 +131,7 @@ def save(model: DiffusionLM, folder: str | Path, *, notes: str = "", dtype: torc
         folder: where to; made when missing.
         notes: markdown to append to the model card.
         dtype: of the weights in the files; as they are when None.
-
-    Raises:
-        CheckpointError: if the adapter has been merged.
     """
-    if model.backbone.is_merged:
-        raise CheckpointError("The adapter of this model has been merged. Save the model before calling merge().")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     stage = Path(tempfile.mkdtemp(prefix=".l2d-", dir=folder))
@@ -238,7 +233,7 @@ def load(
 
     Returns:
         The model in evaluation mode. Its own weights have the type they are trained in, whatever the files' type, so
-        saving it again loses nothing; `model.backbone.merge()` brings them to the language model's.
+        saving it again loses nothing.
 
     Raises:
         CheckpointError: if the checkpoint is damaged or belongs to another base model.

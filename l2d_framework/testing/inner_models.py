@@ -12,14 +12,14 @@ from l2d_framework.testing.scenes import LENGTH, Scene, built, known_layout, noi
 
 @torch.no_grad()
 def check_backbone_merge_changes_nothing(config: BackboneConfig) -> None:
-    """Merging adapters changes neither the answers nor a single weight of the language model."""
+    """Getting ready to generate changes neither the answers nor a single weight of the language model."""
     lm = tiny_llama()
     weights = [(weight, weight.clone()) for weight in lm.parameters()]
     backbone = built(config, lm)
     for _, scene in noisy_scenes(backbone):
         before = backbone.head(scene.ask(backbone))
         backbone.merge()
-        ensure_close(backbone.head(scene.ask(backbone)), before, "merge must not change the logits")
+        ensure_close(backbone.head(scene.ask(backbone)), before, "folding must not change the logits")
     ensure(all(torch.equal(now, then) for now, then in weights), "merge changes a weight of the language model.")
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from l2d_plugins.backbones.branches import Branch
+from l2d_plugins.backbones.folding import Own
 from l2d_plugins.twins import StandIn, twin
 
 KEY_VALUE = ("k_proj", "v_proj")
@@ -153,7 +154,10 @@ def make_shadow(layer: nn.Module, trainable: Iterable[str], dtype: torch.dtype) 
             memo[id(module.config)] = module.config
     shadow = copy.deepcopy(layer, memo)
     for name in own:
-        shadow.get_submodule(name).requires_grad_(True)
+        module = shadow.get_submodule(name).requires_grad_(True)
+        if type(module) is nn.Linear:
+            parent, _, attribute = name.rpartition(".")
+            setattr(shadow.get_submodule(parent), attribute, Own(module))
     return shadow.eval()
 
 
