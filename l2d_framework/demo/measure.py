@@ -24,8 +24,7 @@ from l2d_framework.opening import open_model, open_tokenizer
 BASE, LORA, L2D = "base", "lora", "l2d"
 """Output folders of the three stages, and what each outcome is of."""
 EVALUATIONS = (3, 7, 15, 31)
-FIXED = ("euler", "midpoint")
-ADAPTIVE = "fehlberg2"
+FIXED, ADAPTIVE = ("euler", "midpoint"), "fehlberg2"
 DEFAULT = ("midpoint", 15)
 """Solver and evaluations of the preset `l2d-paper`."""
 WAYS: list[tuple[str, str | None, dict[str, Any]]] = [
@@ -66,8 +65,7 @@ class Sheet:
     @property
     def marks(self) -> Marks:
         """Right or wrong, (N,)."""
-        pairs = zip(self.questions, self.answers, strict=True)
-        return np.array([question.completion == answer for question, answer in pairs])
+        return np.array([q.completion == answer for q, answer in zip(self.questions, self.answers, strict=True)])
 
     @property
     def score(self) -> Estimate:
@@ -94,10 +92,11 @@ class Outcome:
 class Denoising:
     """How one answer takes shape."""
 
-    question: Question
     chosen: str  # why this question is shown
-    tokens: list[str]  # the most likely ones; those of the last evaluation first
+    prompt: str
+    completion: str
     times: list[float]  # of each evaluation
+    tokens: list[str]  # the most likely ones; those of the last evaluation first
     probabilities: list[list[float]]  # of each token at each evaluation
 
 
@@ -115,11 +114,9 @@ class Measurement:
 
     def outcomes(self, after_each: Callable[[], None]) -> list[Outcome]:
         """Let all models answer all held-out questions: base, LoRA, L2D at one evaluation, then with each solver."""
-        outcomes = []
+        outcomes, parts = [], (self._data.held_out_new, self._data.held_out_old)
         for model, solver, sampling in WAYS:
-            parts = self._data.held_out_new, self._data.held_out_old
-            new, old = (self._sheet(part, model, sampling) for part in parts)
-            outcomes.append(Outcome(model, solver, new, old))
+            outcomes.append(Outcome(model, solver, *(self._sheet(part, model, sampling) for part in parts)))
             after_each()
         return outcomes
 
@@ -144,13 +141,13 @@ class Measurement:
         return [self._shown(questions[row], why, times, probabilities[:, row]) for row, why in chosen.items()]
 
     def _shown(self, question: Question, chosen: str, times: list[float], probabilities: Tensor) -> Denoising:
-        best = [probabilities[row].topk(_SHOWN).indices.tolist() for row in (-1, 0, 1)]
-        shown = list(dict.fromkeys(token for row in best for token in row))
-        names = [self._text(token) for token in shown]
-        return Denoising(question, chosen, names, times, probabilities[:, shown].T.tolist())
+        best = torch.cat([probabilities[row].topk(_SHOWN).indices for row in (-1, 0, 1)])
+        shown = list(dict.fromkeys(best.tolist()))
+        curves = probabilities[:, shown].T.tolist()
+        return Denoising(chosen, question.prompt, question.completion, times, self._texts(shown), curves)
 
-    def _text(self, token: int) -> str:
-        return str(self._tokenizer.decode([token]))
+    def _texts(self, tokens: list[int]) -> list[str]:
+        return [str(self._tokenizer.decode([token])) for token in tokens]
 
     def _encode(self, questions: list[Question]) -> Tensor:
         return torch.tensor(encode_prompts(self._tokenizer, [question.prompt for question in questions]))
@@ -162,7 +159,7 @@ class Measurement:
         for _, same_length in groupby(questions, lambda question: len(question.operation.split())):
             for prompts in self._encode(list(same_length)).split(_BATCH):
                 tokens, spent = self._answer(prompts, model, sampling)
-                answers += [self._text(token) for token in tokens.tolist()]
+                answers += self._texts(tokens.tolist())
                 evaluations += spent.tolist()
         return Sheet(questions, answers, evaluations)
 

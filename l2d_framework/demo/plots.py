@@ -7,7 +7,7 @@ from pathlib import Path
 from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
-from l2d_framework.demo.measure import ADAPTIVE, DEFAULT, EVALUATIONS, FIXED, Denoising, Outcome, Sheet
+from l2d_framework.demo.measure import ADAPTIVE, DEFAULT, EVALUATIONS, FIXED, Denoising, Outcome
 from l2d_framework.demo.report import Results
 from l2d_framework.demo.task import NEW, OLD
 from l2d_framework.evaluation import plots
@@ -27,10 +27,10 @@ def draw_accuracy(results: Results, path: Path) -> None:
     """Exact match against evaluations, for the new skill and for the old ones."""
     figure = plots.figure(11.0, 5.0)
     panels = figure.subplots(1, 2, sharey=True)
-    for axes, which in zip(panels, ("new", "old"), strict=True):
+    titles = {"new": f"new skill: {NEW}", "old": f"the {len(OLD)} skills of the base model"}
+    for axes, (which, title) in zip(panels, titles.items(), strict=True):
         _draw_panel(axes, results, which)
-        title = f"new skill: {NEW}" if which == "new" else f"the {len(OLD)} skills of the base model"
-        axes.set_title(f"{title} ({len(_sheet(results.base, which).questions):,} held-out questions)")
+        axes.set_title(f"{title} ({len(getattr(results.base, which).questions):,} held-out questions)")
     panels[0].set_ylabel("exact match (bars and bands: ± 1 standard error)")
     plots.legend_below(figure)
     plots.save(figure, path)
@@ -55,20 +55,13 @@ def _draw_panel(axes: Axes, results: Results, which: str) -> None:
     axes.set_xscale("log")
     axes.set_xticks(ticks, [str(tick) for tick in ticks])
     axes.set_xticks([], minor=True)
-    axes.set_xlim(0.85, ticks[-1] * 1.18)
-    axes.set_ylim(-0.02, 1.02)
-    axes.set_xlabel("network evaluations per token (log scale)")
-    axes.grid(alpha=0.25)
+    _frame(axes, (0.85, ticks[-1] * 1.18), "network evaluations per token (log scale)")
 
 
 def _points(outcomes: list[Outcome], which: str, shift: float = 1.0) -> list[tuple[float, float, float]]:
-    scores = [_sheet(outcome, which).score for outcome in outcomes]
-    places = [outcome.evaluations * shift for outcome in outcomes]
-    return [(x, one.value or 0.0, one.standard_error or 0.0) for x, one in zip(places, scores, strict=True)]
-
-
-def _sheet(outcome: Outcome, which: str) -> Sheet:
-    return outcome.new if which == "new" else outcome.old
+    """Evaluations, exact match and standard error, the first times `shift`."""
+    scores = [(outcome.evaluations * shift, getattr(outcome, which).score) for outcome in outcomes]
+    return [(x, score.value or 0.0, score.standard_error or 0.0) for x, score in scores]
 
 
 def draw_denoisings(denoisings: list[Denoising], path: Path) -> None:
@@ -87,17 +80,18 @@ def _draw_tokens(axes: Axes, denoising: Denoising) -> None:
     axes.plot(denoising.times, others, color=_GREY, linestyle=":", linewidth=1.6, label="all others")
     marks = cycle(zip(_TOKENS, "osv^DPX<", strict=True))
     for token, row in zip(denoising.tokens, denoising.probabilities, strict=True):
-        style: dict[str, Any]
-        if token == denoising.question.completion:
-            style = {"color": GREEN, "marker": "*", "markersize": 8, "linewidth": 2.8, "zorder": 4}
-            style["label"] = f"{token.strip()}: right"
-        else:
-            colour, marker = next(marks)
-            style = {"color": colour, "marker": marker, "markersize": 4, "linewidth": 1.4, "label": token.strip()}
-        axes.plot(denoising.times, row, **style)
-    axes.set_title("\n".join([*wrap(denoising.chosen, 72), denoising.question.prompt]), fontsize=9)
-    axes.set_xlabel("t, from noise (0: the base model's answer) to data (1: read-out)")
-    axes.set_xlim(-0.02, 1.02)
-    axes.set_ylim(-0.02, 1.02)
-    axes.grid(alpha=0.25)
+        right = token == denoising.completion
+        colour, marker = (GREEN, "*") if right else next(marks)
+        style: dict[str, Any] = {"markersize": 4, "linewidth": 1.4}
+        if right:
+            style = {"markersize": 8, "linewidth": 2.8, "zorder": 4}
+        label = f"{token.strip()}: right" if right else token.strip()
+        axes.plot(denoising.times, row, color=colour, marker=marker, label=label, **style)
+    axes.set_title("\n".join([*wrap(denoising.chosen, 72), denoising.prompt]), fontsize=9)
+    _frame(axes, (-0.02, 1.02), "t, from noise (0: the base model's answer) to data (1: read-out)")
     axes.legend(fontsize=8, framealpha=0.9)
+
+
+def _frame(axes: Axes, across: tuple[float, float], label: str) -> None:
+    axes.set(xlim=across, ylim=(-0.02, 1.02), xlabel=label)
+    axes.grid(alpha=0.25)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 from l2d_framework.demo.measure import ADAPTIVE, DEFAULT, FIXED, Denoising, Outcome, Sheet, difference
@@ -13,20 +14,13 @@ _NAMES = {"base": "base model", "lora": "LoRA", "l2d": "L2D"}
 
 
 class Results:
-    """Everything the demo measured.
-
-    Args:
-        outcomes: in the order of `Measurement.outcomes`.
-        denoisings: answers taking shape.
-        cards: `run.json` of each stage by name.
-    """
+    """Everything the demo measured: outcomes in the order of `WAYS`, answers taking shape, each stage's `run.json`."""
 
     def __init__(self, outcomes: list[Outcome], denoisings: list[Denoising], cards: dict[str, dict[str, Any]]) -> None:
         self.outcomes, self.denoisings, self.cards = outcomes, denoisings, cards
         # At one evaluation no solver has anything to do.
         self.base, self.lora, self.one = outcomes[:3]
-        solver, evaluations = DEFAULT
-        self.default = next(one for one in self.solved(solver) if one.evaluations == evaluations)
+        self.default = next(one for one in outcomes if (one.solver, one.evaluations) == DEFAULT)
 
     def solved(self, solver: str) -> list[Outcome]:
         """L2D with one solver, from the fewest evaluations to the most."""
@@ -36,8 +30,7 @@ class Results:
 def findings(results: Results) -> list[str]:
     """What the numbers say in a sentence or two each; a difference is one only beyond two standard errors."""
     curves = [_curve(results, solver) for solver in FIXED]
-    others = [one(results) for one in (_adaptive, _against_lora, _forgetting, _cost)]
-    return [_identity(results), *curves, *others]
+    return [_identity(results), *curves, *(say(results) for say in (_adaptive, _against_lora, _forgetting, _cost))]
 
 
 def _identity(results: Results) -> str:
@@ -59,11 +52,9 @@ def _curve(results: Results, solver: str) -> str:
 
 def _adaptive(results: Results) -> str:
     (adaptive,), default = results.solved(ADAPTIVE), results.default
-    spent = adaptive.new.evaluations
-    gap = difference(default.new.marks, adaptive.new.marks)
-    verdict = (
-        f"exact match is {'higher' if _rises(gap) else 'lower'} than" if gap.is_clear else "no clear difference from"
-    )
+    spent, gap = adaptive.new.evaluations, difference(default.new.marks, adaptive.new.marks)
+    sign = "higher" if _rises(gap) else "lower"
+    verdict = f"exact match is {sign} than" if gap.is_clear else "no clear difference from"
     return (
         f"{ADAPTIVE} chooses {adaptive.evaluations:.1f} evaluations a token on average, from {min(spent)} to "
         f"{max(spent)}: {verdict} {_way(default)} ({_text(gap, '+')})."
@@ -161,11 +152,7 @@ def to_json(results: Results) -> dict[str, Any]:
         skills = {name: _numbers(_only(one, name)) for name in (NEW, *OLD)}
         scores = {"new": _numbers(one.new), "old": _numbers(one.old), "by_skill": skills}
         outcomes.append({"model": one.model, "solver": one.solver, "evaluations": evaluations, **scores})
-    denoisings = []
-    for shown in results.denoisings:
-        asked = {"prompt": shown.question.prompt, "completion": shown.question.completion}
-        seen = {"times": shown.times, "tokens": shown.tokens, "probabilities": shown.probabilities}
-        denoisings.append({"chosen": shown.chosen, **asked, **seen})
+    denoisings = [asdict(denoising) for denoising in results.denoisings]
     stages = {
         name: {"seconds": card["seconds"], **card["parameters"], "updates": card["result"]["steps"]}
         for name, card in results.cards.items()
@@ -188,10 +175,8 @@ def _introduction(results: Results, data: Data) -> str:
 
 def _by_skill(results: Results) -> list[tuple[str, ...]]:
     shown = [results.base, results.lora, results.one, results.default]
-    rows: list[tuple[str, ...]] = [
-        ("skill", "base model", "LoRA", "L2D, 1 evaluation", f"L2D, {_way(results.default)}")
-    ]
-    return rows + [(name, *(_text(_only(one, name).score) for one in shown)) for name in (NEW, *OLD)]
+    headings = ("skill", "base model", "LoRA", "L2D, 1 evaluation", f"L2D, {_way(results.default)}")
+    return [headings, *((name, *(_text(_only(one, name).score) for one in shown)) for name in (NEW, *OLD))]
 
 
 def _only(outcome: Outcome, operation: str) -> Sheet:
@@ -202,5 +187,5 @@ def _only(outcome: Outcome, operation: str) -> Sheet:
 
 
 def _numbers(sheet: Sheet) -> dict[str, float | None]:
-    found = sheet.score
-    return {"exact_match": found.value, "standard_error": found.standard_error, "questions": found.samples}
+    score = sheet.score
+    return {"exact_match": score.value, "standard_error": score.standard_error, "questions": score.samples}

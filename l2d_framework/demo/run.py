@@ -39,13 +39,13 @@ _CONFIG = {
 
 
 class Size(NamedTuple):
-    """Questions to train the base model and the finetunings on, updates of either, held-out questions of a kind."""
+    """How much to train and to measure."""
 
-    base: int
-    new: int
+    base: int  # questions for the base model
+    new: int  # and for the finetunings
     base_updates: int
     updates: int
-    answers: int
+    answers: int  # held-out questions of a kind
 
     def questions(self, seed: int) -> Data:
         """All questions; the same seed gives the same ones."""
@@ -101,41 +101,25 @@ def _data_file(folder: Path, name: str) -> Path:
 
 
 class Demo:
-    """One demonstration in one folder; continued where it stopped if it is started there again.
-
-    Args:
-        folder: for everything it writes.
-        size: how much to train and to measure.
-        seed: of questions, models and noise.
-
-    Raises:
-        ConfigError: if the folder holds something else.
-    """
+    """One demonstration in one folder; continued where it stopped if it is started there again."""
 
     def __init__(self, folder: Path, size: Size, seed: int) -> None:
         self.folder, self._name = folder.absolute(), folder
         self._text = yaml.safe_dump(run_file(self.folder, size, seed), sort_keys=False)
-        path = self.folder / _RUN_FILE
-        problem = None
-        if self.folder.exists() and not (self.folder.is_dir() and (path.is_file() or not any(self.folder.iterdir()))):
+        path, problem = self.folder / _RUN_FILE, None
+        if path.is_file():
+            if path.read_text(encoding="utf-8") != self._text:
+                problem = "holds a demo with other settings, such as another seed"
+        elif self.folder.exists() and not (self.folder.is_dir() and not any(self.folder.iterdir())):
             problem = "exists and holds no demo"
-        elif path.is_file() and path.read_text(encoding="utf-8") != self._text:
-            problem = "holds a demo with other settings, such as another seed"
-        if problem is not None:
+        if problem:
             raise ConfigError(
                 f"{str(folder)!r} {problem}. Choose another --out, or use --overwrite, which moves it aside."
             )
         self.data = size.questions(seed)
 
     def prepare(self) -> list[Run]:
-        """Write questions and run file.
-
-        Returns:
-            The runs to train.
-
-        Raises:
-            ConfigError: if the folder cannot be written.
-        """
+        """Write questions and run file, and read the runs to train; ConfigError where nothing can be written."""
         try:
             (self.folder / "data").mkdir(parents=True, exist_ok=True)
             # First, since it marks the folder as a demo's for whoever comes back to it.
@@ -164,9 +148,8 @@ class Demo:
 
     def write(self, results: Results) -> list[str]:
         """Write report, numbers and, with matplotlib, pictures; returns the names of the files."""
-        report = markdown(results, self.data, self.commands())
         numbers = json.dumps(to_json(results), indent=2, ensure_ascii=False) + "\n"
-        texts = {"report.md": report, "results.json": numbers}
+        texts = {"report.md": markdown(results, self.data, self.commands()), "results.json": numbers}
         for name, text in texts.items():
             write_whole(self.folder / name, text)
         if not can_plot():

@@ -11,7 +11,8 @@ Needs pytest beside the package itself. A plugin's whole test is
 Which laws apply follows from the component's kind and the capabilities it declares, never from its class or name.
 """
 
-from l2d_framework.testing.kit import Check, checks_for, parametrize_with_checks
-from l2d_framework.testing.models import tiny_llama
+from l2d_framework.testing.kit import checks_for, parametrize_with_checks
+from l2d_framework.testing.laws import Check
+from l2d_framework.testing.scenes import tiny_llama
 
 __all__ = ["Check", "checks_for", "parametrize_with_checks", "tiny_llama"]

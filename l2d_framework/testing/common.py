@@ -3,28 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
 from l2d_framework.component import Component
-from l2d_framework.testing.assertions import ensure
+from l2d_framework.testing.laws import Laws, ensure
+
+law = Laws()
 
 
-def component_checks(component: Component) -> Sequence[Callable[[Any], None]]:
-    """Laws of every component."""
-    return [
-        check_name_is_literal,
-        check_json_round_trip,
-        check_unknown_field_is_refused,
-        check_is_frozen,
-        check_defaults_are_valid,
-        check_types_are_strict,
-        check_extra_is_named,
-    ]
-
-
+@law
 def check_name_is_literal(component: Component) -> None:
     """A run file selects the component by `name`, so the field allows exactly one value, its default."""
     cls = type(component)
@@ -37,6 +27,7 @@ def check_name_is_literal(component: Component) -> None:
     )
 
 
+@law
 def check_json_round_trip(component: Component) -> None:
     """A component saved as JSON comes back equal, both from the text and from the values a YAML reader makes of it."""
     cls = type(component)
@@ -48,26 +39,25 @@ def check_json_round_trip(component: Component) -> None:
         ensure(again == component, f"JSON changed {component!r} into {again!r}.")
 
 
+@law
 def check_unknown_field_is_refused(component: Component) -> None:
     """A misspelt option is an error, in the component and in each of its sections."""
     for section in _sections(component):
-        data = {**section.model_dump(mode="json"), "no_such_option": 1}
-        ensure(
-            _problem(type(section), data) is not None,
-            f'{type(section).__qualname__} accepts the unknown option "no_such_option"; set extra="forbid".',
-        )
+        problem = _problem(type(section), {**section.model_dump(mode="json"), "no_such_option": 1})
+        name = type(section).__qualname__
+        ensure(problem is not None, f'{name} accepts the unknown option "no_such_option"; set extra="forbid".')
 
 
+@law
 def check_is_frozen(component: Component) -> None:
     """A component never changes after it was made, nor do its sections."""
     for section in _sections(component):
         for field in type(section).model_fields:
-            ensure(
-                not _is_assignable(section, field),
-                f"{type(section).__qualname__}.{field} can be assigned to; set frozen=True.",
-            )
+            name = f"{type(section).__qualname__}.{field}"
+            ensure(not _is_assignable(section, field), f"{name} can be assigned to; set frozen=True.")
 
 
+@law
 def check_defaults_are_valid(component: Component) -> None:
     """What a field is when left out would also be accepted when written out."""
     cls = type(component)
@@ -76,25 +66,24 @@ def check_defaults_are_valid(component: Component) -> None:
     ensure(problem is None, f"A default of {cls.__qualname__} is not valid: {problem}")
 
 
+@law
 def check_types_are_strict(component: Component) -> None:
     """A number written as text is refused instead of guessed at."""
     for section in _sections(component):
         data = section.model_dump(mode="json")
         for field, value in data.items():
             if isinstance(value, int | float):
-                ensure(
-                    _problem(type(section), {**data, field: str(value)}) is not None,
-                    f"{type(section).__qualname__}.{field} accepts the text {str(value)!r}; set strict=True.",
-                )
+                problem = _problem(type(section), {**data, field: str(value)})
+                name = f"{type(section).__qualname__}.{field}"
+                ensure(problem is not None, f"{name} accepts the text {str(value)!r}; set strict=True.")
 
 
+@law
 def check_extra_is_named(component: Component) -> None:
     """A component that needs more than the core dependencies says what to install."""
     cls = type(component)
-    ensure(
-        not cls.requires or bool(cls.extra),
-        f"{cls.__qualname__} requires {cls.requires} but its `extra` does not say what to install.",
-    )
+    claim = f"{cls.__qualname__} requires {cls.requires} but its `extra` does not say what to install."
+    ensure(not cls.requires or bool(cls.extra), claim)
 
 
 def _sections(model: BaseModel) -> Iterator[BaseModel]:

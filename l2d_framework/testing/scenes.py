@@ -1,4 +1,4 @@
-"""Questions put to backbones: random layouts, noisy states, and fresh networks whose every part has an effect."""
+"""Questions put to backbones: a tiny language model, random layouts, noisy states, networks whose parts all act."""
 
 from __future__ import annotations
 
@@ -8,25 +8,52 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from l2d_framework.backbone import Backbone, BackboneConfig
 from l2d_framework.errors import ConfigError
-from l2d_framework.testing.models import HIDDEN_SIZE, tiny_llama
 from l2d_framework.types import Layout
 
 ROWS, LENGTH, KNOWN = 2, 8, 4
 """Rows and tokens of a layout, and how many of its tokens are known from the start."""
+_HIDDEN_SIZE = 32
+
+
+def tiny_llama(seed: int = 0, *, vocab_size: int = 37, layers: int = 2) -> PreTrainedModel:
+    """Random Llama of width 32 with grouped keys, its weights large enough that every token matters to every later one.
+
+    Args:
+        seed: of the weights.
+        vocab_size: V.
+        layers: number of decoder layers.
+
+    Returns:
+        A float32 model on the CPU, in evaluation mode, that takes up to 128 tokens.
+    """
+    config = LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=_HIDDEN_SIZE,
+        intermediate_size=48,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        initializer_range=0.3,
+        tie_word_embeddings=False,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        lm: PreTrainedModel = LlamaForCausalLM(config)
+    lm.eval()
+    return lm
 
 
 @dataclass(frozen=True)
 class Scene:
-    """The same places of every row of a layout, with noisy states and times.
-
-    Attributes:
-        layout: tokens and blocks, (B, S).
-        places: L slots asked about.
-    """
+    """The same L places of every row of a layout, with noisy states and times."""
 
     layout: Layout
     places: list[int]
@@ -39,7 +66,7 @@ class Scene:
     @property
     def h(self) -> Tensor:
         """Embedded noisy states, (B, L, H)."""
-        return torch.randn(*self.positions.shape, HIDDEN_SIZE, generator=torch.Generator().manual_seed(5))
+        return torch.randn(*self.positions.shape, _HIDDEN_SIZE, generator=torch.Generator().manual_seed(5))
 
     @property
     def t(self) -> Tensor:
@@ -53,31 +80,20 @@ class Scene:
         return backbone.features(h, t, self.positions, context, other.get("condition"), shared_time=shared_time)
 
 
-def noisy_scenes(backbone: Backbone) -> Iterator[tuple[int | None, Scene]]:
-    """Scenes of every block size that a backbone serves, set to each in turn.
-
-    Args:
-        backbone: any backbone.
-
-    Yields:
-        The block size and its scene.
-    """
-    for size in block_sizes(backbone.config):
+def noisy_scenes(
+    config: BackboneConfig, lm: PreTrainedModel | None = None
+) -> Iterator[tuple[int | None, Backbone, Scene]]:
+    """Every block size that is served, set in turn: known tokens first, then blocks that are all asked about."""
+    backbone = built(config, lm)
+    for size in block_sizes(config):
         backbone.in_blocks(size)
-        yield size, noisy_scene(size)
-
-
-def noisy_scene(block_size: int | None) -> Scene:
-    """Known tokens first, then blocks that are all asked about; a single block for None."""
-    layout = known_layout()
-    noisy = torch.arange(LENGTH - KNOWN)
-    blocks = layout.blocks.clone()
-    blocks[:, KNOWN:] = 1 + noisy // (block_size or len(noisy))
-    return Scene(Layout(layout.tokens, blocks), list(range(KNOWN, LENGTH)))
+        layout, noisy = known_layout(), torch.arange(LENGTH - KNOWN)
+        layout.blocks[:, KNOWN:] = 1 + noisy // (size or len(noisy))
+        yield size, backbone, Scene(layout, list(range(KNOWN, LENGTH)))
 
 
 def known_layout(padding: int = 0) -> Layout:
-    """Random tokens, all known."""
+    """Random tokens, all known but the padding of the second row."""
     tokens = torch.randint(3, 30, (ROWS, LENGTH), generator=torch.Generator().manual_seed(4))
     blocks = torch.zeros_like(tokens)
     blocks[1, :padding] = -1
@@ -86,16 +102,14 @@ def known_layout(padding: int = 0) -> Layout:
 
 def block_sizes(config: BackboneConfig) -> list[int | None]:
     """Block sizes out of 1, 2 and None that a backbone serves."""
-    lm_config = tiny_llama().config
-    return [size for size in (1, 2, None) if _serves(config, lm_config, size)]
-
-
-def _serves(config: BackboneConfig, lm_config: Any, block_size: int | None) -> bool:
-    try:
-        config.check(lm_config, block_size)
-    except ConfigError:
-        return False
-    return True
+    lm_config, served = tiny_llama().config, []
+    for size in (1, 2, None):
+        try:
+            config.check(lm_config, size)
+        except ConfigError:
+            continue
+        served.append(size)
+    return served
 
 
 @torch.no_grad()

@@ -2,83 +2,52 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import wraps
 from itertools import pairwise
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from l2d_framework.schedule import NoiseLaw, ScheduleConfig
-from l2d_framework.testing.assertions import ensure, ensure_close
-
-Law = Callable[[NoiseLaw], None]
+from l2d_framework.testing.laws import Check, Laws, ensure, ensure_close
 
 
-def schedule_checks(config: ScheduleConfig) -> Sequence[Callable[[Any], None]]:
-    """Laws of every schedule, and those of one that learns.
-
-    Args:
-        config: any schedule.
-
-    Returns:
-        The checks.
-    """
-    checks: list[Callable[[Any], None]] = [
-        check_schedule_shapes,
-        check_schedule_endpoints,
-        check_schedule_signal_to_noise_rises,
-        check_schedule_derivatives,
-        check_schedule_noise_inverts_interpolate,
-        check_schedule_velocity_follows_path,
-        check_schedule_training_times,
-        check_schedule_weight,
-        check_schedule_noisier,
-        check_schedule_grid,
-    ]
-    return [*checks, check_schedule_is_its_state_dict] if isinstance(config.build(), nn.Module) else checks
-
-
-def _of_built(check: Law) -> Callable[[ScheduleConfig], None]:
-    """The check of a law as it is built, and where it learns also after it has heard losses."""
+def _of_built(check: Callable[[NoiseLaw], None]) -> Check:
+    """A check of a schedule as it is built, and where it learns also after it has heard losses."""
 
     @wraps(check)
     def checked(config: ScheduleConfig) -> None:
-        law = config.build()
-        check(law)
-        if isinstance(law, nn.Module):
-            _tell(law)
-            check(law)
+        schedule = config.build()
+        check(schedule)
+        if isinstance(schedule, nn.Module):
+            _tell(schedule)
+            check(schedule)
 
     return checked
 
 
-def _tell(law: NoiseLaw, updates: int = 5) -> None:
+law = Laws(_of_built, lambda config: config.build())
+
+
+def _tell(schedule: NoiseLaw, updates: int = 5) -> None:
     """Losses that fall where half of the signal has come, as far as the numbers that make the times go."""
     for _ in range(updates):
         t = torch.rand(2000, generator=torch.Generator().manual_seed(0))
-        law.observe(t, 5 * torch.sigmoid(20 * (law.sigma(t) - law.alpha(t))))
+        schedule.observe(t, 5 * torch.sigmoid(20 * (schedule.sigma(t) - schedule.alpha(t))))
 
 
-@_of_built
+@law
 def check_schedule_shapes(schedule: NoiseLaw) -> None:
     """Weights and slopes have the shape and dtype of the time they belong to."""
     for t in (torch.rand(2, 3) * 0.9, torch.tensor(0.5, dtype=torch.float64)):
-        d_alpha, d_sigma = schedule.derivatives(t)
-        for name, value in {
-            "alpha": schedule.alpha(t),
-            "sigma": schedule.sigma(t),
-            "alpha'": d_alpha,
-            "sigma'": d_sigma,
-        }.items():
-            ensure(
-                value.shape == t.shape and value.dtype == t.dtype,
-                f"{name} of {tuple(t.shape)} {t.dtype} came out as {tuple(value.shape)} {value.dtype}.",
-            )
+        values = schedule.alpha(t), schedule.sigma(t), *schedule.derivatives(t)
+        for name, value in zip(("alpha", "sigma", "alpha'", "sigma'"), values, strict=True):
+            claim = f"{name} of {tuple(t.shape)} {t.dtype} came out as {tuple(value.shape)} {value.dtype}."
+            ensure(_is_like(value, t), claim)
 
 
-@_of_built
+@law
 def check_schedule_endpoints(schedule: NoiseLaw) -> None:
     """T = 0 is pure noise of the prior's scale and t = 1 is clean."""
     ends = torch.tensor([0.0, 1.0])
@@ -86,7 +55,7 @@ def check_schedule_endpoints(schedule: NoiseLaw) -> None:
     ensure_close(schedule.sigma(ends), 1 - ends, "sigma must be 1 at t = 0 and 0 at t = 1", tolerance=1e-3)
 
 
-@_of_built
+@law
 def check_schedule_signal_to_noise_rises(schedule: NoiseLaw) -> None:
     """Alpha never falls, sigma never rises, and their ratio rises all the time."""
     t = _inner_times()
@@ -97,26 +66,25 @@ def check_schedule_signal_to_noise_rises(schedule: NoiseLaw) -> None:
     ensure((ratio.diff() > 0).all(), f"alpha / sigma does not rise after t = {_first(t, ratio.diff() <= 0)}.")
 
 
-@_of_built
+@law
 def check_schedule_derivatives(schedule: NoiseLaw) -> None:
     """`derivatives` are the slopes of `alpha` and `sigma`."""
     t, h = _inner_times(), 1e-3
-    for slope, law, name in zip(
-        schedule.derivatives(t), (schedule.alpha, schedule.sigma), ("alpha", "sigma"), strict=True
-    ):
-        central = (law(t + h) - law(t - h)) / (2 * h)
+    for slope, name in zip(schedule.derivatives(t), ("alpha", "sigma"), strict=True):
+        weight = getattr(schedule, name)
+        central = (weight(t + h) - weight(t - h)) / (2 * h)
         ensure_close(slope, central, f"derivatives must be the slope of {name}", tolerance=2e-3)
 
 
-@_of_built
+@law
 def check_schedule_noise_inverts_interpolate(schedule: NoiseLaw) -> None:
     """The noise recovered from a state is the noise that made it."""
     clean, noise, t = _path()
-    found = schedule.noise(schedule.interpolate(clean, noise, t), clean, t)
-    ensure_close(found, noise, "noise must undo interpolate")
+    recovered = schedule.noise(schedule.interpolate(clean, noise, t), clean, t)
+    ensure_close(recovered, noise, "noise must undo interpolate")
 
 
-@_of_built
+@law
 def check_schedule_velocity_follows_path(schedule: NoiseLaw) -> None:
     """The velocity points along the path, at whatever speed, and is finite from t = 0 on."""
     clean, noise, t = _path()
@@ -129,14 +97,12 @@ def check_schedule_velocity_follows_path(schedule: NoiseLaw) -> None:
     ensure(schedule.velocity(noise, clean, start).isfinite().all(), "velocity is not finite at t = 0.")
 
 
-@_of_built
+@law
 def check_schedule_training_times(schedule: NoiseLaw) -> None:
     """Training times of uniform numbers lie in [0, 1], and rise or fall with them all the way."""
     u = _uniform_numbers()
     t = schedule.sample_times(u)
-    ensure(
-        t.shape == u.shape and t.dtype == u.dtype, f"sample_times changed {u.shape} {u.dtype} to {t.shape} {t.dtype}."
-    )
+    ensure(_is_like(t, u), f"sample_times changed {u.shape} {u.dtype} to {t.shape} {t.dtype}.")
     outside = (t < 0) | (t > 1) | ~t.isfinite()
     ensure(not outside.any(), f"sample_times gives {t[outside].tolist()[:3]} for u = {u[outside].tolist()[:3]}.")
     ensure(t[-1] != t[0], "sample_times gives the first and the last u the same time.")
@@ -144,7 +110,7 @@ def check_schedule_training_times(schedule: NoiseLaw) -> None:
     ensure(not back.any(), f"sample_times turns back after u = {_first(u, back)}.")
 
 
-@_of_built
+@law
 def check_schedule_weight(schedule: NoiseLaw) -> None:
     """Weights of the loss are finite at every training time and none is negative."""
     t = schedule.sample_times(_uniform_numbers())
@@ -155,22 +121,19 @@ def check_schedule_weight(schedule: NoiseLaw) -> None:
         ensure(not wrong.any(), f"weight gives {weight[wrong].tolist()[:3]} for t = {t[wrong].tolist()[:3]}.")
 
 
-@_of_built
+@law
 def check_schedule_noisier(schedule: NoiseLaw) -> None:
     """The time of a first prediction lies in [0, 1], never after the training time it serves and mostly earlier."""
     t = schedule.sample_times(_uniform_numbers())
     noisier = schedule.noisier(t)
-    ensure(
-        noisier.shape == t.shape and noisier.dtype == t.dtype,
-        f"noisier changed {t.shape} {t.dtype} to {noisier.shape} {noisier.dtype}.",
-    )
+    ensure(_is_like(noisier, t), f"noisier changed {t.shape} {t.dtype} to {noisier.shape} {noisier.dtype}.")
     outside = (noisier < 0) | (noisier > 1) | ~noisier.isfinite()
     ensure(not outside.any(), f"noisier leaves [0, 1] for t = {t[outside].tolist()[:3]}.")
     ensure((noisier <= t).all(), f"noisier moves away from the noise at t = {t[noisier > t].tolist()[:3]}.")
     ensure((noisier < t).float().mean() > 0.5, "noisier leaves most times where they are.")
 
 
-@_of_built
+@law
 def check_schedule_grid(schedule: NoiseLaw) -> None:
     """A grid has as many times as asked for, rising within [0, 1] to the end asked for."""
     for count in (1, 2, 5, 16):
@@ -178,27 +141,25 @@ def check_schedule_grid(schedule: NoiseLaw) -> None:
             times = schedule.grid(count, end)
             ensure(len(times) == count, f"grid({count}, {end}) has {len(times)} times.")
             ensure(all(0 <= t <= 1 for t in times), f"grid({count}, {end}) leaves [0, 1]: {times}.")
-            ensure(
-                all(t < s for t, s in pairwise(times)),
-                f"grid({count}, {end}) does not rise: {times}.",
-            )
+            ensure(all(t < s for t, s in pairwise(times)), f"grid({count}, {end}) does not rise: {times}.")
             ensure(count == 1 or abs(times[-1] - end) < 1e-6, f"grid({count}, {end}) ends at {times[-1]}.")
 
 
+@law.where(lambda schedule: isinstance(schedule, nn.Module))
 @torch.no_grad()
-def check_schedule_is_its_state_dict(config: ScheduleConfig) -> None:
+def check_schedule_is_its_state_dict(schedule: NoiseLaw) -> None:
     """What a schedule has learned is in its state dict, to the bit, and held-out times do not change with it."""
-    law, other = config.build(), config.build()
-    assert isinstance(law, nn.Module) and isinstance(other, nn.Module)  # `schedule_checks` asks no others
+    other = schedule.config.build()
+    assert isinstance(schedule, nn.Module) and isinstance(other, nn.Module)
     u = _uniform_numbers()
-    fixed = law.fixed_times(u)
-    _tell(law)
-    ensure(torch.equal(law.fixed_times(u), fixed), "fixed_times change with what is learned.")
-    other.load_state_dict(law.state_dict())
+    fixed = schedule.fixed_times(u)
+    _tell(schedule)
+    ensure(torch.equal(schedule.fixed_times(u), fixed), "fixed_times change with what is learned.")
+    other.load_state_dict(schedule.state_dict())
     for _ in range(2):
-        same = torch.equal(law.sample_times(u), other.sample_times(u)) and law.grid(9, 1.0) == other.grid(9, 1.0)
-        ensure(same, "Two schedules of one state dict have different times.")
-        _tell(law, 1)
+        times, others = (one.sample_times(u).tolist() + one.grid(9, 1.0) for one in (schedule, other))
+        ensure(times == others, "Two schedules of one state dict have different times.")
+        _tell(schedule, 1)
         _tell(other, 1)
 
 
@@ -215,6 +176,10 @@ def _path() -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
     clean, noise = torch.randn(2, 2, 3, 8, generator=generator, dtype=torch.float64)
     return clean, noise, torch.tensor([[0.05, 0.3, 0.5], [0.6, 0.8, 0.95]], dtype=torch.float64)
+
+
+def _is_like(value: Tensor, given: Tensor) -> bool:
+    return value.shape == given.shape and value.dtype == given.dtype
 
 
 def _first(t: Tensor, where: Tensor) -> float:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
 from contextlib import suppress
 from itertools import product
 from types import SimpleNamespace
-from typing import Any, ClassVar, Literal, cast
+from typing import ClassVar, Literal, cast
 
 import torch
 from torch import Tensor
@@ -18,90 +17,77 @@ from l2d_framework.diffusion.ode import Streams, TokenODE
 from l2d_framework.diffusion.rng import categorical
 from l2d_framework.errors import ConfigError, EvaluationBudgetError
 from l2d_framework.parametrization import Parametrization
-from l2d_framework.schedule import NoiseLaw, Schedule
+from l2d_framework.schedule import NoiseLaw
 from l2d_framework.solver import Problem, Solver, Time
-from l2d_framework.testing.assertions import distance, ensure, ensure_close
+from l2d_framework.testing.laws import Laws, distance, ensure, ensure_close
 from l2d_framework.testing.toys import ToyPredict, ToyProblem, ToySchedule, ToySpace, toy_streams
 from l2d_framework.types import Context, Query, Random, Stride
 
+law = Laws()
+
+_KEYS = torch.arange(6).view(2, 3)
 _END = 0.9
 _SIZE = 3
 _UNEVEN = [0.0, 0.2, 0.3, 0.6, _END]
 
 
-def solver_checks(solver: Solver) -> Sequence[Callable[[Any], None]]:
-    """Laws that a solver's declared capabilities commit it to."""
-    checks = [check_solver_reaches_a_constant, check_solver_is_repeatable, check_solver_times]
-    checks += [check_solver_accuracy, check_solver_budget] if solver.is_adaptive else [check_solver_evaluation_count]
-    if not (solver.is_adaptive or solver.is_stochastic):
-        checks += [check_solver_order, check_solver_is_the_textbooks]
-    if not solver.batch_coupled:
-        checks.append(check_solver_tokens_are_independent)
-    return checks
-
-
+@law
 def check_solver_reaches_a_constant(solver: Solver) -> None:
     """If the clean state never changes, the end of the path is the end of a straight line to it."""
     end = 0.99 if solver.evaluates_end else 1.0
-    problem, x = ToyProblem(_constant, _keys()), _start(_keys())
-    found = solver.solve(problem, x, problem.schedule.grid(7, end))
-    clean = _constant(x, torch.tensor(end), _keys()[..., None])
+    problem, x = ToyProblem(_constant, _KEYS), _start(_KEYS)
+    reached = solver.solve(problem, x, problem.schedule.grid(7, end))
+    clean = _constant(x, torch.tensor(end), _KEYS[..., None])
     expected = problem.schedule.interpolate(clean, x, torch.full(x.shape[:2], end))
     # A stochastic solver may miss by fresh noise of the end's level, an adaptive one by its tolerances.
     slack = 8 * (1 - end) * solver.is_stochastic + 1e-2 * solver.is_adaptive
-    ensure_close(found, expected, f"a constant clean state must be reached at t = {end}", tolerance=1e-3 + slack)
+    ensure_close(reached, expected, f"a constant clean state must be reached at t = {end}", tolerance=1e-3 + slack)
 
 
+@law
 def check_solver_is_repeatable(solver: Solver) -> None:
     """The same noise gives the same path, the start is left as it was, and no global generator is touched."""
-    x = _start(_keys())
+    x = _start(_KEYS)
     given = x.clone()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
         before = torch.get_rng_state()
-        first = _solve(solver, x, _keys())[0]
+        first = _solve(solver, x, _KEYS)[0]
         ensure(torch.equal(torch.get_rng_state(), before), "solve draws from torch's global generator.")
     ensure(torch.equal(x, given), "solve changes the state it was given in place.")
-    ensure(torch.equal(_solve(solver, x, _keys())[0], first), "The same start and noise gave another end.")
+    ensure(torch.equal(_solve(solver, x, _KEYS)[0], first), "The same start and noise gave another end.")
 
 
+@law
 def check_solver_times(solver: Solver) -> None:
     """No slope is asked for at t = 1, where it is singular, and nothing outside of 0 to 1."""
-    ends = (_END,) if solver.evaluates_end else (_END, 1.0)
-    for end in ends:
-        _, problem = _solve(solver, _start(_keys()), _keys(), end=end)
+    for end in (_END,) if solver.evaluates_end else (_END, 1.0):
+        _, problem = _solve(solver, _start(_KEYS), _KEYS, end=end)
         for t, is_slope in problem.visits:
             ensure(((t >= 0) & (t <= 1)).all(), f"The problem was asked at t = {t.tolist()}.")
-            ensure(
-                not is_slope or (t < 1).all(), f"A slope was asked for at t = 1 on the way to {end}; set evaluates_end."
-            )
+            claim = f"A slope was asked for at t = 1 on the way to {end}; set evaluates_end."
+            ensure(not is_slope or (t < 1).all(), claim)
 
 
+@law.where(lambda solver: not solver.is_adaptive)
 def check_solver_evaluation_count(solver: Solver) -> None:
     """A number of evaluations is hit exactly, read-out included, or refused with one that can be."""
-    hit = 0
-    for wanted in range(1, 18):
-        size = _grid_size(solver, wanted)
-        if size is None:
-            continue
-        hit += 1
-        _, problem = _solve(solver, _start(_keys()), _keys(), count=size)
-        used = problem.evaluations + 1
-        ensure(
-            (used == wanted).all(),
-            f"num_inference_steps={wanted} became a grid of {size} times and {used.unique().tolist()} evaluations.",
-        )
-    ensure(hit >= 2, "grid_size refuses nearly every number of evaluations from 1 to 17.")
+    sizes = {wanted: size for wanted in range(1, 18) if (size := _grid_size(solver, wanted)) is not None}
+    for wanted, size in sizes.items():
+        used = _solve(solver, _start(_KEYS), _KEYS, count=size)[1].evaluations + 1
+        claim = f"num_inference_steps={wanted} became a grid of {size} times and {used.unique().tolist()} evaluations."
+        ensure((used == wanted).all(), claim)
+    ensure(len(sizes) >= 2, "grid_size refuses nearly every number of evaluations from 1 to 17.")
 
 
+@law.where(lambda solver: not (solver.is_adaptive or solver.is_stochastic))
 def check_solver_order(solver: Solver) -> None:
     """Halving the step divides the error by 2 to the declared order."""
     keys = torch.zeros(1, 4, dtype=torch.int64)
     x, end = _start(keys).double(), 0.8
     true = _reference(x, keys, end)
-    coarse, fine = (
-        float((_solve(solver, x, keys, count=steps + 1, end=end)[0] - true).abs().max()) for steps in (16, 32)
-    )
+    ends = [_solve(solver, x, keys, count=steps + 1, end=end)[0] for steps in (16, 32)]
+    coarse, fine = (float((reached - true).abs().max()) for reached in ends)
     measured = float(torch.tensor(coarse / fine).log2())
     ensure(
         measured > solver.order - 0.3,
@@ -109,6 +95,7 @@ def check_solver_order(solver: Solver) -> None:
     )
 
 
+@law.where(lambda solver: not (solver.is_adaptive or solver.is_stochastic))
 def check_solver_is_the_textbooks(solver: Solver) -> None:
     """Written out as sums of what is asked for by state and time alone, the method ends at the same place.
 
@@ -138,27 +125,25 @@ def check_solver_is_the_textbooks(solver: Solver) -> None:
                 known.append(getattr(problem, what)(_sum(weights, known), t))
             return _sum(end, known)
 
-    x = _start(_keys()).double()
-    found, expected = (_annealed(_keys()).solve(how, x, _UNEVEN) for how in (solver, Textbook()))
-    ensure_close(
-        found,
-        expected,
-        "the method as the textbook writes it must end there, too; see that `stages` and `evaluates_end` are true",
-    )
+    x = _start(_KEYS).double()
+    reached, expected = (_annealed(_KEYS).solve(how, x, _UNEVEN) for how in (solver, Textbook()))
+    claim = "the method as the textbook writes it must end there, too; see that `stages` and `evaluates_end` are true"
+    ensure_close(reached, expected, claim)
 
 
+@law.where(lambda solver: solver.is_adaptive)
 def check_solver_accuracy(solver: Solver) -> None:
     """An adaptive solve of a smooth equation ends near its solution."""
     keys = torch.zeros(1, 4, dtype=torch.int64)
     x, end = _start(keys), 0.6
-    found, _ = _solve(solver, x, keys, end=end)
-    error = distance(found, _reference(x.double(), keys, end).float())
+    error = distance(_solve(solver, x, keys, end=end)[0], _reference(x.double(), keys, end).float())
     ensure(error < 2e-2, f"The solution is missed by {error:.3g} of its size; choose stricter default tolerances.")
 
 
+@law.where(lambda solver: solver.is_adaptive)
 def check_solver_budget(solver: Solver) -> None:
     """No token costs more evaluations than the budget, read-out included; a solve that would is stopped."""
-    keys = _keys() + 200
+    keys = _KEYS + 200
     for budget in (20, 60):
         problem = ToyProblem(_bump, keys)
         with suppress(EvaluationBudgetError):
@@ -167,19 +152,17 @@ def check_solver_budget(solver: Solver) -> None:
         ensure(used <= budget, f"A token cost {used} evaluations with a budget of {budget}; override with_budget.")
 
 
+@law.where(lambda solver: not solver.batch_coupled)
 def check_solver_tokens_are_independent(solver: Solver) -> None:
     """A token's path and what it costs are the same alone and beside easier and harder ones."""
-    keys = _keys()
-    x = _start(keys)
-    together, problem = _solve(solver, x, keys)
+    x = _start(_KEYS)
+    together, problem = _solve(solver, x, _KEYS)
     for row, column in product(range(2), range(3)):
         one = (slice(row, row + 1), slice(column, column + 1))
-        alone, lonely = _solve(solver, x[one], keys[one])
+        alone, lonely = _solve(solver, x[one], _KEYS[one])
         ensure_close(together[one], alone, "a token's path must not depend on its batch mates; or set batch_coupled")
-        ensure(
-            torch.equal(problem.evaluations[one], lonely.evaluations),
-            f"A token costs {int(lonely.evaluations)} evaluations alone, {int(problem.evaluations[one])} in a batch.",
-        )
+        here, there = int(problem.evaluations[one]), int(lonely.evaluations)
+        ensure(here == there, f"A token costs {there} evaluations alone, {here} in a batch.")
 
 
 def _constant(x: Tensor, t: Tensor, key: Tensor) -> Tensor:
@@ -192,10 +175,6 @@ def _bump(x: Tensor, t: Tensor, key: Tensor) -> Tensor:
     return 3 / (1 + (sharpness * (t - 0.4)).square()) + 2 * x / (1 + x.square())
 
 
-def _keys() -> Tensor:
-    return torch.arange(6).view(2, 3)
-
-
 def _start(keys: Tensor) -> Tensor:
     return ToyProblem(_bump, keys + 1000).fresh_noise(torch.zeros(*keys.shape, _SIZE))
 
@@ -205,26 +184,19 @@ def _solve(solver: Solver, x: Tensor, keys: Tensor, *, count: int = 5, end: floa
     return solver.solve(problem, x, [end * i / (count - 1) for i in range(count)] if count > 1 else [0.0]), problem
 
 
-class _Probe(Problem):
+class _Probe(ToyProblem):
     """Answers each evaluation with a direction of its own, so that every state tells what it is made of."""
 
-    schedule: Schedule = ToySchedule()
-
     def __init__(self, scale: float) -> None:
+        super().__init__(_constant, _KEYS)
         self.directions = (scale * torch.eye(100, dtype=torch.float64))[:, None, None]
         self.asked: list[tuple[str, float, Tensor]] = []
 
-    def _answer(self, what: str, x: Tensor, t: Time) -> Tensor:
-        self.asked.append((what, float(torch.as_tensor(t).flatten()[0]), x.clone()))
+    @override
+    def _evaluate(self, x: Tensor, t: Time, active: Tensor | None, *, slope: bool) -> Tensor:
+        time = float(torch.as_tensor(t).flatten()[0])
+        self.asked.append(("velocity" if slope else "clean", time, x.clone()))
         return self.directions[len(self.asked)]
-
-    @override
-    def clean(self, x: Tensor, t: Time, *, active: Tensor | None = None) -> Tensor:
-        return self._answer("clean", x, t)
-
-    @override
-    def velocity(self, x: Tensor, t: Time, *, active: Tensor | None = None) -> Tensor:
-        return self._answer("velocity", x, t)
 
     @override
     def fresh_noise(self, x: Tensor) -> Tensor:
@@ -300,9 +272,8 @@ def _grid_size(solver: Solver, wanted: int) -> int | None:
 
 def _reference(x: Tensor, keys: Tensor, end: float) -> Tensor:
     """Solution by 400 steps of the classical Runge-Kutta method in float64."""
-    problem, steps = ToyProblem(_bump, keys), 400
-    h = end / steps
-    for i in range(steps):
+    problem, h = ToyProblem(_bump, keys), end / 400
+    for i in range(400):
         t = i * h
         k1 = problem.velocity(x, t)
         k2 = problem.velocity(x + h / 2 * k1, t + h / 2)

@@ -23,12 +23,12 @@ class ToySchedule(Schedule):
 
     name: Literal["toy-linear"] = "toy-linear"
 
+    @override
     def alpha(self, t: Tensor) -> Tensor:
-        """Weight of the clean state."""
         return t
 
+    @override
     def sigma(self, t: Tensor) -> Tensor:
-        """Weight of the noise."""
         return 1 - t
 
 
@@ -38,26 +38,16 @@ def toy_streams(keys: Tensor) -> TokenStreams:
 
 
 class ToyProblem(Problem):
-    """An equation with a known clean state, which counts its evaluations token by token.
-
-    Args:
-        law: the clean state.
-        keys: name of each token, (B, L), int64.
-
-    Attributes:
-        keys: name of each token, (B, L), int64; the clean law and the noise of a token depend on it alone.
-        evaluations: how often each token was evaluated, (B, L), int64.
-        visits: (t, whether a slope was asked for) of every call, the times (B, L), float32.
-    """
+    """An equation with a known clean state, which depends, as noise does, on the names (B, L), int64, of the tokens."""
 
     schedule: Schedule = ToySchedule()
 
     def __init__(self, law: CleanLaw, keys: Tensor) -> None:
         self.keys = keys
+        # How often each token was evaluated, and of every call the times asked for and whether it was for a slope.
         self.evaluations = torch.zeros_like(keys)
         self.visits: list[tuple[Tensor, bool]] = []
-        self._law = law
-        self._streams = toy_streams(keys)
+        self._law, self._streams = law, toy_streams(keys)
 
     @override
     def clean(self, x: Tensor, t: Time, *, active: Tensor | None = None) -> Tensor:
@@ -84,20 +74,7 @@ class ToyProblem(Problem):
 
 
 class ToySpace:
-    """A state space of random directions, deterministic so that guided and plain predictions can be compared.
-
-    Args:
-        vocab_size: V.
-        state_size: D.
-        rows: B.
-        length: L.
-
-    Attributes:
-        codebook: clean state of every token, (V, D), float32.
-        layout: the same few known tokens in every row.
-        evaluation: 0.
-        recorded: what guidance recorded, by name.
-    """
+    """A state space of random directions, deterministic so that guided and plain predictions can be compared."""
 
     evaluation = 0
 
@@ -127,21 +104,13 @@ class ToySpace:
 
 
 class ToyPredict:
-    """A network of one matrix whose logits depend on state, time, position and class, token by token.
-
-    Args:
-        vocab_size: V.
-        state_size: D.
-        classes: number of classes.
-
-    Attributes:
-        given: every tensor of logits handed out, with a copy made at that time.
-    """
+    """A network of one matrix whose logits depend on state, time, position and class, token by token."""
 
     def __init__(self, vocab_size: int, state_size: int, classes: int) -> None:
         generator = torch.Generator().manual_seed(2)
         self._weight = torch.randn(state_size, vocab_size, generator=generator)
         self._classes = torch.randn(classes + 1, vocab_size, generator=generator)
+        # Every tensor of logits handed out, with a copy made at that time.
         self.given: list[tuple[Tensor, Tensor]] = []
 
     def __call__(self, query: Query) -> Prediction:

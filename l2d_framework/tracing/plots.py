@@ -1,8 +1,9 @@
-"""A trace as heat maps; needs matplotlib, the extra `plots`."""
+"""A trace as heat maps, evaluations downwards and positions across; drawing needs matplotlib, the extra `plots`."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,83 +11,105 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from l2d_framework.errors import ConfigError
 from l2d_framework.evaluation import plots
-from l2d_framework.tracing.maps import maps
+from l2d_framework.tracing.page import token_texts
 from l2d_framework.tracing.record import Trace
-from l2d_framework.tracing.texts import token_texts
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
-LABELLED = 60
+_LABELLED = 60
 """Most positions whose tokens are written below the map."""
-
 _PROMPT = 12
 _LETTERS = 12
 _FONT = "DejaVu Sans"
 
 
-def check_plots() -> None:
-    """Refuse to draw without matplotlib.
+@dataclass(frozen=True)
+class Maps:
+    """Arrays (S, C): row s is the s-th evaluation of a position, column c the position; NaN where there was none.
 
-    Raises:
-        ConfigError: if it is not installed.
+    Positions are evaluated at different moments and, under an adaptive solver, not equally often.
+
+    Source: TESS 2, https://github.com/hamishivi/tess-2, scripts/confidence_over_steps.py.
     """
-    if not plots.can_plot():
-        raise ConfigError(f"Heat maps need matplotlib. {plots.INSTALL}")
+
+    confidence: NDArray[Any]  # probability of the likeliest token; 1 where the token was given
+    final: NDArray[Any]  # probability of the token that stands there in the end, or where `Trace.is_bound` a bound
+    entropy: NDArray[Any]  # in nats
+    gap: NDArray[Any]  # probability of the likeliest token minus that of the second
+    kl: NDArray[Any]  # divergence from the evaluation before, summed over the vocabulary, in nats
+    kl_mean: NDArray[Any]  # the same divided by the size of the vocabulary, as TESS 2's script reports it
+
+
+def maps(trace: Trace) -> Maps:
+    """Arrange a trace by evaluation and position."""
+    row = _rounds(trace)
+    shape = int(row.max()) + 1, len(trace.tokens)
+
+    def spread(values: NDArray[Any]) -> NDArray[Any]:
+        out = np.full(shape, np.nan, dtype=np.float32)
+        out[row, trace.position] = values
+        return out
+
+    confidence, kl = spread(trace.probabilities[:, 0]), spread(trace.kl)
+    confidence[:, ~trace.is_predicted] = 1
+    gap = spread(trace.probabilities[:, 0] - trace.probabilities[:, 1])
+    return Maps(confidence, spread(trace.final), spread(trace.entropy), gap, kl, kl / trace.vocab_size)
+
+
+def _rounds(trace: Trace) -> NDArray[Any]:
+    """How often the position of each row had been evaluated before, (R,), int64."""
+    order = np.argsort(trace.position, kind="stable")
+    sorted_positions = trace.position[order]
+    first = np.searchsorted(sorted_positions, sorted_positions)
+    out = np.empty_like(order)
+    out[order] = np.arange(len(order)) - first
+    return out
 
 
 def draw_trace(trace: Trace, tokenizer: PreTrainedTokenizerBase, path: Path, *, title: str = "") -> None:
     """Confidence, probability of the final token, entropy, gap and divergence over evaluations and positions.
 
     Of a long prompt only the last 12 tokens are shown.
-
-    Args:
-        trace: what happened.
-        tokenizer: the model's.
-        path: a PNG file.
-        title: line above the maps.
     """
     from matplotlib.colors import Normalize, SymLogNorm
 
-    found, start = maps(trace), _first_shown(trace)
-    count = len(trace.tokens) - start
-    share = Normalize(0, 1)
+    shown, start = maps(trace), max(0, int(trace.position.min()) - _PROMPT)
+    share, count = Normalize(0, 1), len(trace.tokens) - start
+    bound = f" (an upper bound at {trace.is_bound.mean():.0%} of the places)" if trace.is_bound.any() else ""
     panels: list[tuple[str, NDArray[Any], str, Normalize]] = [
-        ("confidence: probability of the likeliest token", found.confidence, "viridis", share),
-        ("probability of the final token" + _bound(trace), found.final, "viridis", share),
-        ("entropy (nats)", found.entropy, "magma", Normalize(0, _top(found.entropy))),
-        ("gap: first minus second probability", found.gap, "viridis", share),
-        ("KL from the evaluation before (nats)", found.kl, "magma", SymLogNorm(1e-3, vmin=0, vmax=_top(found.kl))),
+        ("confidence: probability of the likeliest token", shown.confidence, "viridis", share),
+        (f"probability of the final token{bound}", shown.final, "viridis", share),
+        ("entropy (nats)", shown.entropy, "magma", Normalize(0, _top(shown.entropy))),
+        ("gap: first minus second probability", shown.gap, "viridis", share),
+        ("KL from the evaluation before (nats)", shown.kl, "magma", SymLogNorm(1e-3, vmin=0, vmax=_top(shown.kl))),
     ]
     figure = plots.figure(min(24.0, 5.0 + 0.16 * max(30, count)), 17.0, dpi=110)
     axes = figure.subplots(5, 1, sharex=True, height_ratios=[1.5, 1, 1, 1, 1])
     for place, (name, values, colours, norm) in zip(axes, panels, strict=True):
-        _draw_map(figure, place, values[:, start:], (name, colours, norm))
+        _draw_map(place, values[:, start:], cmap=colours, norm=norm)
+        place.set_title(name, fontsize=10, loc="left")
     _label_positions(axes, trace, tokenizer, start)
     figure.suptitle(_readable(title, 120), fontsize=12, family=_FONT, parse_math=False)
     plots.save(figure, path)
 
 
-def _draw_map(figure: Figure, axes: Axes, values: NDArray[Any], look: tuple[str, str, Any]) -> None:
+def _draw_map(axes: Axes, values: NDArray[Any], **colours: Any) -> None:
     from matplotlib.ticker import MaxNLocator
 
-    name, colours, norm = look
     height, width = values.shape
     extent = (-0.5, width - 0.5, height + 0.5, 0.5)
-    image = axes.imshow(values, cmap=colours, norm=norm, aspect="auto", interpolation="nearest", extent=extent)
+    image = axes.imshow(values, aspect="auto", interpolation="nearest", extent=extent, **colours)
     axes.set_facecolor("#d9d9d9")
-    axes.set_title(name, fontsize=10, loc="left")
     axes.set_ylabel("evaluation of\nthe position")
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
-    figure.colorbar(image, ax=axes, pad=0.01)
+    axes.figure.colorbar(image, ax=axes, pad=0.01)
 
 
 def _label_positions(axes: Sequence[Axes], trace: Trace, tokenizer: PreTrainedTokenizerBase, start: int) -> None:
     shown = trace.tokens[start:]
-    if len(shown) <= LABELLED:
+    if len(shown) <= _LABELLED:
         texts = token_texts(tokenizer, shown)
         labels = [_readable(texts[token].replace(" ", "␣"), _LETTERS) for token in shown]
         for place in (axes[0], axes[-1]):
@@ -99,14 +122,6 @@ def _label_positions(axes: Sequence[Axes], trace: Trace, tokenizer: PreTrainedTo
         what = "position"
     left_out = f"; the first {start} tokens of the prompt are left out" if start else ""
     axes[-1].set_xlabel(f"{what} (grey: no value{left_out})")
-
-
-def _first_shown(trace: Trace) -> int:
-    return max(0, int(trace.position.min()) - _PROMPT)
-
-
-def _bound(trace: Trace) -> str:
-    return f" (an upper bound at {trace.is_bound.mean():.0%} of the places)" if trace.is_bound.any() else ""
 
 
 def _top(values: NDArray[Any]) -> float:

@@ -15,7 +15,7 @@ from torch import Tensor
 from l2d_framework.diffusion.ode import Evaluation
 from l2d_framework.errors import ConfigError
 
-LIKELIEST = 256
+_LIKELIEST = 256
 """Tokens remembered per evaluation of a token once the whole distribution would take too much memory."""
 
 _CHUNK = 2**20
@@ -25,74 +25,51 @@ _BLOCK = 2**26
 """Bytes reserved at a time. The system hands out so many in a piece of their own, and only as they are written to."""
 
 _DIGITS = 6
-_INTEGERS = {"evaluation", "position", "ids"}
-_BOOLEANS = {"is_bound", "is_read_out"}
+_DTYPES: dict[str, Any] = {
+    **dict.fromkeys(("evaluation", "position", "ids"), np.int32),
+    **dict.fromkeys(("t", "probabilities", "entropy", "kl", "final"), np.float32),
+    **dict.fromkeys(("is_bound", "is_read_out"), np.bool_),
+}
 
 
 @dataclass(frozen=True)
 class Trace:
-    """How one sequence took shape; row r is one evaluation of one position, in the order in which they happened.
-
-    Attributes:
-        tokens: id standing at each of the C positions in the end. Beyond `length` it is what the last evaluation
-            found likeliest.
-        length: tokens of the prompt and of the answer; what a canvas holds behind the end of the answer comes after.
-        vocab_size: V.
-        evaluation: number of the network evaluation, from 0, (R,), int32.
-        position: where the token stands, (R,), int32.
-        t: time of the noisy state, (R,), float32.
-        ids: likeliest tokens, most likely first, (R, K), int32.
-        probabilities: of these, (R, K), float32.
-        entropy: of the whole distribution, in nats, (R,), float32.
-        kl: sum over the vocabulary of p log(p / q), where q is what the evaluation before said of the same position,
-            in nats, (R,), float32; NaN at the first.
-        final: probability of the token that stands there in the end, (R,), float32.
-        is_bound: `final` is only known not to be larger, (R,), bool.
-        is_read_out: the evaluation whose logits yielded the token, (R,), bool.
-    """
+    """How one sequence took shape; each of R rows is one evaluation of one position, in the order of evaluation."""
 
     tokens: list[int]
+    """Id standing at each of the C positions in the end; beyond `length` what the last evaluation found likeliest."""
     length: int
+    """Tokens of the prompt and of the answer; what a canvas holds behind the end of the answer comes after."""
     vocab_size: int
-    evaluation: NDArray[Any]
-    position: NDArray[Any]
-    t: NDArray[Any]
-    ids: NDArray[Any]
-    probabilities: NDArray[Any]
-    entropy: NDArray[Any]
+    evaluation: NDArray[Any]  # number of the network evaluation, from 0, (R,), int32
+    position: NDArray[Any]  # where the token stands, (R,), int32
+    t: NDArray[Any]  # time of the noisy state, (R,), float32
+    ids: NDArray[Any]  # likeliest tokens, most likely first, (R, K), int32
+    probabilities: NDArray[Any]  # of these, (R, K), float32
+    entropy: NDArray[Any]  # of the whole distribution, in nats, (R,), float32
     kl: NDArray[Any]
-    final: NDArray[Any]
-    is_bound: NDArray[Any]
-    is_read_out: NDArray[Any]
+    """Sum over the vocabulary of p log(p / q), where q is what the evaluation before said of the same position, in
+    nats, (R,), float32; NaN at the first."""
+    final: NDArray[Any]  # probability of the token that stands there in the end, (R,), float32
+    is_bound: NDArray[Any]  # `final` is only known not to be larger, (R,), bool
+    is_read_out: NDArray[Any]  # the evaluation whose logits yielded the token, (R,), bool
 
     @property
     def is_predicted(self) -> NDArray[Any]:
         """Which positions the model filled; the others were given, (C,), bool."""
-        found = np.zeros(len(self.tokens), dtype=bool)
-        found[self.position] = True
-        return found
+        predicted = np.zeros(len(self.tokens), dtype=bool)
+        predicted[self.position] = True
+        return predicted
 
     def to_json(self) -> dict[str, Any]:
-        """The same as lists, with six significant digits.
-
-        Returns:
-            What `from_json` reads; a number that is not finite is None.
-        """
+        """The same as lists, with six significant digits; a number that is not finite is None."""
         return {field.name: _plain(getattr(self, field.name)) for field in fields(self)}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Trace:
-        """Read what `to_json` made.
-
-        Args:
-            data: its output, possibly after a round through text.
-
-        Returns:
-            The trace.
-        """
-        plain = {"tokens", "length", "vocab_size"}
-        read: dict[str, Any] = {name: value if name in plain else _array(name, value) for name, value in data.items()}
-        return cls(**read)
+        """Read what `to_json` made, possibly after a round through text."""
+        arrays: dict[str, Any] = {name: np.array(data[name], kind) for name, kind in _DTYPES.items()}
+        return cls(**{**data, **arrays})
 
 
 def _plain(value: Any) -> Any:
@@ -103,11 +80,6 @@ def _plain(value: Any) -> Any:
     if value.ndim > 1:
         return [_plain(row) for row in value]
     return [float(f"{number:.{_DIGITS}g}") if math.isfinite(number) else None for number in value.tolist()]
-
-
-def _array(name: str, value: Any) -> NDArray[Any]:
-    kind = np.int32 if name in _INTEGERS else np.bool_ if name in _BOOLEANS else np.float32
-    return np.array(value, dtype=kind)
 
 
 class _Rows(NamedTuple):
@@ -134,9 +106,9 @@ class _Remembered(NamedTuple):
         if self.ids is None:
             return self.logs.gather(1, tokens[:, None])[:, 0].float().exp(), torch.zeros_like(tokens, dtype=torch.bool)
         hit = self.ids == tokens[:, None]
-        found = hit.any(1)
-        column = torch.where(found, hit.int().argmax(1), self.logs.shape[1] - 1)
-        return self.logs.gather(1, column[:, None])[:, 0].exp(), ~found
+        known = hit.any(1)
+        column = torch.where(known, hit.int().argmax(1), self.logs.shape[1] - 1)
+        return self.logs.gather(1, column[:, None])[:, 0].exp(), ~known
 
 
 class _Pool:
@@ -161,14 +133,8 @@ class Recorder:
     Which token stands at a position in the end is known only then, so every distribution is remembered: whole, as
     log-probabilities in float16 (a probability p is off by at most |log p| / 2048 of itself), as long as there is
     memory, afterwards only its 256 likeliest tokens. The probability of a token that is not among them is reported as
-    that of the 256th, which it cannot exceed. Tokens among the `top` have their exact probability.
-
-    Args:
-        top: likeliest tokens to show per evaluation, at least 2.
-        memory: bytes for whole distributions.
-
-    Raises:
-        ConfigError: if `top` is below 2.
+    that of the 256th, which it cannot exceed. Tokens among the `top` likeliest have their exact probability; `memory`
+    is in bytes, for whole distributions.
     """
 
     def __init__(self, *, top: int = 5, memory: int = 2**29) -> None:
@@ -182,14 +148,7 @@ class Recorder:
 
     @torch.no_grad()
     def __call__(self, evaluation: Evaluation) -> None:
-        """Remember an evaluation.
-
-        Args:
-            evaluation: of one sequence, (1, L, V).
-
-        Raises:
-            ConfigError: if it is of several sequences.
-        """
+        """Remember an evaluation of one sequence, (1, L, V)."""
         if len(evaluation.positions) != 1:
             raise ConfigError(
                 f"A trace follows one answer, got {len(evaluation.positions)} at once. Ask for one answer."
@@ -230,21 +189,11 @@ class Recorder:
         self._memory -= 2 * logs.numel()
         if self._memory >= 0:
             return _Remembered(self._pool.keep(logs.half()), None)
-        likeliest, ids = logs.topk(min(LIKELIEST, logs.shape[-1]))
+        likeliest, ids = logs.topk(min(_LIKELIEST, logs.shape[-1]))
         return _Remembered(self._pool.keep(likeliest), self._pool.keep(ids.int()))
 
     def finish(self, sequence: Sequence[int]) -> Trace:
-        """The trace, once the tokens are known.
-
-        Args:
-            sequence: ids of the prompt and the answer, its end token included and no padding.
-
-        Returns:
-            Everything remembered.
-
-        Raises:
-            ConfigError: if no evaluation was observed.
-        """
+        """The trace, once the ids of the prompt and the answer, its end token included and no padding, are known."""
         if not self._evaluations:
             raise ConfigError("There is nothing to trace: the network was not evaluated. Use at least 1 step.")
         numbers = [number for number, parts in enumerate(self._evaluations) for _ in parts]
@@ -252,23 +201,19 @@ class Recorder:
         tokens = _final_tokens(rows, sequence)
         table = torch.tensor(tokens)
         final, is_bound = zip(*(_final(part, table[part.position]) for part in rows), strict=True)
-
-        def repeated(values: Sequence[int]) -> NDArray[Any]:
-            return np.repeat(np.array(values), [len(part.position) for part in rows])
-
-        def together(name: str) -> NDArray[Any]:
-            joined: NDArray[Any] = torch.cat([getattr(part, name) for part in rows]).numpy()
-            return joined
-
-        columns = {name: together(name) for name in ("t", "position", "ids", "probabilities", "entropy", "kl")}
+        lengths = [len(part.position) for part in rows]
+        columns: dict[str, Any] = {
+            name: torch.cat([getattr(part, name) for part in rows]).numpy()
+            for name in ("t", "position", "ids", "probabilities", "entropy", "kl")
+        }
         return Trace(
             tokens=tokens,
             length=len(sequence),
             vocab_size=self._vocab_size,
-            evaluation=repeated(numbers).astype(np.int32),
+            evaluation=np.repeat(np.array(numbers, np.int32), lengths),
             final=torch.cat(final).numpy(),
             is_bound=torch.cat(is_bound).numpy(),
-            is_read_out=repeated([part.is_read_out for part in rows]),
+            is_read_out=np.repeat([part.is_read_out for part in rows], lengths),
             **columns,
         )
 

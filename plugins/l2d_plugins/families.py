@@ -11,26 +11,17 @@ TESTED = ("5.17.0", "5.24.0")
 
 
 def advice(family: str, proven: Sequence[str]) -> str:
-    """What to do about a model that cannot be served.
-
-    Args:
-        family: its `model_type`.
-        proven: families that are served.
-
-    Returns:
-        One or two sentences.
-    """
+    """What to do about a model that cannot be served, whose `model_type` may be among the proven families."""
     if family not in proven:
         stem = family.partition("_")[0]
         others = [name for name in proven if name.partition("_")[0] != stem]
         return f"Choose a model of another family, such as {', '.join(others)}."
     oldest, newest = TESTED
-    found = (
-        f"Family {family!r} is served with transformers {oldest} to {newest}; {transformers.__version__} is installed"
-    )
-    if _minor(oldest) <= _minor(transformers.__version__) <= _minor(newest):
-        return f"{found}, so something has changed the model's code or attention. Load it unchanged."
-    return f"{found}. Run: pip install 'transformers>={oldest},<={newest}'"
+    installed = transformers.__version__
+    served = f"Family {family!r} is served with transformers {oldest} to {newest}; {installed} is installed"
+    if _minor(oldest) <= _minor(installed) <= _minor(newest):
+        return f"{served}, so something has changed the model's code or attention. Load it unchanged."
+    return f"{served}. Run: pip install 'transformers>={oldest},<={newest}'"
 
 
 def _minor(version: str) -> list[int]:

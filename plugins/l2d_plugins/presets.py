@@ -9,11 +9,7 @@ from l2d_framework.hooks import hookimpl
 
 @hookimpl
 def l2d_methods() -> dict[str, dict[str, Any]]:
-    """What `method: NAME` stands for in a run file.
-
-    Returns:
-        `l2d` (arXiv:2501.15781) and `tess` (arXiv:2502.13917).
-    """
+    """What `method: NAME` stands for in a run file: L2D (arXiv:2501.15781) and TESS 2 (arXiv:2502.13917)."""
     return {
         "l2d": {
             "schedule": {"name": "linear"},
@@ -36,14 +32,9 @@ def l2d_methods() -> dict[str, dict[str, Any]]:
 def l2d_presets() -> dict[str, dict[str, Any]]:
     """Sampling settings by name.
 
-    Paper and released code differ in the temperature of the estimate: the paper draws a token and anneals the
-    temperature linearly to 0; the code takes the most probable token, and anneals on the coding tasks only.
-
-    Returns:
-        `l2d-paper`; `l2d-release` and `l2d-release-coding`, what the released evaluation script runs on other and on
-        coding tasks; `l2d-adaptive`, the paper's adaptive solver at its tolerances; `tess2`, the paper's argmax;
-        `tess2-release`, the nucleus that the released scripts draw from; `tess2-perplexity`, the whole distribution, as
-        the scripts of the adaptation metrics do.
+    Paper and released code of L2D differ in the temperature of the estimate: the paper draws a token and anneals the
+    temperature linearly to 0; the code takes the most probable token, and anneals on the coding tasks only. TESS 2
+    takes the argmax in the paper; its scripts draw from a nucleus, and for the perplexity from everything.
 
     Source: Cetin et al. 2025, arXiv:2501.15781, Tae et al. 2025, arXiv:2502.13917, and their released code.
     """

@@ -141,9 +141,5 @@ def _odeint(slope: Callable[[Tensor, Tensor], Tensor], x: Tensor, times: list[fl
 
 @hookimpl
 def l2d_components() -> list[type[Component]]:
-    """Solvers of this package that need the extra.
-
-    Returns:
-        Their classes.
-    """
+    """Solvers of this package that need the extra."""
     return [TorchDiffEqFixed, TorchDiffEqAdaptive]

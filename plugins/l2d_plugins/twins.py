@@ -17,15 +17,7 @@ _OWN_CALLS = {"forward", "_old_forward"}
 
 
 def twin(module: nn.Module, **replaced: Any) -> Any:
-    """A module that shares everything with another but some attributes.
-
-    Args:
-        module: the other; it is not changed.
-        **replaced: attributes of the twin.
-
-    Returns:
-        The twin, made in a microsecond.
-    """
+    """A module that shares everything with another, which stays as it is, but some attributes."""
     made = object.__new__(type(module))
     # What was compiled would run the other.
     made.__dict__.update(module.__dict__, _compiled_call_impl=None, **replaced)
@@ -43,15 +35,7 @@ def _rebound(call: Any, module: nn.Module, made: nn.Module) -> Any:
 
 
 def private(module: nn.Module, **children: Any) -> Any:
-    """A twin whose children do not share what they change about themselves, as rotary embeddings of long texts do.
-
-    Args:
-        module: a decoder or the like; it is not changed.
-        **children: callables in the places of some of its children.
-
-    Returns:
-        The twin.
-    """
+    """A twin whose children do not share what they change about themselves, as rotary embeddings of long texts do."""
     own = {
         name: twin(child, _buffers={key: None if b is None else b.clone() for key, b in child._buffers.items()})
         for name, child in module.named_children()
@@ -61,15 +45,7 @@ def private(module: nn.Module, **children: Any) -> Any:
 
 
 def run_body(body: Any, **given: Any) -> Tensor:
-    """Last hidden states of a model's body, run by a twin of its own.
-
-    Args:
-        body: transformers' model without a head.
-        **given: its arguments.
-
-    Returns:
-        (B, T, H).
-    """
+    """Last hidden states, (B, T, H), of transformers' model without a head, run by a twin of its own."""
     # A config may ask for more outputs; transformers would collect them by hooks on modules that all twins share.
     for name in ("output_hidden_states", "output_attentions"):
         if getattr(body.config, name, False):
@@ -78,39 +54,19 @@ def run_body(body: Any, **given: Any) -> Tensor:
 
 
 def cache_name(body: Any) -> str:
-    """What a model's body calls its cache: since 5.24 transformers says `cache`.
-
-    Args:
-        body: transformers' model without a head.
-
-    Returns:
-        Name of the argument.
-    """
+    """What a model's body calls its cache: since 5.24 transformers says `cache`."""
     return "cache" if "cache" in signature(body.forward).parameters else "past_key_values"
 
 
 class Head(nn.Module):
-    """The vocabulary head of a language model, from hidden states to logits, its soft caps and scales included.
-
-    Args:
-        lm: the language model.
-        body: name of its child that makes the hidden states.
-        norm: what comes before the head; None for nothing.
-    """
+    """The vocabulary head of a language model whose child `body` makes hidden states, soft caps and scales included."""
 
     def __init__(self, lm: nn.Module, body: str, norm: nn.Module | None = None) -> None:
         super().__init__()
         self.lm = twin(lm, _modules={**lm._modules, body: _Through(norm)})
 
     def forward(self, features: Tensor) -> Tensor:
-        """Logits.
-
-        Args:
-            features: (B, n, H).
-
-        Returns:
-            (B, n, V).
-        """
+        """Logits, (B, n, V), of hidden states, (B, n, H), before the norm if one was given."""
         return self.lm(inputs_embeds=features, use_cache=False).logits  # type: ignore[no-any-return]
 
 
@@ -133,35 +89,15 @@ class _Output(MoeModelOutputWithPast):
 
 
 class StandIn:
-    """A callable that is otherwise like the module in whose place it stands.
-
-    Args:
-        module: the module.
-        call: what to do instead of calling it.
-    """
+    """A callable that is otherwise like the module in whose place it stands."""
 
     def __init__(self, module: nn.Module, call: Callable[..., Any]) -> None:
         self._module, self._call = module, call
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Do what it was made for.
-
-        Args:
-            *args: what the module would have been given.
-            **kwargs: likewise.
-
-        Returns:
-            What the module would have returned, perhaps changed.
-        """
+        """Do `call` instead of what the module does."""
         return self._call(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
-        """What the module has.
-
-        Args:
-            name: of an attribute.
-
-        Returns:
-            Its value.
-        """
+        """Whatever else the module has."""
         return getattr(self._module, name)

@@ -138,10 +138,11 @@ def made_up(
         ],
         [
             Denoising(
-                QUESTIONS[0][0],
                 "it is the first",
-                [" 1", QUESTIONS[0][0].completion],
+                QUESTIONS[0][0].prompt,
+                QUESTIONS[0][0].completion,
                 [0.0, 1.0],
+                [" 1", QUESTIONS[0][0].completion],
                 [[0.5, 0.1], [0.2, 0.8]],
             )
         ],

@@ -167,7 +167,7 @@ def test_what_looks_at_one_token_after_the_other_is_refused_a_number_and_left_al
 
 def test_a_model_that_denoises_tokens_together_is_refused_a_number():
     model = tess_lm()
-    with pytest.raises(ConfigError, match="speculate=2 .*several tokens together"):
+    with pytest.raises(ConfigError, match=r"speculate=2 .*several tokens together"):
         generate(model, max_new_tokens=4, speculate=2)
 
 

@@ -11,7 +11,8 @@ from l2d_framework.diffusion.logits import dense
 from l2d_framework.generation.prompts import pad_left
 from l2d_framework.testing.toys import toy_streams
 from l2d_framework.types import Layout
-from l2d_plugins.parametrizations.simplex import SimplexConfig, nucleus
+from l2d_plugins.parametrizations.simplex import SimplexConfig
+from l2d_plugins.parametrizations.simplex.space import likeliest
 from l2d_plugins.parametrizations.simplex.state import WideState
 from l2d_plugins.schedules.cosine import Cosine
 
@@ -82,6 +83,11 @@ def test_the_average_is_the_expected_simplex():
     everything = dense(space().encode(torch.arange(V)[None], table()))[0]
     wanted = (logits / 0.7).softmax(-1) @ everything
     torch.testing.assert_close(estimated(logits, mode="average", temperature=0.7), wanted)
+
+
+def nucleus(logits, top_p):
+    _, inside, order = likeliest(logits, top_p, logits.shape[-1])
+    return torch.zeros_like(inside).scatter(-1, order, inside)
 
 
 def brute_nucleus(logits, top_p):

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from l2d_framework.errors import ConfigError
 from l2d_framework.tracing import Trace, check_trace_file, write_page, write_trace
-from l2d_framework.tracing.texts import token_texts
+from l2d_framework.tracing.page import token_texts
 
 HOSTILE = [
     "</script>",

@@ -8,9 +8,5 @@ from l2d_plugins.backbones.two_stream import TwoStreamConfig
 
 @hookimpl
 def l2d_components() -> list[type[Component]]:
-    """Offer the backbones of this folder.
-
-    Returns:
-        Their configuration classes.
-    """
+    """Offer the backbones of this folder."""
     return [InPlaceConfig, TwoStreamConfig]

@@ -47,14 +47,7 @@ class InPlaceConfig(BackboneConfig):
     """A bias in the time embedding, as TESS 1 has."""
 
     def shifts(self, lm_config: Any) -> bool:
-        """Whether position i is predicted from the output at i - 1.
-
-        Args:
-            lm_config: the language model's transformers config.
-
-        Returns:
-            The option, or what the model was pretrained to do.
-        """
+        """Whether position i is predicted from the output at i - 1, as chosen or as in pretraining."""
         return not _is_masked(lm_config) if self.label_shift is None else self.label_shift
 
     @override
@@ -78,15 +71,10 @@ class InPlaceConfig(BackboneConfig):
 
 @dataclass(frozen=True)
 class InPlaceContext(Context):
-    """The known tokens of a batch whose noisy ones are one block.
+    """The known tokens of a batch whose noisy ones are one block."""
 
-    Attributes:
-        embedded: their embeddings, of no meaning elsewhere, (B, S, H).
-        known: where they stand, (B, S), bool.
-    """
-
-    embedded: Tensor
-    known: Tensor
+    embedded: Tensor  # their embeddings, of no meaning elsewhere, (B, S, H)
+    known: Tensor  # where they stand, (B, S), bool
 
     @override
     def select(self, rows: Tensor) -> InPlaceContext:
@@ -94,12 +82,7 @@ class InPlaceContext(Context):
 
 
 class InPlace(Backbone[InPlaceContext | BlockContext]):
-    """Module of `InPlaceConfig`.
-
-    Args:
-        config: its configuration.
-        lm: the language model; its weights are the ones that are trained.
-    """
+    """Module of `InPlaceConfig`."""
 
     trains_lm: ClassVar[bool] = True
 
@@ -137,20 +120,14 @@ class InPlace(Backbone[InPlaceContext | BlockContext]):
     @property
     def gradient_checkpointing(self) -> bool:
         """Whether activations are computed again in the backward pass; setting it switches the language model."""
-        for name in ("is_activation_checkpointing", "is_gradient_checkpointing"):
-            if hasattr(self.lm, name):
-                return bool(getattr(self.lm, name))
-        return False
+        return bool(getattr(self.lm, f"is_{_recomputation(self.lm)}", False))
 
     @gradient_checkpointing.setter
     def gradient_checkpointing(self, wanted: bool) -> None:
-        lm: Any = self.lm
-        enable = getattr(lm, "activation_checkpointing_enable", None) or lm.gradient_checkpointing_enable
-        disable = getattr(lm, "activation_checkpointing_disable", None) or lm.gradient_checkpointing_disable
         if wanted:
-            enable({"use_reentrant": False})
+            getattr(self.lm, f"{_recomputation(self.lm)}_enable")({"use_reentrant": False})
         else:
-            disable()
+            getattr(self.lm, f"{_recomputation(self.lm)}_disable")()
 
     @override
     def in_blocks(self, size: int | None) -> Self:
@@ -296,10 +273,10 @@ class InPlace(Backbone[InPlaceContext | BlockContext]):
         again = BlockContext.of(self.lm.get_input_embeddings()(tokens), blocks.to(tokens.device))
         noisy = again.embedded[:, 2:].flip(1)
         try:
-            found, wanted = (self._beside(noisy, positions, c).float() for c in (self._read(again, 6), again))
+            cached, wanted = (self._beside(noisy, positions, c).float() for c in (self._read(again, 6), again))
         except (RuntimeError, TypeError, AttributeError, LookupError, ValueError) as error:
             raise self._refusal(f"it does not run with a cache ({type(error).__name__}: {error})") from error
-        off = float((found - wanted).norm() / wanted.norm().clamp_min(1e-12))
+        off = float((cached - wanted).norm() / wanted.norm().clamp_min(1e-12))
         # Half precision loses a percent over tens of layers; a model without a cache is off by as much as it says.
         if not off <= (1e-3 if self.lm.dtype == torch.float32 else 0.1):
             raise self._refusal(f"with a cache it says something else, by {off:.1e}; block_size null needs none")
@@ -315,6 +292,11 @@ def _is_masked(lm_config: Any) -> bool:
     return lm_config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 
+def _recomputation(lm: PreTrainedModel) -> str:
+    """What this release of transformers calls it."""
+    return "activation_checkpointing" if hasattr(lm, "activation_checkpointing_enable") else "gradient_checkpointing"
+
+
 def _forgotten(lm: PreTrainedModel) -> PreTrainedModel:
     """A model of the same kind, type and kernel with fresh weights."""
     fresh = new_model(type(lm), lm.config, dtype=lm.dtype, attn_implementation=lm.config._attn_implementation)
@@ -323,11 +305,8 @@ def _forgotten(lm: PreTrainedModel) -> PreTrainedModel:
 
 def _long_enough(context: InPlaceContext, total: int) -> InPlaceContext:
     more = max(0, total - context.known.shape[1])
-    return replace(
-        context,
-        embedded=functional.pad(context.embedded, (0, 0, 0, more)),
-        known=functional.pad(context.known, (0, more)),
-    )
+    embedded = functional.pad(context.embedded, (0, 0, 0, more))
+    return InPlaceContext(embedded, functional.pad(context.known, (0, more)))
 
 
 def _take(values: Tensor, index: Tensor) -> Tensor:

@@ -38,24 +38,9 @@ _EXPECTED = {
 
 
 def read_l2d_reference(folder: Path) -> ForeignCheckpoint:
-    """Read a checkpoint of the authors' L2D code; sizes are taken from the weights.
-
-    The class table's last row is its null class, as here. LoRA factors are stored as (in, r) and (r, out) and are
-    transposed. The frozen language model is part of the file and is returned too.
-
-    Args:
-        folder: with `pytorch_model.bin` and `config.json`, whose diffusion settings stand at the top level or under
-            `flow_config`.
-
-    Returns:
-        Its parts.
-
-    Raises:
-        CheckpointError: if a file is missing or damaged, a weight is unknown or missing, or a switch of the authors'
-            code is set that the published models do not use.
-
-    Source: key names from the released checkpoints of github.com/SakanaAI/L2D.
-    """
+    """Read a checkpoint of the authors' L2D code (github.com/SakanaAI/L2D); sizes are taken from the weights."""
+    # Diffusion settings stand at the top level or under `flow_config`. The class table's last row is the null class, as
+    # here; LoRA factors are stored as (in, r) and (r, out); the frozen language model is part of the file.
     config, state = _read(folder)
     settings = config.pop("flow_config", {}) or {}
     settings = {**{k: v for k, v in config.items() if k in _EXPECTED or k.startswith("flow_")}, **settings}

@@ -10,9 +10,5 @@ from l2d_plugins.guidance.reward_gradient import RewardGradient
 
 @hookimpl
 def l2d_components() -> list[type[Component]]:
-    """Guidance methods of this package.
-
-    Returns:
-        Their classes.
-    """
+    """Guidance methods of this package."""
     return [ClassifierFree, RewardGradient]

@@ -30,16 +30,7 @@ class ClassifierFree(Guidance):
     scale: float = Field(1.0, allow_inf_nan=False)
 
     def __call__(self, predict: Predict, query: Query, space: Space) -> Prediction:
-        """Guided prediction, from one pass of the network over both branches.
-
-        Args:
-            predict: the prediction to wrap; called once, with one branch when the scale is known to be neutral.
-            query: what is asked.
-            space: the state space at this evaluation.
-
-        Returns:
-            The class's own logits and, where guidance acts, the mixed clean state.
-        """
+        """The class's logits and the mixed clean state, from one pass of the network over both branches."""
         if query.condition is None or (query.guidance_scale is None and self.scale == self.neutral_scale):
             return predict(query)
         with_class, without = predict.together([query, query.replace(condition=None)])

@@ -52,24 +52,11 @@ class RewardGradient(Guidance):
     """Of the reward model."""
 
     def check(self, tokenizer: Any) -> None:
-        """Refuse a reward model that cannot guide a model, before any weights are loaded.
-
-        Args:
-            tokenizer: of the diffusion model; None where there is none, and then vocabularies are not compared.
-        """
+        """Refuse a reward model that cannot guide; without a tokenizer (None) vocabularies are not compared."""
         check_reward_model(self.model, tokenizer, needs_end=self.position == "expected_end")
 
     def __call__(self, predict: Predict, query: Query, space: Space) -> Prediction:
-        """Guided prediction.
-
-        Args:
-            predict: the prediction to wrap; called once, without gradients.
-            query: what is asked.
-            space: the state space at this evaluation.
-
-        Returns:
-            The guided logits; the clean state follows from them.
-        """
+        """Guided logits, from which the clean state follows."""
         with torch.no_grad():
             prediction = predict(query)
             if (query.guidance_scale is None and self.scale == self.neutral_scale) or space.evaluation % self.every:
@@ -89,9 +76,9 @@ class RewardGradient(Guidance):
         for step in range(self.inner_steps):
             seeds = None if self.gumbel == "none" else _seeds(space.random())
             soft = _SoftTokens(logits, self.temperature, seeds, self.gumbel == "hard", reward)
-            found, gradient = self._gradient(soft, canvas)
+            rewards, gradient = self._gradient(soft, canvas)
             if step == 0:
-                space.record("reward", found)
+                space.record("reward", rewards)
             if self.accumulate_gradients:
                 gradient = total = gradient if total is None else total.add_(gradient)
             factor = scale * self._shortening(gradient, canvas)
@@ -125,20 +112,12 @@ class RewardGradient(Guidance):
 
 @dataclass(frozen=True)
 class _SoftTokens:
-    """Distributions over tokens, made from logits a few positions at a time, and what the reward model reads of them.
+    """Distributions over tokens, made from logits a few positions at a time, and what a reward model reads of them."""
 
-    Attributes:
-        logits: (B, L, V), float32.
-        temperature: divides the logits.
-        seeds: of Gumbel noise, (B, L), int64, on the host; None for no noise.
-        hard: read the likeliest token; the gradient stays that of the distribution.
-        reward: the reward model.
-    """
-
-    logits: Tensor
+    logits: Tensor  # (B, L, V), float32
     temperature: float
-    seeds: Tensor | None
-    hard: bool
+    seeds: Tensor | None  # of Gumbel noise, (B, L), int64, on the host
+    hard: bool  # read the likeliest token; the gradient stays that of the distribution
     reward: RewardNetwork
 
     def parts(self) -> Iterator[tuple[slice, Tensor]]:
@@ -178,17 +157,13 @@ class _SoftTokens:
 class _Canvas:
     """A batch without its padding: every row's tokens from its first slot on, as a model that sees no later ones reads.
 
-    Attributes:
-        tokens: known tokens, of no meaning elsewhere, (B, T), int64.
-        column: which of the positions asked about stands here, -1 for known tokens, (B, T), int64.
-        count: tokens of each row, (B,), int64.
-        kept: for every position asked about, which of those with its slot counts, (B, L), int64.
+    Of positions that are repeated to fill up a row, the last one counts.
     """
 
-    tokens: Tensor
-    column: Tensor
-    count: Tensor
-    kept: Tensor
+    tokens: Tensor  # known tokens, of no meaning elsewhere, (B, T), int64
+    column: Tensor  # which of the positions asked about stands here, -1 for known tokens, (B, T), int64
+    count: Tensor  # tokens of each row, (B,), int64
+    kept: Tensor  # for every position asked about, which of those with its slot counts, (B, L), int64
 
     @classmethod
     def of(cls, positions: Tensor, layout: Layout) -> _Canvas:
@@ -197,7 +172,6 @@ class _Canvas:
         tokens = functional.pad(layout.tokens, (0, more))
         known = functional.pad(layout.blocks == 0, (0, more))
         order = torch.arange(length, device=positions.device).expand(rows, -1)
-        # Of positions that are repeated to fill up a row, the last one counts.
         column = torch.full_like(tokens, -1).scatter_reduce(1, positions, order, "amax")
         visible = known | (column >= 0)
         count = visible.sum(1)

@@ -23,42 +23,20 @@ _OPENING = Lock()
 
 @dataclass(frozen=True)
 class RewardNetwork:
-    """A frozen sequence classifier with one output that reads from left to right.
+    """A frozen sequence classifier with one output that reads from left to right."""
 
-    Attributes:
-        name: what it was asked for as.
-        body: its decoder, in evaluation mode.
-        score: its head, from H to 1.
-        table: what the decoder reads for every token, (V, H).
-        ends: ids of end tokens.
-    """
-
-    name: str
-    body: nn.Module
-    score: nn.Module
-    table: Tensor
-    ends: tuple[int, ...]
+    name: str  # what it was asked for as
+    body: nn.Module  # its decoder, in evaluation mode
+    score: nn.Module  # its head, from H to 1
+    table: Tensor  # what the decoder reads for every token, (V, H)
+    ends: tuple[int, ...]  # ids of end tokens
 
     def rewards(self, inputs: Tensor) -> Tensor:
-        """Reward of every beginning of the sequences.
-
-        Args:
-            inputs: embedded tokens without a gap, (B, T, H), type of `table`.
-
-        Returns:
-            (B, T), float32; entry i has read the inputs up to i.
-        """
-        return self.score(self._hidden(inputs)).squeeze(-1).float()  # type: ignore[no-any-return]
+        """Reward (B, T), float32, of every beginning of gapless embedded tokens, (B, T, H), of the type of `table`."""
+        return self.score(run_body(self.body, inputs_embeds=inputs)).squeeze(-1).float()  # type: ignore[no-any-return]
 
     def check_width(self, size: int) -> None:
-        """Refuse logits over another number of tokens.
-
-        Args:
-            size: V of the logits.
-
-        Raises:
-            ConfigError: if it is not this model's.
-        """
+        """Refuse logits over another number of tokens than this model embeds."""
         if len(self.table) != size:
             raise ConfigError(
                 f"Reward model {self.name!r} embeds {len(self.table)} tokens, but the diffusion model predicts {size}. "
@@ -66,58 +44,27 @@ class RewardNetwork:
             )
 
     def prove(self) -> None:
-        """See on an example that no output depends on later inputs.
-
-        Raises:
-            UnsupportedModelError: if one does.
-        """
+        """See on an example that no output depends on later inputs."""
         inputs = self.table[:5][None]
         later = torch.cat([inputs[:, :-1], inputs[:, -1:] + 1], 1)
         with torch.no_grad():
-            plain, changed = self._hidden(inputs), self._hidden(later)
+            plain, changed = (run_body(self.body, inputs_embeds=given) for given in (inputs, later))
         if not torch.allclose(plain[:, :-1].float(), changed[:, :-1].float(), rtol=1e-3, atol=1e-3):
             raise UnsupportedModelError(
                 f"Reward model {self.name!r} lets tokens see later ones, so no output is the reward of a text so far. "
                 "Choose a sequence classifier over a decoder, such as LlamaForSequenceClassification."
             )
 
-    def _hidden(self, inputs: Tensor) -> Tensor:
-        return run_body(self.body, inputs_embeds=inputs)
-
 
 def check_reward_model(name: str, tokenizer: Any, *, needs_end: bool) -> None:
-    """Refuse a reward model that cannot guide, without loading its weights.
-
-    Args:
-        name: folder or hub id.
-        tokenizer: of the diffusion model; None where there is none.
-        needs_end: whether the id of the end token has to be known.
-
-    Raises:
-        ConfigError: if it is missing, lacks a tokenizer, has another vocabulary or number of outputs, or no end token.
-        UnsupportedModelError: if it is no sequence classifier with a `score` head over a decoder.
-    """
+    """Refuse a reward model that cannot guide, without loading its weights; `tokenizer` may be None."""
     size = None if tokenizer is None else len(tokenizer)
     with _OPENING:
         _check(name, tokenizer, size, needs_end, _stamps(name))
 
 
 def load_reward_model(name: str, device: torch.device, dtype: torch.dtype) -> RewardNetwork:
-    """The reward model, loaded once and kept for the next call.
-
-    Args:
-        name: folder or hub id; a folder that was written again is loaded again.
-        device: where it is to compute.
-        dtype: of its weights.
-
-    Returns:
-        The frozen network.
-
-    Raises:
-        ConfigError: if transformers cannot load it.
-        CheckpointError: if weights are missing.
-        UnsupportedModelError: if it is no sequence classifier over a decoder.
-    """
+    """The frozen reward model, loaded once and kept for the next call; a folder written again is loaded again."""
     with _OPENING:
         return _load(name, device, dtype, _stamps(name))
 
@@ -129,12 +76,7 @@ def _stamps(name: str) -> tuple[int, ...]:
 
 @lru_cache(maxsize=4)
 def _check(name: str, tokenizer: Any, size: int | None, needs_end: bool, stamps: tuple[int, ...]) -> None:
-    """Every request asks, and comparing large vocabularies takes a while.
-
-    Raises:
-        ConfigError: see `check_reward_model`.
-        UnsupportedModelError: likewise.
-    """
+    """Every request asks, and comparing large vocabularies takes a while."""
     config = _config(name)
     with torch.device("meta"):
         empty = new_model(AutoModelForSequenceClassification, config)
@@ -174,12 +116,7 @@ def _load(name: str, device: torch.device, dtype: torch.dtype, stamps: tuple[int
 
 
 def _config(name: str) -> Any:
-    """Its configuration, refused unless it is one of a sequence classifier with one output.
-
-    Raises:
-        ConfigError: if it cannot be read, or has another number of outputs.
-        UnsupportedModelError: if it is of something else.
-    """
+    """Its configuration, refused unless it is one of a sequence classifier with one output."""
     is_path = Path(name).is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
     if is_path and not Path(name).is_dir():
         raise ConfigError(
@@ -220,11 +157,7 @@ def _ends(config: Any) -> tuple[int, ...]:
 
 
 def _check_vocabulary(name: str, tokenizer: Any) -> None:
-    """Refuse another vocabulary.
-
-    Raises:
-        ConfigError: naming the first token that differs.
-    """
+    """Refuse another vocabulary, naming the first token that differs."""
     try:
         theirs = _by_id(open_tokenizer(name))
     except CheckpointError as error:

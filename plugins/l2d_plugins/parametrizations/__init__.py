@@ -8,9 +8,5 @@ from l2d_plugins.parametrizations.simplex import SimplexConfig
 
 @hookimpl
 def l2d_components() -> list[type[Component]]:
-    """Offer the state spaces of this folder.
-
-    Returns:
-        Their configuration classes.
-    """
+    """Offer the state spaces of this folder."""
     return [EmbeddingConfig, SimplexConfig]

@@ -29,14 +29,7 @@ class ConstantTemperature(BaseModel):
     value: float = Field(default=1.0, ge=0)
 
     def __call__(self, t: Tensor) -> Tensor:
-        """Temperature at time t.
-
-        Args:
-            t: times, any shape.
-
-        Returns:
-            Same shape.
-        """
+        """Temperature at time t."""
         return torch.full_like(t, self.value)
 
 
@@ -53,14 +46,7 @@ class PolynomialTemperature(BaseModel):
     end: float = Field(default=1.0, gt=0, le=1)
 
     def __call__(self, t: Tensor) -> Tensor:
-        """Temperature at time t.
-
-        Args:
-            t: times, any shape.
-
-        Returns:
-            Same shape.
-        """
+        """Temperature at time t."""
         return (1 - t / self.end).clamp_min(0) ** self.power
 
 
@@ -110,12 +96,7 @@ class EmbeddingConfig(ParametrizationConfig):
 
 
 class Embedding(Parametrization):
-    """Module of `EmbeddingConfig`.
-
-    Args:
-        config: its configuration.
-        hidden_size: H.
-    """
+    """Module of `EmbeddingConfig`."""
 
     # Late slopes multiply rounding by 1 / (1 - t), and the state is small; the authors' code keeps it in float64 too.
     state_dtype: ClassVar[torch.dtype] = torch.float64

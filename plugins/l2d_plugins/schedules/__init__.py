@@ -11,9 +11,5 @@ from l2d_plugins.schedules.linear import Linear
 
 @hookimpl
 def l2d_components() -> list[type[Component]]:
-    """Noise schedules of this package.
-
-    Returns:
-        Their classes.
-    """
+    """Noise schedules of this package."""
     return [Cosine, Information, Linear]

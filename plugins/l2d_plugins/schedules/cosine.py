@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from typing import Literal
 
-import torch
 from pydantic import Field
 from torch import Tensor
 from typing_extensions import override
@@ -29,21 +28,10 @@ class Cosine(Schedule):
     steps: int | None = Field(default=5000, ge=1)
     """T, number of training times i / T; any time is drawn when None."""
 
-    def table(self, steps: int) -> Tensor:
-        """abar at i / N for i = 0 .. N - 1.
-
-        Args:
-            steps: N.
-
-        Returns:
-            (N,), float32, computed in float64.
-        """
-        angle = (torch.arange(steps, dtype=torch.float64) / steps + _OFFSET) / (1 + _OFFSET) * (math.pi / 2)
-        return (angle.cos() ** 2 / math.cos(_OFFSET / (1 + _OFFSET) * math.pi / 2) ** 2).float()
-
     @override
     def alpha(self, t: Tensor) -> Tensor:
-        return _angle(t).cos() / math.cos(_OFFSET / (1 + _OFFSET) * math.pi / 2)
+        angle = ((1 - t) + _OFFSET) / (1 + _OFFSET) * (math.pi / 2)
+        return angle.cos() / math.cos(_OFFSET / (1 + _OFFSET) * math.pi / 2)
 
     @override
     def sigma(self, t: Tensor) -> Tensor:
@@ -70,7 +58,3 @@ class Cosine(Schedule):
         The state at the first is pure noise, although the schedule has some signal there: the authors start so.
         """
         return [end * (i + 1) / count for i in range(count)]
-
-
-def _angle(t: Tensor) -> Tensor:
-    return ((1 - t) + _OFFSET) / (1 + _OFFSET) * (math.pi / 2)

@@ -48,11 +48,7 @@ class Information(ScheduleConfig):
 
 
 class InformationLaw(nn.Module, NoiseLaw):
-    """Module of `Information`.
-
-    Args:
-        config: its configuration.
-    """
+    """Module of `Information`."""
 
     statistics: Tensor
     """Decaying sums over updates, at each knot, of an update's weighted losses l, of its weights w, and of l^2, l w and
@@ -146,11 +142,7 @@ class InformationLaw(nn.Module, NoiseLaw):
         squares.mul_(kept**2).add_(torch.stack([total * total, total * mass, mass * mass]))
 
     def share(self) -> Tensor:
-        """Share of the information that lies before each knot, by the family's fit and the uniform share.
-
-        Returns:
-            Rising strictly from 0 to 1, (knots + 1,), float64, on the host.
-        """
+        """Share of the information before each knot, rising strictly from 0 to 1, (knots + 1,), float64 on the host."""
         # By content, since whoever loads a checkpoint writes into the state dict.
         if self._fit is None or not torch.equal(self._fit[0], self.statistics):
             shape, trust = self._measured()
@@ -160,24 +152,18 @@ class InformationLaw(nn.Module, NoiseLaw):
             self._fit = self.statistics.clone(), weight * shape + (1 - weight) * self._places
         return self._fit[1]
 
-    def gumbel(self) -> tuple[float, float]:
+    def gumbel(self, shape: Tensor | None = None) -> tuple[float, float]:
         """Location and scale of the Gumbel distribution of log(sigma^2 / alpha^2) that is closest to the measurement.
 
         The line through the quantiles of both, from 5 to 95 percent of the information.
-
-        Returns:
-            Both numbers.
         """
-        return self._location_and_scale(self._measured()[0])
-
-    def _location_and_scale(self, shape: Tensor) -> tuple[float, float]:
+        shape = self._measured()[0] if shape is None else shape
         quantiles = torch.arange(1, 20, dtype=torch.float64, device="cpu") / 20
         times = _interpolated(quantiles, shape, self._last * self._places)
-        wanted, found = -(-(1 - quantiles).log()).log(), self._noise_to_signal(times.clamp(1e-4, 1 - 1e-4))
-        wanted_mean, found_mean = wanted.mean(), found.mean()
-        scale = ((wanted - wanted_mean) * (found - found_mean)).sum() / (wanted - wanted_mean).square().sum()
-        scale = scale.clamp_min(1e-3)
-        return float(found_mean - scale * wanted_mean), float(scale)
+        gumbel, measured = -(-(1 - quantiles).log()).log(), self._noise_to_signal(times.clamp(1e-4, 1 - 1e-4))
+        off, mean = gumbel - gumbel.mean(), measured.mean()
+        scale = ((off * (measured - mean)).sum() / off.square().sum()).clamp_min(1e-3)
+        return float(mean - scale * gumbel.mean()), float(scale)
 
     def _measured(self) -> tuple[Tensor, float]:
         """Share of the fall in cross-entropy before each knot, and how far to trust it, from 0 to 1.
@@ -206,7 +192,7 @@ class InformationLaw(nn.Module, NoiseLaw):
         return (level[0] - level) / fall, float(heard * fall**2 / (fall**2 + lost**2))
 
     def _fitted(self, shape: Tensor) -> Tensor:
-        location, scale = self._location_and_scale(shape)
+        location, scale = self.gumbel(shape)
         far = (self._noise_to_signal(self._last * self._places) - location) / scale
         share = ((-torch.expm1(-torch.exp(-far)) - _CUT_OFF) / (1 - 2 * _CUT_OFF)).clamp(0, 1)
         return (share - share[0]) / (share[-1] - share[0])

@@ -42,20 +42,11 @@ class Linear(Schedule):
 
     @override
     def velocity(self, x: Tensor, clean: Tensor, t: Tensor) -> Tensor:
-        """Slope (clean - x) / (1 - t), which equals the general formula with fewer roundings.
-
-        With `velocity_scaling` "edm" the divisor is (1 - t)^2, which follows the straight path at another speed.
-
-        Source: Cetin et al. 2025, arXiv:2501.15781, and its released code for "edm".
-        """
+        """(clean - x) / (1 - t), which equals the general formula with fewer roundings, or the same over (1 - t)^2."""
         left = 1 - t[..., None]
         return (clean - x) / (left.square() if self.velocity_scaling == "edm" else left)
 
     @override
     def sample_times(self, u: Tensor) -> Tensor:
-        """Times in [0, 1 - minimum_noise).
-
-        Source: Esser et al. 2024, arXiv:2403.03206, section 3.1 (CosMap); L2D scales by 1 - minimum_noise.
-        """
         t = u if self.times == "uniform" else 1 - 1 / (torch.tan(u * (math.pi / 2)) + 1)
         return t * (1 - self.minimum_noise)

@@ -11,9 +11,5 @@ from l2d_plugins.solvers.runge_kutta import RK4, Euler, Heun, Midpoint
 
 @hookimpl
 def l2d_components() -> list[type[Component]]:
-    """Solvers of this package.
-
-    Returns:
-        Their classes.
-    """
+    """Solvers of this package."""
     return [Euler, Midpoint, Heun, RK4, Fehlberg2, Bosh3, Renoise]

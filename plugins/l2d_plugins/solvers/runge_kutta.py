@@ -15,19 +15,12 @@ from l2d_framework.solver import Problem, Solver, Time
 
 @dataclass(frozen=True)
 class Tableau:
-    """Coefficients of an explicit Runge-Kutta method.
+    """Coefficients of an explicit Runge-Kutta method."""
 
-    Attributes:
-        nodes: where each stage but the first stands in the step, 0 to 1.
-        coefficients: weights of the earlier slopes in the state of each stage but the first.
-        weights: weights of all slopes in the step.
-        errors: the same minus the weights of an embedded method; empty where there is none.
-    """
-
-    nodes: tuple[float, ...]
-    coefficients: tuple[tuple[float, ...], ...]
-    weights: tuple[float, ...]
-    errors: tuple[float, ...] = ()
+    nodes: tuple[float, ...]  # where each stage but the first stands in the step, 0 to 1
+    coefficients: tuple[tuple[float, ...], ...]  # of the earlier slopes in the state of each stage but the first
+    weights: tuple[float, ...]  # of all slopes in the step
+    errors: tuple[float, ...] = ()  # the weights minus those of an embedded method, where there is one
 
 
 class RungeKutta(Solver):
@@ -67,15 +60,7 @@ class RungeKutta(Solver):
 
 
 def combine(weights: tuple[float, ...], slopes: list[Tensor]) -> Tensor:
-    """Weighted sum of slopes.
-
-    Args:
-        weights: one per slope, not all 0.
-        slopes: each (B, L, D).
-
-    Returns:
-        (B, L, D).
-    """
+    """Sum of slopes, each (B, L, D), with weights that are not all 0."""
     terms = zip(weights, slopes, strict=True)
     return reduce(torch.add, (slope if weight == 1 else weight * slope for weight, slope in terms if weight))
 

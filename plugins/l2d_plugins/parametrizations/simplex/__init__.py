@@ -1,5 +1,5 @@
 """The simplex of TESS 2: the state space, and states kept as tokens and seeds."""
 
-from l2d_plugins.parametrizations.simplex.space import Simplex, SimplexConfig, nucleus
+from l2d_plugins.parametrizations.simplex.space import Simplex, SimplexConfig
 
-__all__ = ["Simplex", "SimplexConfig", "nucleus"]
+__all__ = ["Simplex", "SimplexConfig"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -58,12 +58,7 @@ class SimplexConfig(ParametrizationConfig):
 
 
 class Simplex(Parametrization):
-    """Module of `SimplexConfig`.
-
-    Args:
-        config: its configuration.
-        vocab_size: V.
-    """
+    """Module of `SimplexConfig`."""
 
     config: SimplexConfig
 
@@ -131,47 +126,25 @@ class Simplex(Parametrization):
         options = self.config.estimate
         if options.mode == "average":
             return 2 * self.config.k * _cooled(logits, options).softmax(-1) - self.config.k
-        if options.mode == "argmax":
-            tokens = logits.argmax(-1)
-        else:
-            tokens = _draw(logits, options, random)
+        tokens = logits.argmax(-1) if options.mode == "argmax" else _draw(logits, options, random)
         return WideState.simplex(tokens, self.config.k, self.state_size)
 
 
 def _mixed(now: Tensor, previous: Tensor, mix: str) -> Tensor:
     """Mixture of the probabilities `now`, which may be overwritten, and those of previous logits; a mean not halved."""
+    join: Any = torch.maximum if mix == "max" else torch.mul if mix == "product" else torch.add
     if now.requires_grad or previous.requires_grad:
-        before = previous.float().softmax(-1)
-        return torch.maximum(now, before) if mix == "max" else now * before if mix == "product" else now + before
+        return join(now, previous.float().softmax(-1))  # type: ignore[no-any-return]
     for part in cached_pieces(now):
-        here, before = now[:, part], previous[:, part].float().softmax(-1)
-        if mix == "max":
-            torch.maximum(here, before, out=here)
-        elif mix == "product":
-            here.mul_(before)
-        else:
-            here.add_(before)
+        join(now[:, part], previous[:, part].float().softmax(-1), out=now[:, part])
     return now
 
 
-def nucleus(logits: Tensor, top_p: float) -> Tensor:
-    """Which tokens the nucleus keeps: the likeliest, as long as the mass before them is below `top_p`.
+def likeliest(logits: Tensor, top_p: float, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Of the `count` likeliest tokens in falling order: probability, whether the nucleus keeps them, and id.
 
-    Args:
-        logits: (..., V), float32, already divided by the temperature.
-        top_p: mass, in (0, 1].
-
-    Returns:
-        (..., V), bool; the likeliest token is always kept.
-
-    Source: Holtzman et al. 2020, arXiv:1904.09751.
+    The nucleus keeps tokens as long as the mass before them is below `top_p`, so always the first (arXiv:1904.09751).
     """
-    _, inside, order = _likeliest(logits, top_p, logits.shape[-1])
-    return torch.zeros_like(inside).scatter(-1, order, inside)
-
-
-def _likeliest(logits: Tensor, top_p: float, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Of the `count` likeliest tokens in falling order: probability, whether the nucleus keeps them, and id."""
     total = logits.logsumexp(-1, keepdim=True)
     top, order = logits.topk(count, dim=-1)
     mass = (top - total).exp()
@@ -184,8 +157,8 @@ def _draw(logits: Tensor, options: SimplexEstimate, random: Random) -> Tensor:
     To draw from the whole and, if that is outside, from the nucleus, is to draw from the nucleus.
     """
     top_p, u = options.top_p, random.uniform()
-    found = [_propose(_cooled(logits[:, part], options), u[:, part]) for part in cached_pieces(logits)]
-    tokens, mass = (torch.cat(parts, 1) for parts in zip(*found, strict=True))
+    proposals = [_propose(_cooled(logits[:, part], options), u[:, part]) for part in cached_pieces(logits)]
+    tokens, mass = (torch.cat(parts, 1) for parts in zip(*proposals, strict=True))
     if top_p == 1:
         return tokens
     again = random.uniform()
@@ -217,11 +190,11 @@ def _settled(logits: Tensor, top_p: float, tokens: Tensor, u: Tensor, candidates
     """
     size = logits.shape[-1]
     count = min(candidates, size)
-    mass, inside, order = _likeliest(logits, top_p, count)
-    found = order.gather(-1, categorical(mass * inside, u)[..., None]).squeeze(-1)
+    mass, inside, order = likeliest(logits, top_p, count)
+    drawn = order.gather(-1, categorical(mass * inside, u)[..., None]).squeeze(-1)
     kept = ((order == tokens[..., None]) & inside).any(-1)
-    found = torch.where(kept, tokens, found)
+    settled = torch.where(kept, tokens, drawn)
     short = inside[..., -1] & (count < size)
     if bool(short.any()):
-        found[short] = _settled(logits[short], top_p, tokens[short], u[short], size)
-    return found
+        settled[short] = _settled(logits[short], top_p, tokens[short], u[short], size)
+    return settled

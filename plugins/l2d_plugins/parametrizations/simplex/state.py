@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Self
@@ -34,15 +34,10 @@ class WideState(Tensor):
     It is a weighted sum of a constant, one-hot vectors and seeded noise. Adding such states, scaling them per position
     and taking positions keeps them so; whatever else torch is asked to do with one makes it dense first, so that code
     which knows nothing of it is right, if larger. It cannot be changed in place.
-
-    Args:
-        level: value of every component, (B, L), float32.
-        parts: weighted atoms; each weight is (B, L), float32.
-        size: D.
     """
 
-    level: Tensor
-    parts: list[tuple[_Tokens | _Normals, Tensor]]
+    level: Tensor  # value of every component, (B, L), float32
+    parts: list[tuple[_Tokens | _Normals, Tensor]]  # weighted atoms; each weight is (B, L), float32
 
     @staticmethod
     def __new__(cls, level: Tensor, parts: list[tuple[_Tokens | _Normals, Tensor]], size: int) -> Self:
@@ -54,57 +49,32 @@ class WideState(Tensor):
 
     @classmethod
     def simplex(cls, tokens: Tensor, value: float, size: int) -> Self:
-        """+value at each token, -value elsewhere.
-
-        Args:
-            tokens: ids, (B, L), int64.
-            value: k.
-            size: V.
-
-        Returns:
-            (B, L, V).
-        """
+        """+value at each of the tokens (B, L), -value elsewhere: (B, L, size)."""
         weight = torch.full(tokens.shape, 2 * value, device=tokens.device)
         return cls(-0.5 * weight, [(_Tokens(tokens), weight)], size)
 
     @classmethod
     def normal(cls, seeds: Tensor, size: int, device: torch.device) -> Self:
-        """Standard normal noise.
-
-        Args:
-            seeds: one per position, (B, L), int64, on the host.
-            size: numbers per position.
-            device: where the noise is wanted; a seed gives other numbers on another kind of device.
-
-        Returns:
-            (B, L, size).
-        """
+        """Standard normal noise from seeds (B, L), int64, on the host; other kinds of device draw other numbers."""
         one = torch.ones(seeds.shape, device=device)
         return cls(torch.zeros_like(one), [(_Normals(seeds), one)], size)
 
     def dense(self) -> Tensor:
-        """All its numbers.
-
-        Returns:
-            (B, L, D), float32.
-        """
-        out = torch.empty(self.shape, device=self.device)
-        for place, state in self._places(out):
-            state._write(place).add_(state.level[..., None])
-        return out
+        """All its numbers, (B, L, D), float32."""
+        return self._filled(lambda place, state: place.add_(state.level[..., None]))
 
     def _softmax(self) -> Tensor:
-        out = torch.empty(self.shape, device=self.device)
-        for place, state in self._places(out):
-            # No level: what all components share does not change their softmax.
-            torch.softmax(state._write(place), -1, out=place)
-        return out
+        # No level: what all components share does not change their softmax.
+        return self._filled(lambda place, _: torch.softmax(place, -1, out=place))
 
-    def _places(self, out: Tensor) -> Iterator[tuple[Tensor, WideState]]:
-        """Consecutive places of `out`, each (1, n, D), with the states that belong there."""
-        whole, out = _map(self, lambda values: values.reshape(1, -1)), out.view(1, -1, self.shape[-1])
-        for part in cached_pieces(out):
-            yield out[:, part], _map(whole, lambda values, part=part: values[:, part])  # type: ignore[misc]
+    def _filled(self, finish: Callable[[Tensor, WideState], Any]) -> Tensor:
+        """All its numbers but the level, finished a few positions at a time, each (1, n, D)."""
+        out = torch.empty(self.shape, device=self.device)
+        state, places = _map(self, lambda values: values.reshape(1, -1)), out.view(1, -1, self.shape[-1])
+        for part in cached_pieces(places):
+            here = _map(state, lambda values, part=part: values[:, part])  # type: ignore[misc]
+            finish(here._write(places[:, part]), here)
+        return out
 
     def _write(self, out: Tensor) -> Tensor:
         """Fill `out` with everything but the level."""
@@ -131,17 +101,13 @@ class WideState(Tensor):
         """Keep linear operations symbolic, refuse what changes it in place, and make everything else dense."""
         kwargs = kwargs or {}
         if func._schema.is_mutable and isinstance(args[0], WideState):
-            _refuse(func)
+            raise TypeError(f"A WideState cannot be changed in place by {func}. Make a new one, as in `x = x * 2`.")
         rule = _rules().get(func)
-        found = NotImplemented if rule is None else rule(*args, **kwargs)
-        if found is NotImplemented:
-            args, kwargs = _pytree.tree_map_only(WideState, WideState.dense, (args, kwargs))
-            return func(*args, **kwargs)
-        return found
-
-
-def _refuse(func: Any) -> None:
-    raise TypeError(f"A WideState cannot be changed in place by {func}. Make a new one, as in `x = x * 2`.")
+        symbolic = NotImplemented if rule is None else rule(*args, **kwargs)
+        if symbolic is not NotImplemented:
+            return symbolic
+        args, kwargs = _pytree.tree_map_only(WideState, WideState.dense, (args, kwargs))
+        return func(*args, **kwargs)
 
 
 def _fill(out: Tensor, seeds: Tensor, weights: Tensor) -> Tensor:
@@ -188,10 +154,6 @@ def _add(a: Any, b: Any, *, alpha: float = 1) -> Any:
         before = weights.get(name)
         weights[name] = (atom, alpha * weight if before is None else before[1] + alpha * weight)
     return WideState(a.level + alpha * b.level, list(weights.values()), a.shape[-1])
-
-
-def _subtract(a: Any, b: Any, *, alpha: float = 1) -> Any:
-    return _add(a, b, alpha=-alpha)
 
 
 def _slice(state: Any, dim: int = 0, start: Any = None, end: Any = None, step: int = 1) -> Any:
@@ -241,7 +203,7 @@ def _rules() -> dict[Any, Callable[..., Any]]:
         aten.mul.Tensor: _multiply,
         aten.div.Tensor: _divide,
         aten.add.Tensor: _add,
-        aten.sub.Tensor: _subtract,
+        aten.sub.Tensor: lambda a, b, *, alpha=1: _add(a, b, alpha=-alpha),
         aten.neg.default: lambda state: _scale(state, -1.0),
         aten.slice.Tensor: _slice,
         aten.index.Tensor: _index,

@@ -18,17 +18,7 @@ _LAYOUTS = ("model.safetensors", "pytorch_model.bin")
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """A model's settings.
-
-    Args:
-        folder: with a `config.json`.
-
-    Returns:
-        Its fields.
-
-    Raises:
-        CheckpointError: if there is none, it is damaged or names no model type.
-    """
+    """Fields of the `config.json` of a model."""
     config = _read_json(folder / "config.json")
     if not isinstance(config.get("model_type"), str):
         raise CheckpointError(f"{str(folder / 'config.json')!r} names no model_type. Download the checkpoint again.")
@@ -36,17 +26,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def read_state(folder: Path) -> dict[str, Tensor]:
-    """A model's weights, from one file or shards with an index, safetensors before pickles of plain weights.
-
-    Args:
-        folder: with `model.safetensors`, `pytorch_model.bin`, or either one's shards.
-
-    Returns:
-        Weights by name; those of safetensors are read from disk when they are first used.
-
-    Raises:
-        CheckpointError: if a file is missing or damaged, or holds more than weights.
-    """
+    """A model's weights from one file or shards with an index, safetensors, read at first use, before pickles."""
     for name in _LAYOUTS:
         index = folder / f"{name}.index.json"
         if index.is_file():
@@ -64,13 +44,13 @@ def _read_shards(folder: Path, index: Path) -> dict[str, Tensor]:
     absent = [name for name, path in shards.items() if not path.is_file()]
     if absent:
         raise CheckpointError(f"{str(folder)!r} lacks {len(absent)} shards, such as {absent[0]!r}. Download it again.")
-    found = {name: _read_file(path) for name, path in shards.items()}
-    lacking = [key for key, shard in places.items() if key not in found[shard]]
+    parts = {name: _read_file(path) for name, path in shards.items()}
+    lacking = [key for key, shard in places.items() if key not in parts[shard]]
     if lacking:
         raise CheckpointError(
             f"{str(shards[places[lacking[0]]])!r} lacks {lacking[0]!r}, which the index promises. Download it again."
         )
-    return {key: value for part in found.values() for key, value in part.items()}
+    return {key: value for part in parts.values() for key, value in part.items()}
 
 
 def _read_file(path: Path) -> dict[str, Tensor]:
@@ -89,9 +69,9 @@ def _read_file(path: Path) -> dict[str, Tensor]:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        fields = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{str(path)!r} is missing or damaged ({error}). Download it again.") from error
-    if not isinstance(found, dict):
+    if not isinstance(fields, dict):
         raise CheckpointError(f"{str(path)!r} is damaged: it holds no fields. Download it again.")
-    return found
+    return fields
