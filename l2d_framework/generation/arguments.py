@@ -73,6 +73,11 @@ class Request(_Arguments):
     seed: Count | Annotated[list[Count], Strict()] | None = None
     speculate: Literal["auto", "off"] | Annotated[int, Strict(), Field(ge=1, le=1_000)] = "off"
 
+    @property
+    def guesses(self) -> int | None:
+        """Tokens to guess ahead, None for as many as pay."""
+        return None if self.speculate == "auto" else 0 if self.speculate == "off" else self.speculate
+
 
 class DecodingOptions(_Arguments):
     """Fields of transformers' generation configuration that have a say in which token is picked, and when it ends."""

@@ -227,7 +227,7 @@ class _Loop:
         backbone, streamer = self.diffusion.backbone, self.picking.streamer
         self.processors, self.criteria, self.config, self.pad = processors, criteria, config, _pad_token(config)
         count, self.width = ids.shape
-        limit: int = config.max_length  # type: ignore[assignment]  # transformers has set it
+        limit: int = config.max_length
         self.ids = functional.pad(ids, (0, limit - self.width), value=self.pad)
         cost, kept = torch.zeros_like(self.ids), torch.zeros_like(self.ids)
         self.ends, reached = [self.width] * count, self.width
@@ -288,7 +288,7 @@ class _Loop:
 
     def _read(self) -> Context:
         prompts = self.requests.prompts
-        context = prompts.context
+        context: Context = prompts.context
         if context is None:
             context = self.diffusion.backbone.read(Layout(prompts.input_ids, torch.where(self.mask.bool(), 0, -1)))
         if prompts.context is not None or len(self.first) > len(prompts.input_ids):
@@ -393,7 +393,7 @@ class _Loop:
         stops = torch.zeros(len(rows), dtype=torch.bool, device=self.ids.device)
         for (end, members), whole in zip(self._groups(rows).items(), scores, strict=True):
             there = [rows[member] for member in members]
-            stops[members] = self.criteria(self.ids[:, : end + offset + 1], whole)[there]  # type: ignore[arg-type]
+            stops[members] = self.criteria(self.ids[:, : end + offset + 1], whole)[there]
         return stops
 
     def _groups(self, rows: list[int]) -> dict[int, list[int]]:

@@ -191,7 +191,7 @@ class DiffusionLM(Diffusion):
             guidance_scale=torch.tensor(scales, device=self.device) if isinstance(scales, list) else None,
             samples=request.num_return_sequences,
             seeds=seeds if isinstance(seeds, list) else None,
-            speculate={"auto": None, "off": 0}.get(request.speculate, request.speculate),  # type: ignore[call-overload]
+            speculate=request.guesses,
         )
         picking = Decoding(config, logits_processor or LogitsProcessorList(), criteria, streamer)
         return generate(self, requests, sampling=sampling, picking=picking, observer=observer)
