@@ -62,8 +62,8 @@ class Streams:
     repeat: bool = False
 
 
-class ReadsSequence(Exception):
-    """A guidance asks for, or speaks about, the sequence so far while some of it is guessed."""
+class NotAhead(Exception):
+    """Something asks for the sequence so far, or for numbers on the host, and they are not known ahead."""
 
 
 class TokenODE(Problem):
@@ -78,7 +78,7 @@ class TokenODE(Problem):
         parametrization: the model's, with the request's estimate options.
         codebook: what `parametrization.codebook` returned.
         streams: random streams of the block.
-        layout: the sequence so far, for guidance; `ReadsSequence` is raised where one asks for it and there is none.
+        layout: the sequence so far, for guidance; `NotAhead` is raised where one asks for it and there is none.
         patience: evaluations in which no token of a row may change before the row is settled; None for never.
         observer: called after every evaluation, or None.
 
@@ -284,7 +284,7 @@ class _Space:
     def layout(self) -> Layout:
         layout = self._problem._layout
         if layout is None:
-            raise ReadsSequence
+            raise NotAhead
         return Layout(self._random.rows(layout.tokens), self._random.rows(layout.blocks))
 
     def branch(self) -> Selection:
@@ -305,7 +305,7 @@ class _Space:
 
     def record(self, name: str, values: Tensor) -> None:
         if self._problem._layout is None:
-            raise ReadsSequence
+            raise NotAhead
         if name not in self._recorded:
             self._recorded.add(name)
             self._problem.metrics.setdefault(name, []).append(self._random.spread(values.detach().float()))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from l2d_framework.diffusion.ode import Observer, Streams, TokenODE
 from l2d_framework.diffusion.rng import TokenStreams
 from l2d_framework.diffusion.sampling import Sampling, plan
 from l2d_framework.parametrization import Parametrization
+from l2d_framework.solver import Solver
 from l2d_framework.types import Context, Layout, Query
 
 Keys = Sequence[Sequence[tuple[int | str, ...]]]
@@ -61,11 +63,21 @@ class Denoised:
         logits: those that yield the tokens.
         evaluations: network evaluations spent on each token, (B, L), int64.
         metrics: what guidance recorded, by name, (B, evaluations), float32.
+        check: raises a PluginError if guided logits were NaN, for which the host waits.
     """
 
     logits: Logits
     evaluations: Tensor
     metrics: dict[str, Tensor]
+    check: Callable[[], None] = lambda: None
+
+    def select(self, rows: Tensor) -> Denoised:
+        """What became of some rows, (B',)."""
+        return Denoised(
+            replace(self.logits, values=self.logits.values[rows]),
+            self.evaluations[rows],
+            {name: values[rows] for name, values in self.metrics.items()},
+        )
 
 
 @dataclass(frozen=True)
@@ -99,8 +111,25 @@ class Sampler:
         diffusion.backbone.merge()
         return cls(diffusion, sampling, diffusion.parametrization.with_estimate(sampling.estimate), observer)
 
+    @cached_property
+    def _plan(self) -> tuple[Solver, list[float]]:
+        return plan(self.diffusion, self.sampling)
+
     def __call__(self, block: Block) -> Denoised:
-        """Solve the block and read it out.
+        """Solve the block, read it out, and check what guidance did.
+
+        Args:
+            block: what to denoise.
+
+        Returns:
+            Logits and what they cost.
+        """
+        found = self.solve(block)
+        found.check()
+        return found
+
+    def solve(self, block: Block) -> Denoised:
+        """Solve the block and read it out; with a solver of a fixed grid, the host waits for nothing.
 
         Args:
             block: what to denoise.
@@ -114,7 +143,7 @@ class Sampler:
             plain = backbone.plain(positions, block.context)
             logits = Logits(plain, backbone.vocab_size, backbone.head)
             return Denoised(logits, torch.zeros_like(positions), {})
-        solver, times = plan(diffusion, sampling)
+        solver, times = self._plan
         x = space.prior(block.streams("prior"))
         x = x.to(torch.float32 if x.device.type == "mps" else space.state_dtype)
         problem = TokenODE(
@@ -139,6 +168,5 @@ class Sampler:
             logits = problem.read_out(problem.solve(solver, x, times), times[-1])
         except Settled as end:
             logits = end.logits
-        problem.check_sound()
         metrics = {name: torch.stack(values, 1) for name, values in problem.metrics.items()}
-        return Denoised(logits, problem.evaluations, metrics)
+        return Denoised(logits, problem.evaluations, metrics, problem.check_sound)

@@ -72,6 +72,7 @@ class Request(_Arguments):
     num_return_sequences: Annotated[int, Strict(), Field(ge=1, le=1_000_000)] = 1
     seed: Count | Annotated[list[Count], Strict()] | None = None
     speculate: Literal["auto", "off"] | Annotated[int, Strict(), Field(ge=1, le=1_000)] = "off"
+    graph: Flag = True
 
     @property
     def guesses(self) -> int | None:

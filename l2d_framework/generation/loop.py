@@ -16,12 +16,13 @@ from transformers.generation.streamers import BaseStreamer
 
 from l2d_framework.diffusion.diffusion import Diffusion
 from l2d_framework.diffusion.logits import Logits
-from l2d_framework.diffusion.ode import Observer, ReadsSequence
+from l2d_framework.diffusion.ode import NotAhead, Observer
 from l2d_framework.diffusion.rng import TokenStreams, categorical, request_keys
 from l2d_framework.diffusion.sampler import Block, Keys, Sampler
 from l2d_framework.diffusion.sampling import Sampling, check_block_size, check_sampling
 from l2d_framework.errors import ConfigError
 from l2d_framework.generation.prompts import Encoded
+from l2d_framework.generation.replay import Replayed, Rows
 from l2d_framework.generation.speculation import Guesses
 from l2d_framework.types import Context, Layout
 
@@ -37,6 +38,7 @@ class Requests:
         samples: answers per prompt; the prompt is read once.
         seeds: seed of each prompt, or None for the one of the sampling settings.
         speculate: tokens to guess ahead with the language model alone; None for as many as pay.
+        graph: let a GPU replay the steps of a token from a graph, where it can.
     """
 
     prompts: Encoded
@@ -45,6 +47,7 @@ class Requests:
     samples: int = 1
     seeds: Sequence[int] | None = None
     speculate: int | None = 0
+    graph: bool = True
 
 
 @dataclass(frozen=True)
@@ -189,7 +192,7 @@ class _Loop:
     Attributes:
         ids: prompts and answers, (B, limit); rows may have come differently far, where tokens are guessed ahead.
         ends: columns of `ids` that each row has filled.
-        slots: tokens that the backbone remembers of each row still going; its rows end together.
+        path: what the backbone remembers of the rows that go on.
     """
 
     def __init__(
@@ -224,7 +227,7 @@ class _Loop:
         criteria: StoppingCriteriaList,
         config: GenerationConfig,
     ) -> Generation:
-        backbone, streamer = self.diffusion.backbone, self.picking.streamer
+        streamer = self.picking.streamer
         self.processors, self.criteria, self.config, self.pad = processors, criteria, config, _pad_token(config)
         count, self.width = ids.shape
         limit: int = config.max_length
@@ -232,8 +235,10 @@ class _Loop:
         cost, kept = torch.zeros_like(self.ids), torch.zeros_like(self.ids)
         self.ends, reached = [self.width] * count, self.width
         size = self.sampling.block_size or self.diffusion.block_size or limit
+        is_graphed = self.requests.graph and size == 1 and self._is_steady
         # The backbone has read the columns before `ends`, less those that are pending, into its first `slots`.
-        rows, context, pending, self.slots = list(range(count)), self._read(), ids[:, :0], self.width
+        rows, pending = list(range(count)), ids[:, :0]
+        self.path = Rows(self.denoise, self._read(), self.width)
         if streamer is not None:
             streamer.put(ids.cpu())
         while rows:
@@ -242,18 +247,12 @@ class _Loop:
             length = ahead + 1 if ahead else min(size, room)
             keys = self._keys(rows, length)
             self.numbers = _uniform(keys, ids.device) if config.do_sample else None
-            new = pending
-            if ahead:
-                context, new = self._look_ahead(context, pending, rows, ahead)
-            if new.shape[1]:
-                context = backbone.extend(context, new)
-                self.slots += new.shape[1]
+            new = self._look_ahead(pending, rows, ahead) if ahead else pending
             try:
-                found = self.denoise(self._block(context, rows, keys, ahead))
-            except ReadsSequence:
+                found = self.path.denoise(new, partial(self._block, rows, keys, ahead))
+            except NotAhead:
                 self.guesses.never()
-                context = backbone.rewind(context, torch.full((len(rows),), ahead + 1, device=ids.device))
-                self.slots -= ahead + 1
+                self.path.rewind(torch.full((len(rows),), ahead + 1, device=ids.device))
                 continue
             self._keep_metrics(found.metrics, rows, count)
             taken, going = self._pick(found.logits, rows, new[:, pending.shape[1] :])
@@ -269,22 +268,35 @@ class _Loop:
             if ahead:
                 self.guesses.learn(ahead, [written[number] - 1 for number in still])
             if still and len(still) < len(rows):
-                context = context.select(torch.tensor(still, device=ids.device))
+                self.path.keep(torch.tensor(still, device=ids.device))
             rows = [rows[number] for number in still]
             wrong = [length - written[number] for number in still]
             if any(wrong):
-                context = backbone.rewind(context, torch.tensor(wrong, device=ids.device))
-                self.slots -= min(wrong)
+                self.path.rewind(torch.tensor(wrong, device=ids.device))
             if rows:
                 pending = self.ids[
                     torch.tensor(rows, device=ids.device)[:, None], self._columns(rows, -1 if ahead else -length)
                 ]
+            if is_graphed and type(self.path) is Rows and rows:
+                self.path = Replayed.of(self.path, limit)
         if streamer is not None:
             streamer.end()
         metrics = {name: torch.cat([part[name] for part in self.metrics], 1) for name in next(iter(self.metrics), {})}
         answers = slice(self.width, reached)
         guesses = self.guesses.made, self.guesses.right
         return Generation(self.ids[:, :reached], cost[:, answers], kept.sum(1), self.width, metrics, guesses)
+
+    @property
+    def _is_steady(self) -> bool:
+        """Whether every token takes the same steps, at which nobody looks on."""
+        sampling = self.sampling
+        return not (
+            self.denoise.observer
+            or self.guesses.wanted != 0
+            or sampling.patience is not None
+            or sampling.solver.is_adaptive
+            or sampling.num_inference_steps == 0
+        )
 
     def _read(self) -> Context:
         prompts = self.requests.prompts
@@ -310,13 +322,13 @@ class _Loop:
             keys.append([(seed, request, first + i, sample) for i in range(count)])
         return keys
 
-    def _block(self, context: Context, rows: list[int], keys: Keys, ahead: int) -> Block:
+    def _block(self, rows: list[int], keys: Keys, ahead: int) -> Block:
         count = len(keys[0])
-        first = self.slots - ahead
+        first = self.path.slots - ahead
         return Block(
             positions=torch.arange(first, first + count, device=self.ids.device).expand(len(rows), -1),
             layout=None if ahead else self._layout(rows),
-            context=context,
+            context=self.path.context,
             keys=keys,
             condition=_per_token(self.classes, rows, count),
             guidance_scale=_per_token(self.scales, rows, count),
@@ -324,7 +336,7 @@ class _Loop:
 
     def _layout(self, rows: list[int]) -> Layout:
         """The tokens in the backbone's slots."""
-        columns = self._columns(rows, -self.slots)
+        columns = self._columns(rows, -self.path.slots)
         places = torch.tensor(rows, device=self.ids.device)[:, None], columns.clamp_min(0)
         present = functional.pad(self.mask[self.first], (0, self.ids.shape[1] - self.width), value=1)
         return Layout(self.ids[places], torch.where(columns < 0, -1, present[places].long() - 1))
@@ -335,17 +347,18 @@ class _Loop:
             whole[name][rows] = values
         self.metrics.append(whole)
 
-    def _look_ahead(self, context: Context, pending: Tensor, rows: list[int], count: int) -> tuple[Context, Tensor]:
-        """The context as it was, and what the language model alone writes next, behind what is pending."""
+    def _look_ahead(self, pending: Tensor, rows: list[int], count: int) -> Tensor:
+        """What is pending, and what the language model alone writes behind it; nothing of it is read for good."""
         backbone, known = self.diffusion.backbone, pending
         everyone = torch.ones(len(rows), dtype=torch.bool, device=self.ids.device)
         for i in range(count):
-            context = backbone.extend(context, known[:, -1:])
-            slot = torch.full_like(pending, self.slots + i + 1)
-            logits = backbone.head(backbone.plain(slot, context)).float()[:, 0]
+            self.path.extend(known[:, -1:])
+            slot = torch.full_like(pending, self.path.slots)
+            logits = backbone.head(backbone.plain(slot, self.path.context)).float()[:, 0]
             known = torch.cat([known, self._write(logits, rows, i, everyone)[0][:, None]], 1)
         self.ids[torch.tensor(rows, device=self.ids.device)[:, None], self._columns(rows, count)] = self.pad
-        return backbone.rewind(context, torch.full((len(rows),), count, device=self.ids.device)), known
+        self.path.rewind(torch.full((len(rows),), count, device=self.ids.device))
+        return known
 
     def _pick(self, logits: Logits, rows: list[int], guessed: Tensor) -> tuple[Tensor, Tensor]:
         """Write the tokens of a block as far as they are those guessed, and the first that is another.

@@ -28,12 +28,13 @@ class Guesses:
         width: what one more position costs in a pass of the network, in passes.
 
     Attributes:
+        wanted: tokens, as above.
         made: guesses whose rightness was found out.
         right: how many of them were.
     """
 
     def __init__(self, wanted: int | None, evaluations: int, width: float) -> None:
-        self._wanted, self._evaluations, self._width = wanted, evaluations, width
+        self.wanted, self._evaluations, self._width = wanted, evaluations, width
         self._share = _FIRST
         self.made = self.right = 0
 
@@ -76,7 +77,7 @@ class Guesses:
 
     def never(self) -> None:
         """Guess no more."""
-        self._wanted = 0
+        self.wanted = 0
 
     def count(self, room: int) -> int:
         """Tokens to guess now.
@@ -87,7 +88,7 @@ class Guesses:
         Returns:
             The number, 0 for none.
         """
-        wanted = self._wanted
+        wanted = self.wanted
         if wanted is None:
             wanted = max(range(_MOST + 1), key=self._rate)
         return max(0, min(wanted, room))

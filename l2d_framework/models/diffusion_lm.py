@@ -133,6 +133,7 @@ class DiffusionLM(Diffusion):
         guidance_scale: float | Sequence[float] | None = None,
         num_return_sequences: int = 1,
         speculate: Literal["auto", "off"] | int = "off",
+        graph: bool = True,
         **options: Any,
     ) -> Generation:
         """Answer prompts.
@@ -158,6 +159,7 @@ class DiffusionLM(Diffusion):
             num_return_sequences: answers per prompt; the prompt is read once.
             speculate: tokens that the language model guesses ahead, to be denoised at once and kept as far as they are
                 those that would have been written one by one; `auto` for as many as pay. The answer stays the same.
+            graph: let an NVIDIA GPU replay a token's evaluations from a CUDA graph, where they can be captured.
             **options: as above.
 
         Returns:
@@ -173,6 +175,7 @@ class DiffusionLM(Diffusion):
             num_return_sequences=num_return_sequences,
             seed=diffusing.pop("seed", None),
             speculate=speculate,
+            graph=graph,
         )
         arguments.check_parts(logits_processor, stopping_criteria, streamer, observer)
         arguments.check_prompts(prompts, self.backbone.vocab_size)
@@ -192,6 +195,7 @@ class DiffusionLM(Diffusion):
             samples=request.num_return_sequences,
             seeds=seeds if isinstance(seeds, list) else None,
             speculate=request.guesses,
+            graph=request.graph,
         )
         picking = Decoding(config, logits_processor or LogitsProcessorList(), criteria, streamer)
         return generate(self, requests, sampling=sampling, picking=picking, observer=observer)

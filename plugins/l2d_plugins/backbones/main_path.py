@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
 from typing_extensions import override
 
 from l2d_framework.errors import UnsupportedModelError
@@ -91,11 +93,78 @@ class MainContext(Context):
         )
 
 
-def _changed(cache: DynamicCache, change: Callable[[Tensor], Tensor]) -> DynamicCache:
+@dataclass(frozen=True)
+class FixedContext(MainContext):
+    """What the main path remembers, in buffers that grow no more: `length` is how many slots they have.
+
+    Attributes:
+        slot: where the next token goes, (1,), int64.
+    """
+
+    slot: Tensor = field(default_factory=lambda: torch.zeros(1, dtype=torch.int64))
+
+    @classmethod
+    def of(cls, context: MainContext, slots: int) -> FixedContext:
+        """A copy of a context with so many slots."""
+        room = slots - context.length
+        present = torch.ones_like(context.real[:, None], dtype=torch.bool).expand(-1, context.length)
+        slot = torch.full((1,), context.length, dtype=torch.int64, device=context.real.device)
+        return cls(
+            cache=_changed(context.cache, lambda values: functional.pad(values, (0, 0, 0, room)), slot),
+            hidden=context.hidden[:, :0],
+            kwargs=[],
+            present=functional.pad(present if context.present is None else context.present, (0, room)),
+            real=context.real.clone(),
+            length=slots,
+            tables=context.tables,
+            slot=slot,
+        )
+
+    @override
+    def index(self, positions: Tensor) -> Tensor:
+        return torch.zeros_like(positions)
+
+    @override
+    def select(self, rows: Tensor) -> FixedContext:
+        assert self.present is not None
+        slot = self.slot.clone()
+        cache = _changed(self.cache, lambda values: values[rows], slot)
+        return replace(
+            self,
+            cache=cache,
+            hidden=self.hidden[:0],
+            kwargs=[],
+            present=self.present[rows],
+            real=self.real[rows],
+            slot=slot,
+        )
+
+
+class _Slots(DynamicLayer):
+    """Keys and values of one layer in buffers of a fixed size."""
+
+    def __init__(self, keys: Tensor, values: Tensor, slot: Tensor) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # of transformers
+        self.lazy_initialization(keys, values)
+        self.keys, self.values, self._buffers, self._slot = keys, values, (keys, values), slot
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """Put those of one token in its slot."""
+        for buffer, new in zip(self._buffers, (key_states, value_states), strict=True):
+            buffer.index_copy_(2, self._slot, new)
+        return self._buffers
+
+
+def _changed(cache: DynamicCache, change: Callable[[Tensor], Tensor], slot: Tensor | None = None) -> DynamicCache:
+    """Changed copies of keys and values, in buffers of a fixed size if there is a slot for the next token."""
     changed = DynamicCache()
     layers: list[Any] = cache.layers
     for number, layer in enumerate(layers):
-        changed.update(change(layer.keys), change(layer.values), number)
+        keys, values = change(layer.keys), change(layer.values)
+        if slot is None:
+            changed.update(keys, values, number)
+        else:
+            changed.layers.append(_Slots(keys, values, slot))
     return changed
 
 
@@ -182,7 +251,7 @@ class MainPath:
         # Right padding is invisible to causal attention; a mask would only be in the way of faster kernels.
         left = bool((present[:, 1:] & ~present[:, :-1]).any())
         position_ids = (present.cumsum(-1) - 1).clamp_min(0)
-        return self._run(DynamicCache(), layout.tokens, present if left else None, position_ids, present.sum(-1), {})
+        return self._read(DynamicCache(), layout.tokens, present if left else None, position_ids, present.sum(-1), {})
 
     def extend(self, context: MainContext, tokens: Tensor) -> MainContext:
         """Run over further tokens.
@@ -194,12 +263,33 @@ class MainPath:
         Returns:
             The longer context.
         """
+        if isinstance(context, FixedContext):
+            return self._fill(context, tokens)
         count = tokens.shape[1]
         present = context.present
         if present is not None:
             present = torch.cat([present, present.new_ones(present.shape[0], count)], 1)
         position_ids = context.real[:, None] + torch.arange(count, device=tokens.device)
-        return self._run(context.cache, tokens, present, position_ids, context.real + count, context.tables)
+        return self._read(context.cache, tokens, present, position_ids, context.real + count, context.tables)
+
+    def fixed(self, context: MainContext, slots: int) -> FixedContext | None:
+        """A copy of a context with so many slots; None where some layer would not see all of them."""
+        window = getattr(self.lm.config, "sliding_window", None)
+        return None if window is not None and window < slots else FixedContext.of(context, slots)
+
+    def _fill(self, context: FixedContext, token: Tensor) -> FixedContext:
+        present = context.present
+        assert present is not None
+        present.index_fill_(1, context.slot, True)
+        mask = present[:, None, None]
+        if self.lm.config._attn_implementation == "eager":
+            dtype = self.lm.dtype
+            mask = torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
+        position_ids = context.real[:, None].clone()
+        hidden, kwargs = self._run(context.cache, token, mask, position_ids)
+        context.slot.add_(1)
+        context.real.add_(1)
+        return replace(context, hidden=hidden, kwargs=kwargs)
 
     def rewind(self, context: MainContext, counts: Tensor) -> MainContext:
         """Take back the last tokens of every row.
@@ -233,7 +323,7 @@ class MainPath:
             length=length,
         )
 
-    def _run(
+    def _read(
         self,
         cache: DynamicCache,
         tokens: Tensor,
@@ -242,6 +332,13 @@ class MainPath:
         real: Tensor,
         tables: dict[float, Any],
     ) -> MainContext:
+        hidden, kwargs = self._run(cache, tokens, None if present is None else present.long(), position_ids)
+        return MainContext(cache, hidden, kwargs, present, real, cache.get_seq_length(), tables)
+
+    def _run(
+        self, cache: DynamicCache, tokens: Tensor, mask: Tensor | None, position_ids: Tensor
+    ) -> tuple[Tensor, list[dict[str, Any]]]:
+        """Hidden states before the last norm, and what each layer was given."""
         kwargs: list[dict[str, Any]] = []
         hidden: list[Tensor] = []
         keys = MainKeys(cache)
@@ -266,12 +363,12 @@ class MainPath:
         with torch.no_grad():
             decoder(
                 input_ids=tokens,
-                attention_mask=None if present is None else present.long(),
+                attention_mask=mask,
                 position_ids=position_ids,
                 use_cache=True,
                 **{self._cache_name: cache},
             )
-        return MainContext(cache, hidden[0], kwargs, present, real, cache.get_seq_length(), tables)
+        return hidden[0], kwargs
 
     def self_test(self, shadows: nn.ModuleList) -> None:
         """Replay the main path's hidden states through the shadows and require that they come out the same.

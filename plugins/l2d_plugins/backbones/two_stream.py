@@ -154,6 +154,10 @@ class TwoStream(Backbone[MainContext]):
         return self.main.rewind(context, counts)
 
     @override
+    def fixed(self, context: MainContext, slots: int) -> MainContext | None:
+        return self.main.fixed(context, slots)
+
+    @override
     def plain(self, positions: Tensor, context: MainContext) -> Tensor:
         return context.hidden_at(positions)
 
