@@ -55,13 +55,9 @@ _STOP_STRINGS = Lock()
 
 
 class DiffusionLM(Diffusion):
-    """A diffusion language model.
+    """A diffusion language model of a law of noise, a state space and a network.
 
-    Args:
-        schedule: the law of noise.
-        parametrization: the state space.
-        backbone: the network.
-        block_size: tokens denoised together; None for one block per sequence.
+    A block, whose tokens are denoised together, is the whole sequence when `block_size` is None.
     """
 
     def __init__(
@@ -77,28 +73,17 @@ class DiffusionLM(Diffusion):
         return self.backbone.lm.device
 
     def sampling(self, **options: Any) -> SamplingSection:
-        """The checkpoint's sampling settings with some replaced.
-
-        Args:
-            **options: fields of the `sampling` section; components by name or as a mapping.
-
-        Returns:
-            The validated settings.
-        """
+        """The checkpoint's sampling settings, validated, with fields replaced; components by name or as a mapping."""
         return self._settings(options)
 
     def _settings(self, options: dict[str, Any], scale: float | None = None) -> SamplingSection:
         return self.origin.settings(self.parametrization.config, options, scale=scale, tokenizer=self.tokenizer)
 
     def ends(self, *, is_chat: bool) -> tuple[int, ...]:
-        """Tokens that end an answer beside those of the language model's generation configuration.
+        """Ids of tokens that end an answer beside those of the language model's generation configuration.
 
-        Args:
-            is_chat: whether the prompt is a conversation. Where training has taught how answers end, that holds for any
-                prompt; of other models only the chat template says it.
-
-        Returns:
-            Their ids.
+        Where training has taught how answers end, that holds for any prompt; of others only the chat template says
+        it, and for conversations alone.
         """
         if self.origin.ends is not None:
             return self.origin.ends
@@ -106,17 +91,7 @@ class DiffusionLM(Diffusion):
         return () if end is None else (end,)
 
     def class_ids(self, names: Sequence[str | None]) -> Tensor:
-        """Ids of class labels.
-
-        Args:
-            names: one per prompt, None for no class.
-
-        Returns:
-            (B,), int64, -1 for no class.
-
-        Raises:
-            ConfigError: if a name is unknown.
-        """
+        """Ids of class labels, one per prompt, (B,), int64, -1 for None; ConfigError for an unknown name."""
         return torch.tensor([self.origin.class_id(name) for name in names], device=self.device)
 
     @naming_plugins()
@@ -186,7 +161,7 @@ class DiffusionLM(Diffusion):
         if isinstance(scales, list):
             self._settings(diffusing, scale=1.0)  # refuses scales where there is nothing to scale
         encoded = self._encoded(prompts)
-        config, criteria = self._picking(generation_config, options, stopping_criteria, encoded.chats or [False])
+        config, criteria = self._decoding(generation_config, options, stopping_criteria, encoded.chats or [False])
         check_length(encoded.attention_mask.sum(-1).tolist(), config, self.backbone.lm.config)
         requests = Requests(
             encoded.to(self.device),
@@ -197,8 +172,8 @@ class DiffusionLM(Diffusion):
             speculate=request.guesses,
             graph=request.graph,
         )
-        picking = Decoding(config, logits_processor or LogitsProcessorList(), criteria, streamer)
-        return generate(self, requests, sampling=sampling, picking=picking, observer=observer)
+        decoding = Decoding(config, logits_processor or LogitsProcessorList(), criteria, streamer)
+        return generate(self, requests, sampling=sampling, picking=decoding, observer=observer)
 
     @naming_plugins()
     def infill(
@@ -232,8 +207,7 @@ class DiffusionLM(Diffusion):
             arguments.check_texts(texts)
             gapped = read_gaps(self.tokenizer, [texts] if isinstance(texts, str) else texts, self.backbone.lm.config)
         placed = Layout(gapped.tokens.to(self.device), gapped.blocks.to(self.device))
-        found = infill(self, placed, sampling=sampling, observer=observer)
-        return found.ended(self.ends(is_chat=False))
+        return infill(self, placed, sampling=sampling, observer=observer).ended(self.ends(is_chat=False))
 
     @naming_plugins()
     def as_transformers(
@@ -256,9 +230,9 @@ class DiffusionLM(Diffusion):
         """
         sampling = self._settings(options, guidance_scale)
         label = None if class_name is None else self.origin.class_id(class_name)
-        face = as_transformers(self, sampling, label)
-        add_ends(face.generation_config, self.ends(is_chat=False))
-        return face
+        lm = as_transformers(self, sampling, label)
+        add_ends(lm.generation_config, self.ends(is_chat=False))
+        return lm
 
     def _encoded(self, prompts: Prompt | Sequence[Prompt] | Tensor | Encoded) -> Encoded:
         if isinstance(prompts, Tensor):
@@ -270,7 +244,7 @@ class DiffusionLM(Diffusion):
         chats = [not isinstance(prompt, str) for prompt in several]
         return pad_left(encode_prompts(self.tokenizer, several, self.origin.chat_template), chats=chats)
 
-    def _picking(
+    def _decoding(
         self,
         config: GenerationConfig | None,
         options: dict[str, Any],

@@ -7,7 +7,8 @@ import pytest
 
 from l2d_framework.config import DataSection, DataSource
 from l2d_framework.errors import DataError
-from l2d_framework.training.data.prepare import load_sources, prepare
+from l2d_framework.training.data.prepare import prepare
+from l2d_framework.training.data.sources import load_sources
 
 TEXTS = [{"text": f"document {i}"} for i in range(6)]
 FILES = ["a.jsonl", "a.json", "a.parquet", "a.txt", "a.jsonl.gz", "deep/er/a.jsonl"]
