@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self
 
 from pydantic import Field
 from torch import Tensor, nn
@@ -85,8 +85,6 @@ class Backbone(nn.Module, ABC, Generic[C]):
     vocab_size: int
     hidden_size: int
     lm: PreTrainedModel
-    merging: Literal["auto", "always", "never"] = "auto"
-    """Whether `merge` may take memory: if there is plenty, in any case, or not at all."""
 
     def in_blocks(self, size: int | None) -> Self:
         """Learn how many tokens the model it is a part of denoises together.
@@ -216,11 +214,14 @@ class Backbone(nn.Module, ABC, Generic[C]):
         """
         raise TypeError(f"{type(self).__name__} has no plain language model; use at least one inference step.")
 
-    def merge(self) -> None:
+    def merge(self, *, at_any_cost: bool = False) -> None:
         """Get ready to generate: make what saves time and depends on weights only, such as adapters folded in.
 
         Called before every generation. What it makes is used where no gradients are recorded, and not any more once a
         weight has changed; the weights themselves stay as they are. A no-op unless a backbone has adapters.
+
+        Args:
+            at_any_cost: take memory even where there is not plenty.
         """
 
     def peft_adapter(self) -> tuple[PeftConfig, dict[str, Tensor]] | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -97,18 +98,17 @@ class Sampler:
     observer: Observer | None = None
 
     @classmethod
-    def of(cls, diffusion: Diffusion, sampling: Sampling, observer: Observer | None = None) -> Sampler:
-        """A sampler with the sampling's estimate options.
-
-        Args:
-            diffusion: the model.
-            sampling: how to diffuse.
-            observer: called after every network evaluation, or None.
-
-        Returns:
-            The sampler of blocks.
-        """
-        diffusion.backbone.merge()
+    def of(
+        cls,
+        diffusion: Diffusion,
+        sampling: Sampling,
+        observer: Observer | None = None,
+        *,
+        merge: Literal["auto", "always", "never"] = "auto",
+    ) -> Sampler:
+        """A sampler with the sampling's estimate options; `merge`: if there is memory, in any case, or not at all."""
+        if merge != "never":
+            diffusion.backbone.merge(at_any_cost=merge == "always")
         return cls(diffusion, sampling, diffusion.parametrization.with_estimate(sampling.estimate), observer)
 
     @cached_property

@@ -64,13 +64,10 @@ class _Arguments(BaseModel):
     model_config = ConfigDict(allow_inf_nan=False, extra="ignore")
 
 
-class Request(_Arguments):
-    """Arguments of `generate` beside prompts and settings; a single one counts for all prompts."""
+class Running(_Arguments):
+    """How to run a request, which changes its answer by no more than rounding."""
 
-    classes: Annotated[list[str | None], Strict()] | None = None
-    guidance_scale: Number | Annotated[list[Number], Strict()] | None = None
-    num_return_sequences: Annotated[int, Strict(), Field(ge=1, le=1_000_000)] = 1
-    seed: Count | Annotated[list[Count], Strict()] | None = None
+    merge: Literal["auto", "always", "never"] = "auto"
     speculate: Literal["auto", "off"] | Annotated[int, Strict(), Field(ge=1, le=1_000)] = "off"
     graph: Flag = True
 
@@ -78,6 +75,15 @@ class Request(_Arguments):
     def guesses(self) -> int | None:
         """Tokens to guess ahead, None for as many as pay."""
         return None if self.speculate == "auto" else 0 if self.speculate == "off" else self.speculate
+
+
+class Request(Running):
+    """Arguments of `generate` beside prompts and settings; a single one counts for all prompts."""
+
+    classes: Annotated[list[str | None], Strict()] | None = None
+    guidance_scale: Number | Annotated[list[Number], Strict()] | None = None
+    num_return_sequences: Annotated[int, Strict(), Field(ge=1, le=1_000_000)] = 1
+    seed: Count | Annotated[list[Count], Strict()] | None = None
 
 
 class DecodingOptions(_Arguments):

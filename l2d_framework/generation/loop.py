@@ -21,6 +21,7 @@ from l2d_framework.diffusion.rng import TokenStreams, categorical, request_keys
 from l2d_framework.diffusion.sampler import Block, Keys, Sampler
 from l2d_framework.diffusion.sampling import Sampling, check_block_size, check_sampling
 from l2d_framework.errors import ConfigError
+from l2d_framework.generation.arguments import Running
 from l2d_framework.generation.prompts import Encoded
 from l2d_framework.generation.replay import Replayed, Rows
 from l2d_framework.generation.speculation import Guesses
@@ -37,8 +38,7 @@ class Requests:
         guidance_scale: scale of each prompt, (B,), float32, or None for the guidance's own.
         samples: answers per prompt; the prompt is read once.
         seeds: seed of each prompt, or None for the one of the sampling settings.
-        speculate: tokens to guess ahead with the language model alone; None for as many as pay.
-        graph: let a GPU replay the steps of a token from a graph, where it can.
+        running: how to run them.
     """
 
     prompts: Encoded
@@ -46,8 +46,7 @@ class Requests:
     guidance_scale: Tensor | None = None
     samples: int = 1
     seeds: Sequence[int] | None = None
-    speculate: int | None = 0
-    graph: bool = True
+    running: Running = field(default_factory=Running)
 
 
 @dataclass(frozen=True)
@@ -216,8 +215,14 @@ class _Loop:
         self.real = [len(prompts[int(row)]) for row in self.first]
         self.classes = None if requests.classes is None else repeat(requests.classes)
         self.scales = None if requests.guidance_scale is None else repeat(requests.guidance_scale)
-        self.denoise = Sampler.of(diffusion, sampling, observer)
-        self.guesses = Guesses.of(diffusion, requests.speculate, sampling, has_observer=observer is not None)
+        self.denoise = Sampler.of(diffusion, sampling, observer, merge=requests.running.merge)
+        self.guesses = Guesses.of(
+            diffusion.backbone,
+            requests.running.guesses,
+            sampling,
+            block_size=diffusion.block_size,
+            has_observer=observer is not None,
+        )
         self.metrics: list[dict[str, Tensor]] = []
 
     def run(
@@ -235,7 +240,7 @@ class _Loop:
         cost, kept = torch.zeros_like(self.ids), torch.zeros_like(self.ids)
         self.ends, reached = [self.width] * count, self.width
         size = self.sampling.block_size or self.diffusion.block_size or limit
-        is_graphed = self.requests.graph and size == 1 and self._is_steady
+        is_graphed = self.requests.running.graph and size == 1 and self._is_steady
         # The backbone has read the columns before `ends`, less those that are pending, into its first `slots`.
         rows, pending = list(range(count)), ids[:, :0]
         self.path = Rows(self.denoise, self._read(), self.width)

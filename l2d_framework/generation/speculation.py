@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from l2d_framework.diffusion.diffusion import Diffusion
+from l2d_framework.backbone import Backbone
 from l2d_framework.diffusion.sampling import Sampling
 from l2d_framework.errors import ConfigError
 
@@ -39,13 +39,16 @@ class Guesses:
         self.made = self.right = 0
 
     @classmethod
-    def of(cls, diffusion: Diffusion, wanted: int | None, sampling: Sampling, *, has_observer: bool) -> Guesses:
-        """Guesses for a request.
+    def of(
+        cls, backbone: Backbone, wanted: int | None, sampling: Sampling, *, block_size: int | None, has_observer: bool
+    ) -> Guesses:
+        """Guesses for a request; needs no weights.
 
         Args:
-            diffusion: the model.
+            backbone: the network.
             wanted: tokens, 0 for none, None for as many as pay.
             sampling: how to diffuse.
+            block_size: of the model.
             has_observer: whether somebody looks on.
 
         Returns:
@@ -54,8 +57,7 @@ class Guesses:
         Raises:
             ConfigError: where it could, and a number of tokens is wanted.
         """
-        backbone = diffusion.backbone
-        size = sampling.block_size or diffusion.block_size
+        size = sampling.block_size or block_size
         steps = sampling.num_inference_steps
         for is_so, reason in (
             (size != 1, "this model denoises several tokens together"),

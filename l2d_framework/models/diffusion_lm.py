@@ -107,6 +107,7 @@ class DiffusionLM(Diffusion):
         classes: Sequence[str | None] | None = None,
         guidance_scale: float | Sequence[float] | None = None,
         num_return_sequences: int = 1,
+        merge: Literal["auto", "always", "never"] = "auto",
         speculate: Literal["auto", "off"] | int = "off",
         graph: bool = True,
         **options: Any,
@@ -132,6 +133,7 @@ class DiffusionLM(Diffusion):
             classes: class label of each prompt.
             guidance_scale: scale of the guidance, for all prompts or for each.
             num_return_sequences: answers per prompt; the prompt is read once.
+            merge: fold adapters into matrices beside them: if there is memory for it, in any case, or never.
             speculate: tokens that the language model guesses ahead, to be denoised at once and kept as far as they are
                 those that would have been written one by one; `auto` for as many as pay. The answer stays the same.
             graph: let an NVIDIA GPU replay a token's evaluations from a CUDA graph, where they can be captured.
@@ -149,6 +151,7 @@ class DiffusionLM(Diffusion):
             guidance_scale=guidance_scale,
             num_return_sequences=num_return_sequences,
             seed=diffusing.pop("seed", None),
+            merge=merge,
             speculate=speculate,
             graph=graph,
         )
@@ -169,8 +172,7 @@ class DiffusionLM(Diffusion):
             guidance_scale=torch.tensor(scales, device=self.device) if isinstance(scales, list) else None,
             samples=request.num_return_sequences,
             seeds=seeds if isinstance(seeds, list) else None,
-            speculate=request.guesses,
-            graph=request.graph,
+            running=request,
         )
         decoding = Decoding(config, logits_processor or LogitsProcessorList(), criteria, streamer)
         return generate(self, requests, sampling=sampling, picking=decoding, observer=observer)
@@ -258,7 +260,7 @@ class DiffusionLM(Diffusion):
             options,
             defaults=defaults,
             vocab_size=self.backbone.vocab_size,
-            known=[*SamplingSection.model_fields, "guidance_scale", "num_return_sequences"],
+            known=[*SamplingSection.model_fields, *arguments.Request.model_fields],
         )
         is_end_chosen = "eos_token_id" in options or (
             given is not None and given.eos_token_id is not None and config.eos_token_id != defaults.eos_token_id

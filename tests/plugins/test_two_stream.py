@@ -227,8 +227,6 @@ def test_what_is_folded_changes_no_logit_and_no_weight_until_a_weight_changes(fa
         for weight in model.own_parameters().values():
             weight.mul_(1.5)
         changed = model(query).logits
-        model.backbone.merging = "never"
-        model.backbone.merge()
         fresh = diffusion_lm(family, variant=variant)
         fresh.load_state_dict(model.state_dict())
         close(changed, fresh(query).logits, 0)
@@ -248,8 +246,7 @@ def test_nothing_is_folded_where_memory_is_short_or_nobody_wants_it(monkeypatch)
     def is_folded(merging, free):
         monkeypatch.setattr("l2d_plugins.backbones.folding._free_memory", lambda device: free)
         model = diffusion_lm()
-        model.backbone.merging = merging
-        model.generate(tokens(1), max_new_tokens=1, num_inference_steps=3)
+        model.generate(tokens(1), max_new_tokens=1, num_inference_steps=3, merge=merging)
         return any(getattr(module, "folded", None) is not None for module in model.modules())
 
     assert is_folded("auto", 10**9)

@@ -25,13 +25,16 @@ PASSED = (
 )
 """Options of lm_eval's own Hugging Face model that mean the same here."""
 
+RUNNING = tuple(arguments.Running.model_fields)
+"""How to run, for `--model_args`: changes no answer but by rounding."""
+
 _OWN = ("pretrained", "base", "dtype", "revision", "scoring", "noise_samples", "pseudo_times")
 
 
 def check_model_options(options: Mapping[str, Any]) -> None:
     """Refuse unknown model arguments."""
     # The harness adds the last by itself; no code of a model folder is ever run.
-    known = (*_OWN, *PASSED, *DIFFUSING, *SEARCHING, "trust_remote_code")
+    known = (*_OWN, *RUNNING, *PASSED, *DIFFUSING, *SEARCHING, "trust_remote_code")
     for name, value in options.items():
         if name not in known:
             hint = suggest(name, known) or "."

@@ -230,9 +230,8 @@ class TwoStream(Backbone[MainContext]):
         }
 
     @override
-    def merge(self) -> None:
-        if self.merging != "never":
-            fold(self.shadows, self.lm.dtype, at_any_cost=self.merging == "always")
+    def merge(self, *, at_any_cost: bool = False) -> None:
+        fold(self.shadows, self.lm.dtype, at_any_cost=at_any_cost)
 
 
 def _target_names(layer: nn.Module, targets: tuple[str, ...] | None) -> list[str]:
