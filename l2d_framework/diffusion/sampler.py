@@ -26,51 +26,28 @@ Keys = Sequence[Sequence[tuple[int | str, ...]]]
 
 @dataclass(frozen=True)
 class Block:
-    """Tokens to denoise together.
+    """Tokens to denoise together."""
 
-    Attributes:
-        positions: their slots, (B, L), int64.
-        layout: the sequence so far, (B, S); None where it is not known, since some of it is guessed.
-        context: what the backbone remembers of it.
-        keys: name the noise of each token.
-        condition: class of each token, (B, L), int64, or None.
-        guidance_scale: scale of each token, (B, L), float32, or None.
-    """
-
-    positions: Tensor
-    layout: Layout | None
-    context: Context
+    positions: Tensor  # their slots, (B, L), int64
+    layout: Layout | None  # the sequence so far, (B, S); None where it is not known ahead
+    context: Context  # what the backbone remembers of it
     keys: Keys
-    condition: Tensor | None = None
-    guidance_scale: Tensor | None = None
+    condition: Tensor | None = None  # class of each token, (B, L), int64
+    guidance_scale: Tensor | None = None  # (B, L), float32
 
     def streams(self, purpose: str) -> TokenStreams:
-        """Random streams of the block's tokens.
-
-        Args:
-            purpose: what they are for; others are independent.
-
-        Returns:
-            The streams.
-        """
+        """Random streams of the block's tokens for one purpose."""
         return TokenStreams([[(*parts, purpose) for parts in row] for row in self.keys], self.positions.device)
 
 
 @dataclass(frozen=True)
 class Denoised:
-    """What became of a block.
+    """What became of a block."""
 
-    Attributes:
-        logits: those that yield the tokens.
-        evaluations: network evaluations spent on each token, (B, L), int64.
-        metrics: what guidance recorded, by name, (B, evaluations), float32.
-        check: raises a PluginError if guided logits were NaN, for which the host waits.
-    """
-
-    logits: Logits
-    evaluations: Tensor
-    metrics: dict[str, Tensor]
-    check: Callable[[], None] = lambda: None
+    logits: Logits  # those that yield the tokens
+    evaluations: Tensor  # of the network, spent on each token, (B, L), int64
+    metrics: dict[str, Tensor]  # what guidance recorded, by name, (B, evaluations), float32
+    check: Callable[[], None] = lambda: None  # PluginError if guided logits were NaN, for which the host waits
 
     def select(self, rows: Tensor) -> Denoised:
         """What became of some rows, (B',)."""
@@ -83,14 +60,7 @@ class Denoised:
 
 @dataclass(frozen=True)
 class Sampler:
-    """A model with the settings of a request.
-
-    Attributes:
-        diffusion: the model.
-        sampling: how to diffuse.
-        parametrization: the model's, with the request's estimate options.
-        observer: called after every network evaluation, or None.
-    """
+    """A model with the settings of a request; the parametrization has the request's estimate options."""
 
     diffusion: Diffusion
     sampling: Sampling
@@ -116,27 +86,13 @@ class Sampler:
         return plan(self.diffusion, self.sampling)
 
     def __call__(self, block: Block) -> Denoised:
-        """Solve the block, read it out, and check what guidance did.
-
-        Args:
-            block: what to denoise.
-
-        Returns:
-            Logits and what they cost.
-        """
+        """Solve the block, read it out, and check what guidance did."""
         found = self.solve(block)
         found.check()
         return found
 
     def solve(self, block: Block) -> Denoised:
-        """Solve the block and read it out; with a solver of a fixed grid, the host waits for nothing.
-
-        Args:
-            block: what to denoise.
-
-        Returns:
-            Logits and what they cost.
-        """
+        """Solve the block and read it out; with a solver of a fixed grid, the host waits for nothing."""
         diffusion, sampling, positions = self.diffusion, self.sampling, block.positions
         backbone, space = diffusion.backbone, self.parametrization
         if sampling.num_inference_steps == 0:

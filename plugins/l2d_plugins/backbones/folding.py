@@ -36,11 +36,7 @@ def _state(weights: tuple[Tensor, ...]) -> object:
 
 
 class Own(nn.Linear):
-    """A projection of the path's own, which may be trained in another type than the language model's.
-
-    Args:
-        linear: whose weights it takes over.
-    """
+    """A projection of the path's own, which may be trained in another type than the language model's."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__(linear.in_features, linear.out_features, linear.bias is not None, device="meta")

@@ -51,25 +51,11 @@ class MainContext(Context):
     tables: dict[float, Any] = field(default_factory=dict)
 
     def index(self, positions: Tensor) -> Tensor:
-        """Where in the last chunk the input just before each position stands.
-
-        Args:
-            positions: slots asked about, (B, L).
-
-        Returns:
-            (B, L), int64.
-        """
+        """Where in the last chunk the input just before each position stands, (B, L)."""
         return positions - 1 - (self.length - self.hidden.shape[1])
 
     def hidden_at(self, positions: Tensor) -> Tensor:
-        """Main hidden states from which the positions are predicted.
-
-        Args:
-            positions: slots asked about, (B, L).
-
-        Returns:
-            (B, L, H).
-        """
+        """Main hidden states from which the positions are predicted, (B, L, H)."""
         if self.hidden.shape[1] == 1:
             return self.hidden.expand(-1, positions.shape[1], -1)
         index = self.index(positions)[..., None]
@@ -177,11 +163,7 @@ def _pick(value: Any, rows: Tensor, batch: int) -> Any:
 class MainPath:
     """Runs a language model without changing it and finds the parts the diffusion path needs.
 
-    Args:
-        lm: a causal language model whose decoder has a list `layers` and one final norm.
-
-    Raises:
-        UnsupportedModelError: if the model is built otherwise or its attention kernel takes no explicit mask.
+    It is one whose decoder has a list `layers` and one final norm, and whose attention kernel takes an explicit mask.
     """
 
     def __init__(self, lm: PreTrainedModel) -> None:
@@ -215,14 +197,7 @@ class MainPath:
         )
 
     def find_branches(self) -> list[tuple[Branch, Branch]]:
-        """Residual branches of every layer, from one forward pass over two tokens.
-
-        Returns:
-            (attention, MLP) per layer.
-
-        Raises:
-            UnsupportedModelError: if the model cannot be run as transformers' decoders are.
-        """
+        """(attention, MLP) branch of every layer, from one forward pass over two tokens."""
         tokens = torch.zeros(1, 2, dtype=torch.int64, device=self.lm.device)
         with torch.no_grad():
             # Without a cache transformers looks for packed sequences, which needs values that the meta device has not.
@@ -239,14 +214,7 @@ class MainPath:
                 raise self._refusal(f"it cannot be run on two tokens ({type(error).__name__}: {error})") from error
 
     def read(self, layout: Layout) -> MainContext:
-        """Run over a batch of prompts.
-
-        Args:
-            layout: tokens and blocks, (B, S); rows padded on the left, or all rows on the right.
-
-        Returns:
-            The context.
-        """
+        """Run over a batch of prompts; rows padded on the left, or all rows on the right."""
         present = layout.present
         # Right padding is invisible to causal attention; a mask would only be in the way of faster kernels.
         left = bool((present[:, 1:] & ~present[:, :-1]).any())
@@ -254,15 +222,7 @@ class MainPath:
         return self._read(DynamicCache(), layout.tokens, present if left else None, position_ids, present.sum(-1), {})
 
     def extend(self, context: MainContext, tokens: Tensor) -> MainContext:
-        """Run over further tokens.
-
-        Args:
-            context: what came before.
-            tokens: (B, N), int64.
-
-        Returns:
-            The longer context.
-        """
+        """Run over further tokens, (B, N)."""
         if isinstance(context, FixedContext):
             return self._fill(context, tokens)
         count = tokens.shape[1]
@@ -292,15 +252,7 @@ class MainPath:
         return replace(context, hidden=hidden, kwargs=kwargs)
 
     def rewind(self, context: MainContext, counts: Tensor) -> MainContext:
-        """Take back the last tokens of every row.
-
-        Args:
-            context: what `extend` returned.
-            counts: how many tokens of each row, (B,), int64.
-
-        Returns:
-            A context to be extended before anything is asked.
-        """
+        """Take back the last tokens of every row, so many of each, (B,)."""
         least = int(counts.min())
         length, present = context.length - least, context.present
         source = torch.arange(length, device=counts.device) - (counts - least)[:, None]
@@ -371,14 +323,7 @@ class MainPath:
         return hidden[0], kwargs
 
     def self_test(self, shadows: nn.ModuleList) -> None:
-        """Replay the main path's hidden states through the shadows and require that they come out the same.
-
-        Args:
-            shadows: unmodulated shadow layers with the model's own weights.
-
-        Raises:
-            UnsupportedModelError: if a layer differs by more than rounding.
-        """
+        """Replay the main path's hidden states through bare shadows; UnsupportedModelError if they do not come out."""
         device = self.lm.device
         tokens = torch.arange(2 * _SELF_TEST_TOKENS, device=device).reshape(2, -1) % self.lm.config.vocab_size
         blocks = torch.zeros_like(tokens)
