@@ -23,7 +23,7 @@ from l2d_framework.diffusion.ode import Evaluation
 from l2d_framework.diffusion.rng import request_keys
 from l2d_framework.errors import ConfigError, DataError
 from l2d_framework.evaluation.tables import write_whole
-from l2d_framework.generation.arguments import picking, request
+from l2d_framework.generation.arguments import decoding_options, request
 from l2d_framework.generation.chat_template import check_conversation
 from l2d_framework.generation.infill import check_infilling, read_gaps
 from l2d_framework.generation.prompts import Prompt, check_length, encode_prompts, pad_left
@@ -130,7 +130,7 @@ class Session:
                 f"--temperature must be above 0, got {options['temperature']}. Leave --do-sample out for the likeliest "
                 "tokens."
             )
-        picking(options | ({"stop_strings": list(stop)} if stop else {}))
+        decoding_options(options | ({"stop_strings": list(stop)} if stop else {}))
         self.options, self.class_name, self.stop, self.samples = options, class_name, list(stop), samples
         self.model = model = UnloadedModel(path, base=base, dtype=dtype)
         settings = model.sampling({**sampling, CLASS: class_name, SCALE: guidance_scale})

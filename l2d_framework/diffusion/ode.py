@@ -58,10 +58,6 @@ class TokenODE(Problem):
 
     Tokens that a solver declares inactive are left out of the network's batch, not merely masked. State and time of the
     `query` are ignored; where a guidance asks for the layout and there is none, `NotAhead` is raised.
-
-    Attributes:
-        evaluations: network evaluations spent on each token, (B, L), int64.
-        metrics: for each name that a guidance recorded, one (B,) per evaluation.
     """
 
     def __init__(
@@ -84,10 +80,11 @@ class TokenODE(Problem):
         self._previous: Tensor | None = None
         self._rows: Tensor | None = None
         self._context = query.context
-        self._settling = None if patience is None else EarlyStop(patience, len(query.positions))
+        self._early_stop = None if patience is None else EarlyStop(patience, len(query.positions))
         self._count = 0
         self._moves: tuple[Solver, list[float], int] | None = None
         self._unsound: dict[int, Tensor] = {}
+        # Evaluations of the network spent on each token, (B, L); and by name one (B,) per evaluation.
         self.evaluations = torch.zeros_like(query.positions)
         self.metrics: dict[str, list[Tensor]] = {}
 
@@ -147,7 +144,7 @@ class TokenODE(Problem):
         if self._observer is not None:
             self._observer(Evaluation(query.positions, query.t, query.x, answer.values, ahead is None))
         self._count += 1
-        random.count(self.evaluations, None if self._settling is None else self._settling.going)
+        random.count(self.evaluations, None if self._early_stop is None else self._early_stop.going)
         estimates, memory, tokens = [], [], []
         draws = Sliced(space.branch())
         for part, logits in answer.parts():
@@ -158,12 +155,12 @@ class TokenODE(Problem):
                 memory.append(
                     logits if whole else self._parametrization.remember(logits, self._diffusion.backbone.table())
                 )
-            if self._settling is not None:
+            if self._early_stop is not None:
                 tokens.append(logits.argmax(-1))
         if memory:
             self._previous = random.keep(_joined(memory), self._previous)
-        if self._settling is not None:
-            answer = self._settling.add(answer, torch.cat(tokens, 1), is_last=ahead is None)
+        if self._early_stop is not None:
+            answer = self._early_stop.add(answer, torch.cat(tokens, 1), is_last=ahead is None)
         return answer, clean if clean is not None else _joined(estimates) if estimates else query.t.new_empty(0)
 
     def _predict(self, query: Query, space: _Space) -> tuple[Logits, Tensor | None]:

@@ -182,7 +182,9 @@ def request(**given: Any) -> Request:
         raise ConfigError("\n".join(_problems(error, given).values())) from error
 
 
-def picking(options: Mapping[str, Any], *, vocab_size: int | None = None, known: Iterable[str] = ()) -> dict[str, Any]:
+def decoding_options(
+    options: Mapping[str, Any], *, vocab_size: int | None = None, known: Iterable[str] = ()
+) -> dict[str, Any]:
     """Options of transformers' `generate` that have an effect, checked; `known`: what else may have been meant."""
     fields = [*GenerationConfig().to_dict()]
     for name, value in options.items():
@@ -195,7 +197,7 @@ def picking(options: Mapping[str, Any], *, vocab_size: int | None = None, known:
     return found
 
 
-def picking_config(
+def decoding_config(
     config: GenerationConfig | None,
     options: Mapping[str, Any],
     *,
@@ -220,7 +222,7 @@ def picking_config(
     """
     if config is not None and not isinstance(config, GenerationConfig):
         raise ConfigError(f"generation_config should be a GenerationConfig of transformers, got {config!r}.")
-    chosen = picking(options, vocab_size=vocab_size, known=known)
+    chosen = decoding_options(options, vocab_size=vocab_size, known=known)
     given, problems = _sorted_out({} if config is None else _set(config), vocab_size)
     if problems:
         raise ConfigError("generation_config: " + "\n".join(problems.values()))

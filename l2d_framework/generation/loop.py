@@ -100,7 +100,7 @@ def generate(
     requests: Requests,
     *,
     sampling: Sampling,
-    picking: Decoding,
+    decoding: Decoding,
     observer: Observer | None = None,
 ) -> Generation:
     """Answer a batch of prompts.
@@ -112,7 +112,7 @@ def generate(
         diffusion: the model.
         requests: the prompts.
         sampling: how to diffuse.
-        picking: how to pick tokens and when to stop.
+        decoding: how to pick tokens and when to stop.
         observer: called after every network evaluation.
 
     Returns:
@@ -134,8 +134,8 @@ def generate(
         has_condition=requests.classes is not None,
         is_scaled=requests.guidance_scale is not None,
     )
-    _check_requests(requests, picking)
-    loop = _Loop(diffusion, requests, sampling, picking, observer)
+    _check_requests(requests, decoding)
+    loop = _Loop(diffusion, requests, sampling, decoding, observer)
     prepared: list[Any] = []
 
     def decode(
@@ -151,14 +151,14 @@ def generate(
 
     # transformers would fill what is None from the model's configuration, also where None was asked for.
     lm: Any = copy.copy(diffusion.backbone.lm)
-    lm.generation_config = picking.config
+    lm.generation_config = decoding.config
     try:
         lm.generate(
             requests.prompts.input_ids[loop.first],
             attention_mask=loop.mask[loop.first],
-            generation_config=picking.config,
-            logits_processor=picking.processors,
-            stopping_criteria=picking.criteria,
+            generation_config=decoding.config,
+            logits_processor=decoding.processors,
+            stopping_criteria=decoding.criteria,
             custom_generate=decode,
         )
     # Nothing of this package runs in there, and only settings could be wrong.
@@ -167,7 +167,7 @@ def generate(
     return loop.run(*prepared)
 
 
-def _check_requests(requests: Requests, picking: Decoding) -> None:
+def _check_requests(requests: Requests, decoding: Decoding) -> None:
     count, keys = len(requests.prompts.input_ids), requests.prompts.keys
     if keys is not None and len(keys) == count * requests.samples:
         keys = None
@@ -175,8 +175,8 @@ def _check_requests(requests: Requests, picking: Decoding) -> None:
     for name, values in per_prompt.items():
         if values is not None and len(values) != count:
             raise ConfigError(f"{name} must name one value per prompt: got {len(values)} for {count} prompts.")
-    config = picking.config
-    if picking.streamer is not None and count * requests.samples > 1:
+    config = decoding.config
+    if decoding.streamer is not None and count * requests.samples > 1:
         raise ConfigError(f"A streamer takes one answer, got {count} prompts and {requests.samples} answers of each.")
     if config.max_new_tokens is None and not bool(requests.prompts.attention_mask.all()):
         raise ConfigError(
@@ -188,10 +188,8 @@ def _check_requests(requests: Requests, picking: Decoding) -> None:
 class _Loop:
     """State of one call of `generate`; the network sees only rows that have not ended.
 
-    Attributes:
-        ids: prompts and answers, (B, limit); rows may have come differently far, where tokens are guessed ahead.
-        ends: columns of `ids` that each row has filled.
-        path: what the backbone remembers of the rows that go on.
+    `ids` are prompts and answers, (B, limit), of which each row has filled the columns before its entry in `ends`: rows
+    come differently far where tokens are guessed ahead. `path` is what the backbone remembers of the rows that go on.
     """
 
     def __init__(
@@ -199,10 +197,10 @@ class _Loop:
         diffusion: Diffusion,
         requests: Requests,
         sampling: Sampling,
-        picking: Decoding,
+        decoding: Decoding,
         observer: Observer | None,
     ) -> None:
-        self.diffusion, self.requests, self.sampling, self.picking = diffusion, requests, sampling, picking
+        self.diffusion, self.requests, self.sampling, self.decoding = diffusion, requests, sampling, decoding
         ids, self.mask = requests.prompts.input_ids, requests.prompts.attention_mask
         prompts = [row[keep.bool()].tolist() for row, keep in zip(ids.cpu(), self.mask.cpu(), strict=True)]
         names = requests.prompts.keys or request_keys(prompts)
@@ -232,7 +230,7 @@ class _Loop:
         criteria: StoppingCriteriaList,
         config: GenerationConfig,
     ) -> Generation:
-        streamer = self.picking.streamer
+        streamer = self.decoding.streamer
         self.processors, self.criteria, self.config, self.pad = processors, criteria, config, _pad_token(config)
         count, self.width = ids.shape
         limit: int = config.max_length

@@ -175,7 +175,7 @@ class DiffusionLM(Diffusion):
             running=request,
         )
         decoding = Decoding(config, logits_processor or LogitsProcessorList(), criteria, streamer)
-        return generate(self, requests, sampling=sampling, picking=decoding, observer=observer)
+        return generate(self, requests, sampling=sampling, decoding=decoding, observer=observer)
 
     @naming_plugins()
     def infill(
@@ -255,7 +255,7 @@ class DiffusionLM(Diffusion):
     ) -> tuple[GenerationConfig, StoppingCriteriaList]:
         # Configuration with `options` applied, and criteria with stop strings among them.
         defaults, given = self.backbone.lm.generation_config, config
-        config = arguments.picking_config(
+        config = arguments.decoding_config(
             given,
             options,
             defaults=defaults,

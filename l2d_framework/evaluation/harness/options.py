@@ -95,7 +95,7 @@ def read_plan(
         decoding.pop("temperature", None)
     if decoding.get("do_sample") in (0, 1):  # as a command line may well spell it
         decoding["do_sample"] = bool(decoding["do_sample"])
-    decoding = arguments.picking(decoding, vocab_size=vocab_size)
+    decoding = arguments.decoding_options(decoding, vocab_size=vocab_size)
     return Plan(stop_strings, count, decoding, options, read_search({**(search or {}), **searching}, options.get(HINT)))
 
 
