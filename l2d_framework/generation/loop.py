@@ -6,11 +6,13 @@ import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import takewhile
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
@@ -185,6 +187,10 @@ def _check_requests(requests: Requests, decoding: Decoding) -> None:
         )
 
 
+_SHARED = 32
+"""Fewest tokens that are worth being read apart, where all prompts begin with them."""
+
+
 class _Loop:
     """State of one call of `generate`; the network sees only rows that have not ended.
 
@@ -202,15 +208,15 @@ class _Loop:
     ) -> None:
         self.diffusion, self.requests, self.sampling, self.decoding = diffusion, requests, sampling, decoding
         ids, self.mask = requests.prompts.input_ids, requests.prompts.attention_mask
-        prompts = [row[keep.bool()].tolist() for row, keep in zip(ids.cpu(), self.mask.cpu(), strict=True)]
-        names = requests.prompts.keys or request_keys(prompts)
+        self.prompts = [row[keep.bool()].tolist() for row, keep in zip(ids.cpu(), self.mask.cpu(), strict=True)]
+        names = requests.prompts.keys or request_keys(self.prompts)
         repeat = partial(torch.repeat_interleave, repeats=requests.samples, dim=0)
         self.first = repeat(torch.arange(len(ids), device=ids.device))
         if len(names) == len(self.first):
             self.keys = [(name, 0) for name in names]
         else:
             self.keys = [(names[int(row)], sample % requests.samples) for sample, row in enumerate(self.first)]
-        self.real = [len(prompts[int(row)]) for row in self.first]
+        self.real = [len(self.prompts[int(row)]) for row in self.first]
         self.classes = None if requests.classes is None else repeat(requests.classes)
         self.scales = None if requests.guidance_scale is None else repeat(requests.guidance_scale)
         self.denoise = Sampler.of(diffusion, sampling, observer, merge=requests.running.merge)
@@ -240,8 +246,8 @@ class _Loop:
         size = self.sampling.block_size or self.diffusion.block_size or limit
         is_graphed = self.requests.running.graph and size == 1 and self._is_steady
         # The backbone has read the columns before `ends`, less those that are pending, into its first `slots`.
-        rows, pending = list(range(count)), ids[:, :0]
-        self.path = Rows(self.denoise, self._read(), self.width)
+        rows = list(range(count))
+        self.path, pending = self._read(ids)
         if streamer is not None:
             streamer.put(ids.cpu())
         while rows:
@@ -301,14 +307,43 @@ class _Loop:
             or sampling.num_inference_steps == 0
         )
 
-    def _read(self) -> Context:
-        prompts = self.requests.prompts
+    def _read(self, ids: Tensor) -> tuple[Rows, Tensor]:
+        """The prompts as the backbone has read them, and their last tokens that it has not, (B, n)."""
+        prompts, backbone = self.requests.prompts, self.diffusion.backbone
         context: Context = prompts.context
+        if context is None and (shared := self._shared()):
+            return self._read_apart(shared)
         if context is None:
-            context = self.diffusion.backbone.read(Layout(prompts.input_ids, torch.where(self.mask.bool(), 0, -1)))
+            context = backbone.read(Layout(prompts.input_ids, torch.where(self.mask.bool(), 0, -1)))
         if prompts.context is not None or len(self.first) > len(prompts.input_ids):
             context = context.select(self.first)
-        return context
+        return Rows(self.denoise, context, self.width), ids[:, :0]
+
+    def _shared(self) -> list[int]:
+        """Tokens with which all prompts begin, without their last; none where reading them once saves little."""
+        if not self.diffusion.backbone.rewinds or len(self.prompts) == 1:
+            return []
+        low, high = min(self.prompts), max(self.prompts)
+        shared = [a for a, _ in takewhile(lambda pair: pair[0] == pair[1], zip(low[:-1], high[:-1], strict=False))]
+        rest = sum(map(len, self.prompts)) - len(shared) * len(self.prompts)
+        return shared if len(shared) >= _SHARED and len(shared) > rest / len(self.prompts) / 4 else []
+
+    def _read_apart(self, shared: list[int]) -> tuple[Rows, Tensor]:
+        """Prompts whose first tokens are read once for all of them."""
+        device = self.mask.device
+        rests = [torch.tensor(prompt[len(shared) : -1]) for prompt in self.prompts]
+        rest = pad_sequence(rests, batch_first=True).to(device)
+        everyone = torch.zeros(len(rests), dtype=torch.int64, device=device)
+        known = torch.tensor([shared], device=device)
+        path = Rows(self.denoise, self.diffusion.backbone.read(Layout(known, torch.zeros_like(known))), len(shared))
+        path.keep(everyone)
+        path.extend(rest)
+        missing = torch.tensor([rest.shape[1] - len(tokens) for tokens in rests], device=device)
+        if bool(missing.any()):
+            path.rewind(missing)
+        if len(self.first) > len(rests):
+            path.keep(self.first)
+        return path, self.ids[:, self.width - 1 : self.width]
 
     def _columns(self, rows: list[int], count: int) -> Tensor:
         """Columns of the next `count` tokens of each row, or of the last ones where it is negative, (B', |count|)."""
