@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import transformers
 
-TESTED = ("5.18.0", "5.24.0")
+TESTED = ("5.17.0", "5.24.0")
 """Oldest and newest release of transformers that the suite was run with."""
 
 

@@ -480,10 +480,10 @@ def test_a_served_family_that_fails_blames_the_installed_release(tiny_lm, monkey
     monkeypatch.setattr("transformers.__version__", installed)
     message = refusal(change(tiny_lm()))
     assert failed in message
-    assert f"'llama' is served with transformers 5.18.0 to 5.24.0; {installed} is installed" in message
+    assert f"'llama' is served with transformers 5.17.0 to 5.24.0; {installed} is installed" in message
     assert "another family" not in message
     tested = installed.startswith("5.24")
-    assert message.endswith("Load it unchanged." if tested else "Run: pip install 'transformers>=5.18.0,<=5.24.0'")
+    assert message.endswith("Load it unchanged." if tested else "Run: pip install 'transformers>=5.17.0,<=5.24.0'")
 
 
 def test_a_family_that_is_not_served_is_never_told_to_choose_itself():
