@@ -176,7 +176,7 @@ def test_config_check_reads_a_gguf_base(packed, tmp_path):
 
 
 def test_a_release_that_loses_the_control_tokens_of_a_file_is_refused_by_name(tmp_path, monkeypatch):
-    monkeypatch.setattr(transformers, "__version__", "5.17.0")
+    monkeypatch.setattr("l2d_framework.base_model.transformers.__version__", "5.17.0")
     (tmp_path / "tiny.gguf").write_bytes(b"GGUF")
     with pytest.raises(ConfigError, match=r"transformers 5.17.0 loses the control tokens of GGUF files"):
         locate(section(tmp_path))
