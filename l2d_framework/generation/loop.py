@@ -17,15 +17,15 @@ from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
 from l2d_framework.diffusion.diffusion import Diffusion
-from l2d_framework.diffusion.logits import Logits
 from l2d_framework.diffusion.ode import NotAhead, Observer
-from l2d_framework.diffusion.rng import TokenStreams, categorical, request_keys
+from l2d_framework.diffusion.rng import TokenStreams, request_keys
 from l2d_framework.diffusion.sampler import Block, Keys, Sampler
 from l2d_framework.diffusion.sampling import Sampling, check_block_size, check_sampling
 from l2d_framework.errors import ConfigError
 from l2d_framework.generation.arguments import Running
 from l2d_framework.generation.prompts import Encoded
 from l2d_framework.generation.replay import Replayed, Rows
+from l2d_framework.generation.sequences import Sequences
 from l2d_framework.generation.speculation import Guesses
 from l2d_framework.types import Context, Layout
 
@@ -194,8 +194,7 @@ _SHARED = 32
 class _Loop:
     """State of one call of `generate`; the network sees only rows that have not ended.
 
-    `ids` are prompts and answers, (B, limit), of which each row has filled the columns before its entry in `ends`: rows
-    come differently far where tokens are guessed ahead. `path` is what the backbone remembers of the rows that go on.
+    `texts` are prompts and answers; `path` is what the backbone remembers of them, for the rows that go on.
     """
 
     def __init__(
@@ -236,27 +235,23 @@ class _Loop:
         criteria: StoppingCriteriaList,
         config: GenerationConfig,
     ) -> Generation:
-        streamer = self.decoding.streamer
-        self.processors, self.criteria, self.config, self.pad = processors, criteria, config, _pad_token(config)
-        count, self.width = ids.shape
-        limit: int = config.max_length
-        self.ids = functional.pad(ids, (0, limit - self.width), value=self.pad)
-        cost, kept = torch.zeros_like(self.ids), torch.zeros_like(self.ids)
-        self.ends, reached = [self.width] * count, self.width
-        size = self.sampling.block_size or self.diffusion.block_size or limit
+        streamer, count, width = self.decoding.streamer, *ids.shape
+        self.texts = texts = Sequences(ids, processors, criteria, config)
+        cost, kept = torch.zeros_like(texts.ids), torch.zeros_like(texts.ids)
+        size = self.sampling.block_size or self.diffusion.block_size or texts.limit
         is_graphed = self.requests.running.graph and size == 1 and self._is_steady
-        # The backbone has read the columns before `ends`, less those that are pending, into its first `slots`.
-        rows = list(range(count))
+        # The backbone has read what is before `ends`, less the tokens that are pending.
+        rows, reached = list(range(count)), width
         self.path, pending = self._read(ids)
         if streamer is not None:
             streamer.put(ids.cpu())
         while rows:
-            room = limit - max(self.ends[row] for row in rows)
+            room = texts.limit - max(texts.ends[row] for row in rows)
             ahead = self.guesses.count(room - 1) if pending.shape[1] == 1 else 0
             length = ahead + 1 if ahead else min(size, room)
             keys = self._keys(rows, length)
-            self.numbers = _uniform(keys, ids.device) if config.do_sample else None
-            new = self._look_ahead(pending, rows, ahead) if ahead else pending
+            numbers = _uniform(keys, ids.device) if config.do_sample else None
+            new = self._look_ahead(pending, rows, ahead, numbers) if ahead else pending
             try:
                 found = self.path.denoise(new, partial(self._block, rows, keys, ahead))
             except NotAhead:
@@ -264,15 +259,15 @@ class _Loop:
                 self.path.rewind(torch.full((len(rows),), ahead + 1, device=ids.device))
                 continue
             self._keep_metrics(found.metrics, rows, count)
-            taken, going = self._pick(found.logits, rows, new[:, pending.shape[1] :])
-            places = torch.tensor(rows, device=ids.device)[:, None], self._columns(rows, taken.shape[1])
+            taken, going = texts.pick(found.logits, rows, numbers, new[:, pending.shape[1] :])
+            places = texts.places(rows, taken.shape[1])
             cost[places], kept[places] = found.evaluations[:, : taken.shape[1]] * taken, taken.long()
             written = taken.sum(1).tolist() if ahead else [length] * len(rows)
             if streamer is not None:
-                streamer.put(self.ids[0, self.ends[0] : self.ends[0] + written[0]].cpu())
+                streamer.put(texts.ids[0, texts.ends[0] : texts.ends[0] + written[0]].cpu())
             for row, more in zip(rows, written, strict=True):
-                self.ends[row] += more
-            reached = max(reached, *(self.ends[row] for row in rows))
+                texts.ends[row] += more
+            reached = max(reached, *(texts.ends[row] for row in rows))
             still = [number for number, goes in enumerate(going.tolist()) if goes]
             if ahead:
                 self.guesses.learn(ahead, [written[number] - 1 for number in still])
@@ -283,17 +278,14 @@ class _Loop:
             if any(wrong):
                 self.path.rewind(torch.tensor(wrong, device=ids.device))
             if rows:
-                pending = self.ids[
-                    torch.tensor(rows, device=ids.device)[:, None], self._columns(rows, -1 if ahead else -length)
-                ]
+                pending = texts.ids[texts.places(rows, -1 if ahead else -length)]
             if is_graphed and type(self.path) is Rows and rows:
-                self.path = Replayed.of(self.path, limit)
+                self.path = Replayed.of(self.path, texts.limit)
         if streamer is not None:
             streamer.end()
         metrics = {name: torch.cat([part[name] for part in self.metrics], 1) for name in next(iter(self.metrics), {})}
-        answers = slice(self.width, reached)
         guesses = self.guesses.made, self.guesses.right
-        return Generation(self.ids[:, :reached], cost[:, answers], kept.sum(1), self.width, metrics, guesses)
+        return Generation(texts.ids[:, :reached], cost[:, width:reached], kept.sum(1), width, metrics, guesses)
 
     @property
     def _is_steady(self) -> bool:
@@ -312,12 +304,12 @@ class _Loop:
         prompts, backbone = self.requests.prompts, self.diffusion.backbone
         context: Context = prompts.context
         if context is None and (shared := self._shared()):
-            return self._read_apart(shared)
+            return self._read_apart(shared), ids[:, -1:]
         if context is None:
             context = backbone.read(Layout(prompts.input_ids, torch.where(self.mask.bool(), 0, -1)))
         if prompts.context is not None or len(self.first) > len(prompts.input_ids):
             context = context.select(self.first)
-        return Rows(self.denoise, context, self.width), ids[:, :0]
+        return Rows(self.denoise, context, ids.shape[1]), ids[:, :0]
 
     def _shared(self) -> list[int]:
         """Tokens with which all prompts begin, without their last; none where reading them once saves little."""
@@ -328,8 +320,8 @@ class _Loop:
         rest = sum(map(len, self.prompts)) - len(shared) * len(self.prompts)
         return shared if len(shared) >= _SHARED and len(shared) > rest / len(self.prompts) / 4 else []
 
-    def _read_apart(self, shared: list[int]) -> tuple[Rows, Tensor]:
-        """Prompts whose first tokens are read once for all of them."""
+    def _read_apart(self, shared: list[int]) -> Rows:
+        """All but the last tokens of prompts whose first ones are read once for all of them."""
         device = self.mask.device
         rests = [torch.tensor(prompt[len(shared) : -1]) for prompt in self.prompts]
         rest = pad_sequence(rests, batch_first=True).to(device)
@@ -343,12 +335,7 @@ class _Loop:
             path.rewind(missing)
         if len(self.first) > len(rests):
             path.keep(self.first)
-        return path, self.ids[:, self.width - 1 : self.width]
-
-    def _columns(self, rows: list[int], count: int) -> Tensor:
-        """Columns of the next `count` tokens of each row, or of the last ones where it is negative, (B', |count|)."""
-        ends = torch.tensor([self.ends[row] for row in rows], device=self.ids.device)
-        return ends[:, None] + torch.arange(min(count, 0), max(count, 0), device=self.ids.device)
+        return path
 
     def _keys(self, rows: list[int], count: int) -> list[list[tuple[int | str, ...]]]:
         """What names the noise of the next `count` tokens of each row."""
@@ -356,7 +343,7 @@ class _Loop:
         for row in rows:
             request, sample = self.keys[row]
             seed = self.sampling.seed if self.requests.seeds is None else self.requests.seeds[int(self.first[row])]
-            first = self.real[row] + self.ends[row] - self.width
+            first = self.real[row] + self.texts.ends[row] - self.texts.width
             keys.append([(seed, request, first + i, sample) for i in range(count)])
         return keys
 
@@ -364,7 +351,7 @@ class _Loop:
         count = len(keys[0])
         first = self.path.slots - ahead
         return Block(
-            positions=torch.arange(first, first + count, device=self.ids.device).expand(len(rows), -1),
+            positions=torch.arange(first, first + count, device=self.mask.device).expand(len(rows), -1),
             layout=None if ahead else self._layout(rows),
             context=self.path.context,
             keys=keys,
@@ -374,10 +361,10 @@ class _Loop:
 
     def _layout(self, rows: list[int]) -> Layout:
         """The tokens in the backbone's slots."""
-        columns = self._columns(rows, -self.path.slots)
-        places = torch.tensor(rows, device=self.ids.device)[:, None], columns.clamp_min(0)
-        present = functional.pad(self.mask[self.first], (0, self.ids.shape[1] - self.width), value=1)
-        return Layout(self.ids[places], torch.where(columns < 0, -1, present[places].long() - 1))
+        numbers, columns = self.texts.places(rows, -self.path.slots)
+        places = numbers, columns.clamp_min(0)
+        present = functional.pad(self.mask[self.first], (0, self.texts.limit - self.texts.width), value=1)
+        return Layout(self.texts.ids[places], torch.where(columns < 0, -1, present[places].long() - 1))
 
     def _keep_metrics(self, metrics: dict[str, Tensor], rows: list[int], count: int) -> None:
         whole = {name: values.new_full((count, values.shape[1]), torch.nan) for name, values in metrics.items()}
@@ -385,74 +372,18 @@ class _Loop:
             whole[name][rows] = values
         self.metrics.append(whole)
 
-    def _look_ahead(self, pending: Tensor, rows: list[int], count: int) -> Tensor:
+    def _look_ahead(self, pending: Tensor, rows: list[int], count: int, numbers: Tensor | None) -> Tensor:
         """What is pending, and what the language model alone writes behind it; nothing of it is read for good."""
         backbone, known = self.diffusion.backbone, pending
-        everyone = torch.ones(len(rows), dtype=torch.bool, device=self.ids.device)
         for i in range(count):
             self.path.extend(known[:, -1:])
             slot = torch.full_like(pending, self.path.slots)
             logits = backbone.head(backbone.plain(slot, self.path.context)).float()[:, 0]
-            known = torch.cat([known, self._write(logits, rows, i, everyone)[0][:, None]], 1)
-        self.ids[torch.tensor(rows, device=self.ids.device)[:, None], self._columns(rows, count)] = self.pad
-        self.path.rewind(torch.full((len(rows),), count, device=self.ids.device))
+            tokens, _ = self.texts.write(logits, rows, i, None if numbers is None else numbers[:, i])
+            known = torch.cat([known, tokens[:, None]], 1)
+        self.texts.forget(rows, count)
+        self.path.rewind(torch.full((len(rows),), count, device=pending.device))
         return known
-
-    def _pick(self, logits: Logits, rows: list[int], guessed: Tensor) -> tuple[Tensor, Tensor]:
-        """Write the tokens of a block as far as they are those guessed, and the first that is another.
-
-        Returns:
-            Which tokens of each row are written, (B', n), bool, n at most L, and which rows go on, (B',), bool.
-        """
-        goes = torch.ones(len(rows), dtype=torch.bool, device=self.ids.device)
-        ended, taken = ~goes, []
-        for i, column in enumerate(logits.columns()):
-            tokens, whole = self._write(column, rows, i, goes)
-            taken.append(goes)
-            stops = goes & self._stops(rows, i, whole)
-            ended, goes = ended | stops, goes & ~stops
-            if i < guessed.shape[1]:
-                goes = goes & (tokens == guessed[:, i])
-                if not goes.any():
-                    break
-        return torch.stack(taken, 1), ~ended
-
-    def _write(self, logits: Tensor, rows: list[int], offset: int, goes: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Write a token of each row that goes on, `offset` columns after its end.
-
-        Processors and criteria always see the whole batch, since transformers makes some of them for its rows; where
-        rows have come differently far, they see it as it was when it ended where each of them does.
-
-        Returns:
-            The tokens, (B',), and the scores of the whole batch as seen by each group of rows that end alike.
-        """
-        tokens, scores = torch.empty(len(rows), dtype=torch.int64, device=logits.device), []
-        for end, members in self._groups(rows).items():
-            there = [rows[member] for member in members]
-            whole = logits.new_zeros(len(self.ids), logits.shape[-1])
-            whole[there] = logits[members]
-            whole = self.processors(self.ids[:, : end + offset], whole)  # type: ignore[arg-type]  # LongTensor
-            scores.append(whole)
-            if self.numbers is None:
-                tokens[members] = whole[there].argmax(-1)
-            else:
-                tokens[members] = categorical(whole[there].softmax(-1), self.numbers[members, offset])
-            self.ids[there, end + offset] = torch.where(goes[members], tokens[members], self.pad)
-        return tokens, scores
-
-    def _stops(self, rows: list[int], offset: int, scores: list[Tensor]) -> Tensor:
-        stops = torch.zeros(len(rows), dtype=torch.bool, device=self.ids.device)
-        for (end, members), whole in zip(self._groups(rows).items(), scores, strict=True):
-            there = [rows[member] for member in members]
-            stops[members] = self.criteria(self.ids[:, : end + offset + 1], whole)[there]
-        return stops
-
-    def _groups(self, rows: list[int]) -> dict[int, list[int]]:
-        """Numbers within `rows` by where the row ends."""
-        groups: dict[int, list[int]] = {}
-        for number, row in enumerate(rows):
-            groups.setdefault(self.ends[row], []).append(number)
-        return groups
 
 
 def _uniform(keys: Keys, device: torch.device) -> Tensor:
@@ -462,11 +393,3 @@ def _uniform(keys: Keys, device: torch.device) -> Tensor:
 
 def _per_token(values: Tensor | None, rows: list[int], count: int) -> Tensor | None:
     return None if values is None else values[rows][:, None].expand(-1, count)
-
-
-def _pad_token(config: GenerationConfig) -> int:
-    """The pad token, or the end token where a model has none, as transformers does."""
-    if config.pad_token_id is not None:
-        return int(config.pad_token_id)
-    ends = config.eos_token_id
-    return int(ends[0] if isinstance(ends, list) else ends or 0)
