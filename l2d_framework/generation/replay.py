@@ -86,7 +86,8 @@ class CudaGraph:
         """Do the work."""
         if self._graph is None:
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
+            # Other threads may well ask for memory meanwhile.
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 self._made = work()
             self._graph = graph
         self._graph.replay()
