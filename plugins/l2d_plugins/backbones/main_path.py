@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+import transformers
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedModel
 from typing_extensions import override
 
 from l2d_framework.errors import UnsupportedModelError
@@ -16,6 +16,9 @@ from l2d_plugins.backbones.branches import Branch, find_branches, is_norm
 from l2d_plugins.backbones.shadow import MainKeys, gather_kwargs
 from l2d_plugins.families import advice
 from l2d_plugins.twins import Head, StandIn, cache_name, private
+
+if TYPE_CHECKING:
+    from transformers import DynamicCache, PreTrainedModel
 
 PROVEN = ("llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3_text", "smollm3", "phi3", "olmo2")
 """Families that are promised to be served."""
@@ -75,7 +78,7 @@ class MainContext(Context):
     @override
     def select(self, rows: Tensor) -> MainContext:
         batch = self.hidden.shape[0]
-        cache = DynamicCache()
+        cache = transformers.DynamicCache()
         layers: list[Any] = self.cache.layers
         for number, layer in enumerate(layers):
             cache.update(layer.keys[rows], layer.values[rows], number)
@@ -151,7 +154,7 @@ class MainPath:
         tokens = torch.zeros(1, 2, dtype=torch.int64, device=self.lm.device)
         with torch.no_grad():
             # Without a cache transformers looks for packed sequences, which needs values that the meta device has not.
-            cache = DynamicCache()
+            cache = transformers.DynamicCache()
             try:
                 return find_branches(
                     self.layers,
@@ -176,7 +179,7 @@ class MainPath:
         # Right padding is invisible to causal attention; a mask would only be in the way of faster kernels.
         left = bool((present[:, 1:] & ~present[:, :-1]).any())
         position_ids = (present.cumsum(-1) - 1).clamp_min(0)
-        return self._run(DynamicCache(), layout.tokens, present if left else None, position_ids, present.sum(-1), {})
+        return self._run(transformers.DynamicCache(), layout.tokens, present if left else None, position_ids, present.sum(-1), {})
 
     def extend(self, context: MainContext, tokens: Tensor) -> MainContext:
         """Run over further tokens.
