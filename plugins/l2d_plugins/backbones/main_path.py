@@ -179,7 +179,9 @@ class MainPath:
         # Right padding is invisible to causal attention; a mask would only be in the way of faster kernels.
         left = bool((present[:, 1:] & ~present[:, :-1]).any())
         position_ids = (present.cumsum(-1) - 1).clamp_min(0)
-        return self._run(transformers.DynamicCache(), layout.tokens, present if left else None, position_ids, present.sum(-1), {})
+        return self._run(
+            transformers.DynamicCache(), layout.tokens, present if left else None, position_ids, present.sum(-1), {}
+        )
 
     def extend(self, context: MainContext, tokens: Tensor) -> MainContext:
         """Run over further tokens.
