@@ -81,7 +81,7 @@ class Instant:
 
     Args:
         part: the part.
-        answers: what some of its methods return, by name; of a call under `__call__`.
+        **answers: what some of its methods return, by name; of a call under `__call__`.
     """
 
     def __init__(self, part: Any, **answers: Any) -> None:

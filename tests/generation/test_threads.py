@@ -19,7 +19,6 @@ from l2d_framework.generation.prompts import Encoded, pad_left
 from l2d_framework.models.diffusion_lm import DiffusionLM
 from l2d_framework.registry import catalog
 from l2d_framework.tracing import Recorder
-from l2d_plugins.guidance import reward_network
 from l2d_plugins.guidance.classifier_free import ClassifierFree
 from l2d_plugins.guidance.reward_gradient import RewardGradient
 
