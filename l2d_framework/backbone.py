@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self
 
 from pydantic import Field
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 from typing_extensions import TypeVar
 
 from l2d_framework.component import Component
 from l2d_framework.types import Context, Layout
 
 if TYPE_CHECKING:
-    from peft import PeftConfig  # takes seconds to import
+    from peft import PeftConfig  # takes seconds to import, as does the next
+    from transformers import PreTrainedModel
 
 C = TypeVar("C", bound=Context, default=Any)
 """What a backbone remembers; a `Backbone` without it is one whose contexts are nobody else's business."""

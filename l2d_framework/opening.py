@@ -6,13 +6,16 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+import transformers
 from safetensors import safe_open
-from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from l2d_framework.errors import CheckpointError, L2DError
+
+if TYPE_CHECKING:  # models take seconds to import, and listing plugins needs none
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 _ATTENTION = (None, "eager", "sdpa")
 """What a config.json may choose; other names may stand for code on the hub."""
@@ -64,13 +67,13 @@ def _is_damaged(path: Path) -> bool:
 def open_config(source: str | Path, **options: Any) -> PreTrainedConfig:
     """Config of a model."""
     with reading(f"the {options.get('gguf_file') or 'config.json'} of {str(source)!r}", source):
-        return _safe(AutoConfig.from_pretrained(source, trust_remote_code=False, **options), source)
+        return _safe(transformers.AutoConfig.from_pretrained(source, trust_remote_code=False, **options), source)
 
 
 def make_config(source: str | Path, fields: dict[str, Any]) -> PreTrainedConfig:
     """Config of a model whose fields have been read already."""
     with reading(f"the config of {str(source)!r}"):
-        return _safe(AutoConfig.for_model(**fields), source)
+        return _safe(transformers.AutoConfig.for_model(**fields), source)
 
 
 def _safe(config: PreTrainedConfig, source: str | Path) -> PreTrainedConfig:
@@ -109,7 +112,7 @@ def open_model(
 def new_model(kind: Any, config: PreTrainedConfig, **options: Any) -> PreTrainedModel:
     """A model with new weights, or on the meta device none."""
     with reading(f"the config of {config.name_or_path!r}"):
-        if isinstance(kind, type) and issubclass(kind, PreTrainedModel):
+        if isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel):
             return kind._from_config(config, **options)  # type: ignore[no-any-return]
         return kind.from_config(config, trust_remote_code=False, **options)  # type: ignore[no-any-return]
 
@@ -117,7 +120,7 @@ def new_model(kind: Any, config: PreTrainedConfig, **options: Any) -> PreTrained
 def open_tokenizer(source: str | Path, **options: Any) -> PreTrainedTokenizerBase:
     """Tokenizer of a model."""
     with reading(f"the tokenizer of {str(source)!r}", source):
-        return AutoTokenizer.from_pretrained(source, trust_remote_code=False, **options)
+        return transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=False, **options)
 
 
 def open_adapter(lm: PreTrainedModel, folder: Path) -> Any:

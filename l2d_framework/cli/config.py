@@ -26,12 +26,14 @@ def check(
 ) -> None:
     """Check everything about a run that can be checked before weights are loaded."""
     from l2d_framework.config import check_runs, config_hash, load_run, resolved_json
-    from l2d_framework.training.run import check_rows
 
     runs = load_run(run_file, overrides)
     check_runs(runs)
-    for note in check_rows(runs):
-        typer.echo(note, err=True)
+    if any(run.data is not None for run in runs):
+        from l2d_framework.training.run import check_rows  # datasets and the Trainer take seconds
+
+        for note in check_rows(runs):
+            typer.echo(note, err=True)
     for run in runs:
         if resolved:
             typer.echo(resolved_json(run), nl=False)

@@ -11,7 +11,6 @@ import typer
 
 from l2d_framework.cli import common
 from l2d_framework.errors import ConfigError
-from l2d_framework.evaluation.diagnosis.report import draw, sentences, table
 
 if TYPE_CHECKING:
     from l2d_framework.evaluation.diagnosis.diagnose import Settings
@@ -72,6 +71,7 @@ def diagnose(
 
     from l2d_framework.evaluation.diagnosis.diagnose import diagnose as run
     from l2d_framework.evaluation.diagnosis.diagnose import time_grid
+    from l2d_framework.evaluation.diagnosis.report import draw, sentences, table
 
     lm = source.load(where)
     settings = replace(settings, times=time_grid(lm.schedule, times))

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from transformers import CONFIG_MAPPING, MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, AutoModelForCausalLM
-from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
 from l2d_framework.backbone import Backbone
 from l2d_framework.base_model import (
@@ -90,6 +89,14 @@ def _check_source(where: str, source: RowSource) -> None:
 
 
 def _check_trackers(names: Sequence[str]) -> None:
+    if not names:
+        return
+    # Imports peft and looks for every tracker, which takes seconds.
+    from transformers.integrations.integration_utils import (
+        INTEGRATION_TO_CALLBACK,
+        get_available_reporting_integrations,
+    )
+
     for name in names:
         if name not in INTEGRATION_TO_CALLBACK:
             known = ", ".join(INTEGRATION_TO_CALLBACK)

@@ -243,6 +243,7 @@ def load(
     dtype: str | torch.dtype | None = None,
     device: str | torch.device | None = None,
     revision: str | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> DiffusionLM:
     """Load a checkpoint; its base model is named in the manifest and must have the recorded fingerprint.
 
@@ -252,6 +253,7 @@ def load(
         dtype: of the weights; the run file's when None.
         device: where to put the model; the CPU when None.
         revision: of a hub checkpoint.
+        tokenizer: the base model's, where it has been read already; a large vocabulary takes most of a second.
 
     Returns:
         The model in evaluation mode. Its own weights have the type they are trained in, whatever the files' type, so
@@ -280,7 +282,7 @@ def load(
     _load_own(model, folder)
     recorded = manifest["model"] and validated(ModelSection, manifest["model"], "model")
     model.origin = recorded_origin(manifest, recorded if is_inside else reference, here)
-    model.tokenizer = load_tokenizer(reference)
+    model.tokenizer = tokenizer or load_tokenizer(reference)
     return model.to(device or "cpu").eval()
 
 

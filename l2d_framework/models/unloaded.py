@@ -130,7 +130,14 @@ class UnloadedModel:
         """Load the weights."""
         if self._run is not None:
             return build_model(self._run).to(device).eval()
-        return load(self.path, base=self.base, dtype=self.dtype, device=device, revision=self.revision)
+        return load(
+            self.path,
+            base=self.base,
+            dtype=self.dtype,
+            device=device,
+            revision=self.revision,
+            tokenizer=self.tokenizer,
+        )
 
     def identity(self) -> dict[str, Any]:
         """What tells this model from others, JSON-ready: fingerprints, components, versions of package and plugins."""

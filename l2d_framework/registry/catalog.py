@@ -83,11 +83,13 @@ class Registry:
         listed = os.environ.get(ALLOW_LIST)
         allowed = None if listed is None else {name.strip() for name in listed.split(",")} - {""}
         installed = metadata.entry_points(group=group) if entry_points is None else entry_points
-        elsewhere = {entry.name for entry in metadata.entry_points(group=EXTENSIONS if group == GROUP else GROUP)}
         # The built-in ones first, before anybody else's code has run.
         for entry_point in sorted(installed, key=lambda entry: not _is_builtin(source_of(entry))):
             registry._add(entry_point, allowed, group)
-        for name in sorted((allowed or set()) - registry._loaded - set(registry.broken) - elsewhere):
+        missing = (allowed or set()) - registry._loaded - set(registry.broken)
+        if missing:  # else every start would read what is installed once more
+            missing -= {entry.name for entry in metadata.entry_points(group=EXTENSIONS if group == GROUP else GROUP)}
+        for name in sorted(missing):
             error = f"{ALLOW_LIST} names it, but no installed distribution has such an entry point."
             registry.broken[name] = BrokenPlugin("not installed", "", error)
         return registry

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import transformers
-
 TESTED = ("5.17.0", "5.24.0")
 """Oldest and newest release of transformers that the suite was run with."""
 
@@ -16,6 +14,8 @@ def advice(family: str, proven: Sequence[str]) -> str:
         stem = family.partition("_")[0]
         others = [name for name in proven if name.partition("_")[0] != stem]
         return f"Choose a model of another family, such as {', '.join(others)}."
+    import transformers  # whose module may be another by now: it starts twice when a model is imported by its full name
+
     oldest, newest = TESTED
     installed = transformers.__version__
     served = f"Family {family!r} is served with transformers {oldest} to {newest}; {installed} is installed"

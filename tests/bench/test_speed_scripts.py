@@ -9,6 +9,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 from rich.console import Console
 from tiny_models import tiny_lm, tiny_tokenizer
 
@@ -26,6 +27,12 @@ def speed() -> Iterator[ModuleType]:
 @pytest.fixture(scope="module")
 def speed_tess(speed: ModuleType) -> Iterator[ModuleType]:
     yield from _script("tess")
+
+
+@pytest.fixture(scope="module")
+def overhead() -> Iterator[ModuleType]:
+    for _ in _script("blocks"):
+        yield from _script("overhead")
 
 
 def _script(name: str) -> Iterator[ModuleType]:
@@ -186,3 +193,18 @@ def test_a_step_is_measured_with_all_or_some_of_the_canvas_noised(speed_tess):
 def test_memory_is_that_of_a_generation_of_the_wanted_length(speed_tess):
     lm = speed_tess.model({**speed_tess.SHAPE, **TINY})
     assert len(speed_tess.generate(lm, 5, "argmax", steps=2)) == 5
+
+
+def test_the_kernel_is_measured_without_the_network_and_as_a_share_of_an_evaluation(overhead, monkeypatch):
+    cases = overhead.Cases(overhead.SHAPES["tiny"], torch.device("cpu"))
+    work = cases.all()
+    calls = []
+    monkeypatch.setattr(cases.lm.backbone, "features", lambda *_, **__: calls.append(1) or torch.ones(1, 1, 32))
+    for name, case in work.items():
+        with torch.no_grad():
+            case()
+        assert len(calls) == 1, name  # the evaluation, which is first
+    rows = overhead.compare(overhead.SHAPES["tiny"], torch.device("cpu"), rounds=1, evaluations=1)
+    assert list(rows) == list(work)
+    assert rows[overhead.EVALUATION]["share"] == 1
+    assert all(row["seconds"] >= 0 for row in rows.values())

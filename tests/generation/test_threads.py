@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from diffusion_models import diffusion_lm, random_tokens, tess_lm
 from tiny_models import SIZES, tiny_lm, tiny_tokenizer
 from transformers import LlamaConfig, LlamaForSequenceClassification, PreTrainedModel
@@ -18,7 +19,6 @@ from l2d_framework.generation.prompts import Encoded, pad_left
 from l2d_framework.models.diffusion_lm import DiffusionLM
 from l2d_framework.registry import catalog
 from l2d_framework.tracing import Recorder
-from l2d_plugins.guidance import reward_network
 from l2d_plugins.guidance.classifier_free import ClassifierFree
 from l2d_plugins.guidance.reward_gradient import RewardGradient
 
@@ -122,9 +122,9 @@ def test_eight_threads_give_the_sequential_answers(kind):
 def test_threads_with_reward_guidance_load_one_reward_model_and_give_the_sequential_rewards(tmp_path, monkeypatch):
     LlamaForSequenceClassification(LlamaConfig(**SIZES, num_labels=1)).save_pretrained(tmp_path)
     tiny_tokenizer().save_pretrained(tmp_path)
-    loaded, load = [], reward_network.AutoModelForSequenceClassification.from_pretrained
+    loaded, load = [], transformers.AutoModelForSequenceClassification.from_pretrained
     monkeypatch.setattr(
-        reward_network.AutoModelForSequenceClassification,
+        transformers.AutoModelForSequenceClassification,
         "from_pretrained",
         lambda *args, **kwargs: loaded.append(args) or load(*args, **kwargs),
     )

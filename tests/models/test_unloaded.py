@@ -8,7 +8,7 @@ from l2d_framework.cli import app
 from l2d_framework.config import parse_run
 from l2d_framework.errors import CheckpointError, ConfigError, L2DError
 from l2d_framework.evaluation.harness.model import L2DLM
-from l2d_framework.models import checkpoint
+from l2d_framework.models import checkpoint, unloaded
 from l2d_framework.models.checkpoint import build_model, load, save
 from l2d_framework.models.unloaded import UnloadedModel
 
@@ -72,3 +72,16 @@ def test_a_plain_language_model_answers_without_steps_and_with_none_else(saved_t
     assert found.stdout.strip("\n") == model.tokenizer.decode(wanted[0], skip_special_tokens=True).strip("\n")
     with pytest.raises(CheckpointError, match="no diffusion checkpoint"):
         raise CliRunner().invoke(app, ask).exception
+
+
+def test_a_large_vocabulary_and_the_base_weights_are_read_once_however_much_is_checked_first(folder, monkeypatch):
+    read = []
+    for name in ("load_tokenizer", "fingerprint"):
+        for module in (unloaded, checkpoint):
+            original = getattr(module, name)
+            monkeypatch.setattr(module, name, lambda *a, name=name, do=original: read.append(name) or do(*a))
+    model = UnloadedModel(folder)
+    lm = model.load("cpu")
+    assert sorted(read) == ["fingerprint", "load_tokenizer"]
+    assert lm.tokenizer is model.tokenizer
+    assert load(folder).tokenizer.get_vocab() == model.tokenizer.get_vocab()

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 from typing_extensions import override
 
 from l2d_framework.backbone import Backbone, BackboneConfig
@@ -20,6 +18,9 @@ from l2d_framework.types import Context, Layout
 from l2d_plugins.backbones.blocks import Beside, BlockContext, Reader
 from l2d_plugins.families import advice
 from l2d_plugins.twins import Head, cache_name, run_body
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 PROVEN = ("llama", "qwen2", "qwen3", "mistral", "smollm3", "phi3", "olmo2", "gpt2", "roberta", "bert")
 """Families that are known to be served."""
@@ -289,6 +290,8 @@ class InPlace(Backbone[InPlaceContext | BlockContext]):
 
 
 def _is_masked(lm_config: Any) -> bool:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
     return lm_config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicCache, DynamicLayer
 from typing_extensions import override
 
 from l2d_framework.errors import UnsupportedModelError
@@ -19,6 +18,9 @@ from l2d_plugins.backbones.branches import Branch, find_branches, is_norm
 from l2d_plugins.backbones.shadow import MainKeys, gather_kwargs
 from l2d_plugins.families import advice
 from l2d_plugins.twins import Head, StandIn, cache_name, private
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 PROVEN = ("llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3_text", "smollm3", "phi3", "olmo2")
 """Families that are promised to be served."""

@@ -9,7 +9,6 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedModel
 from typing_extensions import override
 
 from l2d_framework.backbone import Backbone, BackboneConfig
@@ -29,6 +28,7 @@ from l2d_plugins.backbones.shadow import (
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftConfig  # takes seconds to import, and listing plugins needs none of it
     from peft.tuners.lora import LoraLayer
+    from transformers import PreTrainedModel
 
 ADAPTER = "diffusion"
 

@@ -9,8 +9,8 @@ from threading import Lock
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
-from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, AutoModelForSequenceClassification
 
 from l2d_framework.errors import CheckpointError, ConfigError, UnsupportedModelError
 from l2d_framework.opening import new_model, open_config, open_model, open_tokenizer
@@ -79,7 +79,7 @@ def _check(name: str, tokenizer: Any, size: int | None, needs_end: bool, stamps:
     """Every request asks, and comparing large vocabularies takes a while."""
     config = _config(name)
     with torch.device("meta"):
-        empty = new_model(AutoModelForSequenceClassification, config)
+        empty = new_model(transformers.AutoModelForSequenceClassification, config)
     if not isinstance(getattr(empty, "score", None), nn.Module):
         raise UnsupportedModelError(
             f"Reward model {name!r} is a {type(empty).__name__}, which has no `score` head over a decoder. Choose one "
@@ -99,7 +99,7 @@ def _check(name: str, tokenizer: Any, size: int | None, needs_end: bool, stamps:
 def _load(name: str, device: torch.device, dtype: torch.dtype, stamps: tuple[int, ...]) -> RewardNetwork:
     config = _config(name)
     model: Any
-    model, report = open_model(AutoModelForSequenceClassification, name, dtype=dtype)
+    model, report = open_model(transformers.AutoModelForSequenceClassification, name, dtype=dtype)
     if report["missing_keys"]:
         raise CheckpointError(
             f"Reward model {name!r} lacks the weights {sorted(report['missing_keys'])[:3]}, which would be random. "
@@ -129,12 +129,12 @@ def _config(name: str) -> Any:
         raise ConfigError(
             f"Reward model {name!r} is neither a model folder here nor a hub repository that can be reached: {error}"
         ) from error
-    if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+    if type(config) not in transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
         raise UnsupportedModelError(
             f"Reward model {name!r} is of type {config.model_type!r}, for which there is no sequence classifier. "
             f"{advice(config.model_type, ('llama', 'mistral', 'qwen2'))}"
         )
-    kind: Any = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(config)]
+    kind: Any = transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(config)]
     wanted, saved = kind.__name__, config.architectures or []
     if wanted not in saved:
         raise UnsupportedModelError(
