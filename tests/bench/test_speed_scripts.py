@@ -2,6 +2,7 @@
 
 import importlib.util
 import io
+import json
 import re
 import sys
 from collections.abc import Iterator
@@ -33,6 +34,11 @@ def speed_tess(speed: ModuleType) -> Iterator[ModuleType]:
 def overhead() -> Iterator[ModuleType]:
     for _ in _script("blocks"):
         yield from _script("overhead")
+
+
+@pytest.fixture(scope="module")
+def decoding() -> Iterator[ModuleType]:
+    yield from _script("gpu")
 
 
 def _script(name: str) -> Iterator[ModuleType]:
@@ -208,3 +214,31 @@ def test_the_kernel_is_measured_without_the_network_and_as_a_share_of_an_evaluat
     assert list(rows) == list(work)
     assert rows[overhead.EVALUATION]["share"] == 1
     assert all(row["seconds"] >= 0 for row in rows.values())
+
+
+def test_figures_of_decoding_are_kept_question_by_question_and_drawn(decoding, tmp_path, monkeypatch):
+    kept = tmp_path / "decode.json"
+
+    def asked(number):
+        def question():
+            if number:
+                assert len(json.loads(kept.read_text())["questions"]) == number
+            if number == 3:
+                raise torch.OutOfMemoryError("Out of memory. Tried to allocate")
+            [
+                lambda: decoding.same_tokens(bench),
+                lambda: decoding.ways(bench, 2),
+                lambda: bench.ask("evaluations, 3", {decoding.PLAIN: lambda: 1, "L2D": lambda: 1}, evaluations=3),
+            ][number]()
+
+        return question
+
+    bench = decoding.Bench(torch.device("cpu"), "tiny", 4, 2, 1)
+    monkeypatch.setattr(decoding, "Bench", lambda *_: bench)
+    monkeypatch.setattr(decoding, "parts", lambda _: map(asked, range(4)))
+    decoding.main(device="cpu", size="tiny", minutes=5, rounds=1, prompt=4, new_tokens=2, out=kept)
+    questions = json.loads(kept.read_text())["questions"]
+    assert set(questions["share of equal tokens"].values()) == {1.0}
+    assert questions["decode, batch 2"]["cases"][decoding.PLAIN]["cost"] == 1
+    assert questions["out of memory"] == ["Out of memory"]
+    assert kept.with_suffix(".png").stat().st_size > 1000

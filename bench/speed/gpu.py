@@ -1,0 +1,294 @@
+"""All figures of decoding speed in one unattended run: `python bench/speed/gpu.py [--minutes 8] [--device cuda]`.
+
+Random weights, smallest questions first, the result file written after each, so that a run that is cut short keeps what
+it has. Within a question every round measures every case once, so that a busy machine slows all of them alike; ratios
+are medians over rounds. On a CPU, seconds are those of the process, not of the clock, and `--size small` is meant.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from l2d_framework.config import DiffusionRun, parse_run
+from l2d_framework.generation.prompts import Encoded
+from l2d_framework.models.diffusion_lm import DiffusionLM
+from l2d_framework.training.run_record import environment
+
+SIZES: dict[str, dict[str, Any]] = {
+    "tiny": {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2},
+    "small": {"vocab_size": 32_000, "hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8},
+    # Llama 3.2 1B
+    "1b": {"vocab_size": 128_256, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16},
+}
+HEADS = {"tiny": (4, 2), "small": (8, 4), "1b": (32, 8)}
+PLAIN = "transformers' generate"
+RUN: dict[str, Any] = {
+    "model": {"base": "random"},
+    "schedule": {"name": "linear"},
+    "parametrization": {"name": "embedding"},
+    "backbone": {"name": "two_stream", "rank": 32},
+    "sampling": {"preset": "l2d-paper", "num_inference_steps": 15},
+}
+Cases = dict[str, Callable[[], int]]
+"""What to measure by name: each returns how many tokens it made. The first is what the others are compared with."""
+
+
+@dataclass
+class Bench:
+    """One set of random weights on one device."""
+
+    device: torch.device
+    size: str
+    prompt: int
+    new_tokens: int
+    rounds: int
+    questions: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights."""
+        return torch.bfloat16 if self.device.type == "cuda" else torch.float32
+
+    @cached_property
+    def lm(self) -> Any:
+        """The language model."""
+        torch.manual_seed(0)
+        heads, groups = HEADS[self.size]
+        shape = {**SIZES[self.size], "num_attention_heads": heads, "num_key_value_heads": groups}
+        lm: Any = LlamaForCausalLM(LlamaConfig(**shape, tie_word_embeddings=True, max_position_embeddings=4096))
+        return lm.to(self.device, self.dtype).eval()
+
+    @cached_property
+    def diffusion(self) -> DiffusionLM:
+        """L2D over it, nothing of which is zero, lest somebody profits from it."""
+        torch.manual_seed(1)
+        run = parse_run(RUN)
+        assert isinstance(run, DiffusionRun)
+        backbone = run.backbone.build(self.lm)
+        space = run.parametrization.build(backbone.vocab_size, backbone.hidden_size)
+        model = DiffusionLM(run.schedule.build(), space, backbone, run.block_size).to(self.device)
+        for parameter in model.own_parameters().values():
+            parameter.data = parameter.data.to(self.dtype)
+            if not parameter.any():
+                nn.init.normal_(parameter, std=0.02)
+        return model.eval()
+
+    def agree(self, scale: float) -> None:
+        """Let the diffusion path move the language model's states by so many times of what it would."""
+        last: Any = self.diffusion.get_submodule("backbone.conditioning.final.2")
+        if not hasattr(self, "_final"):
+            self._final = [weight.data.clone() for weight in last.parameters()]
+        for weight, data in zip(last.parameters(), self._final, strict=True):
+            weight.data.copy_(scale * data)
+
+    def tokens(self, rows: int, length: int | None = None) -> Tensor:
+        """Random prompts."""
+        generator = torch.Generator().manual_seed(rows)
+        ids = torch.randint(5, self.lm.config.vocab_size, (rows, length or self.prompt), generator=generator)
+        return ids.to(self.device)
+
+    def plain(self, rows: int, length: int | None = None) -> int:
+        """transformers' own answer."""
+        given = self.tokens(rows, length)
+        options = {"max_new_tokens": self.new_tokens, "min_new_tokens": self.new_tokens, "pad_token_id": 0}
+        self.lm.generate(given, do_sample=False, eos_token_id=None, **options)
+        return rows * self.new_tokens
+
+    def answer(self, rows: int, length: int | None = None, **options: Any) -> int:
+        """L2D's answer."""
+        ids = self.tokens(rows, length)
+        # Prompts that begin alike would be read together, which is another question.
+        encoded = Encoded(ids, torch.ones_like(ids))
+        options = {"max_new_tokens": self.new_tokens, "do_sample": False, "eos_token_id": None, **options}
+        self.last = self.diffusion.generate(encoded, pad_token_id=0, **options)
+        return rows * int(options.get("num_return_sequences", 1)) * self.new_tokens
+
+    def seconds(self) -> float:
+        """Seconds of the process on a CPU, else of the clock once the device has done its work."""
+        if self.device.type == "cpu":
+            return time.process_time()
+        torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def ask(self, name: str, cases: Cases, **facts: Any) -> dict[str, Any]:
+        """Measure cases in turns, after one round that does not count, and keep the answer."""
+        samples: dict[str, list[float]] = {case: [] for case in cases}
+        for number in range(self.rounds + 1):
+            for case, run in cases.items():
+                begun = self.seconds()
+                made = run()
+                spent = (self.seconds() - begun) / made
+                if number:
+                    samples[case].append(spent)
+        reference = next(iter(samples.values()))
+        rows = {
+            case: {
+                "ms_per_token": 1e3 * statistics.median(spent),
+                "cost": statistics.median(a / b for a, b in zip(spent, reference, strict=True)),
+                "samples": spent,
+            }
+            for case, spent in samples.items()
+        }
+        self.questions[name] = {"cases": rows, **facts}
+        print(name)
+        for case, row in rows.items():
+            print(f"  {case:44} {row['ms_per_token']:10.2f} ms/token {row['cost']:8.2f} x")
+        return rows
+
+
+def same_tokens(bench: Bench) -> None:
+    """Whether every way to run a request writes the same: in this type, by token."""
+    ways = {"unmerged": {"merge": "never", "graph": False}, "merged": {"graph": False}, "graph": {}}
+    ways |= {"guessed": {"speculate": 4}}
+    answers = {}
+    for name, options in ways.items():
+        bench.answer(4, **options)
+        answers[name] = bench.last.answers
+    equal = {name: float((answer == answers["merged"]).float().mean()) for name, answer in answers.items()}
+    bench.questions["share of equal tokens"] = equal
+    print("share of equal tokens", equal)
+
+
+def ways(bench: Bench, rows: int) -> None:
+    """Plain generation, and L2D with one thing after the other."""
+    cases: Cases = {
+        PLAIN: partial(bench.plain, rows),
+        "L2D, argmax, unmerged": partial(bench.answer, rows, estimate={"mode": "argmax"}, merge="never", graph=False),
+        "L2D, argmax": partial(bench.answer, rows, estimate={"mode": "argmax"}, graph=False),
+        "L2D, sampled": partial(bench.answer, rows, estimate={"mode": "sample"}, graph=False),
+    }
+    if bench.device.type == "cuda":
+        for mode in ("argmax", "sample"):
+            cases[f"L2D, {mode}, graph"] = partial(bench.answer, rows, estimate={"mode": mode})
+    bench.ask(f"decode, batch {rows}", cases, batch=rows)
+
+
+def evaluations(bench: Bench) -> None:
+    """Time per token against the number of evaluations."""
+    for count in (1, 3, 7, 15, 31):
+        cases: Cases = {PLAIN: partial(bench.plain, 1), "L2D": partial(bench.answer, 1, num_inference_steps=count)}
+        bench.ask(f"evaluations, {count}", cases, evaluations=count)
+
+
+def contexts(bench: Bench) -> None:
+    """Time per token against the length of the prompt."""
+    for length in (128, 512, 2048):
+        cases: Cases = {PLAIN: partial(bench.plain, 1, length), "L2D": partial(bench.answer, 1, length)}
+        bench.ask(f"context, {length}", cases, context=length)
+
+
+def speculation(bench: Bench) -> None:
+    """Time per token where the language model guesses ahead, against how often it is right."""
+    for scale in (0.0, 0.1, 0.2, 0.5):
+        bench.agree(scale)
+        cases: Cases = {"off": partial(bench.answer, 1, do_sample=True, graph=False)}
+        for count in (2, 4, 8, "auto"):
+            cases[f"{count}"] = partial(bench.answer, 1, do_sample=True, speculate=count)
+        name = f"speculation, scale {scale:g}"
+        bench.ask(name, cases)
+        bench.answer(1, do_sample=True, speculate=1)
+        made, right = bench.last.guesses
+        bench.questions[name]["agreement"] = right / max(made, 1)
+        print(f"  agreement {right / max(made, 1):.2f}")
+    bench.agree(1.0)
+
+
+def samples(bench: Bench) -> None:
+    """Ten answers to a prompt, at once and one by one."""
+    ten = [partial(bench.answer, 1, seed=number) for number in range(10)]
+    cases: Cases = {
+        "ten generations": lambda: sum(run() for run in ten),
+        "ten samples": partial(bench.answer, 1, num_return_sequences=10),
+    }
+    bench.ask("ten answers", cases)
+
+
+def parts(bench: Bench) -> Iterator[Callable[[], None]]:
+    """Questions, the most valuable first."""
+    yield partial(same_tokens, bench)
+    yield partial(ways, bench, 1)
+    yield partial(speculation, bench)
+    yield partial(evaluations, bench)
+    yield partial(ways, bench, 8)
+    yield partial(samples, bench)
+    yield partial(contexts, bench)
+    yield partial(ways, bench, 32)
+
+
+def draw(questions: dict[str, Any], out: Path) -> None:
+    """Time per token against evaluations, and the gain of guesses against agreement."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    counted = [part for name, part in questions.items() if name.startswith("evaluations")]
+    for case in (PLAIN, "L2D"):
+        left.plot(
+            [part["evaluations"] for part in counted],
+            [part["cases"][case]["ms_per_token"] for part in counted],
+            marker="o",
+            label=case,
+        )
+    left.set(xlabel="evaluations per token", ylabel="ms per token", xscale="log", ylim=(0, None))
+    left.legend()
+    guessed = [part for name, part in questions.items() if name.startswith("speculation") and "agreement" in part]
+    for case in ("2", "4", "8", "auto"):
+        right.plot(
+            [part["agreement"] for part in guessed],
+            [1 / part["cases"][case]["cost"] for part in guessed],
+            marker="o",
+            label=f"{case} guesses",
+        )
+    right.axhline(1, color="grey", linewidth=0.8)
+    right.set(xlabel="share of guesses that are right", ylabel="times faster than one by one")
+    right.legend()
+    figure.savefig(out, dpi=150)
+
+
+def main(
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cuda",
+    size: Annotated[str, typer.Option(help=f"Of the model: {', '.join(SIZES)}.")] = "1b",
+    minutes: Annotated[float, typer.Option(min=0.1, help="No question is begun after so many.")] = 8.0,
+    rounds: Annotated[int, typer.Option(min=1, help="Samples of every case.")] = 5,
+    prompt: Annotated[int, typer.Option(min=1, help="Tokens of a prompt.")] = 128,
+    new_tokens: Annotated[int, typer.Option(min=2, help="Tokens of an answer.")] = 32,
+    out: Annotated[Path | None, typer.Option(help="Result file; bench/results/decode_DEVICE.json if absent.")] = None,
+) -> None:
+    """Measure, print, draw, and write the result file after each question."""
+    if device == "cpu":
+        torch.set_num_threads(1)
+    bench = Bench(torch.device(device), size, prompt, new_tokens, rounds)
+    out = out or Path(__file__).parents[1] / "results" / f"decode_{bench.device.type}.json"
+    settings = {"size": size, "shape": SIZES[size], "run": RUN, "prompt": prompt, "new_tokens": new_tokens}
+    unit = "cpu" if bench.device.type == "cpu" else "wall"
+    card = {"device": device, "seconds_are": unit, "settings": settings | {"rounds": rounds}, **environment(1)}
+    begun = time.monotonic()
+    for part in parts(bench):
+        if time.monotonic() - begun > 60 * minutes:
+            print("The time is up; what has been measured is kept.")
+            break
+        try:
+            part()
+        except torch.OutOfMemoryError as error:
+            bench.questions.setdefault("out of memory", []).append(str(error).partition(".")[0])
+        whole = card | {"seconds": time.monotonic() - begun, "questions": bench.questions}
+        temporary = out.with_suffix(".writing")
+        temporary.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
+        temporary.replace(out)
+    draw(bench.questions, out.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    typer.run(main)
