@@ -12,7 +12,9 @@ CHUNK = 2**24
 """Largest number of entries of a tensor as wide as the vocabulary that is made in one piece."""
 
 _CACHED = 2**17
-"""Number of entries that several passes in a row find in the cache of a CPU."""
+"""Number of entries that several passes in a row find in the cache of a CPU's core."""
+
+_GROUP = 128
 
 
 def pieces(rows: int, length: int, width: int, limit: int | None = None) -> Iterator[slice]:
@@ -50,10 +52,33 @@ def cached_pieces(values: Tensor) -> Iterator[slice]:
         values: (B, L, D).
 
     Returns:
-        Slices that cover L in order: as small as a cache on a CPU, of at most `CHUNK` entries elsewhere.
+        Slices that cover L in order: as small as the caches on a CPU, of at most `CHUNK` entries elsewhere.
     """
     rows, length, width = values.shape
-    return pieces(rows, length, width, limit=min(_CACHED, CHUNK) if values.device.type == "cpu" else None)
+    on_cpu = values.device.type == "cpu"
+    return pieces(rows, length, width, limit=min(_CACHED * torch.get_num_threads(), CHUNK) if on_cpu else None)
+
+
+def top_token(logits: Tensor) -> Tensor:
+    """The first of the likeliest tokens, as `argmax` finds it.
+
+    Args:
+        logits: (..., V), float.
+
+    Returns:
+        (...), int64.
+    """
+    size, logits = logits.shape[-1], logits.detach()
+    whole = size // _GROUP * _GROUP
+    if logits.device.type != "cpu" or not whole:
+        return logits.argmax(-1)
+    # A CPU finds the largest number several times faster than its place: that of each group first, then within one.
+    largest = logits[..., :whole].unflatten(-1, (-1, _GROUP)).amax(-1)
+    if whole < size:
+        largest = torch.cat([largest, logits[..., whole:].amax(-1, keepdim=True)], -1)
+    first = _GROUP * largest.argmax(-1, keepdim=True)
+    places = (first + torch.arange(_GROUP)).clamp_max(size - 1)
+    return first.squeeze(-1) + logits.gather(-1, places).argmax(-1)
 
 
 @dataclass(frozen=True)

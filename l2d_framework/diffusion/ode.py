@@ -13,7 +13,7 @@ from typing_extensions import override
 from l2d_framework.blame import described
 from l2d_framework.diffusion.diffusion import Diffusion
 from l2d_framework.diffusion.early_stop import EarlyStop
-from l2d_framework.diffusion.logits import CHUNK, Logits
+from l2d_framework.diffusion.logits import CHUNK, Logits, top_token
 from l2d_framework.diffusion.rng import TokenStreams
 from l2d_framework.diffusion.selection import Selection, Sliced
 from l2d_framework.errors import PluginError
@@ -195,7 +195,7 @@ class TokenODE(Problem):
                     logits if whole else self._parametrization.remember(logits, self._diffusion.backbone.table())
                 )
             if self._settling is not None:
-                tokens.append(logits.argmax(-1))
+                tokens.append(top_token(logits))
         if memory:
             self._previous = random.keep(_joined(memory), self._previous)
         if self._settling is not None:
