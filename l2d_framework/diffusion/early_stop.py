@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -42,8 +44,8 @@ class EarlyStop:
         """Take note of an evaluation.
 
         Args:
-            logits: its logits.
-            tokens: the most likely tokens, (B, L), int64.
+            logits: its logits, of all rows or of those that had not settled.
+            tokens: the most likely tokens, (B, L) or fewer rows, int64.
             is_last: whether it is the read-out.
 
         Returns:
@@ -52,12 +54,19 @@ class EarlyStop:
         Raises:
             Settled: if no row goes on before the read-out.
         """
-        if self._tokens is not None:
+        if self._tokens is not None and self._kept is not None:
+            if not self.going.all():
+                rows = self.going.nonzero()[:, 0].to(tokens.device)
+                tokens = _put(self._tokens, rows, tokens)
+                logits = replace(logits, values=_put(self._kept.values, rows, logits.values))
             same = (tokens == self._tokens).all(1).cpu()
             self._unchanged = torch.where(same, self._unchanged + 1, 0)
-        self._tokens = tokens
-        self._kept = logits if self._kept is None else logits.where(self.going.to(tokens.device), self._kept)
+        self._tokens, self._kept = tokens, logits
         self.going = self.going & (self._unchanged < self._patience)
         if not is_last and not self.going.any():
-            raise Settled(self._kept)
-        return self._kept
+            raise Settled(logits)
+        return logits
+
+
+def _put(kept: Tensor, rows: Tensor, values: Tensor) -> Tensor:
+    return kept.index_copy(0, rows, values if len(values) == len(rows) else values[rows])

@@ -114,15 +114,3 @@ class Logits:
         """
         for _, logits in self.parts():
             yield from logits.unbind(1)
-
-    def where(self, chosen: Tensor, other: Logits) -> Logits:
-        """This answer in some rows, another one elsewhere.
-
-        Args:
-            chosen: rows to take from this answer, (B,), bool.
-            other: an answer of the same kind.
-
-        Returns:
-            The mixed answer.
-        """
-        return Logits(torch.where(chosen[:, None, None], self.values, other.values), self.vocab_size, self.head)

@@ -65,7 +65,8 @@ class Streams:
 class TokenODE(Problem):
     """Turns predictions into clean states and velocities, and counts evaluations.
 
-    Tokens that a solver declares inactive are left out of the network's batch, not merely masked.
+    Tokens that a solver declares inactive and rows that have settled are left out of the network's batch, not merely
+    masked; an observer sees the latter, too.
 
     Args:
         diffusion: the model.
@@ -153,7 +154,7 @@ class TokenODE(Problem):
         query = self._at(x, t)
         ahead = self._parametrization.lookahead(as_time(t, x), self._stride()).float()
         if active is None:
-            return self._evaluate(query, ahead, Selection(self._streams.estimate))[1]
+            return self._evaluate_going(query, ahead)[1]
         rows, context = self._asked(active)
         chosen = Selection.of(self._streams.estimate, active, rows)
         return chosen.put(self._evaluate(chosen.query(query, context), chosen.take(ahead), chosen)[1])
@@ -168,11 +169,22 @@ class TokenODE(Problem):
         Returns:
             The logits; those of settled rows are the ones they settled with.
         """
-        return self._evaluate(self._at(x, t), None, Selection(self._streams.estimate))[0]
+        return self._evaluate_going(self._at(x, t), None)[0]
 
     def _at(self, x: Tensor, t: Time) -> Query:
         shared = None if isinstance(t, Tensor) else float(t)
         return self._query.replace(x=x.float(), t=as_time(t, x).float(), shared_time=shared, previous=self._previous)
+
+    def _evaluate_going(self, query: Query, ahead: Tensor | None) -> tuple[Logits, Tensor]:
+        """An evaluation of all rows but those that have settled, whose clean state is of no meaning from then on."""
+        going = None if self._settling is None else self._settling.going
+        if going is None or self._observer is not None or bool(going.all()):
+            return self._evaluate(query, ahead, Selection(self._streams.estimate))
+        rest = Selection.rest(self._streams.estimate, going.to(query.t.device), query.t.shape[1])
+        _, context = self._asked(going.to(query.t.device)[:, None])
+        ahead = None if ahead is None else rest.take(ahead)
+        logits, clean = self._evaluate(rest.query(query, context), ahead, rest)
+        return logits, clean if ahead is None else rest.put(clean)
 
     def _evaluate(self, query: Query, ahead: Tensor | None, random: Selection) -> tuple[Logits, Tensor]:
         """Logits, and the clean state at the temperature of `ahead`; the read-out moves no more and gets none."""
@@ -207,9 +219,9 @@ class TokenODE(Problem):
 
         Without guidance or observer nobody needs the logits of more than a few positions at once.
         """
-        rows, length = query.positions.shape
         size = self._diffusion.backbone.vocab_size
-        if not self._guidance and self._observer is None and rows * length * size > CHUNK:
+        # Of the whole block: what is kept of rows must not change its kind when others are left out.
+        if not self._guidance and self._observer is None and self._query.positions.numel() * size > CHUNK:
             return self._diffusion.answer(query), None
         predict: Predict = self._diffusion
         for guidance in self._guidance:

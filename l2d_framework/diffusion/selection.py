@@ -23,11 +23,13 @@ class Selection:
         streams: of the whole block.
         active: which tokens, (B, L), bool; all when None.
         places: rows and columns of the smaller block's tokens, (B', 1) and (B', L'), int64; None where it is the whole.
+        for_good: nobody asks about the other rows again, so that anything may stand there.
     """
 
     streams: TokenStreams
     active: Tensor | None = None
     places: tuple[Tensor, Tensor] | None = None
+    for_good: bool = False
 
     @classmethod
     def of(cls, streams: TokenStreams, active: Tensor, rows: Tensor) -> Selection:
@@ -45,6 +47,22 @@ class Selection:
         columns = (~active[rows]).long().argsort(stable=True, dim=1)[:, :width]
         return cls(streams, active, (rows[:, None], columns))
 
+    @classmethod
+    def rest(cls, streams: TokenStreams, going: Tensor, width: int) -> Selection:
+        """All tokens of the rows that go on, the only ones from now on.
+
+        Args:
+            streams: of the whole block.
+            going: which rows, (B,), bool.
+            width: L.
+
+        Returns:
+            The selection.
+        """
+        rows = going.nonzero()[:, 0]
+        columns = torch.arange(width, device=rows.device).expand(len(rows), -1)
+        return cls(streams, going[:, None].expand(-1, width), (rows[:, None], columns), for_good=True)
+
     def take(self, values: Tensor) -> Tensor:
         """Values of the smaller block, (B', L', ...), from those of the whole, (B, L, ...)."""
         return values if self.places is None else values[self.places]
@@ -53,6 +71,9 @@ class Selection:
         """Values of the smaller block, (B', L', ...), at their tokens of the whole, (B, L, ...), zero elsewhere."""
         if self.active is None or self.places is None:
             return values
+        if self.for_good:
+            # An index keeps small what a state space keeps as tokens and seeds.
+            return values[(self.active[:, 0].cumsum(0) - 1).clamp_min(0)]
         out = values.new_zeros(*self.active.shape, *values.shape[2:])
         out[self.places] = values
         return torch.where(self.active[..., None], out, 0)
@@ -115,7 +136,8 @@ class Selection:
             (B, L, M).
         """
         new = self.put(memory)
-        return new if self.active is None or earlier is None else torch.where(self.active[..., None], new, earlier)
+        whole = self.active is None or earlier is None or self.for_good
+        return new if whole else torch.where(self.active[..., None], new, earlier)
 
     def rows(self, values: Tensor) -> Tensor:
         """Values of the rows asked about, (B', ...), from those of all, (B, ...)."""
