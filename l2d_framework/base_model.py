@@ -14,11 +14,7 @@ from typing import Any, Protocol
 import torch
 import transformers
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import (
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-)
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -39,7 +35,10 @@ from l2d_framework.opening import (
 LANGUAGE_MODEL = "language_model"
 """Folder inside a diffusion checkpoint whose backbone trains the language model itself."""
 
-_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
+_READS_GGUF = (5, 18)
+"""First release of transformers that reads the control tokens of GGUF files."""
+
+_FILES = ("*.json", "*.model", "*.txt", "*.jinja")
 _SAMPLED_ROWS = 16
 _SAMPLED_ENTRIES = 4096
 
@@ -47,36 +46,20 @@ _SAMPLED_ENTRIES = 4096
 class BaseReference(Protocol):
     """Which language model; the `model` section of a run file is one."""
 
-    @property
-    def base(self) -> str: ...  # noqa: D102
-    @property
-    def revision(self) -> str | None: ...  # noqa: D102
-    @property
-    def adapter(self) -> str | None: ...  # noqa: D102
-    @property
-    def gguf_file(self) -> str | None: ...  # noqa: D102
+    base: str
+    revision: str | None
+    adapter: str | None
+    gguf_file: str | None
+    pad_token: str | None
+
     @property
     def dtype(self) -> str: ...  # noqa: D102
     @property
     def attn_implementation(self) -> str: ...  # noqa: D102
-    @property
-    def pad_token(self) -> str | None: ...  # noqa: D102
 
 
 def fetch(path: str, revision: str | None = None, *, gguf_file: str | None = None) -> Path:
-    """Local folder of a model: the folder itself, or a snapshot of the hub repository.
-
-    Args:
-        path: folder or hub id.
-        revision: of the hub repository.
-        gguf_file: name of the file there that holds the weights; all other formats when None.
-
-    Returns:
-        The folder.
-
-    Raises:
-        ConfigError: if it is neither.
-    """
+    """Local folder of a model: the folder itself, or a snapshot of the hub repository."""
     if Path(path).is_dir():
         return Path(path)
     if Path(path).suffix == ".gguf" and Path(path).is_file():
@@ -87,12 +70,10 @@ def fetch(path: str, revision: str | None = None, *, gguf_file: str | None = Non
         raise ConfigError(
             f"There is no folder {path!r}. Give the path of a model folder, or a hub id such as org/name."
         )
+    weights = "*.safetensors" if gguf_file is None else gguf_file
     try:
-        if gguf_file is not None:
-            patterns = [gguf_file, *(pattern for pattern in _FILES if pattern != "*.safetensors")]
-            return Path(snapshot_download(path, revision=revision, allow_patterns=patterns))
-        folder = Path(snapshot_download(path, revision=revision, allow_patterns=list(_FILES)))
-        if not list(folder.glob("*.safetensors")):
+        folder = Path(snapshot_download(path, revision=revision, allow_patterns=[weights, *_FILES]))
+        if gguf_file is None and not list(folder.glob(weights)):
             folder = Path(snapshot_download(path, revision=revision, allow_patterns=[*_FILES, "*.bin"]))
         return folder
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
@@ -103,18 +84,7 @@ def fetch(path: str, revision: str | None = None, *, gguf_file: str | None = Non
 
 
 def locate(reference: BaseReference) -> tuple[Path, Path | None]:
-    """Folders of the base weights and of the PEFT adapter merged into them.
-
-    Args:
-        reference: a model section; its base may itself be a PEFT folder, or a diffusion checkpoint that holds its own
-            language model.
-
-    Returns:
-        (base folder, adapter folder or None).
-
-    Raises:
-        ConfigError: if a folder is missing or holds no model.
-    """
+    """Folders of the base weights and of the PEFT adapter merged into them, or None."""
     gguf_file = reference.gguf_file
     folder = fetch(reference.base, reference.revision, gguf_file=gguf_file)
     adapter = None if reference.adapter is None else fetch(reference.adapter)
@@ -128,6 +98,11 @@ def locate(reference: BaseReference) -> tuple[Path, Path | None]:
     if gguf_file is not None:
         if not (folder / gguf_file).is_file():
             raise ConfigError(f"model.gguf_file: {str(folder)!r} has no file {gguf_file!r}. {gguf_hint(folder)}")
+        if tuple(map(int, transformers.__version__.split(".")[:2])) < _READS_GGUF:
+            raise ConfigError(
+                f"model.gguf_file: transformers {transformers.__version__} loses the control tokens of GGUF files. "
+                'Run: pip install "transformers>=5.18"'
+            )
         if not is_gguf_available():
             raise ConfigError(
                 f"model.gguf_file: {gguf_file!r} is read with the package gguf, which is missing or too old. "
@@ -173,17 +148,8 @@ def _parsed(opener: Any, path: Path, changed: int) -> Any:
 
 
 def check_quantization(config: PreTrainedConfig, base: str, *, whole: bool | None = None) -> None:
-    """Refuse quantized weights that cannot be read here, or not be trained as asked.
-
-    Args:
-        config: transformers config of the base model.
-        base: its name.
-        whole: True if its own weights are to be trained, False if gradients only pass through them, None if it is not
-            trained at all.
-
-    Raises:
-        ConfigError: if a package is missing, transformers does not know the method, or it cannot be trained so.
-    """
+    """Refuse quantized weights that cannot be read here, or not be trained as asked."""
+    # `whole`: its own weights are to be trained; False: gradients only pass through them; None: neither.
     section = getattr(config, "quantization_config", None)
     if section is None:
         return
@@ -213,20 +179,7 @@ def check_quantization(config: PreTrainedConfig, base: str, *, whole: bool | Non
 
 
 def load_language_model(reference: BaseReference) -> PreTrainedModel:
-    """The base model with its weights, a PEFT adapter merged in.
-
-    Weights of a GGUF file are unpacked; those that transformers quantized stay so.
-
-    Args:
-        reference: a model section.
-
-    Returns:
-        The model in evaluation mode.
-
-    Raises:
-        CheckpointError: if transformers cannot load it as asked, or weights are missing.
-        ConfigError: if its embedding table is quantized.
-    """
+    """The base model with its weights, a PEFT adapter merged in, in evaluation mode."""
     folder, adapter = locate(reference)
     options: dict[str, Any] = {}
     if reference.gguf_file is not None:
@@ -234,14 +187,9 @@ def load_language_model(reference: BaseReference) -> PreTrainedModel:
         # transformers before 5.23 knows no other way than to unpack.
         if (packed := getattr(transformers, "GgufConfig", None)) is not None:
             options["quantization_config"] = packed(dequantize=True)
+    options |= {"dtype": reference.dtype, "attn_implementation": reference.attn_implementation}
     lm: Any
-    lm, report = open_model(
-        AutoModelForCausalLM,
-        folder,
-        dtype=reference.dtype,
-        attn_implementation=reference.attn_implementation,
-        **options,
-    )
+    lm, report = open_model(AutoModelForCausalLM, folder, **options)
     if report["missing_keys"]:
         raise CheckpointError(
             f"{reference.base!r} lacks the weights {sorted(report['missing_keys'])[:3]}, which would be random. It may "
@@ -288,24 +236,14 @@ def _resize(lm: Any, rows: int) -> None:
 def empty_language_model(config: PreTrainedConfig, attn_implementation: str) -> PreTrainedModel:
     """The base model's shapes on the meta device."""
     with torch.device("meta"):
-        return new_model(  # type: ignore[no-any-return]
-            AutoModelForCausalLM, config, attn_implementation=attn_implementation
-        ).eval()
+        lm: Any = new_model(AutoModelForCausalLM, config, attn_implementation=attn_implementation)
+        return lm.eval()  # type: ignore[no-any-return]
 
 
 def load_tokenizer(reference: BaseReference) -> PreTrainedTokenizerBase | None:
-    """Tokenizer of the base model, with the reference's pad token if it has none of its own.
-
-    Args:
-        reference: a model section.
-
-    Returns:
-        The tokenizer, or None when the base folder has none.
-    """
+    """Tokenizer of the base model, None if it has none, with the reference's pad token if it lacks one of its own."""
     base, adapter = locate(reference)
-    for folder in (adapter, base):
-        if folder is None:
-            continue
+    for folder in filter(None, (adapter, base)):
         has_files = (folder / "tokenizer_config.json").is_file()
         if has_files or (folder == base and reference.gguf_file is not None):
             tokenizer: PreTrainedTokenizerBase = _opened(
@@ -318,19 +256,9 @@ def load_tokenizer(reference: BaseReference) -> PreTrainedTokenizerBase | None:
 
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig, base: str) -> None:
-    """Refuse a tokenizer that makes tokens the model has no embedding for.
-
-    Tokens that stand for pictures and sounds are not looked up in the table and may lie outside. So may the token for
-    unknown text, which transformers gives to vocabularies of bytes, too, that know all text.
-
-    Args:
-        tokenizer: of the base model.
-        config: its transformers config.
-        base: its name.
-
-    Raises:
-        ConfigError: if there is such a token.
-    """
+    """Refuse a tokenizer that makes tokens the model has no embedding for."""
+    # Tokens that stand for pictures and sounds are not looked up in the table and may lie outside. So may the token for
+    # unknown text, which transformers gives to vocabularies of bytes, too, that know all text.
     size, known = getattr(config, "vocab_size", math.inf), tokenizer.get_vocab()
     unused = {getattr(tokenizer, f"{kind}_token", None) for kind in ("image", "video", "audio", "unk")}
     beyond = [token for token, number in known.items() if number >= size and token not in unused]
@@ -374,25 +302,12 @@ def _vocabulary(reference: BaseReference, config: PreTrainedConfig) -> int:
 
 
 def fingerprint(reference: BaseReference) -> str:
-    """Hash that tells one set of base weights from another, read from the files without loading them.
-
-    Covers name, shape, type and up to 16 evenly spaced rows of every tensor: enough to tell a finetuned copy, which
-    changes whole matrices, but not an edit of single rows.
-
-    Args:
-        reference: a model section.
-
-    Returns:
-        Hexadecimal digest.
-
-    Raises:
-        CheckpointError: if the folder holds no weights or a file is damaged.
-    """
+    """Hash that tells one set of base weights from another, read from the files without loading them."""
+    # Name, shape, type and up to 16 evenly spaced rows of every tensor: enough to tell a finetuned copy, which changes
+    # whole matrices, but not an edit of single rows.
     digest = hashlib.sha256()
     base, adapter = locate(reference)
-    for folder in (base, adapter):
-        if folder is None:
-            continue
+    for folder in filter(None, (base, adapter)):
         if folder == base and reference.gguf_file is not None:
             _digest_file(digest, folder / reference.gguf_file)
             continue

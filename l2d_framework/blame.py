@@ -26,32 +26,14 @@ def attribute(offered: Any, distribution: str) -> None:
 
 
 def described(component: Component) -> str:
-    """A component for messages.
-
-    Args:
-        component: the component.
-
-    Returns:
-        Its kind and name, and of a third party's the distribution.
-    """
+    """A component for messages: its kind and name, and of a third party's the distribution."""
     shipped = _SHIPPED.get(type(component))
     return f"{component.kind} {component.component_name()!r}" + (f" of {shipped}" if shipped else "")
 
 
 @contextmanager
 def naming_plugins() -> Iterator[None]:
-    """Turn what goes wrong inside a third party's component into an error that names it.
-
-    Errors of this package, and memory that runs out, go through as they are. An error of this package's own code that
-    such a component called gets a note.
-
-    Yields:
-        Nothing.
-
-    Raises:
-        PluginError: in place of the component's error.
-        Exception: any other.
-    """
+    """Turn what goes wrong inside a third party's component into an error that names it."""
     try:
         yield
     except Exception as error:
@@ -77,9 +59,9 @@ def _culprit(frames: list[FrameType]) -> str:
     """The component whose method is running, the innermost; at least the distribution."""
     for frame in reversed(frames):
         this: Any = frame.f_locals.get("self")
-        for found in (this, getattr(this, "config", None)):
-            if isinstance(found, Component) and type(found) in _SHIPPED:
-                return described(found)
+        for component in (this, getattr(this, "config", None)):
+            if isinstance(component, Component) and type(component) in _SHIPPED:
+                return described(component)
     return f"code of {_PACKAGES[_package(_module(frames[-1]))]}"
 
 

@@ -16,19 +16,7 @@ COMPRESSIONS = {".gz", ".zst", ".bz2", ".xz"}
 
 
 def read_lines(file: str | Path) -> Iterator[tuple[int, str]]:
-    r"""Lines that hold more than blanks.
-
-    A line ends at "\n" or "\r\n" and nowhere else: JSON and texts may hold other separators, such as U+2028.
-
-    Args:
-        file: its path.
-
-    Yields:
-        Number of the line in the file, from 1, and its text.
-
-    Raises:
-        DataError: if the file is missing, packed in an unknown way, or no text in UTF-8.
-    """
+    r"""Lines that hold more than blanks, with their numbers from 1."""
     name, number = str(file), 0
     if infer_compression(name) is None and Path(name).suffix in COMPRESSIONS:
         raise DataError(f"{name!r} cannot be unpacked without another package. Run: pip install zstandard")
@@ -49,22 +37,12 @@ def read_lines(file: str | Path) -> Iterator[tuple[int, str]]:
 
 
 def read_objects(file: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """JSON objects of a file, one a line.
-
-    Args:
-        file: its path.
-
-    Yields:
-        Number of the line in the file, from 1, and its object.
-
-    Raises:
-        DataError: if the file cannot be read, or a line is no JSON object.
-    """
+    """JSON objects of a file, one a line, with the numbers of their lines from 1."""
     for number, line in read_lines(file):
         try:
-            found, problem = json.loads(line), f"got {line[:80]}"
+            value, problem = json.loads(line), f"got {line[:80]}"
         except (ValueError, RecursionError) as error:
-            found, problem = None, str(error)
-        if not isinstance(found, dict):
+            value, problem = None, str(error)
+        if not isinstance(value, dict):
             raise DataError(f"{file}:{number} is not a JSON object ({problem}). Write one object a line.")
-        yield number, found
+        yield number, value

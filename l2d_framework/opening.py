@@ -20,18 +20,7 @@ _ATTENTION = (None, "eager", "sdpa")
 
 @contextmanager
 def reading(what: str, folder: str | Path | None = None) -> Iterator[None]:
-    """Turn whatever libraries raise over foreign files into one error.
-
-    Args:
-        what: the files, for the message, such as "the weights in '/models/a'".
-        folder: where the damaged file may be looked for.
-
-    Yields:
-        Nothing.
-
-    Raises:
-        CheckpointError: naming the damaged file, or `what` where every file can be read by itself.
-    """
+    """Turn what libraries raise over foreign files into one error that names the damaged one in `folder`, or `what`."""
     try:
         yield
     except BaseException as error:
@@ -85,7 +74,7 @@ def make_config(source: str | Path, fields: dict[str, Any]) -> PreTrainedConfig:
 
 
 def _safe(config: PreTrainedConfig, source: str | Path) -> PreTrainedConfig:
-    for part in (config, *(found for name in config.sub_configs if (found := getattr(config, name, None)))):
+    for part in filter(None, (config, *(getattr(config, name, None) for name in config.sub_configs))):
         wanted = part._attn_implementation
         if wanted in _ATTENTION:
             continue
@@ -101,20 +90,7 @@ def _safe(config: PreTrainedConfig, source: str | Path) -> PreTrainedConfig:
 def open_model(
     kind: Any, source: str | Path | None, *, config: PreTrainedConfig | None = None, **options: Any
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """A model with its weights.
-
-    Args:
-        kind: class of the model, or one of transformers' Auto classes.
-        source: folder or hub id; None where the options hold the weights.
-        config: its config; the one in the folder when None.
-        **options: of transformers' `from_pretrained`.
-
-    Returns:
-        The model, and transformers' report on missing and unexpected weights.
-
-    Raises:
-        CheckpointError: if transformers cannot load it.
-    """
+    """A model with its weights, those of the options where there is no source, and transformers' report on them."""
     base = source
     if source is not None and Path(source, "adapter_config.json").is_file():
         # transformers puts the adapter on the model that lies beside it or that it names.

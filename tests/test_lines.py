@@ -8,11 +8,11 @@ import pytest
 
 from l2d_bench.data.rows import read_rows
 from l2d_bench.protocols.alpaca_eval import write_outputs
-from l2d_framework.cli.rows import read_prompts
+from l2d_framework.cli.generate_session import read_prompts
 from l2d_framework.errors import DataError
 from l2d_framework.evaluation.text.samples import Columns, read_golds, read_samples
 from l2d_framework.lines import read_lines, read_objects
-from l2d_framework.training.data.json_lines import first_columns, json_lines
+from l2d_framework.training.data.sources import first_columns, json_lines
 
 # What str.splitlines takes for the end of a line, beside the two that are one.
 SEPARATORS = "\u2028\u2029\u0085\x0b\x0c\x1c\x1d\x1e"

@@ -6,7 +6,6 @@ Commands are named in one table and imported when they run, so that `l2d --help`
 from __future__ import annotations
 
 import importlib
-import inspect
 import os
 import sys
 from typing import Annotated, Any, NamedTuple
@@ -25,24 +24,18 @@ class _Entry(NamedTuple):
 
 
 COMMANDS = {
-    "train": _Entry("l2d_framework.cli.train", "train", "Train the run, or the pipeline of runs, of a file."),
-    "train-reward": _Entry(
-        "l2d_framework.cli.train_reward", "train_reward", "Train a reward model, for guidance, on preference pairs."
-    ),
-    "generate": _Entry("l2d_framework.cli.generate", "generate", "Generate text with a trained model."),
-    "config": _Entry("l2d_framework.cli.config", "app", "Check run files; print their JSON schema."),
-    "params": _Entry(
-        "l2d_framework.cli.params", "params", "Count a run's trainable parameters without loading weights."
-    ),
-    "plugins": _Entry("l2d_framework.cli.plugins", "plugins", "List what is installed, broken plugins included."),
-    "convert": _Entry("l2d_framework.cli.convert", "convert", "Convert a checkpoint of another code base."),
-    "eval": _Entry("l2d_framework.cli.eval", "app", "Evaluate a model on the tasks of lm_eval."),
-    "tune-search": _Entry(
-        "l2d_framework.cli.tune_search", "tune_search", "Choose the settings of token search on training items."
-    ),
-    "eval-text": _Entry("l2d_framework.cli.eval_text", "eval_text", "Measure generated text."),
-    "diagnose": _Entry("l2d_framework.cli.diagnose", "diagnose", "Find out whether more steps will help a model."),
-    "demo": _Entry("l2d_framework.cli.demo", "demo", "Train, generate with and measure a tiny model."),
+    "train": _Entry("train", "train", "Train the run, or the pipeline of runs, of a file."),
+    "train-reward": _Entry("train", "train_reward", "Train a reward model, for guidance, on preference pairs."),
+    "generate": _Entry("generate", "generate", "Generate text with a trained model."),
+    "config": _Entry("config", "app", "Check run files; print their JSON schema."),
+    "params": _Entry("config", "params", "Count a run's trainable parameters without loading weights."),
+    "plugins": _Entry("plugins", "plugins", "List what is installed, broken plugins included."),
+    "convert": _Entry("convert", "convert", "Convert a checkpoint of another code base."),
+    "eval": _Entry("eval", "app", "Evaluate a model on the tasks of lm_eval."),
+    "tune-search": _Entry("eval", "tune_search", "Choose the settings of token search on training items."),
+    "eval-text": _Entry("eval_text", "eval_text", "Measure generated text."),
+    "diagnose": _Entry("diagnose", "diagnose", "Find out whether more steps will help a model."),
+    "demo": _Entry("demo", "demo", "Train, generate with and measure a tiny model."),
 }
 """For each command: its module, its function or typer app in there, and what `l2d --help` says about it."""
 
@@ -79,11 +72,11 @@ def _why_missing(name: str) -> str:
 
 def _load(name: str) -> Any:
     entry = COMMANDS[name]
-    found = getattr(importlib.import_module(entry.module), entry.attribute)
-    if isinstance(found, typer.Typer):
-        return typer.main.get_command(found)
+    command = getattr(importlib.import_module(f"{__name__}.{entry.module}"), entry.attribute)
+    if isinstance(command, typer.Typer):
+        return typer.main.get_command(command)
     single = typer.Typer(add_completion=False)
-    single.command(name=name, help=(inspect.getdoc(found) or entry.help).partition("\n\nArgs:")[0])(found)
+    single.command(name=name)(command)
     return typer.main.get_command(single)
 
 
@@ -114,13 +107,7 @@ def _options(
 
 
 def main() -> None:
-    """Run the command line.
-
-    A mistake of the user ends with its message on standard error and exit code 2; `L2D_DEBUG=1` shows the traceback.
-
-    Raises:
-        L2DError: in debug mode.
-    """
+    """Run the command line; a user's mistake ends in a message and exit code 2, under L2D_DEBUG=1 in a traceback."""
     try:
         app()
     except L2DError as error:

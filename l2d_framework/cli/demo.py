@@ -7,16 +7,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from l2d_framework.evaluation.plots import INSTALL, can_plot
+from l2d_framework.evaluation.tables import terminal
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
+    from l2d_framework.cli.progress import Reporter
     from l2d_framework.config import Run
-    from l2d_framework.demo.report import Results
-    from l2d_framework.demo.run import Demo
-
-_TITLES = {"base": "1/4 base model ", "lora": "2/4 LoRA       ", "l2d": "3/4 L2D        "}
-_MEASURING = "4/4 answering  "
 
 
 def demo(
@@ -30,18 +29,11 @@ def demo(
     """Train a tiny language model on synthetic text, finetune it with LoRA and with L2D, and compare their answers.
 
     Takes a few minutes on two CPU cores and downloads nothing. Started again, it goes on where it was interrupted.
-
-    Args:
-        out: folder.
-        seed: of everything.
-        quick: a run too short to learn.
-        overwrite: move an existing folder aside.
     """
-    from rich.console import Console
-
     from l2d_framework.cli.progress import progress
+    from l2d_framework.demo.measure import WAYS
+    from l2d_framework.demo.report import findings, table
     from l2d_framework.demo.run import FULL, QUICK, Demo, one_thread
-    from l2d_framework.evaluation.plots import INSTALL, can_plot
     from l2d_framework.training.output_dir import move_aside
     from l2d_framework.training.run import train_runs
 
@@ -58,14 +50,21 @@ def demo(
         f"The task: continue [bold]{example.prompt}[/] with [bold]{example.completion.strip()}[/]", highlight=False
     )
 
-    def title(run: Run) -> str:
-        return _TITLES[Path(str(run.output_dir)).name]
+    titles = {"base": "1/4 base model ", "lora": "2/4 LoRA       ", "l2d": "3/4 L2D        "}
+
+    def report(run: Run) -> list[Reporter]:
+        return [progress(console, titles[Path(str(run.output_dir)).name])]
 
     with one_thread():
-        train_runs(runs, callbacks=lambda run: [progress(console, title(run))])
-        results = _measure(console, demo)
+        train_runs(runs, callbacks=report)
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        with Progress(*columns, console=console) as bar:
+            task = bar.add_task("4/4 answering  ", total=len(WAYS))
+            results = demo.measure(lambda: bar.advance(task))
     files = demo.write(results)
-    _show(console, results)
+    console.print(terminal(table(results), "Exact match on held-out questions, ± standard error"))
+    for finding in findings(results):
+        console.print(f"- {finding}", highlight=False)
     if quick:
         console.print("This was a quick run: too little training for its numbers to mean anything.")
     if not can_plot():
@@ -91,23 +90,3 @@ def _silence_libraries() -> None:
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
-
-
-def _measure(console: Console, demo: Demo) -> Results:
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    from l2d_framework.demo.measure import WAYS
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console) as bar:
-        task = bar.add_task(_MEASURING, total=len(WAYS))
-        return demo.measure(lambda: bar.advance(task))
-
-
-def _show(console: Console, results: Results) -> None:
-    from l2d_framework.demo.report import findings, table
-    from l2d_framework.evaluation.tables import terminal
-
-    console.print(terminal(table(results), "Exact match on held-out questions, ± standard error"))
-    for finding in findings(results):
-        console.print(f"- {finding}", highlight=False)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -10,13 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from l2d_framework.cli import common
 from l2d_framework.errors import ConfigError
+from l2d_framework.evaluation.diagnosis.report import draw, sentences, table
 
 if TYPE_CHECKING:
     from l2d_framework.evaluation.diagnosis.diagnose import Settings
     from l2d_framework.models.unloaded import UnloadedModel
-
-_NUMBERS, _PICTURE = "diagnosis.json", "diagnosis.png"
 
 
 def diagnose(
@@ -38,14 +37,12 @@ def diagnose(
     adaptive_solver: Annotated[
         str, typer.Option(help="Adaptive solver whose evaluations are counted; `none` for none.")
     ] = "fehlberg2",
-    set_: Annotated[
-        list[str] | None, typer.Option("--set", help="Other sampling setting, such as estimate.mode=argmax.")
-    ] = None,
+    set_: common.Settings = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Of all noise.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows at a time; does not change the numbers.")] = 8,
-    base: Annotated[str | None, typer.Option(help="Where the base model lies now, if it has moved.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="Of the weights: float32, bfloat16 or float16.")] = None,
-    device: Annotated[str | None, typer.Option(help="Such as cuda; the GPU when there is one.")] = None,
+    base: common.Base = None,
+    dtype: common.Dtype = None,
+    device: common.Device = None,
     out: Annotated[Path | None, typer.Option(help="Folder for the numbers and a picture.")] = None,
 ) -> None:
     """Will more steps help? Compare a network along t with what its own first prediction and Bayes' rule know.
@@ -54,43 +51,42 @@ def diagnose(
     does together with the exact likelihood of the hint. Beside that: how soon tokens settle on the way, what an
     adaptive solver spends on them, and how many differ from the base model's.
     """
-    from l2d_framework.cli.loading import check_device, check_dtype
-    from l2d_framework.cli.output import bar, check_folder
-    from l2d_framework.config.files import override
     from l2d_framework.models.unloaded import UnloadedModel
+    from l2d_framework.training.output_dir import staged
 
-    check_dtype(dtype)
-    where = check_device(device)
-    check_folder(out, "--out")
+    common.check_dtype(dtype)
+    where = common.check_device(device)
+    common.check_folder(out, "--out")
     source = UnloadedModel(model, base=base, dtype=dtype)
     if source.is_plain:
         raise ConfigError(
             f"{model!r} is a plain language model: it has no diffusion network, and more steps mean nothing for it. "
             "Give the output_dir of a diffusion run."
         )
-    given = {
-        "num_inference_steps": num_inference_steps,
-        "solver": None if solver is None else {"name": solver},
-        "seed": seed,
-    }
-    options = override({key: value for key, value in given.items() if value is not None}, set_ or [])
+    options = common.sampling(set_, solver, num_inference_steps=num_inference_steps, seed=seed)
     settings = _settings(source, options, adaptive_solver)
     where_named = "Add --class-column NAME, whose entries are class labels."
     source.check_class(settings.sampling, is_named=class_column is not None, where=where_named)
-    rows, card = _rows(source, data, _fields(name, split, columns, class_column, limit), max_length)
+    fields = {"name": name, "split": split, "class_column": class_column, "limit": limit or None}
+    rows, card = _rows(source, data, fields | {"columns": _renamed(columns)}, max_length)
 
     from l2d_framework.evaluation.diagnosis.diagnose import diagnose as run
     from l2d_framework.evaluation.diagnosis.diagnose import time_grid
 
     lm = source.load(where)
     settings = replace(settings, times=time_grid(lm.schedule, times))
-    with bar() as progress:
+    with common.bar() as progress:
         track = partial(progress.track, description="diagnosing")
-        found = run(lm, rows, settings, batch_size=batch_size, track=track)
-    _show(found)
+        result = run(lm, rows, settings, batch_size=batch_size, track=track)
+    title = f"Cross-entropy in nats per token, ± standard error; {result['tokens']:,} tokens of {result['rows']:,} rows"
+    common.show(table(result), sentences(result), title=title)
     if out is not None:
         facts = {"model": source.identity(), "sampling": settings.sampling.model_dump(mode="json"), "data": card}
-        _write(found | facts | {"device": str(where)}, out)
+        with staged(out) as folder:
+            common.write_json(folder / "diagnosis.json", result | facts | {"device": str(where)})
+            if common.can_draw():
+                draw(result, folder / "diagnosis.png")
+        typer.echo(f"Written to {out}", err=True)
 
 
 def _settings(source: UnloadedModel, options: dict[str, Any], adaptive_solver: str) -> Settings:
@@ -117,20 +113,12 @@ def _settings(source: UnloadedModel, options: dict[str, Any], adaptive_solver: s
     return Settings([], sampling, adaptive)  # a schedule that learns has its times with the weights
 
 
-def _fields(
-    name: str | None, split: str, columns: list[str] | None, class_column: str | None, limit: int
-) -> dict[str, Any]:
+def _renamed(columns: list[str] | None) -> dict[str, str]:
     pairs = [column.partition("=") for column in columns or []]
     for ours, sign, theirs in pairs:
         if not (ours and sign and theirs):
             raise ConfigError(f"--columns {ours + sign + theirs!r} must read OURS=THEIRS, such as prompt=question.")
-    return {
-        "name": name,
-        "split": split,
-        "columns": {ours: theirs for ours, _, theirs in pairs},
-        "class_column": class_column,
-        "limit": limit or None,
-    }
+    return {ours: theirs for ours, _, theirs in pairs}
 
 
 def _rows(source: UnloadedModel, data: list[str], fields: dict[str, Any], max_length: int | None) -> tuple[Any, Any]:
@@ -147,24 +135,3 @@ def _rows(source: UnloadedModel, data: list[str], fields: dict[str, Any], max_le
     section = validated(DataSection, {"train": sources, "max_length": length}, "data")
     prepared = prepare(section, source.tokenizer, classes=source.classes)
     return list(prepared.train), prepared.card["sources"]["train"]
-
-
-def _show(found: dict[str, Any]) -> None:
-    from l2d_framework.cli.output import show
-    from l2d_framework.evaluation.diagnosis.report import sentences, table
-
-    title = f"Cross-entropy in nats per token, ± standard error; {found['tokens']:,} tokens of {found['rows']:,} rows"
-    show(table(found), sentences(found), title=title)
-
-
-def _write(found: dict[str, Any], out: Path) -> None:
-    from l2d_framework.cli.output import can_draw
-    from l2d_framework.evaluation.diagnosis.report import draw
-    from l2d_framework.training.output_dir import staged
-
-    with staged(out) as folder:
-        text = json.dumps(found, indent=2, ensure_ascii=False)
-        (folder / _NUMBERS).write_text(text + "\n", encoding="utf-8")
-        if can_draw():
-            draw(found, folder / _PICTURE)
-    typer.echo(f"Written to {out}", err=True)

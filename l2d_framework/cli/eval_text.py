@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from l2d_framework.cli import common
 from l2d_framework.errors import ConfigError
-
-_PICTURE = "eval_text.png"
 
 
 def eval_text(
@@ -37,56 +35,61 @@ def eval_text(
     ] = None,
     mauve_max_length: Annotated[int, typer.Option(min=1, help="Longest input for MAUVE, in tokens.")] = 256,
     batch_size: Annotated[int, typer.Option(min=1, help="Texts at a time; does not change the numbers.")] = 8,
-    dtype: Annotated[str, typer.Option(help="Of the weights: float32, bfloat16 or float16.")] = "float32",
-    device: Annotated[str | None, typer.Option(help="Such as cuda; the GPU when there is one.")] = None,
+    dtype: common.Dtype = "float32",
+    device: common.Device = None,
     output: Annotated[Path | None, typer.Option(help="Folder for the numbers, a report and a picture.")] = None,
 ) -> None:
     """Measure generated text: perplexity, distinct n-grams, entropy, MAUVE, Zipf's law and repetition.
 
     Each metric stands as TESS 2's evaluation defines it and, beside it, corrected. Several files are compared.
     """
-    from l2d_framework.cli.loading import check_device, check_dtype
-    from l2d_framework.cli.output import bar, check_folder, show
     from l2d_framework.evaluation.text.samples import Columns, read_golds, read_samples
 
-    check_dtype(dtype)
-    check_folder(output, "--output")
+    common.check_dtype(dtype)
+    common.check_folder(output, "--output")
     golds = None if gold is None else read_golds(gold, gold_column)
     columns = Columns(prefix_column, text_column, gold_column)
-    found = {name: read_samples(file, columns, golds=golds) for name, file in _named(files).items()}
+    samples = {name: read_samples(file, columns, golds=golds) for name, file in _named(files).items()}
 
     from transformers.utils import logging
 
     from l2d_framework.evaluation.text.judge import Judge, open_tokenizer, pretrained
     from l2d_framework.evaluation.text.mauve_score import FEATURES_MODEL, Features, check_golds, check_installed
-    from l2d_framework.evaluation.text.measure import evaluate_texts
-    from l2d_framework.evaluation.text.report import notes, table
+    from l2d_framework.evaluation.text.measure import DEFINITIONS, evaluate_texts
+    from l2d_framework.evaluation.text.report import draw, markdown, notes, table
+    from l2d_framework.training.output_dir import staged
 
-    where: dict[str, Any] = {"device": check_device(device), "dtype": dtype}
+    where: dict[str, Any] = {"device": common.check_device(device), "dtype": dtype}
     words = None if tokenizer is None else open_tokenizer(tokenizer)
     judge = features = None
     if mauve or mauve_model is not None:
         check_installed()
-        for name, samples in found.items():
-            check_golds(samples, name)
+        for name, texts in samples.items():
+            check_golds(texts, name)
         source = pretrained(mauve_model or FEATURES_MODEL, causal=False, **where)
         features = Features(source, max_length=mauve_max_length, batch_size=batch_size)
     if perplexity_model is not None:
         source = pretrained(perplexity_model, causal=True, **where)
         judge = Judge(source, max_length=max_length, batch_size=batch_size)
     logging.disable_progress_bar()  # loading bars would tear the one below apart
-    with bar() as progress:
+    with common.bar() as progress:
 
         def track(batches: Sequence[int], title: str) -> Iterable[int]:
             return progress.track(batches, description=title)
 
         results = {
-            name: evaluate_texts(samples, tokenizer=words, judge=judge, features=features, track=track)
-            for name, samples in found.items()
+            name: evaluate_texts(texts, tokenizer=words, judge=judge, features=features, track=track)
+            for name, texts in samples.items()
         }
-    show(table(results), notes(results), title="Generated text, ± standard error over samples")
+    common.show(table(results), notes(results), title="Generated text, ± standard error over samples")
     if output is not None:
-        _write(results, output)
+        picture = "eval_text.png" if len(results) > 1 and common.can_draw() else None
+        with staged(output) as folder:
+            if picture:
+                draw(results, folder / picture)
+            common.write_json(folder / "eval_text.json", {"results": results, "definitions": DEFINITIONS})
+            (folder / "eval_text.md").write_text(markdown(results, picture=picture), encoding="utf-8")
+        typer.echo(f"Written to {output}", err=True)
 
 
 def _named(files: list[Path]) -> dict[str, Path]:
@@ -95,20 +98,3 @@ def _named(files: list[Path]) -> dict[str, Path]:
     # Short names where they tell the files apart.
     stems = [file.stem for file in files]
     return {file.stem if stems.count(file.stem) == 1 else str(file): file for file in files}
-
-
-def _write(results: dict[str, Any], output: Path) -> None:
-    from l2d_framework.cli.output import can_draw
-    from l2d_framework.evaluation.text.measure import DEFINITIONS
-    from l2d_framework.evaluation.text.report import draw, markdown
-    from l2d_framework.training.output_dir import staged
-
-    is_drawn = len(results) > 1 and can_draw()
-    with staged(output) as folder:
-        if is_drawn:
-            draw(results, folder / _PICTURE)
-        text = json.dumps({"results": results, "definitions": DEFINITIONS}, indent=2, ensure_ascii=False)
-        (folder / "eval_text.json").write_text(text + "\n", encoding="utf-8")
-        report = markdown(results, picture=_PICTURE if is_drawn else None)
-        (folder / "eval_text.md").write_text(report, encoding="utf-8")
-    typer.echo(f"Written to {output}", err=True)

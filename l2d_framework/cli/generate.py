@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
+from l2d_framework.cli import common
 from l2d_framework.errors import ConfigError
-
-if TYPE_CHECKING:
-    from l2d_framework.cli.generate_session import Session
 
 
 def generate(
@@ -30,9 +28,7 @@ def generate(
     guidance_scale: Annotated[float | None, typer.Option(help="Scale of the guidance.")] = None,
     class_name: Annotated[str | None, typer.Option("--class", help="Class label of the prompts.")] = None,
     preset: Annotated[str | None, typer.Option(help="Named sampling settings, such as l2d-adaptive.")] = None,
-    set_: Annotated[
-        list[str] | None, typer.Option("--set", help="Other sampling setting, such as estimate.mode=argmax.")
-    ] = None,
+    set_: common.Settings = None,
     do_sample: Annotated[bool | None, typer.Option(help="Draw the token instead of taking the most likely.")] = None,
     temperature: Annotated[float | None, typer.Option(help="Of the draw.")] = None,
     top_p: Annotated[float | None, typer.Option(min=0, max=1, help="Of the draw.")] = None,
@@ -50,15 +46,22 @@ def generate(
         Path | None, typer.Option(help="Write how the answer took shape to this .html page or .png; one prompt only.")
     ] = None,
     output: Annotated[Path | None, typer.Option(help="Also write the answers to this JSONL file.")] = None,
-    base: Annotated[str | None, typer.Option(help="Where the base model lies now, if it has moved.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="Of the weights: float32, bfloat16 or float16.")] = None,
-    device: Annotated[str | None, typer.Option(help="Such as cuda; the GPU when there is one.")] = None,
-    merge: Annotated[bool, typer.Option(help="Fold the adapter into weights of its own: faster, more memory.")] = False,
+    base: common.Base = None,
+    dtype: common.Dtype = None,
+    device: common.Device = None,
+    merge: Annotated[
+        Literal["auto", "always", "never"],
+        typer.Option(
+            help="Fold the adapter into matrices beside it: faster, more memory; auto: where there is plenty."
+        ),
+    ] = "auto",
+    speculate: Annotated[
+        str, typer.Option(help="Tokens the language model guesses ahead, to be denoised at once; or auto, or off.")
+    ] = "off",
+    graph: Annotated[bool, typer.Option(help="Let an NVIDIA GPU replay the steps of a token from a graph.")] = True,
 ) -> None:
     """Generate text with a trained model."""
-    from l2d_framework.cli.generate_session import Session
-    from l2d_framework.cli.rows import read_prompts
-    from l2d_framework.config.files import override
+    from l2d_framework.cli.generate_session import Session, check_output, read_prompts
 
     named = read_prompts(prompt or [], file, chat=chat)
     prompts = list(named.values())
@@ -78,58 +81,45 @@ def generate(
         raise ConfigError(f"One answer at a time can be shown, got --num-return-sequences {num_return_sequences}.")
     if stream and len(prompts) > 1:
         raise ConfigError(f"--stream shows one answer, got {len(prompts)} prompts. Leave it out or give one prompt.")
-    given = {
-        "preset": preset,
-        "num_inference_steps": num_inference_steps,
-        "solver": None if solver is None else {"name": solver},
-        "guidance": [{"name": name} for name in guidance] if guidance else None,
-        "seed": seed,
-    }
-    sampling = override({name: value for name, value in given.items() if value is not None}, set_ or [])
-    picking = {"do_sample": do_sample, "temperature": temperature, "top_p": top_p, "top_k": top_k}
-    options: dict[str, Any] = {name: value for name, value in picking.items() if value is not None}
+    chosen = common.sampling(
+        set_,
+        solver,
+        preset=preset,
+        num_inference_steps=num_inference_steps,
+        guidance=[{"name": name} for name in guidance] if guidance else None,
+        seed=seed,
+    )
+    decoding = {"do_sample": do_sample, "temperature": temperature, "top_p": top_p, "top_k": top_k}
+    options: dict[str, Any] = {name: value for name, value in decoding.items() if value is not None}
     session = Session(
         model,
         base=base,
         dtype=dtype,
-        sampling=sampling,
+        sampling=chosen,
         options={**options, "max_new_tokens": max_new_tokens},
         guidance_scale=guidance_scale,
         class_name=class_name,
         stop=stop or [],
         samples=num_return_sequences,
+        running={"merge": merge, "graph": graph, "speculate": int(speculate) if speculate.isdecimal() else speculate},
+        is_watched=trace is not None,
     )
     if trace is not None:
         from l2d_framework.tracing import check_trace_file
 
         check_trace_file(trace)
-    session.check_output(output)
+    check_output(output)
     if infill:
         session.check_infilling(infill)
-        session.load(device, merge=merge)
+        session.load(device)
         session.infill(infill, output=output)
         return
     # Without prompts there will be a conversation: find out now whether this tokenizer can hold one.
     encoded = session.encode(prompts, list(named)) if prompts else session.encode([[{"role": "user", "content": "?"}]])
-    session.load(device, merge=merge)
+    session.load(device)
     if trace is not None:
         session.trace(prompts[0], trace, output=output)
     elif prompts:
         session.answer_all(prompts, encoded, batch_size=batch_size, stream=stream, output=output)
     else:
-        _talk(session)
-
-
-def _talk(session: Session) -> None:
-    """A conversation on the terminal, ended by an empty line or the end of input."""
-    messages: list[dict[str, str]] = []
-    while line := _ask():
-        messages.append({"role": "user", "content": line})
-        messages.append({"role": "assistant", "content": session.stream(messages)})
-
-
-def _ask() -> str:
-    try:
-        return input("> ").strip()
-    except EOFError:
-        return ""
+        session.talk()

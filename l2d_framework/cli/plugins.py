@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from rich.console import Console
+
 from l2d_framework.cli import COMMANDS
+from l2d_framework.evaluation.tables import terminal
+from l2d_framework.registry import ALLOW_LIST, extensions, registry
 
 
 def plugins() -> None:
     """List what plugins offer, with who ships it, and the error of every plugin that cannot be used."""
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
-    from l2d_framework.registry import ALLOW_LIST, extensions, registry
-
     rows = [
         replace(row, status="clash", error=f"Command {row.name!r} is built in; the plugin must choose another name.")
         if row.kind == "command" and row.name in COMMANDS
@@ -26,10 +24,8 @@ def plugins() -> None:
     console = Console()
     if not console.is_terminal:
         console = Console(width=160)  # a file or pipe has no edge to wrap at
-    table = Table("kind", "name", "distribution", "version", "status", box=box.SIMPLE_HEAD)
-    for row in rows:
-        table.add_row(row.kind or "-", row.name, row.distribution, row.version, row.status)
-    console.print(table)
+    shown = [(row.kind or "-", row.name, row.distribution, row.version, row.status) for row in rows]
+    console.print(terminal([("kind", "name", "distribution", "version", "status"), *shown]))
     for row in rows:
         if row.error:
             console.print(f"{row.kind} {row.name}: {row.error}".strip(), markup=False, highlight=False, soft_wrap=True)

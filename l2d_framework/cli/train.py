@@ -1,39 +1,70 @@
-"""`l2d train`: run files to trained models."""
+"""`l2d train` and `l2d train-reward`: run files to trained models."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.console import Console
 
-from l2d_framework.cli.config import Overrides, RunFile
+from l2d_framework.cli.common import Overrides, RunFile
+from l2d_framework.evaluation.tables import terminal
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
+    from l2d_framework.cli.progress import Reporter
     from l2d_framework.config import Run
 
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Move an output folder that exists aside and start anew.")]
 
-def train(
-    run_file: RunFile,
-    overrides: Overrides = None,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Move an output folder that exists aside and start anew.")
-    ] = False,
-) -> None:
+
+def train(run_file: RunFile, overrides: Overrides = None, overwrite: Overwrite = False) -> None:
     """Train the run, or the pipeline of runs, of a file; called again, it goes on where it was interrupted.
 
     Works under `accelerate launch -m l2d_framework.cli train` and `torchrun -m l2d_framework.cli train`.
     """
-    from rich.console import Console
-
-    from l2d_framework.cli.progress import Reporter, progress
     from l2d_framework.config import load_run
     from l2d_framework.training.run import train_runs
 
     console = Console()
     runs = load_run(run_file, overrides)
+    with _reporting(console) as report:
+        cards = train_runs(runs, overwrite=overwrite, callbacks=report)
+    if not _leave():
+        return
+    for run, card in zip(runs, cards, strict=True):
+        _show(console, run, card, _training_rows(card))
+        if card["kind"] == "diffusion":
+            console.print(
+                f'Generate with:  l2d generate {run.output_dir} --prompt "..."', soft_wrap=True, highlight=False
+            )
+
+
+def train_reward(run_file: RunFile, overrides: Overrides = None, overwrite: Overwrite = False) -> None:
+    """Train a reward model with TRL; called again, it goes on from the last checkpoint.
+
+    The run file has `kind: reward`; the result serves `l2d generate --guidance reward_gradient`.
+    """
+    from l2d_framework.config import load_run
+    from l2d_framework.training.reward.run import check_ready
+    from l2d_framework.training.reward.run import train_reward as train_one
+
+    console = Console()
+    runs = check_ready(load_run(run_file, overrides), overwrite=overwrite)
+    with _reporting(console) as report:
+        cards = [train_one(run, overwrite=overwrite, callbacks=report(run)) for run in runs]
+    if _leave():
+        for run, card in zip(runs, cards, strict=True):
+            _show(console, run, card, _reward_rows(card))
+
+
+@contextmanager
+def _reporting(console: Console) -> Iterator[Callable[[Run], list[Reporter]]]:
+    """Makes the callbacks of each run, and gives the terminal back at the end or after an error."""
+    from l2d_framework.cli.progress import progress
+
     reporters: list[Reporter] = []
 
     def report(run: Run) -> list[Reporter]:
@@ -41,49 +72,55 @@ def train(
         return reporters[-1:]
 
     try:
-        cards = train_runs(runs, overwrite=overwrite, callbacks=report)
+        yield report
     finally:
         for reporter in reporters:
             reporter.close()
-    if not leave():
-        return
-    for run, card in zip(runs, cards, strict=True):
-        console.print(summary(f"{run.output_dir}, finished {card['ended']}", card))
-        if card["kind"] == "diffusion":
-            console.print(
-                f'Generate with:  l2d generate {run.output_dir} --prompt "..."', soft_wrap=True, highlight=False
-            )
 
 
-def summary(title: str, card: dict[str, Any]) -> Table:
-    """Results of a finished run."""
-    from rich import box
-    from rich.table import Table
-
-    from l2d_framework.training.metrics import BINS
-
-    result, losses = card["result"], card["result"]["losses"]
-    table = Table("", "training", "held out", box=box.SIMPLE_HEAD, title=title)
-    names = {"loss": "loss, nats per token", "loss_without_pads": "  without pads"}
-    names |= {f"loss_t{i:02d}": f"  t in [{i / BINS:.1f}, {(i + 1) / BINS:.1f})" for i in range(BINS)}
-    for key, name in names.items():
-        shown = [f"{losses[k]:.4f}" if k in losses else "" for k in (key, f"eval_{key}")]
-        if any(shown):
-            table.add_row(name, *shown)
-    table.add_section()
-    table.add_row("updates", f"{result['steps']:,}")
-    table.add_row("trained parameters", f"{card['parameters']['trainable']:,}")
-    table.add_row("duration", f"{card['seconds']:,.0f} s")
-    table.add_row("speed", f"{result['tokens_per_second']:,.0f} tokens/s")
-    table.add_row("peak memory", f"{result['peak_memory'] / 2**30:.2f} GiB")
-    return table
-
-
-def leave() -> bool:
-    """End what the processes have in common."""
+def _leave() -> bool:
+    """End what the processes have in common; True in the first of them."""
     from accelerate import PartialState
 
     state = PartialState()
     is_first = bool(state.is_main_process)
     state.destroy_process_group()
     return is_first
+
+
+def _show(console: Console, run: Run, card: dict[str, Any], rows: Iterable[Sequence[str]]) -> None:
+    memory = ("peak memory", f"{card['result']['peak_memory'] / 2**30:.2f} GiB")
+    console.print(terminal([*rows, memory], f"{run.output_dir}, finished {card['ended']}"))
+
+
+def _training_rows(card: dict[str, Any]) -> Iterator[Sequence[str]]:
+    from l2d_framework.training.metrics import BINS
+
+    result, losses = card["result"], card["result"]["losses"]
+    names = {"loss": "loss, nats per token", "loss_without_pads": "  without pads"}
+    names |= {f"loss_t{i:02d}": f"  t in [{i / BINS:.1f}, {(i + 1) / BINS:.1f})" for i in range(BINS)}
+    yield "", "training", "held out"
+    for key, name in names.items():
+        shown = [f"{losses[k]:.4f}" if k in losses else "" for k in (key, f"eval_{key}")]
+        if any(shown):
+            yield name, *shown
+    yield ()
+    yield "updates", f"{result['steps']:,}"
+    yield "trained parameters", f"{card['parameters']['trainable']:,}"
+    yield "duration", f"{card['seconds']:,.0f} s"
+    yield "speed", f"{result['tokens_per_second']:,.0f} tokens/s"
+
+
+def _reward_rows(card: dict[str, Any]) -> Iterator[Sequence[str]]:
+    result, splits = card["result"], card["data"]["splits"]
+    parts = (result["train"], result["held_out"] or {})
+    yield "", "last training batches", "held out"
+    yield "pairs", *(f"{splits[which]['pairs']:,}" if which in splits else "" for which in ("train", "eval"))
+    yield "loss, nats per pair", *(f"{part['loss']:.4f}" if "loss" in part else "" for part in parts)
+    yield "pairs ranked right", *(f"{part['accuracy']:.1%}" if "accuracy" in part else "" for part in parts)
+    yield "mean margin", *(f"{part['margin']:.3f}" if "margin" in part else "" for part in parts)
+    yield ()
+    too_long = sum(source["too_long"] for sources in card["data"]["sources"].values() for source in sources)
+    yield "pairs left out as too long", f"{too_long:,}"
+    yield "updates", f"{result['steps']:,}"
+    yield "duration", f"{card['seconds']:,.0f} s"

@@ -2,18 +2,15 @@
 
 from l2d_framework.config.checks import check_run, check_runs
 from l2d_framework.config.parsing import config_hash, load_run, parse_run, parse_stages, resolved_json
-from l2d_framework.config.reward import PairData, PairSource, RewardRun, RewardTraining, SimplexNoise
-from l2d_framework.config.runs import DiffusionRun, LanguageModelRun, Pipeline, Run, TokenRun, json_schema
+from l2d_framework.config.reward import PairSource, RewardRun, SimplexNoise
+from l2d_framework.config.runs import DiffusionRun, LanguageModelRun, Run, TokenRun, json_schema
 from l2d_framework.config.sampling import SamplingSection, default_sampling, parse_sampling
 from l2d_framework.config.sections import (
     DataSection,
     DataSource,
-    LoraSection,
     ModelSection,
     RowSource,
     ScratchSection,
-    Section,
-    TokenizerSection,
     TrainingSection,
 )
 
@@ -22,21 +19,15 @@ __all__ = [
     "DataSource",
     "DiffusionRun",
     "LanguageModelRun",
-    "LoraSection",
     "ModelSection",
-    "PairData",
     "PairSource",
-    "Pipeline",
     "RewardRun",
-    "RewardTraining",
     "RowSource",
     "Run",
     "SamplingSection",
     "ScratchSection",
-    "Section",
     "SimplexNoise",
     "TokenRun",
-    "TokenizerSection",
     "TrainingSection",
     "check_run",
     "check_runs",

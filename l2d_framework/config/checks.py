@@ -5,7 +5,7 @@ from __future__ import annotations
 import glob
 import re
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +45,9 @@ def check_run(run: Run, *, earlier: Sequence[Run] = ()) -> None:
     """Check a run before any weights are loaded."""
     if run.output_dir is not None:
         _check_output(run.output_dir)
-    for where, source in _sources(run):
-        _check_source(where, source)
+    for which, sources in (("train", run.data.train), ("eval", run.data.eval)) if run.data is not None else ():
+        for i, source in enumerate(sources):
+            _check_source(f"data.{which}.{i}", source)
     _check_trackers(run.training.report_to)
     lm_config = _lm_config(run, earlier)
     if isinstance(run, DiffusionRun):
@@ -73,26 +74,19 @@ def _check_output(output_dir: str) -> None:
         ) from error
 
 
-def _sources(run: Run) -> Iterator[tuple[str, RowSource]]:
-    if run.data is not None:
-        yield from ((f"data.train.{i}", source) for i, source in enumerate(run.data.train))
-        yield from ((f"data.eval.{i}", source) for i, source in enumerate(run.data.eval))
-
-
 def _check_source(where: str, source: RowSource) -> None:
     if not Path(source.path).exists() and not any(glob.iglob(source.path, recursive=True)):
         if _looks_local(source.path) or source.path.endswith(_DATA_SUFFIXES):
             raise ConfigError(f"{where}.path: no such file or folder, got {source.path!r}; check the path")
         if not _HUB_ID.fullmatch(source.path):
             raise ConfigError(f"{where}.path: neither a file, a folder nor a hub id, got {source.path!r}; check it")
-    files = source.data_files
-    if not isinstance(files, dict):
-        files = {"": files or []}
-    for pattern in (p for patterns in files.values() for p in ([patterns] if isinstance(patterns, str) else patterns)):
-        # Names without a folder of their own may lie on the hub, beside the data set.
-        below = Path(source.path) / pattern if Path(source.path).is_dir() else Path(pattern)
-        if (_looks_local(pattern) or Path(source.path).is_dir()) and not glob.glob(str(below), recursive=True):
-            raise ConfigError(f"{where}.data_files: no such file, got {pattern!r}; check the path")
+    files, folder = source.data_files or [], Path(source.path)
+    for patterns in files.values() if isinstance(files, dict) else [files]:
+        for pattern in [patterns] if isinstance(patterns, str) else patterns:
+            # Names without a folder of their own may lie on the hub, beside the data set.
+            below = folder / pattern if folder.is_dir() else Path(pattern)
+            if (_looks_local(pattern) or folder.is_dir()) and not glob.glob(str(below), recursive=True):
+                raise ConfigError(f"{where}.data_files: no such file, got {pattern!r}; check the path")
 
 
 def _check_trackers(names: Sequence[str]) -> None:
@@ -110,16 +104,22 @@ def _lm_config(run: Run, earlier: Sequence[Run]) -> Any:
         assert run.scratch is not None  # a run has one of the two
         return _scratch_config(run.scratch)
     base = run.model.base
-    for stage in reversed(earlier):
-        if stage.output_dir is not None and Path(stage.output_dir).absolute() == Path(base).absolute():
-            config = _lm_config(stage, earlier[: earlier.index(stage)])
-            if isinstance(stage, DiffusionRun) and not _backbone(stage, config).trains_lm:
-                raise ConfigError(
-                    f"model.base: {base!r} will hold a diffusion model without a language model of its own; start from "
-                    f"{stage.model.base!r}"
-                )
-            return config
-    return _saved_config(run.model)
+    stage = stage_before(base, earlier)
+    if stage is None:
+        return _saved_config(run.model)
+    config = _lm_config(stage, earlier[: earlier.index(stage)])
+    if isinstance(stage, DiffusionRun) and not _backbone(stage, config).trains_lm:
+        raise ConfigError(
+            f"model.base: {base!r} will hold a diffusion model without a language model of its own; start from "
+            f"{stage.model.base!r}"
+        )
+    return config
+
+
+def stage_before(base: str, earlier: Sequence[Run]) -> Run | None:
+    """The run from whose output a later one starts, the last of those that write there."""
+    outputs = {Path(stage.output_dir).absolute(): stage for stage in earlier if stage.output_dir is not None}
+    return outputs.get(Path(base).absolute())
 
 
 @naming_plugins()
@@ -146,10 +146,10 @@ def _check_reward(run: RewardRun, config: Any) -> None:
         )
     limit = getattr(config, "max_position_embeddings", None)
     field = "max_length" if run.data.pad_to is None else "pad_to"
-    if limit is not None and getattr(run.data, field) > limit:
+    length = run.data.pad_to or run.data.max_length
+    if limit is not None and length > limit:
         raise ConfigError(
-            f"data.{field}: exceeds the {limit} tokens this language model was made for, got "
-            f"{getattr(run.data, field)}; lower it"
+            f"data.{field}: exceeds the {limit} tokens this language model was made for, got {length}; lower it"
         )
 
 

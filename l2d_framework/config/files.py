@@ -5,14 +5,13 @@ from __future__ import annotations
 import copy
 import json
 import re
+from itertools import chain
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn
 
 import yaml
 
 from l2d_framework.errors import ConfigError, shown
-
-N = TypeVar("N", bound=yaml.Node)
 
 _DEPTH = 100
 """Sections and lists inside each other; below what a repr, a copy or pydantic can take."""
@@ -21,13 +20,17 @@ _VALUES = 100_000
 _YAML_CHARACTERS, _JSON_CHARACTERS = 1_000_000, 64_000_000
 _DIGITS = 400
 """Longest number; Python refuses to write out one of more than 4,300 digits."""
-_STRING = "tag:yaml.org,2002:str"
-_MERGE = "tag:yaml.org,2002:merge"
+_TAG = "tag:yaml.org,2002:"
+_STRING = f"{_TAG}str"
 _TOO_DEEP = f"sections and lists lie more than {_DEPTH} deep"
 _TOO_LONG = f"a number has more than {_DIGITS} digits"
 _TOO_MANY = f"it stands for more than {_VALUES:,} values"
 _TAGS: dict[str, list[re.Pattern[str]]] = {}
 """By tag of a scalar, what it may look like."""
+
+
+def _refuse(problem: str, mark: Any) -> NoReturn:
+    raise yaml.MarkedYAMLError(problem=problem, problem_mark=mark)
 
 
 class _Loader(yaml.SafeLoader):
@@ -46,75 +49,67 @@ class _Loader(yaml.SafeLoader):
     def fetch_flow_collection_start(self, token: Any) -> None:
         # The scanner runs ahead of the composer, at a cost that grows with the square of the open brackets.
         if self.flow_level >= _DEPTH:
-            mark: Any = self.get_mark()
-            raise yaml.MarkedYAMLError(problem=_TOO_DEEP, problem_mark=mark)
+            _refuse(_TOO_DEEP, self.get_mark())
         super().fetch_flow_collection_start(token)
 
     def compose_node(self, parent: Any, index: Any) -> yaml.Node | None:
         event: Any = self.peek_event()  # type: ignore[no-untyped-call]
-        mark: Any = event.start_mark
         self._depth += 1
         if self._depth > _DEPTH:
-            raise yaml.MarkedYAMLError(problem=_TOO_DEEP, problem_mark=mark)
+            _refuse(_TOO_DEEP, event.start_mark)
         node = super().compose_node(parent, index)
         self._depth -= 1
-        if node is not None:
-            if isinstance(event, yaml.AliasEvent):
-                if id(node) not in self._sizes:
-                    problem = f"*{event.anchor} stands inside what it names"
-                    raise yaml.MarkedYAMLError(problem=problem, problem_mark=mark)
-            elif isinstance(node, yaml.ScalarNode):
-                self._sizes[id(node)] = 1
-            else:
-                pairs = isinstance(node, yaml.MappingNode)
-                inner = [part for entry in node.value for part in (entry if pairs else (entry,))]
-                self._sizes[id(node)] = 1 + sum(self._sizes[id(part)] for part in inner)
-            if self._sizes[id(node)] > _VALUES:
-                raise yaml.MarkedYAMLError(problem=_TOO_MANY, problem_mark=mark)
+        if node is None:
+            return None
+        if isinstance(event, yaml.AliasEvent):
+            if id(node) not in self._sizes:
+                _refuse(f"*{event.anchor} stands inside what it names", event.start_mark)
+        elif isinstance(node, yaml.ScalarNode):
+            self._sizes[id(node)] = 1
+        else:
+            parts = chain.from_iterable(node.value) if isinstance(node, yaml.MappingNode) else node.value
+            self._sizes[id(node)] = 1 + sum(self._sizes[id(part)] for part in parts)
+        if self._sizes[id(node)] > _VALUES:
+            _refuse(_TOO_MANY, event.start_mark)
         return node
 
     def compose_scalar_node(self, anchor: Any) -> yaml.ScalarNode:
         node = super().compose_scalar_node(anchor)
-        problem = None
-        if node.tag not in (_STRING, *_TAGS):
-            problem = _unknown(node)
-        elif node.tag != _STRING and not any(pattern.match(node.value) for pattern in _TAGS[node.tag]):
-            problem = f"{shown(node.value)} is no {node.tag.rpartition(':')[2]}"
-        elif node.tag != _STRING and len(node.value) > _DIGITS:
-            problem = f"{_TOO_LONG}, got {len(node.value)}"
-        if problem:
-            raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
+        _check_tag(node, _STRING, *_TAGS)
+        if node.tag != _STRING:
+            if not any(pattern.match(node.value) for pattern in _TAGS[node.tag]):
+                _refuse(f"{shown(node.value)} is no {node.tag.rpartition(':')[2]}", node.start_mark)
+            if len(node.value) > _DIGITS:
+                _refuse(f"{_TOO_LONG}, got {len(node.value)}", node.start_mark)
         return node
 
     def compose_sequence_node(self, anchor: Any) -> yaml.SequenceNode:
-        return _plain(super().compose_sequence_node(anchor), "seq")
+        node = super().compose_sequence_node(anchor)
+        _check_tag(node, f"{_TAG}seq")
+        return node
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        node = _plain(super().compose_mapping_node(anchor), "map")
+        node = super().compose_mapping_node(anchor)
+        _check_tag(node, f"{_TAG}map")
         seen: set[str] = set()
         for key, _ in node.value:
             if not isinstance(key, yaml.ScalarNode):
-                raise yaml.MarkedYAMLError(problem="a key must be a single word", problem_mark=key.start_mark)
-            if key.tag == _MERGE:
+                _refuse("a key must be a single word", key.start_mark)
+            if key.tag == f"{_TAG}merge":
                 continue
             if key.value in seen:
-                raise yaml.MarkedYAMLError(problem=f"duplicate key {shown(key.value)}", problem_mark=key.start_mark)
+                _refuse(f"duplicate key {shown(key.value)}", key.start_mark)
             seen.add(key.value)
             key.tag = _STRING
         return node
 
 
-def _plain(node: N, kind: str) -> N:
-    if node.tag != f"tag:yaml.org,2002:{kind}":
-        raise yaml.MarkedYAMLError(problem=_unknown(node), problem_mark=node.start_mark)
-    return node
+def _check_tag(node: yaml.Node, *known: str) -> None:
+    if node.tag not in known:
+        _refuse(f"the tag {shown(node.tag.replace(_TAG, '!!'))} is not understood here", node.start_mark)
 
 
-def _unknown(node: yaml.Node) -> str:
-    return f"the tag {shown(node.tag.replace('tag:yaml.org,2002:', '!!'))} is not understood here"
-
-
-for _tag, _pattern, _first in (
+for _kind, _pattern, _first in (
     ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
     ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
     ("int", r"[-+]?[0-9]+", list("-+0123456789")),
@@ -122,10 +117,11 @@ for _tag, _pattern, _first in (
     ("float", r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", list("-+.")),
     ("merge", r"<<", ["<"]),
 ):
-    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"({_pattern})\Z"), _first)
-    _TAGS.setdefault(f"tag:yaml.org,2002:{_tag}", []).append(re.compile(rf"({_pattern})\Z"))
+    _whole = re.compile(rf"({_pattern})\Z")
+    _Loader.add_implicit_resolver(f"{_TAG}{_kind}", _whole, _first)
+    _TAGS.setdefault(f"{_TAG}{_kind}", []).append(_whole)
 # PyYAML reads a leading zero as octal.
-_Loader.add_constructor("tag:yaml.org,2002:int", lambda _, node: int(node.value))
+_Loader.add_constructor(f"{_TAG}int", lambda _, node: int(node.value))
 
 
 def parse_yaml(text: str, source: str) -> Any:
@@ -201,18 +197,7 @@ def read_file(path: str | Path) -> dict[str, Any]:
 
 
 def override(data: dict[str, Any], assignments: list[str]) -> dict[str, Any]:
-    """Run data with some values replaced.
-
-    Args:
-        data: contents of a run file.
-        assignments: such as `training.max_steps=100` or `data.train.0.path=my.jsonl`; values are YAML.
-
-    Returns:
-        A changed copy; sections that do not exist are made.
-
-    Raises:
-        ConfigError: if an assignment is malformed or its path leads nowhere.
-    """
+    """Run data with values replaced by assignments such as `data.train.0.path=my.jsonl`; missing sections are made."""
     data = copy.deepcopy(data)
     for assignment in assignments:
         path, equals, text = assignment.partition("=")

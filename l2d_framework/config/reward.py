@@ -2,39 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import cache
 from typing import Any, Literal, Self
 
-from pydantic import ConfigDict, Field, SerializeAsAny, create_model, model_validator
+from pydantic import ConfigDict, Field, SerializeAsAny, model_validator
 
 from l2d_framework.component import merged
 from l2d_framework.config.sampling import component_type
-from l2d_framework.config.sections import ModelSection, RowSource, Section, Updates, UserPath
+from l2d_framework.config.sections import ModelSection, RowSource, Section, Updates, UserPath, optional, specialised
 from l2d_framework.registry import Registry
 from l2d_framework.schedule import ScheduleConfig
 
+_TRAINING = {"epochs": 1.0, "micro_batch_size": 1}
 PRESETS: dict[str, dict[str, Any]] = {
     "tess2-paper": {
         "data": {"train": [{"path": "weqweasdas/preference_dataset_mixture2_and_safe_pku"}], "max_length": 2048},
-        "training": {
-            "epochs": 1.0,
-            "batch_size": 512,
-            "micro_batch_size": 1,
-            "warmup_ratio": 0.03,
-            "final_fraction": 0.0,
-        },
+        "training": {**_TRAINING, "batch_size": 512, "warmup_ratio": 0.03, "final_fraction": 0.0},
     },
     "tess2-script": {
         "data": {"train": [{"path": "argilla/ultrafeedback-binarized-preferences-cleaned"}], "max_length": 512},
-        "training": {
-            "epochs": 1.0,
-            "batch_size": 128,
-            "micro_batch_size": 1,
-            "learning_rate": 2e-5,
-            "warmup_ratio": 0.0,
-            "final_fraction": 0.1,
-        },
+        "training": {**_TRAINING, "batch_size": 128, "learning_rate": 2e-5, "warmup_ratio": 0.0, "final_fraction": 0.1},
     },
 }
 """Settings of TESS 2's reward model, as the paper describes them and as the authors' script has them.
@@ -44,15 +32,6 @@ default of `RewardTraining`, stands in. The script asks for warm-up, too, but re
 
 Source: TESS 2, arXiv:2502.13917, appendix on reward modelling; the authors' script for training it.
 """
-
-
-def _optional(*names: str) -> Callable[[dict[str, Any]], None]:
-    """A run file may leave to a preset what a run cannot do without."""
-
-    def relax(schema: dict[str, Any]) -> None:
-        schema["required"] = [name for name in schema.get("required", []) if name not in names]
-
-    return relax
 
 
 class PairSource(RowSource):
@@ -65,7 +44,7 @@ class PairSource(RowSource):
 class PairData(Section):
     """What to compare."""
 
-    model_config = ConfigDict(json_schema_extra=_optional("train"))
+    model_config = ConfigDict(json_schema_extra=optional("train"))
 
     train: list[PairSource] = Field(min_length=1)
     eval: list[PairSource] = Field(default_factory=list)
@@ -123,7 +102,7 @@ class SimplexNoise(Section):
 class RewardRun(Section):
     """Training a reward model on preference pairs."""
 
-    model_config = ConfigDict(json_schema_extra=_optional("data"))
+    model_config = ConfigDict(json_schema_extra=optional("data"))
 
     kind: Literal["reward"]
     preset: Literal["tess2-paper", "tess2-script"] | None = None
@@ -153,13 +132,8 @@ class RewardRun(Section):
 @cache
 def reward_type(plugins: Registry) -> type[RewardRun]:
     """Reward run whose schedule is a union over plugins."""
-    noise: Any = create_model(
-        "SimplexNoise",
-        __base__=SimplexNoise,
-        __doc__=SimplexNoise.__doc__,
-        schedule=(component_type(plugins, "schedule", ScheduleConfig), ...),
-    )
-    return create_model("RewardRun", __base__=RewardRun, __doc__=RewardRun.__doc__, noise=(noise | None, None))
+    noise: Any = specialised(SimplexNoise, schedule=(component_type(plugins, "schedule", ScheduleConfig), ...))
+    return specialised(RewardRun, noise=(noise | None, None))
 
 
 def with_reward_preset(data: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import cache
 from typing import Any, Literal, Self
 
-from pydantic import ConfigDict, Field, SerializeAsAny, TypeAdapter, create_model, model_validator
+from pydantic import ConfigDict, Field, SerializeAsAny, TypeAdapter, model_validator
 
 from l2d_framework.backbone import BackboneConfig
 from l2d_framework.config.reward import RewardRun, reward_type
@@ -18,20 +18,18 @@ from l2d_framework.config.sections import (
     Section,
     TrainingSection,
     UserPath,
+    optional,
+    specialised,
 )
 from l2d_framework.parametrization import ParametrizationConfig
 from l2d_framework.registry import Registry, registry
 from l2d_framework.schedule import ScheduleConfig
 
 
-def _sampling_is_optional(schema: dict[str, Any]) -> None:
-    schema["required"] = [name for name in schema.get("required", []) if name != "sampling"]
-
-
 class DiffusionRun(Section):
     """Turning a language model into a diffusion language model."""
 
-    model_config = ConfigDict(json_schema_extra=_sampling_is_optional)
+    model_config = ConfigDict(json_schema_extra=optional("sampling"))
 
     kind: Literal["diffusion"] = "diffusion"
     model: ModelSection
@@ -121,10 +119,8 @@ class Pipeline(Section):
 @cache
 def diffusion_type(plugins: Registry) -> type[DiffusionRun]:
     """Diffusion run whose components are unions over plugins."""
-    return create_model(
-        "DiffusionRun",
-        __base__=DiffusionRun,
-        __doc__=DiffusionRun.__doc__,
+    return specialised(
+        DiffusionRun,
         schedule=(component_type(plugins, "schedule", ScheduleConfig), ...),
         parametrization=(component_type(plugins, "parametrization", ParametrizationConfig), ...),
         backbone=(component_type(plugins, "backbone", BackboneConfig), ...),
@@ -136,8 +132,7 @@ def json_schema() -> dict[str, Any]:
     """JSON schema of a run file, complete for the installed plugins."""
     run: Any = diffusion_type(registry()) | LanguageModelRun | reward_type(registry())
     stages: Any = (list[run], Field(min_length=1))
-    pipeline = create_model("Pipeline", __base__=Pipeline, __doc__=Pipeline.__doc__, stages=stages)
-    either: Any = run | pipeline
+    either: Any = run | specialised(Pipeline, stages=stages)
     schema = TypeAdapter(either).json_schema()
     for name, part in schema.get("$defs", {}).items():
         if name == "DiffusionRun":

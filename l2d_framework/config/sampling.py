@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from functools import cache
 from typing import Annotated, Any, Union, cast
 
-from pydantic import ConfigDict, Field, SerializeAsAny, create_model
+from pydantic import ConfigDict, Field, SerializeAsAny
 
 from l2d_framework.component import Component, merged
-from l2d_framework.config.sections import Section
+from l2d_framework.config.sections import Section, optional, specialised
 from l2d_framework.config.validation import validated
 from l2d_framework.errors import ConfigError, L2DError
 from l2d_framework.guidance import Guidance
@@ -22,14 +22,10 @@ _MOST = 1_000_000
 """Largest number of evaluations or tokens, so that a slip of the keyboard does not fill the memory."""
 
 
-def _solver_is_optional(schema: dict[str, Any]) -> None:
-    schema["required"] = [name for name in schema.get("required", []) if name != "solver"]
-
-
 class SamplingSection(Section):
     """How to sample; everything left out comes from the preset."""
 
-    model_config = ConfigDict(json_schema_extra=_solver_is_optional)
+    model_config = ConfigDict(json_schema_extra=optional("solver"))
 
     preset: str | None = None
     """Named settings below the explicit ones; the method's when None."""
@@ -48,21 +44,10 @@ class SamplingSection(Section):
     """Stop once no token has changed in this many evaluations."""
 
     def resolve(self, parametrization: ParametrizationConfig, user: Mapping[str, Any]) -> SamplingSection:
-        """Settings of a request: the user's options over this section.
+        """Settings of a request: the user's options over this section, a component as instance, section or name.
 
         A preset among the options replaces this section except for its seed and, unless the preset has its own, its
         guidance. A solver among them leaves what belongs to the steps of the one before, where it cannot use it.
-
-        Args:
-            parametrization: the state space, whose `estimate` section holds what nobody chose.
-            user: fields of a sampling section; a component may be an instance, a section or just a name.
-
-        Returns:
-            Complete settings.
-
-        Raises:
-            ConfigError: if an option is unknown, out of range or impossible for the solver.
-            PluginError: if there is no such preset.
         """
         user = _request(user)
         data = self.model_dump(mode="json")
@@ -76,13 +61,8 @@ class SamplingSection(Section):
 def sampling_type(plugins: Registry) -> type[SamplingSection]:
     """Sampling section whose solver and guidance are unions over plugins."""
     guidance: Any = list[component_type(plugins, "guidance", Guidance)]  # type: ignore[misc]
-    return create_model(
-        "SamplingSection",
-        __base__=SamplingSection,
-        __doc__=SamplingSection.__doc__,
-        solver=(component_type(plugins, "solver", Solver), ...),
-        guidance=(guidance, Field(default_factory=list)),
-    )
+    solver = component_type(plugins, "solver", Solver)
+    return specialised(SamplingSection, solver=(solver, ...), guidance=(guidance, Field(default_factory=list)))
 
 
 def component_type(plugins: Registry, kind: str, interface: Any) -> Any:
@@ -143,11 +123,9 @@ def complete(sampling: SamplingSection, parametrization: ParametrizationConfig) 
 
 
 def _laid_over(settings: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings with changes; one that names another solver drops what was said of the steps of the one before.
-
-    Evaluations of a fixed grid are not the budget of a solver that chooses its steps, nor the other way round; such a
-    solver has no grid on which patience could count, and not all can end at time 1.
-    """
+    """Settings with changes; one that names another solver drops what was said of the steps of the one before."""
+    # Evaluations of a fixed grid are not the budget of a solver that chooses its steps, nor the other way round; such a
+    # solver has no grid on which patience could count, and not all can end at time 1.
     before, solver = _solver(settings.get("solver")), _solver(changes.get("solver"))
     unfit: list[str] = []
     if before and solver and before.component_name() != solver.component_name():
@@ -160,10 +138,9 @@ def _laid_over(settings: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[
 def _solver(section: Any) -> Solver | None:
     """The solver of a section; None where it is missing or wrong, which whoever validates it will say."""
     try:
-        found: Any = registry().create("solver", section) if isinstance(section, Mapping) else None
+        return cast(Solver, registry().create("solver", section)) if isinstance(section, Mapping) else None
     except L2DError:
         return None
-    return found  # type: ignore[no-any-return]
 
 
 def _request(user: Mapping[str, Any]) -> dict[str, Any]:

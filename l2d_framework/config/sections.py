@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, create_model, model_validator
 
 
 def _expanded(path: str) -> str:
     return str(Path(path).expanduser()) if path.startswith("~") else path
+
+
+def optional(*names: str) -> Callable[[dict[str, Any]], None]:
+    """For the JSON schema of a section: a run file may leave to presets what a run cannot do without."""
+
+    def relax(schema: dict[str, Any]) -> None:
+        schema["required"] = [name for name in schema.get("required", []) if name not in names]
+
+    return relax
 
 
 UserPath = Annotated[str, AfterValidator(_expanded)]
@@ -20,6 +30,16 @@ class Section(BaseModel):
     """A part of a run file: frozen, strict, without unknown fields or numbers that are not finite."""
 
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
+
+
+S = TypeVar("S", bound=Section)
+
+
+def specialised(section: type[S], **fields: Any) -> type[S]:
+    """The same section with some of its fields replaced, such as components by unions over plugins."""
+    return create_model(
+        section.__name__, __base__=section, __doc__=section.__doc__, __module__=section.__module__, **fields
+    )
 
 
 class ModelSection(Section):
@@ -151,13 +171,9 @@ class DataSection(Section):
     """Examples held in memory to shuffle a stream."""
 
     @model_validator(mode="after")
-    def _one_held_out_set(self) -> Self:
+    def _consistent(self) -> Self:
         if self.eval and self.eval_fraction:
             raise ValueError(f"eval names data and eval_fraction is {self.eval_fraction}; keep one of them")
-        return self
-
-    @model_validator(mode="after")
-    def _supervises_once(self) -> Self:
         if self.turns != "all" and self.supervise == "all":
             raise ValueError(f"turns {self.turns!r} supervises one answer and supervise 'all' every token; keep one")
         if self.masking is not None and self.supervise == "all":

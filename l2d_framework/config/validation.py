@@ -21,7 +21,7 @@ def validated(model: type[M], data: Mapping[str, Any], where: str = "") -> M:
     problems = {path: [text] for path, text in wrong.items()}
     try:
         # JSON mode lets strict fields take what JSON can express, such as a list for a tuple.
-        found = model.model_validate_json(json.dumps(data))
+        section = model.model_validate_json(json.dumps(data))
     except ValidationError as error:
         for details in error.errors():
             path = _place(details["loc"], data)
@@ -29,7 +29,7 @@ def validated(model: type[M], data: Mapping[str, Any], where: str = "") -> M:
                 problems.setdefault(path, []).append(_text(details, model, path))
     if problems:
         raise ConfigError("\n".join(_line(where, path, texts) for path, texts in problems.items()))
-    return found
+    return section
 
 
 def _line(where: str, path: Path, texts: list[str]) -> str:
@@ -43,23 +43,21 @@ def _component_problems(data: Mapping[str, Any]) -> Iterator[tuple[Path, str]]:
         if not isinstance(section, Mapping):
             continue
         for kind in registry().kinds():
-            found = section.get(kind)
-            entries = enumerate(found) if isinstance(found, list) else [(None, found)] if found is not None else []
-            for index, entry in entries:
-                if problem := _component_problem(kind, entry):
-                    yield (*path, kind) if index is None else (*path, kind, index), problem
-
-
-def _component_problem(kind: str, entry: Any) -> str:
-    name = entry.get("name") if isinstance(entry, Mapping) else None
-    if not isinstance(name, str):
-        known = ", ".join(registry().components(kind)) or "none"
-        return f"should be a section with a name, got {shown(entry)}; write {{name: ...}} with one of: {known}"
-    try:
-        registry().get(kind, name)
-    except PluginError as error:
-        return str(error)
-    return ""
+            chosen = section.get(kind)
+            entries: list[tuple[Path, Any]] = [((*path, kind), chosen)]
+            if isinstance(chosen, list):
+                entries = [((*path, kind, index), entry) for index, entry in enumerate(chosen)]
+            for place, entry in entries if chosen is not None else ():
+                name = entry.get("name") if isinstance(entry, Mapping) else None
+                if isinstance(name, str):
+                    try:
+                        registry().get(kind, name)
+                    except PluginError as error:
+                        yield place, str(error)
+                else:
+                    known = ", ".join(registry().components(kind)) or "none"
+                    hint = f"write {{name: ...}} with one of: {known}"
+                    yield place, f"should be a section with a name, got {shown(entry)}; {hint}"
 
 
 def _place(loc: Path, data: Any) -> Path:
@@ -85,29 +83,22 @@ def _text(details: Any, model: type[BaseModel], path: Path) -> str:
         return "is required; add it"
     if kind == "value_error":
         return str(details["ctx"]["error"])
-    what = (
-        details["msg"]
-        .replace("Input should be", "should be")
-        .replace("an object", "a section")
-        .replace("array", "list")
-    )
-    hint = (
-        suggest(value, details["ctx"]["expected"].split("'"))
-        if kind == "literal_error" and isinstance(value, str)
-        else ""
-    )
+    what = details["msg"].replace("Input should be", "should be")
+    what = what.replace("an object", "a section").replace("array", "list")
+    is_misspelt = kind == "literal_error" and isinstance(value, str)
+    hint = suggest(value, details["ctx"]["expected"].split("'")) if is_misspelt else ""
     return f"{what}, got {shown(value)}{hint}"
 
 
 def _known_fields(model: type[BaseModel], loc: Path) -> list[str]:
     models = [model]
     for part in loc[:-1]:
-        fields = [found.model_fields[part] for found in models if part in found.model_fields]
+        fields = [m.model_fields[part] for m in models if part in m.model_fields]
         if fields:
             models = [inner for field in fields for inner in _models(field.annotation)]
         elif isinstance(part, str):  # a branch of a union of components
             models = [m for m in models if "name" in m.model_fields and m.model_fields["name"].default == part]
-    return [name for found in models for name in found.model_fields]
+    return [name for m in models for name in m.model_fields]
 
 
 def _models(annotation: Any) -> list[type[BaseModel]]:

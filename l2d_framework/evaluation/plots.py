@@ -34,18 +34,7 @@ def figure(width: float, height: float, *, dpi: int = 150) -> Figure:
 
 
 def panels(count: int, across: int, size: tuple[float, float], *, below: float, dpi: int = 150) -> list[Axes]:
-    """Panels of a new picture, row by row.
-
-    Args:
-        count: how many.
-        across: in a row.
-        size: width and height of each, in inches.
-        below: room for a legend, in inches.
-        dpi: of the picture.
-
-    Returns:
-        As many axes.
-    """
+    """Panels of a new picture, row by row; `size` of each and the room `below` for a legend in inches."""
     down = -(-count // across)
     drawn = figure(size[0] * across, size[1] * down + below, dpi=dpi)
     places = list(drawn.subplots(down, across, squeeze=False).flat)

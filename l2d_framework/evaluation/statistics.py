@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol, Self
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,21 +16,13 @@ Values = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Estimate:
-    """A number found from samples.
+    """A number found from samples."""
 
-    Attributes:
-        value: the number; None where no sample defines it.
-        standard_error: over samples, taken as independent; None where there is none.
-        samples: how many samples it rests on.
-        left_out: how many samples do not define it.
-        truncated: how many texts were cut to the length limit of a model; None where there is no limit.
-    """
-
-    value: float | None
-    standard_error: float | None
+    value: float | None  # None where no sample defines it
+    standard_error: float | None  # over samples, taken as independent
     samples: int
-    left_out: int = 0
-    truncated: int | None = None
+    left_out: int = 0  # samples that do not define it
+    truncated: int | None = None  # texts cut to the length limit of a model; None where there is no limit
 
     def __str__(self) -> str:
         if self.value is None:
@@ -48,36 +40,17 @@ class Estimate:
         return self.value is not None and self.standard_error is not None and abs(self.value) > 2 * self.standard_error
 
     def to_json(self) -> dict[str, Any]:
-        """Fields that say something.
-
-        Returns:
-            A JSON-ready dictionary.
-        """
-        fields = {"value": self.value, "standard_error": self.standard_error, "samples": self.samples}
-        more = {"left_out": self.left_out} | ({} if self.truncated is None else {"truncated": self.truncated})
-        return fields | more
+        """Fields that say something."""
+        return {name: value for name, value in asdict(self).items() if name != "truncated" or value is not None}
 
 
 def mean(values: Sequence[float] | Values, *, truncated: int | None = None) -> Estimate:
-    """Mean over the samples that define the number.
-
-    Args:
-        values: one per sample, NaN where undefined, (N,).
-        truncated: how many texts were cut.
-
-    Returns:
-        The mean and std / sqrt(n).
-    """
+    """Mean over the samples that define the number, NaN where undefined; its error is std / sqrt(n)."""
     given = np.asarray(values, dtype=np.float64)
     known = given[~np.isnan(given)]
     n = len(known)
-    return Estimate(
-        value=float(known.mean()) if n else None,
-        standard_error=float(known.std(ddof=1) / np.sqrt(n)) if n > 1 else None,
-        samples=n,
-        left_out=len(given) - n,
-        truncated=truncated,
-    )
+    error = float(known.std(ddof=1) / np.sqrt(n)) if n > 1 else None
+    return Estimate(float(known.mean()) if n else None, error, n, len(given) - n, truncated)
 
 
 def standard_error(values: Sequence[float]) -> float | None:
@@ -87,26 +60,8 @@ def standard_error(values: Sequence[float]) -> float | None:
     return math.sqrt(sum((value - center) ** 2 for value in values) / (n - 1) / n) if n > 1 else None
 
 
-class _Sums(Protocol):
-    """What numpy's arrays and torch's tensors have in common."""
-
-    def sum(self) -> Any: ...
-    def __sub__(self, other: Any, /) -> Self: ...
-    def __rmul__(self, other: float, /) -> Self: ...
-    def __pow__(self, other: int, /) -> Self: ...
-    def __len__(self) -> int: ...
-
-
-def ratio(numerators: _Sums, denominators: _Sums) -> Estimate:
-    """A ratio of sums, such as a mean over tokens whose standard error is over rows.
-
-    Args:
-        numerators: a of each sample, (N,), float64.
-        denominators: b of each sample, (N,), float64.
-
-    Returns:
-        sum a / sum b; its standard error is linearised.
-    """
+def ratio(numerators: Any, denominators: Any) -> Estimate:
+    """sum a / sum b of float64 arrays or tensors, such as a mean over tokens, and its error, linearised, over rows."""
     n, total = len(numerators), float(denominators.sum())
     value = float(numerators.sum()) / total
     spread = float(((numerators - value * denominators) ** 2).sum())
@@ -114,21 +69,12 @@ def ratio(numerators: _Sums, denominators: _Sums) -> Estimate:
 
 
 def exp_of_ratio(numerators: Values, denominators: Values, *, truncated: int | None = None) -> Estimate:
-    """The exponential of a ratio of sums, exp(sum a / sum b); samples with b <= 0 are left out.
-
-    Args:
-        numerators: a of each sample, (N,).
-        denominators: b of each sample, (N,).
-        truncated: how many texts were cut.
-
-    Returns:
-        The number; its standard error is that of the ratio, linearised, times the number.
-    """
+    """exp(sum a / sum b); samples with b <= 0 are left out, and the error is the ratio's times the number."""
     known = denominators > 0
     if not known.any():
         return Estimate(None, None, 0, len(known), truncated)
-    found = ratio(numerators[known], denominators[known])
-    assert found.value is not None  # a ratio of something
-    value, spread = float(np.exp(found.value)), found.standard_error
-    error = None if spread is None else value * spread
-    return Estimate(value, error, found.samples, len(known) - found.samples, truncated)
+    rate = ratio(numerators[known], denominators[known])
+    assert rate.value is not None  # a ratio of something
+    value = float(np.exp(rate.value))
+    error = None if rate.standard_error is None else value * rate.standard_error
+    return Estimate(value, error, rate.samples, len(known) - rate.samples, truncated)

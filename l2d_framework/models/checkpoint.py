@@ -12,14 +12,15 @@ import shutil
 import tempfile
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, cast
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 from huggingface_hub import HfApi
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from l2d_framework.base_model import (
     LANGUAGE_MODEL,
@@ -51,48 +52,52 @@ from l2d_framework.models.manifest import (
     recorded_origin,
     sealed,
 )
-from l2d_framework.models.model_card import model_card
 from l2d_framework.models.origin import Origin
 from l2d_framework.opening import open_model, reading
 from l2d_framework.registry import registry
-from l2d_framework.schedule import ScheduleConfig
 
 ADAPTER = "adapter"
 _SCHEDULE = "schedule."
+_CARD_TEXT = """---
+library_name: l2d-framework
+pipeline_tag: text-generation
+tags: [diffusion, l2d-framework]{base_model}
+---
+
+# Diffusion language model
+
+{about}
+
+```python
+import l2d_framework as l2d
+
+lm = l2d.load("PATH_OR_HUB_ID")
+print(lm.tokenizer.decode(lm.generate(["Hello"], max_new_tokens=32).sequences[0]))
+```
+
+{parts}
+
+{notes}"""
 
 
 @naming_plugins()
 def build_model(run: DiffusionRun, *, meta: bool = False) -> DiffusionLM:
-    """Diffusion model over a base model.
-
-    Args:
-        run: the run file.
-        meta: make shapes only, on the meta device; no weights are read.
-
-    Returns:
-        The model, its own weights initialised from the run's seed, or those of the diffusion checkpoint that its base
-        is.
-
-    Raises:
-        CheckpointError: if that checkpoint is one of another state space or backbone.
-        ConfigError: if the backbone trains a quantized language model, or its tokenizer has tokens without embeddings.
-    """
+    """Diffusion model over a base model, new or going on from a diffusion checkpoint; with `meta` its shapes only."""
     config = load_config(run.model)
     run.backbone.check(config, run.block_size)
     tokenizer = None if meta else load_tokenizer(run.model)
     if tokenizer is not None:
         check_vocabulary(tokenizer, config, run.model.base)
     lm = empty_language_model(config, run.model.attn_implementation) if meta else load_language_model(run.model)
-    model = _assemble(run, lm, run.seed)
+    model = assemble(run, lm, run.seed)
     if not meta and ((folder := fetch(run.model.base, run.model.revision)) / MANIFEST).is_file():
         _go_on(model, run, folder)
-    template = read_template(run.data.chat_template) if run.data is not None else None
     model.origin = Origin(
         model=run.model,
         fingerprint=None if meta else fingerprint(run.model),
         classes=tuple(run.classes),
         sampling=run.sampling,
-        chat_template=template,
+        chat_template=None if run.data is None else read_template(run.data.chat_template),
     )
     model.tokenizer = tokenizer
     return model
@@ -110,7 +115,8 @@ def _go_on(model: DiffusionLM, run: DiffusionRun, folder: Path) -> None:
     _load_own(model, folder, schedule=manifest["schedule"] == model.schedule.config.to_json())
 
 
-def _assemble(parts: Any, lm: PreTrainedModel, seed: int) -> DiffusionLM:
+def assemble(parts: Any, lm: PreTrainedModel, seed: int = 0) -> DiffusionLM:
+    """Diffusion model of the components of a run or manifest; the caller's random numbers do not change for it."""
     with torch.random.fork_rng(devices=[]), torch.device(lm.device):
         torch.manual_seed(seed)
         backbone = parts.backbone.build(lm)
@@ -131,31 +137,25 @@ def save(model: DiffusionLM, folder: str | Path, *, notes: str = "", dtype: torc
         folder: where to; made when missing.
         notes: markdown to append to the model card.
         dtype: of the weights in the files; as they are when None.
-
-    Raises:
-        CheckpointError: if the adapter has been merged.
     """
-    if model.backbone.is_merged:
-        raise CheckpointError("The adapter of this model has been merged. Save the model before calling merge().")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     stage = Path(tempfile.mkdtemp(prefix=".l2d-", dir=folder))
     try:
-        own = _own(model)
         adapter = model.backbone.peft_adapter()
         if model.backbone.trains_lm:
-            _save_language_model(model, stage / LANGUAGE_MODEL, dtype)
+            save_language_model(model.backbone.lm, model.tokenizer, stage / LANGUAGE_MODEL, dtype)
         if adapter is not None:
             peft_config, state = adapter
             base = model.origin.model
             peft_config.base_model_name_or_path = None if base is None else base.base
             peft_config.save_pretrained(str(stage / ADAPTER))
             save_file(_plain(state, dtype), stage / ADAPTER / "adapter_model.safetensors", metadata={"format": "pt"})
-        save_file(_plain(own, dtype) | _plain(_learned(model)), stage / WEIGHTS, metadata={"format": "pt"})
+        save_file(_plain(_own(model), dtype) | _plain(_learned(model)), stage / WEIGHTS, metadata={"format": "pt"})
         files = [path.relative_to(stage) for path in sorted(stage.rglob("*")) if path.is_file()]
         hashes = {path.as_posix(): file_hash(stage / path) for path in files}
         manifest = sealed(to_manifest(model) | {"files": hashes})
-        (stage / CARD).write_text(model_card(model, notes), encoding="utf-8")
+        (stage / CARD).write_text(_model_card(model, notes), encoding="utf-8")
         (stage / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
         if model.backbone.trains_lm:
             # Those of an earlier save, such as shards and files of another tokenizer, would be opened with the new.
@@ -187,13 +187,15 @@ def _learned(model: DiffusionLM) -> dict[str, Tensor]:
     return {_SCHEDULE + name: v for name, v in law.state_dict().items()} if isinstance(law, nn.Module) else {}
 
 
-def _save_language_model(model: DiffusionLM, folder: Path, dtype: torch.dtype | None) -> None:
-    lm: Any = model.backbone.lm
+def save_language_model(
+    lm: Any, tokenizer: PreTrainedTokenizerBase | None, folder: Path, dtype: torch.dtype | None
+) -> None:
+    """Write a transformers folder whose weights have the given type, and leave the model as it is."""
     if dtype not in (None, lm.dtype):
         lm = copy.deepcopy(lm).to(dtype)
     lm.save_pretrained(folder)
-    if model.tokenizer is not None:
-        model.tokenizer.save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
 
 
 def _plain(state: dict[str, Any], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
@@ -219,6 +221,21 @@ def to_manifest(model: DiffusionLM) -> dict[str, Any]:
     }
 
 
+def _model_card(model: DiffusionLM, notes: str = "") -> str:
+    base = model.origin.model.base if model.origin.model is not None else None
+    own = sum(p.numel() for p in model.own_parameters().values())
+    rest = "which is part of them" if model.backbone.trains_lm else "whose weights are not part of this repository"
+    is_hub = base is not None and not Path(base).exists() and base.count("/") == 1
+    config = model.schedule.config, model.parametrization.config, model.backbone.config
+    schedule, state, network = (part.component_name() for part in config)
+    return _CARD_TEXT.format(
+        base_model=f"\nbase_model: {base}" if is_hub else "",
+        about=f"{own:,} trained parameters over `{base}`, {rest}.",
+        parts=f"Schedule `{schedule}`, parametrization `{state}`, backbone `{network}`.",
+        notes=notes,
+    )
+
+
 def load(
     path: str | Path,
     *,
@@ -238,7 +255,7 @@ def load(
 
     Returns:
         The model in evaluation mode. Its own weights have the type they are trained in, whatever the files' type, so
-        saving it again loses nothing; `model.backbone.merge()` brings them to the language model's.
+        saving it again loses nothing.
 
     Raises:
         CheckpointError: if the checkpoint is damaged or belongs to another base model.
@@ -248,33 +265,29 @@ def load(
     chosen = None if dtype is None else str(dtype).removeprefix("torch.")
     reference = base_reference(folder, manifest, base=base, dtype=chosen)
     is_inside = holds_language_model(manifest)
-    found = manifest["fingerprint"] if is_inside else fingerprint(reference)
+    here = manifest["fingerprint"] if is_inside else fingerprint(reference)
     # A model put together by hand has read no base files, so it could record no fingerprint.
-    if manifest["fingerprint"] not in (None, found):
+    if manifest["fingerprint"] not in (None, here):
         raise CheckpointError(
-            f"The base model {reference.base!r} has fingerprint {found[:12]}, but this checkpoint was trained on "
+            f"The base model {reference.base!r} has fingerprint {here[:12]}, but this checkpoint was trained on "
             f"{str(manifest['fingerprint'])[:12]}. Pass the right model as `base`."
         )
     config = load_config(reference)
     with reading(f"what {str(folder / MANIFEST)!r} describes"):
-        parts = Parts(manifest)
+        parts = components(manifest)
         parts.backbone.check(config, parts.block_size)
-        model = _assemble(parts, load_language_model(reference), seed=0)
+        model = assemble(parts, load_language_model(reference))
     _load_own(model, folder)
     recorded = manifest["model"] and validated(ModelSection, manifest["model"], "model")
-    model.origin = recorded_origin(manifest, recorded if is_inside else reference, found)
+    model.origin = recorded_origin(manifest, recorded if is_inside else reference, here)
     model.tokenizer = load_tokenizer(reference)
     return model.to(device or "cpu").eval()
 
 
-class Parts:
-    """Components a manifest names."""
-
-    def __init__(self, manifest: dict[str, Any]) -> None:
-        self.schedule = cast(ScheduleConfig, registry().create("schedule", manifest["schedule"]))
-        self.parametrization: Any = registry().create("parametrization", manifest["parametrization"])
-        self.backbone: Any = registry().create("backbone", manifest["backbone"])
-        self.block_size: int | None = manifest["block_size"]
+def components(manifest: dict[str, Any]) -> SimpleNamespace:
+    """Components that a manifest names, under the names that they have in a run."""
+    created = {kind: registry().create(kind, manifest[kind]) for kind in ("schedule", "parametrization", "backbone")}
+    return SimpleNamespace(**created, block_size=manifest["block_size"])
 
 
 def load_weights(model: DiffusionLM, folder: str | Path) -> None:
@@ -291,19 +304,16 @@ def _load_own(model: DiffusionLM, folder: Path, *, schedule: bool = True) -> Non
     adapter = model.backbone.peft_adapter()
     targets: dict[str, Tensor] = {} if adapter is None else dict(adapter[1])
     targets |= _own(model) | (_learned(model) if schedule else {})
-    found: dict[str, Tensor] = {}
+    stored: dict[str, Tensor] = {}
     for path in [folder / WEIGHTS] + ([folder / ADAPTER / "adapter_model.safetensors"] if adapter else []):
         try:
-            found |= load_file(path)
+            stored |= load_file(path)
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{str(path)!r} is missing or damaged ({error}). Copy it again.") from error
     if not schedule:  # a run may go on with another one
-        found = {name: value for name, value in found.items() if not name.startswith(_SCHEDULE)}
-    wrong = sorted(
-        name
-        for name in targets.keys() | found.keys()
-        if name not in targets or name not in found or targets[name].shape != found[name].shape
-    )
+        stored = {name: value for name, value in stored.items() if not name.startswith(_SCHEDULE)}
+    shapes, wanted = ({name: value.shape for name, value in state.items()} for state in (stored, targets))
+    wrong = sorted(name for name in wanted.keys() | shapes.keys() if wanted.get(name) != shapes.get(name))
     if wrong:
         raise CheckpointError(
             f"{str(folder)!r} does not fit this model: {len(wrong)} tensors are missing, superfluous or of another "
@@ -311,21 +321,11 @@ def _load_own(model: DiffusionLM, folder: Path, *, schedule: bool = True) -> Non
         )
     with torch.no_grad():
         for name, target in targets.items():
-            target.copy_(found[name])
+            target.copy_(stored[name])
 
 
 def push_to_hub(model: DiffusionLM, repo_id: str, *, private: bool = False, notes: str = "") -> str:
-    """Upload a checkpoint to the Hugging Face hub.
-
-    Args:
-        model: the model.
-        repo_id: such as "org/name"; made when missing.
-        private: make a new repository private.
-        notes: markdown to append to the model card.
-
-    Returns:
-        Address of the commit.
-    """
+    """Upload a checkpoint to "org/name" on the Hugging Face hub, made when missing; returns the commit's address."""
     api = HfApi()
     api.create_repo(repo_id, private=private, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:

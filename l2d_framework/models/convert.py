@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import reduce
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ from l2d_framework.blame import naming_plugins
 from l2d_framework.config import DiffusionRun, ModelSection, parse_run
 from l2d_framework.errors import CheckpointError, ConfigError
 from l2d_framework.generation.prompts import read_template
-from l2d_framework.models.checkpoint import save
+from l2d_framework.models.checkpoint import assemble, save
 from l2d_framework.models.diffusion_lm import DiffusionLM
 from l2d_framework.models.origin import Origin
 from l2d_framework.opening import make_config, new_model, open_model, reading
@@ -42,25 +42,9 @@ def convert(
     classes: tuple[str, ...] | None = None,
     tell: Callable[[str], None] | None = None,
 ) -> DiffusionLM | PreTrainedModel:
-    """Convert a checkpoint and write it, under a temporary name until it is complete.
-
-    Args:
-        source: folder or hub id of the foreign checkpoint.
-        out: folder to write; it must be empty or missing.
-        reader: name of the format, such as "l2d-reference".
-        base: folder or hub id of the language model. A frozen one must equal the weights in the source; when None, the
-            source's own copy is written to `out`/base. A trained one is part of the source, and `base` supplies only
-            what the other code base fails to save.
-        classes: names of the class labels; class_0, class_1, ... when None.
-        tell: called with each sentence the user should read; they also stand in the model card.
-
-    Returns:
-        The converted model; a sequence classifier if the source is a reward model.
-
-    Raises:
-        ConfigError: if `out` is not empty, or the classes or `base` do not fit.
-        CheckpointError: if weights are missing, unknown or differ from `base`.
-    """
+    """Convert a checkpoint, or a reward model, and write it, under a temporary name until it is complete."""
+    # A frozen base must equal the weights in the source; without one, the source's own copy is written to `out`/base.
+    # A trained one is part of the source, and `base` supplies only what the other code base fails to save.
     out = Path(out).resolve()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{str(out)!r} is not empty. Give a new folder, so that nothing is overwritten.")
@@ -101,31 +85,36 @@ class _Conversion:
         if self.foreign.parts is None:
             self._check_language_model()
             return
-        self.run = _run(self.foreign, self.base or self.source, classes)
+        count = self.foreign.parts["backbone"].get("num_classes", 0)
+        names = [f"class_{i}" for i in range(count)] if classes is None else list(classes)
+        if len(names) != count:
+            raise ConfigError(f"The checkpoint has {count} classes; {len(names)} names were given: {names}.")
+        fields = {"model": {"base": self.base or self.source}, "classes": names, **self.foreign.parts}
+        self.run = cast(DiffusionRun, parse_run(fields))
         self.run.backbone.check(self.config, self.run.block_size)
-        model = _assemble(self.run, self.shapes)
+        model = assemble(self.run, self.shapes)
         self.is_frozen = not model.backbone.trains_lm
         if self.base is None or not self.is_frozen:
             self._check_language_model()
         if not self.is_frozen:
             self._check_base()
-        wanted, found = (
+        wanted, given = (
             {(name, *value.shape) for name, value in part.items()} for part in (_own(model), self.foreign.own)
         )
-        missing, unknown = sorted(wanted - found), sorted(found - wanted)
+        missing, unknown = sorted(wanted - given), sorted(given - wanted)
         if missing or unknown:
             raise CheckpointError(
                 f"{self.source!r} does not fit its own settings: missing {missing[:3]}, unknown {unknown[:3]}."
             )
 
     def _check_language_model(self) -> None:
-        wanted, found = self.shapes.state_dict(), self.foreign.base
+        wanted, given = self.shapes.state_dict(), self.foreign.base
         tied: Mapping[str, str] = {}
         if getattr(self.config, "tie_word_embeddings", False):
             tied = getattr(self.shapes, "_tied_weights_keys", None) or {}
-        missing = [name for name in wanted if name not in {*found, *tied, *self.foreign.lost}]
-        unknown = [name for name in found if name not in wanted]
-        reshaped = [name for name in found if name in wanted and found[name].shape != wanted[name].shape]
+        missing = [name for name in wanted if name not in {*given, *tied, *self.foreign.lost}]
+        unknown = [name for name in given if name not in wanted]
+        reshaped = [name for name in given if name in wanted and given[name].shape != wanted[name].shape]
         if missing or unknown or reshaped:
             raise CheckpointError(
                 f"The language model inside {self.source!r} is incomplete: missing {missing[:3]}, unexpected "
@@ -133,7 +122,7 @@ class _Conversion:
                 + ("Name the original model as `base`." if self.is_frozen else "Download it again.")
             )
         for name, other in tied.items():
-            if name in found and other in found and not torch.equal(found[name], found[other]):
+            if name in given and other in given and not torch.equal(given[name], given[other]):
                 raise CheckpointError(
                     f"{name!r} in {self.source!r} differs from {other!r}, though its config ties them. Set "
                     "tie_word_embeddings in its config.json to false if they were trained apart."
@@ -155,16 +144,16 @@ class _Conversion:
             return
         if not self.foreign.lost:
             raise ConfigError(f"{self.source!r} holds its whole language model, got base={self.base!r}. Leave it out.")
-        found = load_config(ModelSection(base=self.base))
+        base_config = load_config(ModelSection(base=self.base))
         for field in ("model_type", "hidden_size", "vocab_size"):
-            theirs, ours = getattr(found, field), getattr(self.config, field)
+            theirs, ours = getattr(base_config, field), getattr(self.config, field)
             # Adapting may have added tokens, never removed any.
             if theirs != ours and (field != "vocab_size" or theirs > ours):
                 raise ConfigError(
                     f"base {self.base!r} has {field}={theirs!r}, {self.source!r} has {ours!r}. Name the model that it "
                     "was adapted from."
                 )
-        added = self.config.vocab_size - found.vocab_size
+        added = self.config.vocab_size - base_config.vocab_size
         for name in self.foreign.lost:
             self.notes.append(
                 f"{name} was lost when the checkpoint was saved and comes from {self.base}, not from the training"
@@ -187,7 +176,7 @@ class _Conversion:
             section = read = ModelSection(base=self.base)
             lm = load_language_model(section)
             _compare(lm, self.foreign.base)
-        model = _assemble(self.run, lm)
+        model = assemble(self.run, lm)
         with torch.no_grad():
             for name, target in _own(model).items():
                 target.copy_(self.foreign.own[name])
@@ -222,44 +211,24 @@ class _Conversion:
     def _supplied(self) -> dict[str, Tensor]:
         if not self.foreign.lost:
             return {}
-        found = load_language_model(ModelSection(base=str(self.base))).state_dict()
+        base = load_language_model(ModelSection(base=str(self.base))).state_dict()
         dtype = next(iter(self.foreign.base.values())).dtype
-        return {name: _grown(found[name].to(dtype), self.config.vocab_size) for name in self.foreign.lost}
+        supplied = {}
+        for name in self.foreign.lost:
+            rows = base[name].to(dtype)
+            # Each row of an added token is the mean of the others.
+            mean = rows.float().mean(0, keepdim=True).to(dtype)
+            supplied[name] = torch.cat([rows, mean.expand(self.config.vocab_size - len(rows), *rows.shape[1:])])
+        return supplied
 
     def _card(self) -> str:
         return "\n\n".join([f"Converted from `{self.source}`.", *self.notes]) + "\n"
-
-
-def _run(foreign: ForeignCheckpoint, base: str, classes: tuple[str, ...] | None) -> DiffusionRun:
-    assert foreign.parts is not None
-    count = foreign.parts["backbone"].get("num_classes", 0)
-    names = [f"class_{i}" for i in range(count)] if classes is None else list(classes)
-    if len(names) != count:
-        raise ConfigError(f"The checkpoint has {count} classes; {len(names)} names were given: {names}.")
-    data: dict[str, Any] = {"model": {"base": base}, "classes": names, **foreign.parts}
-    run = parse_run(data)
-    assert isinstance(run, DiffusionRun)
-    return run
-
-
-def _assemble(run: DiffusionRun, lm: PreTrainedModel) -> DiffusionLM:
-    # Every weight made here is replaced: the caller's random numbers must not change for it.
-    with torch.random.fork_rng(devices=[]):
-        backbone = run.backbone.build(lm)
-        parametrization = run.parametrization.build(backbone.vocab_size, backbone.hidden_size)
-    return DiffusionLM(run.schedule.build(), parametrization, backbone, run.block_size)
 
 
 def _own(model: DiffusionLM) -> dict[str, torch.nn.Parameter]:
     """Parameters of the diffusion model that are not the language model's."""
     others = {id(parameter) for parameter in model.backbone.lm.parameters()}
     return {name: p for name, p in model.own_parameters().items() if id(p) not in others}
-
-
-def _grown(rows: Tensor, count: int) -> Tensor:
-    """A table with rows for added tokens, each the mean of the others."""
-    mean = rows.float().mean(0, keepdim=True).to(rows.dtype)
-    return torch.cat([rows, mean.expand(count - len(rows), *rows.shape[1:])])
 
 
 def _compare(lm: PreTrainedModel, wanted: Mapping[str, Tensor]) -> None:

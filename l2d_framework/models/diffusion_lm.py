@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from threading import Lock
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -55,13 +55,9 @@ _STOP_STRINGS = Lock()
 
 
 class DiffusionLM(Diffusion):
-    """A diffusion language model.
+    """A diffusion language model of a law of noise, a state space and a network.
 
-    Args:
-        schedule: the law of noise.
-        parametrization: the state space.
-        backbone: the network.
-        block_size: tokens denoised together; None for one block per sequence.
+    A block, whose tokens are denoised together, is the whole sequence when `block_size` is None.
     """
 
     def __init__(
@@ -77,28 +73,17 @@ class DiffusionLM(Diffusion):
         return self.backbone.lm.device
 
     def sampling(self, **options: Any) -> SamplingSection:
-        """The checkpoint's sampling settings with some replaced.
-
-        Args:
-            **options: fields of the `sampling` section; components by name or as a mapping.
-
-        Returns:
-            The validated settings.
-        """
+        """The checkpoint's sampling settings, validated, with fields replaced; components by name or as a mapping."""
         return self._settings(options)
 
     def _settings(self, options: dict[str, Any], scale: float | None = None) -> SamplingSection:
         return self.origin.settings(self.parametrization.config, options, scale=scale, tokenizer=self.tokenizer)
 
     def ends(self, *, is_chat: bool) -> tuple[int, ...]:
-        """Tokens that end an answer beside those of the language model's generation configuration.
+        """Ids of tokens that end an answer beside those of the language model's generation configuration.
 
-        Args:
-            is_chat: whether the prompt is a conversation. Where training has taught how answers end, that holds for any
-                prompt; of other models only the chat template says it.
-
-        Returns:
-            Their ids.
+        Where training has taught how answers end, that holds for any prompt; of others only the chat template says
+        it, and for conversations alone.
         """
         if self.origin.ends is not None:
             return self.origin.ends
@@ -106,17 +91,7 @@ class DiffusionLM(Diffusion):
         return () if end is None else (end,)
 
     def class_ids(self, names: Sequence[str | None]) -> Tensor:
-        """Ids of class labels.
-
-        Args:
-            names: one per prompt, None for no class.
-
-        Returns:
-            (B,), int64, -1 for no class.
-
-        Raises:
-            ConfigError: if a name is unknown.
-        """
+        """Ids of class labels, one per prompt, (B,), int64, -1 for None; ConfigError for an unknown name."""
         return torch.tensor([self.origin.class_id(name) for name in names], device=self.device)
 
     @naming_plugins()
@@ -132,6 +107,9 @@ class DiffusionLM(Diffusion):
         classes: Sequence[str | None] | None = None,
         guidance_scale: float | Sequence[float] | None = None,
         num_return_sequences: int = 1,
+        merge: Literal["auto", "always", "never"] = "auto",
+        speculate: Literal["auto", "off"] | int = "off",
+        graph: bool = True,
         **options: Any,
     ) -> Generation:
         """Answer prompts.
@@ -155,6 +133,10 @@ class DiffusionLM(Diffusion):
             classes: class label of each prompt.
             guidance_scale: scale of the guidance, for all prompts or for each.
             num_return_sequences: answers per prompt; the prompt is read once.
+            merge: fold adapters into matrices beside them: if there is memory for it, in any case, or never.
+            speculate: tokens that the language model guesses ahead, to be denoised at once and kept as far as they are
+                those that would have been written one by one; `auto` for as many as pay. The answer stays the same.
+            graph: let an NVIDIA GPU replay a token's evaluations from a CUDA graph, where they can be captured.
             **options: as above.
 
         Returns:
@@ -169,6 +151,9 @@ class DiffusionLM(Diffusion):
             guidance_scale=guidance_scale,
             num_return_sequences=num_return_sequences,
             seed=diffusing.pop("seed", None),
+            merge=merge,
+            speculate=speculate,
+            graph=graph,
         )
         arguments.check_parts(logits_processor, stopping_criteria, streamer, observer)
         arguments.check_prompts(prompts, self.backbone.vocab_size)
@@ -179,7 +164,7 @@ class DiffusionLM(Diffusion):
         if isinstance(scales, list):
             self._settings(diffusing, scale=1.0)  # refuses scales where there is nothing to scale
         encoded = self._encoded(prompts)
-        config, criteria = self._picking(generation_config, options, stopping_criteria, encoded.chats or [False])
+        config, criteria = self._decoding(generation_config, options, stopping_criteria, encoded.chats or [False])
         check_length(encoded.attention_mask.sum(-1).tolist(), config, self.backbone.lm.config)
         requests = Requests(
             encoded.to(self.device),
@@ -187,9 +172,10 @@ class DiffusionLM(Diffusion):
             guidance_scale=torch.tensor(scales, device=self.device) if isinstance(scales, list) else None,
             samples=request.num_return_sequences,
             seeds=seeds if isinstance(seeds, list) else None,
+            running=request,
         )
-        picking = Decoding(config, logits_processor or LogitsProcessorList(), criteria, streamer)
-        return generate(self, requests, sampling=sampling, picking=picking, observer=observer)
+        decoding = Decoding(config, logits_processor or LogitsProcessorList(), criteria, streamer)
+        return generate(self, requests, sampling=sampling, decoding=decoding, observer=observer)
 
     @naming_plugins()
     def infill(
@@ -223,8 +209,7 @@ class DiffusionLM(Diffusion):
             arguments.check_texts(texts)
             gapped = read_gaps(self.tokenizer, [texts] if isinstance(texts, str) else texts, self.backbone.lm.config)
         placed = Layout(gapped.tokens.to(self.device), gapped.blocks.to(self.device))
-        found = infill(self, placed, sampling=sampling, observer=observer)
-        return found.ended(self.ends(is_chat=False))
+        return infill(self, placed, sampling=sampling, observer=observer).ended(self.ends(is_chat=False))
 
     @naming_plugins()
     def as_transformers(
@@ -247,9 +232,9 @@ class DiffusionLM(Diffusion):
         """
         sampling = self._settings(options, guidance_scale)
         label = None if class_name is None else self.origin.class_id(class_name)
-        face = as_transformers(self, sampling, label)
-        add_ends(face.generation_config, self.ends(is_chat=False))
-        return face
+        lm = as_transformers(self, sampling, label)
+        add_ends(lm.generation_config, self.ends(is_chat=False))
+        return lm
 
     def _encoded(self, prompts: Prompt | Sequence[Prompt] | Tensor | Encoded) -> Encoded:
         if isinstance(prompts, Tensor):
@@ -261,7 +246,7 @@ class DiffusionLM(Diffusion):
         chats = [not isinstance(prompt, str) for prompt in several]
         return pad_left(encode_prompts(self.tokenizer, several, self.origin.chat_template), chats=chats)
 
-    def _picking(
+    def _decoding(
         self,
         config: GenerationConfig | None,
         options: dict[str, Any],
@@ -270,12 +255,12 @@ class DiffusionLM(Diffusion):
     ) -> tuple[GenerationConfig, StoppingCriteriaList]:
         # Configuration with `options` applied, and criteria with stop strings among them.
         defaults, given = self.backbone.lm.generation_config, config
-        config = arguments.picking_config(
+        config = arguments.decoding_config(
             given,
             options,
             defaults=defaults,
             vocab_size=self.backbone.vocab_size,
-            known=[*SamplingSection.model_fields, "guidance_scale", "num_return_sequences"],
+            known=[*SamplingSection.model_fields, *arguments.Request.model_fields],
         )
         is_end_chosen = "eos_token_id" in options or (
             given is not None and given.eos_token_id is not None and config.eos_token_id != defaults.eos_token_id

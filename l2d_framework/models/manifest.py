@@ -69,9 +69,9 @@ class Manifest(Section):
 
 def file_hash(path: Path) -> str:
     """SHA-256 of a file."""
-    found = path.stat()
+    stat = path.stat()
     # Commands read a manifest before they load its model; gigabytes are read once.
-    return _file_hash(path, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+    return _file_hash(path, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
 
 
 @lru_cache(maxsize=1024)
@@ -88,8 +88,8 @@ def sealed(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 def opened_files(folder: Path) -> set[str]:
     """Files that are opened where a checkpoint holds its own language model."""
-    found = (path for pattern in _OPENED for path in (folder / LANGUAGE_MODEL).glob(pattern))
-    return {path.relative_to(folder).as_posix() for path in found if not path.name.startswith(".")}
+    paths = (path for pattern in _OPENED for path in (folder / LANGUAGE_MODEL).glob(pattern))
+    return {path.relative_to(folder).as_posix() for path in paths if not path.name.startswith(".")}
 
 
 def holds_language_model(manifest: Mapping[str, Any]) -> bool:
@@ -131,7 +131,11 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
                 f"{str(folder / name)!r} is no part of the checkpoint, but would be opened with it. Move it elsewhere."
             )
     for name, digest in manifest["files"].items():
-        _check_file(folder, name, digest)
+        if not _is_as_saved(folder / name, digest):
+            raise CheckpointError(
+                f"{str(folder / name)!r} is missing, truncated or changed since it was saved. "
+                "Copy the checkpoint again, or resume from an earlier one."
+            )
     return manifest
 
 
@@ -148,50 +152,29 @@ def _fields(path: Path) -> tuple[str, dict[str, Any]]:
         ) from error
 
 
-def _check_file(folder: Path, name: str, digest: str) -> None:
-    """Refuse a file that is not the one that was saved."""
-    path = folder / name  # perhaps a link, as in the cache of the hub: its content is what counts
+def _is_as_saved(path: Path, digest: str) -> bool:
+    # Perhaps a link, as in the cache of the hub: its content is what counts.
     try:
-        is_same = path.is_file() and file_hash(path) == digest
+        return path.is_file() and file_hash(path) == digest
     except OSError:
-        is_same = False
-    if not is_same:
-        raise CheckpointError(
-            f"{str(path)!r} is missing, truncated or changed since it was saved. "
-            "Copy the checkpoint again, or resume from an earlier one."
-        )
+        return False
 
 
 def base_reference(
     folder: str | Path, manifest: dict[str, Any], *, base: str | None = None, dtype: str | None = None
 ) -> ModelSection:
-    """Where the language model of a checkpoint lies: inside it, or where its manifest says.
-
-    Args:
-        folder: the checkpoint.
-        manifest: its manifest.
-        base: where the base model lies now; as recorded when None.
-        dtype: of the weights; as recorded when None.
-
-    Returns:
-        The section.
-
-    Raises:
-        CheckpointError: if neither names a base model, or a base is named for a checkpoint that needs none.
-    """
-    recorded = manifest["model"]
-    inside = Path(folder) / LANGUAGE_MODEL
+    """Where the language model of a checkpoint lies: inside it, or where its manifest or else `base` says."""
+    fields: dict[str, Any] = manifest["model"] or {}
     if holds_language_model(manifest):
         if base is not None:
             raise CheckpointError(f"{str(folder)!r} holds its own language model, got base={base!r}. Leave base out.")
-        fields = {"base": str(inside), "attn_implementation": (recorded or {}).get("attn_implementation", "sdpa")}
-        return validated(ModelSection, fields | ({} if dtype is None else {"dtype": dtype}), "model")
-    if recorded is None and base is None:
+        attention = fields.get("attn_implementation", "sdpa")
+        fields = {"base": str(Path(folder) / LANGUAGE_MODEL), "attn_implementation": attention}
+    elif base is not None:
+        fields = fields | {"base": base, "revision": None, "adapter": None}
+    elif not fields:
         raise CheckpointError("This checkpoint names no base model. Pass its folder or hub id as `base`.")
-    changes: dict[str, Any] = {"base": base, "revision": None, "adapter": None} if base is not None else {}
-    if dtype is not None:
-        changes["dtype"] = dtype
-    return validated(ModelSection, {**(recorded or {}), **changes}, "model")
+    return validated(ModelSection, fields if dtype is None else fields | {"dtype": dtype}, "model")
 
 
 def recorded_origin(manifest: Mapping[str, Any], model: ModelSection | None, fingerprint: str | None) -> Origin:
@@ -202,6 +185,5 @@ def recorded_origin(manifest: Mapping[str, Any], model: ModelSection | None, fin
         classes=tuple(manifest["classes"]),
         sampling=manifest["sampling"] and parse_sampling(manifest["sampling"]),
         chat_template=manifest["chat_template"],
-        # Checkpoints of earlier versions have no such field.
         ends=None if manifest["ends"] is None else tuple(manifest["ends"]),
     )

@@ -16,16 +16,7 @@ from l2d_framework.parametrization import ParametrizationConfig
 
 @dataclass(frozen=True)
 class Origin:
-    """What a model was made from, as its checkpoint records it.
-
-    Attributes:
-        model: the `model` section of the run file.
-        fingerprint: of the base weights, or None when they were never read.
-        classes: names of the class labels.
-        sampling: the `sampling` section of the run file.
-        chat_template: template that replaces the tokenizer's own.
-        ends: tokens with which answers ended in training; None where nothing says so.
-    """
+    """What a model was made from, as its checkpoint records it."""
 
     model: ModelSection | None = None
     fingerprint: str | None = None
@@ -33,6 +24,7 @@ class Origin:
     sampling: SamplingSection | None = None
     chat_template: str | None = None
     ends: tuple[int, ...] | None = None
+    """Tokens with which answers ended in training; None where nothing says so."""
 
     def settings(
         self,

@@ -17,7 +17,7 @@ from l2d_framework.config import DiffusionRun, SamplingSection
 from l2d_framework.config.parsing import parse_run
 from l2d_framework.diffusion.sampling import check_block_size, check_sampling
 from l2d_framework.errors import CheckpointError, ConfigError
-from l2d_framework.models.checkpoint import Parts, build_model, load
+from l2d_framework.models.checkpoint import build_model, components, load
 from l2d_framework.models.diffusion_lm import DiffusionLM
 from l2d_framework.models.manifest import MANIFEST, base_reference, read_manifest, recorded_origin
 from l2d_framework.registry import registry
@@ -35,27 +35,7 @@ _UNTRAINED = {
 
 
 class UnloadedModel:
-    """What a model is made of, and every check that needs no weights.
-
-    Args:
-        path: checkpoint folder or hub id; a plain language model serves where no evaluation is asked for.
-        base: where the base model lies now.
-        dtype: of the weights; as recorded when None.
-        revision: of a hub repository.
-
-    Attributes:
-        manifest: of the checkpoint, or as good as one.
-        reference: where the base model lies.
-        origin: what the model was made from.
-        parts: its components.
-        empty: the network on the meta device.
-        lm_config: transformers config of the base model.
-        tokenizer: of the base model, with the chat template of the training.
-        classes: names of the class labels.
-
-    Raises:
-        ConfigError: if the base model has no tokenizer.
-    """
+    """What a checkpoint is made of, or a plain language model, which serves where no evaluation is asked for."""
 
     def __init__(
         self, path: str, *, base: str | None = None, dtype: str | None = None, revision: str | None = None
@@ -70,18 +50,10 @@ class UnloadedModel:
             fields = {"base": path, "revision": revision} | ({} if dtype is None else {"dtype": dtype})
             self._run = cast(DiffusionRun, parse_run({"model": fields, **_UNTRAINED}))
             self.reference = self._run.model
-            self.manifest = {
-                "fingerprint": None,
-                "block_size": self._run.block_size,
-                "classes": [],
-                "chat_template": None,
-                "ends": None,
-                "sampling": self._run.sampling.model_dump(mode="json"),
-                "files": {},
-                **{kind: getattr(self._run, kind).to_json() for kind in _UNTRAINED},
-            }
+            fields = self._run.model_dump(mode="json", include={*_UNTRAINED, "block_size", "classes", "sampling"})
+            self.manifest = fields | {"fingerprint": None, "chat_template": None, "ends": None, "files": {}}
         self.origin = recorded_origin(self.manifest, self.reference, self.manifest["fingerprint"])
-        self.parts = Parts(self.manifest)
+        self.parts = components(self.manifest)
         self.lm_config = load_config(self.reference)
         lm = empty_language_model(self.lm_config, self.reference.attn_implementation)
         self.empty: Backbone = self.parts.backbone.build(lm).in_blocks(self.parts.block_size)
@@ -108,52 +80,37 @@ class UnloadedModel:
         return self.parts.block_size != 1 or not self.empty.independent_positions
 
     def classed(self, options: Mapping[str, Any]) -> dict[str, Any]:
-        """Options whose class hint became the class, or was dropped.
-
-        `class_name` is strict and wins: a model that does not know it refuses. `class_hint`, which a task's
-        `generation_kwargs` name for all models, is the class of a model that knows it; others ignore it and log one
-        line.
-
-        Args:
-            options: of a request.
-
-        Returns:
-            A copy without `class_hint`.
-
-        Raises:
-            ConfigError: if the hint is no text.
-        """
-        found = dict(options)
-        hint = found.pop(HINT, None)
-        if hint is None or found.get(CLASS) is not None:
-            return found
+        """Options whose class hint became the class, for models that know it, or was dropped with a line in the log."""
+        # `class_name` is strict and wins; a hint, which a task names for all models, is for those that know it.
+        rest = dict(options)
+        hint = rest.pop(HINT, None)
+        if hint is None or rest.get(CLASS) is not None:
+            return rest
         if not isinstance(hint, str):
             raise ConfigError(
                 f"{HINT} must be the name of a class, got {hint!r}. Correct it in the task or --gen_kwargs."
             )
         if hint in self.classes:
-            return found | {CLASS: hint}
+            return rest | {CLASS: hint}
         if hint not in self._ignored:
             self._ignored.add(hint)
             known = f"knows the classes {self.classes}" if self.classes else "has no classes"
             _LOGGER.warning("%s=%r is ignored: the model %s.", HINT, hint, known)
-        return found
+        return rest
 
     def sampling(self, options: Mapping[str, Any]) -> SamplingSection:
         """Settings of a request."""
+        backbone, state = self.parts.backbone, self.parts.parametrization
         fields = {name: value for name, value in options.items() if name not in (CLASS, SCALE)}
-        settings = self.origin.settings(
-            self.parts.parametrization, fields, scale=options.get(SCALE), tokenizer=self.tokenizer
-        )
+        settings = self.origin.settings(state, fields, scale=options.get(SCALE), tokenizer=self.tokenizer)
         self.origin.class_id(options.get(CLASS))
         # Whether a class is named, only a request can tell.
-        check_sampling(settings, num_classes=self.parts.backbone.num_classes, has_condition=True)
-        trained, wanted = self.parts.block_size, settings.block_size
-        check_block_size(self.parts.backbone, self.lm_config, trained=trained, wanted=wanted)
+        check_sampling(settings, num_classes=backbone.num_classes, has_condition=True)
+        check_block_size(backbone, self.lm_config, trained=self.parts.block_size, wanted=settings.block_size)
         if settings.num_inference_steps == 0 and not self.empty.identity_at_zero:
             raise ConfigError(
-                f"num_inference_steps=0 means the plain language model, which backbone "
-                f"{self.parts.backbone.component_name()!r} does not contain. Use at least 1."
+                f"num_inference_steps=0 means the plain language model, which backbone {backbone.component_name()!r} "
+                "does not contain. Use at least 1."
             )
         if self.is_plain and settings.num_inference_steps != 0:
             raise CheckpointError(
@@ -186,20 +143,13 @@ class UnloadedModel:
             "dtype": self.reference.dtype,
             "chat_template": self.manifest["chat_template"],
             "l2d_framework": version("l2d-framework"),
-            "plugins": _plugins(),
+            "plugins": {row.distribution: row.version for row in registry().table() if row.status == "ok"},
         }
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:
     """What tells a tokenizer from others, wherever it lies."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    said = [
-        sorted(tokenizer.get_vocab().items()) if backend is None else backend.to_str(),
-        tokenizer.special_tokens_map,
-    ]
-    return hashlib.sha256(json.dumps(said, default=str).encode()).hexdigest()
-
-
-def _plugins() -> dict[str, str]:
-    """Versions of the distributions whose components can be used."""
-    return {row.distribution: row.version for row in registry().table() if row.status == "ok"}
+    vocabulary = sorted(tokenizer.get_vocab().items()) if backend is None else backend.to_str()
+    described = json.dumps([vocabulary, tokenizer.special_tokens_map], default=str)
+    return hashlib.sha256(described.encode()).hexdigest()

@@ -15,7 +15,7 @@ from importlib import metadata
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from threading import RLock
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from l2d_framework.errors import ConfigError, PluginError
 from l2d_framework.hooks import EXTENSIONS, GROUP
@@ -37,6 +37,8 @@ from l2d_framework.registry.offers import (
 if TYPE_CHECKING:  # `l2d --help` asks for extensions, and has no time for pydantic
     from l2d_framework.component import Component
 
+T = TypeVar("T")
+
 BUILTIN_DISTRIBUTION = "l2d-framework"
 ALLOW_LIST = "L2D_PLUGINS"
 """Environment variable with the comma-separated entry points to load besides the built-in ones; empty for none."""
@@ -44,13 +46,7 @@ ALLOW_LIST = "L2D_PLUGINS"
 
 @dataclass(frozen=True)
 class BrokenPlugin:
-    """A plugin that was kept out.
-
-    Attributes:
-        distribution: name of the distribution it belongs to.
-        version: version of that distribution.
-        error: what went wrong.
-    """
+    """A plugin that was kept out, and what went wrong."""
 
     distribution: str
     version: str
@@ -59,18 +55,10 @@ class BrokenPlugin:
 
 @dataclass(frozen=True)
 class PluginRow:
-    """One line of the table of plugins.
-
-    Attributes:
-        kind: interface, "preset", or "" for a plugin that was kept out.
-        name: name of the component or preset; of the plugin if it was kept out.
-        distribution: who ships it.
-        version: version of the distribution.
-        status: "ok", "clash", "missing extra", "broken" or "disabled".
-        error: what to know when the status is not "ok".
-    """
+    """One line of the table of plugins."""
 
     kind: str
+    """Interface, "preset" and the like; "" for a plugin that was kept out, which `name` then names."""
     name: str
     distribution: str
     version: str
@@ -79,14 +67,10 @@ class PluginRow:
 
 
 class Registry:
-    """What the installed plugins offer.
-
-    Attributes:
-        broken: plugins that were kept out, by entry point.
-        disabled: plugins that `L2D_PLUGINS` leaves out.
-    """
+    """What the installed plugins offer."""
 
     def __init__(self) -> None:
+        # Plugins that were kept out, by entry point, and those that `L2D_PLUGINS` leaves out.
         self.broken: dict[str, BrokenPlugin] = {}
         self.disabled: list[Source] = []
         self._loaded: set[str] = set()
@@ -94,22 +78,14 @@ class Registry:
 
     @classmethod
     def load(cls, entry_points: Iterable[EntryPoint] | None = None, group: str = GROUP) -> Registry:
-        """Load plugins.
-
-        Args:
-            entry_points: what to load; the group of the installed distributions when None.
-            group: of entry points.
-
-        Returns:
-            A registry in which every plugin is either loaded, disabled or broken.
-        """
+        """Load plugins, by default those that are installed; each is then either loaded, disabled or broken."""
         registry = cls()
         listed = os.environ.get(ALLOW_LIST)
         allowed = None if listed is None else {name.strip() for name in listed.split(",")} - {""}
-        found = metadata.entry_points(group=group) if entry_points is None else entry_points
+        installed = metadata.entry_points(group=group) if entry_points is None else entry_points
         elsewhere = {entry.name for entry in metadata.entry_points(group=EXTENSIONS if group == GROUP else GROUP)}
         # The built-in ones first, before anybody else's code has run.
-        for entry_point in sorted(found, key=lambda entry_point: not _is_builtin(source_of(entry_point))):
+        for entry_point in sorted(installed, key=lambda entry: not _is_builtin(source_of(entry))):
             registry._add(entry_point, allowed, group)
         for name in sorted((allowed or set()) - registry._loaded - set(registry.broken) - elsewhere):
             error = f"{ALLOW_LIST} names it, but no installed distribution has such an entry point."
@@ -117,157 +93,68 @@ class Registry:
         return registry
 
     def kinds(self) -> tuple[str, ...]:
-        """Names of the interfaces a component can implement.
-
-        Returns:
-            The kinds, in the order of a run file.
-        """
+        """Names of the interfaces a component can implement, in the order of a run file."""
         return tuple(INTERFACES)
 
     def components(self, kind: str) -> dict[str, type[Component]]:
-        """Components that can be asked for without an error of a plugin.
-
-        Args:
-            kind: one of `kinds()`.
-
-        Returns:
-            Classes by name, sorted; names offered twice are left out, those whose extra is missing are not.
-
-        Raises:
-            PluginError: if there is no such kind.
-        """
+        """Components by name, sorted, also those whose extra is missing; PluginError for an unknown kind."""
         if kind not in INTERFACES:
             raise PluginError(unknown("kind of plugin", kind, INTERFACES))
         return self._unique(kind)
 
     def get(self, kind: str, name: str) -> type[Component]:
-        """One component, ready to use.
-
-        Args:
-            kind: one of `kinds()`.
-            name: name of the component.
-
-        Returns:
-            Its class.
-
-        Raises:
-            PluginError: if it is unknown, offered by two plugins, or its extra is not installed.
-        """
-        found: type[Component] = self._find(kind, name, self.components(kind))
-        if found.missing_requirements():
-            raise PluginError(_missing_extra(found))
-        return found
+        """One component, ready to use; PluginError if it is unknown, offered twice, or its extra is not installed."""
+        component = self._find(kind, name, self.components(kind))
+        if component.missing_requirements():
+            raise PluginError(_missing_extra(component))
+        return component
 
     def create(self, kind: str, data: Mapping[str, Any]) -> Component:
-        """Make a component from its section of a run file.
-
-        Args:
-            kind: one of `kinds()`.
-            data: its fields, JSON-ready, `name` among them.
-
-        Returns:
-            The component.
-
-        Raises:
-            PluginError: if the component cannot be had.
-            ConfigError: if a field is wrong or the name is missing.
-        """
+        """Make a component from its section of a run file; PluginError or ConfigError if that cannot be."""
         name = data.get("name")
         if not isinstance(name, str):
             known = ", ".join(self.components(kind))
             raise ConfigError(f"A {kind} needs a `name`, got {dict(data)}. Available: {known}.")
         from pydantic import ValidationError
 
-        found = self.get(kind, name)
+        component = self.get(kind, name)
         try:
-            return found.model_validate_json(json.dumps(dict(data)))
+            return component.model_validate_json(json.dumps(dict(data)))
         except ValidationError as error:
             wrong = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}, got {e['input']!r}" for e in error.errors())
-            raise ConfigError(f"Bad {kind} {name!r}: {wrong}. Fields: {', '.join(found.model_fields)}.") from error
+            raise ConfigError(f"Bad {kind} {name!r}: {wrong}. Fields: {', '.join(component.model_fields)}.") from error
 
     def presets(self) -> dict[str, Mapping[str, Any]]:
-        """Named `sampling` sections.
-
-        Returns:
-            Presets by name, sorted; names offered twice are left out.
-        """
+        """Named `sampling` sections, sorted; names offered twice are left out."""
         return self._unique(PRESET)
 
     def preset(self, name: str) -> Mapping[str, Any]:
-        """One preset.
-
-        Args:
-            name: its name.
-
-        Returns:
-            Fields of a `sampling` section.
-
-        Raises:
-            PluginError: if it is unknown or offered by two plugins.
-        """
-        found: Mapping[str, Any] = self._find(PRESET, name, self.presets())
-        return found
+        """Fields of a `sampling` section; PluginError if the name is unknown or offered twice."""
+        return self._find(PRESET, name, self.presets())
 
     def methods(self) -> dict[str, Mapping[str, Any]]:
-        """Methods that run files can name.
-
-        Returns:
-            Fields of a diffusion run by name, sorted; names offered twice are left out.
-        """
+        """Methods that run files can name, sorted; names offered twice are left out."""
         return self._unique(METHOD)
 
     def method(self, name: str) -> Mapping[str, Any]:
-        """One method.
-
-        Args:
-            name: its name.
-
-        Returns:
-            Fields of a diffusion run.
-
-        Raises:
-            PluginError: if it is unknown or offered by two plugins.
-        """
-        fields: Mapping[str, Any] = self._find(METHOD, name, self.methods())
-        return fields
+        """Fields of a diffusion run; PluginError if the name is unknown or offered twice."""
+        return self._find(METHOD, name, self.methods())
 
     def converter(self, name: str) -> Callable[..., Any]:
-        """Reader of a foreign checkpoint format.
-
-        Args:
-            name: of the format.
-
-        Returns:
-            A function from a folder to `l2d_framework.types.ForeignCheckpoint`.
-
-        Raises:
-            PluginError: if it is unknown or offered by two plugins.
-        """
-        found: Callable[..., Any] = self._find(CONVERTER, name, self._unique(CONVERTER))
-        return found
+        """Function from a folder to a `ForeignCheckpoint`; PluginError if the name is unknown or offered twice."""
+        readers: dict[str, Callable[..., Any]] = self._unique(CONVERTER)
+        return self._find(CONVERTER, name, readers)
 
     def commands(self) -> dict[str, Any]:
-        """Commands that plugins add to `l2d`.
-
-        Returns:
-            Typer apps by name, sorted; names offered twice are left out.
-        """
+        """Typer apps that plugins add to `l2d`, by name, sorted; names offered twice are left out."""
         return self._unique(COMMAND)
 
     def task_folders(self) -> list[Path]:
-        """Folders of task files that plugins bring.
-
-        Returns:
-            Of each plugin its own.
-        """
+        """Folders of task files that plugins bring, of each plugin its own."""
         return list(self._unique(TASKS).values())
 
     def table(self) -> list[PluginRow]:
-        """Everything found, good or bad.
-
-        Returns:
-            Rows by kind, then for the plugins that were kept out.
-        """
+        """Everything found, good or bad: rows by kind, then for the plugins that were kept out."""
         order = [*INTERFACES, METHOD, PRESET, CONVERTER, COMMAND, TASKS]
         keys = sorted(self._offers, key=lambda key: (order.index(key[0]), key[1]))
         rows = [_row(offer, self._offers[key]) for key in keys for offer in self._offers[key]]
@@ -302,7 +189,7 @@ class Registry:
         offers = sorted(self._offers.items(), key=lambda item: item[0])
         return {name: offered[0].value for (of, name), offered in offers if of == kind and len(offered) == 1}
 
-    def _find(self, kind: str, name: str, known: Mapping[str, Any]) -> Any:
+    def _find(self, kind: str, name: str, known: Mapping[str, T]) -> T:
         if name in known:
             return known[name]
         if offers := self._offers.get((kind, name)):
@@ -320,21 +207,13 @@ _LOADING = RLock()
 
 
 def registry() -> Registry:
-    """The plugins of this process, loaded at the first call.
-
-    Returns:
-        The same registry at every call.
-    """
+    """The plugins of this process, loaded at the first call; the same at every call."""
     with _LOADING:
         return _loaded()
 
 
 def extensions() -> Registry:
-    """Plugins of this process with commands and tasks, loaded at the first call; costs no import of torch.
-
-    Returns:
-        The same registry at every call.
-    """
+    """Plugins of this process with commands and tasks, loaded at the first call; costs no import of torch."""
     with _LOADING:
         return _loaded(EXTENSIONS)
 

@@ -19,14 +19,7 @@ _STANDARD = [Path(sysconfig.get_paths()[name]) for name in ("stdlib", "platstdli
 
 @contextmanager
 def untouched_modules() -> Iterator[None]:
-    """Put shared modules back that a plugin's import replaces, so that the blame is not on whoever uses them next.
-
-    Yields:
-        Nothing.
-
-    Raises:
-        PluginError: naming what was replaced, in place of whatever else went wrong.
-    """
+    """Put shared modules back that a plugin's import replaces, so that the blame is not on whoever uses them next."""
     before = {name: module for name, module in list(sys.modules.items()) if _is_shared(name)}
     path = list(sys.path)
     try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import pkgutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint
 from pathlib import Path
@@ -36,13 +36,7 @@ _HOOKS = ("l2d_components", "l2d_presets", "l2d_methods", "l2d_converters", *_EX
 
 @dataclass(frozen=True)
 class Source:
-    """Where a plugin comes from.
-
-    Attributes:
-        plugin: name of its entry point.
-        distribution: name of the installed distribution, or "unknown".
-        version: version of the distribution, or "".
-    """
+    """Where a plugin comes from: its entry point, and its distribution, which may be "unknown" with version ""."""
 
     plugin: str
     distribution: str
@@ -54,55 +48,31 @@ class Source:
         return f"{self.distribution} {self.version}".strip()
 
     def __str__(self) -> str:
-        """Plugin and distribution, for messages."""
         return f"{self.plugin!r} ({self.shipped})"
 
 
 @dataclass(frozen=True)
 class Offer:
-    """Something offered and where it comes from.
-
-    Attributes:
-        kind: interface of a component, else what it is, such as "preset".
-        name: name by which run files refer to it.
-        value: the component class, the preset's fields, the converter, the typer app or the folder of tasks.
-        source: who offers it.
-    """
+    """Something offered and where it comes from."""
 
     kind: str
+    """Interface of a component, else what it is, such as "preset"."""
     name: str
     value: Any
+    """The component class, the preset's fields, the converter, the typer app or the folder of tasks."""
     source: Source
 
 
 def source_of(entry_point: EntryPoint) -> Source:
-    """Where an entry point comes from, without loading it.
-
-    Args:
-        entry_point: an entry point of the group.
-
-    Returns:
-        Its name and distribution.
-    """
-    found = entry_point.dist
-    return Source(entry_point.name, found.name if found else "unknown", found.version if found else "")
+    """Where an entry point comes from, without loading it."""
+    distribution = entry_point.dist
+    name, version = (distribution.name, distribution.version) if distribution else ("unknown", "")
+    return Source(entry_point.name, name, version)
 
 
 def offers_of(entry_point: EntryPoint, group: str) -> list[Offer]:
-    """Load an entry point and check everything it offers.
-
-    A plugin manager of its own keeps one plugin's raising or misspelt hook from aborting the calls of all others.
-
-    Args:
-        entry_point: an entry point of the group.
-        group: of entry points.
-
-    Returns:
-        All of it.
-
-    Raises:
-        PluginError: if a hook is misspelt or missing, or something offered is malformed; loading may raise anything.
-    """
+    """Load an entry point and check everything it offers; loading may raise anything."""
+    # A manager of its own keeps one plugin's raising or misspelt hook from aborting the calls of all others.
     manager = pluggy.PluginManager(hooks.GROUP)
     manager.add_hookspecs(hooks)
     plugin = entry_point.load()
@@ -125,16 +95,7 @@ def offers_of(entry_point: EntryPoint, group: str) -> list[Offer]:
 
 
 def unknown(what: str, name: str, known: Iterable[str]) -> str:
-    """Message about a name that does not exist.
-
-    Args:
-        what: the sort of thing named.
-        name: what was written.
-        known: the names that exist.
-
-    Returns:
-        One line with the closest and all known names.
-    """
+    """One line about a name that does not exist, with the closest and all known names."""
     known = list(known)
     return f"Unknown {what} {name!r}{suggest(name, known) or '.'} Available: {', '.join(known) or 'none'}."
 
@@ -143,31 +104,33 @@ def _answers(manager: pluggy.PluginManager, source: Source) -> Iterator[Offer]:
     for classes in manager.hook.l2d_components():
         for component in classes:
             yield Offer(_kind(component), component.component_name(), component, source)
-    for presets in manager.hook.l2d_presets():
-        for name, sampling in presets.items():
-            if not isinstance(name, str) or not isinstance(sampling, Mapping):
-                raise PluginError(f"Preset {name!r} must hold the fields of a sampling section, got {sampling!r}.")
-            yield Offer(PRESET, name, sampling, source)
-    for methods in manager.hook.l2d_methods():
-        for name, fields in methods.items():
-            if not isinstance(name, str) or not isinstance(fields, Mapping):
-                raise PluginError(f"Method {name!r} must hold fields of a diffusion run, got {fields!r}.")
-            yield Offer(METHOD, name, fields, source)
-    for converters in manager.hook.l2d_converters():
-        for name, reader in converters.items():
-            if not isinstance(name, str) or not callable(reader):
-                raise PluginError(f"Converter {name!r} must be a function that reads a folder, got {reader!r}.")
-            yield Offer(CONVERTER, name, reader, source)
-    for commands in manager.hook.l2d_commands():
-        for name, app in commands.items():
-            if not isinstance(name, str) or not isinstance(app, typer.Typer):
-                raise PluginError(f"Command {name!r} must be a typer.Typer, got {app!r}.")
-            typer.main.get_command(app)  # refuses an app without commands
-            yield Offer(COMMAND, name, app, source)
+    for kind, hook, fits, rule in _NAMED:
+        for offered in getattr(manager.hook, hook)():
+            for name, value in offered.items():
+                if not isinstance(name, str) or not fits(value):
+                    raise PluginError(f"{kind.capitalize()} {name!r} must {rule}, got {value!r}.")
+                yield Offer(kind, name, value, source)
     for folder in manager.hook.l2d_tasks():
         if not isinstance(folder, Path) or not folder.is_dir():
             raise PluginError(f"l2d_tasks must return a folder that exists, as a Path, got {folder!r}.")
         yield Offer(TASKS, source.plugin, folder, source)
+
+
+def _is_section(value: object) -> bool:
+    return isinstance(value, Mapping)
+
+
+def _is_app(value: object) -> bool:
+    # The second half refuses an app without commands.
+    return isinstance(value, typer.Typer) and bool(typer.main.get_command(value))
+
+
+_NAMED: tuple[tuple[str, str, Callable[[object], bool], str], ...] = (
+    (PRESET, "l2d_presets", _is_section, "hold the fields of a sampling section"),
+    (METHOD, "l2d_methods", _is_section, "hold fields of a diffusion run"),
+    (CONVERTER, "l2d_converters", callable, "be a function that reads a folder"),
+    (COMMAND, "l2d_commands", _is_app, "be a typer.Typer"),
+)
 
 
 def _kind(component: object) -> str:

@@ -23,9 +23,10 @@ from l2d_framework.base_model import empty_language_model, load_config, load_lan
 from l2d_framework.config import DataSection, LanguageModelRun, ScratchSection, TrainingSection
 from l2d_framework.diffusion.loss import chunked_cross_entropy
 from l2d_framework.errors import CheckpointError, ConfigError, suggest
+from l2d_framework.models.checkpoint import save_language_model
 from l2d_framework.opening import make_config, new_model, open_model, open_tokenizer
 from l2d_framework.training.data.collate import IGNORED
-from l2d_framework.training.data.prepare import load_sources
+from l2d_framework.training.data.sources import load_sources
 from l2d_framework.training.learner import Learner
 from l2d_framework.training.tokenizer import train_tokenizer
 
@@ -33,13 +34,7 @@ _STREAMED_TEXTS = 100_000
 
 
 class NextToken(Learner):
-    """Learns to predict the next token at supervised positions.
-
-    Args:
-        lm: the language model, or a PEFT model over one; what requires a gradient is trained, in float32.
-        tokenizer: saved with it.
-        training: for gradient checkpointing and the size of loss chunks.
-    """
+    """Learns to predict the next token at supervised positions; what requires a gradient is trained, in float32."""
 
     def __init__(
         self, lm: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, training: TrainingSection
@@ -59,18 +54,9 @@ class NextToken(Learner):
             enable({"use_reentrant": False})
 
     @override
-    def forward(
-        self,
-        input_ids: Tensor,
-        blocks: Tensor,
-        *,
-        labels: Tensor,
-        length: Tensor,
-        class_id: Tensor,
-        index: Tensor,
-        epoch: Tensor,
-    ) -> dict[str, Tensor]:
-        hidden = self._body[0](input_ids=input_ids, use_cache=False).last_hidden_state
+    def forward(self, **batch: Tensor) -> dict[str, Tensor]:
+        labels = batch["labels"]
+        hidden = self._body[0](input_ids=batch["input_ids"], use_cache=False).last_hidden_state
         row, place = (labels[:, 1:] != IGNORED).nonzero(as_tuple=True)
         total, losses = chunked_cross_entropy(
             self._head[0], hidden[row, place], labels[row, place + 1], chunk=self._chunk
@@ -92,10 +78,10 @@ class NextToken(Learner):
     @override
     def restore(self, folder: Path) -> None:
         if isinstance(self.lm, PeftModel):
-            found: Any = set_peft_model_state_dict(self.lm, load_file(folder / "adapter_model.safetensors"))
-            if found.unexpected_keys:
+            report: Any = set_peft_model_state_dict(self.lm, load_file(folder / "adapter_model.safetensors"))
+            if report.unexpected_keys:
                 raise CheckpointError(
-                    f"{str(folder)!r} holds an adapter of another shape, with {found.unexpected_keys[0]!r}. "
+                    f"{str(folder)!r} holds an adapter of another shape, with {report.unexpected_keys[0]!r}. "
                     "Use the run file it was trained with."
                 )
         else:
@@ -105,12 +91,9 @@ class NextToken(Learner):
         if isinstance(self.lm, PeftModel):
             # Embeddings are never adapted, and "auto" would ask the hub for the base model's vocabulary size.
             self.lm.save_pretrained(str(folder), save_embedding_layers=False)
+            self._tokenizer.save_pretrained(folder)
         else:
-            lm: Any = self.lm
-            if dtype != lm.dtype:
-                lm = copy.deepcopy(lm).to(dtype)
-            lm.save_pretrained(folder)
-        self._tokenizer.save_pretrained(folder)
+            save_language_model(self.lm, self._tokenizer, folder, dtype)
 
 
 class _Head(nn.Module):
@@ -139,18 +122,9 @@ def scratch_config(scratch: ScratchSection, tokenizer: PreTrainedTokenizerBase) 
 
 
 def scratch_tokenizer(data: DataSection, scratch: ScratchSection) -> PreTrainedTokenizerBase:
-    """Byte-level BPE of the training texts; of a stream, of its first 100,000 rows.
-
-    For some families, Qwen2 among them, transformers reads any tokenizer as the family's own class, which splits texts
-    in its own way; for those it is trained to split so, too.
-
-    Args:
-        data: the `data` section of the run file.
-        scratch: the `scratch` section.
-
-    Returns:
-        The tokenizer; `AutoTokenizer` reads it beside the model's config as what it is.
-    """
+    """Byte-level BPE of the training texts; of a stream, of its first 100,000 rows."""
+    # For some families, Qwen2 among them, transformers reads any tokenizer as the family's own class, which splits
+    # texts in its own way; for those it is trained to split so, too.
     size = scratch.tokenizer.vocab_size
     made = train_tokenizer(_texts(data), size)
     with tempfile.TemporaryDirectory() as folder:

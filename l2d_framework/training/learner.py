@@ -24,41 +24,16 @@ class Learner(nn.Module, ABC):
     """A model together with its loss, in one `forward` so that distributed wrappers see the whole computation."""
 
     @abstractmethod
-    def forward(
-        self,
-        input_ids: Tensor,
-        blocks: Tensor,
-        *,
-        labels: Tensor,
-        length: Tensor,
-        class_id: Tensor,
-        index: Tensor,
-        epoch: Tensor,
-    ) -> dict[str, Tensor]:
-        """Loss of a batch; the arguments are what `EpochCollator` makes.
+    def forward(self, **batch: Tensor) -> dict[str, Tensor]:
+        """Loss of a batch that a `Collator` made.
 
-        Args:
-            input_ids: (B, S), int64.
-            blocks: -1 padding, 0 known, k >= 1 supervised, (B, S), int64.
-            labels: token ids where supervised, else -100, (B, S), int64.
-            length: tokens of each row without padding, (B,), int64.
-            class_id: (B,), int64, -1 for none.
-            index: of each example in data order, (B,), int64.
-            epoch: of each example, (B,), int64.
-
-        Returns:
-            `loss`, the sum over supervised tokens in nats, (), differentiable; `losses` of every draw, (N,), and the
-            `row` each belongs to, (N,); for a diffusion model also its time `t` and whether it `is_pad`, (N,).
+        `loss` is the sum over supervised tokens in nats, (), differentiable; `losses` are those of every draw and `row`
+        says to which row each belongs, (N,); for a diffusion model also its time `t` and whether it `is_pad`, (N,).
         """
 
     @abstractmethod
     def save(self, folder: Path, notes: str) -> None:
-        """Write the model for its users.
-
-        Args:
-            folder: where to.
-            notes: markdown for the model card.
-        """
+        """Write the model for its users, with markdown for the model card."""
 
     def checkpoint(self, folder: Path) -> None:
         """Write the model such that `restore` continues exactly."""
@@ -74,12 +49,7 @@ class Learner(nn.Module, ABC):
         return False
 
     def observe(self, t: Tensor, losses: Tensor) -> None:
-        """Hear the losses of an update of all processes.
-
-        Args:
-            t: time of every draw, (N,), float32.
-            losses: its cross-entropy, (N,), float32.
-        """
+        """Hear the time of every draw of an update of all processes and its cross-entropy, each (N,), float32."""
 
     @abstractmethod
     def restore(self, folder: Path) -> None:
@@ -87,13 +57,7 @@ class Learner(nn.Module, ABC):
 
 
 class Denoiser(Learner):
-    """Learns to denoise supervised tokens.
-
-    Args:
-        model: the diffusion model; only its own parameters are trained.
-        training: for noise draws, class dropout and the size of loss chunks.
-        seed: of the noise.
-    """
+    """Learns to denoise supervised tokens; only the diffusion model's own parameters are trained."""
 
     def __init__(self, model: DiffusionLM, training: TrainingSection, seed: int) -> None:
         super().__init__()
@@ -113,39 +77,30 @@ class Denoiser(Learner):
     @staticmethod
     def check(run: DiffusionRun) -> None:
         """Refuse what the backbone cannot do, before weights are loaded."""
-        if run.training.gradient_checkpointing or run.training.draws_per_token > 1:
-            empty = checkpoint.build_model(run, meta=True)
-            if run.training.draws_per_token > 1 and not empty.backbone.independent_positions:
-                raise ConfigError(
-                    f"training.draws_per_token is {run.training.draws_per_token}, but noisy positions of backbone "
-                    f"{run.backbone.component_name()!r} see each other: a token can be noised only once. Set it to 1."
-                )
-            if run.training.gradient_checkpointing and not hasattr(empty.backbone, "gradient_checkpointing"):
-                raise ConfigError(
-                    f"training.gradient_checkpointing is true, but backbone {run.backbone.component_name()!r} offers "
-                    "none. Set it to false."
-                )
+        draws, checkpoints = run.training.draws_per_token, run.training.gradient_checkpointing
+        if draws == 1 and not checkpoints:
+            return
+        backbone, name = checkpoint.build_model(run, meta=True).backbone, run.backbone.component_name()
+        if draws > 1 and not backbone.independent_positions:
+            raise ConfigError(
+                f"training.draws_per_token is {draws}, but noisy positions of backbone {name!r} see each other: a "
+                "token can be noised only once. Set it to 1."
+            )
+        if checkpoints and not hasattr(backbone, "gradient_checkpointing"):
+            raise ConfigError(
+                f"training.gradient_checkpointing is true, but backbone {name!r} offers none. Set it to false."
+            )
 
     @override
-    def forward(
-        self,
-        input_ids: Tensor,
-        blocks: Tensor,
-        *,
-        labels: Tensor,
-        length: Tensor,
-        class_id: Tensor,
-        index: Tensor,
-        epoch: Tensor,
-    ) -> dict[str, Tensor]:
+    def forward(self, **batch: Tensor) -> dict[str, Tensor]:
         """Denoising loss of a batch.
 
         Noise is keyed by (seed, epoch, index) in training and by (seed, index) in evaluation, where labels of classes
         are never dropped, so that evaluations can be compared.
         """
-        layout = Layout(input_ids, blocks)
+        layout = Layout(batch["input_ids"], batch["blocks"])
         settings, seed = self._training, self._seed
-        pairs = zip(epoch.tolist(), index.tolist(), strict=True)
+        pairs = zip(batch["epoch"].tolist(), batch["index"].tolist(), strict=True)
         rule = NoiseRule(
             keys=[(seed, e, i) if self.training else ("eval", seed, i) for e, i in pairs],
             draws=settings.draws_per_token,
@@ -156,17 +111,16 @@ class Denoiser(Learner):
             is_first_noisier=self.training,
         )
         draws = draw(self.model, layout, rule)
-        classes = class_id if self.model.backbone.config.num_classes else None
-        losses = denoising_loss(
-            self.model, layout, draws, classes=classes, counted=labels != IGNORED, chunk=settings.loss_chunk
-        )
+        classes = batch["class_id"] if self.model.backbone.config.num_classes else None
+        counted = batch["labels"] != IGNORED
+        losses = denoising_loss(self.model, layout, draws, classes=classes, counted=counted, chunk=settings.loss_chunk)
         return {
             "loss": losses.total,
             "losses": losses.tokens,
             "cross_entropies": losses.cross_entropies,
             "t": losses.t,
             "row": losses.row,
-            "is_pad": losses.position >= length[losses.row],
+            "is_pad": losses.position >= batch["length"][losses.row],
         }
 
     @override

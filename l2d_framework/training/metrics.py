@@ -14,23 +14,14 @@ BINS = 10
 
 
 class LossMeter:
-    """Sums of token losses and their number.
-
-    Args:
-        device: where the losses are; nothing is copied to the host before `results`.
-    """
+    """Sums of token losses and their number; nothing is copied to the host before `results`."""
 
     def __init__(self, device: torch.device) -> None:
         dtype = torch.float32 if device.type == "mps" else torch.float64
         self._sums = torch.zeros(2, BINS + 2, dtype=dtype, device=device)
 
     def add(self, outputs: dict[str, Tensor], counted: Tensor | None = None) -> None:
-        """Take in the losses of one batch.
-
-        Args:
-            outputs: what a `Learner` returned.
-            counted: rows of the batch that count, (B,), bool; all when None.
-        """
+        """Take in what a `Learner` returned for a batch, all of it or the rows that are `counted`, (B,), bool."""
         losses = outputs["losses"].detach().to(self._sums.dtype)
         weights = torch.ones_like(losses) if counted is None else counted[outputs["row"]].to(losses.dtype)
         pair = torch.stack([losses * weights, weights])
@@ -40,24 +31,19 @@ class LossMeter:
         if "t" in outputs:
             self._sums.index_add_(1, (outputs["t"] * BINS).long().clamp(0, BINS - 1), pair)
 
-    def results(self, accelerator: Any, prefix: str = "") -> dict[str, float]:
-        """Means since the last call, over all processes; every process must call.
+    def results(self, accelerator: Any) -> dict[str, float]:
+        """Means since the last call, over all processes, in nats per token; every process must call.
 
-        Args:
-            accelerator: accelerate's, to sum over processes.
-            prefix: put before every name.
-
-        Returns:
-            `loss` and, for each bin that saw a token, `loss_t00` to `loss_t09`, in nats per token; where padding was
-            learnt, too, also `loss_without_pads`.
+        `loss` and, for each bin that saw a token, `loss_t00` to `loss_t09`; where padding was learnt, too, also
+        `loss_without_pads`.
         """
         sums, counts = accelerator.reduce(self._sums.clone()).tolist()
         self._sums.zero_()
         names = [f"loss_t{i:02d}" for i in range(BINS)] + ["loss", "loss_without_pads"]
-        found = {f"{prefix}{n}": s / c for n, s, c in zip(names, sums, counts, strict=True) if c}
+        means = {n: s / c for n, s, c in zip(names, sums, counts, strict=True) if c}
         if counts[BINS + 1] in (0, counts[BINS]):
-            found.pop(f"{prefix}loss_without_pads", None)
-        return found
+            means.pop("loss_without_pads", None)
+        return means
 
 
 class Stopwatch:

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from l2d_framework.config import parse_run, resolved_json
+from l2d_framework.config import parse_run
 from l2d_framework.config.files import parse_json, read_text
 from l2d_framework.errors import ConfigError, L2DError
 
@@ -29,13 +29,7 @@ _WRITING, _REPLACED = ".writing", ".replaced"
 def staged(target: Path, *, writes: bool = True, wait: Callable[[], None] = lambda: None) -> Iterator[Path]:
     """Write a folder under a temporary name and give it its own when the block ends without an error.
 
-    Args:
-        target: the folder to make or replace.
-        writes: whether this process is the one that makes and renames it.
-        wait: waits for the other processes that write to it.
-
-    Yields:
-        The folder to write to.
+    One process `writes`, that is, makes and renames it; `wait` waits for the others.
     """
     stage = target.with_name(target.name + _WRITING)
     if writes:
@@ -45,18 +39,14 @@ def staged(target: Path, *, writes: bool = True, wait: Callable[[], None] = lamb
     yield stage
     wait()
     if writes:
-        replace_folder(stage, target)
+        # Whatever had the name is removed once the new one is in place.
+        replaced = target.with_name(target.name + _REPLACED)
+        shutil.rmtree(replaced, ignore_errors=True)
+        if target.exists():
+            os.replace(target, replaced)
+        os.replace(stage, target)
+        shutil.rmtree(replaced, ignore_errors=True)
     wait()
-
-
-def replace_folder(stage: Path, target: Path) -> None:
-    """Give a complete folder its name; whatever had the name is removed once the new one is in place."""
-    replaced = target.with_name(target.name + _REPLACED)
-    shutil.rmtree(replaced, ignore_errors=True)
-    if target.exists():
-        os.replace(target, replaced)
-    os.replace(stage, target)
-    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def remove(folder: Path) -> None:
@@ -80,8 +70,8 @@ def clean_up(output: Path) -> None:
 
 def checkpoints(output: Path) -> list[Path]:
     """Complete checkpoints, the oldest first."""
-    found = [(int(m[1]), path) for path in output.glob("checkpoint-*") if (m := _CHECKPOINT.fullmatch(path.name))]
-    return [path for _, path in sorted(found)]
+    steps = {path: match for path in output.glob("checkpoint-*") if (match := _CHECKPOINT.fullmatch(path.name))}
+    return sorted(steps, key=lambda path: int(steps[path][1]))
 
 
 def publish(stage: Path, output: Path) -> None:
@@ -115,11 +105,9 @@ def write_card(output: Path, card: Mapping[str, Any]) -> None:
     os.replace(temporary, output / RUN_FILE)
 
 
-def check_free(output: Path, config: Mapping[str, Any]) -> dict[str, Any] | None:
+def check_free(output: Path, config: dict[str, Any]) -> dict[str, Any] | None:
     """Refuse a folder of something else; returns the card of the same run's earlier start, or None."""
     card = read_card(output) if output.is_dir() else None
-    if card is not None and [path.name for path in output.iterdir()] == [RUN_FILE] and _differing(config, card):
-        return None  # a run that was refused when its weights loaded: there is nothing to lose
     if card is None:
         if output.exists() and not (output.is_dir() and all(p.name.endswith(_WRITING) for p in output.iterdir())):
             raise ConfigError(
@@ -127,26 +115,24 @@ def check_free(output: Path, config: Mapping[str, Any]) -> dict[str, Any] | None
                 "Choose another, or use --overwrite, which moves it aside."
             )
         return None
-    if differing := _differing(config, card):
-        ours, theirs = _flat(dict(config)), _flat(_recorded(card))
-        shown = "; ".join(f"{key}: {theirs.get(key)!r} there, {ours.get(key)!r} now" for key in differing[:8])
-        raise ConfigError(
-            f"output_dir {str(output)!r} holds a run with another configuration ({shown}). "
-            "Choose another output_dir, or use --overwrite, which moves it aside."
-        )
-    return card
-
-
-def _differing(config: Mapping[str, Any], card: Mapping[str, Any]) -> list[str]:
-    ours, theirs = _flat(dict(config)), _flat(_recorded(card))
-    different = [key for key in sorted(ours.keys() | theirs.keys()) if ours.get(key) != theirs.get(key)]
-    return [key for key in different if key != "output_dir"]
+    ours, theirs = _flat(config), _flat(_recorded(card))
+    keys = sorted((ours.keys() | theirs.keys()) - {"output_dir"})
+    differing = [key for key in keys if ours.get(key) != theirs.get(key)]
+    if not differing:
+        return card
+    if [path.name for path in output.iterdir()] == [RUN_FILE]:
+        return None  # a run that was refused when its weights loaded: there is nothing to lose
+    shown = "; ".join(f"{key}: {theirs.get(key)!r} there, {ours.get(key)!r} now" for key in differing[:8])
+    raise ConfigError(
+        f"output_dir {str(output)!r} holds a run with another configuration ({shown}). "
+        "Choose another output_dir, or use --overwrite, which moves it aside."
+    )
 
 
 def _recorded(card: Mapping[str, Any]) -> dict[str, Any]:
     """Configuration of an earlier start, in which options that did not exist then have their defaults."""
     try:
-        return dict(json.loads(resolved_json(parse_run(card["config"]))))
+        return parse_run(card["config"]).model_dump(mode="json")
     except L2DError:  # of plugins that are gone, say
         return dict(card["config"])
 

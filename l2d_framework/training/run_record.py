@@ -7,27 +7,25 @@ import platform
 import re
 import subprocess
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from l2d_framework.hooks import GROUP
 from l2d_framework.training.metrics import BINS
 
 _DISTRIBUTION = "l2d-framework"
-_GROUP = "l2d_framework"
 
 
 def environment(processes: int) -> dict[str, Any]:
     """Sections `hardware` and `versions`, and `commit`, which is None outside a git repository."""
-    return {"hardware": _hardware(processes), "versions": _versions(), "commit": _commit()}
-
-
-def _hardware(processes: int) -> dict[str, Any]:
     gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else None
-    return {
+    hardware = {
         "cpu": _cpu(),
         "cores": os.cpu_count(),
         "memory": memory,
@@ -36,6 +34,7 @@ def _hardware(processes: int) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "system": platform.platform(),
     }
+    return {"hardware": hardware, "versions": _versions(), "commit": _commit()}
 
 
 def _cpu() -> str:
@@ -45,41 +44,32 @@ def _cpu() -> str:
 
 
 def _versions() -> dict[str, str]:
-    required = [_name(text) for text in metadata.requires(_DISTRIBUTION) or []]
-    plugins = [point.dist.name for point in metadata.entry_points(group=_GROUP) if point.dist]
-    found = {"python": platform.python_version()}
+    required = [re.split(r"[^\w.-]", text, maxsplit=1)[0] for text in metadata.requires(_DISTRIBUTION) or []]
+    plugins = [point.dist.name for point in metadata.entry_points(group=GROUP) if point.dist]
+    versions = {"python": platform.python_version()}
     for name in dict.fromkeys([_DISTRIBUTION, *plugins, *required]):
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:  # an extra that is not installed
-            continue
-    return found
-
-
-def _name(requirement: str) -> str:
-    return re.split(r"[^\w.-]", requirement, maxsplit=1)[0]
+        with suppress(metadata.PackageNotFoundError):  # an extra that is not installed
+            versions[name] = metadata.version(name)
+    return versions
 
 
 def _commit() -> str | None:
+    git = partial(subprocess.check_output, text=True, stderr=subprocess.DEVNULL)
     try:
-        sha = _git("rev-parse", "HEAD")
-        return sha if not _git("status", "--porcelain", "--untracked-files=no") else f"{sha} with local changes"
+        sha = git(["git", "rev-parse", "HEAD"]).strip()
+        changed = git(["git", "status", "--porcelain", "--untracked-files=no"]).strip()
     except (OSError, subprocess.CalledProcessError):
         return None
-
-
-def _git(*arguments: str) -> str:
-    return subprocess.run(["git", *arguments], check=True, capture_output=True, text=True).stdout.strip()
+    return f"{sha} with local changes" if changed else sha
 
 
 def model_card_table(card: Mapping[str, Any]) -> str:
     """Markdown table of a finished run, for a model card."""
-    rows = [*_inputs(card), *_results(card), *_surroundings(card)]
-    lines = [f"| {name} | {str(value).replace('|', '/')} |" for name, value in rows]
+    lines = [f"| {name} | {str(value).replace('|', '/')} |" for name, value in _rows(card)]
     return "\n".join(["## Training", "", "| | |", "|---|---|", *lines, ""])
 
 
-def _inputs(card: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:
+def _rows(card: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:
     yield "configuration", f"`{card['config_hash']}`, complete in `run.json`"
     for which, sources in card["data"]["sources"].items():
         for source in sources:
@@ -91,8 +81,6 @@ def _inputs(card: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:
         yield f"{which} split", counts or "a stream"
     yield "seeds", ", ".join(f"{name} {value}" for name, value in card["seeds"].items())
 
-
-def _results(card: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:
     result = card["result"]
     yield "updates", f"{result['steps']:,}"
     yield "parameters", f"{card['parameters']['trainable']:,} trained of {card['parameters']['total']:,}"
@@ -107,8 +95,6 @@ def _results(card: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:
     yield "speed", f"{result['tokens_per_second']:,.0f} tokens/s"
     yield "peak memory", _gigabytes(result["peak_memory"])
 
-
-def _surroundings(card: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:
     hardware = card["hardware"]
     gpus = ", ".join(gpu["name"] for gpu in hardware["gpus"]) or "no GPU"
     memory = _gigabytes(hardware["memory"]) if hardware["memory"] else "unknown memory"

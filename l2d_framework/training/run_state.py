@@ -2,65 +2,49 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
-from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
+from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
 
 from l2d_framework.base_model import check_vocabulary, load_config, load_tokenizer
-from l2d_framework.config import ModelSection, Run, config_hash, resolved_json
+from l2d_framework.config import ModelSection, Run, config_hash
 from l2d_framework.errors import ConfigError
 from l2d_framework.training import output_dir
 from l2d_framework.training.metrics import Stopwatch, peak_memory
 from l2d_framework.training.run_record import environment
 
 
-@dataclass
-class Job:
-    """A run, how it is launched, and its card.
+class Job(TrainerCallback):
+    """A run, how it is launched, and its card: the contents of its `run.json`, kept up to date should it be killed."""
 
-    Attributes:
-        run: the run; it has data and an output folder.
-        arguments: transformers' arguments.
-        card: contents of its `run.json`.
-    """
-
-    run: Run
-    arguments: TrainingArguments
-    card: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def output(self) -> Path:
-        """The output folder."""
-        return output_folder(self.run)
-
-    @property
-    def writes(self) -> bool:
-        """Whether this process writes files."""
-        return bool(self.arguments.process_index == 0)
-
-    def earlier(self, *, overwrite: bool) -> dict[str, Any] | None:
-        """Card of an earlier start of this run, or None for a fresh folder."""
+    def __init__(self, run: Run, arguments: TrainingArguments, *, overwrite: bool) -> None:
+        self.run, self.arguments, self.output = run, arguments, output_folder(run)
+        self.writes = arguments.process_index == 0
+        self._watch = Stopwatch()
         if overwrite:
             wait()
             if self.writes:
                 output_dir.move_aside(self.output)
             wait()
-        return output_dir.check_free(self.output, resolved(self.run))
+        self.card: dict[str, Any] = output_dir.check_free(self.output, run.model_dump(mode="json")) or {}
 
-    def start(self, data: dict[str, Any], seeds: dict[str, int], earlier: dict[str, Any] | None) -> None:
-        """Begin the card."""
-        before = earlier or {}
+    @property
+    def is_finished(self) -> bool:
+        """Whether an earlier start has finished the run."""
+        return bool(self.card.get("finished"))
+
+    def start(self, data: dict[str, Any], seeds: dict[str, int]) -> None:
+        """Begin the card, and make the output folder this run's."""
+        before = self.card
         self.card = {
             "finished": False,
             "kind": self.run.kind,
             "config_hash": config_hash(self.run),
-            "config": resolved(self.run),
+            "config": self.run.model_dump(mode="json"),
             "seeds": seeds,
             "data": data,
             **environment(int(self.arguments.world_size)),
@@ -69,15 +53,27 @@ class Job:
             "seconds": before.get("seconds", 0.0),
             "peak_memory": before.get("peak_memory", 0),
         }
+        wait()
+        if self.writes:
+            self.output.mkdir(parents=True, exist_ok=True)
+            output_dir.clean_up(self.output)
+            output_dir.write_card(self.output, self.card)
+        wait()
 
-    def claim(self) -> None:
-        """Make the output folder this run's."""
-        self.output.mkdir(parents=True, exist_ok=True)
-        output_dir.clean_up(self.output)
-        output_dir.write_card(self.output, self.card)
+    def train(self, trainer: Trainer) -> None:
+        """Train, going on from the last checkpoint."""
+        self._watch.start()
+        complete = output_dir.checkpoints(self.output)
+        trainer.train(resume_from_checkpoint=str(complete[-1]) if complete else None)
 
-    def finish(self, result: dict[str, Any], write: Callable[[Path], None]) -> None:
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: D102 -- transformers'
+        self._measure()
+        if self.writes:
+            output_dir.write_card(self.output, self.card)
+
+    def finish(self, result: dict[str, Any], write: Callable[[Path], None]) -> dict[str, Any]:
         """Write the model, and the card last: it says that the run is finished."""
+        self._measure()
         self.card |= {"finished": True, "ended": _now()}
         self.card["result"] = result | {"peak_memory": self.card["peak_memory"]}
         if self.writes:
@@ -85,30 +81,13 @@ class Job:
             write(stage)
             output_dir.publish(stage, self.output)
             output_dir.write_card(self.output, self.card)
+        wait()
+        return self.card
 
-
-class CardKeeper(TrainerCallback):
-    """Keeps the time and memory a run has taken so far in its card, for a session that may be killed.
-
-    Args:
-        job: the run.
-    """
-
-    def __init__(self, job: Job) -> None:
-        self._job, self._watch = job, Stopwatch()
+    def _measure(self) -> None:
+        self.card["seconds"] += self._watch.lap()
         self._watch.start()
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: D102 -- transformers'
-        self.keep()
-
-    def keep(self) -> None:
-        """Bring the card up to date."""
-        card = self._job.card
-        card["seconds"] += self._watch.lap()
-        self._watch.start()
-        card["peak_memory"] = max(card["peak_memory"], peak_memory(self._job.arguments.device))
-        if self._job.writes:
-            output_dir.write_card(self._job.output, card)
+        self.card["peak_memory"] = max(self.card["peak_memory"], peak_memory(self.arguments.device))
 
 
 def output_folder(run: Run) -> Path:
@@ -116,18 +95,13 @@ def output_folder(run: Run) -> Path:
     return Path(str(run.output_dir)).expanduser()
 
 
-def resolved(run: Run) -> dict[str, Any]:
-    """A run with nothing left out."""
-    return dict(json.loads(resolved_json(run)))
-
-
 def base_tokenizer(model: ModelSection) -> PreTrainedTokenizerBase:
     """Tokenizer of the model that a run starts from."""
-    found = load_tokenizer(model)
-    if found is None:
+    tokenizer = load_tokenizer(model)
+    if tokenizer is None:
         raise ConfigError(f"model.base: {model.base!r} has no tokenizer_config.json. Save its tokenizer there.")
-    check_vocabulary(found, load_config(model), model.base)
-    return found
+    check_vocabulary(tokenizer, load_config(model), model.base)
+    return tokenizer
 
 
 def wait() -> None:

@@ -7,14 +7,11 @@ carries its `ordinal`, its place in the sequence: the update it belongs to is or
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
 from l2d_framework.diffusion.rng import keyed_generator
@@ -25,13 +22,7 @@ PADDING = -1
 
 
 class RunOrder(Dataset[dict[str, Any]]):
-    """Every example of a run in order; each epoch is a permutation keyed by (seed, epoch).
-
-    Args:
-        rows: rows of `PreparedData`, with random access.
-        seed: of the order.
-        total: examples in the whole run.
-    """
+    """Every example of a run in order; each epoch is a permutation keyed by (seed, epoch)."""
 
     def __init__(self, rows: Any, seed: int, total: int) -> None:
         self._rows, self._seed, self._total = rows, seed, total
@@ -51,12 +42,7 @@ def _permutation(seed: int, epoch: int, count: int) -> Any:
 
 
 class RunStream(IterableDataset[dict[str, Any]]):
-    """Every example of a run from a stream, which starts again when it ends.
-
-    Args:
-        rows: rows of `PreparedData`, as an `IterableDataset`.
-        total: examples in the whole run.
-    """
+    """Every example of a run from a stream, which starts again when it ends."""
 
     def __init__(self, rows: Any, total: int) -> None:
         self._rows, self._total = rows, total
@@ -77,12 +63,7 @@ class RunStream(IterableDataset[dict[str, Any]]):
 
 
 class HeldOut(Dataset[dict[str, Any]]):
-    """Examples to evaluate on, filled up to whole batches for all processes.
-
-    Args:
-        rows: rows of `PreparedData`; a stream is read into memory.
-        multiple: number that the length is rounded up to a multiple of.
-    """
+    """Examples to evaluate on, a stream's read into memory, filled up to a multiple: whole batches for all."""
 
     def __init__(self, rows: Any, multiple: int) -> None:
         self._rows = rows if hasattr(rows, "__len__") else list(rows)
@@ -95,18 +76,3 @@ class HeldOut(Dataset[dict[str, Any]]):
         if place < len(self._rows):
             return {**self._rows[place], "epoch": 0}
         return {**self._rows[0], "index": PADDING, "epoch": 0}
-
-
-@dataclass(frozen=True)
-class EpochCollator:
-    """Batches that carry the epoch of each example.
-
-    Attributes:
-        collate: makes tensors of rows.
-    """
-
-    collate: Callable[[Sequence[Mapping[str, Any]]], dict[str, Tensor]]
-
-    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        """What `collate` makes of rows with an `epoch`, and `epoch`, (B,), int64."""
-        return {**self.collate(rows), "epoch": torch.tensor([row["epoch"] for row in rows])}

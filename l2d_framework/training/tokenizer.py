@@ -21,21 +21,7 @@ CHAT_TEMPLATE = (
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, *, like: Tokenizer | None = None) -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE with an end-of-text, a padding and two chat tokens.
-
-    Every text has an encoding, since single bytes are tokens. The same texts give the same tokenizer.
-
-    Args:
-        texts: training texts; read once.
-        vocab_size: largest number of tokens, special ones and the 256 bytes included.
-        like: a byte-level tokenizer whose way to normalise and to split a text is taken over.
-
-    Returns:
-        A tokenizer that adds no token of its own and carries a chat template with generation markers.
-
-    Raises:
-        ConfigError: if `vocab_size` is too small for bytes and special tokens.
-    """
+    """Train a byte-level BPE with end-of-text, padding and two chat tokens, and a template with generation markers."""
     special = [EOS, PAD, USER, ASSISTANT]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     smallest = len(special) + len(alphabet)

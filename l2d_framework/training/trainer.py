@@ -19,25 +19,20 @@ from transformers.trainer_utils import IntervalStrategy
 from typing_extensions import override
 
 from l2d_framework.config import TrainingSection
-from l2d_framework.config.reward import RewardTraining
-from l2d_framework.training.arguments import TrainingData, total_steps
-from l2d_framework.training.data.collate import IGNORED
+from l2d_framework.config.sections import Updates
+from l2d_framework.training.arguments import learning_rate, total_steps
+from l2d_framework.training.data.collate import IGNORED, Collator
+from l2d_framework.training.data.prepare import PreparedData
 from l2d_framework.training.learner import Learner
-from l2d_framework.training.learning_rate import learning_rate
 from l2d_framework.training.metrics import LossMeter, Stopwatch, peak_memory
 from l2d_framework.training.output_dir import BEST, checkpoints, remove, staged
-from l2d_framework.training.samplers import PADDING, EpochCollator, HeldOut, RunOrder, RunStream
+from l2d_framework.training.samplers import PADDING, HeldOut, RunOrder, RunStream
 
 
 class ResumableTrainer(transformers.Trainer):
-    """A trainer whose checkpoints survive a kill and whose learning rate is a function of the update alone.
+    """A trainer whose checkpoints survive a kill and whose learning rate is a function of the update alone."""
 
-    Attributes:
-        training: what the run file says of training.
-        output: the output folder.
-    """
-
-    training: TrainingSection | RewardTraining
+    training: Updates
     output: Path
 
     def _share_of_rate(self, step: int, steps: int) -> float:
@@ -47,11 +42,9 @@ class ResumableTrainer(transformers.Trainer):
     @override
     def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> LambdaLR:
         if self.lr_scheduler is None:
-
-            def share(step: int) -> float:
-                return self._share_of_rate(step, num_training_steps)
-
-            self.lr_scheduler = LambdaLR(optimizer or self.create_optimizer(), share)
+            self.lr_scheduler = LambdaLR(
+                optimizer or self.create_optimizer(), lambda step: self._share_of_rate(step, num_training_steps)
+            )
             self._created_lr_scheduler = True
         return self.lr_scheduler
 
@@ -70,19 +63,19 @@ class ResumableTrainer(transformers.Trainer):
     def _staged(self, folder: Path) -> AbstractContextManager[Path]:
         return staged(folder, writes=self.args.should_save, wait=self.accelerator.wait_for_everyone)
 
+    def _report(self, measured: dict[str, float], prefix: str, start: float) -> dict[str, float]:
+        metrics = {f"{prefix}_{name}": value for name, value in measured.items()}
+        metrics[f"{prefix}_seconds"] = time.perf_counter() - start
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
 
 class TokenTrainer(ResumableTrainer):
     """Trains a `Learner` such that only the configuration and the data decide the result.
 
     The loss of an update is the mean over all its supervised tokens, however they are spread over micro-batches and
     processes. Every example is seen in keyed order with its own epoch, so resumption continues the same sequence.
-
-    Args:
-        learner: what to train.
-        arguments: from `make_arguments`.
-        training: the `training` section.
-        data: training and held-out rows.
-        callbacks: further callbacks, such as a progress bar.
     """
 
     training: TrainingSection
@@ -93,7 +86,8 @@ class TokenTrainer(ResumableTrainer):
         arguments: TrainingArguments,
         *,
         training: TrainingSection,
-        data: TrainingData,
+        data: PreparedData,
+        collate: Collator,
         callbacks: Sequence[TrainerCallback] = (),
     ) -> None:
         steps = total_steps(training, data.train)
@@ -113,10 +107,10 @@ class TokenTrainer(ResumableTrainer):
         super().__init__(
             learner,
             arguments,
-            data_collator=EpochCollator(data.collate),
+            data_collator=collate,
             train_dataset=order,
             eval_dataset=None if data.eval is None else HeldOut(data.eval, multiple),
-            callbacks=[Boundaries(), _AfterUpdate(self._observe), *callbacks],
+            callbacks=[Boundaries(self._observe), *callbacks],
         )
         self.remove_callback(PrinterCallback)
         self.model_accepts_loss_kwargs = self.loss_is_scaled_for_ga = True
@@ -134,18 +128,13 @@ class TokenTrainer(ResumableTrainer):
             rates = {"time": self.training.time_learning_rate}
             alone = {id(p) for group in named.values() for p in group}
             parameters = [p for p in (model or self.learner).parameters() if p.requires_grad and id(p) not in alone]
-            groups = [
+            groups: list[dict[str, Any]] = [
                 {"params": [p for p in parameters if p.ndim > 1], "weight_decay": decay},
                 {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-                *(
-                    {
-                        "params": [p for p in group if p.requires_grad],
-                        "weight_decay": 0.0,
-                        "lr": rates.get(name) or rate,
-                    }
-                    for name, group in named.items()
-                ),
             ]
+            for name, group in named.items():
+                trained = [p for p in group if p.requires_grad]
+                groups.append({"params": trained, "weight_decay": 0.0, "lr": rates.get(name) or rate})
             self.optimizer = AdamW(
                 [group for group in groups if group["params"]],
                 lr=rate,
@@ -202,10 +191,7 @@ class TokenTrainer(ResumableTrainer):
             for batch in self.get_eval_dataloader(eval_dataset):
                 meter.add(self.learner(**batch), batch["index"] != PADDING)
                 self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
-        metrics = meter.results(self.accelerator, f"{metric_key_prefix}_")
-        metrics[f"{metric_key_prefix}_seconds"] = time.perf_counter() - start
-        self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        metrics = self._report(meter.results(self.accelerator), metric_key_prefix, start)
         is_best = self.state.best_metric is None or metrics[f"{metric_key_prefix}_loss"] < self.state.best_metric
         if self.is_in_train and is_best:
             with self._staged(self.output / BEST) as folder:
@@ -256,16 +242,10 @@ class TokenTrainer(ResumableTrainer):
 class Boundaries(TrainerCallback):
     """Logs wherever a resumed run could start, so that its losses are the means over the same updates."""
 
+    def __init__(self, after_update: Callable[[], None] = lambda: None) -> None:
+        self._after_update = after_update
+
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Log before saving and at the end."""
+        self._after_update()
         control.should_log |= control.should_save or control.should_training_stop
-
-
-class _AfterUpdate(TrainerCallback):
-    """Does something after every update, before it is saved."""
-
-    def __init__(self, action: Callable[[], None]) -> None:
-        self._action = action
-
-    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self._action()

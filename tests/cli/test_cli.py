@@ -12,7 +12,7 @@ from torch import nn
 from toy_components import Forward
 
 from l2d_framework.cli import COMMANDS
-from l2d_framework.cli.params import count_by_module
+from l2d_framework.cli.config import count_by_module
 from l2d_framework.config import config_hash, load_run
 from l2d_framework.errors import ConfigError
 from l2d_framework.models.checkpoint import build_model

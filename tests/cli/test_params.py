@@ -9,7 +9,7 @@ from diffusion_models import fresh_lm
 from typer.testing import CliRunner
 
 from l2d_framework.cli import app
-from l2d_framework.cli.params import count_by_module
+from l2d_framework.cli.config import count_by_module
 
 LLAMA = {"model_type": "llama", "vocab_size": 128256, "num_key_value_heads": 8, "max_position_embeddings": 131072}
 QWEN = {"model_type": "qwen2", "max_position_embeddings": 32768}

@@ -18,7 +18,7 @@ from l2d_framework.config import SamplingSection
 from l2d_framework.diffusion.loss import denoising_loss
 from l2d_framework.diffusion.training_noise import Draws, NoiseRule, draw
 from l2d_framework.errors import ConfigError
-from l2d_framework.evaluation.diagnosis.bayes import TokenLikelihood
+from l2d_framework.evaluation.diagnosis.curves import TokenLikelihood
 from l2d_framework.hooks import GROUP
 from l2d_framework.models import checkpoint
 from l2d_framework.models.diffusion_lm import DiffusionLM, Origin

@@ -68,7 +68,7 @@ def test_the_loss_is_that_of_transformers(family: str) -> None:
     nothing = torch.zeros(2, dtype=torch.int64)
     learner = NextToken(lm, tiny_tokenizer(), TrainingSection(loss_chunk=2))
     unused = dict.fromkeys(("length", "class_id", "index", "epoch"), nothing)
-    found = learner(ids, (labels >= 0).long(), labels=labels, **unused)
+    found = learner(input_ids=ids, blocks=(labels >= 0).long(), labels=labels, **unused)
     expected = lm(input_ids=ids, labels=labels).loss
     count = (labels >= 0).sum()
     torch.testing.assert_close(found["loss"] / count, expected)

@@ -3,7 +3,7 @@ import math
 import pytest
 
 from l2d_framework.config import TrainingSection
-from l2d_framework.training.learning_rate import learning_rate
+from l2d_framework.training.arguments import learning_rate
 
 
 def rates(steps: int, **fields: object) -> list[float]:

@@ -14,7 +14,7 @@ from l2d_framework.diffusion.loss import denoising_loss
 from l2d_framework.diffusion.training_noise import NoiseRule, draw
 from l2d_framework.errors import ConfigError
 from l2d_framework.models import checkpoint
-from l2d_framework.training.arguments import TrainingData, make_arguments, total_steps
+from l2d_framework.training.arguments import make_arguments, total_steps
 from l2d_framework.training.data.collate import Collator
 from l2d_framework.training.data.prepare import prepare
 from l2d_framework.training.learner import Denoiser
@@ -78,12 +78,12 @@ def test_bins_and_mean_of_the_meter_agree(monkeypatch: pytest.MonkeyPatch) -> No
         {"losses": losses.repeat(2), "t": t.repeat(2), "row": torch.arange(100) // 50}, torch.tensor([False, True])
     )
     seen = torch.cat([losses[:20], losses]), torch.cat([t[:20], t])
-    found = meter.results(Alone(), "x_")
-    assert found["x_loss"] == pytest.approx(seen[0].mean().item())
+    found = meter.results(Alone())
+    assert found["loss"] == pytest.approx(seen[0].mean().item())
     for i in range(BINS):
         inside = (seen[1] * BINS).long() == i
         if inside.any():
-            assert found[f"x_loss_t{i:02d}"] == pytest.approx(seen[0][inside].mean().item())
+            assert found[f"loss_t{i:02d}"] == pytest.approx(seen[0][inside].mean().item())
     assert meter.results(Alone()) == {}
 
 
@@ -141,8 +141,7 @@ def test_filling_up_a_batch_does_not_change_the_held_out_loss(folder: Path, tmp_
     data = prepare(run.data, model.tokenizer, seed=run.seed)
     arguments = make_arguments(run.training, tmp_path, seed=0)
     learner = Denoiser(model, run.training, run.seed)
-    fed = TrainingData(data.train, data.eval, Collator(0), 0)
-    trainer = TokenTrainer(learner, arguments, training=run.training, data=fed)
+    trainer = TokenTrainer(learner, arguments, training=run.training, data=data, collate=Collator(0))
     assert len(data.eval) % 4
     alone = trainer.evaluate(HeldOut(data.eval, 1))
     filled = trainer.evaluate(HeldOut(data.eval, 4))

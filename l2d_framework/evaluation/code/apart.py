@@ -39,28 +39,9 @@ _PARTS: dict[str, Any] = {
 _PLAIN = {type(None), bool, float, str}
 _LARGE = 1 << 63
 _MODULES = (*sys.stdlib_module_names, "numpy")
-_FUNCTIONS = (types.FunctionType, types.MethodType, types.BuiltinFunctionType)
-_NOT_DUMPABLE = (4, 0)
-_ENDED = "failed: it ended before its last line had run"
 _ASKED = ("getattr", "setattr", "iter", "next", "len", "bool", "str", "repr", "hash", "int", "float", "abs", "format")
-_BETWEEN = (
-    "eq",
-    "ne",
-    "lt",
-    "le",
-    "gt",
-    "ge",
-    "add",
-    "sub",
-    "mul",
-    "truediv",
-    "floordiv",
-    "mod",
-    "pow",
-    "and_",
-    "or_",
-    "xor",
-)
+_CALCULATED = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and_", "or_", "xor")
+_BETWEEN = ("eq", "ne", "lt", "le", "gt", "ge", *_CALCULATED)
 _SERVED: dict[str, Any] = {
     "call": lambda function, *given, **named: function(*given, **named),
     **{name: getattr(builtins, name) for name in _ASKED},
@@ -119,11 +100,9 @@ class _Seen(list[Any]):
 class Link:
     """One end of the connection between a program and its tests.
 
-    Args:
-        descriptors: to read from, and to write to.
-        gone: never returns; called when the other end is closed or says what is no message.
-        is_trusting: whether the other side may ask anything of any object it knows; else it may call functions, step
-            through iterators, and use the public attributes of objects of the tests' own classes.
+    One that is not trusting lets the other side call functions, step through iterators, and use the public attributes
+    of objects of the tests' own classes; else it may ask anything of any object it knows. `gone` is called when the
+    other end is closed or says what is no message, and never returns.
     """
 
     def __init__(self, descriptors: tuple[int, int], *, gone: Callable[[], Any], is_trusting: bool) -> None:
@@ -151,19 +130,7 @@ class Link:
             return self._gone()
 
     def ask(self, what: str, *given: Any, **named: Any) -> Any:
-        """Have the other side do something, and serve it meanwhile.
-
-        Args:
-            what: a key of `_SERVED`, or "names".
-            *given: its arguments.
-            **named: arguments by name.
-
-        Returns:
-            What came of it; containers among the arguments have changed as they did there.
-
-        Raises:
-            BaseException: what was raised there, or the nearest built-in kind of it.
-        """
+        """Have the other side do something, and serve it meanwhile; containers among the arguments change as there."""
         seen = _Seen()
         self.send([what, self._pack([list(given), named], seen)])
         while (message := self.receive())[0] not in ("gives", "raises"):
@@ -348,7 +315,8 @@ def _text(error: BaseException) -> str:
 def _is_harmless(what: str, given: Any) -> bool:
     target, *more = given
     if what == "call":
-        return isinstance(target, _FUNCTIONS) or getattr(target, "__module__", None) == "tests"
+        functions = types.FunctionType, types.MethodType, types.BuiltinFunctionType
+        return isinstance(target, functions) or getattr(target, "__module__", None) == "tests"
     if what in ("getattr", "setattr"):
         return type(target).__module__ == "tests" and isinstance(more[0], str) and not more[0].startswith("_")
     return what in _SERVED
@@ -393,7 +361,7 @@ def program(incoming: int, outgoing: int) -> None:
 def tests(job: int, channel: int, incoming: int, outgoing: int) -> None:
     """Have a program executed in the other process, run its tests in this one, and say how they ended."""
 
-    def answer(text: str = _ENDED) -> None:
+    def answer(text: str = "failed: it ended before its last line had run") -> None:
         os.write(channel, text.encode(errors="replace"))
         os._exit(0)
 
@@ -402,8 +370,8 @@ def tests(job: int, channel: int, incoming: int, outgoing: int) -> None:
     if sys.platform == "linux" and not task["is_isolated"]:
         import ctypes
 
-        # The program runs as the same user, and starts only below.
-        ctypes.CDLL(None).prctl(*_NOT_DUMPABLE, 0, 0, 0)
+        # Not dumpable (PR_SET_DUMPABLE): the program runs as the same user, and starts only below.
+        ctypes.CDLL(None).prctl(4, 0, 0, 0, 0)
     link = Link((incoming, outgoing), gone=answer, is_trusting=False)
     link.send(task["program"])
     if failure := link.receive():
@@ -424,12 +392,10 @@ def tests(job: int, channel: int, incoming: int, outgoing: int) -> None:
 def _names(mentioned: set[str], bases: set[str], link: Link) -> dict[str, Any]:
     """What of the program's names the tests mention; it may not replace what they take for granted."""
     given = link.ask("names", sorted(mentioned))
-    found = {name: given[name] for name in mentioned if name in given and not name.startswith("__")}
-    own = {name: value for name, value in found.items() if not hasattr(builtins, name)}
+    names = {name: given[name] for name in mentioned if name in given and not name.startswith("__")}
     # A program is tested under the name of a built-in function only where no other name of it is tested.
-    found = own or found
-    modules = bases & found.keys() & {*_MODULES}
-    return found | {name: importlib.import_module(name) for name in modules}
+    names = {name: value for name, value in names.items() if not hasattr(builtins, name)} or names
+    return names | {name: importlib.import_module(name) for name in bases & names.keys() & {*_MODULES}}
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Sequence
 from functools import cache
+from itertools import islice
 from typing import Any
 
 from tqdm import tqdm  # type: ignore[import-untyped]
@@ -14,53 +15,18 @@ from l2d_framework.errors import ConfigError
 from l2d_framework.evaluation.code.sandbox import CONSENT, Limits, Sandbox
 
 NAME = "code_eval"
-_SANDBOX = Sandbox()
+SANDBOX = Sandbox()
 
 
 def pass_at_k(samples: int, passed: int, k: int) -> float:
-    """Unbiased estimate of the probability that at least one of `k` programs passes.
-
-    Computes 1 - C(samples - passed, k) / C(samples, k).
-
-    Args:
-        samples: programs written for one problem.
-        passed: how many of them passed.
-        k: how many tries there are, at most `samples`.
-
-    Returns:
-        A probability.
-
-    Raises:
-        ValueError: if the numbers contradict each other.
-
-    Source: Chen et al. 2021, arXiv:2107.03374, Eq. 1.
-    """
+    """Unbiased estimate of the chance that at least one of `k` programs passes (arXiv:2107.03374, Eq. 1)."""
     if not (0 <= passed <= samples and 1 <= k <= samples):
         raise ValueError(f"Needs 0 <= passed <= samples and 1 <= k <= samples, got {passed=}, {samples=}, {k=}.")
     return 1.0 - math.comb(samples - passed, k) / math.comb(samples, k)
 
 
-def check_consent() -> None:
-    """Refuse to run programs that nobody agreed to."""
-    if os.environ.get(CONSENT) != "1":
-        raise ConfigError(
-            "This task runs programs that the model writes. They run in a sandbox, which stops accidents but is no "
-            f"security boundary. If you agree, pass --confirm_run_unsafe_code; from Python, also set {CONSENT}=1 in "
-            "the environment."
-        )
-
-
-def check_isolation() -> None:
-    """Find out, by an empty program, whether programs can be run as the user wants."""
-    _ = _SANDBOX.is_isolated
-
-
 class CodeEval:
-    """Stands where tasks expect `evaluate.load("code_eval")`; runs programs in the sandbox.
-
-    Attributes:
-        name: of the metric.
-    """
+    """Stands where tasks expect `evaluate.load("code_eval")`; runs programs in the sandbox."""
 
     name = NAME
 
@@ -73,39 +39,29 @@ class CodeEval:
         num_workers: int | None = None,
         timeout: float = 3.0,
     ) -> tuple[dict[str, float], dict[int, list[tuple[int, dict[str, Any]]]]]:
-        """Run every candidate with the tests of its problem.
-
-        Args:
-            predictions: per problem, its candidate programs.
-            references: per problem, the tests of each candidate.
-            k: numbers of tries; one for which some problem has too few candidates is left out.
-            num_workers: programs run at once; as many as this process has processors when None.
-            timeout: seconds each may take.
-
-        Returns:
-            "pass@k" averaged over problems, and per problem what became of each candidate.
-
-        Raises:
-            ConfigError: if the user has not agreed, or the system cannot isolate programs.
-            ValueError: if there are not as many references as predictions.
-        """
-        check_consent()
+        """Run candidates with their problem's tests: "pass@k", if all have so many, and what became of each."""
+        if os.environ.get(CONSENT) != "1":
+            raise ConfigError(
+                "This task runs programs that the model writes. They run in a sandbox, which stops accidents but is no "
+                f"security boundary. If you agree, pass --confirm_run_unsafe_code; from Python, also set {CONSENT}=1 "
+                "in the environment."
+            )
         pairs = list(zip(predictions, references, strict=True))
         programs = [(candidate, tests) for candidates, tests in pairs for candidate in candidates]
-        sandbox = _SANDBOX if timeout == _SANDBOX.limits.seconds else Sandbox(Limits(seconds=timeout))
+        sandbox = SANDBOX if timeout == SANDBOX.limits.seconds else Sandbox(Limits(seconds=timeout))
         answers = iter(sandbox.run_all(programs, workers=num_workers or _processors(), bar=_progress()))
-        results: dict[int, list[tuple[int, dict[str, Any]]]] = {}
-        for task, (candidates, _) in enumerate(pairs):
-            results[task] = []
-            for number in range(len(candidates)):
-                answer = next(answers)
-                found = {"task_id": task, "passed": answer == "passed", "result": answer, "completion_id": number}
-                results[task].append((number, found))
-        counts = [(len(found), sum(entry["passed"] for _, entry in found)) for found in results.values()]
-        possible = [tries for tries in k if counts and all(samples >= tries for samples, _ in counts)]
+        results: dict[int, list[tuple[int, dict[str, Any]]]] = {
+            task: [
+                (number, {"task_id": task, "passed": answer == "passed", "result": answer, "completion_id": number})
+                for number, answer in enumerate(islice(answers, len(candidates)))
+            ]
+            for task, (candidates, _) in enumerate(pairs)
+        }
+        counts = [(len(entries), sum(entry["passed"] for _, entry in entries)) for entries in results.values()]
         scores = {
             f"pass@{tries}": sum(pass_at_k(samples, passed, tries) for samples, passed in counts) / len(counts)
-            for tries in possible
+            for tries in k
+            if counts and all(samples >= tries for samples, _ in counts)
         }
         return scores, results
 

@@ -52,21 +52,13 @@ _SHARED = (
 
 @dataclass(frozen=True)
 class Limits:
-    """What one program may use.
+    """What one program may use."""
 
-    Attributes:
-        seconds: of wall-clock time; also, rounded up, of processor time per process.
-        memory: bytes of address space per process, and of memory of all processes and files together.
-        disk: bytes of one file, and of all files where the program is isolated.
-        processes: processes and threads at one time.
-        open_files: file descriptors per process.
-    """
-
-    seconds: float = 3.0
-    memory: int = 1 << 30
-    disk: int = 64 << 20
-    processes: int = 32
-    open_files: int = 64
+    seconds: float = 3.0  # of wall-clock time; also, rounded up, of processor time per process
+    memory: int = 1 << 30  # bytes of address space per process, and of memory of all processes and files together
+    disk: int = 64 << 20  # bytes of one file, and of all files where the program is isolated
+    processes: int = 32  # and threads
+    open_files: int = 64  # per process
 
 
 class Sandbox:
@@ -75,26 +67,20 @@ class Sandbox:
     On Linux 5.12 or newer with user namespaces a program has no network and sees no other process; home folder, /run
     and /tmp are hidden and all other files read-only; root's programs run as nobody. The limits hold on every system,
     that on the memory of all processes together on Linux only: it is looked after twenty times a second, so a program
-    can pass it for a moment, up to the number of processes times what one may have, and memory behind file descriptors
-    that no process has mapped is not seen. Without namespaces, /dev/shm does not count either.
-    It is protection against accidents, no security boundary: the kernel is shared, files outside the hidden folders
-    that the user may read can be read, and sockets there can be spoken to.
+    can pass it for a moment, and memory behind file descriptors that no process has mapped is not seen; without
+    namespaces, /dev/shm does not count either. It is protection against accidents, no security boundary: the kernel is
+    shared, and files outside the hidden folders that the user may read can be read, sockets there spoken to.
 
     Tests that are given apart from their program run in a second process, which alone knows them and how passing is
-    reported, outside the process namespace of the program. It gets plain values, made anew from their parts, and asks
-    the program about everything else, so neither walking frames nor jumping over lines nor an object that equals
-    everything fakes a pass; only returning the right values does. What that costs: the program's own objects cannot be
-    compared or calculated with values of the tests, copied or used in a `with`, its classes neither derived from nor
-    named by `except`, and lists in its objects are read, not changed; tests do not see what it prints, seeds or changes
-    in modules, nor it what they do there, such as a `sys.stdin` of theirs; its constants are read once; and a call
-    takes a tenth of a millisecond or more. Tests that need this stand at the end of their program. What it does not
-    prevent: helpers that tests take from the program instead of bringing their own do what the program wants, as does a
-    function of the tests that is handed to it and then called; and values that pass tests without being right. A
-    program whose tests are its last lines is alone in its process: one that exits early cannot pass, but one that means
-    to deceive can find there how passing is reported.
-
-    Args:
-        limits: of each program.
+    reported. It gets plain values, made anew from their parts, and asks the program about everything else, so neither
+    walking frames nor jumping over lines nor an object that equals everything fakes a pass. What that costs: the
+    program's own objects cannot be compared or calculated with values of the tests, copied or used in a `with`, its
+    classes neither derived from nor named by `except`, and lists in its objects are read, not changed; tests do not see
+    what it prints, seeds or changes in modules, nor it what they do there; its constants are read once; and a call
+    takes a tenth of a millisecond or more. Tests that need this stand at the end of their program, alone with it in one
+    process: it cannot pass by exiting early, but one that means to deceive finds there how passing is reported. Helpers
+    that tests take from the program instead of bringing their own, and functions of theirs that they hand to it and
+    call, do what the program wants.
     """
 
     def __init__(self, limits: Limits | None = None) -> None:
@@ -117,19 +103,7 @@ class Sandbox:
         return False
 
     def run(self, program: str, tests: str = "") -> str:
-        """Run one program.
-
-        Args:
-            program: Python source.
-            tests: Python source that uses names of the program; it passes when the last line of both has run without
-                an exception.
-
-        Returns:
-            "passed", "timed out", or "failed: " and why.
-
-        Raises:
-            ConfigError: if the system cannot isolate it and the user has not allowed that.
-        """
+        """Run Python source, which passes when its last line and that of its tests have run; says how it ended."""
         answer = self._outcome(program, tests, is_isolated=self.is_isolated)
         if answer.startswith("refused: "):
             raise ConfigError(f"A program could not be isolated: {answer}. Fewer parallel workers may help.")
@@ -246,11 +220,10 @@ def _interpreter() -> dict[str, str]:
 
 
 def _package_folders() -> list[str]:
-    found = []
-    for name in PACKAGES:
-        spec = find_spec(name)
+    folders = []
+    for spec in map(find_spec, PACKAGES):
         if spec is not None and spec.submodule_search_locations:
             folder = Path(spec.submodule_search_locations[0]).resolve()
             # Wheels keep the shared libraries of a package beside it.
-            found += [str(path) for path in (folder, folder.with_name(f"{name}.libs")) if path.is_dir()]
-    return found
+            folders += [str(path) for path in (folder, folder.with_name(f"{spec.name}.libs")) if path.is_dir()]
+    return folders

@@ -208,10 +208,10 @@ def _descendants() -> set[int]:
                 parents[int(entry)] = int(file.read().rpartition(")")[2].split()[1])
         except OSError:
             continue
-    found = {os.getpid()}
-    while more := {child for child, parent in parents.items() if parent in found} - found:
-        found |= more
-    return found - {os.getpid()}
+    family = {os.getpid()}
+    while more := {child for child, parent in parents.items() if parent in family} - family:
+        family |= more
+    return family - {os.getpid()}
 
 
 def _signal(processes: set[int], number: int) -> None:
@@ -242,15 +242,15 @@ def _family() -> list[int]:
     """As `_descendants`, but quickly where the kernel keeps lists of children."""
     if not os.path.exists(f"/proc/self/task/{os.getpid()}/children"):
         return list(_descendants())
-    found = [os.getpid()]
-    for process in found:
+    family = [os.getpid()]
+    for process in family:
         try:
             for thread in os.listdir(f"/proc/{process}/task"):
                 with open(f"/proc/{process}/task/{thread}/children") as file:
-                    found += map(int, file.read().split())
+                    family += map(int, file.read().split())
         except OSError:
             continue
-    return found[1:]
+    return family[1:]
 
 
 def _resident(process: int, *, is_exact: bool) -> int:
@@ -269,14 +269,14 @@ def _resident(process: int, *, is_exact: bool) -> int:
 
 def _in_files(process: int) -> int:
     """Bytes of memory under a prisoner's files."""
-    found = 0
+    total = 0
     for folder in (_SHARED_MEMORY, f"{_ROOM}/home"):
         try:
             state = os.statvfs(f"/proc/{process}/root{folder}")
-            found += (state.f_blocks - state.f_bfree) * state.f_frsize
+            total += (state.f_blocks - state.f_bfree) * state.f_frsize
         except OSError:
             continue
-    return found
+    return total
 
 
 def _uses_too_much(child: int, job: dict[str, Any]) -> bool:

@@ -19,21 +19,13 @@ from l2d_framework.types import Layout
 
 @dataclass(frozen=True)
 class Batch:
-    """Supervised positions of some rows; L is the largest number per row.
-
-    Attributes:
-        layout: tokens and blocks, (B, S).
-        positions: slots, (B, L), int64; those not valid repeat the row's last.
-        valid: (B, L), bool.
-        keys: for each row, one tuple of key parts per position.
-        condition: class per position, (B, L), int64, or None.
-    """
+    """Supervised positions of some rows; L is the largest number per row."""
 
     layout: Layout
-    positions: Tensor
-    valid: Tensor
-    keys: list[list[tuple[int | str, ...]]]
-    condition: Tensor | None
+    positions: Tensor  # slots, (B, L), int64; those not valid repeat the row's last
+    valid: Tensor  # (B, L), bool
+    keys: list[list[tuple[int | str, ...]]]  # for each row, the parts of the key of each position
+    condition: Tensor | None  # class per position, (B, L), int64
 
     @property
     def targets(self) -> Tensor:
@@ -70,12 +62,8 @@ def batches(model: DiffusionLM, rows: Sequence[Mapping[str, Any]], *, seed: int,
     names = request_keys([row["input_ids"] for row in rows])
     order = sorted(range(len(rows)), key=lambda number: len(rows[number]["input_ids"]))
     collate = Collator(pad_id=0, block_size=model.block_size)
-    found = []
-    for first in range(0, len(order), size):
-        chosen = order[first : first + size]
-        tensors = collate([rows[number] for number in chosen])
-        found.append(_batch(model, tensors, [names[number] for number in chosen], seed))
-    return found
+    chunks = [order[first : first + size] for first in range(0, len(order), size)]
+    return [_batch(model, collate([rows[n] for n in chunk]), [names[n] for n in chunk], seed) for chunk in chunks]
 
 
 def _batch(model: DiffusionLM, tensors: Mapping[str, Tensor], names: Sequence[str], seed: int) -> Batch:
@@ -84,8 +72,7 @@ def _batch(model: DiffusionLM, tensors: Mapping[str, Tensor], names: Sequence[st
     width = max(map(len, slots))
     positions = torch.stack([torch.cat([one, one[-1:].expand(width - len(one))]) for one in slots])
     valid = torch.arange(width) < torch.tensor([len(one) for one in slots])[:, None]
-    has_classes = bool(model.origin.classes)
-    condition = tensors["class_id"][:, None].expand(-1, width) if has_classes else None
+    condition = tensors["class_id"][:, None].expand(-1, width).to(device) if model.origin.classes else None
     return Batch(
         layout=Layout(tensors["input_ids"].to(device), blocks.to(device)),
         positions=positions.to(device),
@@ -93,5 +80,5 @@ def _batch(model: DiffusionLM, tensors: Mapping[str, Tensor], names: Sequence[st
         keys=[
             [(seed, name, int(slot), 0) for slot in row] for name, row in zip(names, positions.tolist(), strict=True)
         ],
-        condition=None if condition is None else condition.to(device),
+        condition=condition,
     )

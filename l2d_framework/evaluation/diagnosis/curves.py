@@ -9,28 +9,65 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from l2d_framework.diffusion.logits import Logits
+from l2d_framework.diffusion.diffusion import Diffusion
+from l2d_framework.diffusion.logits import Logits, dense, pieces
+from l2d_framework.errors import ConfigError
 from l2d_framework.evaluation.diagnosis.batches import Batch
-from l2d_framework.evaluation.diagnosis.bayes import TokenLikelihood
 from l2d_framework.models.diffusion_lm import DiffusionLM
+from l2d_framework.parametrization import Parametrization
 from l2d_framework.types import Query
 
 ANCHORS = 2
 """How many of the first times lend their prediction as a prior."""
 
 
-@dataclass(frozen=True)
-class Entropies:
-    """Cross-entropies of rows, summed over their tokens, in nats.
+class TokenLikelihood:
+    """log N(x_t; alpha(t) clean(y), (sigma(t) prior_scale)^2 I) for every token y, up to a number all tokens share.
 
-    Attributes:
-        network: of the network at each time, (B, T), float64.
-        combined: of the Bayes combination with the prediction at each of the first times as prior, (B, ANCHORS, T),
-            float64; NaN before that time.
+    The law holds for every schedule and for every parametrization with the corruption that
+    `Parametrization.corrupt` has by default, x_t = alpha(t) clean + sigma(t) prior_scale noise. The model's weights
+    must not change while this is used.
     """
 
-    network: Tensor
-    combined: Tensor
+    @torch.no_grad()
+    def __init__(self, diffusion: Diffusion) -> None:
+        space, table = diffusion.parametrization, diffusion.backbone.table()
+        if (type(space).corrupt, type(space).prior) != (Parametrization.corrupt, Parametrization.prior):
+            raise ConfigError(
+                f"Parametrization {space.config.component_name()!r} corrupts tokens in a way of its own, for which the "
+                "likelihood of a noisy state is not known here. Diagnose models with Gaussian noise."
+            )
+        tokens = torch.arange(diffusion.backbone.vocab_size, device=table.device)[None]
+        # States as wide as the vocabulary stay symbolic until a piece is used.
+        parts = pieces(1, tokens.shape[1], space.state_size)
+        self._clean = [space.encode(tokens[:, part], table) for part in parts]
+        self._first = dense(self._clean[0][:, :1])
+        self._schedule, self._scale = diffusion.schedule, space.prior_scale
+
+    def __call__(self, x: Tensor, t: float) -> Tensor:
+        """Logarithms of the likelihood of states (B, L, D), less that of token 0, (B, L, V), float32; sigma(t) > 0.
+
+        With move(y) = clean(y) - clean(0) the difference of the two squared distances is linear in x:
+        (alpha x . move(y) - alpha^2 (|clean(y)|^2 - |clean(0)|^2) / 2) / (sigma prior_scale)^2. Components that all
+        tokens share, whose sum would swamp the rest in float32, drop out.
+        """
+        time = torch.tensor(t, dtype=torch.float64)
+        alpha, sigma = float(self._schedule.alpha(time)), float(self._schedule.sigma(time)) * self._scale
+        state, logarithms = dense(x), []
+        for part in self._clean:
+            clean = dense(part)
+            move = (clean - self._first)[0]
+            rise = (move * (clean + self._first)[0]).sum(-1) / 2
+            logarithms.append((alpha * (state @ move.T) - alpha**2 * rise) / sigma**2)
+        return torch.cat(logarithms, -1)
+
+
+@dataclass(frozen=True)
+class Entropies:
+    """Cross-entropies of rows, summed over their tokens, in nats."""
+
+    network: Tensor  # at each time, (B, T), float64
+    combined: Tensor  # with the prediction at each first time as prior, (B, ANCHORS, T), float64; NaN before that time
 
 
 @dataclass(frozen=True)
@@ -39,7 +76,7 @@ class _Seen:
 
     t: float
     x: Tensor
-    answer: Logits
+    logits: Logits
 
 
 @torch.no_grad()
@@ -59,15 +96,14 @@ def cross_entropies(
     for anchor in range(ANCHORS):
         combined[:, anchor, anchor:] = 0
     targets = batch.targets
-    answers = [one.answer.parts() for one in seen]
-    for parts in zip(*answers, strict=True):
+    for parts in zip(*(one.logits.parts() for one in seen), strict=True):
         where = parts[0][0]
-        logarithms = [logits.log_softmax(-1) for _, logits in parts]
+        logarithms = [part.log_softmax(-1) for _, part in parts]
         # The first state carries nothing of its token, whatever the schedule says of that time.
         hints = [0, *(likelihood(one.x[:, where], one.t) for one in seen[1:])]
         priors = [logarithms[anchor] - hints[anchor] for anchor in range(ANCHORS)]
-        for number, (found, hint) in enumerate(zip(logarithms, hints, strict=True)):
-            network[:, number] += _summed(found, targets[:, where], batch.valid[:, where])
+        for number, (logarithm, hint) in enumerate(zip(logarithms, hints, strict=True)):
+            network[:, number] += _summed(logarithm, targets[:, where], batch.valid[:, where])
             for anchor in range(min(number + 1, ANCHORS)):
                 bayes = (priors[anchor] + hint).log_softmax(-1)
                 combined[:, anchor, number] += _summed(bayes, targets[:, where], batch.valid[:, where])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -13,18 +13,20 @@ from torch import Tensor
 
 from l2d_framework.blame import naming_plugins
 from l2d_framework.config import SamplingSection
+from l2d_framework.diffusion.ode import Evaluation
+from l2d_framework.diffusion.sampler import Sampler
 from l2d_framework.errors import EvaluationBudgetError
 from l2d_framework.evaluation.diagnosis.batches import Batch, batches
-from l2d_framework.evaluation.diagnosis.bayes import TokenLikelihood
-from l2d_framework.evaluation.diagnosis.curves import ANCHORS, cross_entropies
-from l2d_framework.evaluation.diagnosis.trajectories import evaluations, solve
-from l2d_framework.evaluation.diagnosis.verdict import NEGLIGIBLE, verdict
-from l2d_framework.evaluation.statistics import ratio
+from l2d_framework.evaluation.diagnosis.curves import ANCHORS, TokenLikelihood, cross_entropies
+from l2d_framework.evaluation.statistics import Estimate, ratio
 from l2d_framework.models.diffusion_lm import DiffusionLM
 from l2d_framework.schedule import NoiseLaw
 
 Track = Callable[[Sequence[Batch]], Iterable[Batch]]
 """Passes batches through and shows how far they are."""
+
+NEGLIGIBLE = 1e-3
+"""Nats per token below which an advantage counts as none; rounding is far smaller."""
 
 DEFINITIONS = {
     "cross_entropy": "nats per token of the true token given its state x_t on the true path, the true tokens before it "
@@ -43,17 +45,11 @@ DEFINITIONS = {
 
 @dataclass(frozen=True)
 class Settings:
-    """How to diagnose.
+    """How to diagnose."""
 
-    Attributes:
-        times: at which cross-entropies are taken, from `time_grid`.
-        sampling: how to diffuse; its solver takes fixed steps.
-        adaptive: the same with an adaptive solver, or None to leave it out.
-    """
-
-    times: Sequence[float]
-    sampling: SamplingSection
-    adaptive: SamplingSection | None
+    times: Sequence[float]  # at which cross-entropies are taken, from `time_grid`
+    sampling: SamplingSection  # with a solver of fixed steps
+    adaptive: SamplingSection | None  # the same with an adaptive one
 
 
 def time_grid(schedule: NoiseLaw, count: int) -> list[float]:
@@ -61,19 +57,48 @@ def time_grid(schedule: NoiseLaw, count: int) -> list[float]:
     return schedule.grid(count + 1, 1.0)[:count]
 
 
-class _Sums:
-    """Sums over the tokens of each row."""
-
-    def __init__(self) -> None:
-        self._parts: dict[str, list[Tensor]] = {}
-
-    def add(self, name: str, values: Tensor) -> None:
-        self._parts.setdefault(name, []).append(values.double())
-
-    def __getitem__(self, name: str) -> Tensor:
-        return torch.cat(self._parts[name])
+def verdict(gain: Estimate) -> Literal["gains", "does not gain", "not clear"]:
+    """Whether all of a gain, in nats per token, ± 2 standard errors is above `NEGLIGIBLE`, or all of it below."""
+    if gain.value is None or gain.standard_error is None:
+        return "not clear"
+    if gain.value - 2 * gain.standard_error > NEGLIGIBLE:
+        return "gains"
+    return "does not gain" if gain.value + 2 * gain.standard_error < NEGLIGIBLE else "not clear"
 
 
+@dataclass(frozen=True)
+class _Trajectories:
+    """Likeliest tokens along the way; L positions of B rows, true tokens before them given."""
+
+    times: list[float]  # of each evaluation, the read-out last
+    tokens: Tensor  # at each evaluation, (evaluations, B, L), int64
+    base: Tensor  # of the base model, or of the first evaluation where the network has none in it, (B, L), int64
+
+    @property
+    def settled(self) -> Tensor:
+        """Whether a token is, from this evaluation on, what it is in the end, (evaluations, B, L), bool."""
+        same = self.tokens == self.tokens[-1]
+        return same.flip(0).long().cumprod(0).flip(0).bool()
+
+
+def _solve(model: DiffusionLM, batch: Batch, context: Any, sampling: SamplingSection) -> _Trajectories:
+    """Solve every position from noise of its own and note the likeliest token at every evaluation."""
+    times: list[float] = []
+    tokens: list[Tensor] = []
+
+    def note(evaluation: Evaluation) -> None:
+        times.append(float(evaluation.t.flatten()[0]))
+        tokens.append(evaluation.logits.argmax(-1).cpu())
+
+    Sampler.of(model, sampling, note)(batch.block(context))
+    if not model.backbone.identity_at_zero:
+        return _Trajectories(times, torch.stack(tokens), tokens[0])
+    plain = Sampler.of(model, sampling.model_copy(update={"num_inference_steps": 0}))(batch.block(context))
+    base = torch.cat([logits.argmax(-1) for _, logits in plain.logits.parts()], 1)
+    return _Trajectories(times, torch.stack(tokens), base.cpu())
+
+
+@torch.no_grad()
 @naming_plugins()
 def diagnose(
     model: DiffusionLM,
@@ -84,16 +109,17 @@ def diagnose(
     track: Track = iter,
 ) -> dict[str, Any]:
     """What held-out text says about further evaluations."""
-    likelihood, sums = TokenLikelihood(model), _Sums()
+    likelihood = TokenLikelihood(model)
+    by_batch: list[dict[str, Tensor]] = []
     spent: list[int] | EvaluationBudgetError = []
     moves: list[float] = []
     for batch in track(batches(model, rows, seed=settings.sampling.seed, size=batch_size)):
-        # What the portions of a batch find belongs to the same rows.
-        found: dict[str, Tensor] = {}
+        # What the portions of a batch add belongs to the same rows.
+        totals: dict[str, Tensor] = {}
         context = model.backbone.read(batch.layout)
         for part in batch.portions(model):
             curves = cross_entropies(model, part, context=context, times=settings.times, likelihood=likelihood)
-            way = solve(model, part, context, settings.sampling)
+            way = _solve(model, part, context, settings.sampling)
             moves, valid, last = way.times, part.valid.cpu(), way.tokens[-1]
             targets = part.targets.cpu()
             here = {
@@ -105,14 +131,15 @@ def diagnose(
                 "right": ((last == targets) & valid).sum(1),
                 "base_right": ((way.base == targets) & valid).sum(1),
             }
-            found = {name: found[name] + value if found else value for name, value in here.items()}
+            totals = {name: totals[name] + value if totals else value for name, value in here.items()}
             if settings.adaptive is not None and isinstance(spent, list):
                 try:
-                    spent += evaluations(model, part, context, settings.adaptive)
+                    solved = Sampler.of(model, settings.adaptive)(part.block(context))
+                    spent += solved.evaluations[part.valid].tolist()
                 except EvaluationBudgetError as error:
                     spent = error
-        for name, values in found.items():
-            sums.add(name, values)
+        by_batch.append(totals)
+    sums = {name: torch.cat([totals[name].double() for totals in by_batch]) for name in by_batch[0]}
     tokens = sums["tokens"]
     return {
         "rows": len(tokens),
@@ -130,7 +157,7 @@ def diagnose(
     }
 
 
-def _curves(sums: _Sums, times: Sequence[float]) -> dict[str, Any]:
+def _curves(sums: Mapping[str, Tensor], times: Sequence[float]) -> dict[str, Any]:
     tokens, network, combined = sums["tokens"], sums["network"], sums["combined"]
     names = ("combination", "combination_after_first_move")
     points = [
@@ -143,8 +170,7 @@ def _curves(sums: _Sums, times: Sequence[float]) -> dict[str, Any]:
     ]
     gains = {}
     for anchor in range(ANCHORS):
-        # At its own time the combination is the network itself.
-        later = slice(anchor + 1, None)
+        later = slice(anchor + 1, None)  # at its own time the combination is the network itself
         gain = ratio((combined[:, anchor, later] - network[:, later]).mean(1), tokens)
         gains[f"over_{names[anchor]}"] = gain.to_json() | {"verdict": verdict(gain)}
     return {"cross_entropy": points, "gain": gains}

@@ -18,20 +18,9 @@ from l2d_framework.registry import extensions
 ALLOW_NETWORK = "--allow-network-in-sandbox"
 """Option that lm_eval does not have; `L2D_ALLOW_NETWORK_IN_SANDBOX=1` says the same to its own command."""
 
-_SUBCOMMANDS = ("run", "ls", "validate")
-
 
 def run(arguments: Sequence[str]) -> None:
-    """Run lm_eval; its model is `l2d` unless the arguments name another.
-
-    Args:
-        arguments: as `lm_eval` takes them, and `--allow-network-in-sandbox`.
-
-    Raises:
-        PluginError: if lm_eval, or a package that a task needs, is not installed.
-        ConfigError: if no checkpoint is named.
-        L2DError: if the data of a task cannot be reached, or nobody agreed to run the programs it asks for.
-    """
+    """Run lm_eval; its model is `l2d` unless the arguments name another."""
     if importlib.util.find_spec("lm_eval") is None:
         raise PluginError("Evaluation needs lm_eval. Run: pip install 'l2d-framework[eval]'")
     asked = [argument for argument in arguments if argument != ALLOW_NETWORK]
@@ -42,7 +31,7 @@ def run(arguments: Sequence[str]) -> None:
         asked = [*asked[:1], "--model", "l2d", *asked[1:]] if asked[0] == "run" else ["--model", "l2d", *asked]
     if steps.lacks_checkpoint(asked, os.environ):
         raise ConfigError(steps.MISSING)
-    if evaluates and asked[0] not in _SUBCOMMANDS:
+    if evaluates and asked[0] != "run":
         asked = ["run", *asked]
 
     import lm_eval.models  # noqa: F401 -- fills the table that the next line adds to
@@ -56,10 +45,10 @@ def run(arguments: Sequence[str]) -> None:
         with _with_tasks(extensions().task_folders()):
             cli_evaluate()
     except Exception as error:
-        found = explain(error)
-        if found is None or found is error:
+        known = explain(error)
+        if known is None or known is error:
             raise
-        raise found from error
+        raise known from error
 
 
 @contextmanager

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from lm_eval.models.utils import postprocess_generated_text
+from torch import Tensor
 from tqdm import tqdm  # type: ignore[import-untyped]
-from transformers import StoppingCriteriaList
+from transformers import PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
 from l2d_framework.errors import ConfigError
 from l2d_framework.evaluation.harness.options import Plan, read_plan, shortest
-from l2d_framework.evaluation.harness.request_ids import content, noise_key, occurrences
-from l2d_framework.evaluation.harness.stop_strings import Until
+from l2d_framework.evaluation.harness.requests import content, noise_key, occurrences
 from l2d_framework.evaluation.search.search import search
 from l2d_framework.generation.prompts import Encoded, add_ends, pad_left
 from l2d_framework.models.unloaded import CLASS, SCALE
@@ -29,12 +29,24 @@ if TYPE_CHECKING:
 _LOGGER = logging.getLogger(__name__)
 
 
-class Generator:
-    """What a model answers to generative tasks.
+class StopStrings(StoppingCriteria):
+    """Ends a row once its answer contains a string."""
 
-    Args:
-        lm: the model, which also counts what that costs and remembers answers.
-    """
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, strings: Sequence[str], start: int) -> None:
+        self._tokenizer, self._strings, self._start = tokenizer, [s for s in strings if s], start
+        # A token has at least one byte; one more, because decoders drop a leading space.
+        self._window = 1 + max((len(s.encode()) for s in self._strings), default=0)
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
+        """Which rows are done, (B,), bool."""
+        tails = input_ids[:, max(self._start, input_ids.shape[1] - self._window) :].tolist()
+        texts = [str(self._tokenizer.decode(tail)) for tail in tails]
+        done = [any(string in text for string in self._strings) for text in texts]
+        return torch.tensor(done, device=input_ids.device)
+
+
+class Generator:
+    """What a model answers to generative tasks."""
 
     def __init__(self, lm: L2DLM) -> None:
         self.lm = lm
@@ -48,12 +60,12 @@ class Generator:
         done: dict[Any, str] = {}
         waiting: dict[str, dict[Any, Any]] = {kind: {} for kind in plans}
         for request, key in zip(requests, keys, strict=True):
-            found = self.lm.answers.find("generate_until", request.args, key[2])
-            if found is None:
+            kept = self.lm.answers.find("generate_until", request.args, key[2])
+            if kept is None:
                 waiting[key[1]][key] = request.args
             elif key not in done:
-                done[key] = found[0]
-                self.lm.meters["generation"].add(found[1])
+                done[key] = kept[0]
+                self.lm.meters["generation"].add(kept[1])
         bar = tqdm(total=sum(map(len, waiting.values())), disable=quiet or self.lm.rank != 0, desc="Generating")
         for kind, group in waiting.items():
             for key, text, evaluations in self._generate(plans[kind], list(group), bar):
@@ -79,7 +91,7 @@ class Generator:
         if searched and self.lm.source.is_block:
             raise ConfigError("Search weighs next tokens, and this model denoises whole answers. Leave search_* out.")
         used = settings.model_dump(mode="json") | {CLASS: plan.options.get(CLASS), "search": searched}
-        used["picking"] = plan.picking
+        used["picking"] = plan.decoding
         self.lm.used[content(used)] = used
         return plan
 
@@ -109,7 +121,7 @@ class Generator:
                 spent = 0.0
                 for key, (tokens, evaluations) in zip(chunk, answers, strict=True):
                     self.lm.meters["generation"].add(evaluations)
-                    yield key, self._text(tokens, plan.until), evaluations
+                    yield key, self._text(tokens, plan.stop_strings), evaluations
                 bar.update(len(chunk))
 
     def _read(self, prompts: Encoded) -> Any:
@@ -131,45 +143,47 @@ class Generator:
         options = dict(plan.options)
         label, scale = options.pop(CLASS, None), options.pop(SCALE, None)
         began = time.perf_counter()
-        found = model.generate(
+        output = model.generate(
             batch,
-            stopping_criteria=StoppingCriteriaList([Until(self.lm.tokenizer, plan.until, batch.input_ids.shape[1])]),
             classes=None if label is None else [label] * len(batch.input_ids),
             guidance_scale=scale,
             num_return_sequences=samples,
-            max_new_tokens=plan.count,
-            pad_token_id=self.lm.tokenizer.pad_token_id,
-            **plan.picking,
+            **self.lm.running,
+            **self._decoding(plan, batch.input_ids.shape[1]),
             **options,
         )
-        lengths = found.lengths.tolist()
+        lengths = output.lengths.tolist()
         seconds = spent + time.perf_counter() - began
         if not is_probe:
             meter.time(sum(lengths), seconds)
-            if not meter.is_compared and self.lm.rank == 0 and found.evaluations.any():
-                meter.compare(seconds / sum(lengths), self._plain_seconds(batch, samples, max(lengths)))
-        rows = zip(found.answers.tolist(), found.evaluations.tolist(), lengths, strict=True)
+            if meter.beside_plain is None and self.lm.rank == 0 and output.evaluations.any():
+                plain = self._plain_seconds(batch, samples, max(lengths))
+                meter.beside_plain = (seconds / sum(lengths), plain)
+        rows = zip(output.answers.tolist(), output.evaluations.tolist(), lengths, strict=True)
         return [(tokens[:length], evaluations[:length]) for tokens, evaluations, length in rows]
+
+    def _decoding(self, plan: Plan, start: int) -> dict[str, Any]:
+        """Fields of transformers' generation configuration and `stopping_criteria`, for answers from a slot on."""
+        return plan.decoding | {
+            "stopping_criteria": StoppingCriteriaList([StopStrings(self.lm.tokenizer, plan.stop_strings, start)]),
+            "max_new_tokens": plan.count,
+            "pad_token_id": self.lm.tokenizer.pad_token_id,
+        }
 
     def _search(self, plan: Plan, batch: Encoded) -> list[tuple[list[int], list[int]]]:
         """Tokens of each answer that search picked and the network's passes made for them."""
         assert plan.search is not None and batch.keys is not None
         options = dict(plan.options)
         label, scale = options.pop(CLASS, None), options.pop(SCALE, None)
-        face = self.lm.diffusion.as_transformers(class_name=label, guidance_scale=scale, **options)
+        causal_lm = self.lm.diffusion.as_transformers(class_name=label, guidance_scale=scale, **options)
         answers = []
         samples = len(batch.keys) // len(batch.input_ids)
-        add_ends(face.generation_config, self.lm.diffusion.ends(is_chat=self.lm.is_chat))
+        add_ends(causal_lm.generation_config, self.lm.diffusion.ends(is_chat=self.lm.is_chat))
         for number, key in enumerate(batch.keys):
             row = number // samples
             prompt = batch.input_ids[row][batch.attention_mask[row].bool()]
-            picking = plan.picking | {
-                "stopping_criteria": StoppingCriteriaList([Until(self.lm.tokenizer, plan.until, len(prompt))]),
-                "max_new_tokens": plan.count,
-                "pad_token_id": self.lm.tokenizer.pad_token_id,
-            }
             began = time.perf_counter()
-            answers.append(search(face, prompt, plan.search, name=key, picking=picking))
+            answers.append(search(causal_lm, prompt, plan.search, name=key, decoding=self._decoding(plan, len(prompt))))
             self.lm.meters["generation"].time(len(answers[-1][0]), time.perf_counter() - began)
         return answers
 
@@ -180,19 +194,19 @@ class Generator:
             part.to(self.lm.device).repeat_interleave(samples, 0) for part in (batch.input_ids, batch.attention_mask)
         )
         lengths = {"min_new_tokens": count, "max_new_tokens": count, "num_beams": 1}
-        found = self.lm.model.generate(
+        self.lm.model.generate(
             ids, attention_mask=mask, do_sample=False, pad_token_id=self.lm.tokenizer.pad_token_id, **lengths
-        )
-        found.tolist()
+        ).tolist()  # which waits for the device
         return (time.perf_counter() - began) / (count * len(ids))
 
-    def _text(self, tokens: list[int], until: list[str]) -> str:
+    def _text(self, tokens: list[int], stop_strings: list[str]) -> str:
         end = self.lm.think_end_token
         is_token = isinstance(end, int)
         if is_token and end in tokens:
             tokens = tokens[len(tokens) - tokens[::-1].index(end) :]
         text = self.lm.tok_decode(tokens)
-        return str(postprocess_generated_text(text.lstrip() if is_token else text, until, None if is_token else end))
+        text = text.lstrip() if is_token else text
+        return str(postprocess_generated_text(text, stop_strings, None if is_token else end))
 
     def _batch_size(self, plan: Plan, length: int) -> int:
         settings = self.lm.source.sampling(plan.options)
@@ -203,7 +217,7 @@ class Generator:
         # One token after as long a text as there can be, or one whole block.
         whole = length if self.lm.source.is_block else length + plan.count - 1
         count = plan.count if self.lm.source.is_block else 1
-        probe = Plan([], count, plan.picking, plan.options | shortest(settings))
+        probe = Plan([], count, plan.decoding, plan.options | shortest(settings))
         return self.lm.largest_batch(lambda n: self.answer(probe, pad_left([[1] * whole] * n), is_probe=True))
 
 

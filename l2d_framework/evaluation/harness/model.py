@@ -17,19 +17,19 @@ from typing_extensions import override
 from l2d_framework.config import SamplingSection
 from l2d_framework.errors import ConfigError, DataError
 from l2d_framework.evaluation.code.metric import serve
-from l2d_framework.evaluation.code.tasks import route
-from l2d_framework.evaluation.harness.cache import Answers
-from l2d_framework.evaluation.harness.cost import Meter
-from l2d_framework.evaluation.harness.errors import check_sentence_data
+from l2d_framework.evaluation.harness import scorer
+from l2d_framework.evaluation.harness.cost import Meter, report
 from l2d_framework.evaluation.harness.generator import Generator
-from l2d_framework.evaluation.harness.options import PASSED, check_model_options, diffusing
-from l2d_framework.evaluation.harness.provenance import data_sources, named_tasks
-from l2d_framework.evaluation.harness.request_ids import content
-from l2d_framework.evaluation.harness.scorer import MAIN, METHODS, MIXTURE, PSEUDO, Scoring
+from l2d_framework.evaluation.harness.options import PASSED, RUNNING, check_model_options, diffusing
+from l2d_framework.evaluation.harness.requests import Answers, content
+from l2d_framework.evaluation.harness.scorer import MAIN, METHODS, MIXTURE, PSEUDO
 from l2d_framework.evaluation.harness.start_up import steps
+from l2d_framework.evaluation.harness.tasks import check_sentence_data, data_sources, named_tasks, route
 from l2d_framework.evaluation.search.search import check_search, split_options
+from l2d_framework.generation import arguments
 from l2d_framework.generation.chat_template import TEMPLATE_DATE, render
 from l2d_framework.generation.prompts import encode_text
+from l2d_framework.generation.speculation import Guesses
 from l2d_framework.models.diffusion_lm import DiffusionLM
 from l2d_framework.models.unloaded import CLASS, HINT, UnloadedModel, tokenizer_fingerprint
 from l2d_framework.opening import open_tokenizer
@@ -61,8 +61,8 @@ class L2DLM(HFLM):  # type: ignore[misc]
         pretrained: checkpoint folder or hub id; `L2D_PRETRAINED` when None.
         **options: `base`, `dtype` and `revision` of the checkpoint; `scoring` (mixture, main or pseudo),
             `noise_samples` and `pseudo_times` of log-likelihoods; fields of the `sampling` section, `class_name` and
-            `guidance_scale`; those of token search, `search` and `search_*`; `batch_size`, `device`, `max_length` and
-            others of lm_eval's `hf`.
+            `guidance_scale`; `merge`, `speculate` and `graph` of `generate`; those of token search, `search` and
+            `search_*`; `batch_size`, `device`, `max_length` and others of lm_eval's `hf`.
     """
 
     def __init__(self, pretrained: str | None = None, **options: Any) -> None:
@@ -76,6 +76,11 @@ class L2DLM(HFLM):  # type: ignore[misc]
         )
         self.options = diffusing(options)
         self.settings = self.source.sampling(self.options)
+        self.running = {name: options[name] for name in RUNNING if name in options}
+        guesses = arguments.request(**self.running).guesses
+        Guesses.of(
+            self.source.empty, guesses, self.settings, block_size=self.source.parts.block_size, has_observer=False
+        )
         self.searching, _ = split_options(options)
         self.search = check_search(self.searching)
         if self.search and self.source.is_block:
@@ -85,7 +90,7 @@ class L2DLM(HFLM):  # type: ignore[misc]
         self.scoring = self._scoring(options.get("scoring"))
         self.answers = Answers(None, {})
         self.meters = {"generation": Meter(), "scoring": Meter()}
-        self._states: dict[str, list[Any]] = {name: [meter.state()] for name, meter in self.meters.items()}
+        self._everywhere = {name: [meter] for name, meter in self.meters.items()}
         self.generator = Generator(self)
         self.used: dict[str, dict[str, Any]] = {}
         self._tasks: dict[str, dict[str, Any]] = {}
@@ -181,17 +186,7 @@ class L2DLM(HFLM):  # type: ignore[misc]
 
     @override
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **options: Any) -> list[int]:
-        """Token ids of a text, which is a prompt or the beginning of one.
-
-        Args:
-            string: the text.
-            add_special_tokens: whether to put in front what the tokenizer does, nothing ever behind; when None as
-                `add_bos_token` says, else unless a chat template was applied.
-            **options: of lm_eval.
-
-        Returns:
-            The ids.
-        """
+        """Token ids of a prompt; None: special tokens as `add_bos_token` says, else without a chat template only."""
         if add_special_tokens is None:
             add_special_tokens = not self.is_chat if self.add_bos_token is None else self.add_bos_token
         if not add_special_tokens:
@@ -215,23 +210,16 @@ class L2DLM(HFLM):  # type: ignore[misc]
     @override
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """Scores of continuations: log-likelihoods, or what `scoring` names."""
-        self._notice(requests)
-        self._check_scoring(requests)
-        found = self._remembered("loglikelihood", requests, super().loglikelihood, disable_tqdm)
-        self._count("scoring")
-        return found
+        return self._scored("loglikelihood", requests, super().loglikelihood, disable_tqdm)
 
     @override
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
-        self._notice(requests)
-        self._check_scoring(requests)
         if self.scoring == PSEUDO:
             raise ConfigError("scoring='pseudo' compares answers to a question; whole texts need a likelihood.")
-        found = self._remembered("loglikelihood_rolling", requests, super().loglikelihood_rolling, disable_tqdm)
-        self._count("scoring")
-        return found
+        return self._scored("loglikelihood_rolling", requests, super().loglikelihood_rolling, disable_tqdm)
 
-    def _check_scoring(self, requests: Sequence[Any]) -> None:
+    def _scored(self, kind: str, requests: Sequence[Any], compute: Any, quiet: bool) -> list[Any]:
+        self._notice(requests)
         if self.scoring is None:
             tasks = sorted({str(request.task_name) for request in requests})
             raise ConfigError(
@@ -241,22 +229,20 @@ class L2DLM(HFLM):  # type: ignore[misc]
             )
         if self.scoring != MAIN:
             self.check_class(self.settings, self.options)
+        scores = self._remembered(kind, requests, compute, quiet)
+        self._count("scoring")
+        return scores
 
     def _remembered(self, kind: str, requests: Sequence[Any], compute: Any, quiet: bool) -> list[Any]:
         # Processes wait for each other inside rolling likelihoods, so each must take part.
-        together = self.world_size > 1 and kind == "loglikelihood_rolling"
-        found = {}
-        for request in requests:
-            answer = None if together else self.answers.find(kind, request.args)
-            if answer is not None:
-                found[content(request.args)] = answer
-        rest = list({content(r.args): r for r in requests if content(r.args) not in found}.values())
-        if together:
-            rest = list(requests)
+        if self.world_size > 1 and kind == "loglikelihood_rolling":
+            return list(compute(requests, disable_tqdm=quiet))
+        by_name = {content(request.args): request for request in requests}
+        kept = {name: self.answers.find(kind, request.args) for name, request in by_name.items()}
+        rest = [name for name, answer in kept.items() if answer is None]
         if rest:
-            for request, answer in zip(rest, compute(rest, disable_tqdm=quiet), strict=True):
-                found[content(request.args)] = answer
-        return [found[content(request.args)] for request in requests]
+            kept |= zip(rest, compute([by_name[name] for name in rest], disable_tqdm=quiet), strict=True)
+        return [kept[content(request.args)] for request in requests]
 
     def _loglikelihood_tokens(
         self, requests: Sequence[Any], disable_tqdm: bool = False, override_bs: int | None = None
@@ -265,7 +251,7 @@ class L2DLM(HFLM):  # type: ignore[misc]
         if self.scoring == MAIN:
             plain: list[tuple[float, bool]] = super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)
             return plain
-        return Scoring(self).scores(requests, quiet=disable_tqdm, batch_size=override_bs)
+        return scorer.score(self, requests, quiet=disable_tqdm, batch_size=override_bs)
 
     def _detect_batch_size(self, requests: Any = None, pos: int = 0) -> int:
         # HFLM asks before whole texts and before scoring by the language model alone.
@@ -274,7 +260,7 @@ class L2DLM(HFLM):  # type: ignore[misc]
         self.diffusion  # noqa: B018 -- loads the weights
         if self.scoring == MAIN:
             return int(super()._detect_batch_size(requests, pos))
-        return Scoring(self).largest_batch()
+        return scorer.largest_batch(self)
 
     def identity(self) -> dict[str, Any]:
         """What an answer depends on beside its question."""
@@ -306,17 +292,17 @@ class L2DLM(HFLM):  # type: ignore[misc]
         for task in tasks:
             route(task)
             check_sentence_data(task)
+        sources = data_sources(tasks)
+        self._tasks |= sources
         folders: dict[str, list[str]] = {}
-        for name, found in data_sources(tasks).items():
-            self._tasks[name] = found
-            if found["local_folder"]:
-                folders.setdefault(found["local_folder"], []).append(name)
+        for name, source in sources.items():
+            folders.setdefault(source["local_folder"], []).append(name)
         for folder, served in folders.items():
-            if self.rank == 0:
+            if folder and self.rank == 0:
                 _LOGGER.warning("Data of %s come from %s, not from the hub.", ", ".join(served), folder)
 
     def _count(self, name: str) -> None:
-        self._states[name] = self.gather(self.meters[name].state())
+        self._everywhere[name] = self.gather(self.meters[name])
 
     def largest_batch(self, attempt: Callable[[int], Any]) -> int:
         """Largest batch for which memory is enough."""
@@ -337,10 +323,10 @@ class L2DLM(HFLM):  # type: ignore[misc]
     def get_model_info(self) -> dict[str, Any]:
         """HFLM's facts, and under `l2d` settings, costs, versions, fingerprints and where the data came from."""
         reads_main = self.source.empty.identity_at_zero
-        costs = {name: meter.report(self._states[name], reads_main=reads_main) for name, meter in self.meters.items()}
+        costs = {name: report(meters, reads_main=reads_main) for name, meters in self._everywhere.items()}
         settings = self.settings.model_dump(mode="json")
         used = list(self.used.values())
-        if not used or any(state[0] for state in self._states["scoring"]):
+        if not used or any(meter.evaluations for meter in self._everywhere["scoring"]):
             used.append(settings | {CLASS: self.options.get(CLASS)})
         return dict(super().get_model_info()) | {
             "l2d": self.source.identity()

@@ -20,30 +20,21 @@ DIFFUSING = (*SamplingSection.model_fields, CLASS, SCALE)
 """Options of diffusion, allowed in both places; those of `--gen_kwargs` win."""
 
 PASSED = (
-    "tokenizer",
-    "truncation",
-    "logits_cache",
-    "max_length",
-    "device",
-    "batch_size",
-    "max_batch_size",
-    "add_bos_token",
-    "prefix_token_id",
-    "think_end_token",
-    "enable_thinking",
-    "chat_template_args",
+    *("tokenizer", "truncation", "logits_cache", "max_length", "device", "batch_size", "max_batch_size"),
+    *("add_bos_token", "prefix_token_id", "think_end_token", "enable_thinking", "chat_template_args"),
 )
 """Options of lm_eval's own Hugging Face model that mean the same here."""
 
+RUNNING = tuple(arguments.Running.model_fields)
+"""How to run, for `--model_args`: changes no answer but by rounding."""
+
 _OWN = ("pretrained", "base", "dtype", "revision", "scoring", "noise_samples", "pseudo_times")
-_COUNTS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
-_FILLED_IN = ("trust_remote_code",)
-"""What the harness adds by itself; no code of a model folder is ever run."""
 
 
 def check_model_options(options: Mapping[str, Any]) -> None:
     """Refuse unknown model arguments."""
-    known = (*_OWN, *PASSED, *DIFFUSING, *SEARCHING, *_FILLED_IN)
+    # The harness adds the last by itself; no code of a model folder is ever run.
+    known = (*_OWN, *RUNNING, *PASSED, *DIFFUSING, *SEARCHING, "trust_remote_code")
     for name, value in options.items():
         if name not in known:
             hint = suggest(name, known) or "."
@@ -52,28 +43,20 @@ def check_model_options(options: Mapping[str, Any]) -> None:
 
 def diffusing(options: Mapping[str, Any]) -> dict[str, Any]:
     """The options of diffusion among others; a single guidance as a list of one."""
-    found = {name: value for name, value in options.items() if name in DIFFUSING}
-    if isinstance(found.get("guidance"), (str, Mapping)):
-        found["guidance"] = [found["guidance"]]
-    return found
+    chosen = {name: value for name, value in options.items() if name in DIFFUSING}
+    if isinstance(chosen.get("guidance"), (str, Mapping)):
+        chosen["guidance"] = [chosen["guidance"]]
+    return chosen
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How to answer the requests of one set of generation options.
+    """How to answer the requests of one set of generation options."""
 
-    Attributes:
-        until: strings that end an answer.
-        count: most tokens of an answer.
-        picking: fields of transformers' generation configuration.
-        options: of diffusion, and `class_hint`.
-        search: among several hypotheses, or None.
-    """
-
-    until: list[str]
-    count: int
-    picking: dict[str, Any]
-    options: dict[str, Any]
+    stop_strings: list[str]
+    count: int  # most tokens of an answer
+    decoding: dict[str, Any]  # fields of transformers' generation configuration
+    options: dict[str, Any]  # of diffusion, and `class_hint`
     search: Search | None = None
 
 
@@ -85,47 +68,35 @@ def read_plan(
     search: Mapping[str, Any] | None = None,
     vocab_size: int | None = None,
 ) -> Plan:
-    """Plan of a request.
-
-    Args:
-        generation: its generation options.
-        default_count: most tokens where they name no number.
-        end: text of the end token.
-        search: options of search for all requests; those of `generation` win.
-        vocab_size: tokens of the model; None where it is not known.
-
-    Returns:
-        The plan.
-
-    Raises:
-        ConfigError: if an option is unknown or out of range.
-    """
-    for name in _COUNTS:
+    """Plan of a request; its own options of search win over `search`, those for all requests."""
+    for name in ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens"):
         value = generation.get(name)
         if value is not None and not (str(value).isdecimal() and int(value) > 0):
             raise ConfigError(f"{name} should be a whole number above 0, got {value!r}. Correct it in --gen_kwargs.")
     try:
         rest: dict[str, Any] = dict(normalize_gen_kwargs(dict(generation), default_count))
-        until = handle_stop_sequences(rest.pop("until", None), eos=end)
+        stop_strings = handle_stop_sequences(rest.pop("until", None), eos=end)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{error}, got {dict(generation)}. Correct it in --gen_kwargs.") from error
-    if not all(isinstance(string, str) for string in until):
-        raise ConfigError(f"until should be a text or a list of texts, got {until!r}. Correct it in --gen_kwargs.")
+    if not all(isinstance(string, str) for string in stop_strings):
+        raise ConfigError(
+            f"until should be a text or a list of texts, got {stop_strings!r}. Correct it in --gen_kwargs."
+        )
     count = int(rest.pop("max_gen_toks"))
     searching, rest = split_options(rest)
     options = diffusing(rest) | ({HINT: rest[HINT]} if HINT in rest else {})
-    picking = {name: value for name, value in rest.items() if name not in options}
+    decoding = {name: value for name, value in rest.items() if name not in options}
     known = set(GenerationConfig().to_dict()) - {"max_length", "max_new_tokens", "num_return_sequences"}
-    for name, value in picking.items():
+    for name, value in decoding.items():
         if name not in known | {"temperature"}:
             hint = suggest(name, [*known, *DIFFUSING, *SEARCHING, HINT, "max_gen_toks", "until"]) or "."
             raise ConfigError(f"Unknown generation option {name}={value!r}{hint} Remove or correct it in --gen_kwargs.")
-    if not picking.get("do_sample") or not picking.get("temperature"):
-        picking.pop("temperature", None)
-    if picking.get("do_sample") in (0, 1):  # as a command line may well spell it
-        picking["do_sample"] = bool(picking["do_sample"])
-    picking = arguments.picking(picking, vocab_size=vocab_size)
-    return Plan(until, count, picking, options, read_search({**(search or {}), **searching}, options.get(HINT)))
+    if not decoding.get("do_sample") or not decoding.get("temperature"):
+        decoding.pop("temperature", None)
+    if decoding.get("do_sample") in (0, 1):  # as a command line may well spell it
+        decoding["do_sample"] = bool(decoding["do_sample"])
+    decoding = arguments.decoding_options(decoding, vocab_size=vocab_size)
+    return Plan(stop_strings, count, decoding, options, read_search({**(search or {}), **searching}, options.get(HINT)))
 
 
 def shortest(settings: SamplingSection) -> dict[str, Any]:

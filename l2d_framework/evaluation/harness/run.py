@@ -19,66 +19,40 @@ from lm_eval.tasks import TaskManager
 from l2d_framework.errors import ConfigError, suggest
 from l2d_framework.evaluation.harness.errors import explain
 from l2d_framework.evaluation.harness.model import L2DLM
-from l2d_framework.evaluation.harness.provenance import local_folder
+from l2d_framework.evaluation.harness.tasks import local_folder
 from l2d_framework.evaluation.hub import is_reachable
 from l2d_framework.evaluation.statistics import standard_error
 from l2d_framework.registry import extensions
 
-_BOOTSTRAPS = 1000
-"""Resamplings for the standard error of a metric that is no mean over items."""
-
 
 @dataclass(frozen=True)
 class ModelChoice:
-    """A model and how to open it.
-
-    Attributes:
-        pretrained: checkpoint folder or hub id.
-        options: other arguments of `--model_args`.
-        device: "cpu" or "cuda".
-        batch_size: rows computed together, or "auto".
-    """
+    """A model and how to open it."""
 
     pretrained: str
-    options: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)  # further ones of `--model_args`
     device: str = "cpu"
     batch_size: int | str = 1
 
 
 @dataclass(frozen=True)
 class TaskChoice:
-    """A task and how it is asked, in the words of lm_eval's command line.
-
-    Attributes:
-        task: a task, or a group of tasks.
-        limit: first items of each task.
-        num_fewshot: examples before a question.
-        chat: "none", "template" or "multiturn", the last with examples as turns of the past conversation; a model
-            without a chat template is asked without.
-        generation: as in `--gen_kwargs`.
-        runs_code: consent to run code that models write.
-    """
+    """A task and how it is asked, in the words of lm_eval's command line."""
 
     task: str
-    limit: int | None = None
+    limit: int | None = None  # first items of each task
     num_fewshot: int | None = None
-    chat: str = "none"
-    generation: dict[str, Any] = field(default_factory=dict)
-    runs_code: bool = False
+    chat: str = "none"  # "template", or "multiturn" with examples as past turns; only where the model has a template
+    generation: dict[str, Any] = field(default_factory=dict)  # as in `--gen_kwargs`
+    runs_code: bool = False  # consent to run code that models write
 
 
 @dataclass(frozen=True)
 class Answered:
-    """What a task gave.
+    """What a task gave."""
 
-    Attributes:
-        values: by `metric,filter`: `value`, `error` (None without), `items` and `scores` (None where the metric is no
-            mean of the items).
-        details: what the adapter says of itself, cost and data among it; versions of tasks.
-    """
-
-    values: dict[str, dict[str, Any]]
-    details: dict[str, Any]
+    values: dict[str, dict[str, Any]]  # by `metric,filter`; `scores` are None where it is no mean of the items
+    details: dict[str, Any]  # what the adapter says of itself, cost and data among it; versions of tasks
 
 
 @cache
@@ -124,7 +98,7 @@ def evaluate(model: ModelChoice, task: TaskChoice, *, folder: Path | None = None
             apply_chat_template=task.chat != "none" and lm.tokenizer.chat_template is not None,
             fewshot_as_multiturn=task.chat == "multiturn",
             task_manager=task_manager(task.task, folder),
-            bootstrap_iters=_BOOTSTRAPS,
+            bootstrap_iters=1000,  # for the standard error of a metric that is no mean over items
             confirm_run_unsafe_code=task.runs_code,
         )
     assert results is not None  # of the first process, and there is one only
@@ -166,10 +140,10 @@ def _leaves(name: str, groups: Mapping[str, Sequence[str]]) -> Iterator[str]:
 
 def _scores(samples: Sequence[Mapping[str, Any]], metric: str, chosen: str) -> list[float] | None:
     """Score of each item, if the metric gives each a number."""
-    found = [sample.get(metric) for sample in samples if sample["filter"] == chosen]
-    if not found or not all(isinstance(score, (bool, int, float)) for score in found):
+    scores: list[Any] = [sample.get(metric) for sample in samples if sample["filter"] == chosen]
+    if not scores or not all(isinstance(score, (bool, int, float)) for score in scores):
         return None
-    return [float(score) for score in found if score is not None]
+    return [float(score) for score in scores]
 
 
 def check_task(name: str, folder: Path | None = None) -> list[str]:
@@ -199,7 +173,7 @@ def _configs(name: str, manager: TaskManager) -> Iterator[dict[str, Any]]:
         for child in entry.cfg["task"]:
             changes = {} if isinstance(child, str) else child
             below = child if isinstance(child, str) else str(child.get("task"))
-            yield from ({**found, **changes} for found in _configs(below, manager))
+            yield from ({**config, **changes} for config in _configs(below, manager))
 
 
 def task_identity(name: str, folder: Path | None = None) -> str:

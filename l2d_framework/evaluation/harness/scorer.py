@@ -18,7 +18,7 @@ from l2d_framework.diffusion.rng import TokenStreams
 from l2d_framework.diffusion.sampler import Block, Sampler
 from l2d_framework.errors import ConfigError
 from l2d_framework.evaluation.harness.options import shortest
-from l2d_framework.evaluation.harness.request_ids import noise_key
+from l2d_framework.evaluation.harness.requests import noise_key
 from l2d_framework.generation.prompts import pad_left
 from l2d_framework.models.diffusion_lm import DiffusionLM
 from l2d_framework.models.unloaded import CLASS
@@ -44,12 +44,7 @@ _LOGITS = 2**25
 
 @dataclass(frozen=True)
 class Job:
-    """Answers to one question that differ in nothing but their last token.
-
-    Attributes:
-        context: tokens of the question, at least one.
-        answers: tokens of each answer, at least one.
-    """
+    """Answers to one question that differ in nothing but their last token."""
 
     context: tuple[int, ...]
     answers: list[tuple[int, ...]]
@@ -61,42 +56,26 @@ class Job:
 
 @dataclass(frozen=True)
 class Scorer:
-    """A model with the settings of scoring.
-
-    Attributes:
-        model: the model.
-        sampling: how to diffuse.
-        samples: fixed noises K.
-        times: times of the pseudo-likelihood.
-        limit: most tokens a text may have.
-        label: id of the class of all texts, or None.
-        evaluations: filled with the evaluations spent on each scored token, over all noises.
-    """
+    """A model with the settings of scoring."""
 
     model: DiffusionLM
     sampling: SamplingSection
-    samples: int
-    times: int
-    limit: int
-    label: int | None = None
-    evaluations: list[int] = field(default_factory=list)
+    samples: int  # fixed noises K
+    times: int  # of the pseudo-likelihood
+    limit: int  # most tokens a text may have
+    label: int | None = None  # id of the class of all texts
+    evaluations: list[int] = field(default_factory=list)  # filled: spent on each scored token, over all noises
 
     @torch.no_grad()
     def mixture(self, jobs: Sequence[Job]) -> list[list[tuple[float, bool]]]:
         """log p(answer | question) with p(token | text before) = mean over noises of softmax(logits).
 
         Every position is a block of its own that reads the true tokens before it, so all are solved together. Noise
-        depends on the question, the position and the sample: answers to one question meet the same noise.
-
-        Args:
-            jobs: a batch.
-
-        Returns:
-            For each answer of each job, its log-likelihood and whether every token is the averaged distribution's most
-            likely one.
+        depends on the question, the position and the sample: answers to one question meet the same noise. With each
+        logarithm goes whether every token is the averaged distribution's most likely one.
         """
         encoded = pad_left([job.text(self.limit) for job in jobs])
-        device, width = self.model.device, encoded.input_ids.shape[1]
+        device = self.model.device
         layout = Layout(encoded.input_ids.to(device), encoded.attention_mask.to(device) - 1)
         context = self.model.backbone.read(layout)
         lengths = [len(job.answers[0]) for job in jobs]
@@ -104,59 +83,46 @@ class Scorer:
         coupled = self.sampling.solver.batch_coupled
         groups = [[k] for k in range(self.samples)] if coupled else [list(range(self.samples))]
         step = 1 if coupled else max(1, _LOGITS // (len(jobs) * self.samples * self.model.backbone.vocab_size))
-        likely: list[list[int]] = [[] for _ in jobs]
-        given: list[list[float]] = [[] for _ in jobs]
+        likely: list[Tensor] = []
+        given: list[Tensor] = []
         last: dict[int, Tensor] = {}
         for first in range(0, max(lengths), step):
             # Shorter answers ask about their last token again.
             offsets = [[min(j, n - 1) for j in range(first, min(first + step, max(lengths)))] for n in lengths]
-            parts = [self._logarithms(jobs, offsets, width, layout, context, group) for group in groups]
+            parts = [self._logarithms(jobs, offsets, layout, context, group) for group in groups]
             average = torch.cat(parts, 2).logsumexp(2) - math.log(self.samples)
             targets = torch.tensor([[job.answers[0][j] for j in row] for job, row in zip(jobs, offsets, strict=True)])
-            chosen = average.gather(2, targets.to(device)[..., None])[..., 0].tolist()
-            best = average.argmax(-1).tolist()
-            for number, length in enumerate(lengths):
-                count = max(0, min(length - first, len(best[number])))
-                likely[number] += best[number][:count]
-                given[number] += chosen[number][:count]
-                if 0 <= length - 1 - first < len(best[number]):
-                    last[number] = average[number, length - 1 - first]
+            given.append(average.gather(2, targets.to(device)[..., None])[..., 0])
+            likely.append(average.argmax(-1))
+            last |= {i: average[i, n - 1 - first] for i, n in enumerate(lengths) if first < n <= first + step}
+        before = torch.cat(given, 1).tolist(), torch.cat(likely, 1).tolist()
         return [
             [
-                (
-                    sum(given[number][:-1]) + float(last[number][answer[-1]]),
-                    [*likely[number][:-1], int(last[number].argmax())] == list(answer),
-                )
-                for answer in job.answers
+                (sum(chosen[: n - 1]) + float(last[i][a[-1]]), (*best[: n - 1], int(last[i].argmax())) == a)
+                for a in job.answers
             ]
-            for number, job in enumerate(jobs)
+            for i, (job, n, chosen, best) in enumerate(zip(jobs, lengths, *before, strict=True))
         ]
 
     def _logarithms(
-        self,
-        jobs: Sequence[Job],
-        offsets: list[list[int]],
-        width: int,
-        layout: Layout,
-        context: Context,
-        samples: list[int],
+        self, jobs: Sequence[Job], offsets: list[list[int]], layout: Layout, context: Context, samples: list[int]
     ) -> Tensor:
         """Log-probabilities of the tokens `offsets` into each answer, (B, L, K, V)."""
         positions, keys = [], []
         for job, row in zip(jobs, offsets, strict=True):
             name, start = noise_key(job.context, 0), len(job.context)
-            first = width - len(job.answers[0]) + 1
+            first = layout.tokens.shape[1] - len(job.answers[0]) + 1
             positions.append([first + j for j in row for _ in samples])
             keys.append([(self.sampling.seed, name, start + j, k) for j in row for k in samples])
         places = torch.tensor(positions, device=layout.tokens.device)
         label = None if self.label is None else torch.full_like(places, self.label)
         block = Block(positions=places, layout=layout, context=context, keys=keys, condition=label)
-        found = Sampler.of(self.model, self.sampling.model_copy(update={"patience": None}))(block)
+        output = Sampler.of(self.model, self.sampling.model_copy(update={"patience": None}))(block)
         shape = (len(jobs), len(offsets[0]), len(samples))
-        spent = found.evaluations.view(shape).sum(-1).tolist()
+        spent = output.evaluations.view(shape).sum(-1).tolist()
         for row, counts in zip(offsets, spent, strict=True):
             self.evaluations.extend(n for j, n in enumerate(counts) if j == 0 or row[j] != row[j - 1])
-        logits = torch.cat([part for _, part in found.logits.parts()], 1)
+        logits = torch.cat([part for _, part in output.logits.parts()], 1)
         return logits.view(*shape, -1).log_softmax(-1)
 
     @torch.no_grad()
@@ -164,13 +130,8 @@ class Scorer:
         """Minus the denoising loss of each answer, as training measures it, at fixed times and noises.
 
         score = mean over t in {1/2T, 3/2T, ...} and over noises of sum_i log p(y_i | x_t, t, question), where x_t is
-        the answer under noise, block by block. Noise depends on the question, the position and the sample alone.
-
-        Args:
-            jobs: a batch, one answer each.
-
-        Returns:
-            For each answer of each job, its score and whether every token is the most likely one at every time.
+        the answer under noise, block by block. Noise depends on the question, the position and the sample alone. With
+        each score goes whether every token is the most likely one at every time.
         """
         model, device = self.model, self.model.device
         answers = [job.answers[0] for job in jobs]
@@ -178,9 +139,9 @@ class Scorer:
         cut = [job.context[-(self.limit - len(a)) :] for job, a in zip(jobs, answers, strict=True)]
         encoded = pad_left(cut)
         # Shorter answers repeat their last token, state and all, which is one slot for the network.
-        offsets = torch.tensor([[min(j, len(a) - 1) for j in range(longest)] for a in answers], device=device)
-        own = torch.tensor([[j < len(a) for j in range(longest)] for a in answers], device=device)
-        padded = torch.tensor([[a[min(j, len(a) - 1)] for j in range(longest)] for a in answers], device=device)
+        places, last = torch.arange(longest), torch.tensor([[len(a) - 1] for a in answers])
+        own, offsets = (places <= last).to(device), places.minimum(last).to(device)
+        padded = torch.tensor([[*a, *a[-1:] * (longest - len(a))] for a in answers], device=device)
         # A block is denoised after the true tokens before it, as in training.
         ids, mask = encoded.input_ids.to(device), encoded.attention_mask.to(device)
         blocks = torch.where(own, number_blocks(own, model.block_size), -1)
@@ -188,13 +149,11 @@ class Scorer:
         label = None if self.label is None else torch.full_like(padded, self.label)
         scores = torch.zeros(len(jobs), device=device)
         greedy = torch.ones(len(jobs), dtype=torch.bool, device=device)
+        names = [(noise_key(job.context, 0), len(job.context)) for job in jobs]
         for sample in range(self.samples):
             keys = [
-                [
-                    (self.sampling.seed, noise_key(job.context, 0), len(job.context) + int(j), sample, "pseudo")
-                    for j in row
-                ]
-                for job, row in zip(jobs, offsets.tolist(), strict=True)
+                [(self.sampling.seed, name, start + j, sample, "pseudo") for j in row]
+                for (name, start), row in zip(names, offsets.tolist(), strict=True)
             ]
             for number in range(self.times):
                 noise = model.parametrization.noise(TokenStreams(keys, device))
@@ -217,77 +176,69 @@ class Scorer:
         return [[(float(score) / count, bool(hit))] for score, hit in zip(scores, greedy, strict=True)]
 
 
-class Scoring:
-    """Scores of answers that lm_eval names.
+def score(
+    lm: L2DLM, requests: Sequence[Any], *, quiet: bool, batch_size: int | None = None
+) -> list[tuple[float, bool]]:
+    """Score of each triple of texts, tokens of the question and tokens of the answer."""
+    jobs: dict[Any, tuple[Job, list[int]]] = {}
+    # The mixture reads all but the last token, which is how pieces of a long text fill the context.
+    most = lm.max_length if lm.scoring == MIXTURE else lm.max_length - 1
+    for number, (_, context, answer) in enumerate(requests):
+        if len(answer) > most:
+            raise ConfigError(f"An answer of {len(answer)} tokens exceeds the model's context, {lm.max_length}.")
+        # What comes before the last token is the same text, so one evaluation serves several last tokens.
+        shared = tuple(answer[:-1]) if lm.scoring == MIXTURE else tuple(answer)
+        job, numbers = jobs.setdefault((tuple(context), shared), (Job(tuple(context), []), []))
+        if lm.scoring == MIXTURE or not job.answers:
+            job.answers.append(tuple(answer))
+        numbers.append(number)
+    order = sorted(jobs.values(), key=lambda entry: (-len(entry[0].text(lm.max_length)), entry[0].context))
+    scorer = _scorer(lm)
+    size = _batch_size(lm, scorer, order[0][0], batch_size) if order else 1
+    results: dict[int, tuple[float, bool]] = {}
+    bar = tqdm(total=len(requests), disable=quiet or lm.rank != 0, desc="Scoring")
+    began = time.perf_counter()
+    for start in range(0, len(order), size):
+        chunk = order[start : start + size]
+        for (_, numbers), scores in zip(chunk, _scores_of(lm, scorer, [job for job, _ in chunk]), strict=True):
+            for number, value in zip(numbers, scores * (len(numbers) // len(scores)), strict=True):
+                results[number] = value
+                if requests[number][0] is not None:
+                    lm.answers.keep("loglikelihood", requests[number][0], value)
+            bar.update(len(numbers))
+    bar.close()
+    lm.meters["scoring"].add(scorer.evaluations)
+    lm.meters["scoring"].time(len(scorer.evaluations), time.perf_counter() - began)
+    return [results[number] for number in range(len(requests))]
 
-    Args:
-        lm: the model, which also counts what that costs and remembers scores.
-    """
 
-    def __init__(self, lm: L2DLM) -> None:
-        self.lm = lm
+def _scorer(lm: L2DLM, **changes: Any) -> Scorer:
+    label = lm.options.get(CLASS)
+    return Scorer(
+        lm.diffusion,
+        lm.settings.model_copy(update=changes),
+        samples=lm.samples,
+        times=lm.times,
+        limit=lm.max_length,
+        label=None if label is None else lm.source.classes.index(label),
+    )
 
-    def scores(
-        self, requests: Sequence[Any], *, quiet: bool, batch_size: int | None = None
-    ) -> list[tuple[float, bool]]:
-        """Score of each triple of texts, tokens of the question and tokens of the answer."""
-        jobs: dict[Any, tuple[Job, list[int]]] = {}
-        # The mixture reads all but the last token, which is how pieces of a long text fill the context.
-        most = self.lm.max_length if self.lm.scoring == MIXTURE else self.lm.max_length - 1
-        for number, (_, context, answer) in enumerate(requests):
-            if len(answer) > most:
-                raise ConfigError(
-                    f"An answer of {len(answer)} tokens exceeds the model's context, {self.lm.max_length}."
-                )
-            # What comes before the last token is the same text, so one evaluation serves several last tokens.
-            shared = tuple(answer[:-1]) if self.lm.scoring == MIXTURE else tuple(answer)
-            job, numbers = jobs.setdefault((tuple(context), shared), (Job(tuple(context), []), []))
-            if self.lm.scoring == MIXTURE or not job.answers:
-                job.answers.append(tuple(answer))
-            numbers.append(number)
-        order = sorted(jobs.values(), key=lambda entry: (-len(entry[0].text(self.lm.max_length)), entry[0].context))
-        scorer = self._scorer()
-        size = self._batch_size(scorer, order[0][0], batch_size) if order else 1
-        results: dict[int, tuple[float, bool]] = {}
-        bar = tqdm(total=len(requests), disable=quiet or self.lm.rank != 0, desc="Scoring")
-        began = time.perf_counter()
-        for start in range(0, len(order), size):
-            chunk = order[start : start + size]
-            for (_, numbers), scores in zip(chunk, self._score(scorer, [job for job, _ in chunk]), strict=True):
-                for number, score in zip(numbers, scores * (len(numbers) // len(scores)), strict=True):
-                    results[number] = score
-                    if requests[number][0] is not None:
-                        self.lm.answers.keep("loglikelihood", requests[number][0], score)
-                bar.update(len(numbers))
-        bar.close()
-        self.lm.meters["scoring"].add(scorer.evaluations)
-        self.lm.meters["scoring"].time(len(scorer.evaluations), time.perf_counter() - began)
-        return [results[number] for number in range(len(requests))]
 
-    def _scorer(self, **changes: Any) -> Scorer:
-        label = self.lm.options.get(CLASS)
-        return Scorer(
-            self.lm.diffusion,
-            self.lm.settings.model_copy(update=changes),
-            samples=self.lm.samples,
-            times=self.lm.times,
-            limit=self.lm.max_length,
-            label=None if label is None else self.lm.source.classes.index(label),
-        )
+@naming_plugins()
+def _scores_of(lm: L2DLM, scorer: Scorer, jobs: list[Job]) -> list[list[tuple[float, bool]]]:
+    return scorer.mixture(jobs) if lm.scoring == MIXTURE else scorer.pseudo(jobs)
 
-    @naming_plugins()
-    def _score(self, scorer: Scorer, jobs: list[Job]) -> list[list[tuple[float, bool]]]:
-        return scorer.mixture(jobs) if self.lm.scoring == MIXTURE else scorer.pseudo(jobs)
 
-    def _batch_size(self, scorer: Scorer, longest: Job, wanted: int | None) -> int:
-        if scorer.sampling.solver.batch_coupled:
-            return 1
-        if wanted or self.lm.batch_size != "auto":
-            return int(wanted or self.lm.batch_size)
-        probe = self._scorer(**shortest(scorer.sampling))
-        return self.lm.largest_batch(lambda n: self._score(probe, [longest] * n))
+def _batch_size(lm: L2DLM, scorer: Scorer, longest: Job, wanted: int | None) -> int:
+    if scorer.sampling.solver.batch_coupled:
+        return 1
+    if wanted or lm.batch_size != "auto":
+        return int(wanted or lm.batch_size)
+    probe = _scorer(lm, **shortest(scorer.sampling))
+    return lm.largest_batch(lambda n: _scores_of(lm, probe, [longest] * n))
 
-    def largest_batch(self) -> int:
-        """Largest batch of the longest texts for which memory is enough."""
-        job = Job((1,), [(1,) * (self.lm.max_length - 1)])
-        return self.lm.largest_batch(lambda n: self._score(self._scorer(**shortest(self.lm.settings)), [job] * n))
+
+def largest_batch(lm: L2DLM) -> int:
+    """Largest batch of the longest texts for which memory is enough."""
+    job = Job((1,), [(1,) * (lm.max_length - 1)])
+    return lm.largest_batch(lambda n: _scores_of(lm, _scorer(lm, **shortest(lm.settings)), [job] * n))

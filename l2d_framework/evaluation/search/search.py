@@ -52,24 +52,12 @@ OPTIONS = (FILE, CATEGORY, *(PREFIX + name for name in Search.model_fields))
 
 def split_options(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Tell options about search from others."""
-    found = {name: value for name, value in options.items() if name in OPTIONS}
-    return found, {name: value for name, value in options.items() if name not in OPTIONS}
+    chosen = {name: value for name, value in options.items() if name in OPTIONS}
+    return chosen, {name: value for name, value in options.items() if name not in OPTIONS}
 
 
 def read_search(options: Mapping[str, Any], hint: str | None = None) -> Search | None:
-    """The search that options ask for.
-
-    Args:
-        options: any of `search` (a file of `l2d tune-search`), `search_category` (an entry of it), and the fields of
-            `Search` after `search_`, which win over the file's.
-        hint: category of the task, for where the options name none.
-
-    Returns:
-        The settings; None where nothing is asked for.
-
-    Raises:
-        ConfigError: if a value is wrong, or the file has no such category.
-    """
+    """The search that options ask for; the fields of `Search` among them win over those of the file's category."""
     if not options:
         return None
     file, category = options.get(FILE), options.get(CATEGORY)
@@ -88,21 +76,21 @@ def check_search(options: Mapping[str, Any]) -> dict[str, Any] | None:
         return None
     chosen = options.get(CATEGORY)
     names = [chosen] if FILE not in options or chosen is not None else [*_categories(Path(str(options[FILE])))]
-    found = {name: read_search(options, name) for name in names}
-    return {str(name): None if one is None else one.model_dump() for name, one in found.items()}
+    settings = {name: read_search(options, name) for name in names}
+    return {str(name): None if one is None else one.model_dump() for name, one in settings.items()}
 
 
 def _categories(path: Path) -> dict[str, Any]:
     try:
-        found = parse_json(read_text(path), str(path))["categories"]
+        categories = parse_json(read_text(path), str(path))["categories"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(
             f"{FILE}={str(path)!r} cannot be read as a result of `l2d tune-search` ({type(error).__name__}: {error}). "
             "Name the file it wrote, or leave the option out."
         ) from error
-    if not isinstance(found, dict) or not found or not all(isinstance(entry, dict) for entry in found.values()):
+    if not (isinstance(categories, dict) and categories and all(isinstance(e, dict) for e in categories.values())):
         raise ConfigError(f"{FILE}={str(path)!r} holds no tuned category. Run `l2d tune-search` to its end.")
-    return found
+    return dict(categories)
 
 
 def _entry(categories: dict[str, Any], wanted: str | None, file: str) -> dict[str, Any]:
@@ -115,62 +103,46 @@ def _entry(categories: dict[str, Any], wanted: str | None, file: str) -> dict[st
 
 
 def search(
-    face: DiffusionForCausalLM, prompt: Tensor, settings: Search, *, name: str, picking: Mapping[str, Any]
+    model: DiffusionForCausalLM, prompt: Tensor, settings: Search, *, name: str, decoding: Mapping[str, Any]
 ) -> tuple[list[int], list[int]]:
-    """Answer one prompt.
-
-    Every random number is named by the face's seed and the request, so neither batch nor order matters. Numbers of
-    transformers' own draws depend on the device.
-
-    Args:
-        face: the model.
-        prompt: token ids without padding, (S,), int64.
-        settings: how to search.
-        name: of the request.
-        picking: fields of transformers' generation configuration and `stopping_criteria`.
-
-    Returns:
-        Tokens of the answer up to its end, and for each the network's passes over all hypotheses beside the one a
-        plain language model needs: with h hypotheses and e evaluations h (e + 1) - 1. Passes made after the end of the
-        answer, for longer hypotheses, count with its last token.
-
-    Raises:
-        ConfigError: if the solver lets rows influence each other.
-    """
-    if face.sampling.solver.batch_coupled and face.sampling.num_inference_steps != 0:
+    """Tokens of one answer up to its end, and for each the network's passes beside a plain language model's one."""
+    if model.sampling.solver.batch_coupled and model.sampling.num_inference_steps != 0:
         raise ConfigError(
-            f"Solver {face.sampling.solver.component_name()!r} solves rows together, so hypotheses would influence "
+            f"Solver {model.sampling.solver.component_name()!r} solves rows together, so hypotheses would influence "
             "each other. Choose another solver for search."
         )
     spent: list[int] = []
-    watched = copy.copy(face)  # others may be searching with the same
+    watched = copy.copy(model)  # others may be searching with the same
+    # With h hypotheses and e evaluations; a plain language model needs one pass.
     watched.on_step = lambda evaluations: spent.append(int((evaluations + 1).sum()) - 1)
-    found = _hypotheses(watched, prompt, settings, name, picking)
-    scores, lengths = found.sequences_scores.float().cpu(), (found.beam_indices >= 0).sum(1).tolist()
+    output = _hypotheses(watched, prompt, settings, name, decoding)
+    scores, lengths = output.sequences_scores.float().cpu(), (output.beam_indices >= 0).sum(1).tolist()
     if settings.temperature == 0:
         chosen = int(scores.argmax())
     else:
-        number = torch.tensor(keyed_generator(face.sampling.seed, name, "pick").random(dtype="float32"))
+        # Named by seed and request, as all random numbers, so neither batch nor order matters.
+        number = torch.tensor(keyed_generator(model.sampling.seed, name, "pick").random(dtype="float32"))
         chosen = int(categorical((scores / settings.temperature).softmax(-1), number))
-    tokens = found.sequences[chosen, len(prompt) : len(prompt) + lengths[chosen]].tolist()
+    tokens = output.sequences[chosen, len(prompt) : len(prompt) + lengths[chosen]].tolist()
+    # What longer hypotheses spend after the end of the answer counts with its last token.
     passes = spent[: len(tokens)]
     passes[-1] += sum(spent[len(tokens) :])
     return tokens, passes
 
 
 def _hypotheses(
-    face: DiffusionForCausalLM, prompt: Tensor, settings: Search, name: str, picking: Mapping[str, Any]
+    model: DiffusionForCausalLM, prompt: Tensor, settings: Search, name: str, decoding: Mapping[str, Any]
 ) -> Any:
     """What transformers' stochastic beam search found, with scores and lengths."""
-    device = face.device
-    model: Any = face  # transformers' own annotations allow no call of `generate`
+    device = model.device
+    generate: Any = model.generate  # transformers' own annotations allow no call of it
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(int.from_bytes(stream_key(face.sampling.seed, name, "search")[:7], "little"))
-        return model.generate(
+        torch.manual_seed(int.from_bytes(stream_key(model.sampling.seed, name, "search")[:7], "little"))
+        return generate(
             prompt[None].to(device),
             attention_mask=torch.ones(1, len(prompt), dtype=torch.int64, device=device),
             request_keys=[name],
-            **dict(picking)
+            **dict(decoding)
             | {
                 "do_sample": True,
                 "temperature": 1.0,

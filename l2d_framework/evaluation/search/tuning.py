@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,44 +17,26 @@ from l2d_framework.errors import ConfigError, suggest
 from l2d_framework.evaluation.harness.model import L2DLM
 from l2d_framework.evaluation.harness.run import explained, task_identity, task_manager
 from l2d_framework.evaluation.search.search import OPTIONS, PREFIX, Search
+from l2d_framework.evaluation.tables import write_whole
 from l2d_framework.models.unloaded import HINT
 
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked of every setting.
+    """What is asked of every setting."""
 
-    Attributes:
-        tasks: names of tasks, each alone or as `CATEGORY=TASK`.
-        limit: first training items of each.
-        metric: such as `exact_match,strict-match`; the task's first when None.
-        num_fewshot: examples before a question; the task's own number when None.
-        is_chat: apply the chat template, with examples as turns of the past conversation.
-        folder: further tasks beside lm_eval's own.
-        runs_code: consent to run code that models write.
-    """
-
-    tasks: Sequence[str]
-    limit: int
-    metric: str | None = None
+    tasks: Sequence[str]  # each alone or as `CATEGORY=TASK`
+    limit: int  # first training items of each
+    metric: str | None = None  # such as `exact_match,strict-match`; the task's first when None
     num_fewshot: int | None = None
-    is_chat: bool = False
-    folder: Path | None = None
-    runs_code: bool = False
+    is_chat: bool = False  # with examples as turns of the past conversation
+    folder: Path | None = None  # of further tasks
+    runs_code: bool = False  # consent to run code that models write
 
 
 @dataclass(frozen=True)
 class Trained:
-    """A task that asks its training items.
-
-    Attributes:
-        name: of the task.
-        category: of its settings.
-        split: it takes items from.
-        task: lm_eval's object.
-        metric: that settings are chosen by, such as `exact_match,strict-match`.
-        is_better_high: whether more of it is better.
-    """
+    """A task that asks its training items."""
 
     name: str
     category: str
@@ -67,7 +48,7 @@ class Trained:
 
 def open_tasks(question: Question) -> list[Trained]:
     """Tasks over their training items; a category is the one named, else the task's `class_hint`, else its own name."""
-    found = []
+    trained = []
     for text in question.tasks:
         category, equals, name = text.rpartition("=")
         manager = task_manager(name, question.folder)
@@ -95,8 +76,8 @@ def open_tasks(question: Question) -> list[Trained]:
         hint = (config.generation_kwargs or {}).get(HINT)
         metric = _metric(name, task, question.metric)
         is_better_high = task.higher_is_better().get(metric.partition(",")[0]) is not False
-        found.append(Trained(name, category if equals else str(hint or name), split, task, metric, is_better_high))
-    return found
+        trained.append(Trained(name, category if equals else str(hint or name), split, task, metric, is_better_high))
+    return trained
 
 
 def _check_examples(name: str, task: Any, asked: int | None) -> None:
@@ -127,31 +108,27 @@ Track = Callable[[Sequence[Any]], Iterable[Any]]
 
 @dataclass
 class Tuning:
-    """Rows measured so far, kept in a file after each.
-
-    Attributes:
-        path: of the file.
-        identity: what every row depends on.
-        rows: a task, settings, score, its standard error and the number of items each.
-    """
+    """Rows measured so far, kept in a file after each."""
 
     path: Path
     identity: dict[str, Any]
-    rows: list[dict[str, Any]] = field(default_factory=list)
+    tasks: Sequence[Trained]
+    settings: Sequence[Search]
+    rows: list[dict[str, Any]] = field(default_factory=list)  # a task, settings, score, its error, number of items
 
     def read(self) -> None:
         """Take over the rows of an earlier run."""
         if not self.path.exists():
             return
         try:
-            found = parse_json(read_text(self.path), str(self.path))
-            earlier, rows = dict(found["identity"]), [dict(row) for row in found["rows"]]
+            earlier = parse_json(read_text(self.path), str(self.path))
+            identity, rows = dict(earlier["identity"]), [dict(row) for row in earlier["rows"]]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ConfigError(
                 f"--out {str(self.path)!r} exists and is no result of this command ({error}). Name another."
             ) from error
-        if earlier != json.loads(json.dumps(self.identity)):
-            differing = sorted(n for n in self.identity if earlier.get(n) != self.identity[n])
+        if identity != json.loads(json.dumps(self.identity)):
+            differing = sorted(n for n in self.identity if identity.get(n) != self.identity[n])
             raise ConfigError(
                 f"--out {str(self.path)!r} holds rows of another model or another question; they differ in "
                 f"{differing}. Name another file."
@@ -163,18 +140,35 @@ class Tuning:
         wanted = settings.model_dump()
         return next((row for row in self.rows if row["task"] == task and row["settings"] == wanted), None)
 
-    def write(self, categories: Mapping[str, Any]) -> None:
-        """Write everything known."""
-        text = json.dumps({"identity": self.identity, "categories": categories, "rows": self.rows}, indent=2)
-        stage = self.path.with_name(self.path.name + ".part")
+    def best(self) -> dict[str, Any]:
+        """By category measured completely, the settings with the best mean score over its tasks."""
+        chosen = {}
+        for category in dict.fromkeys(task.category for task in self.tasks):
+            means = [self._mean(category, one) for one in self.settings]
+            known = [value for value in means if value is not None]
+            if len(known) == len(means):
+                chosen[category] = self.settings[known.index(max(known))].model_dump()
+        return chosen
+
+    def _mean(self, category: str, settings: Search) -> float | None:
+        """Mean score over tasks, negative where less is better; None while a row is missing."""
+        tasks = [task for task in self.tasks if task.category == category]
+        rows = [(task, self.find(task.name, settings)) for task in tasks]
+        scores = [row["score"] * (1 if task.is_better_high else -1) for task, row in rows if row is not None]
+        return sum(scores) / len(scores) if len(scores) == len(tasks) else None
+
+    def write(self) -> dict[str, Any]:
+        """Write everything known; the best settings by category."""
+        best = self.best()
+        text = json.dumps({"identity": self.identity, "categories": best, "rows": self.rows}, indent=2)
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            stage.write_text(text + "\n", encoding="utf-8")
-            os.replace(stage, self.path)
+            write_whole(self.path, text + "\n")
         except OSError as error:
             raise ConfigError(
                 f"--out {str(self.path)!r} cannot be written ({error.strerror}). Name another."
             ) from error
+        return best
 
 
 def open_model(arguments: str, device: str | None = None) -> L2DLM:
@@ -198,33 +192,19 @@ def grid(
 def tune(
     lm: L2DLM, question: Question, settings: Sequence[Search], *, out: Path, track: Track = lambda left: left
 ) -> dict[str, Any]:
-    """Measure every setting on every task and write the best of each category.
+    """Measure every setting on every task; returns and writes the best of each category, the first on a tie.
 
-    Called again with the same model and question it goes on where it was interrupted, and measures only what the file
-    lacks. The score of the chosen settings is the best of many on the very items they were chosen on, so it is
-    optimistic; measure them on test items.
-
-    Args:
-        lm: the model.
-        question: what to ask.
-        settings: to choose from; where several score the same, the first wins.
-        out: JSON file, which `search=FILE` of the adapter takes.
-        track: shows progress.
-
-    Returns:
-        Best settings by category.
+    Called again with the same model and question it measures only what the file lacks. The score of the chosen settings
+    is the best of many on the very items they were chosen on, so it is optimistic; measure them on test items.
     """
     tasks = open_tasks(question)
-    tuning = Tuning(out, _identity(lm, question, tasks))
+    tuning = Tuning(out, _identity(lm, question, tasks), tasks, settings)
     tuning.read()
-    tuning.write(best(tuning, tasks, settings))  # fails here, if it does, and not after the first row
-    left = [(t, s) for s in settings for t in tasks if tuning.find(t.name, s) is None]
-    for task, one in track(left):
+    tuning.write()  # fails here, if it does, and not after the first row
+    for task, one in track([(t, s) for s in settings for t in tasks if tuning.find(t.name, s) is None]):
         tuning.rows.append(_measure(lm, question, task, one))
-        tuning.write(best(tuning, tasks, settings))
-    chosen = best(tuning, tasks, settings)
-    tuning.write(chosen)
-    return chosen
+        tuning.write()
+    return tuning.write()
 
 
 def _identity(lm: L2DLM, question: Question, tasks: Sequence[Trained]) -> dict[str, Any]:
@@ -278,21 +258,3 @@ def _measure(lm: L2DLM, question: Question, trained: Trained, settings: Search) 
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def best(tuning: Tuning, tasks: Sequence[Trained], settings: Sequence[Search]) -> dict[str, Any]:
-    """By category measured completely, the settings with the best mean score over its tasks."""
-    found = {}
-    for category in dict.fromkeys(task.category for task in tasks):
-        means = [mean(tuning, [t for t in tasks if t.category == category], one) for one in settings]
-        known = [value for value in means if value is not None]
-        if len(known) == len(settings):
-            found[category] = settings[known.index(max(known))].model_dump()
-    return found
-
-
-def mean(tuning: Tuning, tasks: Sequence[Trained], settings: Search) -> float | None:
-    """Mean score over tasks, negative where less is better; None while a row is missing."""
-    found = [(task, tuning.find(task.name, settings)) for task in tasks]
-    scores = [row["score"] * (1 if task.is_better_high else -1) for task, row in found if row is not None]
-    return sum(scores) / len(scores) if len(scores) == len(tasks) else None

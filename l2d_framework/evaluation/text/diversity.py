@@ -7,9 +7,6 @@ from collections.abc import Hashable, Iterable, Sequence
 
 import numpy as np
 
-_RANKS = 5000
-_LONGEST_REPETITION = 90
-
 
 def unique_ngrams(words: Sequence[Hashable], n: int) -> tuple[int, int]:
     """How many different n-grams there are, and how many in all."""
@@ -18,17 +15,7 @@ def unique_ngrams(words: Sequence[Hashable], n: int) -> tuple[int, int]:
 
 
 def distinct_per_word(text: str, n: int) -> float:
-    """Different n-grams over the number of words, as TESS 2's evaluation counts.
-
-    A text of k different words does not reach 1 for n > 1, the less the shorter it is.
-
-    Args:
-        text: split at white space.
-        n: words per n-gram.
-
-    Returns:
-        The share; 0 for a text without words.
-    """
+    """Different n-grams over the number of words, as TESS 2's evaluation counts: below 1 for n > 1; 0 without words."""
     words = text.split()
     return unique_ngrams(words, n)[0] / len(words) if words else 0.0
 
@@ -54,7 +41,7 @@ def zipf(texts: Iterable[Sequence[Hashable]]) -> float:
     Source: Holtzman et al. 2020, "The Curious Case of Neural Text Degeneration", section 5.2.
     """
     counts = Counter(token for tokens in texts for token in tokens)
-    frequencies = sorted(counts.values(), reverse=True)[:_RANKS]
+    frequencies = sorted(counts.values(), reverse=True)[:5000]
     if len(frequencies) < 2:
         return float("nan")
     ranks = np.arange(1, len(frequencies) + 1)
@@ -69,12 +56,6 @@ def ends_in_likeliest_loop(tokens: Sequence[Hashable]) -> bool:
     one: "b c c b c c" ends in no loop.
 
     Source: Holtzman et al. 2020, section 5.3, as their published evaluation counts.
-
-    Args:
-        tokens: of a text.
-
-    Returns:
-        True if it does.
     """
     repeats = _repeats(tokens)
     n = max(repeats, key=lambda n: repeats[n], default=0)
@@ -89,7 +70,7 @@ def ends_in_loop(tokens: Sequence[Hashable]) -> bool:
 def _repeats(tokens: Sequence[Hashable]) -> dict[int, int]:
     """How many times in a row the last n tokens stand at the end, by n."""
     repeats = {}
-    for n in range(1, min(_LONGEST_REPETITION, len(tokens)) + 1):
+    for n in range(1, min(90, len(tokens)) + 1):
         last, times = tokens[len(tokens) - n :], 1
         while tokens[max(len(tokens) - n * (times + 1), 0) : len(tokens) - n * times] == last:
             times += 1

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -28,14 +28,7 @@ Track = Callable[[Sequence[int], str], Iterable[int]]
 
 @dataclass
 class Pretrained:
-    """A model, its weights loaded when first used.
-
-    Attributes:
-        name: path or hub id, as given.
-        config: transformers config.
-        tokenizer: its tokenizer.
-        load: makes the model, in evaluation mode, where it is to run.
-    """
+    """A model, its weights loaded when first used."""
 
     name: str
     config: Any
@@ -99,20 +92,30 @@ def pretrained(path: str, *, causal: bool, device: str, dtype: str) -> Pretraine
 
 def open_tokenizer(path: str) -> Any:
     """Tokenizer of a language model, or of an l2d-framework checkpoint's base model."""
-    found: Any = None
+    tokenizer: Any = None
     try:
         if (Path(path) / MANIFEST).is_file():
-            found = load_tokenizer(base_reference(path, read_manifest(path)))
+            tokenizer = load_tokenizer(base_reference(path, read_manifest(path)))
         elif Path(path).is_dir() or path.count("/") < 2:
-            found = opening.open_tokenizer(path)
+            tokenizer = opening.open_tokenizer(path)
     except CheckpointError as error:
         raise ConfigError(
             f"No tokenizer can be read from {path!r} ({str(error).partition(chr(10))[0]}). Name the folder or hub id "
             "of a language model."
         ) from error
-    if found is None or not len(found):
+    if tokenizer is None or not len(tokenizer):
         raise ConfigError(f"There is no tokenizer in {path!r}. Name the folder or hub id of a language model.")
-    return found
+    return tokenizer
+
+
+_Ids = tuple[int, ...]
+
+
+def batches(texts: set[_Ids], size: int, track: Track, title: str) -> Iterator[list[_Ids]]:
+    """Texts of like length together, so that little of a batch is padding; no progress is shown of none."""
+    order = sorted(texts, key=lambda ids: (len(ids), ids))
+    for first in track(range(0, len(order), size), title) if order else ():
+        yield order[first : first + size]
 
 
 def pad_right(batch: Sequence[Sequence[int]], device: torch.device) -> dict[str, Tensor]:
@@ -123,25 +126,14 @@ def pad_right(batch: Sequence[Sequence[int]], device: torch.device) -> dict[str,
     return {"input_ids": ids, "attention_mask": mask}
 
 
-_Ids = tuple[int, ...]
-
-
 @dataclass(frozen=True)
 class Likelihood:
-    """What a judge finds of texts.
+    """What a judge finds of texts."""
 
-    Attributes:
-        nll: NLL(prefix + text) - NLL(prefix) of each sample in nats, (N,).
-        tokens: tokens that the text adds to its prefix, (N,); 0 or less where it adds none.
-        truncated: how many samples were cut to the judge's longest input.
-        merged: how many prefixes end in other tokens when the text follows, so that the difference is not exactly the
-            likelihood of the text given the prefix.
-    """
-
-    nll: Values
-    tokens: Values
-    truncated: int
-    merged: int
+    nll: Values  # NLL(prefix + text) - NLL(prefix) of each sample in nats, (N,)
+    tokens: Values  # tokens that the text adds to its prefix, (N,); 0 or less where it adds none
+    truncated: int  # samples cut to the judge's longest input
+    merged: int  # prefixes that end in other tokens when the text follows, where `nll` is not quite that of the text
 
     @property
     def perplexities(self) -> Values:
@@ -152,16 +144,7 @@ class Likelihood:
 
 
 class Judge:
-    """A causal language model that finds texts likely or not; what it has judged it remembers.
-
-    Args:
-        source: the language model.
-        max_length: longest input in tokens, the first one included; the model's own limit when None.
-        batch_size: texts at a time; does not change the result.
-
-    Raises:
-        ConfigError: if the tokenizer has no token to begin a text with, or `max_length` is below 2.
-    """
+    """A causal language model that finds texts likely or not; what it has judged it remembers."""
 
     def __init__(self, source: Pretrained, *, max_length: int | None = None, batch_size: int = 8) -> None:
         tokenizer = source.tokenizer
@@ -206,13 +189,8 @@ class Judge:
 
     @torch.inference_mode()
     def _learn(self, texts: set[_Ids], track: Track) -> None:
-        # Texts of like length share a batch, so that little of it is padding.
-        new = sorted(texts - self._known.keys(), key=lambda ids: (len(ids), ids))
-        if not new:
-            return
-        model = self.source.model
-        for first in track(range(0, len(new), self.batch_size), "perplexity"):
-            batch = new[first : first + self.batch_size]
+        for batch in batches(texts - self._known.keys(), self.batch_size, track, "perplexity"):
+            model = self.source.model
             inputs = pad_right([(self.start, *ids) for ids in batch], model.device)
             logits = model(**inputs, use_cache=False).logits
             for row, ids in zip(logits, batch, strict=True):

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from l2d_framework.errors import ConfigError, DataError
 from l2d_framework.evaluation.statistics import Estimate
-from l2d_framework.evaluation.text.judge import Pretrained, Track, pad_right
+from l2d_framework.evaluation.text.judge import Pretrained, Track, batches, pad_right
 from l2d_framework.evaluation.text.samples import Sample
 
 FEATURES_MODEL, MAX_LENGTH = "gpt2-large", 256
@@ -30,8 +30,7 @@ def check_installed() -> None:
 
 def check_golds(samples: Sequence[Sample], name: str) -> None:
     """Refuse samples that cannot be compared with human texts."""
-    lacking = sum(sample.gold is None for sample in samples)
-    if lacking:
+    if lacking := sum(sample.gold is None for sample in samples):
         raise DataError(
             f"MAUVE compares with what humans wrote, and {lacking} of the {len(samples)} samples of {name!r} have no "
             "gold text. Add a column `gold`, name it with --gold-column, or give the texts with --gold."
@@ -41,15 +40,7 @@ def check_golds(samples: Sequence[Sample], name: str) -> None:
 
 
 class Features:
-    """Last hidden state of a language model at a text's last token; what it has read it remembers.
-
-    Source: Pillutla et al. 2021, "MAUVE", section 3; the states are those that the authors' library takes.
-
-    Args:
-        source: the language model.
-        max_length: tokens read of a text, special ones included.
-        batch_size: texts at a time; does not change the result.
-    """
+    """Last hidden state at a text's last token, as the authors' library takes it; what was read is remembered."""
 
     def __init__(self, source: Pretrained, *, max_length: int = MAX_LENGTH, batch_size: int = 8) -> None:
         self.source, self.batch_size = source, batch_size
@@ -61,9 +52,7 @@ class Features:
         """Features of non-empty texts, float32, (N, D), and how many texts were cut."""
         whole = [self.source.encode(text) for text in texts]
         cut = [self.source.encode(text, truncation=True, max_length=self.max_length) for text in texts]
-        new = sorted({*cut} - self._known.keys(), key=lambda ids: (len(ids), ids))
-        for first in track(range(0, len(new), self.batch_size), "MAUVE features"):
-            batch = new[first : first + self.batch_size]
+        for batch in batches({*cut} - self._known.keys(), self.batch_size, track, "MAUVE features"):
             states = self.source.model(**pad_right(batch, self.source.model.device)).last_hidden_state
             for row, ids in zip(states, batch, strict=True):
                 self._known[ids] = row[len(ids) - 1].float().cpu().numpy()
@@ -71,24 +60,12 @@ class Features:
 
 
 def mauve(samples: Sequence[Sample], features: Features, track: Track, *, with_prefix: bool) -> Estimate:
-    """MAUVE of generated against human texts.
-
-    Source: Pillutla et al. 2021, equation 3, with the settings of the authors' library. Empty texts are left out.
-
-    Args:
-        samples: generated texts with golds.
-        features: reads the texts.
-        track: shows the progress.
-        with_prefix: compare prefix and continuation together, instead of the continuation alone.
-
-    Returns:
-        MAUVE, between 0 and 1; it has no standard error.
-    """
+    """MAUVE of the texts that are not empty (Pillutla et al. 2021, equation 3, settings of the authors' library)."""
     prefixes = [sample.prefix if with_prefix else "" for sample in samples]
     ours = [prefix + sample.text for prefix, sample in zip(prefixes, samples, strict=True)]
     golds = [prefix + (sample.gold or "") for prefix, sample in zip(prefixes, samples, strict=True)]
     human, cut_human = features.read([text for text in golds if text], track)
     machine, cut_machine = features.read([text for text in ours if text], track)
     library: Any = importlib.import_module("mauve")
-    found = library.compute_mauve(p_features=human, q_features=machine)
-    return Estimate(float(found.mauve), None, len(machine), len(ours) - len(machine), cut_human + cut_machine)
+    score = float(library.compute_mauve(p_features=human, q_features=machine).mauve)
+    return Estimate(score, None, len(machine), len(ours) - len(machine), cut_human + cut_machine)

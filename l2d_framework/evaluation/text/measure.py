@@ -5,7 +5,7 @@ Source: Tae et al. 2025, "TESS 2", and its published evaluation code.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from l2d_framework.errors import DataError
@@ -46,54 +46,36 @@ DEFINITIONS = {
 """For each metric, what is measured as the authors do and as we recommend."""
 
 
-def _no_progress(batches: Sequence[int], title: str) -> Iterable[int]:
-    return batches
-
-
 def evaluate_texts(
     samples: Sequence[Sample],
     *,
     tokenizer: Any = None,
     judge: Judge | None = None,
     features: Features | None = None,
-    track: Track = _no_progress,
+    track: Track = lambda batches, title: batches,
 ) -> dict[str, Any]:
-    """Metrics of generated texts.
-
-    Args:
-        samples: the texts.
-        tokenizer: of the generator, for entropy and, instead of white-space words, Zipf's law and repetition.
-        judge: for perplexity.
-        features: for MAUVE.
-        track: shows the progress.
-
-    Returns:
-        JSON-ready: number of `samples` and of `empty_texts`, `settings`, and `metrics`: by name and by `authors` or
-        `corrected`, the value, its standard error over samples, the number of samples, how many were left out and, of
-        those that models read, how many were cut.
-
-    Raises:
-        DataError: if there is no sample, or MAUVE is asked for without golds.
-    """
+    """Metrics, JSON-ready; the generator's tokenizer serves entropy and, for words, Zipf's law and repetition."""
     if not samples:
         raise DataError("There is no text to measure. Give at least one sample.")
     if features is not None:
         check_installed()
         check_golds(samples, "the samples")
-    settings: dict[str, Any] = {"tokens": "words" if tokenizer is None else _name(tokenizer)}
-    found: dict[str, dict[str, Estimate]] = {}
+    settings: dict[str, Any] = {
+        "tokens": "words" if tokenizer is None else str(tokenizer.name_or_path or type(tokenizer).__name__)
+    }
+    metrics: dict[str, dict[str, Estimate]] = {}
     if judge is not None:
-        settings["perplexity"], found["perplexity"] = _perplexity(samples, judge, track)
+        settings["perplexity"], metrics["perplexity"] = _perplexity(samples, judge, track)
     texts = [sample.text for sample in samples]
     for n in range(1, 5):
-        found[f"distinct_{n}"] = {
+        metrics[f"distinct_{n}"] = {
             AUTHORS: mean([diversity.distinct_per_word(text, n) for text in texts]),
             CORRECTED: mean([diversity.distinct_per_ngram(text, n) for text in texts]),
         }
-    found |= _of_tokens(texts, tokenizer)
+    metrics |= _of_tokens(texts, tokenizer)
     if features is not None:
         settings["mauve"] = {"features": features.source.name, "max_length": features.max_length}
-        found["mauve"] = {
+        metrics["mauve"] = {
             AUTHORS: mauve(samples, features, track, with_prefix=True),
             CORRECTED: mauve(samples, features, track, with_prefix=False),
         }
@@ -102,24 +84,24 @@ def evaluate_texts(
         "empty_texts": sum(not text.strip() for text in texts),
         "settings": settings,
         "metrics": {
-            name: {variant: estimate.to_json() for variant, estimate in found[name].items()}
+            name: {variant: estimate.to_json() for variant, estimate in metrics[name].items()}
             for name in DEFINITIONS
-            if name in found
+            if name in metrics
         },
     }
 
 
 def _perplexity(samples: Sequence[Sample], judge: Judge, track: Track) -> tuple[dict[str, Any], dict[str, Estimate]]:
-    found = judge.judge(samples, track)
+    judged = judge.judge(samples, track)
     settings = {
         "model": judge.source.name,
         "max_length": judge.max_length,
         "first_token": judge.source.tokenizer.convert_ids_to_tokens(judge.start),
-        "prefixes_merged_with_text": found.merged,
+        "prefixes_merged_with_text": judged.merged,
     }
     return settings, {
-        AUTHORS: mean(found.perplexities, truncated=found.truncated),
-        CORRECTED: exp_of_ratio(found.nll, found.tokens, truncated=found.truncated),
+        AUTHORS: mean(judged.perplexities, truncated=judged.truncated),
+        CORRECTED: exp_of_ratio(judged.nll, judged.tokens, truncated=judged.truncated),
     }
 
 
@@ -137,16 +119,11 @@ def _of_tokens(texts: Sequence[str], tokenizer: Any) -> dict[str, dict[str, Esti
                 CORRECTED: mean([diversity.entropy(tokens) for tokens in plain]),
             }
         }
-    exponent = diversity.zipf(plain)
+    exponent = diversity.zipf(plain)  # of all texts together
     return entropies | {
-        # One number for all texts together.
         "zipf": {AUTHORS: Estimate(None if exponent != exponent else exponent, None, len(texts))},
         "repetition": {
             AUTHORS: mean([float(diversity.ends_in_likeliest_loop(tokens)) for tokens in plain]),
             CORRECTED: mean([float(diversity.ends_in_loop(tokens)) for tokens in plain]),
         },
     }
-
-
-def _name(tokenizer: Any) -> str:
-    return str(tokenizer.name_or_path or type(tokenizer).__name__)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,6 @@ _STYLES: dict[str, dict[str, Any]] = {
     AUTHORS: {"color": plots.BLUE, "label": "as the authors define it"},
     CORRECTED: {"color": plots.ORANGE, "hatch": "//", "label": "corrected"},
 }
-_ACROSS = 3
 
 
 def table(results: Results) -> list[tuple[str, ...]]:
@@ -25,20 +25,20 @@ def table(results: Results) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = [("metric", "definition", *results)]
     for metric, definitions in DEFINITIONS.items():
         for variant in definitions:
-            found = [_estimate(result, metric, variant) for result in results.values()]
-            if any(found):
-                rows.append((metric, variant, *("-" if one is None else str(one) for one in found)))
+            numbers = [_estimate(result, metric, variant) for result in results.values()]
+            if any(numbers):
+                rows.append((metric, variant, *(str(one or "-") for one in numbers)))
     return rows
 
 
 def notes(results: Results) -> list[str]:
     """What the numbers do not cover: samples left out, texts cut short, prefixes read otherwise."""
-    found = []
+    said = []
     for name, result in results.items():
         if empty := result["empty_texts"]:
-            found.append(f"{name}: {empty:,} of {result['samples']:,} texts are empty.")
+            said.append(f"{name}: {empty:,} of {result['samples']:,} texts are empty.")
         if merged := result["settings"].get("perplexity", {}).get("prefixes_merged_with_text"):
-            found.append(
+            said.append(
                 f"{name}, perplexity: {merged:,} prefixes end in other tokens when the text follows, so that their "
                 "difference of NLL is not exactly that of the text."
             )
@@ -49,10 +49,10 @@ def notes(results: Results) -> list[str]:
                     left_out.setdefault(numbers["left_out"], []).append(f"{metric} ({variant})")
                 if cut := numbers.get("truncated"):
                     longest = result["settings"][metric]["max_length"]
-                    found.append(f"{name}, {metric} ({variant}): {cut:,} texts were cut to {longest:,} tokens.")
+                    said.append(f"{name}, {metric} ({variant}): {cut:,} texts were cut to {longest:,} tokens.")
         for count, where in left_out.items():
-            found.append(f"{name}: {count:,} samples do not define and are left out of {', '.join(where)}.")
-    return found
+            said.append(f"{name}: {count:,} samples do not define and are left out of {', '.join(where)}.")
+    return said
 
 
 def markdown(results: Results, *, picture: str | None) -> str:
@@ -90,7 +90,7 @@ def markdown(results: Results, *, picture: str | None) -> str:
 def draw(results: Results, path: Path) -> None:
     """One panel of bars per metric; needs matplotlib, the extra `plots`."""
     metrics = [metric for metric in DEFINITIONS if any(metric in result["metrics"] for result in results.values())]
-    panels = plots.panels(len(metrics), _ACROSS, (4.2, 2.8), below=0.5)
+    panels = plots.panels(len(metrics), 3, (4.2, 2.8), below=0.5)
     for axes, metric in zip(panels, metrics, strict=True):
         _draw_panel(axes, results, metric)
     figure: Any = panels[0].figure
@@ -101,15 +101,12 @@ def draw(results: Results, path: Path) -> None:
 def _draw_panel(axes: Any, results: Results, metric: str) -> None:
     width = 0.8 / len(DEFINITIONS[metric])
     for index, variant in enumerate(DEFINITIONS[metric]):
-        found = [_estimate(result, metric, variant) for result in results.values()]
+        numbers = [_estimate(result, metric, variant) for result in results.values()]
+        known = {place: one for place, one in enumerate(numbers) if one and one.value is not None}
         shift = (index - (len(DEFINITIONS[metric]) - 1) / 2) * width
-        places = [i + shift for i, one in enumerate(found) if one and one.value is not None]
-        known = [one for one in found if one and one.value is not None]
-        errors = [float("nan") if one.standard_error is None else one.standard_error for one in known]
-        heights = [one.value for one in known]
-        axes.bar(
-            places, heights, width, yerr=errors, capsize=3, edgecolor="white", ecolor="#333333", **_STYLES[variant]
-        )
+        errors = [math.nan if one.standard_error is None else one.standard_error for one in known.values()]
+        style = {"yerr": errors, "capsize": 3, "edgecolor": "white", "ecolor": "#333333", **_STYLES[variant]}
+        axes.bar([place + shift for place in known], [one.value for one in known.values()], width, **style)
     axes.set_title(metric, fontsize=10)
     axes.set_xticks(range(len(results)), list(results), rotation=0 if len(results) < 4 else 30, fontsize=8)
     axes.set_xlim(-0.6, len(results) - 0.4)

@@ -14,28 +14,16 @@ from l2d_framework.lines import read_objects
 
 @dataclass(frozen=True)
 class Sample:
-    """A generated text.
+    """A generated text."""
 
-    Attributes:
-        prefix: what it continues; "" for nothing.
-        text: what was generated, without the prefix.
-        gold: what a human wrote in its place, without the prefix.
-    """
-
-    prefix: str
+    prefix: str  # what it continues; "" for nothing
     text: str
-    gold: str | None = None
+    gold: str | None = None  # what a human wrote in its place
 
 
 @dataclass(frozen=True)
 class Columns:
-    """Names of the columns of a file.
-
-    Attributes:
-        prefix: column of the prefix.
-        text: column of the generated text.
-        gold: column of the text a human wrote.
-    """
+    """Names of the columns of a file."""
 
     prefix: str = "prefix"
     text: str = "text"
@@ -43,21 +31,7 @@ class Columns:
 
 
 def read_samples(file: Path, columns: Columns, *, golds: Sequence[str] | None = None) -> list[Sample]:
-    """Samples of a JSONL file, written by `l2d generate --output` or with columns of its own.
-
-    A prompt that is a conversation becomes its contents, one a line.
-
-    Args:
-        file: JSONL with `prompt` and `answers`, or with the columns.
-        columns: names of the columns.
-        golds: what humans wrote, one per row of the file; the file's column when None.
-
-    Returns:
-        One sample per generated text, in order.
-
-    Raises:
-        DataError: if the file cannot be read, lacks a column, or holds only empty texts.
-    """
+    """Samples of a JSONL file of `l2d generate --output`, conversations as one line a turn, or with other columns."""
     rows = _read_rows(file)
     if golds is not None and len(golds) != len(rows):
         raise DataError(
@@ -91,26 +65,28 @@ def _read_rows(file: Path) -> list[dict[str, Any]]:
 
 
 def _string(row: dict[str, Any], column: str, where: str) -> str:
-    found = _optional_string(row, column, where)
-    if found is None:
+    text = _optional_string(row, column, where)
+    if text is None:
         raise DataError(
             f"{where} has no column {column!r}{suggest(column, row) or '.'} It has {list(row)}. Name the columns with "
             '--prefix-column, --text-column and --gold-column; a text without a prefix has the prefix "".'
         )
-    return found
+    return text
 
 
 def _optional_string(row: dict[str, Any], column: str, where: str) -> str | None:
-    found = row.get(column)
-    if found is not None and not isinstance(found, str):
-        raise DataError(f"{where} has {column!r} of type {type(found).__name__}, not text: {str(found)[:80]}.")
-    return found if found is None else _whole(found, where)
+    text = row.get(column)
+    if text is not None and not isinstance(text, str):
+        raise DataError(f"{where} has {column!r} of type {type(text).__name__}, not text: {str(text)[:80]}.")
+    return text if text is None else _whole(text, where)
 
 
 def _prompt(row: dict[str, Any], where: str) -> str:
     prompt = row.get("prompt")
     try:
-        return _whole(prompt if isinstance(prompt, str) else _contents(prompt), where)
+        if not isinstance(prompt, str):
+            prompt = "".join(f"{message['content']}\n" for message in prompt or ())
+        return _whole(prompt, where)
     except (TypeError, KeyError) as error:
         raise DataError(f"{where} has a `prompt` that is neither text nor messages: {str(prompt)[:80]}.") from error
 
@@ -123,10 +99,6 @@ def _answers(answers: Any, where: str) -> list[str]:
     if not texts or not all(isinstance(text, str) for text in texts):
         raise DataError(f"{where} has no text among its `answers`: {str(answers)[:80]}.")
     return [_whole(text, where) for text in texts]
-
-
-def _contents(messages: Any) -> str:
-    return "".join(f"{message['content']}\n" for message in messages or ())
 
 
 def _whole(text: str, where: str) -> str:

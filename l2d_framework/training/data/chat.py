@@ -28,16 +28,7 @@ _STRETCHES: dict[Turns, Callable[[int], Spans]] = {
 
 
 def split_turns(messages: Messages, turns: Turns) -> list[Messages]:
-    """Conversations to learn from one conversation, of which each ends in the answer to learn.
-
-    Args:
-        messages: turns with `role` and `content`; an exchange ends with each assistant's turn.
-        turns: `first` exchange only; `pairs`: each exchange alone; `accumulated`: each with all before it; `sliding`:
-            every stretch of neighbouring exchanges, in the order of its first; `all`: the conversation as it is.
-
-    Returns:
-        The conversations, each with the system messages that opened the whole one.
-    """
+    """Conversations to learn from one, each ending in the answer to learn, with the system messages that opened it."""
     ends = [i + 1 for i, turn in enumerate(messages) if turn["role"] == "assistant"]
     if turns not in _STRETCHES or not ends:
         return [messages]
@@ -63,13 +54,7 @@ def resolve_template(chosen: str | None, tokenizer: PreTrainedTokenizerBase) -> 
 
 @dataclass(frozen=True)
 class ChatEncoder:
-    """Turns conversations into tokens with one template.
-
-    Attributes:
-        tokenizer: the language model's tokenizer.
-        template: jinja source.
-        special_ids: tokens that never occur inside a text, among them the ends of turns.
-    """
+    """Turns conversations into tokens with one template; `special_ids` never occur inside a text."""
 
     tokenizer: PreTrainedTokenizerBase
     template: str
@@ -86,17 +71,10 @@ class ChatEncoder:
         return render(self.template, messages, variables, add_generation_prompt=add_generation_prompt)[0]
 
     def encode(self, messages: Messages, *, last_only: bool = False) -> tuple[list[int], list[bool]]:
-        """Tokens of a conversation up to the end of its last answer, and which of them are answers.
+        """Tokens of a conversation up to the end of its last answer, and which of them are answers; empty without one.
 
         The end of an answer's turn belongs to it. Answers are found by the template's generation markers, or else by
-        rendering the turns before each answer.
-
-        Args:
-            messages: turns with `role` and `content`.
-            last_only: count no answer but the last one.
-
-        Returns:
-            Token ids and, for each, whether it is part of an answer; empty when there is no answer.
+        rendering the turns before each answer. `last_only` counts no answer but the last one.
         """
         wanted = slice(-1 if last_only else None, None)
         if _GENERATION.search(self.template):

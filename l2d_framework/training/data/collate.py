@@ -18,26 +18,16 @@ IGNORED = -100
 
 @dataclass(frozen=True)
 class Collator:
-    """Pads rows on the right and numbers the blocks to denoise.
-
-    `blocks` alone says what is denoised, `labels` alone what is counted in the loss.
-
-    Attributes:
-        pad_id: token that fills the padding.
-        block_size: tokens per denoised block, or None for one block of all supervised tokens.
-        pad_to_multiple_of: round the length of a batch up to a multiple of this many tokens.
-        padding: "none" to leave padding out of everything; "target" to fill rows up to `max_length` with
-            padding that is denoised in blocks like the answer and counted; "context" for the same without counting.
-        max_length: tokens of a row with its padding; needed by "target" and "context".
-        masker: decides what is supervised in the rows' stead, or None.
-    """
+    """Pads rows on the right and numbers the blocks to denoise; `labels` alone says what is counted in the loss."""
 
     pad_id: int
     block_size: int | None = 1
     pad_to_multiple_of: int = 1
     padding: Literal["none", "target", "context"] = "none"
+    """What rows are filled up with to `max_length`: nothing; padding that is denoised and counted, or not counted."""
     max_length: int | None = None
     masker: Masker | None = None
+    """Decides what is supervised in the rows' stead."""
 
     def __post_init__(self) -> None:
         if self._fills and self.max_length is None:
@@ -48,14 +38,10 @@ class Collator:
                 raise ConfigError(f"{name} must be at least 1; got {value}.")
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        """Tensors of one batch.
+        """Tensors of one batch, all int64.
 
-        Args:
-            rows: rows of `PreparedData`.
-
-        Returns:
-            All int64: `input_ids`, `blocks` (-1 absent, 0 known, k >= 1 denoised k-th) and `labels` (-100 where
-            nothing is counted), each (B, S); `length` without padding, `class_id` and `index`, each (B,).
+        `input_ids`, `blocks` (-1 absent, 0 known, k >= 1 denoised k-th) and `labels` (-100 where nothing is counted),
+        (B, S); `length` without padding, `class_id`, `index` and, if rows have one, `epoch`, (B,).
         """
         longest = max(len(row["input_ids"]) for row in rows)
         if self._fills:
@@ -72,13 +58,13 @@ class Collator:
         counted = supervised | (blocks < 0) if self.padding == "target" else supervised
         denoised = supervised | (blocks < 0) if self._fills else supervised
         blocks = torch.where(denoised, number_blocks(denoised, self.block_size), blocks)
+        numbers = ("class_id", "index", *(["epoch"] if "epoch" in rows[0] else []))
         return {
             "input_ids": ids,
             "blocks": blocks,
             "labels": ids.masked_fill(~counted, IGNORED),
             "length": torch.tensor([len(row["input_ids"]) for row in rows]),
-            "class_id": torch.tensor([int(row["class_id"]) for row in rows]),
-            "index": torch.tensor([int(row["index"]) for row in rows]),
+            **{name: torch.tensor([int(row[name]) for row in rows]) for name in numbers},
         }
 
     @property
@@ -87,16 +73,10 @@ class Collator:
 
 
 def number_blocks(supervised: Tensor, block_size: int | None) -> Tensor:
-    """Number the blocks along each row.
+    """Number the blocks along each row: 1, 2, ... where supervised, else 0, (B, S), int64.
 
-    Every run of neighbouring supervised tokens is cut into blocks of `block_size`; its last one may be shorter.
-
-    Args:
-        supervised: True where a token is to be denoised, (B, S), bool.
-        block_size: tokens per block, or None for one block of all of them.
-
-    Returns:
-        1, 2, ... where supervised, else 0, (B, S), int64.
+    Every run of neighbouring supervised tokens is cut into blocks of `block_size`; its last one may be shorter. None
+    stands for one block of all of them.
     """
     if block_size is None:
         return supervised.long()

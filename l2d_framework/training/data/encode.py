@@ -6,17 +6,15 @@ import hashlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import Any, Literal, Self
 
 from transformers import PreTrainedTokenizerBase
 
+from l2d_framework.config import DataSection
 from l2d_framework.errors import DataError, shown
 from l2d_framework.generation import chat_template, prompts
 from l2d_framework.generation.chat_template import Messages, check_conversation, check_text
 from l2d_framework.training.data import chat
-
-if TYPE_CHECKING:
-    from l2d_framework.config import DataSection
 
 Format = Literal["messages", "prompt_completion", "text"]
 Field = Literal["messages", "prompt", "completion", "text"]
@@ -39,48 +37,35 @@ class NothingSupervisedError(DataError):
 
 @dataclass(frozen=True)
 class Columns:
-    """Where a row keeps what.
-
-    Attributes:
-        format: how to read a row.
-        names: column of each field of that format.
-        class_column: column of the class label, or None.
-        class_names: names of the labels where that column stores numbers, else None.
-        class_name: class of every row, or None.
-    """
+    """Where a row keeps what."""
 
     format: Format
     names: dict[str, str]
+    """Column of each field of that format."""
     class_column: str | None = None
     class_names: tuple[str, ...] | None = None
+    """Names of the labels where that column stores numbers."""
     class_name: str | None = None
+    """Class of every row."""
 
 
 @dataclass(frozen=True)
 class Encoding:
-    """How rows become tokens.
-
-    Attributes:
-        tokenizer: the language model's tokenizer.
-        front: tokens that this tokenizer puts at the start of every sequence.
-        max_length: longest example in tokens; the rest is cut off. None for no limit.
-        everything: whether prompts are supervised, too.
-        turns: which conversations are made of one.
-        chat: encoder of conversations; None if there are none.
-        classes: names of the classes; a class is stored as its position here.
-        class_map: class name of a label, where the two differ.
-        code: digest of the code that encodes, so that no cache outlives it.
-    """
+    """How rows become tokens."""
 
     tokenizer: PreTrainedTokenizerBase
     front: tuple[int, ...]
+    """Tokens that this tokenizer puts at the start of every sequence."""
     max_length: int | None
-    everything: bool = False
-    turns: chat.Turns = "all"
-    chat: chat.ChatEncoder | None = None
-    classes: tuple[str, ...] = ()
-    class_map: tuple[tuple[str, str], ...] = ()
+    everything: bool
+    """Whether prompts are supervised, too."""
+    turns: chat.Turns
+    chat: chat.ChatEncoder | None
+    classes: tuple[str, ...]
+    """A class is stored as its position here."""
+    class_map: tuple[tuple[str, str], ...]
     code: str = _CODE
+    """So that no cache outlives the code that encodes."""
 
     @classmethod
     def of(
@@ -90,6 +75,9 @@ class Encoding:
         strangers = sorted(set(section.class_map.values()) - set(classes))
         if strangers:
             raise DataError(f"data.class_map leads to {strangers}, but the classes of this run are {classes}.")
+        encoder = None
+        if has_chat:
+            encoder = chat.ChatEncoder.of(tokenizer, chat.resolve_template(section.chat_template, tokenizer))
         return cls(
             tokenizer,
             front=tuple(prompts.opening(tokenizer)),
@@ -97,22 +85,20 @@ class Encoding:
             max_length=None if section.pack else section.max_length,
             everything=section.supervise == "all",
             turns=section.turns,
-            chat=chat.ChatEncoder.of(tokenizer, chat.resolve_template(section.chat_template, tokenizer))
-            if has_chat
-            else None,
+            chat=encoder,
             classes=tuple(classes),
             class_map=tuple(section.class_map.items()),
         )
 
     def ends(self, formats: Iterable[Format]) -> tuple[int, ...]:
         """Tokens that answers end with: the ends of turns for conversations, the end-of-text token for texts."""
-        found: list[int | None] = []
+        ends: list[int | None] = []
         for each in formats:
             if each == "messages" and self.chat is not None:
-                found += [prompts.turn_end(self.tokenizer, self.chat.template), self.chat.last_token()]
+                ends += [prompts.turn_end(self.tokenizer, self.chat.template), self.chat.last_token()]
             else:
-                found.append(self.tokenizer.eos_token_id)
-        return tuple(dict.fromkeys(token for token in found if token is not None))
+                ends.append(self.tokenizer.eos_token_id)
+        return tuple(dict.fromkeys(token for token in ends if token is not None))
 
 
 def split_example(row: Mapping[str, Any], columns: Columns, encoding: Encoding) -> list[Mapping[str, Any]]:
@@ -124,23 +110,9 @@ def split_example(row: Mapping[str, Any], columns: Columns, encoding: Encoding) 
 
 
 def encode_example(row: Mapping[str, Any], columns: Columns, encoding: Encoding) -> dict[str, Any]:
-    """Tokens of a row, which of them are supervised, and its class.
-
-    The first token is never supervised, since nothing before it could predict it.
-
-    Args:
-        row: one row of a data source.
-        columns: where it keeps what.
-        encoding: how it becomes tokens.
-
-    Returns:
-        `input_ids` (list of int), `supervised` (list of bool, as long) and `class_id` (int, -1 for none).
-
-    Raises:
-        DataError: if a value cannot be used, or all of a conversation is supervised though only answers should be.
-        NothingSupervisedError: if no token is left to learn from.
-    """
+    """`input_ids` of a row, which of them are `supervised`, and its `class_id`, -1 for none."""
     ids, supervised = _READERS[columns.format](row, columns, encoding)
+    # The first token is never supervised, since nothing before it could predict it.
     kept = [False, *supervised[1 : encoding.max_length]]
     if not any(kept):
         raise NothingSupervisedError(
@@ -185,17 +157,17 @@ def _messages(row: Mapping[str, Any], columns: Columns) -> Messages:
 
 
 def _read_prompt_completion(row: Mapping[str, Any], columns: Columns, encoding: Encoding) -> Tokens:
-    prompt = _started(_text(row, columns.names["prompt"]), encoding)
-    completion = _text(row, columns.names["completion"])
+    prompt, completion = (_text(row, columns.names[field]) for field in ("prompt", "completion"))
+    asked = prompts.encode_text(encoding.tokenizer, prompt, front=encoding.front)
     if not completion.strip():
-        return prompt, [False] * len(prompt)
-    answer = _ended(_plain(completion, encoding), encoding)
-    return prompt + answer, [encoding.everything] * len(prompt) + [True] * len(answer)
+        return asked, [False] * len(asked)
+    answer = _ended(encoding.tokenizer(completion, add_special_tokens=False)["input_ids"], encoding)
+    return asked + answer, [encoding.everything] * len(asked) + [True] * len(answer)
 
 
 def _read_text(row: Mapping[str, Any], columns: Columns, encoding: Encoding) -> Tokens:
     text = _text(row, columns.names["text"])
-    ids = _ended(_started(text, encoding), encoding)
+    ids = _ended(prompts.encode_text(encoding.tokenizer, text, front=encoding.front), encoding)
     return ids, [bool(text.strip())] * len(ids)
 
 
@@ -212,15 +184,6 @@ def _text(row: Mapping[str, Any], column: str) -> str:
         raise DataError(f"column {column!r} holds {shown(value)}, not a text.")
     # Readers of plain text, packed or on the Hub, take the byte-order mark of a file for a part of its first line.
     return check_text(value.removeprefix("\ufeff"))
-
-
-def _plain(text: str, encoding: Encoding) -> list[int]:
-    ids: list[int] = encoding.tokenizer(text, add_special_tokens=False)["input_ids"]
-    return ids
-
-
-def _started(text: str, encoding: Encoding) -> list[int]:
-    return prompts.encode_text(encoding.tokenizer, text, front=encoding.front)
 
 
 def _ended(ids: list[int], encoding: Encoding) -> list[int]:

@@ -5,7 +5,7 @@ Source: UL2, arXiv:2205.05131; as drawn by TESS 2, arXiv:2502.13917, section 3.2
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -21,20 +21,11 @@ Objective = Literal["t5", "aggressive_t5", "prefix"]
 def span_mask(
     length: int, ratio: float, mean_span: int, random: np.random.Generator, *, exact_lengths: bool = False
 ) -> Mask:
-    """Mask spans of random lengths at random places.
+    """Mask spans of random lengths at random places; True where masked, (length,).
 
     floor(length * ratio) tokens are masked, in floor(masked / mean_span) spans. Masked and visible tokens are each
-    split into as many random pieces, which alternate: the first token is visible, the last one masked.
-
-    Args:
-        length: tokens of the text, at least 2.
-        ratio: share of them to mask, in (0, 1).
-        mean_span: mean length of a span, in tokens.
-        random: source of the lengths.
-        exact_lengths: give every span `mean_span` tokens and the last one the remainder, too, instead of random ones.
-
-    Returns:
-        True where masked, (length,).
+    split into as many random pieces, which alternate: the first token is visible, the last one masked. With
+    `exact_lengths` spans have `mean_span` tokens and the last one the remainder, too.
     """
     masked = min(max(int(length * ratio), 1), length - 1)
     visible = length - masked
@@ -55,33 +46,17 @@ def _split(count: int, pieces: int, random: np.random.Generator) -> npt.NDArray[
 
 
 def prefix_mask(length: int, random: np.random.Generator | None) -> Mask:
-    """Mask everything after a prefix of at most half the text.
+    """Mask everything after a prefix of at most half the text, never the first token, always the last.
 
-    Args:
-        length: tokens of the text, at least 2.
-        random: source of the prefix's length, uniform; None for the longest one, on which models are evaluated.
-
-    Returns:
-        True where masked, (length,); the first token never is, the last one always.
+    The prefix's length is uniform; without `random` the longest one, on which models are evaluated. True where masked.
     """
     half = (length - 1) // 2
     prefix = half if random is None else int(random.integers(1, max(half, 2)))
     return np.arange(length) > min(prefix, length - 2)
 
 
-def _spans(ratio: float, means: tuple[int, ...]) -> Callable[[int, np.random.Generator, bool], Mask]:
-    def draw(length: int, random: np.random.Generator, exact_lengths: bool) -> Mask:
-        mean = means[random.integers(len(means))]
-        return span_mask(length, ratio, mean, random, exact_lengths=exact_lengths)
-
-    return draw
-
-
-_OBJECTIVES: dict[Objective, Callable[[int, np.random.Generator, bool], Mask]] = {
-    "t5": _spans(0.15, (8, 3)),
-    "aggressive_t5": _spans(0.5, (8, 3, 48)),
-    "prefix": lambda length, random, exact_lengths: prefix_mask(length, random),
-}
+_SPANS: dict[Objective, tuple[float, tuple[int, ...]]] = {"t5": (0.15, (8, 3)), "aggressive_t5": (0.5, (8, 3, 48))}
+"""Share to mask and mean lengths of spans; of all other objectives a prefix is seen."""
 
 
 @dataclass(frozen=True)
@@ -89,12 +64,6 @@ class Masker:
     """Masks of a whole run: one objective per update, one mask per example and epoch.
 
     What an example gets depends on the seed and on its place in the run only, not on processes or micro-batches.
-
-    Attributes:
-        objectives: what updates choose from, with equal probabilities.
-        batch_size: examples per update over all processes.
-        seed: of the objectives and the masks.
-        exact_lengths: whether spans have exactly their mean length.
     """
 
     objectives: tuple[Objective, ...]
@@ -112,4 +81,9 @@ class Masker:
         if "ordinal" not in row:
             return prefix_mask(length, None)
         random = keyed_generator(self.seed, row["epoch"], row["index"], "mask")
-        return _OBJECTIVES[self.objective(row["ordinal"] // self.batch_size)](length, random, self.exact_lengths)
+        objective = self.objective(row["ordinal"] // self.batch_size)
+        if objective not in _SPANS:
+            return prefix_mask(length, random)
+        ratio, means = _SPANS[objective]
+        mean = means[random.integers(len(means))]
+        return span_mask(length, ratio, mean, random, exact_lengths=self.exact_lengths)

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import datasets
 import numpy as np
 from datasets.fingerprint import Hasher
 from transformers import PreTrainedTokenizerBase
 
+from l2d_framework.config import DataSection
 from l2d_framework.errors import DataError
 from l2d_framework.training.data.encode import (
     Columns,
@@ -24,11 +26,6 @@ from l2d_framework.training.data.encode import (
     split_example,
 )
 from l2d_framework.training.data.sources import Opened, describe, load_sources, open_first
-
-if TYPE_CHECKING:
-    from l2d_framework.config import DataSection
-
-__all__ = ["PreparedData", "check_first_rows", "load_sources", "prepare"]
 
 _ENCODED = datasets.Features(
     {
@@ -49,40 +46,21 @@ class PreparedData:
 
     Rows hold `input_ids`, `supervised`, `class_id` and `index`, the row's number in data order: unique, and the same
     whatever the shuffling, the sharding or the point of resumption.
-
-    Attributes:
-        train: a `Dataset`, or an `IterableDataset` when streaming.
-        eval: likewise, or None.
-        card: facts about sources, splits and sizes that JSON can hold.
-        ends: tokens that answers end with.
     """
 
     train: Any
+    """A `Dataset`, or an `IterableDataset` when streaming; so is `eval`."""
     eval: Any | None
     card: dict[str, Any]
-    ends: tuple[int, ...] = ()
+    order_seed: int
+    ends: tuple[int, ...]
+    """Tokens that answers end with."""
 
 
 def prepare(
     section: DataSection, tokenizer: PreTrainedTokenizerBase, *, classes: Sequence[str] = (), seed: int = 0
 ) -> PreparedData:
-    """Open, encode, mix and number the data of a run.
-
-    Sources of equal weight contribute each row once. Otherwise rows are drawn with probabilities proportional to the
-    weights until every source is exhausted, which repeats rows of the others.
-
-    Args:
-        section: the `data` section of the run file.
-        tokenizer: the language model's tokenizer.
-        classes: names of the run's classes; a class is stored as its position here.
-        seed: decides the held-out rows; also the mixture and the shuffling of streams, unless `shuffle_seed` is set.
-
-    Returns:
-        The data.
-
-    Raises:
-        DataError: if a source, a column or an example cannot be used.
-    """
+    """Open, encode, mix and number the data of a run; `seed` decides the held-out rows."""
     opened = {which: load_sources(section, which) for which in ("train", "eval")}
     everything = [*opened["train"], *opened["eval"]]
     _check(section, everything, classes)
@@ -91,9 +69,11 @@ def prepare(
     train = [_encode(one, section, encoding) for one in opened["train"]]
     held_out = [_encode(one, section, encoding) for one in opened["eval"]]
     if section.eval_fraction and not held_out:
-        part = partial(_held_out, seed=seed, fraction=section.eval_fraction)
-        held_out = [data.filter(part, input_columns=["input_ids"]) for data in train]
-        train = [data.filter(partial(_kept, part=part), input_columns=["input_ids"]) for data in train]
+        part = partial(_is_in_part, seed=seed, fraction=section.eval_fraction)
+        held_out, train = (
+            [data.filter(partial(part, held_out=which), input_columns=["input_ids"]) for data in train]
+            for which in (True, False)
+        )
     order_seed = seed if section.shuffle_seed is None else section.shuffle_seed
     weights = [one.source.weight for one in opened["train"]]
     splits = {"train": _finish(_mix(train, weights, order_seed), section)}
@@ -115,19 +95,19 @@ def prepare(
         "turns": section.turns,
     }
     ends = encoding.ends(one.columns.format for one in opened["train"])
-    return PreparedData(splits["train"], splits.get("eval"), card, ends)
+    return PreparedData(splits["train"], splits.get("eval"), card, order_seed, ends)
 
 
 def check_first_rows(
     section: DataSection, tokenizer: PreTrainedTokenizerBase | None, *, classes: Sequence[str] = ()
 ) -> list[str]:
     """Encode the first 200 rows of each source, as training will; says what a user should know of them."""
-    notes = []
-    found = [(source, open_first(source)) for source in (*section.train, *section.eval)]
-    notes += [
-        f"{describe(source)} cannot be reached now; its rows are not checked." for source, one in found if not one
-    ]
-    opened = [one for _, one in found if one]
+    notes, opened = [], []
+    for source in (*section.train, *section.eval):
+        if one := open_first(source):
+            opened.append(one)
+        else:
+            notes.append(f"{describe(source)} cannot be reached now; its rows are not checked.")
     _check(section, opened, classes)
     if tokenizer is None:
         return notes
@@ -175,14 +155,6 @@ def _check(section: DataSection, opened: list[Opened], classes: Sequence[str]) -
             )
 
 
-@dataclass
-class _Tally:
-    """Rows of a stream so far, in this process."""
-
-    seen: int = 0
-    dropped: int = 0
-
-
 @dataclass(frozen=True)
 class _Encoder:
     """Encodes batches of rows; a class, so that `datasets` caches by its fields.
@@ -196,7 +168,8 @@ class _Encoder:
     where: str
     share: float
     streams: bool
-    tally: _Tally = field(default_factory=_Tally)
+    tally: Counter[str] = field(default_factory=Counter)
+    """Rows of a stream so far, in this process, that were `seen` and `dropped`."""
 
     @classmethod
     def of(cls, opened: Opened, section: DataSection, encoding: Encoding, *, streams: bool = False) -> _Encoder:
@@ -227,12 +200,13 @@ class _Encoder:
                 yield {"input_ids": [], "supervised": [], "class_id": index}
 
     def _passes_over(self, row: dict[str, Any], example: dict[str, Any]) -> bool:
-        self.tally.seen += 1
+        self.tally["seen"] += 1
         if row["input_ids"]:
             return False
-        self.tally.dropped += 1
-        text = self.tolerate(self.tally.dropped, self.tally.seen, row["class_id"], example)
-        if str(self.tally.dropped).strip("0") == "1":
+        self.tally["dropped"] += 1
+        dropped = self.tally["dropped"]
+        text = self.tolerate(dropped, self.tally["seen"], row["class_id"], example)
+        if str(dropped).strip("0") == "1":
             _LOGGER.warning("%s so far.", text)
         return True
 
@@ -288,15 +262,14 @@ def _is_empty(data: Any) -> Any:
     return np.concatenate(lengths) == 0 if lengths else np.ones(0, np.bool_)
 
 
-def _held_out(ids: Sequence[int], seed: int, fraction: float) -> bool:
-    # Decided by content, so that equal examples never stand on both sides and new rows move no old ones.
-    key = seed.to_bytes(8, "little", signed=True)
-    digest = hashlib.blake2b(np.asarray(ids, np.int64).tobytes(), digest_size=8, key=key).digest()
+def is_held_out(content: bytes, seed: int, fraction: float) -> bool:
+    """Whether to hold data out: decided by content, so that equal data are on one side and new ones move no others."""
+    digest = hashlib.blake2b(content, digest_size=8, key=seed.to_bytes(8, "little")).digest()
     return int.from_bytes(digest, "little") < fraction * 2**64
 
 
-def _kept(ids: Sequence[int], part: partial[bool]) -> bool:
-    return not part(ids)
+def _is_in_part(ids: Sequence[int], seed: int, fraction: float, held_out: bool) -> bool:
+    return is_held_out(np.asarray(ids, np.int64).tobytes(), seed, fraction) == held_out
 
 
 def _mix(parts: list[Any], weights: list[float], seed: int) -> Any:
@@ -306,21 +279,17 @@ def _mix(parts: list[Any], weights: list[float], seed: int) -> Any:
         if all(isinstance(part, datasets.Dataset) for part in parts):
             return datasets.concatenate_datasets(parts)
         return datasets.interleave_datasets(parts, stopping_strategy="all_exhausted_without_replacement")
-    probabilities = [weight / sum(weights) for weight in weights]
-    return datasets.interleave_datasets(
-        parts, probabilities=probabilities, seed=seed, stopping_strategy="all_exhausted"
-    )
+    # Until every source is exhausted, which repeats rows of the others.
+    chances = [weight / sum(weights) for weight in weights]
+    return datasets.interleave_datasets(parts, probabilities=chances, seed=seed, stopping_strategy="all_exhausted")
 
 
 def _finish(data: Any, section: DataSection) -> Any:
     length = section.max_length if section.pack else None
     if isinstance(data, datasets.Dataset):
         if length is not None and len(data):
-            fingerprint = Hasher.hash([data._fingerprint, _packed, length])
-            options = {"rows": data, "length": length}
-            data = datasets.Dataset.from_generator(
-                _packed, features=_ENCODED, gen_kwargs=options, fingerprint=fingerprint
-            )
+            known = {"fingerprint": Hasher.hash([data._fingerprint, _packed, length]), "features": _ENCODED}
+            data = datasets.Dataset.from_generator(_packed, gen_kwargs={"rows": data, "length": length}, **known)
         return data.add_column("index", np.arange(len(data)))
     # One shard, so that numbers stay unique when processes and workers share the stream.
     options = {"stream": data, "length": length}

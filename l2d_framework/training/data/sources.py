@@ -12,57 +12,35 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import datasets
 from huggingface_hub import constants as hub
 
+from l2d_framework.config import DataSection, DataSource, RowSource
 from l2d_framework.errors import DataError, suggest
-from l2d_framework.lines import COMPRESSIONS
+from l2d_framework.lines import COMPRESSIONS, read_lines, read_objects
 from l2d_framework.training.data.encode import FIELDS, Columns, Format
-from l2d_framework.training.data.json_lines import first_columns, json_lines
 
-if TYPE_CHECKING:
-    from l2d_framework.config import DataSection, DataSource, RowSource
-
-_LOADERS = {
-    ".json": "json",
-    ".jsonl": "json",
-    ".ndjson": "json",
-    ".parquet": "parquet",
-    ".txt": "text",
-    ".csv": "csv",
-    ".arrow": "arrow",
-}
+_LOADERS = dict.fromkeys((".json", ".jsonl", ".ndjson"), "json")
+_LOADERS |= {".parquet": "parquet", ".txt": "text", ".csv": "csv", ".arrow": "arrow"}
 _HASHED_ROWS = 1000
 _OTHER_SPLIT = re.compile(r"(?<![a-z])(test|testing|dev|val|valid|validation|eval|evaluation)(?![a-z])")
 
 
 @dataclass(frozen=True)
 class Opened:
-    """A data source whose rows can be read.
-
-    Attributes:
-        source: its entry in the run file.
-        data: its rows, a `Dataset` or, when streaming, an `IterableDataset`.
-        columns: where a row keeps what.
-        card: facts about it that JSON can hold.
-    """
+    """A data source whose rows, a `Dataset` or when streaming an `IterableDataset`, can be read."""
 
     source: DataSource
     data: Any
     columns: Columns
     card: dict[str, Any]
-
-
-_RECORDED = ("path", "name", "split", "revision", "limit", "exclude")
+    """Facts about it that JSON can hold."""
 
 
 def load_sources(section: DataSection, which: Literal["train", "eval"]) -> list[Opened]:
-    """Open the training or the evaluation sources of a run file.
-
-    A folder relative to the working directory comes before the Hub id of the same name.
-    """
+    """Open the training or the evaluation sources of a run file; a folder here comes before a Hub id of its name."""
     sources = section.train if which == "train" else section.eval
     return [_open(source, streaming=section.streaming) for source in sources]
 
@@ -77,13 +55,8 @@ def _open(source: DataSource, *, streaming: bool) -> Opened:
     columns = _columns(source, present, data.features)
     used = [*columns.names.values(), *([columns.class_column] if columns.class_column else [])]
     data, card = select_rows(source, data, files, used=used)
-    card |= {
-        "weight": source.weight,
-        "class_name": source.class_name,
-        "format": columns.format,
-        "columns": columns.names,
-    }
-    return Opened(source, data, columns, card)
+    card |= {"weight": source.weight, "class_name": source.class_name}
+    return Opened(source, data, columns, card | {"format": columns.format, "columns": columns.names})
 
 
 def open_first(source: DataSource) -> Opened | None:
@@ -118,6 +91,24 @@ def load_rows(source: RowSource, *, streaming: bool = False) -> tuple[Any, list[
         return data, list(next(iter(data))), files
 
 
+def first_columns(file: str) -> tuple[str, ...]:
+    """Columns of a file's first row; none if it holds one JSON value over several lines, or a list."""
+    _, line = next(read_lines(file))
+    try:
+        first = json.loads(line)
+    except ValueError:
+        return ()
+    return tuple(first) if isinstance(first, dict) else ()
+
+
+def json_lines(files: list[str], columns: tuple[str, ...]) -> Iterator[dict[str, Any]]:
+    """Rows of some files, one after the other, as values by column; None where a row lacks it."""
+    # `datasets` gives all files the types that it finds in the first rows, which the metadata of corpora contradict.
+    for file in files:
+        for _, row in read_objects(file):
+            yield {name: row.get(name) for name in columns}
+
+
 def select_rows(source: RowSource, data: Any, files: Sequence[str], *, used: list[str]) -> tuple[Any, dict[str, Any]]:
     """Rows that the source asks for, and facts about them."""
     streaming = isinstance(data, datasets.IterableDataset)
@@ -131,7 +122,7 @@ def select_rows(source: RowSource, data: Any, files: Sequence[str], *, used: lis
         whole = bool(files) and not streaming
         digest = {"sha256": _hash_files(files)} if whole else {"sha256_of_first_rows": _hash_rows(data, used)}
     card = {
-        **{key: getattr(source, key) for key in _RECORDED},
+        **{key: getattr(source, key) for key in ("path", "name", "split", "revision", "limit", "exclude")},
         "local": bool(files) or Path(source.path).expanduser().is_dir(),
         "fingerprint": None if streaming else data._fingerprint,
         **digest,

@@ -19,6 +19,7 @@ from l2d_framework.generation import prompts
 from l2d_framework.generation.chat_template import Messages, check_text
 from l2d_framework.generation.prompts import encode_text, opening, read_template
 from l2d_framework.training.data import chat
+from l2d_framework.training.data.prepare import is_held_out
 from l2d_framework.training.data.sources import describe, load_rows, require_columns, select_rows
 
 _FEATURES = datasets.Features(
@@ -35,13 +36,7 @@ _CODE = hashlib.sha256(Path(__file__).read_bytes() + Path(prompts.__file__).read
 
 @dataclass(frozen=True)
 class Pairs:
-    """What a reward model learns from; rows hold `chosen_ids` and `rejected_ids`, and `margin` where there is one.
-
-    Attributes:
-        train: a `Dataset`.
-        eval: likewise, or None.
-        card: facts about sources, splits and sizes that JSON can hold.
-    """
+    """What a reward model learns from; rows hold `chosen_ids` and `rejected_ids`, and `margin` where there is one."""
 
     train: Any
     eval: Any | None
@@ -50,21 +45,17 @@ class Pairs:
 
 @dataclass(frozen=True)
 class PairWriter:
-    """How a conversation or a text becomes the tokens that a reward model reads.
-
-    Attributes:
-        encoder: writes conversations.
-        around: what stands in front of and behind a text without prompt.
-        front: tokens that are put in front of such a text, as in front of a prompt.
-        pad_id: token by which transformers tells padding, or None where padding counts as text.
-        code: digest of the code that writes, so that no cache outlives it.
-    """
+    """How a conversation or a text becomes the tokens that a reward model reads."""
 
     encoder: chat.ChatEncoder
     around: tuple[str, str]
+    """What stands in front of and behind a text without prompt."""
     front: tuple[int, ...]
+    """Tokens that are put in front of such a text, as in front of a prompt."""
     pad_id: int | None
+    """Token by which transformers tells padding, or None where padding counts as text."""
     code: str = _CODE
+    """So that no cache outlives the code that writes."""
 
     @classmethod
     def of(cls, run: RewardRun, tokenizer: PreTrainedTokenizerBase) -> PairWriter:
@@ -102,13 +93,14 @@ def prepare_pairs(run: RewardRun, tokenizer: PreTrainedTokenizerBase) -> Pairs:
     cards: dict[str, list[Any]] = {"train": [], "eval": []}
     parts: dict[str, Any] = {}
     for which, sources in (("train", run.data.train), ("eval", run.data.eval)):
-        found = [_encode(source, run, writer, cards[which]) for source in sources]
-        if found:
-            parts[which] = datasets.concatenate_datasets(found)
+        encoded = [_encode(source, run, writer, cards[which]) for source in sources]
+        if encoded:
+            parts[which] = datasets.concatenate_datasets(encoded)
     if run.data.eval_fraction:
-        held_out = partial(_is_held_out, seed=run.seed, fraction=run.data.eval_fraction)
-        parts["eval"] = parts["train"].filter(held_out, input_columns=["prompt"])
-        parts["train"] = parts["train"].filter(partial(_is_kept, held_out=held_out), input_columns=["prompt"])
+        part = partial(_is_in_part, seed=run.seed, fraction=run.data.eval_fraction)
+        parts["eval"], parts["train"] = (
+            parts["train"].filter(partial(part, held_out=which), input_columns=["prompt"]) for which in (True, False)
+        )
     for which, data in parts.items():
         if not len(data):
             raise DataError(f"No pair is left for {which}: check data.eval_fraction, data.max_length and limits.")
@@ -145,23 +137,14 @@ class _Encoder:
 
 def _encode(source: PairSource, run: RewardRun, writer: PairWriter, cards: list[Any]) -> Any:
     data, present, files = load_rows(source)
-    columns: dict[str, str] = {
-        "chosen": "chosen",
-        "rejected": "rejected",
-        **{str(field): column for field, column in source.columns.items()},
-    }
+    columns = {"chosen": "chosen", "rejected": "rejected"} | {str(name): own for name, own in source.columns.items()}
     if "prompt" in present:
         columns.setdefault("prompt", "prompt")
     require_columns(source, present, [*columns.items(), *(("exclude", name) for name in source.exclude)])
     rows, card = select_rows(source, data, files, used=list(columns.values()))
     encoder = _Encoder(writer, columns, run.training.margin, describe(source))
-    encoded = rows.map(
-        encoder,
-        with_indices=True,
-        features=_FEATURES,
-        remove_columns=present,
-        desc=f"Encoding {source.path}",
-    )
+    options = {"with_indices": True, "features": _FEATURES, "remove_columns": present}
+    encoded = rows.map(encoder, desc=f"Encoding {source.path}", **options)
     fits = partial(_fits, limit=run.data.max_length)
     kept = encoded.filter(fits, input_columns=["chosen_ids", "rejected_ids"])
     if not len(kept):
@@ -209,14 +192,8 @@ def _fits(chosen: list[int], rejected: list[int], limit: int) -> bool:
     return max(len(chosen), len(rejected)) <= limit
 
 
-def _is_held_out(prompt: str, seed: int, fraction: float) -> bool:
-    # Decided by the prompt, so that none stands on both sides and new rows move no old ones.
-    digest = hashlib.blake2b(prompt.encode(), digest_size=8, key=seed.to_bytes(8, "little")).digest()
-    return int.from_bytes(digest, "little") < fraction * 2**64
-
-
-def _is_kept(prompt: str, held_out: partial[bool]) -> bool:
-    return not held_out(prompt)
+def _is_in_part(prompt: str, seed: int, fraction: float, held_out: bool) -> bool:
+    return is_held_out(prompt.encode(), seed, fraction) == held_out
 
 
 def _count(data: Any) -> dict[str, int]:

@@ -22,61 +22,54 @@ from l2d_framework.errors import ConfigError
 from l2d_framework.opening import open_model
 from l2d_framework.training import output_dir
 from l2d_framework.training.reward.data import prepare_pairs
-from l2d_framework.training.run_state import CardKeeper, Job, base_tokenizer, output_folder, resolved, wait
+from l2d_framework.training.run_state import Job, base_tokenizer, output_folder
 
 PAD = "[PAD]"
+_CARD = """---
+library_name: transformers
+pipeline_tag: text-classification
+tags: [reward-model, l2d-framework]
+---
+
+# A reward model
+
+Made from `{base}` with `l2d train-reward`; the configuration, data and surroundings are
+in `run.json`. Load it with `AutoModelForSequenceClassification`; its one output is the reward.
+
+| | pairs | loss, nats per pair | accuracy | mean margin |
+|---|---|---|---|---|
+"""
 
 
 def train_reward(
     run: RewardRun, *, overwrite: bool = False, callbacks: Sequence[TrainerCallback] = ()
 ) -> dict[str, Any]:
-    """Train a reward model, going on where an earlier start was interrupted.
+    """Train a reward model, going on where an earlier start was interrupted; returns the card.
 
     The output folder holds a transformers model with one output, `score`, its tokenizer and `run.json`.
-
-    Args:
-        run: from `load_run`.
-        overwrite: move an output folder that exists aside.
-        callbacks: further callbacks, such as a progress bar.
-
-    Returns:
-        The card, the contents of `run.json`; a finished run's as it is.
     """
     check_ready([run], overwrite=overwrite)
     from l2d_framework.training.reward.trainer import PairTrainer, make_reward_arguments
 
     arguments = make_reward_arguments(run, output_folder(run))
-    job = Job(run, arguments)
-    earlier = job.earlier(overwrite=overwrite)
-    if earlier is not None and earlier["finished"]:
-        return earlier
+    job = Job(run, arguments, overwrite=overwrite)
+    if job.is_finished:
+        return job.card
     tokenizer = padding_tokenizer(run)
     with arguments.main_process_first(local=True, desc="preparing data"):
         pairs = prepare_pairs(run, tokenizer)
-    wait()
-    job.start(pairs.card, {"run": run.seed}, earlier)
-    if job.writes:
-        job.claim()
-    wait()
+    job.start(pairs.card, {"run": run.seed})
     model: Any = load_reward_model(run, tokenizer)
     dtype = model.dtype
     total = sum(p.numel() for p in model.parameters())
     job.card |= {"parameters": {"trainable": total, "total": total}, "base_fingerprint": fingerprint(run.model)}
-    found = output_dir.checkpoints(job.output)
-    keeper = CardKeeper(job)
     trainer = PairTrainer(
-        model.float(),
-        arguments,
-        run=run,
-        pairs=pairs,
-        tokenizer=tokenizer,
-        callbacks=[keeper, *callbacks],
+        model.float(), arguments, run=run, pairs=pairs, tokenizer=tokenizer, callbacks=[job, *callbacks]
     )
-    trainer.train(resume_from_checkpoint=str(found[-1]) if found else None)
+    job.train(trainer)
     # What is measured is what is saved.
     model.to(dtype)
     held_out = None if pairs.eval is None else trainer.evaluate()
-    keeper.keep()
 
     def write(folder: Path) -> None:
         model.save_pretrained(folder)
@@ -84,37 +77,33 @@ def train_reward(
         (folder / "README.md").write_text(_model_card(job.card), encoding="utf-8")
         trainer.state.save_to_json(str(folder / "trainer_state.json"))
 
-    job.finish(_result(trainer.state, held_out), write)
-    wait()
-    return job.card
+    return job.finish(_result(trainer.state, held_out), write)
 
 
 def check_ready(runs: Sequence[Run], *, overwrite: bool = False) -> list[RewardRun]:
     """The runs of a file, if `l2d train-reward` can train every one of them."""
-    found: list[RewardRun] = []
+    ready: list[RewardRun] = []
     for run in runs:
         if not isinstance(run, RewardRun):
             raise ConfigError(f"kind: a run of kind {run.kind!r} is trained by `l2d train`; got one for a reward model")
         if run.output_dir is None:
             raise ConfigError("output_dir: is required for training; add it")
-        found.append(run)
+        ready.append(run)
     if importlib.util.find_spec("trl") is None:
         raise ConfigError(
             'Reward models are trained with TRL, which is missing. Run: pip install "l2d-framework[reward]"'
         )
-    check_runs(found)
-    for run in found:
+    check_runs(ready)
+    for run in ready:
         if not overwrite:
-            output_dir.check_free(output_folder(run), resolved(run))
-    return found
+            output_dir.check_free(output_folder(run), run.model_dump(mode="json"))
+    return ready
 
 
 def padding_tokenizer(run: RewardRun) -> PreTrainedTokenizerBase:
-    """The base model's tokenizer with a padding token.
-
-    Without one of its own, the end-of-text token pads, which keeps the vocabulary that guidance compares. transformers
-    tells padding by its token, not by the attention mask, so a text must not end in it; `PairWriter` refuses that.
-    """
+    """The base model's tokenizer with a padding token."""
+    # Without one of its own, the end-of-text token pads, which keeps the vocabulary that guidance compares.
+    # transformers tells padding by its token, not by the mask, so a text must not end in it; `PairWriter` refuses that.
     tokenizer = base_tokenizer(run.model)
     if tokenizer.pad_token in (None, tokenizer.eos_token):
         if run.data.add_pad_token:
@@ -167,24 +156,10 @@ def _result(state: Any, held_out: dict[str, float] | None) -> dict[str, Any]:
 
 def _model_card(card: dict[str, Any]) -> str:
     result, config = card["result"], card["config"]
-    lines = [
-        "---",
-        "library_name: transformers",
-        "pipeline_tag: text-classification",
-        "tags: [reward-model, l2d-framework]",
-        "---",
-        "",
-        "# A reward model",
-        "",
-        f"Made from `{config['model']['base']}` with `l2d train-reward`; the configuration, data and surroundings are",
-        "in `run.json`. Load it with `AutoModelForSequenceClassification`; its one output is the reward.",
-        "",
-        "| | pairs | loss, nats per pair | accuracy | mean margin |",
-        "|---|---|---|---|---|",
-    ]
+    rows = []
     for which, name, where in (("train", "last training batches", "train"), ("held_out", "held out", "eval")):
         if values := result[which]:
             pairs = card["data"]["splits"][where]["pairs"]
             shown = " | ".join(f"{values[key]:.4f}" for key in ("loss", "accuracy", "margin"))
-            lines.append(f"| {name} | {pairs:,} | {shown} |")
-    return "\n".join([*lines, ""])
+            rows.append(f"| {name} | {pairs:,} | {shown} |\n")
+    return _CARD.format(base=config["model"]["base"]) + "".join(rows)

@@ -21,22 +21,19 @@ from typing_extensions import override
 
 from l2d_framework.config import RewardRun, SimplexNoise
 from l2d_framework.config.reward import RewardTraining
-from l2d_framework.training.arguments import divide_batch, refuse_sharding
+from l2d_framework.training.arguments import common_arguments, divide_batch
 from l2d_framework.training.reward.data import Pairs
 from l2d_framework.training.trainer import Boundaries, ResumableTrainer
 
 
 def make_reward_arguments(run: RewardRun, output: Path) -> RewardConfig:
     """TRL's arguments for a reward run."""
-    refuse_sharding()
     training = run.training
     with warnings.catch_warnings():
         # TRL still sets the older name, and transformers before 5.23 knows no other.
         warnings.filterwarnings("ignore", "`gradient_checkpointing` is deprecated", FutureWarning)
         arguments = RewardConfig(
-            output_dir=str(output),
-            seed=run.seed,
-            use_cpu=not torch.accelerator.is_available(),
+            **common_arguments(training, output, run.seed),
             max_length=None,  # pairs that are too long are gone already, and counted
             max_steps=training.max_steps or -1,
             num_train_epochs=training.epochs,
@@ -44,36 +41,19 @@ def make_reward_arguments(run: RewardRun, output: Path) -> RewardConfig:
             adam_beta1=training.betas[0],
             adam_beta2=training.betas[1],
             weight_decay=training.weight_decay,
-            max_grad_norm=training.max_grad_norm,
-            bf16=training.bf16,
             gradient_checkpointing=training.gradient_checkpointing,
-            logging_steps=training.logging_steps,
-            logging_nan_inf_filter=False,
             save_strategy="steps" if training.save_steps else "no",
             save_steps=training.save_steps or 1,
             eval_strategy="steps" if training.eval_steps else "no",
             eval_steps=training.eval_steps,
-            report_to=training.report_to or "none",
-            dataloader_pin_memory=torch.cuda.is_available(),
-            disable_tqdm=True,
             ddp_find_unused_parameters=False,
-            ddp_timeout=24 * 3600,  # the other processes wait while the first one tokenizes
         )
     divide_batch(arguments, training)
     return arguments
 
 
 class PairTrainer(ResumableTrainer, RewardTrainer):
-    """TRL's trainer on prepared pairs.
-
-    Args:
-        model: with one output, in float32.
-        arguments: from `make_reward_arguments`.
-        run: the run.
-        pairs: training and held-out pairs.
-        tokenizer: with a padding token.
-        callbacks: such as a progress bar.
-    """
+    """TRL's trainer on prepared pairs, with a model of one output in float32."""
 
     training: RewardTraining
 
@@ -111,16 +91,10 @@ class PairTrainer(ResumableTrainer, RewardTrainer):
         return 1 - (1 - self.training.final_fraction) * (step - warmup) / max(steps - warmup, 1)
 
     @override
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
-    ) -> Any:
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *options: Any, **named: Any) -> Any:
         """Mean of -log sigmoid(r_chosen - r_rejected - margin) over the pairs of a batch."""
         plain: Any = super()
-        return plain.compute_loss(model, self._as_guided(inputs), return_outputs, num_items_in_batch)
+        return plain.compute_loss(model, self._as_guided(inputs), *options, **named)
 
     def _as_guided(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Padding in full sight and, as transformers does for embeddings, the reward read at its end."""
@@ -160,32 +134,18 @@ class PairTrainer(ResumableTrainer, RewardTrainer):
                 rewards = model(**{k: v for k, v in self._as_guided(batch).items() if k != "margin"}).logits
             chosen, rejected = rewards.float().squeeze(-1).chunk(2)
             lead = chosen - rejected
-            losses.append(
-                self.accelerator.gather_for_metrics(-nn.functional.logsigmoid(lead - batch.get("margin", 0.0)))
-            )
+            loss = -nn.functional.logsigmoid(lead - batch.get("margin", 0.0))
+            losses.append(self.accelerator.gather_for_metrics(loss))
             leads.append(self.accelerator.gather_for_metrics(lead))
         lead = torch.cat(leads)
         means = {"loss": torch.cat(losses).mean(), "accuracy": (lead > 0).float().mean(), "margin": lead.mean()}
-        metrics = {f"{metric_key_prefix}_{name}": float(value) for name, value in means.items()}
-        metrics[f"{metric_key_prefix}_seconds"] = time.perf_counter() - start
-        self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
+        return self._report({name: float(value) for name, value in means.items()}, metric_key_prefix, start)
 
 
 def noisy_embeddings(ids: Tensor, embedding: Tensor, noise: SimplexNoise, *, generator: torch.Generator) -> Tensor:
     """Mean embeddings under the noisy simplexes of true tokens, both sides of a pair at the same time.
 
     x = alpha(t) * S + sigma(t) * k * z, where S is k at the true token and -k elsewhere; the result is softmax(x) E.
-
-    Args:
-        ids: chosen sides, then rejected ones, (2B, S), int64.
-        embedding: E, (V, D).
-        noise: schedule and k.
-        generator: of times and noise, on the device of `ids`.
-
-    Returns:
-        (2B, S, D), dtype of `embedding`.
 
     Source: TESS 2, arXiv:2502.13917, Eq. 1 and 2.
     """

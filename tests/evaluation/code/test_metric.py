@@ -17,8 +17,8 @@ from l2d_framework.errors import ConfigError
 from l2d_framework.evaluation.code import metric
 from l2d_framework.evaluation.code.metric import CodeEval, pass_at_k, passes, serve
 from l2d_framework.evaluation.code.sandbox import ALLOW_NETWORK, CONSENT, Sandbox
-from l2d_framework.evaluation.code.tasks import route
 from l2d_framework.evaluation.harness.start_up import steps
+from l2d_framework.evaluation.harness.tasks import route
 
 GOOD, BAD, TESTS = "def add(a, b):\n    return a + b", "def add(a, b):\n    return a * b", "assert add(2, 3) == 5"
 
@@ -28,7 +28,7 @@ def agreed(monkeypatch: pytest.MonkeyPatch) -> None:
     """The user's consent, on a system that can isolate programs."""
     monkeypatch.setenv(CONSENT, "1")
     try:
-        assert metric._SANDBOX.is_isolated
+        assert metric.SANDBOX.is_isolated
     except ConfigError as error:
         pytest.skip(str(error))
 
@@ -128,7 +128,7 @@ def test_consent_may_stand_in_a_file(monkeypatch, tmp_path):
 def test_isolation_is_tried_before_anything_is_asked(monkeypatch):
     monkeypatch.setenv(CONSENT, "")
     monkeypatch.delenv(ALLOW_NETWORK, raising=False)
-    monkeypatch.setattr(metric, "_SANDBOX", Sandbox())
+    monkeypatch.setattr(metric, "SANDBOX", Sandbox())
     monkeypatch.setattr(Sandbox, "_outcome", lambda self, program, *, is_isolated: "refused: no namespaces")
     with pytest.raises(ConfigError, match="cannot run programs without network"):
         route(task(written_in(compute_=CodeEval())))

@@ -10,10 +10,9 @@ from diffusion_models import random_tokens, shared_lm, shared_tess
 from toy_components import Circle, Projected
 
 from l2d_framework.diffusion.logits import dense
-from l2d_framework.evaluation.diagnosis.bayes import TokenLikelihood
-from l2d_framework.evaluation.diagnosis.diagnose import Settings, diagnose, time_grid
+from l2d_framework.evaluation.diagnosis.curves import TokenLikelihood
+from l2d_framework.evaluation.diagnosis.diagnose import NEGLIGIBLE, Settings, diagnose, time_grid, verdict
 from l2d_framework.evaluation.diagnosis.report import draw, sentences, table
-from l2d_framework.evaluation.diagnosis.verdict import NEGLIGIBLE, verdict
 from l2d_framework.evaluation.statistics import Estimate, ratio
 from l2d_framework.models.diffusion_lm import DiffusionLM
 from l2d_framework.testing.toys import ToySchedule

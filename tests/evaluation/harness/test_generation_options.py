@@ -32,5 +32,5 @@ def test_a_wrong_generation_option_is_named(name, value):
 
 def test_options_without_an_effect_are_left_out_and_others_kept():
     plan = read_plan({"num_beams": 1, "use_cache": True, "do_sample": 1, "temperature": 0.5, "top_k": 3}, 256, "</s>")
-    assert plan.picking == {"do_sample": True, "temperature": 0.5, "top_k": 3}
+    assert plan.decoding == {"do_sample": True, "temperature": 0.5, "top_k": 3}
     assert read_plan({"max_gen_toks": "12", "until": "."}, 256, "</s>").count == 12

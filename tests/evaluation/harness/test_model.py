@@ -21,7 +21,7 @@ from l2d_framework.config import ModelSection
 from l2d_framework.errors import CheckpointError, ConfigError, DataError
 from l2d_framework.evaluation.harness import scorer
 from l2d_framework.evaluation.harness.model import L2DLM
-from l2d_framework.evaluation.harness.request_ids import occurrences
+from l2d_framework.evaluation.harness.requests import occurrences
 from l2d_framework.generation.chat_template import TEMPLATE_DATE
 from l2d_framework.generation.prompts import encode_prompts, encode_text
 from l2d_framework.models.checkpoint import save

@@ -6,7 +6,7 @@ from diffusion_models import tess_lm
 
 from l2d_framework.diffusion.loss import Draws, denoising_loss
 from l2d_framework.diffusion.rng import TokenStreams
-from l2d_framework.evaluation.harness.request_ids import noise_key
+from l2d_framework.evaluation.harness.requests import noise_key
 from l2d_framework.evaluation.harness.scorer import Job, Scorer
 from l2d_framework.types import Layout
 

@@ -16,14 +16,14 @@ from l2d_framework.evaluation.search.search import Search, check_search, read_se
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
-PICKING = {"max_new_tokens": 6, "pad_token_id": 0, "eos_token_id": 10}
+DECODING = {"max_new_tokens": 6, "pad_token_id": 0, "eos_token_id": 10}
 FEW = {"num_inference_steps": 5}
 
 
 def found(steps: int = 5, name: str = "a", *, seed: int = 0, **settings: Any) -> tuple[list[int], list[int]]:
     face = shared_lm().as_transformers(num_inference_steps=steps, seed=seed)
     settings = Search(**{"beams": 4, **settings})
-    return search(face, random_tokens(1, 6)[0], settings, name=name, picking=PICKING)
+    return search(face, random_tokens(1, 6)[0], settings, name=name, decoding=DECODING)
 
 
 def test_only_the_request_and_the_seed_decide():
@@ -42,7 +42,7 @@ def test_every_pass_is_counted_once(monkeypatch):
     inner = type(face)._solve
     solve = lambda self, cache, kept: steps.append(len(cache.names)) or inner(self, cache, kept)  # noqa: E731
     monkeypatch.setattr(type(face), "_solve", solve)
-    tokens, passes = search(face, random_tokens(1, 6)[0], Search(beams=4), name="a", picking=PICKING)
+    tokens, passes = search(face, random_tokens(1, 6)[0], Search(beams=4), name="a", decoding=DECODING)
     assert len(passes) == len(tokens) and sum(passes) == len(steps) * (4 * (5 + 1) - 1)
     assert set(found(steps=0)[1][:-1]) <= {3}
 
@@ -54,7 +54,7 @@ def hypotheses(monkeypatch, **settings: Any) -> tuple[list[list[int]], torch.Ten
     inner = type(face).generate
     with monkeypatch.context() as patched:
         patched.setattr(type(face), "generate", lambda *a, **k: seen.append(inner(*a, **k)) or seen[0])
-        tokens, _ = search(face, random_tokens(1, 6)[0], Search(beams=4, **settings), name="a", picking=PICKING)
+        tokens, _ = search(face, random_tokens(1, 6)[0], Search(beams=4, **settings), name="a", decoding=DECODING)
     out = seen[0]
     lengths = (out.beam_indices >= 0).sum(1).tolist()
     return (
@@ -116,7 +116,7 @@ def test_coupled_solvers_are_refused():
     pytest.importorskip("torchdiffeq")
     face = shared_lm().as_transformers(solver="torchdiffeq_adaptive", num_inference_steps=None)
     with pytest.raises(ConfigError, match="influence each other"):
-        search(face, random_tokens(1, 4)[0], Search(), name="a", picking=PICKING)
+        search(face, random_tokens(1, 4)[0], Search(), name="a", decoding=DECODING)
 
 
 def write(folder: Path, **categories: dict[str, Any]) -> str:

@@ -13,8 +13,6 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-OFF_SWITCH = "L2D_NO_LM_EVAL_HOOK"
-
 
 def _step(name: str) -> None:
     try:
@@ -57,7 +55,7 @@ class _Finder:
 def install() -> None:
     """Wait for lm_eval; does nothing when it is never imported."""
     try:
-        if os.environ.get(OFF_SWITCH) == "1":
+        if os.environ.get("L2D_NO_LM_EVAL_HOOK") == "1":
             return
         if "lm_eval.models" in sys.modules:
             _step("register")

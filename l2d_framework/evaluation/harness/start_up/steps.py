@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
 from collections.abc import Mapping, Sequence
 
-TARGET = "l2d_framework.evaluation.harness.model:L2DLM"
 PRETRAINED = "L2D_PRETRAINED"
 """Environment variable that names the checkpoint."""
 
@@ -17,42 +17,37 @@ MISSING = (
 CONFIRMED = "--confirm_run_unsafe_code"
 """Option of lm_eval by which a user agrees to run programs that the model writes."""
 
-_PROGRAMS = ("lm_eval", "lm-eval", "__main__.py")
-
 
 def register() -> None:
     """Add `l2d` to lm_eval's table of models, as text: nothing that needs torch is imported."""
     from lm_eval.api.registry import model_registry
 
     if "l2d" not in model_registry:
-        model_registry.register("l2d", target=TARGET)
+        model_registry.register("l2d", target="l2d_framework.evaluation.harness.model:L2DLM")
 
 
 def named_model(arguments: Sequence[str]) -> str | None:
     """The last `--model` that arguments of lm_eval name, or None."""
-    models = [arguments[i + 1] for i, name in enumerate(arguments[:-1]) if name in ("--model", "-M")]
-    models += [argument.partition("=")[2] for argument in arguments if argument.startswith("--model=")]
-    return models[-1] if models else None
+    return _last(arguments, "--model", "-M")
+
+
+def _last(arguments: Sequence[str], name: str, short: str) -> str | None:
+    values = [value for option, value in itertools.pairwise(arguments) if option in (name, short)]
+    values += [argument.partition("=")[2] for argument in arguments if argument.startswith(f"{name}=")]
+    return values[-1] if values else None
 
 
 def lacks_checkpoint(arguments: Sequence[str], environ: Mapping[str, str]) -> bool:
     """Whether a command asks for `l2d` and names no checkpoint; False where a configuration file may."""
-    told = any("pretrained" in argument for argument in arguments) or bool(environ.get(PRETRAINED))
-    filed = any(argument in ("-C", "--config") or argument.startswith("--config=") for argument in arguments)
-    return named_model(arguments) == "l2d" and not told and not filed
+    told = any(a in ("-C", "--config") or "pretrained" in a or a.startswith("--config=") for a in arguments)
+    return named_model(arguments) == "l2d" and not told and not environ.get(PRETRAINED)
 
 
 def check_command() -> None:
-    """Prepare lm_eval's command line where it asks for `l2d`; end it there if no checkpoint is named.
-
-    That is before it reads thousands of task files.
-
-    Raises:
-        SystemExit: then.
-    """
-    if not sys.argv or os.path.basename(sys.argv[0]) not in _PROGRAMS:
+    """Prepare lm_eval's command line where it asks for `l2d`; end it here if no checkpoint is named."""
+    if not sys.argv or os.path.basename(sys.argv[0]) not in ("lm_eval", "lm-eval", "__main__.py"):
         return
-    if lacks_checkpoint(sys.argv[1:], os.environ):
+    if lacks_checkpoint(sys.argv[1:], os.environ):  # before thousands of task files are read
         sys.stderr.write(f"Error: {MISSING}\n")
         raise SystemExit(2)
     if named_model(sys.argv[1:]) == "l2d":
@@ -74,10 +69,10 @@ def prepare(arguments: Sequence[str]) -> None:
 def _is_confirmed_in_file(arguments: Sequence[str]) -> bool:
     import yaml
 
-    files = [arguments[i + 1] for i, name in enumerate(arguments[:-1]) if name in ("--config", "-C")]
-    files += [argument.partition("=")[2] for argument in arguments if argument.startswith("--config=")]
+    if (path := _last(arguments, "--config", "-C")) is None:
+        return False
     try:
-        with open(files[-1], encoding="utf-8") as file:
+        with open(path, encoding="utf-8") as file:
             return yaml.safe_load(file).get(CONFIRMED.removeprefix("--")) is True
-    except (OSError, ValueError, yaml.YAMLError, AttributeError, IndexError, RecursionError):
+    except (OSError, ValueError, yaml.YAMLError, AttributeError, RecursionError):
         return False  # lm_eval says what is wrong with the file

@@ -1,0 +1,90 @@
+"""What several commands share: options, checks, a bar, tables, and a folder that is never overwritten."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import Progress
+
+from l2d_framework.errors import ConfigError
+from l2d_framework.evaluation import plots, tables
+
+RunFile = Annotated[Path, typer.Argument(metavar="RUN.yaml", help="Run file, YAML or JSON.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Replaced values, such as training.max_steps=100.")
+]
+Base = Annotated[str | None, typer.Option(help="Where the base model lies now, if it has moved.")]
+Dtype = Annotated[str | None, typer.Option(help="Of the weights: float32, bfloat16 or float16.")]
+Device = Annotated[str | None, typer.Option(help="Such as cuda; the GPU when there is one.")]
+Settings = Annotated[
+    list[str] | None, typer.Option("--set", help="Other sampling setting, such as estimate.mode=argmax.")
+]
+
+
+def check_dtype(dtype: str | None) -> None:
+    """Refuse a type of weights that there is not."""
+    if dtype not in (None, "float32", "bfloat16", "float16"):
+        raise ConfigError(f"--dtype must be float32, bfloat16 or float16, got {dtype!r}.")
+
+
+def check_device(device: str | None) -> str:
+    """The device, or for None the GPU where there is one; refused if it cannot be used."""
+    import torch
+
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"--device {device!r} cannot be used here ({error}). Try cpu, or leave it out.") from error
+    return device
+
+
+def check_folder(folder: Path | None, option: str) -> None:
+    """Refuse a folder for results that is taken or cannot be written; `option` names it."""
+    if folder is None:
+        return
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ConfigError(f"{str(folder)!r} exists and is not empty. Name another {option}, so that nothing is lost.")
+    existing = next(above for above in (folder.resolve(), *folder.resolve().parents) if above.exists())
+    if not os.access(existing, os.W_OK):
+        raise ConfigError(f"{str(existing)!r} cannot be written. Name another {option}.")
+
+
+def bar(*, is_shown: bool = True) -> Progress:
+    """A bar on standard error: what is asked for alone goes to standard output, which may be a pipe."""
+    return Progress(console=Console(stderr=True), transient=True, disable=not is_shown)
+
+
+def show(rows: tables.Rows, notes: Sequence[str], *, title: str) -> None:
+    """Print a table, whose first row is its heading, and notes below it."""
+    console = Console()
+    console.print(tables.terminal(rows, title))
+    for note in notes:
+        console.print(f"- {note}", highlight=False, markup=False, soft_wrap=True)
+
+
+def can_draw() -> bool:
+    """Whether pictures can be drawn; says what is missing if not."""
+    if not plots.can_plot():
+        typer.echo(f"No picture: matplotlib is missing. {plots.INSTALL}", err=True)
+        return False
+    return True
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write results for readers and programs."""
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def sampling(settings: list[str] | None, solver: str | None, **given: Any) -> dict[str, Any]:
+    """Fields of the sampling section that options name."""
+    from l2d_framework.config.files import override
+
+    named = given | {"solver": None if solver is None else {"name": solver}}
+    return override({name: value for name, value in named.items() if value is not None}, settings or [])
