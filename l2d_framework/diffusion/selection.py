@@ -99,8 +99,9 @@ class Selection:
     def keep(self, memory: Tensor, earlier: Tensor | None) -> Tensor:
         """What is remembered, (B, L, M): of this evaluation, (B', L', M), over what was of those before."""
         new = self.put(memory)
-        is_all = self.active is None or earlier is None or self.for_good
-        return new if is_all else torch.where(self.active[..., None], new, earlier)
+        if self.active is None or earlier is None or self.for_good:
+            return new
+        return torch.where(self.active[..., None], new, earlier)
 
     def rows(self, values: Tensor) -> Tensor:
         """Values of the rows asked about, (B', ...), from those of all, (B, ...)."""
