@@ -32,10 +32,7 @@ class EarlyStop:
         self.going = torch.ones(rows, dtype=torch.bool)
 
     def add(self, logits: Logits, tokens: Tensor, *, is_last: bool) -> Logits:
-        """The logits of an evaluation, with those of settled rows in their place; Settled before the read-out.
-
-        Rows that had settled before may be missing from logits and tokens, (B, L), int64.
-        """
+        """The logits, with those of rows settled before, which they may lack, put in; Settled before the read-out."""
         if self._tokens is not None and self._kept is not None:
             if not self.going.all():
                 rows = self.going.nonzero()[:, 0].to(tokens.device)

@@ -42,7 +42,7 @@ def top_token(logits: Tensor) -> Tensor:
     if logits.device.type != "cpu" or not whole:
         return logits.argmax(-1)
     # A CPU finds the largest number several times faster than its place: that of each group first, then within one.
-    largest = logits[..., :whole].unflatten(-1, (-1, _GROUP)).amax(-1)
+    largest: Tensor = logits[..., :whole].unflatten(-1, (-1, _GROUP)).amax(-1)
     if whole < size:
         largest = torch.cat([largest, logits[..., whole:].amax(-1, keepdim=True)], -1)
     first = _GROUP * largest.argmax(-1, keepdim=True)
