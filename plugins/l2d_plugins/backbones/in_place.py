@@ -171,7 +171,7 @@ class InPlace(Backbone[InPlaceContext | BlockContext]):
             problem = self._problem_with_blocks()
             if problem and size is not None:
                 raise self._refusal(problem)
-            self._keeps_keys = problem is None
+            self._keeps_keys = problem is None and self.is_causal
         return self
 
     @override
