@@ -32,6 +32,7 @@ from transformers import (
 )
 
 from l2d_framework.config import DiffusionRun, parse_run
+from l2d_framework.diffusion.logits import top_token
 from l2d_framework.diffusion.ode import Streams, TokenODE
 from l2d_framework.diffusion.rng import TokenStreams
 from l2d_framework.diffusion.selection import Selection
@@ -51,7 +52,10 @@ SHAPE: dict[str, Any] = {
     "max_position_embeddings": 4096,
 }
 WIDE = {**SHAPE, "vocab_size": 128_000, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
-LENGTH, NOISED, LIMIT, CALLS = 128, (128, 96), 1.5, 3
+LENGTH, NOISED, CALLS = 128, (128, 96), 3
+LIMITS = {"argmax": 1.3, "nucleus 0.99": 1.15, "nucleus 0.99, confident": 1.15}
+"""Wanted of a step in multiples of the floor, and of the other estimates in multiples of argmax."""
+PROMPT, ANSWERS, ANSWER, PATIENCE = 1024, 8, 16, 1
 CANVASES, STEPS = (256, 1024, 2048), 3
 ESTIMATES: dict[str, dict[str, Any]] = {
     "argmax": {"mode": "argmax"},
@@ -60,9 +64,11 @@ ESTIMATES: dict[str, dict[str, Any]] = {
 }
 """A random model's nucleus has most of the vocabulary; at a low temperature it has a few tokens, as late steps do."""
 PARTS = ("backbone", "lm_head", "vocabulary x embedding")
+OTHERS = ("noise and softmax of the state", "softmax of the prediction", "likeliest tokens")
+"""What a step does besides, of which the floor has nothing."""
 FLOOR = "floor: their sum"
 
-RUN = {
+RUN: dict[str, Any] = {
     "model": {"base": "random"},
     "schedule": {"name": "cosine"},
     "parametrization": {"name": "simplex"},
@@ -72,17 +78,18 @@ RUN = {
 }
 
 
-def model(shape: dict[str, Any]) -> DiffusionLM:
+def model(shape: dict[str, Any], attention: str = "bidirectional") -> DiffusionLM:
     """A model with random weights.
 
     Args:
         shape: of its Llama.
+        attention: of its backbone.
 
     Returns:
         The model, to generate with.
     """
     torch.manual_seed(0)
-    run = parse_run(RUN)
+    run = parse_run({**RUN, "backbone": {**RUN["backbone"], "attention": attention}})
     assert isinstance(run, DiffusionRun)
     backbone = run.backbone.build(LlamaForCausalLM(LlamaConfig(**shape)).eval())
     space = run.parametrization.build(backbone.vocab_size, backbone.hidden_size)
@@ -112,29 +119,37 @@ class Steps:
         lm: the model.
         length: tokens of the canvas.
         noised: how many of them are noised, from the end.
+        padding: how many are padding, from the start.
     """
 
-    def __init__(self, lm: DiffusionLM, length: int, noised: int) -> None:
+    @torch.no_grad()
+    def __init__(self, lm: DiffusionLM, length: int, noised: int, padding: int = 0) -> None:
         self.lm, self.noised = lm, noised
         tokens = torch.randint(0, lm.backbone.vocab_size, (1, length), generator=torch.Generator().manual_seed(1))
-        self.layout = Layout(tokens, (torch.arange(length) >= length - noised).long()[None])
+        places = torch.arange(length)[None]
+        self.layout = Layout(tokens, (places >= length - noised).long() - (places < padding).long())
         self.positions = torch.arange(length - noised, length)[None]
-        self.context = lm.backbone.read(self.layout)
+        known = max(length - noised, 1)
+        self.context = lm.backbone.read(Layout(tokens[:, :known], self.layout.blocks[:, :known]))
         self.hidden = torch.randn(1, noised, lm.backbone.hidden_size)
         self.mixed = torch.rand(noised, lm.backbone.vocab_size)
+        self.noise = lm.parametrization.noise(Selection(self._streams("prior")))
 
     def _streams(self, purpose: str) -> TokenStreams:
         return TokenStreams([[(0, position, purpose) for position in range(self.noised)]], self.positions.device)
 
     @torch.no_grad()
     def part(self, name: str) -> Sample:
-        """Seconds of one of `PARTS`."""
+        """Seconds of one of `PARTS` or `OTHERS`."""
         backbone, t = self.lm.backbone, torch.full((1, self.noised), 0.5)
         table = backbone.table()
         work = {
             PARTS[0]: lambda: backbone.features(self.hidden, t, self.positions, self.context, None),
             PARTS[1]: lambda: backbone.head(self.hidden),
             PARTS[2]: lambda: self.mixed @ table,
+            OTHERS[0]: lambda: self.noise.softmax(-1),
+            OTHERS[1]: lambda: self.mixed.softmax(-1),
+            OTHERS[2]: lambda: top_token(self.mixed),
         }
         return timed(work[name])
 
@@ -175,12 +190,50 @@ def step_cases(reward: str | None) -> dict[str, dict[str, Callable[[], Sample]]]
     lm, found = model(SHAPE), {}
     for noised in NOISED:
         steps = Steps(lm, LENGTH, noised)
-        group = found[f"{noised} of {LENGTH} noised"] = {name: partial(steps.part, name) for name in PARTS}
+        group = found[f"{noised} of {LENGTH} noised"] = {name: partial(steps.part, name) for name in (*PARTS, *OTHERS)}
         group |= {name: partial(steps.step, estimate) for name, estimate in ESTIMATES.items()}
         if reward is not None:
             guidance = {"name": "reward_gradient", "model": reward}
             group["argmax, reward guidance"] = partial(steps.step, ESTIMATES["argmax"], guidance)
     return found
+
+
+def prompt_cases() -> dict[str, Callable[[], Sample]]:
+    """An evaluation of the backbone behind a long prompt.
+
+    Returns:
+        Functions that measure once, by name.
+    """
+    length, name = PROMPT + LENGTH, PARTS[0]
+    both, causal = model(SHAPE), model(SHAPE, "causal")
+    return {
+        "every position seen by all": partial(Steps(both, length, LENGTH).part, name),
+        "the same behind a pad": partial(Steps(both, length, LENGTH, padding=1).part, name),
+        "causal, the prompt read once": partial(Steps(causal, length, LENGTH).part, name),
+    }
+
+
+def answer_cases(lm: DiffusionLM) -> dict[str, Callable[[], Sample]]:
+    """Answers to a batch, whose rows may settle.
+
+    Args:
+        lm: the model.
+
+    Returns:
+        Functions that measure once, by name.
+    """
+    prompts = torch.randint(0, lm.backbone.vocab_size, (ANSWERS, 4), generator=torch.Generator().manual_seed(1))
+
+    def answer(patience: int | None) -> Tensor:
+        options: dict[str, Any] = {"max_new_tokens": ANSWER, "num_inference_steps": 16, "patience": patience}
+        found = lm.generate(prompts, do_sample=False, eos_token_id=None, pad_token_id=0, **options)
+        return found.evaluations.float().mean()
+
+    share = float(answer(PATIENCE) / answer(None))
+    return {
+        "all evaluations": partial(timed, partial(answer, None)),
+        f"settled rows left out, {share:.0%} of the evaluations": partial(timed, partial(answer, PATIENCE)),
+    }
 
 
 def with_floor(row: dict[str, list[Sample]]) -> dict[str, list[Sample]]:
@@ -304,7 +357,7 @@ def tables(card: dict[str, Any]) -> list[Table]:
     """
     found = []
     for group, row in card["groups"].items():
-        table = Table("", "ms", "x floor", box=box.SIMPLE_HEAD, title=group)
+        table = Table("", "ms", "x first", box=box.SIMPLE_HEAD, title=group)
         for name, case in row.items():
             table.add_row(name, f"{1e3 * case['seconds']:,.1f}", f"{case['cost']:.2f}")
         found.append(table)
@@ -342,7 +395,13 @@ def main(
         LlamaForSequenceClassification(config).save_pretrained(reward)
     samples = measure(step_cases(None if reward is None else str(reward)), rounds)
     rows = {group: with_floor(row) for group, row in samples.items()}
-    targets = [(group, name, "cost", LIMIT) for group in rows for name in ESTIMATES]
+    targets = [(group, "argmax", "cost", LIMITS["argmax"]) for group in rows]
+    for group, row in samples.items():
+        beside = f"{group}, beside argmax"
+        rows[beside] = {name: row[name] for name in ESTIMATES}
+        targets += [(beside, name, "cost", limit) for name, limit in LIMITS.items() if name != "argmax"]
+    behind = {f"backbone, {LENGTH} noised behind {PROMPT:,}": prompt_cases()}
+    rows |= measure({**behind, f"{ANSWERS} answers of {ANSWER} tokens": answer_cases(model(SHAPE))}, rounds)
     result = summarize(rows, unit="cpu", memory={}, targets=targets)
     settings = {"model": SHAPE, "model_for_memory": WIDE, "steps_for_memory": STEPS, "rounds": rounds, "run": RUN}
     card = {"device": "cpu", "seconds_are": "cpu", "settings": settings, **environment(1), **result}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -30,13 +32,20 @@ class EarlyStop:
         self.going = torch.ones(rows, dtype=torch.bool)
 
     def add(self, logits: Logits, tokens: Tensor, *, is_last: bool) -> Logits:
-        """The logits of an evaluation, with those of settled rows in their place; Settled before the read-out."""
-        if self._tokens is not None:
+        """The logits, with those of rows settled before, which they may lack, put in; Settled before the read-out."""
+        if self._tokens is not None and self._kept is not None:
+            if not self.going.all():
+                rows = self.going.nonzero()[:, 0].to(tokens.device)
+                tokens = _put(self._tokens, rows, tokens)
+                logits = replace(logits, values=_put(self._kept.values, rows, logits.values))
             same = (tokens == self._tokens).all(1).cpu()
             self._unchanged = torch.where(same, self._unchanged + 1, 0)
-        self._tokens = tokens
-        self._kept = logits if self._kept is None else logits.where(self.going.to(tokens.device), self._kept)
+        self._tokens, self._kept = tokens, logits
         self.going = self.going & (self._unchanged < self._patience)
         if not is_last and not self.going.any():
-            raise Settled(self._kept)
-        return self._kept
+            raise Settled(logits)
+        return logits
+
+
+def _put(kept: Tensor, rows: Tensor, values: Tensor) -> Tensor:
+    return kept.index_copy(0, rows, values if len(values) == len(rows) else values[rows])

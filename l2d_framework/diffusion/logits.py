@@ -12,7 +12,9 @@ CHUNK = 2**24
 """Largest number of entries of a tensor as wide as the vocabulary that is made in one piece."""
 
 _CACHED = 2**17
-"""Number of entries that several passes in a row find in the cache of a CPU."""
+"""Number of entries that several passes in a row find in the cache of a CPU's core."""
+
+_GROUP = 128
 
 
 def pieces(rows: int, length: int, width: int, limit: int | None = None) -> Iterator[slice]:
@@ -27,9 +29,25 @@ def dense(state: Tensor) -> Tensor:
 
 
 def cached_pieces(values: Tensor) -> Iterator[slice]:
-    """Slices of L that several operations in a row should visit one by one: as small as a cache on a CPU."""
+    """Slices of L that several operations in a row should visit one by one: as small as the caches on a CPU."""
     rows, length, width = values.shape
-    return pieces(rows, length, width, limit=min(_CACHED, CHUNK) if values.device.type == "cpu" else None)
+    on_cpu = values.device.type == "cpu"
+    return pieces(rows, length, width, limit=min(_CACHED * torch.get_num_threads(), CHUNK) if on_cpu else None)
+
+
+def top_token(logits: Tensor) -> Tensor:
+    """The first of the likeliest tokens, (...), int64, of logits (..., V), as `argmax` finds it."""
+    size, logits = logits.shape[-1], logits.detach()
+    whole = size // _GROUP * _GROUP
+    if logits.device.type != "cpu" or not whole:
+        return logits.argmax(-1)
+    # A CPU finds the largest number several times faster than its place: that of each group first, then within one.
+    largest: Tensor = logits[..., :whole].unflatten(-1, (-1, _GROUP)).amax(-1)
+    if whole < size:
+        largest = torch.cat([largest, logits[..., whole:].amax(-1, keepdim=True)], -1)
+    first = _GROUP * largest.argmax(-1, keepdim=True)
+    places = (first + torch.arange(_GROUP)).clamp_max(size - 1)
+    return first.squeeze(-1) + logits.gather(-1, places).argmax(-1)
 
 
 @dataclass(frozen=True)
@@ -51,7 +69,3 @@ class Logits:
         """Logits position by position, (B, V), float32."""
         for _, logits in self.parts():
             yield from logits.unbind(1)
-
-    def where(self, chosen: Tensor, other: Logits) -> Logits:
-        """These in the `chosen` rows, (B,), bool, others of the same kind elsewhere."""
-        return Logits(torch.where(chosen[:, None, None], self.values, other.values), self.vocab_size, self.head)

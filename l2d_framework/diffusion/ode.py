@@ -13,7 +13,7 @@ from typing_extensions import override
 from l2d_framework.blame import described
 from l2d_framework.diffusion.diffusion import Diffusion
 from l2d_framework.diffusion.early_stop import EarlyStop
-from l2d_framework.diffusion.logits import CHUNK, Logits
+from l2d_framework.diffusion.logits import CHUNK, Logits, top_token
 from l2d_framework.diffusion.rng import TokenStreams
 from l2d_framework.diffusion.selection import Selection, Sliced
 from l2d_framework.errors import PluginError
@@ -56,8 +56,9 @@ class NotAhead(Exception):
 class TokenODE(Problem):
     """Turns predictions into clean states and velocities, and counts evaluations.
 
-    Tokens that a solver declares inactive are left out of the network's batch, not merely masked. State and time of the
-    `query` are ignored; where a guidance asks for the layout and there is none, `NotAhead` is raised.
+    Tokens that a solver declares inactive are left out of the network's batch, not merely masked, and so are rows that
+    have settled, unless an observer wants to see them. State and time of the `query` are ignored; where a guidance asks
+    for the layout and there is none, `NotAhead` is raised.
     """
 
     def __init__(
@@ -122,18 +123,29 @@ class TokenODE(Problem):
         query = self._at(x, t)
         ahead = self._parametrization.lookahead(as_time(t, x), self._stride()).float()
         if active is None:
-            return self._evaluate(query, ahead, Selection(self._streams.estimate))[1]
+            return self._evaluate_going(query, ahead)[1]
         rows, context = self._asked(active)
         chosen = Selection.of(self._streams.estimate, active, rows)
         return chosen.put(self._evaluate(chosen.query(query, context), chosen.take(ahead), chosen)[1])
 
     def read_out(self, x: Tensor, t: float) -> Logits:
         """Logits that yield the tokens, from the last evaluation; those of settled rows are what they settled with."""
-        return self._evaluate(self._at(x, t), None, Selection(self._streams.estimate))[0]
+        return self._evaluate_going(self._at(x, t), None)[0]
 
     def _at(self, x: Tensor, t: Time) -> Query:
         shared = None if isinstance(t, Tensor) else float(t)
         return self._query.replace(x=x.float(), t=as_time(t, x).float(), shared_time=shared, previous=self._previous)
+
+    def _evaluate_going(self, query: Query, ahead: Tensor | None) -> tuple[Logits, Tensor]:
+        """An evaluation of all rows but those that have settled, whose clean state is of no meaning from then on."""
+        going = None if self._early_stop is None else self._early_stop.going
+        if going is None or self._observer is not None or bool(going.all()):
+            return self._evaluate(query, ahead, Selection(self._streams.estimate))
+        going = going.to(query.t.device)
+        rest = Selection.rest(self._streams.estimate, going, query.t.shape[1])
+        query = rest.query(query, self._asked(going[:, None])[1])
+        logits, clean = self._evaluate(query, None if ahead is None else rest.take(ahead), rest)
+        return logits, clean if ahead is None else rest.put(clean)
 
     def _evaluate(self, query: Query, ahead: Tensor | None, random: Selection) -> tuple[Logits, Tensor]:
         """Logits, and the clean state at the temperature of `ahead`; the read-out moves no more and gets none."""
@@ -156,7 +168,7 @@ class TokenODE(Problem):
                     logits if whole else self._parametrization.remember(logits, self._diffusion.backbone.table())
                 )
             if self._early_stop is not None:
-                tokens.append(logits.argmax(-1))
+                tokens.append(top_token(logits))
         if memory:
             self._previous = random.keep(_joined(memory), self._previous)
         if self._early_stop is not None:
@@ -168,9 +180,9 @@ class TokenODE(Problem):
 
         Without guidance or observer nobody needs the logits of more than a few positions at once.
         """
-        rows, length = query.positions.shape
         size = self._diffusion.backbone.vocab_size
-        if not self._guidance and self._observer is None and rows * length * size > CHUNK:
+        # Of the whole block: what is kept of rows must not change its kind when others are left out.
+        if not self._guidance and self._observer is None and self._query.positions.numel() * size > CHUNK:
             return self._diffusion.answer(query), None
         predict: Predict = self._diffusion
         for guidance in self._guidance:

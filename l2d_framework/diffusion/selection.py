@@ -23,6 +23,7 @@ class Selection:
     streams: TokenStreams  # of the whole block
     active: Tensor | None = None  # which tokens, (B, L), bool; all when None
     places: tuple[Tensor, Tensor] | None = None  # rows (B', 1) and columns (B', L') of the smaller block's tokens
+    for_good: bool = False  # nobody asks about the other rows again, so that anything may stand there
 
     @classmethod
     def of(cls, streams: TokenStreams, active: Tensor, rows: Tensor) -> Selection:
@@ -30,6 +31,13 @@ class Selection:
         width = int(active.sum(1).max())
         columns = (~active[rows]).long().argsort(stable=True, dim=1)[:, :width]
         return cls(streams, active, (rows[:, None], columns))
+
+    @classmethod
+    def rest(cls, streams: TokenStreams, going: Tensor, width: int) -> Selection:
+        """All `width` tokens of the rows that go on, (B,), bool, the only ones from now on."""
+        rows = going.nonzero()[:, 0]
+        columns = torch.arange(width, device=rows.device).expand(len(rows), -1)
+        return cls(streams, going[:, None].expand(-1, width), (rows[:, None], columns), for_good=True)
 
     def take(self, values: Tensor) -> Tensor:
         """Values of the smaller block, (B', L', ...), from those of the whole, (B, L, ...)."""
@@ -39,6 +47,9 @@ class Selection:
         """Values of the smaller block, (B', L', ...), at their tokens of the whole, (B, L, ...), zero elsewhere."""
         if self.active is None or self.places is None:
             return values
+        if self.for_good:
+            # An index keeps small what a state space keeps as tokens and seeds.
+            return values[(self.active[:, 0].cumsum(0) - 1).clamp_min(0)]
         out = values.new_zeros(*self.active.shape, *values.shape[2:])
         out[self.places] = values
         return torch.where(self.active[..., None], out, 0)
@@ -88,7 +99,9 @@ class Selection:
     def keep(self, memory: Tensor, earlier: Tensor | None) -> Tensor:
         """What is remembered, (B, L, M): of this evaluation, (B', L', M), over what was of those before."""
         new = self.put(memory)
-        return new if self.active is None or earlier is None else torch.where(self.active[..., None], new, earlier)
+        if self.active is None or earlier is None or self.for_good:
+            return new
+        return torch.where(self.active[..., None], new, earlier)
 
     def rows(self, values: Tensor) -> Tensor:
         """Values of the rows asked about, (B', ...), from those of all, (B, ...)."""

@@ -191,9 +191,16 @@ def test_a_step_is_measured_with_all_or_some_of_the_canvas_noised(speed_tess):
     lm = speed_tess.model({**speed_tess.SHAPE, **TINY})
     for noised in (6, 4):
         steps = speed_tess.Steps(lm, 6, noised)
-        samples = [steps.part(name) for name in speed_tess.PARTS]
+        samples = [steps.part(name) for name in (*speed_tess.PARTS, *speed_tess.OTHERS)]
         samples += [steps.step(estimate) for estimate in speed_tess.ESTIMATES.values()]
         assert all(sample.wall > 0 for sample in samples)
+
+
+def test_cases_about_prompts_and_answers_are_measured(speed_tess, monkeypatch):
+    monkeypatch.setattr(speed_tess, "SHAPE", {**speed_tess.SHAPE, **TINY})
+    monkeypatch.setattr(speed_tess, "CALLS", 1)
+    cases = speed_tess.prompt_cases() | speed_tess.answer_cases(speed_tess.model(speed_tess.SHAPE))
+    assert all(run().cpu > 0 for run in cases.values())
 
 
 def test_memory_is_that_of_a_generation_of_the_wanted_length(speed_tess):

@@ -4,6 +4,8 @@ import pytest
 import torch
 from diffusion_models import random_tokens, shared_lm, shared_tess
 
+from l2d_framework.diffusion import ode
+from l2d_framework.diffusion.diffusion import Diffusion
 from l2d_framework.diffusion.early_stop import EarlyStop, Settled
 from l2d_framework.diffusion.logits import Logits
 from l2d_framework.errors import ConfigError
@@ -44,6 +46,24 @@ def test_a_row_answers_what_it_said_when_it_settled_and_costs_no_more(patience, 
     for row, end in enumerate(ends):
         assert torch.equal(found.answers[row], tokens[end, row])
         assert found.evaluations[row].tolist() == [end + 1] * 2
+
+
+@pytest.mark.parametrize("limit", [1, 6 * 2 * 260, 10**6])
+@pytest.mark.parametrize(
+    "options", [{}, {"estimate": {"mode": "average"}}, {"solver": "midpoint", "num_inference_steps": 13}], ids=str
+)
+def test_a_row_that_has_settled_is_asked_of_the_network_no_more(options, limit, monkeypatch):
+    monkeypatch.setattr(ode, "CHUNK", limit)
+    asked, run = [], Diffusion.features
+    with monkeypatch.context() as patch:
+        patch.setattr(Diffusion, "features", lambda self, query: asked.append(len(query.t)) or run(self, query))
+        found = generated(PROMPTS, patience=1, **options)
+    spent = found.evaluations[:, 0]
+    assert asked == [int((spent > number).sum()) for number in range(int(spent.max()))]
+    assert asked[-1] < len(PROMPTS)
+    watched = generated(PROMPTS, patience=1, observer=lambda _: None, **options)
+    assert torch.equal(found.answers, watched.answers)
+    assert torch.equal(found.evaluations, watched.evaluations)
 
 
 @pytest.mark.parametrize("patience", [1, 3])

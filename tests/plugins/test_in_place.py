@@ -7,6 +7,7 @@ import torch
 from diffusion_models import BIDIRECTIONAL, own_gradients, random_tokens, shared_tess, tess_lm, training_loss
 from pydantic import ValidationError
 from tiny_models import MASKED, tiny_lm
+from torch.nn import functional
 from transformers import T5Config
 
 from l2d_framework.errors import ConfigError, UnsupportedModelError
@@ -105,6 +106,35 @@ def test_eager_and_sdpa_attention_agree(family):
         assert backbone.lm.config._attn_implementation == kernel
         found.append(logits(backbone, where))
     close(*found)
+
+
+def attended(monkeypatch):
+    """Masks that attention is given from now on; one of zeros is put in the place of none."""
+    found, attend = [], functional.scaled_dot_product_attention
+
+    def spy(query, key, value, attn_mask=None, **options):
+        found.append(attn_mask)
+        assert not options.get("is_causal")
+        mask = query.new_zeros(1, 1, query.shape[-2], key.shape[-2]) if attn_mask is None else attn_mask
+        return attend(query, key, value, attn_mask=mask, **options)
+
+    monkeypatch.setattr(functional, "scaled_dot_product_attention", spy)
+    return found
+
+
+@families
+def test_a_canvas_without_padding_needs_no_mask_and_says_what_it_says_with_one(family, monkeypatch):
+    backbone = shared_tess(family).backbone
+    canvases = {"whole": layout(), "longer": layout(asked=[3, 4, 6]), "padded": layout(padding=(0, 2, 1))}
+    for name, where in canvases.items():
+        asked = [3, 4, 6, LENGTH, LENGTH + 1] if name == "longer" else ASKED
+        given = states(count=len(asked))
+        plain = logits(backbone, where, asked=asked, given=given)
+        with monkeypatch.context() as patch:
+            masks = attended(patch)
+            assert torch.equal(logits(backbone, where, asked=asked, given=given), plain)
+        assert masks
+        assert all((mask is None) == (name != "padded") for mask in masks)
 
 
 @families

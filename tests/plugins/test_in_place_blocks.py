@@ -379,3 +379,22 @@ def test_a_model_without_a_cache_is_refused_in_blocks_only():
         UnsupportedModelError, match=r"cannot serve LlamaForCausalLM: with a cache it says something else"
     ):
         backbone.in_blocks(4)
+
+
+@pytest.mark.parametrize("family", [family for family in BIDIRECTIONAL if family not in MASKED])
+def test_under_causal_attention_a_prompt_is_read_once_and_the_canvas_says_what_it_says_otherwise(family):
+    backbone, tokens = tess_lm(family, attention="causal").backbone, random_tokens(2, LENGTH)
+    known = torch.zeros_like(tokens)
+    known[1, :2] = -1
+    positions, read = torch.arange(LENGTH, LENGTH + 4).expand(2, -1), []
+    h, t = states(positions - LENGTH)
+    again = backbone.features(h, t, positions, backbone.read(Layout(tokens, known)), None).detach()
+    backbone.lm.base_model.register_forward_pre_hook(
+        lambda _, args, given: read.append(given["inputs_embeds"].shape[1]), with_kwargs=True
+    )
+    with torch.no_grad():
+        context = backbone.read(Layout(tokens, known))
+        assert read == [LENGTH]
+        for _ in range(3):
+            close(backbone.features(h, t, positions, context, None), again)
+    assert read[1:] == [4 + 1] * 3, "what is asked about and the last token of the prompt"

@@ -187,7 +187,7 @@ def test_generation_does_not_depend_on_the_size_of_pieces(monkeypatch, mix, mode
     model = shared_tess(space=None) if mix == "mean" else tess_lm(space={"self_conditioning": mix})
     prompts = pad_left([random_tokens(1, 6)[0].tolist(), random_tokens(1, 4, seed=1)[0].tolist()])
     asked = []
-    handle = model.backbone.lm.lm_head.register_forward_hook(lambda m, args, out: asked.append(out.shape[1]))
+    handle = model.backbone.lm.lm_head.register_forward_hook(lambda m, args, out: asked.append(tuple(out.shape[:2])))
 
     def generated():
         asked.clear()
@@ -196,13 +196,15 @@ def test_generation_does_not_depend_on_the_size_of_pieces(monkeypatch, mix, mode
         )
 
     whole = generated()
-    assert set(asked) == {6}
+    assert {length for _, length in asked} == {6}
     # `ode` asks whether pieces are needed at all.
     for module in (chunks, ode):
         monkeypatch.setattr(module, "CHUNK", 2 * 260 * 4)
     found = generated()
     handle.remove()
-    assert set(asked) == {4, 2}
+    # A row that is left when the other has settled may come in longer pieces.
+    assert {(2, 4), (2, 2)} <= set(asked)
+    assert all(rows * length <= 2 * 4 for rows, length in asked)
     assert torch.equal(found.sequences, whole.sequences)
     assert torch.equal(found.evaluations, whole.evaluations)
 

@@ -174,6 +174,16 @@ def test_numbers_are_the_same_in_whatever_pieces_they_are_made(monkeypatch, limi
     torch.testing.assert_close(state.softmax(-1), shares)
 
 
+def test_noise_of_no_weight_is_not_drawn(monkeypatch):
+    drawn, normal = [], torch.Tensor.normal_
+    monkeypatch.setattr(torch.Tensor, "normal_", lambda *given, **options: drawn.append(1) or normal(*given, **options))
+    weight = torch.ones(B, L, 1)
+    weight[0, 1:] = 0
+    found, wanted = (weight * noise()).dense(), noise().dense()
+    assert len(drawn) == (B * L - (L - 1)) + B * L
+    assert torch.equal(found, weight * wanted)
+
+
 def test_positions_with_seeds_of_their_own_have_noise_of_their_own():
     flat = noise().dense().flatten(0, 1)
     assert len(flat.unique(dim=0)) == B * L

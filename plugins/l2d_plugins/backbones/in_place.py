@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import torch
@@ -17,7 +18,7 @@ from l2d_framework.opening import new_model
 from l2d_framework.types import Context, Layout
 from l2d_plugins.backbones.blocks import Beside, BlockContext, Reader
 from l2d_plugins.families import advice
-from l2d_plugins.twins import Head, cache_name, run_body
+from l2d_plugins.twins import Head, cache_name, run_body, twin
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -76,10 +77,43 @@ class InPlaceContext(Context):
 
     embedded: Tensor  # their embeddings, of no meaning elsewhere, (B, S, H)
     known: Tensor  # where they stand, (B, S), bool
+    _canvases: list[_Canvas] = field(default_factory=list)
 
     @override
     def select(self, rows: Tensor) -> InPlaceContext:
         return InPlaceContext(self.embedded[rows], self.known[rows])
+
+    def canvas(self, positions: Tensor, shift: int) -> _Canvas:
+        """The canvas of a query, arranged once for all evaluations that ask about the same tensor of positions."""
+        if not self._canvases or self._canvases[0].asked is not positions:
+            self._canvases[:] = [_Canvas.of(self, positions, shift)]
+        return self._canvases[0]
+
+
+@dataclass(frozen=True)
+class _Canvas:
+    """Where the positions asked about stand among known tokens, (B, T)."""
+
+    asked: Tensor  # the positions, (B, L), int64
+    noisy: Tensor  # bool
+    column: Tensor  # which of the L stands there, 0 where none does, int64
+    visible: Tensor  # bool
+    is_full: bool  # whether everything is visible
+    before: Tensor  # whose output speaks about each position asked about, (B, L), int64
+    speaks: Tensor  # whether there is one, (B, L), bool
+
+    @classmethod
+    def of(cls, context: InPlaceContext, positions: Tensor, shift: int) -> _Canvas:
+        rows, length = positions.shape
+        more = max(0, int(positions.max()) + 1 - context.known.shape[1])
+        known = functional.pad(context.known, (0, more))
+        order = torch.arange(length, device=positions.device).expand(rows, -1)
+        # Positions may be repeated to fill up a row. Each slot takes one of them, and so does its gradient.
+        column = torch.full_like(known, -1, dtype=torch.int64).scatter(1, positions, order)
+        noisy, before = column >= 0, (positions - shift).clamp_min(0)
+        visible = known | noisy
+        speaks = visible.gather(1, before) & (positions >= shift)
+        return cls(positions, noisy, column.clamp_min(0), visible, bool(visible.all()), before, speaks)
 
 
 class InPlace(Backbone[InPlaceContext | BlockContext]):
@@ -115,8 +149,8 @@ class InPlace(Backbone[InPlaceContext | BlockContext]):
             # The last row stands for no class.
             self.classes = nn.Embedding(config.num_classes + 1, self.hidden_size)
             nn.init.zeros_(self.classes.weight)
-        if not is_meta:
-            self._self_test()
+        self._keeps_keys = False
+        self._needs_no_mask = not is_meta and self._self_test()
 
     @property
     def gradient_checkpointing(self) -> bool:
@@ -134,8 +168,11 @@ class InPlace(Backbone[InPlaceContext | BlockContext]):
     def in_blocks(self, size: int | None) -> Self:
         super().in_blocks(size)
         self.sees_later = size is None and not self.is_causal
-        if size is not None and self.lm.device.type != "meta":
-            self._self_test_of_blocks()
+        if self.lm.device.type != "meta" and not self.sees_later:
+            problem = self._problem_with_blocks()
+            if problem and size is not None:
+                raise self._refusal(problem)
+            self._keeps_keys = problem is None and self.is_causal
         return self
 
     @override
@@ -146,11 +183,15 @@ class InPlace(Backbone[InPlaceContext | BlockContext]):
     @override
     def read(self, layout: Layout) -> InPlaceContext | BlockContext:
         embedded = self.lm.get_input_embeddings()(layout.tokens)
-        if self.block_size is None:
-            return InPlaceContext(embedded, layout.blocks == 0)
-        context = BlockContext.of(embedded, layout.blocks)
         # Training reads clean and noisy tokens in one pass: transformers drops a cache where it recomputes activations.
-        return context if torch.is_grad_enabled() or self.lm.training else self._read(context, embedded.shape[1])
+        is_learning = torch.is_grad_enabled() or self.lm.training
+        if self.block_size is None:
+            # Known tokens in front that see no noise are read once, as in blocks, of which the canvas is the only one.
+            reads_once = self._keeps_keys and not is_learning and not bool((layout.blocks > 0).any())
+            if not reads_once:
+                return InPlaceContext(embedded, layout.blocks == 0)
+        context = BlockContext.of(embedded, layout.blocks)
+        return context if is_learning else self._read(context, embedded.shape[1])
 
     @override
     def extend(self, context: InPlaceContext | BlockContext, tokens: Tensor) -> InPlaceContext | BlockContext:
@@ -179,20 +220,12 @@ class InPlace(Backbone[InPlaceContext | BlockContext]):
             mark = mark + self.classes(torch.where(label < 0, self.config.num_classes, label))
         if isinstance(context, BlockContext):
             return self._beside(h.to(mark.dtype) + mark, positions, context)
-        rows, length = positions.shape
-        context = _long_enough(context, int(positions.max()) + 1)
-        total = context.known.shape[1]
-        order = torch.arange(length, device=positions.device).expand(rows, -1)
-        # Positions may be repeated to fill up a row. Each slot takes one of them, and so does its gradient.
-        column = positions.new_full((rows, total), -1).scatter(1, positions, order)
-        noisy, column = column >= 0, column.clamp_min(0)
-        embedded = _take(h, column).to(mark.dtype) + _take(mark, column)
-        inputs = torch.where(noisy[..., None], embedded.to(context.embedded.dtype), context.embedded)
-        visible = context.known | noisy
-        hidden = self._whole(inputs, visible)
-        before = (positions - self.shift).clamp_min(0)
-        speaks = visible.gather(1, before) & (positions >= self.shift)
-        return _take(hidden, before).masked_fill(~speaks[..., None], 0)
+        canvas = context.canvas(positions, self.shift)
+        known = functional.pad(context.embedded, (0, 0, 0, canvas.noisy.shape[1] - context.embedded.shape[1]))
+        embedded = _take(h, canvas.column).to(mark.dtype) + _take(mark, canvas.column)
+        inputs = torch.where(canvas.noisy[..., None], embedded.to(known.dtype), known)
+        hidden = self._whole(inputs, canvas.visible, is_full=canvas.is_full)
+        return _take(hidden, canvas.before).masked_fill(~canvas.speaks[..., None], 0)
 
     @property
     @override
@@ -203,13 +236,14 @@ class InPlace(Backbone[InPlaceContext | BlockContext]):
     def parameter_groups(self) -> Mapping[str, list[nn.Parameter]]:
         return {"time": list(self.time.parameters())}
 
-    def _whole(self, inputs: Tensor, visible: Tensor) -> Tensor:
-        """Last hidden states, (B, T, H), every position seeing all visible ones."""
-        total = visible.shape[1]
+    def _whole(self, inputs: Tensor, visible: Tensor, *, is_full: bool = False) -> Tensor:
+        """Last hidden states, (B, T, H), every position seeing all visible ones; `is_full` if those are all."""
         allowed = visible[:, None]
         if self.is_causal:
+            total = visible.shape[1]
             allowed = allowed & torch.ones(total, total, dtype=torch.bool, device=visible.device).tril()
-        return self._run(inputs, allowed.expand(-1, total, -1), (visible.cumsum(-1) - 1).clamp_min(0))
+        places = (visible.cumsum(-1) - 1).clamp_min(0)
+        return self._run(inputs, None if is_full and self._needs_no_mask else allowed, places)
 
     def _beside(self, noisy: Tensor, positions: Tensor, context: BlockContext) -> Tensor:
         """Hidden states about positions whose noisy inputs, (B, L, H), stand beside the clean tokens."""
@@ -235,19 +269,27 @@ class InPlace(Backbone[InPlaceContext | BlockContext]):
         self._run(context.embedded[:, -count:], context.seen(count), places, reader)
         return replace(context, keys=reader.keys())
 
-    def _run(self, inputs: Tensor, allowed: Tensor, places: Tensor, reader: Reader | None = None) -> Tensor:
-        """Last hidden states of inputs that see what is allowed, (B, n, keys)."""
-        mask = torch.zeros(*allowed.shape, dtype=inputs.dtype, device=inputs.device)
-        # A mask of our own: transformers would make a causal one, or see one where there is padding.
-        # Finite in every type it may be cast to: a row that sees nothing must not become NaN.
-        mask = mask.masked_fill(~allowed, torch.finfo(torch.float16).min)[:, None]
-        given = {} if reader is None else {cache_name(self._body[0]): reader}
-        places = places + self._first_position
-        return run_body(self._body[0], inputs_embeds=inputs, attention_mask=mask, position_ids=places, **given)
+    def _run(self, inputs: Tensor, allowed: Tensor | None, places: Tensor, reader: Reader | None = None) -> Tensor:
+        """Last hidden states of inputs that see what is allowed, (B, n or 1, keys), or without a mask everything."""
+        body = self._body[0]
+        given: dict[str, Any] = {} if reader is None else {cache_name(body): reader}
+        if allowed is None:
+            body = twin(body, config=_open(body.config))
+            if not _is_masked(self.lm.config):  # whose attention tells its kernel so itself
+                given["is_causal"] = False
+        else:
+            mask = torch.zeros(*allowed.shape, dtype=inputs.dtype, device=inputs.device)
+            # A mask of our own: transformers would make a causal one, or see one where there is padding.
+            # Finite in every type it may be cast to: a row that sees nothing must not become NaN.
+            mask = mask.masked_fill(~allowed, torch.finfo(torch.float16).min)[:, None]
+            given["attention_mask"] = mask.expand(-1, -1, inputs.shape[1], -1)
+        return run_body(body, inputs_embeds=inputs, position_ids=places + self._first_position, **given)
 
     @torch.no_grad()
-    def _self_test(self) -> None:
-        tokens = torch.arange(5, device=self.lm.device)[None] % self.vocab_size
+    def _self_test(self) -> bool:
+        """Refuse what cannot be served; whether a canvas without padding needs no mask, which keeps kernels fast."""
+        places = torch.arange(5, device=self.lm.device)[None]
+        tokens = places % self.vocab_size
         seen = torch.ones_like(tokens, dtype=torch.bool)
         embedded = self.lm.get_input_embeddings()(tokens)
         first, last = embedded.clone(), embedded.clone()
@@ -266,9 +308,16 @@ class InPlace(Backbone[InPlaceContext | BlockContext]):
         )
         if problem:
             raise self._refusal(problem)
+        if self.is_causal or self.lm.config._attn_implementation != "sdpa":
+            return False
+        try:
+            found = self._run(embedded, None, places)
+        except (RuntimeError, TypeError, AttributeError, LookupError, ValueError):
+            return False
+        return bool((found - plain).norm() <= (1e-5 if found.dtype == torch.float32 else 0.02) * plain.norm())
 
     @torch.no_grad()
-    def _self_test_of_blocks(self) -> None:
+    def _problem_with_blocks(self) -> str | None:
         tokens = torch.arange(6, device=self.lm.device)[None] % self.vocab_size
         positions, blocks = torch.arange(2, 6, device=tokens.device)[None], torch.tensor([[0, 0, 1, 1, 2, 2]])
         again = BlockContext.of(self.lm.get_input_embeddings()(tokens), blocks.to(tokens.device))
@@ -276,11 +325,11 @@ class InPlace(Backbone[InPlaceContext | BlockContext]):
         try:
             cached, wanted = (self._beside(noisy, positions, c).float() for c in (self._read(again, 6), again))
         except (RuntimeError, TypeError, AttributeError, LookupError, ValueError) as error:
-            raise self._refusal(f"it does not run with a cache ({type(error).__name__}: {error})") from error
+            return f"it does not run with a cache ({type(error).__name__}: {error})"
         off = float((cached - wanted).norm() / wanted.norm().clamp_min(1e-12))
         # Half precision loses a percent over tens of layers; a model without a cache is off by as much as it says.
-        if not off <= (1e-3 if self.lm.dtype == torch.float32 else 0.1):
-            raise self._refusal(f"with a cache it says something else, by {off:.1e}; block_size null needs none")
+        is_off = not off <= (1e-3 if self.lm.dtype == torch.float32 else 0.1)
+        return f"with a cache it says something else, by {off:.1e}; block_size null needs none" if is_off else None
 
     def _refusal(self, why: str) -> UnsupportedModelError:
         return UnsupportedModelError(
@@ -300,16 +349,19 @@ def _recomputation(lm: PreTrainedModel) -> str:
     return "activation_checkpointing" if hasattr(lm, "activation_checkpointing_enable") else "gradient_checkpointing"
 
 
+def _open(lm_config: Any) -> Any:
+    """A config for which transformers makes no mask where none is given, be it causal or of a sliding window."""
+    made = copy.copy(lm_config)
+    made.is_causal = False
+    if getattr(made, "sliding_window", None) is not None:
+        made.sliding_window = None
+    return made
+
+
 def _forgotten(lm: PreTrainedModel) -> PreTrainedModel:
     """A model of the same kind, type and kernel with fresh weights."""
     fresh = new_model(type(lm), lm.config, dtype=lm.dtype, attn_implementation=lm.config._attn_implementation)
     return fresh.to(lm.device)  # type: ignore[no-any-return,arg-type]
-
-
-def _long_enough(context: InPlaceContext, total: int) -> InPlaceContext:
-    more = max(0, total - context.known.shape[1])
-    embedded = functional.pad(context.embedded, (0, 0, 0, more))
-    return InPlaceContext(embedded, functional.pad(context.known, (0, more)))
 
 
 def _take(values: Tensor, index: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 from typing_extensions import override
 
-from l2d_framework.diffusion.logits import cached_pieces, pieces
+from l2d_framework.diffusion.logits import cached_pieces, pieces, top_token
 from l2d_framework.diffusion.rng import categorical
 from l2d_framework.parametrization import Parametrization, ParametrizationConfig
 from l2d_framework.schedule import NoiseLaw
@@ -89,26 +89,7 @@ class Simplex(Parametrization):
         Source: arXiv:2502.13917, Eq. 1 and 6 to 8.
         """
         with torch.set_grad_enabled(self.config.train_table and torch.is_grad_enabled()):
-            rows, length, size = x.shape
-            parts = [
-                self._embed(x[:, part], table, None if previous is None else previous[:, part])
-                for part in pieces(rows, length, size)
-            ]
-            return torch.cat(parts, 1)
-
-    def _embed(self, x: Tensor, table: Tensor, previous: Tensor | None) -> Tensor:
-        mix = self.config.self_conditioning
-        now = x.softmax(-1)
-        if mix == "none":
-            return now.to(table.dtype) @ table
-        if previous is not None and previous.shape[-1] == self.state_size:
-            both = _mixed(now, previous, mix).to(table.dtype) @ table
-        elif mix in ("mean", "sum"):
-            before = table.mean(0) if previous is None else previous
-            both = now.to(table.dtype) @ table + before.to(table.dtype)
-        else:
-            both = _mixed(now, now.new_zeros(1, 1, 1).expand(now.shape), mix).to(table.dtype) @ table
-        return 0.5 * both if mix == "mean" else both
+            return expected_embedding(x, table, previous, self.config.self_conditioning)
 
     @override
     def remember(self, logits: Tensor, table: Tensor) -> Tensor:
@@ -126,8 +107,46 @@ class Simplex(Parametrization):
         options = self.config.estimate
         if options.mode == "average":
             return 2 * self.config.k * _cooled(logits, options).softmax(-1) - self.config.k
-        tokens = logits.argmax(-1) if options.mode == "argmax" else _draw(logits, options, random)
+        tokens = top_token(logits) if options.mode == "argmax" else _draw(logits, options, random)
         return WideState.simplex(tokens, self.config.k, self.state_size)
+
+
+def expected_embedding(x: Tensor, table: Tensor, previous: Tensor | None = None, mix: str = "none") -> Tensor:
+    """Embeddings expected under softmax(x) mixed with a previous prediction, (B, L, H), in `table`'s type.
+
+    All that a network reads of a state goes through here, and of one kept as tokens and seeds no other function needs
+    the numbers. They are made a few positions at a time; a kernel that made them on the fly would replace this one.
+
+    Args:
+        x: states, (B, L, V); a `WideState` or dense.
+        table: embeddings, (V, H).
+        previous: what `Simplex.remember` made of a prediction, its logits (B, L, V) or embeddings (B, L, H); None for
+            the uniform prediction.
+        mix: as in `SimplexConfig.self_conditioning`.
+
+    Returns:
+        The embeddings.
+    """
+    rows, length, size = x.shape
+    parts = [
+        _expected(x[:, part], table, None if previous is None else previous[:, part], mix)
+        for part in pieces(rows, length, size)
+    ]
+    return torch.cat(parts, 1)
+
+
+def _expected(x: Tensor, table: Tensor, previous: Tensor | None, mix: str) -> Tensor:
+    now = x.softmax(-1)
+    if mix == "none":
+        return now.to(table.dtype) @ table
+    if previous is not None and previous.shape[-1] == x.shape[-1]:
+        both = _mixed(now, previous, mix).to(table.dtype) @ table
+    elif mix in ("mean", "sum"):
+        before = table.mean(0) if previous is None else previous
+        both = now.to(table.dtype) @ table + before.to(table.dtype)
+    else:
+        both = _mixed(now, now.new_zeros(1, 1, 1).expand(now.shape), mix).to(table.dtype) @ table
+    return 0.5 * both if mix == "mean" else both
 
 
 def _mixed(now: Tensor, previous: Tensor, mix: str) -> Tensor:

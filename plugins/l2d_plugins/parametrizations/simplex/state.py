@@ -115,6 +115,9 @@ def _fill(out: Tensor, seeds: Tensor, weights: Tensor) -> Tensor:
     generator = torch.Generator(out.device)
     for row, *numbers in zip(out, seeds.tolist(), weights.tolist(), strict=True):
         for place, seed, weight in zip(row, *numbers, strict=True):
+            if weight == 0:
+                place.zero_()  # nothing is left of it at the read-out
+                continue
             place.normal_(0.0, abs(weight), generator=generator.manual_seed(seed))
             if weight < 0:
                 place.neg_()
