@@ -31,6 +31,9 @@ class MicroBatches:
         """What `step` makes of each part, given whether it is the last; None where memory was out, to be tried again.
 
         The parts of a second try are smaller, and nothing of the first is left in memory but what `step` kept.
+
+        Raises:
+            RuntimeError: what a step raised, if that was anything else or a part of one row was too large.
         """
         parts = self._parts(batch)
         try:
@@ -55,6 +58,9 @@ class MicroBatches:
         ends = ((batch["blocks"] >= 0) * places).amax(1).cpu()
         order = ends.argsort(descending=True, stable=True) if self._by_length else torch.arange(rows)
         return [
-            {name: (x if x.dim() < 2 else x[:, : int(ends[part].max())])[part.to(x.device)] for name, x in batch.items()}
+            {
+                name: (x if x.dim() < 2 else x[:, : int(ends[part].max())])[part.to(x.device)]
+                for name, x in batch.items()
+            }
             for part in order.split(self.size)
         ]
