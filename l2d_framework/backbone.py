@@ -68,11 +68,12 @@ class Backbone(nn.Module, ABC, Generic[C]):
         vocab_size: V.
         hidden_size: H.
         lm: the wrapped language model.
-        is_merged: True after `merge`; such a model generates, but is neither trained nor saved.
     """
 
     identity_at_zero: ClassVar[bool] = False
     independent_positions: ClassVar[bool] = False
+    rewinds: ClassVar[bool] = False
+    """True when `rewind` is served, so that tokens may be guessed ahead and taken back."""
     trains_lm: ClassVar[bool] = False
     """True when the language model's own weights are what is trained; a checkpoint then holds all of them."""
     sees_later: bool = False
@@ -84,7 +85,6 @@ class Backbone(nn.Module, ABC, Generic[C]):
     vocab_size: int
     hidden_size: int
     lm: PreTrainedModel
-    is_merged: bool = False
 
     def in_blocks(self, size: int | None) -> Self:
         """Learn how many tokens the model it is a part of denoises together.
@@ -128,6 +128,35 @@ class Backbone(nn.Module, ABC, Generic[C]):
         Returns:
             The longer context, from which the positions just after each new token can be denoised.
         """
+
+    def rewind(self, context: C, counts: Tensor) -> C:
+        """Take back the last tokens of every row.
+
+        Args:
+            context: what `extend` returned; not to be used afterwards.
+            counts: how many tokens of each row, (B,), int64; a token of each stays.
+
+        Returns:
+            A context to be extended before anything is asked. It is min(counts) slots shorter, and rows that lose more
+            than that are moved to its end, behind so much padding.
+
+        Raises:
+            TypeError: if the backbone does not declare `rewinds`.
+        """
+        raise TypeError(f"{type(self).__name__} takes no tokens back.")
+
+    def fixed(self, context: C, slots: int) -> C | None:
+        """A copy of a context in buffers of a fixed size, so that tokens can be denoised one by one without Python.
+
+        Args:
+            context: what `read` or `extend` returned.
+            slots: tokens there is room for.
+
+        Returns:
+            A context whose tensors `extend` changes where they are, by one token at a time and without the host waiting
+            or counting; None where the backbone has no such thing, which is the default.
+        """
+        return None
 
     @abstractmethod
     def features(
@@ -185,10 +214,14 @@ class Backbone(nn.Module, ABC, Generic[C]):
         """
         raise TypeError(f"{type(self).__name__} has no plain language model; use at least one inference step.")
 
-    def merge(self) -> None:
-        """Fold adapters into weights of their own to save time; a no-op unless a backbone has adapters.
+    def merge(self, *, at_any_cost: bool = False) -> None:
+        """Get ready to generate: make what saves time and depends on weights only, such as adapters folded in.
 
-        The language model's weights stay as they are.
+        Called before every generation. What it makes is used where no gradients are recorded, and not any more once a
+        weight has changed; the weights themselves stay as they are. A no-op unless a backbone has adapters.
+
+        Args:
+            at_any_cost: take memory even where there is not plenty.
         """
 
     def peft_adapter(self) -> tuple[PeftConfig, dict[str, Tensor]] | None:

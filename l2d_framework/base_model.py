@@ -35,6 +35,9 @@ from l2d_framework.opening import (
 LANGUAGE_MODEL = "language_model"
 """Folder inside a diffusion checkpoint whose backbone trains the language model itself."""
 
+_READS_GGUF = (5, 18)
+"""First release of transformers that reads the control tokens of GGUF files."""
+
 _FILES = ("*.json", "*.model", "*.txt", "*.jinja")
 _SAMPLED_ROWS = 16
 _SAMPLED_ENTRIES = 4096
@@ -95,6 +98,11 @@ def locate(reference: BaseReference) -> tuple[Path, Path | None]:
     if gguf_file is not None:
         if not (folder / gguf_file).is_file():
             raise ConfigError(f"model.gguf_file: {str(folder)!r} has no file {gguf_file!r}. {gguf_hint(folder)}")
+        if tuple(map(int, transformers.__version__.split(".")[:2])) < _READS_GGUF:
+            raise ConfigError(
+                f"model.gguf_file: transformers {transformers.__version__} loses the control tokens of GGUF files. "
+                'Run: pip install "transformers>=5.18"'
+            )
         if not is_gguf_available():
             raise ConfigError(
                 f"model.gguf_file: {gguf_file!r} is read with the package gguf, which is missing or too old. "

@@ -131,9 +131,15 @@ def place_base(base, plant):
     yield lambda: reward_base(parse_run({"kind": "reward", "model": {"base": str(base)}}), tiny_tokenizer())
 
 
+def write_adapter(folder):
+    adapted = get_peft_model(tiny_lm(**SMALL), LoraConfig(r=2, target_modules=["q_proj"]))
+    # Left to itself, peft looks for the embedding table's size in a folder that this model never had.
+    adapted.save_pretrained(folder, save_embedding_layers=False)
+
+
 def place_adapter(base, plant):
     folder = base.parent / "adapter"
-    get_peft_model(tiny_lm(**SMALL), LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(folder)
+    write_adapter(folder)
     edit(folder / "adapter_config.json", base_model_name_or_path=str(base))
     tiny_tokenizer().save_pretrained(folder)
     plant(base)
@@ -246,7 +252,7 @@ def test_a_model_that_needs_its_own_code_is_refused_with_the_reason(model, tmp_p
 
 def test_an_adapter_that_names_a_module_to_import_is_refused(model):
     folder = model.parent / "adapter"
-    get_peft_model(tiny_lm(**SMALL), LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(folder)
+    write_adapter(folder)
     edit(folder / "adapter_config.json", base_model_name_or_path="a", megatron_config={"a": 1}, megatron_core="evil")
     with pytest.raises(CheckpointError, match="names the module 'evil' to import"):
         open_adapter(tiny_lm(**SMALL), folder)

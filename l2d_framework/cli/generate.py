@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -49,7 +49,16 @@ def generate(
     base: common.Base = None,
     dtype: common.Dtype = None,
     device: common.Device = None,
-    merge: Annotated[bool, typer.Option(help="Fold the adapter into weights of its own: faster, more memory.")] = False,
+    merge: Annotated[
+        Literal["auto", "always", "never"],
+        typer.Option(
+            help="Fold the adapter into matrices beside it: faster, more memory; auto: where there is plenty."
+        ),
+    ] = "auto",
+    speculate: Annotated[
+        str, typer.Option(help="Tokens the language model guesses ahead, to be denoised at once; or auto, or off.")
+    ] = "off",
+    graph: Annotated[bool, typer.Option(help="Let an NVIDIA GPU replay the steps of a token from a graph.")] = True,
 ) -> None:
     """Generate text with a trained model."""
     from l2d_framework.cli.generate_session import Session, check_output, read_prompts
@@ -92,6 +101,8 @@ def generate(
         class_name=class_name,
         stop=stop or [],
         samples=num_return_sequences,
+        running={"merge": merge, "graph": graph, "speculate": int(speculate) if speculate.isdecimal() else speculate},
+        is_watched=trace is not None,
     )
     if trace is not None:
         from l2d_framework.tracing import check_trace_file
@@ -100,12 +111,12 @@ def generate(
     check_output(output)
     if infill:
         session.check_infilling(infill)
-        session.load(device, merge=merge)
+        session.load(device)
         session.infill(infill, output=output)
         return
     # Without prompts there will be a conversation: find out now whether this tokenizer can hold one.
     encoded = session.encode(prompts, list(named)) if prompts else session.encode([[{"role": "user", "content": "?"}]])
-    session.load(device, merge=merge)
+    session.load(device)
     if trace is not None:
         session.trace(prompts[0], trace, output=output)
     elif prompts:

@@ -23,10 +23,11 @@ from l2d_framework.diffusion.ode import Evaluation
 from l2d_framework.diffusion.rng import request_keys
 from l2d_framework.errors import ConfigError, DataError
 from l2d_framework.evaluation.tables import write_whole
-from l2d_framework.generation.arguments import picking
+from l2d_framework.generation.arguments import decoding_options, request
 from l2d_framework.generation.chat_template import check_conversation
 from l2d_framework.generation.infill import check_infilling, read_gaps
 from l2d_framework.generation.prompts import Prompt, check_length, encode_prompts, pad_left
+from l2d_framework.generation.speculation import Guesses
 from l2d_framework.lines import read_lines, read_objects
 from l2d_framework.models.diffusion_lm import DiffusionLM
 from l2d_framework.models.unloaded import CLASS, SCALE, UnloadedModel
@@ -120,6 +121,8 @@ class Session:
         class_name: str | None,
         stop: Sequence[str],
         samples: int,
+        running: dict[str, Any],
+        is_watched: bool,
     ) -> None:
         check_dtype(dtype)
         if options.get("temperature", 1.0) <= 0:
@@ -127,13 +130,15 @@ class Session:
                 f"--temperature must be above 0, got {options['temperature']}. Leave --do-sample out for the likeliest "
                 "tokens."
             )
-        picking(options | ({"stop_strings": list(stop)} if stop else {}))
+        decoding_options(options | ({"stop_strings": list(stop)} if stop else {}))
         self.options, self.class_name, self.stop, self.samples = options, class_name, list(stop), samples
         self.model = model = UnloadedModel(path, base=base, dtype=dtype)
         settings = model.sampling({**sampling, CLASS: class_name, SCALE: guidance_scale})
         model.check_class(settings, is_named=class_name is not None, where="Add --class NAME.")
-        self.sampling, self.scale = sampling, guidance_scale
+        self.sampling, self.scale, self.running = sampling, guidance_scale, running
         self.tokenizer = model.tokenizer
+        guesses = request(**running).guesses
+        Guesses.of(model.empty, guesses, settings, block_size=model.parts.block_size, has_observer=is_watched)
         self.is_whole = (settings.block_size or model.parts.block_size) != 1
         self.lm: DiffusionLM | None = None
 
@@ -144,11 +149,9 @@ class Session:
         check_length([len(tokens) for tokens in batch], config, self.model.lm_config, names=names)
         return batch
 
-    def load(self, device: str | None, *, merge: bool) -> None:
+    def load(self, device: str | None) -> None:
         """Load the weights."""
         self.lm = self.model.load(check_device(device))
-        if merge:
-            self.lm.backbone.merge()
 
     def check_infilling(self, texts: Sequence[str]) -> None:
         """Refuse texts with gaps that this model cannot fill; needs no weights."""
@@ -197,6 +200,7 @@ class Session:
             num_return_sequences=self.samples,
             streamer=streamer,
             observer=observer,
+            **self.running,
             **{**self.sampling, **self.options, **stop},
         )
         answers = [

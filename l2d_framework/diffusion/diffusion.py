@@ -34,11 +34,7 @@ class Diffusion(nn.Module):
 
     @torch.no_grad()
     def codebook(self) -> Tensor:
-        """The parametrization's constant for generation, computed again only after a weight has changed.
-
-        Returns:
-            What `Parametrization.codebook` returns.
-        """
+        """The parametrization's constant for generation, computed again only after a weight has changed."""
         weights = [*self.parametrization.parameters(), self.backbone.table()]
         state = [(weight.data_ptr(), weight._version, weight.dtype, weight.device) for weight in weights]
         made = self._codebook
@@ -47,38 +43,18 @@ class Diffusion(nn.Module):
         return made[1]
 
     def own_parameters(self) -> dict[str, nn.Parameter]:
-        """What training changes and checkpoints store; the language model's weights only if the backbone trains them.
-
-        Returns:
-            Parameters by name.
-        """
+        """What training changes and checkpoints store; the language model's own only if the backbone trains it."""
         if self.backbone.trains_lm:
             return dict(self.named_parameters())
         frozen = {id(parameter) for parameter in self.backbone.lm.parameters()}
         return {name: p for name, p in self.named_parameters() if id(p) not in frozen}
 
     def diffuse(self, tokens: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-        """Noisy states of tokens.
-
-        Args:
-            tokens: ids, (B, L), int64.
-            t: times, (B, L), float32.
-            noise: standard normal, (B, L, D), float32; what `Parametrization.noise` made or any tensor.
-
-        Returns:
-            What `Parametrization.corrupt` makes of them, (B, L, D), float32; gradients reach the projection.
-        """
+        """Noisy states, (B, L, D), of tokens at times t with standard normal noise; gradients reach the projection."""
         return self.parametrization.corrupt(tokens, noise, t, self.schedule, self.backbone.table())
 
     def features(self, query: Query) -> Tensor:
-        """Hidden states about the queried positions, before the vocabulary head.
-
-        Args:
-            query: what is asked.
-
-        Returns:
-            (B, L, H).
-        """
+        """Hidden states about the queried positions, (B, L, H), before the vocabulary head."""
         if query.shared_time == 0.0 and self.backbone.identity_at_zero:
             return self.backbone.plain(query.positions, query.context)
         h = self.parametrization.embed(query.x, query.t, self.schedule, self.backbone.table(), query.previous)
@@ -87,14 +63,7 @@ class Diffusion(nn.Module):
         )
 
     def forward(self, query: Query) -> Prediction:
-        """Predict without guidance.
-
-        Args:
-            query: what is asked.
-
-        Returns:
-            Logits in float32.
-        """
+        """Predict without guidance, logits in float32."""
         logits = self.backbone.head(self.features(query)).float()
         return Prediction(self.refine(logits, query.x, query.t) if self.refines else logits)
 
@@ -104,41 +73,18 @@ class Diffusion(nn.Module):
         return type(self.parametrization).refine is not Parametrization.refine
 
     def refine(self, logits: Tensor, x: Tensor, t: Tensor) -> Tensor:
-        """Logits after what the states say of their tokens.
-
-        Args:
-            logits: of some positions, (B, n, V), float32.
-            x: their states, (B, n, D), float32.
-            t: their times, (B, n), float32.
-
-        Returns:
-            (B, n, V), float32.
-        """
+        """Logits of some positions, (B, n, V), float32, after what their states say of their tokens."""
         return self.parametrization.refine(logits, x.detach(), t, self.schedule, self.backbone.table().detach())
 
     def answer(self, query: Query) -> Logits:
-        """Predict without guidance, such that not all logits need be held at once.
-
-        Args:
-            query: what is asked.
-
-        Returns:
-            Logits made a few positions at a time, or all of them where the state space refines them.
-        """
+        """Predict without guidance, a few positions at a time unless the state space refines all logits."""
         size = self.backbone.vocab_size
         if self.refines:
             return Logits(self.forward(query).logits, size)
         return Logits(self.features(query), size, self.backbone.head)
 
     def together(self, queries: list[Query]) -> list[Prediction]:
-        """Answer queries that share positions and context in one pass of the network.
-
-        Args:
-            queries: at least one query.
-
-        Returns:
-            One prediction per query, in order.
-        """
+        """Answer queries that share positions and context in one pass of the network."""
         joined, dim = _join(queries, 1 if self.backbone.independent_positions else 0)
         return [Prediction(part) for part in self.forward(joined).logits.chunk(len(queries), dim)]
 

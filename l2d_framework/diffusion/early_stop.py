@@ -9,11 +9,7 @@ from l2d_framework.diffusion.logits import Logits
 
 
 class Settled(Exception):
-    """Every row of a block has settled, so the solver may stop.
-
-    Args:
-        logits: what they settled with.
-    """
+    """Every row of a block has settled, with these logits, so the solver may stop."""
 
     def __init__(self, logits: Logits) -> None:
         super().__init__()
@@ -23,12 +19,7 @@ class Settled(Exception):
 class EarlyStop:
     """Rows whose tokens no longer change keep the logits they had then, whatever their batch mates still do.
 
-    Args:
-        patience: evaluations in a row without a change after which a row has settled.
-        rows: B.
-
-    Attributes:
-        going: rows that have not settled, (B,), bool, on the host.
+    A row has settled after `patience` evaluations without a change; `going` are the others, (B,), bool, on the host.
     """
 
     def __init__(self, patience: int, rows: int) -> None:
@@ -39,19 +30,7 @@ class EarlyStop:
         self.going = torch.ones(rows, dtype=torch.bool)
 
     def add(self, logits: Logits, tokens: Tensor, *, is_last: bool) -> Logits:
-        """Take note of an evaluation.
-
-        Args:
-            logits: its logits.
-            tokens: the most likely tokens, (B, L), int64.
-            is_last: whether it is the read-out.
-
-        Returns:
-            The logits, with those of settled rows in their place.
-
-        Raises:
-            Settled: if no row goes on before the read-out.
-        """
+        """The logits of an evaluation, with those of settled rows in their place; Settled before the read-out."""
         if self._tokens is not None:
             same = (tokens == self._tokens).all(1).cpu()
             self._unchanged = torch.where(same, self._unchanged + 1, 0)

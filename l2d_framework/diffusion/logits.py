@@ -16,88 +16,42 @@ _CACHED = 2**17
 
 
 def pieces(rows: int, length: int, width: int, limit: int | None = None) -> Iterator[slice]:
-    """Slices of positions small enough to be as wide as the vocabulary.
-
-    Args:
-        rows: B.
-        length: L.
-        width: entries per position.
-        limit: largest number of entries of a piece; `CHUNK` when None.
-
-    Returns:
-        Slices that cover `length` in order, each of at most so many entries if one position allows it.
-    """
+    """Slices of positions, in order, of at most `limit` entries (`CHUNK` when None) if a single position allows it."""
     step = max(1, (CHUNK if limit is None else limit) // max(rows * width, 1))
     return (slice(start, min(start + step, length)) for start in range(0, length, step))
 
 
 def dense(state: Tensor) -> Tensor:
-    """A state with all its numbers, which a space may keep as less: as tokens and seeds, say.
-
-    Args:
-        state: (B, L, D), dense or not.
-
-    Returns:
-        (B, L, D).
-    """
+    """A state with all its numbers, (B, L, D), which a space may keep as less: as tokens and seeds, say."""
     return state.dense() if hasattr(state, "dense") else state
 
 
 def cached_pieces(values: Tensor) -> Iterator[slice]:
-    """Slices of positions of a tensor that several operations in a row should visit one after the other.
-
-    Args:
-        values: (B, L, D).
-
-    Returns:
-        Slices that cover L in order: as small as a cache on a CPU, of at most `CHUNK` entries elsewhere.
-    """
+    """Slices of L that several operations in a row should visit one by one: as small as a cache on a CPU."""
     rows, length, width = values.shape
     return pieces(rows, length, width, limit=min(_CACHED, CHUNK) if values.device.type == "cpu" else None)
 
 
 @dataclass(frozen=True)
 class Logits:
-    """Logits about the positions of a block.
+    """Logits about the positions of a block."""
 
-    Attributes:
-        values: logits, (B, L, V), or the hidden states they are made from, (B, L, H).
-        vocab_size: V.
-        head: makes logits (B, n, V) from hidden states (B, n, H); None when `values` are logits.
-    """
-
-    values: Tensor
+    values: Tensor  # (B, L, V), or the hidden states that `head` makes them from, (B, L, H)
     vocab_size: int
     head: Callable[[Tensor], Tensor] | None = None
 
     def parts(self) -> Iterator[tuple[slice, Tensor]]:
-        """Logits a few positions at a time.
-
-        Yields:
-            The positions as a slice, and their logits, (B, n, V), float32.
-        """
+        """Logits a few positions at a time, (B, n, V), float32, with the slice of the positions."""
         rows, length = self.values.shape[:2]
         for part in pieces(rows, length, self.vocab_size):
             values = self.values[:, part]
             yield part, values if self.head is None else self.head(values).float()
 
     def columns(self) -> Iterator[Tensor]:
-        """Logits position by position.
-
-        Yields:
-            (B, V), float32.
-        """
+        """Logits position by position, (B, V), float32."""
         for _, logits in self.parts():
             yield from logits.unbind(1)
 
     def where(self, chosen: Tensor, other: Logits) -> Logits:
-        """This answer in some rows, another one elsewhere.
-
-        Args:
-            chosen: rows to take from this answer, (B,), bool.
-            other: an answer of the same kind.
-
-        Returns:
-            The mixed answer.
-        """
+        """These in the `chosen` rows, (B,), bool, others of the same kind elsewhere."""
         return Logits(torch.where(chosen[:, None, None], self.values, other.values), self.vocab_size, self.head)

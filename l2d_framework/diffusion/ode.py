@@ -26,21 +26,13 @@ from l2d_framework.types import Context, Layout, Predict, Prediction, Query, Ran
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One evaluation of the network, for observers; all logits of the block are made when there is one.
+    """One evaluation of the network, for observers; all logits of the block are made when there is one."""
 
-    Attributes:
-        positions: slots asked about, (B, L), int64.
-        t: times, (B, L), float32.
-        x: noisy states, (B, L, D), float32.
-        logits: guided logits, (B, L, V), float32.
-        is_read_out: True for the evaluation whose logits yield the tokens.
-    """
-
-    positions: Tensor
-    t: Tensor
-    x: Tensor
-    logits: Tensor
-    is_read_out: bool
+    positions: Tensor  # slots asked about, (B, L), int64
+    t: Tensor  # times, (B, L), float32
+    x: Tensor  # noisy states, (B, L, D), float32
+    logits: Tensor  # guided, (B, L, V), float32
+    is_read_out: bool  # whether its logits yield the tokens
 
 
 Observer = Callable[[Evaluation], None]
@@ -48,39 +40,24 @@ Observer = Callable[[Evaluation], None]
 
 @dataclass(frozen=True)
 class Streams:
-    """Random streams of one block.
+    """Random streams of one block."""
 
-    Attributes:
-        estimate: for estimates that draw.
-        fresh: for solvers that add noise.
-        repeat: draw the same numbers at every evaluation, so that the slope is a function of state and time. A solver
-            that compares slopes to choose its steps would otherwise mistake the dice for an error of its own.
-    """
-
-    estimate: TokenStreams
-    fresh: TokenStreams
+    estimate: TokenStreams  # for estimates that draw
+    fresh: TokenStreams  # for solvers that add noise
     repeat: bool = False
+    """Draw the same numbers at every evaluation, so that the slope is a function of state and time. A solver that
+    compares slopes to choose its steps would otherwise mistake the dice for an error of its own."""
+
+
+class NotAhead(Exception):
+    """Something asks for the sequence so far, or for numbers on the host, and they are not known ahead."""
 
 
 class TokenODE(Problem):
     """Turns predictions into clean states and velocities, and counts evaluations.
 
-    Tokens that a solver declares inactive are left out of the network's batch, not merely masked.
-
-    Args:
-        diffusion: the model.
-        query: positions, context, condition and guidance scale of the block; its state and time are ignored.
-        guidance: wrappers around prediction, the first is innermost.
-        parametrization: the model's, with the request's estimate options.
-        codebook: what `parametrization.codebook` returned.
-        streams: random streams of the block.
-        layout: the sequence so far, for guidance; None when there is no guidance that reads it.
-        patience: evaluations in which no token of a row may change before the row is settled; None for never.
-        observer: called after every evaluation, or None.
-
-    Attributes:
-        evaluations: network evaluations spent on each token, (B, L), int64.
-        metrics: for each name that a guidance recorded, one (B,) per evaluation.
+    Tokens that a solver declares inactive are left out of the network's batch, not merely masked. State and time of the
+    `query` are ignored; where a guidance asks for the layout and there is none, `NotAhead` is raised.
     """
 
     def __init__(
@@ -99,28 +76,20 @@ class TokenODE(Problem):
         self._diffusion, self._query, self._guidance = diffusion, query, guidance
         self._parametrization, self._codebook = parametrization, codebook
         self._streams, self._observer = streams, observer
-        self._layout = layout or Layout(query.positions[:, :0], query.positions[:, :0])
+        self._layout = layout
         self._previous: Tensor | None = None
         self._rows: Tensor | None = None
         self._context = query.context
-        self._settling = None if patience is None else EarlyStop(patience, len(query.positions))
+        self._early_stop = None if patience is None else EarlyStop(patience, len(query.positions))
         self._count = 0
         self._moves: tuple[Solver, list[float], int] | None = None
         self._unsound: dict[int, Tensor] = {}
+        # Evaluations of the network spent on each token, (B, L); and by name one (B,) per evaluation.
         self.evaluations = torch.zeros_like(query.positions)
         self.metrics: dict[str, list[Tensor]] = {}
 
     def solve(self, solver: Solver, x: Tensor, times: list[float]) -> Tensor:
-        """Let a solver move through `times`, by which estimates know how far each move leads.
-
-        Args:
-            solver: how to move.
-            x: state at times[0], (B, L, D), float.
-            times: increasing times.
-
-        Returns:
-            State at times[-1], (B, L, D).
-        """
+        """State at times[-1] from that at times[0], (B, L, D); estimates learn how far each move leads."""
         self._moves = None if solver.is_adaptive else (solver, times, self._count)
         return solver.solve(self, x, times)
 
@@ -159,15 +128,7 @@ class TokenODE(Problem):
         return chosen.put(self._evaluate(chosen.query(query, context), chosen.take(ahead), chosen)[1])
 
     def read_out(self, x: Tensor, t: float) -> Logits:
-        """Logits that yield the tokens, from the last evaluation.
-
-        Args:
-            x: state at the end, (B, L, D), float.
-            t: the end time.
-
-        Returns:
-            The logits; those of settled rows are the ones they settled with.
-        """
+        """Logits that yield the tokens, from the last evaluation; those of settled rows are what they settled with."""
         return self._evaluate(self._at(x, t), None, Selection(self._streams.estimate))[0]
 
     def _at(self, x: Tensor, t: Time) -> Query:
@@ -183,7 +144,7 @@ class TokenODE(Problem):
         if self._observer is not None:
             self._observer(Evaluation(query.positions, query.t, query.x, answer.values, ahead is None))
         self._count += 1
-        random.count(self.evaluations, None if self._settling is None else self._settling.going)
+        random.count(self.evaluations, None if self._early_stop is None else self._early_stop.going)
         estimates, memory, tokens = [], [], []
         draws = Sliced(space.branch())
         for part, logits in answer.parts():
@@ -194,12 +155,12 @@ class TokenODE(Problem):
                 memory.append(
                     logits if whole else self._parametrization.remember(logits, self._diffusion.backbone.table())
                 )
-            if self._settling is not None:
+            if self._early_stop is not None:
                 tokens.append(logits.argmax(-1))
         if memory:
             self._previous = random.keep(_joined(memory), self._previous)
-        if self._settling is not None:
-            answer = self._settling.add(answer, torch.cat(tokens, 1), is_last=ahead is None)
+        if self._early_stop is not None:
+            answer = self._early_stop.add(answer, torch.cat(tokens, 1), is_last=ahead is None)
         return answer, clean if clean is not None else _joined(estimates) if estimates else query.t.new_empty(0)
 
     def _predict(self, query: Query, space: _Space) -> tuple[Logits, Tensor | None]:
@@ -218,16 +179,7 @@ class TokenODE(Problem):
         return Logits(prediction.logits, size), prediction.clean
 
     def check_guided(self, guidance: Guidance, query: Query, found: Any) -> None:
-        """Refuse a guided prediction of another shape or type, and note whether there is a NaN.
-
-        Args:
-            guidance: whose prediction it is.
-            query: what was asked.
-            found: the prediction.
-
-        Raises:
-            PluginError: if it is not what a guidance returns.
-        """
+        """Refuse a guided prediction of another shape or type, and note whether there is a NaN."""
         rows = tuple(query.positions.shape)
         wanted = {"logits": (*rows, self._diffusion.backbone.vocab_size), "clean": (*rows, query.x.shape[-1])}
         for name, shape in wanted.items():
@@ -242,11 +194,7 @@ class TokenODE(Problem):
         self._unsound[id(guidance)] = self._unsound.get(id(guidance), unsound) | unsound
 
     def check_sound(self) -> None:
-        """Refuse a block in which guided logits were NaN.
-
-        Raises:
-            PluginError: naming the innermost guidance that returned one.
-        """
+        """Refuse a block in which guided logits were NaN, naming the innermost guidance that returned one."""
         for guidance in self._guidance:
             if id(guidance) in self._unsound and bool(self._unsound[id(guidance)]):
                 raise PluginError(
@@ -279,6 +227,8 @@ class _Space:
     @property
     def layout(self) -> Layout:
         layout = self._problem._layout
+        if layout is None:
+            raise NotAhead
         return Layout(self._random.rows(layout.tokens), self._random.rows(layout.blocks))
 
     def branch(self) -> Selection:
@@ -298,6 +248,8 @@ class _Space:
         return self._random.branch(-1)
 
     def record(self, name: str, values: Tensor) -> None:
+        if self._problem._layout is None:
+            raise NotAhead
         if name not in self._recorded:
             self._recorded.add(name)
             self._problem.metrics.setdefault(name, []).append(self._random.spread(values.detach().float()))

@@ -18,38 +18,17 @@ _BLOCK = 32
 
 
 def stream_key(*parts: int | str) -> bytes:
-    """Key of a random stream.
-
-    Args:
-        *parts: whatever names the stream, such as seed, request, position and purpose.
-
-    Returns:
-        16 bytes; different parts give different keys up to hash collisions.
-    """
+    """Key of a random stream, 16 bytes, from whatever names it, such as seed, request, position and purpose."""
     return hashlib.blake2b("\x1f".join(map(str, parts)).encode(), digest_size=16).digest()
 
 
 def keyed_generator(*parts: int | str) -> np.random.Generator:
-    """Generator that depends on `parts` only.
-
-    Args:
-        *parts: whatever names the stream.
-
-    Returns:
-        A Philox generator at the start of its stream.
-    """
+    """Philox generator at the start of the stream that `parts` name."""
     return np.random.Generator(np.random.Philox(key=int.from_bytes(stream_key(*parts), "little")))
 
 
 def request_keys(prompts: Sequence[Sequence[int]]) -> list[str]:
-    """Name of each request: hash of its prompt's tokens and how often the same prompt came before.
-
-    Args:
-        prompts: token ids of each prompt, without padding.
-
-    Returns:
-        One name per prompt; reordering different prompts reorders the names.
-    """
+    """Name of each request: hash of its prompt's tokens, without padding, and how often the same prompt came before."""
     seen: dict[str, int] = {}
     names = []
     for prompt in prompts:
@@ -61,16 +40,10 @@ def request_keys(prompts: Sequence[Sequence[int]]) -> list[str]:
 
 
 def categorical(probabilities: Tensor, u: Tensor) -> Tensor:
-    """Token whose interval of the cumulative distribution contains `u`.
+    """Tokens, (...), whose interval of the cumulative distribution contains `u`, (...) in [0, 1).
 
-    One number per draw, whatever the vocabulary, and the same number gives the same token on every device up to ties.
-
-    Args:
-        probabilities: non-negative weights, (..., V), float; they need not sum to 1.
-        u: numbers in [0, 1), (...).
-
-    Returns:
-        Token ids, (...), int64; never one of weight zero.
+    `probabilities`, (..., V), are weights that need not sum to 1; a token of weight zero is never drawn. One number per
+    draw, whatever the vocabulary, and the same number gives the same token on every device up to ties.
     """
     cumulative = probabilities.cumsum(-1)
     total = cumulative[..., -1:]
@@ -81,15 +54,7 @@ def categorical(probabilities: Tensor, u: Tensor) -> Tensor:
 
 
 class TokenStreams:
-    """One independent stream per token of a (B, L) block.
-
-    Args:
-        keys: for each row, one tuple of key parts per token.
-        device: where the numbers are wanted.
-
-    Attributes:
-        device: where the numbers are wanted.
-    """
+    """One independent stream per token of a (B, L) block, each named by a tuple of key parts."""
 
     def __init__(self, keys: Sequence[Sequence[tuple[int | str, ...]]], device: torch.device) -> None:
         self._keys = keys
@@ -104,28 +69,14 @@ class TokenStreams:
         return [[keyed_generator(*parts) for parts in row] for row in self._keys]
 
     def branch(self, number: int) -> TokenStreams:
-        """Further independent streams of the same tokens.
-
-        Args:
-            number: which; 0 for this object itself.
-
-        Returns:
-            The same object at every call with one number.
-        """
+        """Further independent streams of the same tokens, the same at every call; 0 is this object itself."""
         if number not in self._branches:
             keys = [[(*parts, number) for parts in row] for row in self._keys]
             self._branches[number] = TokenStreams(keys, self.device)
         return self._branches[number]
 
     def uniform(self, active: Tensor | None = None) -> Tensor:
-        """Next number of every active stream.
-
-        Args:
-            active: tokens whose stream advances, (B, L), bool; all when None.
-
-        Returns:
-            Numbers in [0, 1), (B, L), float32; of no meaning where not active.
-        """
+        """Next number in [0, 1) of every stream that is `active`, (B, L), float32; of no meaning where not."""
         if self._calls >= self._buffer.shape[-1]:
             fresh = [[g.random(_BLOCK, dtype=np.float32) for g in row] for row in self._generators]
             block = torch.from_numpy(np.asarray(fresh)).to(self.device)
@@ -142,22 +93,11 @@ class TokenStreams:
             branch._calls = 0
 
     def normal(self, size: int) -> Tensor:
-        """Next `size` standard normal numbers of every stream; not to be mixed with `uniform` on one object.
-
-        Args:
-            size: how many per token.
-
-        Returns:
-            (B, L, size), float32.
-        """
+        """Next normal numbers of every stream, (B, L, size), float32; not to be mixed with `uniform` on one object."""
         draws = [[g.standard_normal(size, dtype=np.float32) for g in row] for row in self._generators]
         return torch.from_numpy(np.asarray(draws)).to(self.device)
 
     def seeds(self) -> Tensor:
-        """Next seed of every stream; not to be mixed with `uniform` on one object.
-
-        Returns:
-            (B, L), int64, on the host.
-        """
+        """Next seed of every stream, (B, L), int64, on the host; not to be mixed with `uniform` on one object."""
         draws = [[int(g.integers(2**63)) for g in row] for row in self._generators]
         return torch.tensor(draws)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -15,66 +17,50 @@ from l2d_framework.diffusion.ode import Observer, Streams, TokenODE
 from l2d_framework.diffusion.rng import TokenStreams
 from l2d_framework.diffusion.sampling import Sampling, plan
 from l2d_framework.parametrization import Parametrization
+from l2d_framework.solver import Solver
 from l2d_framework.types import Context, Layout, Query
+
+Keys = Sequence[Sequence[tuple[int | str, ...]]]
+"""For each row, one tuple of key parts per token, which name its random numbers."""
 
 
 @dataclass(frozen=True)
 class Block:
-    """Tokens to denoise together.
+    """Tokens to denoise together."""
 
-    Attributes:
-        positions: their slots, (B, L), int64.
-        layout: the sequence so far, (B, S).
-        context: what the backbone remembers of it.
-        keys: for each row, one tuple of key parts per token, which name its noise.
-        condition: class of each token, (B, L), int64, or None.
-        guidance_scale: scale of each token, (B, L), float32, or None.
-    """
-
-    positions: Tensor
-    layout: Layout
-    context: Context
-    keys: Sequence[Sequence[tuple[int | str, ...]]]
-    condition: Tensor | None = None
-    guidance_scale: Tensor | None = None
+    positions: Tensor  # their slots, (B, L), int64
+    layout: Layout | None  # the sequence so far, (B, S); None where it is not known ahead
+    context: Context  # what the backbone remembers of it
+    keys: Keys
+    condition: Tensor | None = None  # class of each token, (B, L), int64
+    guidance_scale: Tensor | None = None  # (B, L), float32
 
     def streams(self, purpose: str) -> TokenStreams:
-        """Random streams of the block's tokens.
-
-        Args:
-            purpose: what they are for; others are independent.
-
-        Returns:
-            The streams.
-        """
+        """Random streams of the block's tokens for one purpose."""
         return TokenStreams([[(*parts, purpose) for parts in row] for row in self.keys], self.positions.device)
 
 
 @dataclass(frozen=True)
 class Denoised:
-    """What became of a block.
+    """What became of a block."""
 
-    Attributes:
-        logits: those that yield the tokens.
-        evaluations: network evaluations spent on each token, (B, L), int64.
-        metrics: what guidance recorded, by name, (B, evaluations), float32.
-    """
+    logits: Logits  # those that yield the tokens
+    evaluations: Tensor  # of the network, spent on each token, (B, L), int64
+    metrics: dict[str, Tensor]  # what guidance recorded, by name, (B, evaluations), float32
+    check: Callable[[], None] = lambda: None  # PluginError if guided logits were NaN, for which the host waits
 
-    logits: Logits
-    evaluations: Tensor
-    metrics: dict[str, Tensor]
+    def select(self, rows: Tensor) -> Denoised:
+        """What became of some rows, (B',)."""
+        return Denoised(
+            replace(self.logits, values=self.logits.values[rows]),
+            self.evaluations[rows],
+            {name: values[rows] for name, values in self.metrics.items()},
+        )
 
 
 @dataclass(frozen=True)
 class Sampler:
-    """A model with the settings of a request.
-
-    Attributes:
-        diffusion: the model.
-        sampling: how to diffuse.
-        parametrization: the model's, with the request's estimate options.
-        observer: called after every network evaluation, or None.
-    """
+    """A model with the settings of a request; the parametrization has the request's estimate options."""
 
     diffusion: Diffusion
     sampling: Sampling
@@ -82,35 +68,38 @@ class Sampler:
     observer: Observer | None = None
 
     @classmethod
-    def of(cls, diffusion: Diffusion, sampling: Sampling, observer: Observer | None = None) -> Sampler:
-        """A sampler with the sampling's estimate options.
-
-        Args:
-            diffusion: the model.
-            sampling: how to diffuse.
-            observer: called after every network evaluation, or None.
-
-        Returns:
-            The sampler of blocks.
-        """
+    def of(
+        cls,
+        diffusion: Diffusion,
+        sampling: Sampling,
+        observer: Observer | None = None,
+        *,
+        merge: Literal["auto", "always", "never"] = "auto",
+    ) -> Sampler:
+        """A sampler with the sampling's estimate options; `merge`: if there is memory, in any case, or not at all."""
+        if merge != "never":
+            diffusion.backbone.merge(at_any_cost=merge == "always")
         return cls(diffusion, sampling, diffusion.parametrization.with_estimate(sampling.estimate), observer)
 
+    @cached_property
+    def _plan(self) -> tuple[Solver, list[float]]:
+        return plan(self.diffusion, self.sampling)
+
     def __call__(self, block: Block) -> Denoised:
-        """Solve the block and read it out.
+        """Solve the block, read it out, and check what guidance did."""
+        found = self.solve(block)
+        found.check()
+        return found
 
-        Args:
-            block: what to denoise.
-
-        Returns:
-            Logits and what they cost.
-        """
+    def solve(self, block: Block) -> Denoised:
+        """Solve the block and read it out; with a solver of a fixed grid, the host waits for nothing."""
         diffusion, sampling, positions = self.diffusion, self.sampling, block.positions
         backbone, space = diffusion.backbone, self.parametrization
         if sampling.num_inference_steps == 0:
             plain = backbone.plain(positions, block.context)
             logits = Logits(plain, backbone.vocab_size, backbone.head)
             return Denoised(logits, torch.zeros_like(positions), {})
-        solver, times = plan(diffusion, sampling)
+        solver, times = self._plan
         x = space.prior(block.streams("prior"))
         x = x.to(torch.float32 if x.device.type == "mps" else space.state_dtype)
         problem = TokenODE(
@@ -135,6 +124,5 @@ class Sampler:
             logits = problem.read_out(problem.solve(solver, x, times), times[-1])
         except Settled as end:
             logits = end.logits
-        problem.check_sound()
         metrics = {name: torch.stack(values, 1) for name, values in problem.metrics.items()}
-        return Denoised(logits, problem.evaluations, metrics)
+        return Denoised(logits, problem.evaluations, metrics, problem.check_sound)

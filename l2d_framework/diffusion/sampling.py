@@ -46,17 +46,7 @@ class Sampling(Protocol):
 
 
 def check_sampling(sampling: Sampling, *, num_classes: int, has_condition: bool, is_scaled: bool = False) -> None:
-    """Refuse settings a model cannot be sampled with; needs no weights.
-
-    Args:
-        sampling: the settings.
-        num_classes: class labels of the model.
-        has_condition: whether the requests name classes.
-        is_scaled: whether the requests bring scales of their own.
-
-    Raises:
-        ConfigError: if a number or a guidance does not fit.
-    """
+    """Refuse settings a model cannot be sampled with; needs no weights."""
     steps, solver = sampling.num_inference_steps, sampling.solver
     if steps is None and not solver.is_adaptive:
         raise ConfigError(
@@ -95,17 +85,7 @@ def check_sampling(sampling: Sampling, *, num_classes: int, has_condition: bool,
 
 
 def check_block_size(backbone: BackboneConfig, lm_config: Any, *, trained: int | None, wanted: int | None) -> None:
-    """Refuse blocks that a model has not learnt to denoise; needs no weights.
-
-    Args:
-        backbone: configuration of its backbone.
-        lm_config: the language model's transformers config.
-        trained: the model's block size; one of one block per sequence may grow its answer in blocks of any size.
-        wanted: tokens to be denoised together, None for the model's own number.
-
-    Raises:
-        ConfigError: if the backbone cannot serve such blocks, or the model knows smaller ones only.
-    """
+    """Refuse blocks that a model has not learnt to denoise; needs no weights. None wanted is the model's own size."""
     if trained is None or wanted is None:
         return
     backbone.check(lm_config, wanted)
@@ -117,15 +97,7 @@ def check_block_size(backbone: BackboneConfig, lm_config: Any, *, trained: int |
 
 
 def plan(diffusion: Diffusion, sampling: Sampling) -> tuple[Solver, list[float]]:
-    """Solver with its budget, and the times it visits.
-
-    Args:
-        diffusion: the model.
-        sampling: how to sample.
-
-    Returns:
-        The solver and increasing times; the last is the read-out's.
-    """
+    """Solver with its budget, and the increasing times it visits; the last is the read-out's."""
     solver, steps = sampling.solver, sampling.num_inference_steps
     end = sampling.end_time
     if end is None:

@@ -18,29 +18,15 @@ class Selection:
     """All tokens of a block, or some as a smaller block: rows with any, and in each the active positions first.
 
     It is the `Random` of its tokens; of the streams of `uniform`, only theirs advance.
-
-    Attributes:
-        streams: of the whole block.
-        active: which tokens, (B, L), bool; all when None.
-        places: rows and columns of the smaller block's tokens, (B', 1) and (B', L'), int64; None where it is the whole.
     """
 
-    streams: TokenStreams
-    active: Tensor | None = None
-    places: tuple[Tensor, Tensor] | None = None
+    streams: TokenStreams  # of the whole block
+    active: Tensor | None = None  # which tokens, (B, L), bool; all when None
+    places: tuple[Tensor, Tensor] | None = None  # rows (B', 1) and columns (B', L') of the smaller block's tokens
 
     @classmethod
     def of(cls, streams: TokenStreams, active: Tensor, rows: Tensor) -> Selection:
-        """Some tokens.
-
-        Args:
-            streams: of the whole block.
-            active: (B, L), bool.
-            rows: numbers of the rows with active tokens, (B',), int64.
-
-        Returns:
-            The selection.
-        """
+        """The active tokens, in the rows that have some, (B',), int64."""
         width = int(active.sum(1).max())
         columns = (~active[rows]).long().argsort(stable=True, dim=1)[:, :width]
         return cls(streams, active, (rows[:, None], columns))
@@ -93,27 +79,14 @@ class Selection:
         return replace(self, streams=self.streams.branch(number))
 
     def count(self, evaluations: Tensor, going: Tensor | None) -> None:
-        """Count one evaluation.
-
-        Args:
-            evaluations: per token, (B, L), int64; changed in place.
-            going: rows that have not settled, (B,), bool, or None for all.
-        """
+        """Add one evaluation, in place, to the tokens' (B, L), int64, in the rows that have not settled, (B,), bool."""
         if self.active is not None:
             evaluations += self.active
         else:
             evaluations += 1 if going is None else going[:, None].to(evaluations)
 
     def keep(self, memory: Tensor, earlier: Tensor | None) -> Tensor:
-        """What is remembered of the evaluations so far.
-
-        Args:
-            memory: of this one, (B', L', M).
-            earlier: of those before, (B, L, M), or None.
-
-        Returns:
-            (B, L, M).
-        """
+        """What is remembered, (B, L, M): of this evaluation, (B', L', M), over what was of those before."""
         new = self.put(memory)
         return new if self.active is None or earlier is None else torch.where(self.active[..., None], new, earlier)
 
@@ -131,37 +104,18 @@ class Selection:
 
 
 class Sliced:
-    """The random numbers of a block, handed out to pieces of it as if each piece asked for the whole.
-
-    Args:
-        random: of the whole block.
-    """
+    """The random numbers of a block, handed out to pieces of it as if each piece asked for the whole."""
 
     def __init__(self, random: Random) -> None:
         self.random = random
         self._drawn: list[Tensor] = []
 
     def of(self, part: slice) -> Random:
-        """Random numbers of a piece.
-
-        Args:
-            part: its positions.
-
-        Returns:
-            The numbers that these positions get whatever the pieces are.
-        """
+        """Random numbers of some positions, which get the same whatever the pieces are."""
         return _Slice(self, part)
 
     def draw(self, number: int, how: Callable[[Random], Tensor]) -> Tensor:
-        """Numbers of the whole block.
-
-        Args:
-            number: which draw this is, from 0.
-            how: makes it, the first time.
-
-        Returns:
-            (B, L, ...).
-        """
+        """Draw `number` of the whole block, (B, L, ...), which `how` makes the first time."""
         if number == len(self._drawn):
             self._drawn.append(how(self.random))
         return self._drawn[number]

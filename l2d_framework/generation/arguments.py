@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import (
@@ -64,7 +64,20 @@ class _Arguments(BaseModel):
     model_config = ConfigDict(allow_inf_nan=False, extra="ignore")
 
 
-class Request(_Arguments):
+class Running(_Arguments):
+    """How to run a request, which changes its answer by no more than rounding."""
+
+    merge: Literal["auto", "always", "never"] = "auto"
+    speculate: Literal["auto", "off"] | Annotated[int, Strict(), Field(ge=1, le=1_000)] = "off"
+    graph: Flag = True
+
+    @property
+    def guesses(self) -> int | None:
+        """Tokens to guess ahead, None for as many as pay."""
+        return None if self.speculate == "auto" else 0 if self.speculate == "off" else self.speculate
+
+
+class Request(Running):
     """Arguments of `generate` beside prompts and settings; a single one counts for all prompts."""
 
     classes: Annotated[list[str | None], Strict()] | None = None
@@ -169,7 +182,9 @@ def request(**given: Any) -> Request:
         raise ConfigError("\n".join(_problems(error, given).values())) from error
 
 
-def picking(options: Mapping[str, Any], *, vocab_size: int | None = None, known: Iterable[str] = ()) -> dict[str, Any]:
+def decoding_options(
+    options: Mapping[str, Any], *, vocab_size: int | None = None, known: Iterable[str] = ()
+) -> dict[str, Any]:
     """Options of transformers' `generate` that have an effect, checked; `known`: what else may have been meant."""
     fields = [*GenerationConfig().to_dict()]
     for name, value in options.items():
@@ -182,7 +197,7 @@ def picking(options: Mapping[str, Any], *, vocab_size: int | None = None, known:
     return found
 
 
-def picking_config(
+def decoding_config(
     config: GenerationConfig | None,
     options: Mapping[str, Any],
     *,
@@ -207,7 +222,7 @@ def picking_config(
     """
     if config is not None and not isinstance(config, GenerationConfig):
         raise ConfigError(f"generation_config should be a GenerationConfig of transformers, got {config!r}.")
-    chosen = picking(options, vocab_size=vocab_size, known=known)
+    chosen = decoding_options(options, vocab_size=vocab_size, known=known)
     given, problems = _sorted_out({} if config is None else _set(config), vocab_size)
     if problems:
         raise ConfigError("generation_config: " + "\n".join(problems.values()))

@@ -6,22 +6,27 @@ import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import takewhile
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 from l2d_framework.diffusion.diffusion import Diffusion
-from l2d_framework.diffusion.logits import Logits
-from l2d_framework.diffusion.ode import Observer
-from l2d_framework.diffusion.rng import TokenStreams, categorical, request_keys
-from l2d_framework.diffusion.sampler import Block, Sampler
+from l2d_framework.diffusion.ode import NotAhead, Observer
+from l2d_framework.diffusion.rng import TokenStreams, request_keys
+from l2d_framework.diffusion.sampler import Block, Keys, Sampler
 from l2d_framework.diffusion.sampling import Sampling, check_block_size, check_sampling
 from l2d_framework.errors import ConfigError
+from l2d_framework.generation.arguments import Running
 from l2d_framework.generation.prompts import Encoded
+from l2d_framework.generation.replay import Replayed, Rows
+from l2d_framework.generation.sequences import Sequences
+from l2d_framework.generation.speculation import Guesses
 from l2d_framework.types import Context, Layout
 
 
@@ -35,6 +40,7 @@ class Requests:
         guidance_scale: scale of each prompt, (B,), float32, or None for the guidance's own.
         samples: answers per prompt; the prompt is read once.
         seeds: seed of each prompt, or None for the one of the sampling settings.
+        running: how to run them.
     """
 
     prompts: Encoded
@@ -42,6 +48,7 @@ class Requests:
     guidance_scale: Tensor | None = None
     samples: int = 1
     seeds: Sequence[int] | None = None
+    running: Running = field(default_factory=Running)
 
 
 @dataclass(frozen=True)
@@ -56,6 +63,7 @@ class Generation:
         prompt_length: S.
         metrics: what guidance recorded at each evaluation, by name, (B * samples, evaluations), float32, NaN where a
             row took no part; such as the reward of each step.
+        guesses: tokens guessed ahead whose rightness was found out, and how many were right.
     """
 
     sequences: Tensor
@@ -63,6 +71,7 @@ class Generation:
     lengths: Tensor
     prompt_length: int
     metrics: dict[str, Tensor] = field(default_factory=dict)
+    guesses: tuple[int, int] = (0, 0)
 
     @property
     def answers(self) -> Tensor:
@@ -93,7 +102,7 @@ def generate(
     requests: Requests,
     *,
     sampling: Sampling,
-    picking: Decoding,
+    decoding: Decoding,
     observer: Observer | None = None,
 ) -> Generation:
     """Answer a batch of prompts.
@@ -105,7 +114,7 @@ def generate(
         diffusion: the model.
         requests: the prompts.
         sampling: how to diffuse.
-        picking: how to pick tokens and when to stop.
+        decoding: how to pick tokens and when to stop.
         observer: called after every network evaluation.
 
     Returns:
@@ -127,8 +136,8 @@ def generate(
         has_condition=requests.classes is not None,
         is_scaled=requests.guidance_scale is not None,
     )
-    _check_requests(requests, picking)
-    loop = _Loop(diffusion, requests, sampling, picking, observer)
+    _check_requests(requests, decoding)
+    loop = _Loop(diffusion, requests, sampling, decoding, observer)
     prepared: list[Any] = []
 
     def decode(
@@ -144,14 +153,14 @@ def generate(
 
     # transformers would fill what is None from the model's configuration, also where None was asked for.
     lm: Any = copy.copy(diffusion.backbone.lm)
-    lm.generation_config = picking.config
+    lm.generation_config = decoding.config
     try:
         lm.generate(
             requests.prompts.input_ids[loop.first],
             attention_mask=loop.mask[loop.first],
-            generation_config=picking.config,
-            logits_processor=picking.processors,
-            stopping_criteria=picking.criteria,
+            generation_config=decoding.config,
+            logits_processor=decoding.processors,
+            stopping_criteria=decoding.criteria,
             custom_generate=decode,
         )
     # Nothing of this package runs in there, and only settings could be wrong.
@@ -160,7 +169,7 @@ def generate(
     return loop.run(*prepared)
 
 
-def _check_requests(requests: Requests, picking: Decoding) -> None:
+def _check_requests(requests: Requests, decoding: Decoding) -> None:
     count, keys = len(requests.prompts.input_ids), requests.prompts.keys
     if keys is not None and len(keys) == count * requests.samples:
         keys = None
@@ -168,8 +177,8 @@ def _check_requests(requests: Requests, picking: Decoding) -> None:
     for name, values in per_prompt.items():
         if values is not None and len(values) != count:
             raise ConfigError(f"{name} must name one value per prompt: got {len(values)} for {count} prompts.")
-    config = picking.config
-    if picking.streamer is not None and count * requests.samples > 1:
+    config = decoding.config
+    if decoding.streamer is not None and count * requests.samples > 1:
         raise ConfigError(f"A streamer takes one answer, got {count} prompts and {requests.samples} answers of each.")
     if config.max_new_tokens is None and not bool(requests.prompts.attention_mask.all()):
         raise ConfigError(
@@ -178,31 +187,45 @@ def _check_requests(requests: Requests, picking: Decoding) -> None:
         )
 
 
+_SHARED = 32
+"""Fewest tokens that are worth being read apart, where all prompts begin with them."""
+
+
 class _Loop:
-    """State of one call of `generate`; the network sees only rows that have not ended."""
+    """State of one call of `generate`; the network sees only rows that have not ended.
+
+    `texts` are prompts and answers; `path` is what the backbone remembers of them, for the rows that go on.
+    """
 
     def __init__(
         self,
         diffusion: Diffusion,
         requests: Requests,
         sampling: Sampling,
-        picking: Decoding,
+        decoding: Decoding,
         observer: Observer | None,
     ) -> None:
-        self.diffusion, self.requests, self.sampling, self.picking = diffusion, requests, sampling, picking
+        self.diffusion, self.requests, self.sampling, self.decoding = diffusion, requests, sampling, decoding
         ids, self.mask = requests.prompts.input_ids, requests.prompts.attention_mask
-        prompts = [row[keep.bool()].tolist() for row, keep in zip(ids.cpu(), self.mask.cpu(), strict=True)]
-        names = requests.prompts.keys or request_keys(prompts)
+        self.prompts = [row[keep.bool()].tolist() for row, keep in zip(ids.cpu(), self.mask.cpu(), strict=True)]
+        names = requests.prompts.keys or request_keys(self.prompts)
         repeat = partial(torch.repeat_interleave, repeats=requests.samples, dim=0)
         self.first = repeat(torch.arange(len(ids), device=ids.device))
         if len(names) == len(self.first):
             self.keys = [(name, 0) for name in names]
         else:
             self.keys = [(names[int(row)], sample % requests.samples) for sample, row in enumerate(self.first)]
-        self.real = [len(prompts[int(row)]) for row in self.first]
+        self.real = [len(self.prompts[int(row)]) for row in self.first]
         self.classes = None if requests.classes is None else repeat(requests.classes)
         self.scales = None if requests.guidance_scale is None else repeat(requests.guidance_scale)
-        self.denoise = Sampler.of(diffusion, sampling, observer)
+        self.denoise = Sampler.of(diffusion, sampling, observer, merge=requests.running.merge)
+        self.guesses = Guesses.of(
+            diffusion.backbone,
+            requests.running.guesses,
+            sampling,
+            block_size=diffusion.block_size,
+            has_observer=observer is not None,
+        )
         self.metrics: list[dict[str, Tensor]] = []
 
     def run(
@@ -212,62 +235,136 @@ class _Loop:
         criteria: StoppingCriteriaList,
         config: GenerationConfig,
     ) -> Generation:
-        backbone, streamer = self.diffusion.backbone, self.picking.streamer
-        prompts = self.requests.prompts
-        context = prompts.context
+        streamer, count, width = self.decoding.streamer, *ids.shape
+        self.texts = texts = Sequences(ids, processors, criteria, config)
+        cost, kept = torch.zeros_like(texts.ids), torch.zeros_like(texts.ids)
+        size = self.sampling.block_size or self.diffusion.block_size or texts.limit
+        is_graphed = self.requests.running.graph and size == 1 and self._is_steady
+        # The backbone has read what is before `ends`, less the tokens that are pending.
+        rows, reached = list(range(count)), width
+        self.path, pending = self._read(ids)
+        if streamer is not None:
+            streamer.put(ids.cpu())
+        while rows:
+            room = texts.limit - max(texts.ends[row] for row in rows)
+            ahead = self.guesses.count(room - 1) if pending.shape[1] == 1 else 0
+            length = ahead + 1 if ahead else min(size, room)
+            keys = self._keys(rows, length)
+            numbers = _uniform(keys, ids.device) if config.do_sample else None
+            new = self._look_ahead(pending, rows, ahead, numbers) if ahead else pending
+            try:
+                found = self.path.denoise(new, partial(self._block, rows, keys, ahead))
+            except NotAhead:
+                self.guesses.never()
+                self.path.rewind(torch.full((len(rows),), ahead + 1, device=ids.device))
+                continue
+            self._keep_metrics(found.metrics, rows, count)
+            taken, going = texts.pick(found.logits, rows, numbers, new[:, pending.shape[1] :])
+            places = texts.places(rows, taken.shape[1])
+            cost[places], kept[places] = found.evaluations[:, : taken.shape[1]] * taken, taken.long()
+            written = taken.sum(1).tolist() if ahead else [length] * len(rows)
+            if streamer is not None:
+                streamer.put(texts.ids[0, texts.ends[0] : texts.ends[0] + written[0]].cpu())
+            for row, more in zip(rows, written, strict=True):
+                texts.ends[row] += more
+            reached = max(reached, *(texts.ends[row] for row in rows))
+            still = [number for number, goes in enumerate(going.tolist()) if goes]
+            if ahead:
+                self.guesses.learn(ahead, [written[number] - 1 for number in still])
+            if still and len(still) < len(rows):
+                self.path.keep(torch.tensor(still, device=ids.device))
+            rows = [rows[number] for number in still]
+            wrong = [length - written[number] for number in still]
+            if any(wrong):
+                self.path.rewind(torch.tensor(wrong, device=ids.device))
+            if rows:
+                pending = texts.ids[texts.places(rows, -1 if ahead else -length)]
+            if is_graphed and type(self.path) is Rows and rows:
+                self.path = Replayed.of(self.path, texts.limit)
+        if streamer is not None:
+            streamer.end()
+        metrics = {name: torch.cat([part[name] for part in self.metrics], 1) for name in next(iter(self.metrics), {})}
+        guesses = self.guesses.made, self.guesses.right
+        return Generation(texts.ids[:, :reached], cost[:, width:reached], kept.sum(1), width, metrics, guesses)
+
+    @property
+    def _is_steady(self) -> bool:
+        """Whether every token takes the same steps, at which nobody looks on."""
+        sampling = self.sampling
+        return not (
+            self.denoise.observer
+            or self.guesses.wanted != 0
+            or sampling.patience is not None
+            or sampling.solver.is_adaptive
+            or sampling.num_inference_steps == 0
+        )
+
+    def _read(self, ids: Tensor) -> tuple[Rows, Tensor]:
+        """The prompts as the backbone has read them, and their last tokens that it has not, (B, n)."""
+        prompts, backbone = self.requests.prompts, self.diffusion.backbone
+        context: Context = prompts.context
+        if context is None and (shared := self._shared()):
+            return self._read_apart(shared), ids[:, -1:]
         if context is None:
             context = backbone.read(Layout(prompts.input_ids, torch.where(self.mask.bool(), 0, -1)))
         if prompts.context is not None or len(self.first) > len(prompts.input_ids):
             context = context.select(self.first)
-        length, limit = ids.shape[1], config.max_length
-        cost, kept = ids.new_zeros(len(ids), 0), ids.new_zeros(len(ids), 0)
-        rows = list(range(len(ids)))
-        if streamer is not None:
-            streamer.put(ids.cpu())
-        size = self.sampling.block_size or self.diffusion.block_size or limit
-        while rows:
-            start, end = ids.shape[1], min(ids.shape[1] + size, limit)
-            block_keys = self._keys(rows, start - length, end - start)
-            found = self.denoise(self._block(context, rows, ids, block_keys))
-            self._keep_metrics(found.metrics, rows, len(ids))
-            ids, before_end, going = self._pick(found.logits, rows, ids, (processors, criteria, config))
-            block = ids.new_zeros(2, len(ids), end - start)
-            block[:, rows] = torch.stack([found.evaluations * before_end, before_end.long()])
-            cost, kept = torch.cat([cost, block[0]], 1), torch.cat([kept, block[1]], 1)
-            if streamer is not None:
-                streamer.put(ids[:, start:].flatten().cpu())
-            still = [number for number, goes in enumerate(going.tolist()) if goes]
-            if still and len(still) < len(rows):
-                context = context.select(torch.tensor(still, device=ids.device))
-            rows = [rows[number] for number in still]
-            if rows:
-                context = backbone.extend(context, ids[rows, start:])
-        if streamer is not None:
-            streamer.end()
-        metrics = {name: torch.cat([part[name] for part in self.metrics], 1) for name in next(iter(self.metrics), {})}
-        return Generation(ids, cost, kept.sum(1), length, metrics)
+        return Rows(self.denoise, context, ids.shape[1]), ids[:, :0]
 
-    def _keys(self, rows: list[int], offset: int, count: int) -> list[list[tuple[int | str, ...]]]:
-        """What names the noise of `count` tokens of each row, starting `offset` tokens after its prompt."""
+    def _shared(self) -> list[int]:
+        """Tokens with which all prompts begin, without their last; none where reading them once saves little."""
+        if not self.diffusion.backbone.rewinds or len(self.prompts) == 1:
+            return []
+        low, high = min(self.prompts), max(self.prompts)
+        shared = [a for a, _ in takewhile(lambda pair: pair[0] == pair[1], zip(low[:-1], high[:-1], strict=False))]
+        rest = sum(map(len, self.prompts)) - len(shared) * len(self.prompts)
+        return shared if len(shared) >= _SHARED and len(shared) > rest / len(self.prompts) / 4 else []
+
+    def _read_apart(self, shared: list[int]) -> Rows:
+        """All but the last tokens of prompts whose first ones are read once for all of them."""
+        device = self.mask.device
+        rests = [torch.tensor(prompt[len(shared) : -1]) for prompt in self.prompts]
+        rest = pad_sequence(rests, batch_first=True).to(device)
+        everyone = torch.zeros(len(rests), dtype=torch.int64, device=device)
+        known = torch.tensor([shared], device=device)
+        path = Rows(self.denoise, self.diffusion.backbone.read(Layout(known, torch.zeros_like(known))), len(shared))
+        path.keep(everyone)
+        path.extend(rest)
+        missing = torch.tensor([rest.shape[1] - len(tokens) for tokens in rests], device=device)
+        if bool(missing.any()):
+            path.rewind(missing)
+        if len(self.first) > len(rests):
+            path.keep(self.first)
+        return path
+
+    def _keys(self, rows: list[int], count: int) -> list[list[tuple[int | str, ...]]]:
+        """What names the noise of the next `count` tokens of each row."""
         keys: list[list[tuple[int | str, ...]]] = []
         for row in rows:
             request, sample = self.keys[row]
             seed = self.sampling.seed if self.requests.seeds is None else self.requests.seeds[int(self.first[row])]
-            first = self.real[row] + offset
+            first = self.real[row] + self.texts.ends[row] - self.texts.width
             keys.append([(seed, request, first + i, sample) for i in range(count)])
         return keys
 
-    def _block(self, context: Context, rows: list[int], ids: Tensor, keys: Any) -> Block:
-        start, count = ids.shape[1], len(keys[0])
-        present = functional.pad(self.mask[self.first[rows]], (0, start - self.mask.shape[1]), value=1)
+    def _block(self, rows: list[int], keys: Keys, ahead: int) -> Block:
+        count = len(keys[0])
+        first = self.path.slots - ahead
         return Block(
-            positions=torch.arange(start, start + count, device=ids.device).expand(len(rows), -1),
-            layout=Layout(ids[rows], present.long() - 1),
-            context=context,
+            positions=torch.arange(first, first + count, device=self.mask.device).expand(len(rows), -1),
+            layout=None if ahead else self._layout(rows),
+            context=self.path.context,
             keys=keys,
             condition=_per_token(self.classes, rows, count),
             guidance_scale=_per_token(self.scales, rows, count),
         )
+
+    def _layout(self, rows: list[int]) -> Layout:
+        """The tokens in the backbone's slots."""
+        numbers, columns = self.texts.places(rows, -self.path.slots)
+        places = numbers, columns.clamp_min(0)
+        present = functional.pad(self.mask[self.first], (0, self.texts.limit - self.texts.width), value=1)
+        return Layout(self.texts.ids[places], torch.where(columns < 0, -1, present[places].long() - 1))
 
     def _keep_metrics(self, metrics: dict[str, Tensor], rows: list[int], count: int) -> None:
         whole = {name: values.new_full((count, values.shape[1]), torch.nan) for name, values in metrics.items()}
@@ -275,48 +372,24 @@ class _Loop:
             whole[name][rows] = values
         self.metrics.append(whole)
 
-    def _pick(
-        self,
-        answer: Logits,
-        rows: list[int],
-        ids: Tensor,
-        how: tuple[LogitsProcessorList, StoppingCriteriaList, GenerationConfig],
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """All sequences with the block's tokens; per row still going, which come before its end, and if it goes on.
+    def _look_ahead(self, pending: Tensor, rows: list[int], count: int, numbers: Tensor | None) -> Tensor:
+        """What is pending, and what the language model alone writes behind it; nothing of it is read for good."""
+        backbone, known = self.diffusion.backbone, pending
+        for i in range(count):
+            self.path.extend(known[:, -1:])
+            slot = torch.full_like(pending, self.path.slots)
+            logits = backbone.head(backbone.plain(slot, self.path.context)).float()[:, 0]
+            tokens, _ = self.texts.write(logits, rows, i, None if numbers is None else numbers[:, i])
+            known = torch.cat([known, tokens[:, None]], 1)
+        self.texts.forget(rows, count)
+        self.path.rewind(torch.full((len(rows),), count, device=pending.device))
+        return known
 
-        Processors and criteria always see the whole batch, since transformers makes some of them for its rows.
-        """
-        processors: Any
-        criteria: Any
-        processors, criteria, config = how
-        offset, pad, count = ids.shape[1] - self.mask.shape[1], _pad_token(config), answer.values.shape[1]
-        numbers = None
-        if config.do_sample:
-            keys = [[(*parts, "token") for parts in row] for row in self._keys(rows, offset, count)]
-            numbers = TokenStreams(keys, ids.device).uniform()
-        ended = torch.zeros(len(rows), dtype=torch.bool, device=ids.device)
-        kept = []
-        for i, logits in enumerate(answer.columns()):
-            whole = logits.new_zeros(len(ids), logits.shape[-1])
-            whole[rows] = logits
-            whole = processors(ids, whole)
-            scores = whole[rows]
-            token = scores.argmax(-1) if numbers is None else categorical(scores.softmax(-1), numbers[:, i])
-            column = ids.new_full((len(ids), 1), pad)
-            column[rows, 0] = torch.where(ended, pad, token)
-            ids = torch.cat([ids, column], 1)
-            kept.append(~ended)
-            ended = ended | criteria(ids, whole)[rows]
-        return ids, torch.stack(kept, 1), ~ended
+
+def _uniform(keys: Keys, device: torch.device) -> Tensor:
+    """A number in [0, 1) by which each token is drawn, (B', L)."""
+    return TokenStreams([[(*parts, "token") for parts in row] for row in keys], device).uniform()
 
 
 def _per_token(values: Tensor | None, rows: list[int], count: int) -> Tensor | None:
     return None if values is None else values[rows][:, None].expand(-1, count)
-
-
-def _pad_token(config: GenerationConfig) -> int:
-    """The pad token, or the end token where a model has none, as transformers does."""
-    if config.pad_token_id is not None:
-        return int(config.pad_token_id)
-    ends = config.eos_token_id
-    return int(ends[0] if isinstance(ends, list) else ends or 0)

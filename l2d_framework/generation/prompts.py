@@ -97,15 +97,10 @@ def special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
 
 
 def turn_end(tokenizer: PreTrainedTokenizerBase | None, template: str | None = None) -> int | None:
-    """Token with which a chat template ends an answer.
+    """Token with which a chat template (the tokenizer's own when None) ends an answer.
 
-    Args:
-        tokenizer: of the model.
-        template: jinja source; the tokenizer's own when None.
-
-    Returns:
-        The first special token that follows the answer, with only blanks between; the end-of-text token where the
-        template writes none, or refuses or rewrites a question and an answer; None where there is no template.
+    It is the first special token that follows the answer, with only blanks between; the end-of-text token where the
+    template writes none, or refuses or rewrites a question and an answer; None where there is no template.
     """
     if tokenizer is None or (template is None and tokenizer.chat_template is None):
         return None

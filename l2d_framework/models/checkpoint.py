@@ -127,11 +127,17 @@ def assemble(parts: Any, lm: PreTrainedModel, seed: int = 0) -> DiffusionLM:
 
 
 def save(model: DiffusionLM, folder: str | Path, *, notes: str = "", dtype: torch.dtype | None = None) -> None:
-    """Write a checkpoint, `notes` appended to its model card; CheckpointError if the adapter has been merged."""
-    # Every file is written to a temporary folder beside its target and renamed, the manifest with the hashes of all
-    # others last: an interrupted save leaves either the old checkpoint or one that `load` recognises as incomplete.
-    if model.backbone.is_merged:
-        raise CheckpointError("The adapter of this model has been merged. Save the model before calling merge().")
+    """Write a checkpoint.
+
+    Every file is written to a temporary folder beside its target and renamed, the manifest with the hashes of all
+    others last, so an interrupted save leaves either the old checkpoint or one that `load` recognises as incomplete.
+
+    Args:
+        model: the model.
+        folder: where to; made when missing.
+        notes: markdown to append to the model card.
+        dtype: of the weights in the files; as they are when None.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     stage = Path(tempfile.mkdtemp(prefix=".l2d-", dir=folder))
@@ -249,7 +255,7 @@ def load(
 
     Returns:
         The model in evaluation mode. Its own weights have the type they are trained in, whatever the files' type, so
-        saving it again loses nothing; `model.backbone.merge()` brings them to the language model's.
+        saving it again loses nothing.
 
     Raises:
         CheckpointError: if the checkpoint is damaged or belongs to another base model.

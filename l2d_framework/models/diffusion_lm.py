@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from threading import Lock
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -107,6 +107,9 @@ class DiffusionLM(Diffusion):
         classes: Sequence[str | None] | None = None,
         guidance_scale: float | Sequence[float] | None = None,
         num_return_sequences: int = 1,
+        merge: Literal["auto", "always", "never"] = "auto",
+        speculate: Literal["auto", "off"] | int = "off",
+        graph: bool = True,
         **options: Any,
     ) -> Generation:
         """Answer prompts.
@@ -130,6 +133,10 @@ class DiffusionLM(Diffusion):
             classes: class label of each prompt.
             guidance_scale: scale of the guidance, for all prompts or for each.
             num_return_sequences: answers per prompt; the prompt is read once.
+            merge: fold adapters into matrices beside them: if there is memory for it, in any case, or never.
+            speculate: tokens that the language model guesses ahead, to be denoised at once and kept as far as they are
+                those that would have been written one by one; `auto` for as many as pay. The answer stays the same.
+            graph: let an NVIDIA GPU replay a token's evaluations from a CUDA graph, where they can be captured.
             **options: as above.
 
         Returns:
@@ -144,6 +151,9 @@ class DiffusionLM(Diffusion):
             guidance_scale=guidance_scale,
             num_return_sequences=num_return_sequences,
             seed=diffusing.pop("seed", None),
+            merge=merge,
+            speculate=speculate,
+            graph=graph,
         )
         arguments.check_parts(logits_processor, stopping_criteria, streamer, observer)
         arguments.check_prompts(prompts, self.backbone.vocab_size)
@@ -162,9 +172,10 @@ class DiffusionLM(Diffusion):
             guidance_scale=torch.tensor(scales, device=self.device) if isinstance(scales, list) else None,
             samples=request.num_return_sequences,
             seeds=seeds if isinstance(seeds, list) else None,
+            running=request,
         )
         decoding = Decoding(config, logits_processor or LogitsProcessorList(), criteria, streamer)
-        return generate(self, requests, sampling=sampling, picking=decoding, observer=observer)
+        return generate(self, requests, sampling=sampling, decoding=decoding, observer=observer)
 
     @naming_plugins()
     def infill(
@@ -244,12 +255,12 @@ class DiffusionLM(Diffusion):
     ) -> tuple[GenerationConfig, StoppingCriteriaList]:
         # Configuration with `options` applied, and criteria with stop strings among them.
         defaults, given = self.backbone.lm.generation_config, config
-        config = arguments.picking_config(
+        config = arguments.decoding_config(
             given,
             options,
             defaults=defaults,
             vocab_size=self.backbone.vocab_size,
-            known=[*SamplingSection.model_fields, "guidance_scale", "num_return_sequences"],
+            known=[*SamplingSection.model_fields, *arguments.Request.model_fields],
         )
         is_end_chosen = "eos_token_id" in options or (
             given is not None and given.eos_token_id is not None and config.eos_token_id != defaults.eos_token_id

@@ -225,15 +225,34 @@ def check_backbone_positions_are_independent(config: BackboneConfig) -> None:
         ensure_close(twice[:, 1:], together, "a second question about a position must not change the first")
 
 
+@law.where(lambda backbone: backbone.rewinds)
+def check_backbone_rewinds(config: BackboneConfig) -> None:
+    """A context from which tokens were taken back goes on as one that never had them, whatever the rows lost."""
+    backbone, known = built(config), KNOWN
+    layout = known_layout(padding=2)
+    part = Layout(layout.tokens[:, :known], layout.blocks[:, :known])
+    for kept in ([2, 2], [1, 3], [3, 0]):
+        context = backbone.extend(backbone.read(part), layout.tokens[:, known : known + 3])
+        shorter = backbone.rewind(context, torch.tensor([3 - count for count in kept]))
+        end = known + max(kept)
+        last = torch.stack([layout.tokens[row, known + count] for row, count in enumerate(kept)])[:, None]
+        scene = Scene(layout, [end + 1])
+        found = scene.ask(backbone, context=backbone.extend(shorter, last))
+        for row, count in enumerate(kept):
+            alone = backbone.read(Layout(layout.tokens[:, : known + count + 1], layout.blocks[:, : known + count + 1]))
+            wanted = Scene(layout, [known + count + 1]).ask(backbone, context=alone, h=scene.h, t=scene.t)
+            ensure_close(found[row], wanted[row], f"rewinding rows to {kept} tokens must leave what they had")
+
+
 @law
 def check_backbone_merge_changes_nothing(config: BackboneConfig) -> None:
-    """Merging adapters changes neither the answers nor a single weight of the language model."""
+    """Getting ready to generate changes neither the answers nor a single weight of the language model."""
     lm = tiny_llama()
     weights = [(weight, weight.clone()) for weight in lm.parameters()]
     for _, backbone, scene in noisy_scenes(config, lm):
         before = backbone.head(scene.ask(backbone))
         backbone.merge()
-        ensure_close(backbone.head(scene.ask(backbone)), before, "merge must not change the logits")
+        ensure_close(backbone.head(scene.ask(backbone)), before, "folding must not change the logits")
     ensure(all(torch.equal(now, then) for now, then in weights), "merge changes a weight of the language model.")
 
 

@@ -13,28 +13,17 @@ T = TypeVar("T")
 
 
 class MicroBatches:
-    """Takes steps over the parts of a batch.
-
-    Attributes:
-        size: most rows of a part.
-        halves: whether the size is halved where memory is out.
-        slots: places, padding included, in all parts that were counted.
-    """
+    """Takes steps over parts of a batch of at most `size` rows, which is halved where memory is out if it may be."""
 
     def __init__(self, size: int, *, halves: bool, by_length: bool) -> None:
-        self.size, self.halves, self.slots = size, halves, 0
-        self._by_length = by_length
+        self.size, self.halves, self._by_length = size, halves, by_length
+        self.slots = 0
+        """Places, padding included, in all parts that were counted."""
 
     def run(
         self, batch: dict[str, Tensor], step: Callable[[dict[str, Tensor], bool], T], *, counts: bool = True
     ) -> list[T] | None:
-        """What `step` makes of each part, given whether it is the last; None where memory was out, to be tried again.
-
-        The parts of a second try are smaller, and nothing of the first is left in memory but what `step` kept.
-
-        Raises:
-            RuntimeError: what a step raised, if that was anything else or a part of one row was too large.
-        """
+        """What `step` makes of each part, told whether it is the last; None where memory was out: call it again."""
         parts = self._parts(batch)
         try:
             found = [step(part, part is parts[-1]) for part in parts]
@@ -44,7 +33,7 @@ class MicroBatches:
         else:
             self.slots += sum(part["blocks"].numel() for part in parts) if counts else 0
             return found
-        # Only now, when the error no longer holds the frames of the step.
+        # Only here does the error hold the frames of the step, and what lies in them, no longer.
         self.size = max(min(self.size, len(batch["blocks"])) // 2, 1)
         clear_device_cache(garbage_collection=True)
         return None

@@ -307,7 +307,7 @@ def test_mistakes_are_found_before_anything_is_trained(scene, tmp_path, change, 
 def test_a_run_killed_in_the_middle_goes_on_where_it_was(scene, finished, tmp_path):
     bench, _ = finished
     command = [sys.executable, "-m", "l2d_framework.cli", "bench", str(scene / "second.yaml")]
-    command += ["--profile", str(scene / "profile.yaml"), "--out", str(tmp_path), "--workers", "2"]
+    command += ["--profile", str(scene / "profile.yaml"), "--out", str(tmp_path), "--workers", "1"]
     killed = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=scene)
     deadline = time.monotonic() + 120
     while not list(tmp_path.glob("results/*.json")) and time.monotonic() < deadline:

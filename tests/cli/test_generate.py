@@ -124,9 +124,10 @@ def test_options_of_sampling_are_those_of_the_python_interface(model, lm):
         assert lines(*ask, *arguments) == wanted, arguments
 
 
-def test_merging_the_adapter_changes_no_answer(model):
+@pytest.mark.parametrize("way", [["--merge", "never"], ["--merge", "always"], ["--speculate", "auto"], ["--no-graph"]])
+def test_how_it_is_run_changes_no_answer(model, way):
     how = (model, "--prompt", "Hello", *FAST)
-    assert lines(*how, "--merge") == lines(*how)
+    assert lines(*how, *way) == lines(*how)
 
 
 def test_answers_are_cut_at_a_stop_string(model):

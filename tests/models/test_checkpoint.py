@@ -173,14 +173,16 @@ def test_the_package_offers_saving_and_loading(base, tmp_path):
     assert isinstance(l2d.load(tmp_path), l2d.DiffusionLM)
 
 
-def test_the_language_model_is_loaded_in_the_wanted_type_and_its_path_can_be_merged_into_it(saved):
+def test_the_language_model_is_loaded_in_the_wanted_type_and_its_path_folded_in_it(saved):
     model = load(saved, dtype="bfloat16")
     assert {weight.dtype for weight in model.backbone.lm.parameters()} == {torch.bfloat16}
     assert {weight.dtype for weight in model.own_parameters().values()} == {torch.float32}
     assert logits(model).isfinite().all()
     model.backbone.merge()
-    assert {weight.dtype for weight in model.backbone.shadows.parameters()} == {torch.bfloat16}
+    folded = [module.folded._made[1] for module in model.backbone.modules() if hasattr(module, "fold")]
+    assert {matrix.dtype for matrix in folded} == {torch.bfloat16}
     assert logits(model).isfinite().all()
+    assert {weight.dtype for weight in model.own_parameters().values()} == {torch.float32}
 
 
 def test_a_base_that_has_moved_is_found_where_the_user_says(saved, base, tmp_path):
@@ -326,19 +328,15 @@ def test_weights_go_into_a_model_of_the_same_shape(base, saved):
     assert all(torch.equal(weight, before[name]) for name, weight in other.backbone.lm.named_parameters())
 
 
-def test_a_merged_model_is_not_saved_without_its_adapter(base, tmp_path):
-    model = build(base)
-    model.backbone.merge()
-    with pytest.raises(CheckpointError, match=r"has been merged. Save the model before calling merge"):
-        save(model, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_merged_full_variant_is_not_saved_either(base, tmp_path):
-    model = build(base, "full")
-    model.backbone.merge()
-    with pytest.raises(CheckpointError, match="Save the model before"):
-        save(model, tmp_path)
+@pytest.mark.parametrize("variant", ["lora", "full"])
+def test_a_model_that_has_generated_is_saved_as_one_that_has_not(base, tmp_path, variant):
+    model = build(base, variant)
+    save(model, tmp_path / "before")
+    model.generate(torch.tensor([[3, 4, 5]]), max_new_tokens=2, num_inference_steps=3)
+    save(model, tmp_path / "after")
+    for name in ("model.safetensors", "adapter/adapter_model.safetensors"):
+        if (tmp_path / "before" / name).exists():
+            assert (tmp_path / "before" / name).read_bytes() == (tmp_path / "after" / name).read_bytes()
 
 
 def test_a_model_that_was_put_together_by_hand_is_loaded_onto_the_base_it_is_given(base, tmp_path):

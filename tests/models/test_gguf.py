@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+import transformers
 from diffusion_models import NETWORK, SPACE
 from tiny_models import VOCAB_SIZE, tiny_lm, tiny_tokenizer
 from tiny_runs import diffusion_run, losses, tess_run, write_sums
@@ -17,7 +18,8 @@ from l2d_framework.errors import CheckpointError, ConfigError
 from l2d_framework.models.checkpoint import build_model, load, save
 from l2d_framework.training.run import train_runs
 
-needs_gguf = pytest.mark.skipif(importlib.util.find_spec("gguf") is None, reason="needs gguf")
+is_old = transformers.__version__.startswith("5.17.")
+needs_gguf = pytest.mark.skipif(importlib.util.find_spec("gguf") is None or is_old, reason="needs gguf, read aright")
 PROMPT = torch.tensor([[40, 41, 42, 43]])
 
 
@@ -171,3 +173,10 @@ def test_config_check_reads_a_gguf_base(packed, tmp_path):
     file.write_text(over(folder, diffusion_run, tmp_path).model_dump_json())
     found = CliRunner().invoke(app, ["config", "check", str(file)])
     assert found.exit_code == 0, found.output
+
+
+def test_a_release_that_loses_the_control_tokens_of_a_file_is_refused_by_name(tmp_path, monkeypatch):
+    monkeypatch.setattr("l2d_framework.base_model.transformers.__version__", "5.17.0")
+    (tmp_path / "tiny.gguf").write_bytes(b"GGUF")
+    with pytest.raises(ConfigError, match=r"transformers 5.17.0 loses the control tokens of GGUF files"):
+        locate(section(tmp_path))

@@ -1,5 +1,6 @@
 """Environments made by tests: they see the running environment's packages, so that torch is never installed twice."""
 
+import json
 import os
 import subprocess
 import sys
@@ -10,6 +11,21 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
+# Every command in a process of its own, forked from one that has paid for the imports.
+FORKS = """
+import json, os, sys, torch, transformers
+from l2d_framework.cli import main
+
+for environ, arguments in json.loads(sys.argv[1]):
+    if os.fork() == 0:
+        os.environ.update(environ)
+        sys.argv = ["l2d", *arguments]
+        sys.exit(main())
+    if os.wait()[1]:
+        sys.exit(f"{arguments} failed")
+    print("\f", end="", flush=True)
+"""
 
 
 @dataclass(frozen=True)
@@ -40,10 +56,11 @@ class Environment:
             check=False,
         )
 
-    def l2d(self, *arguments: str | Path, **environ: str) -> subprocess.CompletedProcess[str]:
-        """Run the command line of the project, on a wide terminal."""
-        program = "import sys; from l2d_framework.cli import main; sys.argv[0] = 'l2d'; main()"
-        return self.run("-c", program, *arguments, COLUMNS="300", **environ)
+    def l2d(self, *commands: tuple[dict[str, str], list[str]]) -> list[str]:
+        """What commands of the project print on a wide terminal, each under its variables of the environment."""
+        result = self.run("-W", "ignore::DeprecationWarning", "-c", FORKS, json.dumps(commands), COLUMNS="300")
+        assert result.returncode == 0, result.stderr
+        return result.stdout.split("\f")[: len(commands)]
 
 
 @pytest.fixture(scope="session")

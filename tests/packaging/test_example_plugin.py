@@ -1,7 +1,6 @@
 """The example distribution works as its README says: pip install, listed, usable in run files, its own tests pass."""
 
 import json
-from pathlib import Path
 
 import pytest
 import tiny_runs
@@ -34,35 +33,26 @@ def environment(new_environment, example):
     return environment
 
 
-@pytest.fixture
-def run_file(saved_tiny_lm, tmp_path) -> Path:
-    path = tmp_path / "run.yaml"
-    path.write_text(RUN.format(base=saved_tiny_lm()))
-    return path
-
-
-def test_it_is_listed(environment):
-    (line,) = [line for line in environment.l2d("plugins").stdout.splitlines() if "keyword" in line]
-    assert {"guidance", "keyword", "l2d-guidance-keyword", "ok"} <= set(line.split())
-
-
-def test_run_files_know_it_once_installed(environment, run_file):
-    accepted = environment.l2d("config", "check", run_file)
-    assert accepted.returncode == 0, accepted.stderr
+def test_it_is_listed_known_to_run_files_and_steers_what_the_command_line_generates(
+    environment, tiny_tokenizer, tmp_path
+):
+    base, run_file = tiny_runs.write_base(tmp_path / "base"), tmp_path / "run.yaml"
+    run_file.write_text(RUN.format(base=base))
     with pytest.raises(ConfigError, match="Unknown guidance 'keyword'"):
         load_run(run_file)
-
-
-def test_it_steers_what_the_command_line_generates(environment, tiny_tokenizer, tmp_path):
-    base = tiny_runs.write_base(tmp_path / "base")
     fields = tiny_runs.diffusion_run(base, tmp_path / "unused", tmp_path / "unused")
     save(build_model(parse_run({**fields, "data": None})), tmp_path / "model")
     letter = tiny_tokenizer().convert_tokens_to_ids("A")
     guidance = json.dumps([{"name": "keyword", "token_ids": [letter], "scale": 1e4}])
     sampling = ["--set", f"guidance={guidance}", "--num-inference-steps", "3", "--max-new-tokens", "4"]
-    answer = environment.l2d("generate", tmp_path / "model", "--prompt", "3+4=", *sampling)
-    assert answer.returncode == 0, answer.stderr
-    assert "AAAA" in answer.stdout
+    table, _, answer = environment.l2d(
+        ({}, ["plugins"]),
+        ({}, ["config", "check", str(run_file)]),
+        ({}, ["generate", str(tmp_path / "model"), "--prompt", "3+4=", *sampling]),
+    )
+    (line,) = [line for line in table.splitlines() if "keyword" in line]
+    assert {"guidance", "keyword", "l2d-guidance-keyword", "ok"} <= set(line.split())
+    assert "AAAA" in answer
 
 
 def test_its_own_tests_pass(environment, example):

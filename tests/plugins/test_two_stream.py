@@ -209,22 +209,53 @@ def test_building_training_and_merging_leave_the_language_model_as_it_was(tiny_l
     optimizer.step()
     model.eval()
     model.generate(prompt, max_new_tokens=2, num_inference_steps=3)
-    model.backbone.merge()
     assert unchanged(lm, before)
     assert torch.equal(lm.generate(prompt, max_new_tokens=4, do_sample=False), answer)
 
 
 @families
-@variants
-def test_merging_changes_no_logit(family, variant):
+@pytest.mark.parametrize("variant", ["lora", "full"])
+def test_what_is_folded_changes_no_logit_and_no_weight_until_a_weight_changes(family, variant):
     model = diffusion_lm(family, variant=variant)
     query = ask_everywhere(model, all_known(tokens(), padding=PADDING))
+    folding = [module for module in model.backbone.shadows.modules() if hasattr(module, "fold")]
+    weights = {name: weight.clone() for name, weight in model.state_dict().items()}
     with torch.no_grad():
         before = model(query).logits
         model.backbone.merge()
+        made = [module.folded.get for module in folding if getattr(module, "folded", None) and module.folded._made]
+        assert len(made) == (len(folding) if variant == "lora" else 0)
         close(model(query).logits, before, 1e-5 * float(before.abs().max()))
-    adapters = [module for module in model.modules() if hasattr(module, "lora_A")]
-    assert not adapters
+        assert all(torch.equal(weight, weights[name]) for name, weight in model.state_dict().items())
+        for weight in model.own_parameters().values():
+            weight.mul_(1.5)
+        changed = model(query).logits
+        fresh = diffusion_lm(family, variant=variant)
+        fresh.load_state_dict(model.state_dict())
+        close(changed, fresh(query).logits, 0)
+
+
+def test_gradients_flow_where_something_is_folded():
+    model = diffusion_lm()
+    layout = supervised(tokens())
+    wanted = own_gradients(model, training_loss(model, layout).total)
+    with torch.no_grad():
+        model.backbone.merge()
+    found = own_gradients(model, training_loss(model, layout).total)
+    assert all(torch.equal(found[name], gradient) for name, gradient in wanted.items())
+
+
+def test_nothing_is_folded_where_memory_is_short_or_nobody_wants_it(monkeypatch):
+    def is_folded(merging, free):
+        monkeypatch.setattr("l2d_plugins.backbones.folding._free_memory", lambda device: free)
+        model = diffusion_lm()
+        model.generate(tokens(1), max_new_tokens=1, num_inference_steps=3, merge=merging)
+        return any(getattr(module, "folded", None) is not None for module in model.modules())
+
+    assert is_folded("auto", 10**9)
+    assert not is_folded("auto", 10**4)
+    assert is_folded("always", 10**4)
+    assert not is_folded("never", 10**9)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

@@ -143,23 +143,24 @@ def test_the_harness_scores_as_its_own_model_does(real_model, model, datasets_di
     assert sum(map(len, ours.values())) == 12
 
 
-@pytest.mark.parametrize(("method", "rate"), [("l2d", 1e-3), ("tess", 1e-4)])
-def test_five_updates_lower_the_loss_on_their_own_batch(real_model, tmp_path, method, rate):
+# TESS 2 trains every weight, so its model is the real one's first layers.
+@pytest.mark.parametrize(("method", "base", "rate"), [("l2d", "real_model", 1e-3), ("tess", "shallow_model", 1e-4)])
+def test_updates_lower_the_loss_on_their_own_batch(request, tmp_path, method, base, rate):
     rows = [
         {"messages": [{"role": "user", "content": f"{a} plus {b}?"}, {"role": "assistant", "content": f"{a + b}."}]}
         for a, b in ((3, 4), (12, 30), (7, 9), (21, 5))
     ]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     data = [{"path": str(tmp_path / "rows.jsonl")}]
-    training = {"max_steps": 5, "batch_size": 4, "learning_rate": rate, "warmup_steps": 0, "decay": "constant"}
+    training = {"max_steps": 3, "batch_size": 4, "learning_rate": rate, "warmup_steps": 0, "decay": "constant"}
     fields = {
         "data": {"train": data, "eval": data, "max_length": 64},
-        "training": training | {"eval_steps": 1, "save_steps": 5, "logging_steps": 1},
+        "training": training | {"eval_steps": 1, "save_steps": 3, "logging_steps": 1},
         "output_dir": str(tmp_path / "out"),
     }
-    train_runs([parse_run(run(real_model, method, **fields))])
+    train_runs([parse_run(run(request.getfixturevalue(base), method, **fields))])
     seen = [found["eval_loss"] for _, found in sorted(losses(tmp_path / "out").items()) if "eval_loss" in found]
-    assert len(seen) == 5 and all(map(math.isfinite, seen))
+    assert len(seen) == 3 and all(map(math.isfinite, seen))
     assert seen[-1] < seen[0]
 
 

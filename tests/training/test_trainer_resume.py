@@ -107,17 +107,16 @@ def test_a_run_killed_between_and_within_checkpoints_resumes_with_the_same_losse
     assert not list((folder / "killed").glob("*.writing"))
 
 
-@pytest.mark.parametrize("step", [4, 8])
-def test_a_run_stopped_at_any_update_resumes_with_the_same_losses(folder: Path, whole: Path, step: int) -> None:
-    run = fields(folder, f"stopped_{step}")
+def test_a_run_stopped_in_a_later_epoch_resumes_with_the_same_losses(folder: Path, whole: Path) -> None:
+    run = fields(folder, "stopped")
     with pytest.raises(KeyboardInterrupt):
-        train(run, Stop(step))
+        train(run, Stop(8))
     train(run)
-    assert_same(folder / f"stopped_{step}", whole)
+    assert_same(folder / "stopped", whole)
 
 
 def test_a_run_resumes_between_logs_and_within_accumulation_settings(folder: Path) -> None:
-    training = {"logging_steps": 2, "micro_batch_size": 1, "save_steps": 3}
+    training = {"logging_steps": 2, "micro_batch_size": 1, "save_steps": 3, "max_steps": 6}
     train(fields(folder, "sparse", **training))
     run = fields(folder, "sparse_stopped", **training)
     with pytest.raises(KeyboardInterrupt):
@@ -130,7 +129,7 @@ def test_a_run_resumes_between_logs_and_within_accumulation_settings(folder: Pat
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_stream_resumes_with_the_same_losses(folder: Path, workers: int) -> None:
     def stream(name: str) -> dict[str, Any]:
-        run = fields(folder, name, eval_steps=None, dataloader_workers=workers)
+        run = fields(folder, name, eval_steps=None, dataloader_workers=workers, max_steps=6)
         run["data"] |= {"streaming": True, "eval_fraction": 0.0, "shuffle_buffer": 4}
         return run
 

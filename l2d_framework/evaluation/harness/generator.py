@@ -148,6 +148,7 @@ class Generator:
             classes=None if label is None else [label] * len(batch.input_ids),
             guidance_scale=scale,
             num_return_sequences=samples,
+            **self.lm.running,
             **self._decoding(plan, batch.input_ids.shape[1]),
             **options,
         )

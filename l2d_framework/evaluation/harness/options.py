@@ -25,13 +25,16 @@ PASSED = (
 )
 """Options of lm_eval's own Hugging Face model that mean the same here."""
 
+RUNNING = tuple(arguments.Running.model_fields)
+"""How to run, for `--model_args`: changes no answer but by rounding."""
+
 _OWN = ("pretrained", "base", "dtype", "revision", "scoring", "noise_samples", "pseudo_times")
 
 
 def check_model_options(options: Mapping[str, Any]) -> None:
     """Refuse unknown model arguments."""
     # The harness adds the last by itself; no code of a model folder is ever run.
-    known = (*_OWN, *PASSED, *DIFFUSING, *SEARCHING, "trust_remote_code")
+    known = (*_OWN, *RUNNING, *PASSED, *DIFFUSING, *SEARCHING, "trust_remote_code")
     for name, value in options.items():
         if name not in known:
             hint = suggest(name, known) or "."
@@ -92,7 +95,7 @@ def read_plan(
         decoding.pop("temperature", None)
     if decoding.get("do_sample") in (0, 1):  # as a command line may well spell it
         decoding["do_sample"] = bool(decoding["do_sample"])
-    decoding = arguments.picking(decoding, vocab_size=vocab_size)
+    decoding = arguments.decoding_options(decoding, vocab_size=vocab_size)
     return Plan(stop_strings, count, decoding, options, read_search({**(search or {}), **searching}, options.get(HINT)))
 
 

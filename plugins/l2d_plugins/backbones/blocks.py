@@ -39,27 +39,12 @@ class BlockContext(Context):
 
     @classmethod
     def of(cls, embedded: Tensor, blocks: Tensor) -> BlockContext:
-        """A context that no network has read.
-
-        Args:
-            embedded: (B, S, H).
-            blocks: as in `Layout`, (B, S), int64.
-
-        Returns:
-            The context.
-        """
+        """A context that no network has read, from embeddings, (B, S, H), and blocks as in `Layout`."""
         changes = (blocks[:, 1:] != blocks[:, :-1]).cumsum(-1)
         return cls(embedded, functional.pad(changes, (1, 0)), blocks >= 0)
 
     def longer(self, embedded: Tensor) -> BlockContext:
-        """The context with further tokens, which the network has not read yet.
-
-        Args:
-            embedded: their embeddings, (B, N, H).
-
-        Returns:
-            The longer context.
-        """
+        """The context with the embeddings, (B, N, H), of further tokens, which the network has not read yet."""
         count = embedded.shape[1]
         blocks = self.after() + torch.arange(count, device=embedded.device)
         return replace(
@@ -74,26 +59,12 @@ class BlockContext(Context):
         return functional.pad(self.blocks + 1, (1, 0))[:, -1:]
 
     def places(self, slots: Tensor) -> Tensor:
-        """How many real tokens stand before each slot.
-
-        Args:
-            slots: inside the context or after it, (B, n), int64.
-
-        Returns:
-            (B, n), int64.
-        """
+        """How many real tokens stand before each slot, (B, n), inside the context or after it."""
         after = max(0, int(slots.max()) + 1 - self.present.shape[1])
         return (functional.pad(self.present, (0, after), value=True).cumsum(-1) - 1).clamp_min(0).gather(1, slots)
 
     def seen(self, count: int) -> Tensor:
-        """What the last clean tokens see.
-
-        Args:
-            count: how many.
-
-        Returns:
-            (B, count, S), bool.
-        """
+        """What the last `count` clean tokens see, (B, count, S), bool."""
         return self.present[:, None].expand(-1, count, -1).tril(self.present.shape[1] - count)
 
     @override
@@ -125,15 +96,9 @@ class Beside:
 
     @classmethod
     def of(cls, context: BlockContext, positions: Tensor, shift: int) -> Beside:
-        """Arrange the slots of a query.
+        """Arrange the slots of a query; repeated positions count once, what comes after the clean tokens is one block.
 
-        Args:
-            context: the clean tokens; what comes after them is one block.
-            positions: slots asked about, (B, L), int64; repeated ones count once.
-            shift: 1 if the output before a position speaks about it, 0 if its own.
-
-        Returns:
-            The slots.
+        `shift` is 1 if the output before a position speaks about it, 0 if its own.
         """
         length, (rows, known) = positions.shape[1], context.blocks.shape
         total = max(known, int(positions.max()) + 1)
@@ -168,15 +133,7 @@ class Beside:
         )
 
     def seen(self, context: BlockContext, *, is_causal: bool) -> Tensor:
-        """What the slots see: clean tokens of earlier blocks, then each other within a block.
-
-        Args:
-            context: the clean tokens.
-            is_causal: whether no slot sees a later one.
-
-        Returns:
-            (B, M, S + M), bool.
-        """
+        """What the slots see, (B, M, S + M), bool: clean tokens of earlier blocks, then each other within a block."""
         clean = torch.arange(context.present.shape[1], device=self.slots.device)
         before = context.present[:, None] & (clean < self.reach[..., None])
         beside = self.present[:, None] & (self.blocks[:, None] == self.blocks[..., None])
@@ -186,29 +143,13 @@ class Beside:
 
 
 class Reader:
-    """A cache that hands every layer the keys and values read before, and what is new behind them; keeps both.
-
-    Args:
-        past: keys and values read before, or None.
-
-    Attributes:
-        made: old and new keys and values by layer.
-    """
+    """A cache that hands every layer keys and values read before, and new ones behind them; keeps both in `made`."""
 
     def __init__(self, past: Keys | None) -> None:
         self._past, self.made = past, dict[int, tuple[Tensor, Tensor]]()
 
     def update(self, key: Tensor, value: Tensor, layer_idx: int, *_: object, **__: object) -> tuple[Tensor, Tensor]:
-        """Keys and values that a layer attends to.
-
-        Args:
-            key: of the new tokens, (B, heads, n, head size).
-            value: likewise.
-            layer_idx: which layer asks.
-
-        Returns:
-            (B, heads, S + n, head size) twice.
-        """
+        """Old and new keys and values of a layer, (B, heads, S + n, head size)."""
         if self._past is not None:
             key, value = (
                 torch.cat([old, new], -2) for old, new in zip(self._past[layer_idx], (key, value), strict=True)
@@ -217,14 +158,7 @@ class Reader:
         return key, value
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Tokens read before.
-
-        Args:
-            layer_idx: not used.
-
-        Returns:
-            S.
-        """
+        """Tokens read before."""
         return 0 if self._past is None else self._past[0][0].shape[-2]
 
     def keys(self) -> Keys:

@@ -32,32 +32,13 @@ class _Calls:
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Whether a module is a normalisation with a weight vector.
-
-    Args:
-        module: any module.
-
-    Returns:
-        True for LayerNorm, RMSNorm and the like.
-    """
+    """Whether a module is a normalisation with a weight vector, such as LayerNorm or RMSNorm."""
     weight = module._parameters.get("weight")
     return "norm" in type(module).__name__.lower() and weight is not None and weight.dim() == 1
 
 
 def find_branches(layers: nn.ModuleList, forward: Callable[[], Any], advice: str) -> list[tuple[Branch, Branch]]:
-    """Attention and MLP branch of every layer.
-
-    Args:
-        layers: decoder layers.
-        forward: runs them once.
-        advice: what to do if they cannot be served.
-
-    Returns:
-        (attention, MLP) per layer.
-
-    Raises:
-        UnsupportedModelError: if a layer is not made of one attention and one MLP branch, each with a normalisation.
-    """
+    """(attention, MLP) branch of every layer, found as `forward` runs them; else UnsupportedModelError, with advice."""
     calls = [_Calls() for _ in layers]
     handles = []
     for record, layer in zip(calls, layers, strict=True):

@@ -11,14 +11,7 @@ from torch import Tensor, nn
 
 
 def sinusoid(t: Tensor, size: int) -> Tensor:
-    """Fourier features of time, cosines first; t stays in [0, 1] and is not multiplied by 1000.
-
-    Args:
-        t: times, (...), float32.
-        size: number of features, even.
-
-    Returns:
-        (..., size), float32.
+    """Fourier features of time, (..., size), cosines first; t stays in [0, 1] and is not multiplied by 1000.
 
     Source: Peebles & Xie 2023, arXiv:2212.09748, frequencies exp(-ln(10000) i / (size / 2)).
     """
@@ -70,15 +63,7 @@ class Conditioning(nn.Module):
         self.final = _mlp(width, hidden_size)
 
     def forward(self, t: Tensor, condition: Tensor | None) -> Modulations:
-        """Modulation at every position.
-
-        Args:
-            t: (B, L), float32.
-            condition: (B, L), int64, -1 for no class; None for no class anywhere.
-
-        Returns:
-            (B, L, chunks * H) per layer, and w(t) - w(0), (B, L, H).
-        """
+        """Modulation at every position, (B, L, chunks * H) per layer, and w(t) - w(0), (B, L, H); class -1 is none."""
         return self._at(t, self._rows(condition, t.shape))
 
     def _rows(self, condition: Tensor | None, shape: torch.Size) -> Tensor | None:
@@ -103,14 +88,7 @@ class Conditioning(nn.Module):
         return embedding
 
     def table(self, t: float) -> Modulation:
-        """Modulation of every class at one time.
-
-        Args:
-            t: the time.
-
-        Returns:
-            (J + 1, chunks * H) per layer, and (J + 1, H).
-        """
+        """Modulation of every class at one time: (J + 1, chunks * H) per layer, and (J + 1, H)."""
         device = next(self.time.parameters()).device
         count = self.num_classes + 1
         times = torch.full((count,), t, device=device)
@@ -118,15 +96,7 @@ class Conditioning(nn.Module):
         return [make() for make in layers], weight
 
     def look_up(self, table: Modulation, condition: Tensor | None) -> Modulation:
-        """Rows of a table for every position.
-
-        Args:
-            table: what `table` returned.
-            condition: (B, L), int64, -1 for no class; None for no class anywhere.
-
-        Returns:
-            (B, L, chunks * H) per layer, and the final weight likewise; without B and L if `condition` is None.
-        """
+        """Rows of a table for every position; without B and L if `condition` is None."""
         layers, weight = table
         if condition is None:
             return [part[-1] for part in layers], weight[-1]

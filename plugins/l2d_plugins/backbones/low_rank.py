@@ -10,6 +10,9 @@ from peft.tuners.lora import Linear
 from torch import Tensor, nn
 from torch.nn import functional
 
+from l2d_plugins.backbones.folding import Folded
+from l2d_plugins.backbones.shadow import is_quantized
+
 
 class LowRank(Linear):
     """peft's adapted linear module, for one adapter that has no dropout and is never switched off.
@@ -18,17 +21,38 @@ class LowRank(Linear):
     decoded.
     """
 
+    folded: Folded | None = None
+
     def forward(self, x: Tensor) -> Tensor:
-        """Frozen projection plus the low-rank change."""
+        """Frozen projection plus the low-rank change, (..., in) to (..., out)."""
+        base, down, up, scale = self._parts()
+        if self.folded is not None and (matrix := self.folded.get(base.weight, down, up)) is not None:
+            return functional.linear(x, matrix, base.bias)
+        return torch.add(base(x), functional.linear(functional.linear(x, down), up), alpha=scale)
+
+    def _parts(self) -> tuple[Any, Tensor, Tensor, float]:
         (name,) = self.active_adapters
         down: Any = self.lora_A[name]
         up: Any = self.lora_B[name]
-        change = functional.linear(functional.linear(x, down.weight), up.weight)
-        return torch.add(self.base_layer(x), change, alpha=self.scaling[name])
+        return self.base_layer, down.weight, up.weight, self.scaling[name]
+
+    def fold(self, dtype: torch.dtype, *, dry: bool = False) -> int:
+        """Make one matrix of projection and change, which are not touched, and say how many bytes it takes.
+
+        None is made where the projection is quantized: it would take the memory that quantizing has saved.
+        """
+        base, down, up, scale = self._parts()
+        if is_quantized(base) or (self.folded is not None and self.folded.get(base.weight, down, up) is not None):
+            return 0
+        if not dry:
+            self.folded = Folded()
+            matrix = torch.addmm(base.weight.float(), up.float(), down.float(), alpha=scale)
+            self.folded.set(matrix.to(dtype), base.weight, down, up)
+        return int(base.weight.numel() * dtype.itemsize)
 
 
 def adapt(layers: nn.Module, config: LoraConfig, name: str) -> None:
-    """Put a fresh LoRA without dropout on the linear modules that the config names, in place."""
+    """Put a fresh LoRA of this name on the linear modules that `config` names; it has no dropout."""
     # Of every kind: a quantized module computes in its own way what the low-rank product is added to.
     config._register_custom_module({nn.Module: LowRank})
     inject_adapter_in_model(config, layers, name)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
 from typing_extensions import override
 
 from l2d_framework.errors import UnsupportedModelError
@@ -48,25 +51,11 @@ class MainContext(Context):
     tables: dict[float, Any] = field(default_factory=dict)
 
     def index(self, positions: Tensor) -> Tensor:
-        """Where in the last chunk the input just before each position stands.
-
-        Args:
-            positions: slots asked about, (B, L).
-
-        Returns:
-            (B, L), int64.
-        """
+        """Where in the last chunk the input just before each position stands, (B, L)."""
         return positions - 1 - (self.length - self.hidden.shape[1])
 
     def hidden_at(self, positions: Tensor) -> Tensor:
-        """Main hidden states from which the positions are predicted.
-
-        Args:
-            positions: slots asked about, (B, L).
-
-        Returns:
-            (B, L, H).
-        """
+        """Main hidden states from which the positions are predicted, (B, L, H)."""
         if self.hidden.shape[1] == 1:
             return self.hidden.expand(-1, positions.shape[1], -1)
         index = self.index(positions)[..., None]
@@ -75,10 +64,7 @@ class MainContext(Context):
     @override
     def select(self, rows: Tensor) -> MainContext:
         batch = self.hidden.shape[0]
-        cache = DynamicCache()
-        layers: list[Any] = self.cache.layers
-        for number, layer in enumerate(layers):
-            cache.update(layer.keys[rows], layer.values[rows], number)
+        cache = _changed(self.cache, lambda values: values[rows])
         keys = MainKeys(cache)
         return replace(
             self,
@@ -93,6 +79,81 @@ class MainContext(Context):
         )
 
 
+@dataclass(frozen=True)
+class FixedContext(MainContext):
+    """What the main path remembers, in buffers that grow no more: `length` is how many slots they have.
+
+    Attributes:
+        slot: where the next token goes, (1,), int64.
+    """
+
+    slot: Tensor = field(default_factory=lambda: torch.zeros(1, dtype=torch.int64))
+
+    @classmethod
+    def of(cls, context: MainContext, slots: int) -> FixedContext:
+        """A copy of a context with so many slots."""
+        room = slots - context.length
+        present = torch.ones_like(context.real[:, None], dtype=torch.bool).expand(-1, context.length)
+        slot = torch.full((1,), context.length, dtype=torch.int64, device=context.real.device)
+        return cls(
+            cache=_changed(context.cache, lambda values: functional.pad(values, (0, 0, 0, room)), slot),
+            hidden=context.hidden[:, :0],
+            kwargs=[],
+            present=functional.pad(present if context.present is None else context.present, (0, room)),
+            real=context.real.clone(),
+            length=slots,
+            tables=context.tables,
+            slot=slot,
+        )
+
+    @override
+    def index(self, positions: Tensor) -> Tensor:
+        return torch.zeros_like(positions)
+
+    @override
+    def select(self, rows: Tensor) -> FixedContext:
+        assert self.present is not None
+        slot = self.slot.clone()
+        cache = _changed(self.cache, lambda values: values[rows], slot)
+        return replace(
+            self,
+            cache=cache,
+            hidden=self.hidden[:0],
+            kwargs=[],
+            present=self.present[rows],
+            real=self.real[rows],
+            slot=slot,
+        )
+
+
+class _Slots(DynamicLayer):
+    """Keys and values of one layer in buffers of a fixed size."""
+
+    def __init__(self, keys: Tensor, values: Tensor, slot: Tensor) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # of transformers
+        self.lazy_initialization(keys, values)
+        self.keys, self.values, self._buffers, self._slot = keys, values, (keys, values), slot
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """Put those of one token in its slot."""
+        for buffer, new in zip(self._buffers, (key_states, value_states), strict=True):
+            buffer.index_copy_(2, self._slot, new)
+        return self._buffers
+
+
+def _changed(cache: DynamicCache, change: Callable[[Tensor], Tensor], slot: Tensor | None = None) -> DynamicCache:
+    """Changed copies of keys and values, in buffers of a fixed size if there is a slot for the next token."""
+    changed = DynamicCache()
+    layers: list[Any] = cache.layers
+    for number, layer in enumerate(layers):
+        keys, values = change(layer.keys), change(layer.values)
+        if slot is None:
+            changed.update(keys, values, number)
+        else:
+            changed.layers.append(_Slots(keys, values, slot))
+    return changed
+
+
 def _pick(value: Any, rows: Tensor, batch: int) -> Any:
     if isinstance(value, tuple):
         return tuple(_pick(part, rows, batch) for part in value)
@@ -102,11 +163,7 @@ def _pick(value: Any, rows: Tensor, batch: int) -> Any:
 class MainPath:
     """Runs a language model without changing it and finds the parts the diffusion path needs.
 
-    Args:
-        lm: a causal language model whose decoder has a list `layers` and one final norm.
-
-    Raises:
-        UnsupportedModelError: if the model is built otherwise or its attention kernel takes no explicit mask.
+    It is one whose decoder has a list `layers` and one final norm, and whose attention kernel takes an explicit mask.
     """
 
     def __init__(self, lm: PreTrainedModel) -> None:
@@ -140,14 +197,7 @@ class MainPath:
         )
 
     def find_branches(self) -> list[tuple[Branch, Branch]]:
-        """Residual branches of every layer, from one forward pass over two tokens.
-
-        Returns:
-            (attention, MLP) per layer.
-
-        Raises:
-            UnsupportedModelError: if the model cannot be run as transformers' decoders are.
-        """
+        """(attention, MLP) branch of every layer, from one forward pass over two tokens."""
         tokens = torch.zeros(1, 2, dtype=torch.int64, device=self.lm.device)
         with torch.no_grad():
             # Without a cache transformers looks for packed sequences, which needs values that the meta device has not.
@@ -164,38 +214,68 @@ class MainPath:
                 raise self._refusal(f"it cannot be run on two tokens ({type(error).__name__}: {error})") from error
 
     def read(self, layout: Layout) -> MainContext:
-        """Run over a batch of prompts.
-
-        Args:
-            layout: tokens and blocks, (B, S); rows padded on the left, or all rows on the right.
-
-        Returns:
-            The context.
-        """
+        """Run over a batch of prompts; rows padded on the left, or all rows on the right."""
         present = layout.present
         # Right padding is invisible to causal attention; a mask would only be in the way of faster kernels.
         left = bool((present[:, 1:] & ~present[:, :-1]).any())
         position_ids = (present.cumsum(-1) - 1).clamp_min(0)
-        return self._run(DynamicCache(), layout.tokens, present if left else None, position_ids, present.sum(-1), {})
+        return self._read(DynamicCache(), layout.tokens, present if left else None, position_ids, present.sum(-1), {})
 
     def extend(self, context: MainContext, tokens: Tensor) -> MainContext:
-        """Run over further tokens.
-
-        Args:
-            context: what came before.
-            tokens: (B, N), int64.
-
-        Returns:
-            The longer context.
-        """
+        """Run over further tokens, (B, N)."""
+        if isinstance(context, FixedContext):
+            return self._fill(context, tokens)
         count = tokens.shape[1]
         present = context.present
         if present is not None:
             present = torch.cat([present, present.new_ones(present.shape[0], count)], 1)
         position_ids = context.real[:, None] + torch.arange(count, device=tokens.device)
-        return self._run(context.cache, tokens, present, position_ids, context.real + count, context.tables)
+        return self._read(context.cache, tokens, present, position_ids, context.real + count, context.tables)
 
-    def _run(
+    def fixed(self, context: MainContext, slots: int) -> FixedContext | None:
+        """A copy of a context with so many slots; None where some layer would not see all of them."""
+        window = getattr(self.lm.config, "sliding_window", None)
+        return None if window is not None and window < slots else FixedContext.of(context, slots)
+
+    def _fill(self, context: FixedContext, token: Tensor) -> FixedContext:
+        present = context.present
+        assert present is not None
+        present.index_fill_(1, context.slot, True)
+        mask = present[:, None, None]
+        if self.lm.config._attn_implementation == "eager":
+            dtype = self.lm.dtype
+            mask = torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
+        position_ids = context.real[:, None].clone()
+        hidden, kwargs = self._run(context.cache, token, mask, position_ids)
+        context.slot.add_(1)
+        context.real.add_(1)
+        return replace(context, hidden=hidden, kwargs=kwargs)
+
+    def rewind(self, context: MainContext, counts: Tensor) -> MainContext:
+        """Take back the last tokens of every row, so many of each, (B,)."""
+        least = int(counts.min())
+        length, present = context.length - least, context.present
+        source = torch.arange(length, device=counts.device) - (counts - least)[:, None]
+        if present is not None or bool((counts > least).any()):
+            old = torch.ones_like(source, dtype=torch.bool) if present is None else present
+            present = old.gather(1, source.clamp_min(0)) & (source >= 0)
+        index = source.clamp_min(0)[:, None, :, None]
+
+        def moved(values: Tensor) -> Tensor:
+            return values.gather(2, index.expand(-1, values.shape[1], -1, values.shape[3]))
+
+        cache = _changed(context.cache, moved)
+        return replace(
+            context,
+            cache=cache,
+            hidden=context.hidden[:, :0],
+            kwargs=[],
+            present=present,
+            real=context.real - counts,
+            length=length,
+        )
+
+    def _read(
         self,
         cache: DynamicCache,
         tokens: Tensor,
@@ -204,6 +284,13 @@ class MainPath:
         real: Tensor,
         tables: dict[float, Any],
     ) -> MainContext:
+        hidden, kwargs = self._run(cache, tokens, None if present is None else present.long(), position_ids)
+        return MainContext(cache, hidden, kwargs, present, real, cache.get_seq_length(), tables)
+
+    def _run(
+        self, cache: DynamicCache, tokens: Tensor, mask: Tensor | None, position_ids: Tensor
+    ) -> tuple[Tensor, list[dict[str, Any]]]:
+        """Hidden states before the last norm, and what each layer was given."""
         kwargs: list[dict[str, Any]] = []
         hidden: list[Tensor] = []
         keys = MainKeys(cache)
@@ -228,22 +315,15 @@ class MainPath:
         with torch.no_grad():
             decoder(
                 input_ids=tokens,
-                attention_mask=None if present is None else present.long(),
+                attention_mask=mask,
                 position_ids=position_ids,
                 use_cache=True,
                 **{self._cache_name: cache},
             )
-        return MainContext(cache, hidden[0], kwargs, present, real, cache.get_seq_length(), tables)
+        return hidden[0], kwargs
 
     def self_test(self, shadows: nn.ModuleList) -> None:
-        """Replay the main path's hidden states through the shadows and require that they come out the same.
-
-        Args:
-            shadows: unmodulated shadow layers with the model's own weights.
-
-        Raises:
-            UnsupportedModelError: if a layer differs by more than rounding.
-        """
+        """Replay the main path's hidden states through bare shadows; UnsupportedModelError if they do not come out."""
         device = self.lm.device
         tokens = torch.arange(2 * _SELF_TEST_TOKENS, device=device).reshape(2, -1) % self.lm.config.vocab_size
         blocks = torch.zeros_like(tokens)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from l2d_plugins.backbones.branches import Branch
+from l2d_plugins.backbones.folding import Own
 from l2d_plugins.twins import StandIn, twin
 
 KEY_VALUE = ("k_proj", "v_proj")
@@ -27,91 +28,43 @@ _CHUNK = 1024
 
 
 class NoProjection(nn.Module):
-    """Stands in for a projection nobody reads: zeros of the right shape, without weights, work or memory.
-
-    Args:
-        out_features: width of the projection it replaces.
-    """
+    """Stands in for a projection nobody reads: zeros of the right shape, without weights, work or memory."""
 
     def __init__(self, out_features: int) -> None:
         super().__init__()
         self.out_features = out_features
 
     def forward(self, x: Tensor) -> Tensor:
-        """Zeros.
-
-        Args:
-            x: (..., H).
-
-        Returns:
-            (..., out_features), a view of a single zero.
-        """
+        """Zeros, (..., out_features), a view of a single one."""
         return x.new_zeros(()).expand(*x.shape[:-1], self.out_features)
 
 
 class MainKeys:
-    """A cache that returns the main path's keys and values whatever it is given.
-
-    Args:
-        cache: the main path's cache.
-    """
+    """A cache that returns the main path's keys and values whatever it is given."""
 
     def __init__(self, cache: Any) -> None:
         self.cache = cache
 
     def update(self, key: Tensor, value: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Keys and values the diffusion path attends to.
-
-        Args:
-            key: ignored.
-            value: ignored.
-            layer_idx: which layer asks.
-            *args: ignored.
-            **kwargs: ignored.
-
-        Returns:
-            (B, heads, T, head size) twice.
-        """
+        """Keys and values the diffusion path attends to, (B, heads, T, head size); whatever is given is ignored."""
         layer = self.cache.layers[layer_idx]
         return layer.keys, layer.values
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether a module is a linear projection, of torch or of a library that quantizes.
-
-    Args:
-        module: any module.
-
-    Returns:
-        True for a projection.
-    """
+    """Whether a module is a linear projection, of torch or of a library that quantizes."""
     return hasattr(module, "in_features") and hasattr(module, "out_features")
 
 
 def is_quantized(module: nn.Module) -> bool:
-    """Whether a projection keeps its weights in another form than a matrix of floats.
-
-    Args:
-        module: any module.
-
-    Returns:
-        True for a quantized projection.
-    """
+    """Whether a projection keeps its weights in another form than a matrix of floats."""
     weight = getattr(module, "weight", None)
     return is_linear(module) and not (type(weight) is nn.Parameter and weight.dtype in _FLOATS)
 
 
 @torch.no_grad()
 def unpacked(module: nn.Module, dtype: torch.dtype) -> nn.Linear:
-    """Ordinary projection that does what a quantized one does, found by asking it.
-
-    Args:
-        module: a quantized projection.
-        dtype: of the model it belongs to.
-
-    Returns:
-        A projection with weights of its own.
-    """
+    """Ordinary projection that does what a quantized one does, found by asking it."""
     bare: Any = copy.copy(module)
     # The bias is added after rounding, so the weight is read without it.
     for store in ("_parameters", "_buffers"):
@@ -130,13 +83,7 @@ def unpacked(module: nn.Module, dtype: torch.dtype) -> nn.Linear:
 def make_shadow(layer: nn.Module, trainable: Iterable[str], dtype: torch.dtype) -> nn.Module:
     """Copy of a decoder layer that shares its parameters, and whole modules where they are quantized.
 
-    Args:
-        layer: the model's layer.
-        trainable: names of linear modules whose weights are copied and made trainable instead of shared.
-        dtype: of the model, for copies of quantized weights.
-
-    Returns:
-        The shadow, in evaluation mode, so that no dropout is active.
+    Those of the linear modules named in `trainable` are copied instead; `dtype` is the model's, for quantized ones.
     """
     memo: dict[int, Any] = {}
     own = set(trainable)
@@ -153,7 +100,10 @@ def make_shadow(layer: nn.Module, trainable: Iterable[str], dtype: torch.dtype) 
             memo[id(module.config)] = module.config
     shadow = copy.deepcopy(layer, memo)
     for name in own:
-        shadow.get_submodule(name).requires_grad_(True)
+        module = shadow.get_submodule(name).requires_grad_(True)
+        if type(module) is nn.Linear:
+            parent, _, attribute = name.rpartition(".")
+            setattr(shadow.get_submodule(parent), attribute, Own(module))
     return shadow.eval()
 
 
@@ -180,16 +130,7 @@ class Modulated(nn.Module):
         return sum(3 if branch.owns_norm else 1 for branch in self.branches)
 
     def forward(self, y: Tensor, modulation: Tensor, kwargs: dict[str, Any]) -> Tensor:
-        """Run the layer.
-
-        Args:
-            y: (B, L, H).
-            modulation: (B or 1, L or 1, chunks * H), per branch scale, shift and gate in this order.
-            kwargs: what the model passes to its own layer, with the read-only cache in place of its own.
-
-        Returns:
-            (B, L, H).
-        """
+        """Run the layer; `modulation`, (B or 1, L or 1, chunks * H), holds scale, shift and gate of each branch."""
         parts = iter(modulation.to(y.dtype).chunk(self.chunks, -1))
         children: dict[str, Any] = dict(self.shadow._modules)
         for branch in self.branches:
@@ -227,15 +168,9 @@ def _gated(module: nn.Module, gate: Tensor) -> StandIn:
 
 
 def gather_kwargs(kwargs: dict[str, Any], index: Tensor, length: int) -> dict[str, Any]:
-    """Layer arguments for a subset of the positions they were captured at.
+    """What the model passed to a layer for a chunk of positions, for those at `index`, (B, L), in it; T is `length`.
 
-    Args:
-        kwargs: what the model passed to one layer for a chunk of positions.
-        index: positions within the chunk, (B, L), int64.
-        length: T, keys in the cache at the end of the chunk.
-
-    Returns:
-        The arguments for L positions; a missing (purely causal) mask is made explicit unless one query sees every key.
+    A missing (purely causal) mask is made explicit unless one query sees every key.
     """
     out = dict(kwargs)
     embeddings = kwargs.get("position_embeddings")

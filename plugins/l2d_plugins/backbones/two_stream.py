@@ -16,13 +16,13 @@ from l2d_framework.backbone import Backbone, BackboneConfig
 from l2d_framework.errors import ConfigError, UnsupportedModelError
 from l2d_framework.types import Layout
 from l2d_plugins.backbones.conditioning import Conditioning
+from l2d_plugins.backbones.folding import fold
 from l2d_plugins.backbones.main_path import MainContext, MainPath
 from l2d_plugins.backbones.shadow import (
     KEY_VALUE,
     Modulated,
     gather_kwargs,
     is_linear,
-    is_quantized,
     make_shadow,
 )
 
@@ -78,6 +78,7 @@ class TwoStream(Backbone[MainContext]):
 
     identity_at_zero: ClassVar[bool] = True
     independent_positions: ClassVar[bool] = True
+    rewinds: ClassVar[bool] = True
 
     config: TwoStreamConfig
 
@@ -149,6 +150,14 @@ class TwoStream(Backbone[MainContext]):
         return self.main.extend(context, tokens)
 
     @override
+    def rewind(self, context: MainContext, counts: Tensor) -> MainContext:
+        return self.main.rewind(context, counts)
+
+    @override
+    def fixed(self, context: MainContext, slots: int) -> MainContext | None:
+        return self.main.fixed(context, slots)
+
+    @override
     def plain(self, positions: Tensor, context: MainContext) -> Tensor:
         return context.hidden_at(positions)
 
@@ -209,45 +218,25 @@ class TwoStream(Backbone[MainContext]):
             return None
         state = {
             f"base_model.model.{name}.lora_{half}.weight": getattr(module, f"lora_{half}")[ADAPTER].weight
-            for name, (_, _, module) in modules.items()
+            for name, module in modules.items()
             for half in ("A", "B")
         }
         return self._lora_config(list(modules)), state
 
-    def _lora_modules(self) -> dict[str, tuple[nn.Module, str, LoraLayer]]:
-        """Adapted modules as (parent, attribute, module) by the name of their original in the language model."""
+    def _lora_modules(self) -> dict[str, LoraLayer]:
+        """Adapted modules by the name of their original in the language model."""
         from peft.tuners.lora import LoraLayer
 
-        found = {}
-        for number, layer in enumerate(self.shadows):
-            shadow = layer.get_submodule("shadow")
-            for name, module in shadow.named_modules():
-                if isinstance(module, LoraLayer):
-                    parent, _, attribute = name.rpartition(".")
-                    owner = shadow.get_submodule(parent)
-                    found[f"{self.main.layers_name}.{number}.{name}"] = (owner, attribute, module)
-        return found
+        return {
+            f"{self.main.layers_name}.{number}.{name}": module
+            for number, layer in enumerate(self.shadows)
+            for name, module in layer.get_submodule("shadow").named_modules()
+            if isinstance(module, LoraLayer)
+        }
 
     @override
-    def merge(self) -> None:
-        # Costs one more copy of the adapted projections and saves their low-rank products, but where the language model
-        # is quantized: there it would cost the memory that quantizing saved, so the products stay. Weights of the
-        # path's own take the language model's type.
-        for parent, attribute, module in self._lora_modules().values():
-            base: Any = module.get_base_layer()
-            if is_quantized(base):
-                continue
-            merged = nn.Linear(base.in_features, base.out_features, bias=base.bias is not None, device="meta")
-            delta: Tensor = module.get_delta_weight(ADAPTER)  # type: ignore[attr-defined]  # peft's linear LoRA layer
-            weight = (base.weight.float() + delta.float()).to(base.weight.dtype)
-            merged.weight = nn.Parameter(weight.detach(), requires_grad=False)
-            merged.bias = base.bias
-            setattr(parent, attribute, merged)
-        shared = {id(parameter) for parameter in self.lm.parameters()}
-        for parameter in self.shadows.parameters():
-            if id(parameter) not in shared:
-                parameter.data = parameter.data.to(self.lm.dtype)
-        self.is_merged = True
+    def merge(self, *, at_any_cost: bool = False) -> None:
+        fold(self.shadows, self.lm.dtype, at_any_cost=at_any_cost)
 
 
 def _target_names(layer: nn.Module, targets: tuple[str, ...] | None) -> list[str]:

@@ -1,0 +1,250 @@
+"""A batch of rows on its way through the network: as it comes, or captured once as a CUDA graph and replayed.
+
+A token costs a pass of the network per evaluation, and on a GPU most of the time of a pass goes by while Python says
+what is to be done. Where nothing but numbers changes from token to token, it is said once.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from l2d_framework.backbone import Backbone
+from l2d_framework.diffusion.ode import NotAhead
+from l2d_framework.diffusion.rng import TokenStreams
+from l2d_framework.diffusion.sampler import Block, Denoised, Sampler
+from l2d_framework.types import Context
+
+
+class Rows:
+    """What the backbone remembers of the rows that go on.
+
+    Args:
+        sampler: denoises what comes next.
+        context: what the backbone has read.
+        slots: how many tokens of each row that are; rows end together.
+    """
+
+    def __init__(self, sampler: Sampler, context: Context, slots: int) -> None:
+        self.sampler, self.context, self.slots = sampler, context, slots
+
+    @property
+    def backbone(self) -> Backbone:
+        """The network."""
+        return self.sampler.diffusion.backbone
+
+    def extend(self, tokens: Tensor) -> None:
+        """Read further tokens, (B, N)."""
+        if tokens.shape[1]:
+            self.context = self.backbone.extend(self.context, tokens)
+            self.slots += tokens.shape[1]
+
+    def rewind(self, counts: Tensor) -> None:
+        """Take tokens back, so many of each row, (B,)."""
+        self.context = self.backbone.rewind(self.context, counts)
+        self.slots -= int(counts.min())
+
+    def keep(self, rows: Tensor) -> None:
+        """Go on with some rows only, (B',)."""
+        self.context = self.context.select(rows)
+
+    def denoise(self, tokens: Tensor, ask: Callable[[], Block]) -> Denoised:
+        """Read further tokens, and denoise the block that is asked about then."""
+        self.extend(tokens)
+        return self.sampler(replace(ask(), context=self.context))
+
+
+class Graph(Protocol):
+    """Work on tensors that stay where they are, which is done again without Python."""
+
+    def __call__(self, work: Callable[[], Any]) -> Any:
+        """Do the work, the first time by capturing it.
+
+        Args:
+            work: makes tensors; the same at every call.
+
+        Returns:
+            What it made the first time, with the numbers of this time.
+        """
+        ...
+
+
+class CudaGraph:
+    """`Graph` of an NVIDIA device."""
+
+    def __init__(self) -> None:
+        self._graph: Any = None
+        self._made: Any = None
+
+    def __call__(self, work: Callable[[], Any]) -> Any:
+        """Do the work."""
+        if self._graph is None:
+            graph = torch.cuda.CUDAGraph()
+            # Other threads may well ask for memory meanwhile.
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                self._made = work()
+            self._graph = graph
+        self._graph.replay()
+        return self._made
+
+
+class Replayed(Rows):
+    """Rows that take one token each, again and again; those that have ended run along until half of them have.
+
+    Args:
+        rows: as they are now.
+        context: theirs, from `Backbone.fixed`.
+        graph: makes a graph for rows of another number.
+    """
+
+    def __init__(self, rows: Rows, context: Context, graph: Callable[[], Graph]) -> None:
+        super().__init__(rows.sampler, context, rows.slots)
+        self._make = graph
+        self._begin(None)
+
+    @classmethod
+    def of(cls, rows: Rows, slots: int) -> Rows:
+        """Rows to be replayed, where there is a device and a backbone for it; `slots` is the most they will fill."""
+        graph = GRAPHS.get(rows.backbone.lm.device.type)
+        context = None if graph is None else rows.backbone.fixed(rows.context, slots)
+        return rows if graph is None or context is None else cls(rows, context, graph)
+
+    def _begin(self, chosen: Tensor | None) -> None:
+        if chosen is not None:
+            self.context = self.context.select(chosen)
+        self._alive: Tensor | None = None
+        self._graph: Graph | None = self._make()
+        self._tape: _Tape | None = None
+
+    @override
+    def keep(self, rows: Tensor) -> None:
+        alive = rows if self._alive is None else self._alive[rows]
+        if self._graph is None:
+            super().keep(rows)
+        elif self._tape is None or 2 * len(alive) <= len(self._tape.tokens):
+            self._begin(alive)
+        else:
+            self._alive = alive
+
+    @override
+    def denoise(self, tokens: Tensor, ask: Callable[[], Block]) -> Denoised:
+        if self._graph is None:
+            return super().denoise(tokens, ask)
+        self.slots += 1
+        block = ask()
+        if self._tape is None:
+            # The first token is not captured: it shows which numbers are drawn, and makes what is made once.
+            self._tape = _Tape(tokens, block)
+            try:
+                found = self._work(self._tape)
+            except NotAhead:
+                self._graph = None
+                return self.sampler(replace(block, context=self.context))
+        else:
+            found = self._again(self._graph, self._tape, tokens, block)
+        found.check()
+        return found
+
+    def _again(self, graph: Graph, tape: _Tape, tokens: Tensor, block: Block) -> Denoised:
+        tape.fill(tokens, block, self._alive)
+        alive = self._alive
+        try:
+            found: Denoised = graph(lambda: self._work(tape))
+        except RuntimeError as error:
+            warnings.warn(f"Tokens are not replayed from a graph, since {error}", UserWarning, stacklevel=2)
+            tape.rewind()
+            found = self._work(tape)
+            self._graph = None
+            if alive is not None:
+                self.context, self._alive = self.context.select(alive), None
+        return found if alive is None else found.select(alive)
+
+    def _work(self, tape: _Tape) -> Denoised:
+        self.context = self.backbone.extend(self.context, tape.tokens)
+        return self.sampler.solve(replace(tape.block, context=self.context))
+
+
+GRAPHS: dict[str, Callable[[], Graph]] = {"cuda": CudaGraph}
+"""How work is captured, by type of device."""
+
+
+@dataclass
+class _Draw:
+    purpose: str
+    branch: int
+    how: Callable[[TokenStreams], Tensor]
+    numbers: Tensor
+
+
+class _Tape:
+    """What changes from token to token, in tensors that stay where they are."""
+
+    def __init__(self, tokens: Tensor, block: Block) -> None:
+        self.tokens = tokens.clone()
+        self.block = _TapedBlock(**vars(block) | {"layout": None, "positions": block.positions.clone()}, tape=self)
+        self._draws: list[_Draw] = []
+        self._next: int | None = None
+
+    def fill(self, tokens: Tensor, block: Block, alive: Tensor | None) -> None:
+        """Put in what belongs to the next token of the rows that go on."""
+        streams = {draw.purpose: block.streams(draw.purpose) for draw in self._draws}
+        pairs = [(self.tokens, tokens), (self.block.positions, block.positions)]
+        pairs += [(draw.numbers, draw.how(streams[draw.purpose].branch(draw.branch))) for draw in self._draws]
+        for old, new in pairs:
+            if alive is None:
+                old.copy_(new)
+            else:
+                old[alive] = new
+        self.rewind()
+
+    def rewind(self) -> None:
+        """Hand out the numbers from the first on."""
+        self._next = 0
+
+    def draw(self, purpose: str, branch: int, streams: TokenStreams, how: Callable[[TokenStreams], Tensor]) -> Tensor:
+        """The next numbers: new ones the first time, from then on those that `fill` has put in."""
+        if self._next is None:
+            self._draws.append(_Draw(purpose, branch, how, how(streams).clone()))
+            return self._draws[-1].numbers
+        self._next += 1
+        return self._draws[self._next - 1].numbers
+
+
+@dataclass(frozen=True)
+class _TapedBlock(Block):
+    tape: _Tape | None = None
+
+    @override
+    def streams(self, purpose: str) -> TokenStreams:
+        assert self.tape is not None
+        return _TapedStreams(self.tape, purpose, 0, super().streams(purpose))
+
+
+class _TapedStreams(TokenStreams):
+    """Random streams whose numbers are those on a tape."""
+
+    def __init__(self, tape: _Tape, purpose: str, number: int, streams: TokenStreams) -> None:
+        self._tape, self._purpose, self._number, self._streams = tape, purpose, number, streams
+        self.device = streams.device
+
+    @override
+    def branch(self, number: int) -> TokenStreams:
+        return self if not number else _TapedStreams(self._tape, self._purpose, number, self._streams.branch(number))
+
+    @override
+    def uniform(self, active: Tensor | None = None) -> Tensor:
+        return self._tape.draw(self._purpose, self._number, self._streams, TokenStreams.uniform)
+
+    @override
+    def normal(self, size: int) -> Tensor:
+        return self._tape.draw(self._purpose, self._number, self._streams, lambda streams: streams.normal(size))
+
+    @override
+    def seeds(self) -> Tensor:
+        raise NotAhead

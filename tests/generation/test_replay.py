@@ -1,0 +1,153 @@
+"""Tokens replayed from a graph are the tokens of the plain path."""
+
+import warnings
+from importlib.metadata import entry_points
+from itertools import pairwise
+from typing import Literal
+
+import pytest
+import torch
+from diffusion_models import diffusion_lm, shared_lm
+from fake_plugins import installed, plugin
+from tape_graph import TapeGraph
+from tiny_models import tiny_lm
+
+from l2d_framework.generation import replay
+from l2d_framework.generation.prompts import pad_left
+from l2d_framework.guidance import Guidance
+from l2d_framework.hooks import GROUP
+from l2d_framework.types import Prediction
+from l2d_plugins.guidance.classifier_free import ClassifierFree
+
+PROMPTS = [[9, 30, 71, 100, 42, 17, 201], [55, 44], [120, 9, 8, 7], [55, 44, 200, 13, 99]]
+FULL_ATTENTION = ["llama", "qwen2", "qwen3", "smollm3", "phi3", "olmo2"]
+ENDING = {"eos_token_id": [*range(60, 72)], "do_sample": True, "max_new_tokens": 24}
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """Every graph that is made."""
+    made = []
+
+    def make():
+        made.append(TapeGraph())
+        return made[-1]
+
+    monkeypatch.setitem(replay.GRAPHS, "cpu", make)
+    return made
+
+
+def generate(model, prompts=PROMPTS, **options):
+    options = {"max_new_tokens": 12, "num_inference_steps": 5, "eos_token_id": None, **options}
+    return model.generate(pad_left(prompts), **options)
+
+
+def check_replays(model, graphs, **options):
+    wanted = generate(model, graph=False, **options)
+    assert not graphs
+    found = generate(model, **options)
+    assert torch.equal(found.sequences, wanted.sequences)
+    assert torch.equal(found.evaluations, wanted.evaluations)
+    assert torch.equal(found.lengths, wanted.lengths)
+    assert any(graph.made is not None for graph in graphs)
+    for name, values in wanted.metrics.items():
+        assert torch.equal(found.metrics[name].nan_to_num(7.0), values.nan_to_num(7.0))
+
+
+@pytest.mark.parametrize("family", FULL_ATTENTION)
+def test_replayed_tokens_are_those_of_the_plain_path(family, graphs):
+    check_replays(shared_lm(family), graphs)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"do_sample": True, "temperature": 0.7},
+        {"estimate": {"mode": "average"}, "solver": "rk4"},
+        {"estimate": {"mode": "argmax"}, "solver": "euler"},
+        {"num_return_sequences": 2, "repetition_penalty": 1.3},
+        {"num_inference_steps": 1},
+        ENDING,
+    ],
+)
+def test_they_are_with_every_option(options, graphs):
+    check_replays(shared_lm(), graphs, **options)
+
+
+def test_they_are_with_classes_and_guidance(graphs):
+    model = shared_lm(classes=("a", "b"))
+    check_replays(model, graphs, classes=["a", None, "b", "a"], guidance=[ClassifierFree(scale=1.5)], **ENDING)
+
+
+def test_they_are_over_a_model_that_takes_masks_of_numbers(graphs):
+    check_replays(diffusion_lm(tiny_lm(attn_implementation="eager")), graphs)
+
+
+def test_rows_that_have_ended_run_along_until_half_of_them_have(graphs):
+    check_replays(shared_lm(), graphs, **ENDING)
+    sizes = [len(graph.made.evaluations) for graph in graphs if graph.made is not None]
+    assert sizes[0] == len(PROMPTS)
+    assert len(sizes) > 1
+    assert all(2 * small <= large for large, small in pairwise(sizes))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"solver": "fehlberg2", "num_inference_steps": None, "max_new_tokens": 3},
+        {"patience": 2},
+        {"num_inference_steps": 0},
+        {"speculate": 2},
+        {"observer": lambda evaluation: None},
+        {"graph": False},
+    ],
+)
+def test_steps_that_differ_from_token_to_token_are_not_captured(options, graphs):
+    generate(shared_lm(), **options)
+    assert not graphs
+
+
+def test_a_window_narrower_than_the_text_is_not_captured(graphs):
+    generate(shared_lm("mistral"))
+    assert not graphs
+
+
+class Recalling(Guidance):
+    """Likes the tokens that have been written."""
+
+    name: Literal["recalling"] = "recalling"
+
+    def __call__(self, predict, query, space):
+        plain = predict(query)
+        written = torch.zeros_like(plain.logits[:, 0]).scatter(1, space.layout.tokens, 1.0)
+        return Prediction(plain.logits + written[:, None])
+
+
+class Asking(Guidance):
+    """Looks at numbers on the host."""
+
+    name: Literal["asking"] = "asking"
+
+    def __call__(self, predict, query, space):
+        plain = predict(query)
+        return Prediction(plain.logits * (1.5 if float(plain.logits.sum()) > 0 else 1.0))
+
+
+@pytest.mark.parametrize(("guidance", "warned"), [(Recalling, 0), (Asking, 1)])
+def test_a_guidance_that_cannot_be_captured_is_served_without(guidance, warned, graphs):
+    model = shared_lm()
+    with (
+        installed(*entry_points(group=GROUP), plugin("more", [guidance])),
+        warnings.catch_warnings(record=True) as seen,
+    ):
+        warnings.simplefilter("always")
+        found = generate(model, guidance=[guidance()])
+        assert len([w for w in seen if "not replayed" in str(w.message)]) == warned
+        wanted = generate(model, guidance=[guidance()], graph=False)
+    assert torch.equal(found.sequences, wanted.sequences)
+
+
+def test_a_replay_of_other_numbers_would_be_noticed(graphs, monkeypatch):
+    monkeypatch.setattr(replay._Tape, "fill", lambda self, *_: setattr(self, "_next", 0))
+    with pytest.raises(AssertionError):
+        check_replays(shared_lm(), graphs)

@@ -1,0 +1,189 @@
+"""Tokens guessed ahead change how fast an answer is written, never the answer."""
+
+from importlib.metadata import entry_points
+from typing import Literal
+
+import pytest
+import torch
+from diffusion_models import PROVEN, diffusion_lm, shared_lm, tess_lm
+from fake_plugins import installed, plugin
+from transformers import StoppingCriteriaList
+from transformers.generation.streamers import BaseStreamer
+
+from l2d_framework.errors import ConfigError
+from l2d_framework.generation.prompts import pad_left
+from l2d_framework.guidance import Guidance
+from l2d_framework.hooks import GROUP
+from l2d_framework.types import Prediction
+from l2d_plugins.guidance.classifier_free import ClassifierFree
+
+PROMPTS = [[9, 30, 71, 100, 42, 17, 201], [55, 44], [120, 9, 8, 7], [55, 44, 200, 13, 99]]
+
+
+class Repeat(Guidance):
+    """Likes the tokens that have been written."""
+
+    name: Literal["repeat"] = "repeat"
+
+    def __call__(self, predict, query, space):
+        plain = predict(query)
+        written = torch.zeros_like(plain.logits[:, 0]).scatter(1, space.layout.tokens, 1.0)
+        return Prediction(plain.logits + written[:, None])
+
+
+def near(family="llama", scale=0.1, **options):
+    """A model whose diffusion path often agrees with its language model, and not always."""
+    model = diffusion_lm(family, **options)
+    with torch.no_grad():
+        for weight in model.backbone.conditioning.final[2].parameters():
+            weight.mul_(scale)
+    return model
+
+
+def generate(model, prompts=PROMPTS, **options):
+    options = {"max_new_tokens": 20, "num_inference_steps": 3, "eos_token_id": None, **options}
+    return model.generate(pad_left(prompts), **options)
+
+
+def check_equal(found, wanted):
+    assert torch.equal(found.sequences, wanted.sequences)
+    assert torch.equal(found.evaluations, wanted.evaluations)
+    assert torch.equal(found.lengths, wanted.lengths)
+
+
+ENDING = {"eos_token_id": [*range(60, 90), *range(200, 220)], "do_sample": True}
+
+
+@pytest.mark.parametrize("family", PROVEN)
+def test_an_answer_is_the_one_written_token_by_token(family):
+    model = near(family, scale=20.0 if "gemma" in family else 0.3 if family == "smollm3" else 0.1)
+    for options, speculate in (({}, 4), (ENDING, "auto")):
+        wanted = generate(model, **options)
+        assert wanted.guesses == (0, 0)
+        found = generate(model, speculate=speculate, **options)
+        check_equal(found, wanted)
+        made, right = found.guesses
+        assert made > right > 0
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"repetition_penalty": 1.5, "no_repeat_ngram_size": 2, "do_sample": True, "temperature": 0.7, "top_k": 20},
+        {"min_new_tokens": 6, **ENDING},
+        {"estimate": {"mode": "average"}, "solver": "rk4", "num_inference_steps": 5},
+        {"solver": "fehlberg2", "num_inference_steps": None, "max_new_tokens": 6},
+        {"num_return_sequences": 3, **ENDING},
+        {"seed": [1, 2, 3, 4], "do_sample": True},
+        {"max_new_tokens": 1},
+        {"max_new_tokens": 2},
+    ],
+)
+def test_it_is_with_every_option(options):
+    model = near()
+    wanted = generate(model, **options)
+    for speculate in (2, 30):
+        check_equal(generate(model, speculate=speculate, **options), wanted)
+
+
+def test_it_is_with_classes_and_guidance():
+    model = near(classes=("a", "b"))
+    options = {"classes": ["a", None, "b", "a"], "guidance": [ClassifierFree(scale=1.5)], "do_sample": True}
+    found = generate(model, speculate=3, **options)
+    check_equal(found, generate(model, **options))
+    assert found.guesses[1] > 0
+
+
+def test_a_row_gains_whatever_its_batch_mates_do():
+    model = near()
+    alone = [generate(model, [prompt], speculate=4, max_new_tokens=30).guesses[1] for prompt in PROMPTS]
+    # Less only where some row is so close to its end that none guesses far.
+    assert 0.8 * sum(alone) < generate(model, speculate=4, max_new_tokens=30).guesses[1] <= sum(alone)
+
+
+def test_where_both_paths_agree_every_guess_is_right_and_the_network_is_asked_less_often():
+    model, calls = near(scale=0.0), []
+    handle = model.backbone.shadows[0].register_forward_hook(lambda *_: calls.append(1))
+    try:
+        wanted, sequential = generate(model), len(calls)
+        found = generate(model, speculate=4)
+    finally:
+        handle.remove()
+    check_equal(found, wanted)
+    assert found.guesses[0] == found.guesses[1] > 0
+    assert 4 * (len(calls) - sequential) < 1.3 * sequential
+
+
+def test_a_guidance_that_reads_the_sequence_is_served_token_by_token():
+    model = near()
+    with installed(*entry_points(group=GROUP), plugin("repeat", [Repeat])):
+        found = generate(model, speculate=3, guidance=[Repeat()])
+        check_equal(found, generate(model, guidance=[Repeat()]))
+    assert found.guesses == (0, 0)
+
+
+def test_criteria_and_streamer_meet_the_same_tokens_in_the_same_order():
+    class Tokens(BaseStreamer):
+        def __init__(self):
+            self.seen = []
+
+        def put(self, value):
+            self.seen += value.flatten().tolist()
+
+        def end(self):
+            self.seen.append("end")
+
+    model, met = near(), {}
+    for speculate in ("off", 4):
+        lengths, streamer = [], Tokens()
+
+        def judge(ids, scores, lengths=lengths):
+            lengths.append(ids.shape[1])
+            return torch.zeros(len(ids), dtype=torch.bool)
+
+        generate(
+            model, PROMPTS[:1], speculate=speculate, streamer=streamer, stopping_criteria=StoppingCriteriaList([judge])
+        )
+        met[speculate] = lengths, streamer.seen
+    assert met["off"] == met[4]
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        ({"num_inference_steps": 0}, "without evaluations"),
+        ({"patience": 2, "num_inference_steps": 5}, "patience"),
+        ({"observer": lambda evaluation: None}, "observer"),
+    ],
+)
+def test_what_looks_at_one_token_after_the_other_is_refused_a_number_and_left_alone_by_auto(options, why):
+    model = shared_lm()
+    with pytest.raises(ConfigError, match=why):
+        generate(model, speculate=2, **options)
+    found = generate(model, speculate="auto", **options)
+    check_equal(found, generate(model, **options))
+    assert found.guesses == (0, 0)
+
+
+def test_a_model_that_denoises_tokens_together_is_refused_a_number():
+    model = tess_lm()
+    with pytest.raises(ConfigError, match=r"speculate=2 .*several tokens together"):
+        generate(model, max_new_tokens=4, speculate=2)
+
+
+@pytest.mark.parametrize("speculate", [0, -1, 1.5, True, "always", None])
+def test_other_values_are_refused_by_name(speculate):
+    with pytest.raises(ConfigError, match="speculate"):
+        generate(shared_lm(), speculate=speculate)
+
+
+def test_auto_guesses_further_where_guesses_are_right():
+    def most(scale):
+        model, lengths = near(scale=scale), []
+        extend = model.backbone.extend
+        model.backbone.extend = lambda context, tokens: lengths.append(tokens.shape[1]) or extend(context, tokens)
+        generate(model, PROMPTS[:1], speculate="auto", num_inference_steps=15, max_new_tokens=40)
+        middle = len(lengths) // 2
+        return max(lengths[middle : middle + 8])
+
+    assert most(0.0) > most(3.0) == 1
