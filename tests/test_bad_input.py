@@ -101,6 +101,8 @@ def test_an_unknown_name_is_answered_with_a_suggestion(run_file, name):
         ("training.bf16=yes", "training.bf16: should be a valid boolean, got 'yes'"),
         ("training.learning_rate=.inf", "training.learning_rate: should be a finite number"),
         ("training.warmup=logarithmic", "training.warmup: should be 'linear' or 'log', got 'logarithmic'"),
+        ("training.micro_batch_size=big", "training.micro_batch_size: .*'auto'.*, got 'big'"),
+        ("training.micro_batch_size=0", "training.micro_batch_size: .*greater than or equal to 1, got 0"),
         ("training.micro_batch_size=5", "batch_size 32 is no multiple of micro_batch_size 5"),
         ("training.final_learning_rate=1", "final_learning_rate 1.0 exceeds learning_rate"),
         ("training.betas=[0.9, 1]", r"betas must lie in \[0, 1\)"),

@@ -23,6 +23,7 @@ def progress(console: Console, title: str) -> Reporter:
 
 def _facts(logs: dict[str, float]) -> str:
     names = {"loss": "loss {:.4f}", "eval_loss": "held out {:.4f}", "tokens_per_second": "{:,.0f} tokens/s"}
+    names |= {"micro_batch_size": "micro-batches of {}"}
     names |= {"accuracy": "right {:.0%}", "eval_accuracy": "right of held out {:.0%}"}
     return "  ".join(text.format(logs[name]) for name, text in names.items() if name in logs)
 

@@ -80,6 +80,8 @@ class PairData(Section):
 class RewardTraining(Updates):
     """How to train a reward model: AdamW in float32, linear warm-up, linear decay."""
 
+    micro_batch_size: int | None = Field(default=None, ge=1)
+    """Pairs per forward pass of one process; as many as `batch_size` allows when None. Noise depends on them."""
     learning_rate: float = Field(default=2e-5, gt=0)
     warmup_ratio: float = Field(default=0.0, ge=0, lt=1)
     """Share of the updates in which the learning rate rises from zero."""

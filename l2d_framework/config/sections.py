@@ -189,8 +189,9 @@ class Updates(Section):
     epochs: float = Field(default=1.0, gt=0)
     batch_size: int = Field(default=32, ge=1)
     """Sequences, or pairs of them, per optimizer update over all processes."""
-    micro_batch_size: int | None = Field(default=None, ge=1)
-    """As many per forward pass of one process; as many as `batch_size` allows when None."""
+    micro_batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] | None = None
+    """As many per forward pass of one process; as many as `batch_size` allows when None. `auto` begins with those and
+    halves them whenever memory is out, which changes no result but rounding."""
     max_grad_norm: float = Field(default=1.0, gt=0)
     bf16: bool = False
     """Compute in bfloat16; trained weights stay in float32 until they are saved."""
@@ -207,7 +208,7 @@ class Updates(Section):
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
-        if self.micro_batch_size and self.batch_size % self.micro_batch_size:
+        if isinstance(self.micro_batch_size, int) and self.batch_size % self.micro_batch_size:
             raise ValueError(
                 f"batch_size {self.batch_size} is no multiple of micro_batch_size {self.micro_batch_size}; change one"
             )
@@ -237,6 +238,8 @@ class TrainingSection(Updates):
     weight_decay: float = Field(default=0.01, ge=0)
     draws_per_token: int = Field(default=1, ge=1)
     """Noise draws per supervised token."""
+    group_by_length: bool = False
+    """Let sequences of like length share a micro-batch, so that there is less padding; each update sees the same."""
     loss_chunk: int = Field(default=1024, ge=1)
     """Positions per chunk of the vocabulary head."""
     class_dropout: float = Field(default=0.2, ge=0, le=1)

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from l2d_framework.blame import naming_plugins
 from l2d_framework.diffusion.diffusion import Diffusion
@@ -135,7 +134,7 @@ def chunked_cross_entropy(
 ) -> tuple[Tensor, Tensor]:
     """Cross-entropy without ever holding the logits of more than `chunk` positions.
 
-    The gradient of each chunk is taken at once, so that no logits are kept or computed twice.
+    The gradient of each chunk is taken at once, so that no logits are kept or computed twice, and in their own memory.
 
     Args:
         head: maps (1, n, H) to logits (1, n, V).
@@ -150,16 +149,15 @@ def chunked_cross_entropy(
         loss without its weight, (N,).
     """
 
-    def losses(part: slice, of: Tensor) -> Tensor:
-        logits = head(of[None]).float()
-        logits = logits if refine is None else refine(logits, part)
-        return functional.cross_entropy(logits.squeeze(0), targets[part], reduction="none")
+    def logits(part: slice, of: Tensor) -> Tensor:
+        found = head(of[None]).float()
+        return (found if refine is None else refine(found, part)).squeeze(0)
 
     parts = [slice(start, start + chunk) for start in range(0, len(features), chunk)]
     if torch.is_grad_enabled():
         parameters = [p for p in head.parameters() if p.requires_grad]
-        return _Chunked.apply(losses, parts, weights, features, *parameters)  # type: ignore[no-any-return, no-untyped-call]
-    found = [losses(part, features[part]) for part in parts]
+        return _Chunked.apply(logits, parts, targets, weights, features, *parameters)  # type: ignore[no-any-return, no-untyped-call]
+    found = [_exponentials(logits(part, features[part].clone()), targets[part])[0] for part in parts]
     each = torch.cat(found) if found else features.new_zeros(0, dtype=torch.float32)
     return _sum(each, weights), each
 
@@ -168,12 +166,21 @@ def _sum(losses: Tensor, weights: Tensor | None) -> Tensor:
     return losses.sum() if weights is None else losses @ weights
 
 
+def _exponentials(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Cross-entropies, (n,), of logits, (n, V), which become exponentials with the sums that are returned, (n, 1)."""
+    top = logits.amax(-1, keepdim=True)
+    behind = top - logits.gather(-1, targets[:, None])
+    total = logits.sub_(top).exp_().sum(-1, keepdim=True)
+    return (total.log() + behind)[:, 0], total
+
+
 class _Chunked(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        losses: Callable[[slice, Tensor], Tensor],
+        logits: Callable[[slice, Tensor], Tensor],
         parts: Sequence[slice],
+        targets: Tensor,
         weights: Tensor | None,
         features: Tensor,
         *parameters: Tensor,
@@ -183,11 +190,13 @@ class _Chunked(torch.autograd.Function):
         each = features.new_zeros(len(features), dtype=torch.float32)
         for part in parts:
             with torch.enable_grad():
-                leaf = features[part].detach().requires_grad_()
-                loss = losses(part, leaf)
-                total = _sum(loss, None if weights is None else weights[part])
-                found = torch.autograd.grad(total, [leaf, *parameters], allow_unused=True)
-            each[part] = loss.detach()
+                leaf = features[part].detach().clone().requires_grad_()  # lest a head hand it on to be written over
+                made = logits(part, leaf)
+            slope = made.detach()  # a second copy of the logits would be the largest tensor of all
+            each[part], total = _exponentials(slope, targets[part])
+            weight = torch.ones_like(total) if weights is None else weights[part, None]
+            slope.mul_(weight / total).scatter_add_(-1, targets[part, None], -weight)
+            found = torch.autograd.grad(made, [leaf, *parameters], slope, allow_unused=True)
             gradient[part] = found[0]
             for sum_, piece in zip(own, found[1:], strict=True):
                 if piece is not None:
@@ -199,4 +208,4 @@ class _Chunked(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *outputs: Any) -> tuple[Any, ...]:
         gradient, *own = ctx.saved_tensors
-        return (None, None, None, gradient * outputs[0], *(piece * outputs[0] for piece in own))
+        return (None, None, None, None, gradient * outputs[0], *(piece * outputs[0] for piece in own))

@@ -32,6 +32,9 @@ def make_arguments(training: TrainingSection, output: Path, *, seed: int) -> Tra
         accelerator_config={"dispatch_batches": False},
     )
     divide_batch(arguments, training)
+    # Its trainer divides what a process has of an update itself, so that it can do so again where memory is short.
+    arguments.per_device_train_batch_size *= arguments.gradient_accumulation_steps
+    arguments.gradient_accumulation_steps = 1
     return arguments
 
 
@@ -60,7 +63,8 @@ def common_arguments(training: Updates, output: Path, seed: int) -> dict[str, An
 def divide_batch(arguments: TrainingArguments, training: Updates) -> None:
     """Divide the batch of an update over processes and micro-batches."""
     arguments._n_gpu = min(arguments.n_gpu, 1)  # one process per device; DataParallel would split what is keyed
-    micro = training.micro_batch_size or max(training.batch_size // arguments.world_size, 1)
+    share = max(training.batch_size // arguments.world_size, 1)
+    micro = training.micro_batch_size if isinstance(training.micro_batch_size, int) else share
     if training.batch_size % (micro * arguments.world_size):
         raise ConfigError(
             f"training.batch_size {training.batch_size} is no multiple of {micro} sequences in each of "

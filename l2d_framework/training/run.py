@@ -164,10 +164,15 @@ def _result(state: TrainerState) -> dict[str, Any]:
     losses: dict[str, float] = {}
     for entry in state.log_history:
         losses |= {key: value for key, value in entry.items() if "loss" in key and key != "train_loss"}
-    speeds = [entry["tokens_per_second"] for entry in state.log_history if "tokens_per_second" in entry]
+
+    def logged(name: str) -> list[float]:
+        return [entry[name] for entry in state.log_history if name in entry]
+
     return {
         "steps": state.global_step,
         "losses": losses,
         "best_eval_loss": state.best_metric,
-        "tokens_per_second": median(speeds or [0.0]),
+        "tokens_per_second": median(logged("tokens_per_second") or [0.0]),
+        "padding": median(logged("padding") or [0.0]),
+        **({"micro_batch_size": sizes[-1]} if (sizes := logged("micro_batch_size")) else {}),
     }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from l2d_framework.training.data.collate import IGNORED, Collator
 from l2d_framework.training.data.prepare import PreparedData
 from l2d_framework.training.learner import Learner
 from l2d_framework.training.metrics import LossMeter, Stopwatch, peak_memory
+from l2d_framework.training.micro_batches import MicroBatches
 from l2d_framework.training.output_dir import BEST, checkpoints, remove, staged
 from l2d_framework.training.samplers import PADDING, HeldOut, RunOrder, RunStream
 
@@ -115,7 +116,11 @@ class TokenTrainer(ResumableTrainer):
         self.remove_callback(PrinterCallback)
         self.model_accepts_loss_kwargs = self.loss_is_scaled_for_ga = True
         self._meter = LossMeter(arguments.device)
+        auto, size = training.micro_batch_size == "auto", arguments.per_device_eval_batch_size
+        self._micro = MicroBatches(size, halves=auto, by_length=training.group_by_length)
         self._tokens = torch.zeros(2, dtype=torch.int64)
+        self._outputs: list[dict[str, Tensor]] = []
+        self._said: int | None = None
         self._stopwatch = Stopwatch()
         self._heard: list[Tensor] = []
 
@@ -149,10 +154,52 @@ class TokenTrainer(ResumableTrainer):
         return learning_rate(self.training, step, steps) / self.training.learning_rate
 
     @override
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """Gradients of what this process has of an update, a micro-batch at a time; returns its share in the loss."""
+        plain, processes = super().training_step, self.accelerator.num_processes
+        # A process out of memory would leave the others waiting for its gradients, so these meet when all are through.
+        meets_later = self._micro.halves and processes > 1
+
+        def step(part: dict[str, Tensor], is_last: bool) -> Tensor:
+            if meets_later:
+                return plain(self.learner, part, num_items_in_batch)
+            with nullcontext() if is_last else self.accelerator.no_sync(model):
+                return plain(model, part, num_items_in_batch)
+
+        while not self._agreed((losses := self._micro.run(inputs, step)) is not None):
+            self._outputs.clear()
+            self.learner.zero_grad()
+        assert losses is not None  # every process got through, this one too
+        if meets_later:
+            for parameter in (p for p in self.learner.parameters() if p.requires_grad):
+                here = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                parameter.grad = self.accelerator.reduce(here, "mean")
+        for outputs in self._outputs:
+            self._meter.add(outputs)
+            if self.learner.hears_losses:
+                self._heard.append(torch.stack([outputs["t"], outputs["cross_entropies"]], 1))
+        self._outputs.clear()
+        if self._micro.halves and self._said != self._micro.size:
+            self._said = self._micro.size
+            self.log({"micro_batch_size": self._micro.size})
+        return torch.stack(losses).sum()
+
+    def _agreed(self, is_through: bool) -> bool:
+        """Whether all processes are through with an update; if not, all take the smallest size."""
+        if not self._micro.halves:
+            return True
+        state = torch.tensor([[int(is_through), self._micro.size]], device=self.args.device)
+        through, sizes = self.accelerator.gather(state).unbind(1)
+        self._micro.size = int(sizes.min())
+        return bool(through.all())
+
+    @override
     def get_batch_samples(
         self, epoch_iterator: Iterator[dict[str, Tensor]], num_batches: int, device: torch.device
     ) -> tuple[list[dict[str, Tensor]], Tensor]:
-        """Micro-batches of one update and the number of supervised tokens in it, over all processes."""
+        """What this process has of an update, and the number of supervised tokens in it over all processes."""
         self._stopwatch.start()
         batches = list(islice(epoch_iterator, num_batches))
         counts = [[(batch["labels"] != IGNORED).sum(), (batch["blocks"] >= 0).sum()] for batch in batches]
@@ -172,9 +219,7 @@ class TokenTrainer(ResumableTrainer):
         """This micro-batch's share in the mean over the update's supervised tokens, times the number of processes."""
         assert num_items_in_batch is not None  # `get_batch_samples` always counts
         outputs = model(**inputs)
-        self._meter.add(outputs)
-        if self.learner.hears_losses:
-            self._heard.append(torch.stack([outputs["t"], outputs["cross_entropies"]], 1))
+        self._outputs.append({name: value.detach() for name, value in outputs.items()})
         loss = outputs["loss"] * self.accelerator.num_processes / num_items_in_batch
         return (loss, outputs) if return_outputs else loss
 
@@ -187,9 +232,16 @@ class TokenTrainer(ResumableTrainer):
         start = time.perf_counter()
         meter = LossMeter(self.args.device)
         self.learner.eval()
+
+        def losses(part: dict[str, Tensor], _: bool) -> tuple[dict[str, Tensor], Tensor]:
+            return self.learner(**part), part["index"] != PADDING
+
         with torch.no_grad(), self.accelerator.autocast():
             for batch in self.get_eval_dataloader(eval_dataset):
-                meter.add(self.learner(**batch), batch["index"] != PADDING)
+                while (found := self._micro.run(batch, losses, counts=False)) is None:
+                    pass
+                for outputs, counted in found:
+                    meter.add(outputs, counted)
                 self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         metrics = self._report(meter.results(self.accelerator), metric_key_prefix, start)
         is_best = self.state.best_metric is None or metrics[f"{metric_key_prefix}_loss"] < self.state.best_metric
@@ -209,6 +261,9 @@ class TokenTrainer(ResumableTrainer):
             by_time = self._meter.results(self.accelerator)
             logs |= {name: value for name, value in by_time.items() if name != "loss"}
             logs["tokens_per_second"] = tokens / seconds if seconds else 0.0
+            slots = int(self.accelerator.reduce(torch.tensor(self._micro.slots, device=self.args.device)))
+            self._micro.slots = 0
+            logs["padding"] = 1 - tokens / slots if slots else 0.0
             logs["peak_memory"] = peak_memory(self.args.device)
         if self._rows is not None:
             self.state.epoch = self.state.global_step * self.training.batch_size / self._rows
@@ -227,7 +282,12 @@ class TokenTrainer(ResumableTrainer):
 
     @override
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        self.learner.restore(Path(resume_from_checkpoint))
+        folder = Path(resume_from_checkpoint)
+        self.learner.restore(folder)
+        for entry in TrainerState.load_from_json(str(folder / "trainer_state.json")).log_history:
+            self._said = entry.get("micro_batch_size", self._said)
+        if self._micro.halves and self._said is not None:
+            self._micro.size = min(self._micro.size, self._said)
 
     def _observe(self) -> None:
         # Once an update, so that neither micro-batches nor processes change what is learned from it.

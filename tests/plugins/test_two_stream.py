@@ -1,6 +1,9 @@
 """The two-stream backbone over every family it promises; what holds over a Llama alone is in the conformance kit."""
 
+import gc
+import math
 import tomllib
+import warnings
 from types import MethodType
 
 import pytest
@@ -253,6 +256,27 @@ def test_nothing_is_folded_where_memory_is_short_or_nobody_wants_it(monkeypatch)
     assert not is_folded("auto", 10**4)
     assert is_folded("always", 10**4)
     assert not is_folded("never", 10**9)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_training_remembers_no_modulation_but_the_gates(checkpointing):
+    model, layout = fresh_lm("llama"), supervised(tokens())
+    backbone = two_stream(model)
+    backbone.gradient_checkpointing = checkpointing
+    whole = {(*layout.tokens[:, 3:].shape, head[-1].out_features) for head in backbone.conditioning.layers}
+    kept = []
+
+    def keep(tensor):
+        kept.append(tensor.untyped_storage().nbytes() // tensor.element_size())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = training_loss(model, layout)
+    assert loss.total.requires_grad and kept
+    assert not {math.prod(shape) for shape in whole} & set(kept)
+    # What checkpointing keeps, it keeps by itself.
+    with warnings.catch_warnings(action="ignore"):
+        assert not whole & {tuple(x.shape) for x in gc.get_objects() if isinstance(x, torch.Tensor)}
 
 
 @variants

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +33,9 @@ def _mlp(size: int, out: int) -> nn.Sequential:
 Modulation = tuple[list[Tensor], Tensor]
 """Per layer (..., chunks * H), and the final weight (..., H)."""
 
+Modulations = tuple[list[Callable[[], Tensor]], Tensor]
+"""The same with the layers' still to be made, since all of them together take more memory than the layers' states."""
+
 
 class Conditioning(nn.Module):
     """Modulation vectors as a function of time and class.
@@ -57,7 +62,7 @@ class Conditioning(nn.Module):
         self.layers = nn.ModuleList(_mlp(width, count * hidden_size) for count in chunks)
         self.final = _mlp(width, hidden_size)
 
-    def forward(self, t: Tensor, condition: Tensor | None) -> Modulation:
+    def forward(self, t: Tensor, condition: Tensor | None) -> Modulations:
         """Modulation at every position, (B, L, chunks * H) per layer, and w(t) - w(0), (B, L, H); class -1 is none."""
         return self._at(t, self._rows(condition, t.shape))
 
@@ -68,13 +73,13 @@ class Conditioning(nn.Module):
             condition = torch.full(shape, -1, device=self.classes.weight.device)
         return torch.where(condition < 0, self.num_classes, condition)
 
-    def _at(self, t: Tensor, rows: Tensor | None) -> Modulation:
+    def _at(self, t: Tensor, rows: Tensor | None) -> Modulations:
         embedding = self._embed(t, rows)
         # w(0) depends on the class only, so it is computed once per class and looked up.
         start = torch.zeros(self.num_classes + 1, device=t.device)
         at_zero = self.final(self._embed(start, torch.arange(len(start), device=t.device)))
         at_zero = at_zero[0] if rows is None else at_zero[rows]
-        return [head(embedding) for head in self.layers], self.final(embedding) - at_zero
+        return [partial(head, embedding) for head in self.layers], self.final(embedding) - at_zero
 
     def _embed(self, t: Tensor, rows: Tensor | None) -> Tensor:
         embedding: Tensor = self.time(sinusoid(t, self.features).to(next(self.time.parameters()).dtype))
@@ -87,7 +92,8 @@ class Conditioning(nn.Module):
         device = next(self.time.parameters()).device
         count = self.num_classes + 1
         times = torch.full((count,), t, device=device)
-        return self._at(times, torch.arange(count, device=device) if self.num_classes else None)
+        layers, weight = self._at(times, torch.arange(count, device=device) if self.num_classes else None)
+        return [make() for make in layers], weight
 
     def look_up(self, table: Modulation, condition: Tensor | None) -> Modulation:
         """Rows of a table for every position; without B and L if `condition` is None."""

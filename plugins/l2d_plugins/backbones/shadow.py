@@ -136,7 +136,9 @@ class Modulated(nn.Module):
         for branch in self.branches:
             if branch.owns_norm:
                 children[branch.norm] = _scaled(children[branch.norm], next(parts), next(parts))
-            children[branch.gate] = _gated(children[branch.gate], next(parts))
+            # A copy, so that the gradient of the gate keeps it alone and not the other chunks with it.
+            gate = next(parts).clone() if torch.is_grad_enabled() else next(parts)
+            children[branch.gate] = _gated(children[branch.gate], gate)
         out = twin(self.shadow, _modules=children)(y, **kwargs)
         result: Tensor = out[0] if isinstance(out, tuple) else out
         return result

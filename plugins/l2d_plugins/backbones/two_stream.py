@@ -187,17 +187,22 @@ class TwoStream(Backbone[MainContext]):
         # Weights trained in single precision over a model in half; everything else has one type already.
         is_mixed = weight.dtype == torch.float32 != y.dtype
         mixed = torch.autocast(y.device.type, dtype=y.dtype) if is_mixed else nullcontext()
+
+        def run(layer: nn.Module, y: Tensor, modulation: Any, kwargs: dict[str, Any]) -> Tensor:
+            modulation = modulation() if callable(modulation) else modulation
+            with mixed:
+                return layer(y, modulation, kwargs)  # type: ignore[no-any-return]
+
         gathered: dict[tuple[int, int], dict[str, Any]] = {}
         for layer, modulation, captured in zip(self.shadows, modulations, context.kwargs, strict=True):
             kind = (id(captured.get("attention_mask")), id(captured.get("position_embeddings")))
             if kind not in gathered:
                 gathered[kind] = gather_kwargs(captured, index, context.length)
             kwargs = gathered[kind]
-            with mixed:
-                if self.gradient_checkpointing and torch.is_grad_enabled():
-                    y = checkpoint(layer, y, modulation, kwargs, use_reentrant=False)
-                else:
-                    y = layer(y, modulation, kwargs)
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                y = checkpoint(run, layer, y, modulation, kwargs, use_reentrant=False)
+            else:
+                y = run(layer, y, modulation, kwargs)
         change: Tensor = (weight * y.to(weight.dtype)).to(main.dtype)
         return main + change.masked_fill((t == 0)[..., None], 0)
 
