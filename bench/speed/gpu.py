@@ -191,7 +191,7 @@ def contexts(bench: Bench) -> None:
 
 def speculation(bench: Bench) -> None:
     """Time per token where the language model guesses ahead, against how often it is right."""
-    for scale in (0.0, 0.1, 0.2, 0.5):
+    for scale in (0.0, 3.0, 6.0, 40.0):
         bench.agree(scale)
         cases: Cases = {"off": partial(bench.answer, 1, do_sample=True, graph=False)}
         for count in (2, 4, 8, "auto"):
@@ -264,6 +264,7 @@ def main(
     rounds: Annotated[int, typer.Option(min=1, help="Samples of every case.")] = 5,
     prompt: Annotated[int, typer.Option(min=1, help="Tokens of a prompt.")] = 128,
     new_tokens: Annotated[int, typer.Option(min=2, help="Tokens of an answer.")] = 32,
+    only: Annotated[str, typer.Option(help="Only questions of this name, such as speculation.")] = "",
     out: Annotated[Path | None, typer.Option(help="Result file; bench/results/decode_DEVICE.json if absent.")] = None,
 ) -> None:
     """Measure, print, draw, and write the result file after each question."""
@@ -276,6 +277,8 @@ def main(
     card = {"device": device, "seconds_are": unit, "settings": settings | {"rounds": rounds}, **environment(1)}
     begun = time.monotonic()
     for part in parts(bench):
+        if only not in getattr(part, "func", part).__name__:
+            continue
         if time.monotonic() - begun > 60 * minutes:
             print("The time is up; what has been measured is kept.")
             break
