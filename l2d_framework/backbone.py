@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, Self
 
 from pydantic import Field
 from torch import Tensor, nn
@@ -214,14 +214,14 @@ class Backbone(nn.Module, ABC, Generic[C]):
         """
         raise TypeError(f"{type(self).__name__} has no plain language model; use at least one inference step.")
 
-    def merge(self, *, at_any_cost: bool = False) -> None:
+    def merge(self, how: Literal["auto", "always", "never"] = "auto") -> None:
         """Get ready to generate: make what saves time and depends on weights only, such as adapters folded in.
 
         Called before every generation. What it makes is used where no gradients are recorded, and not any more once a
         weight has changed; the weights themselves stay as they are. A no-op unless a backbone has adapters.
 
         Args:
-            at_any_cost: take memory even where there is not plenty.
+            how: if there is plenty of memory, in any case, or not at all, and what was made is given up.
         """
 
     def peft_adapter(self) -> tuple[PeftConfig, dict[str, Tensor]] | None:

@@ -31,6 +31,7 @@ class Diffusion(nn.Module):
         self.backbone = backbone.in_blocks(block_size)
         self.block_size = block_size
         self._codebook: tuple[object, Tensor] | None = None
+        self._sums: list[float] = []
 
     @torch.no_grad()
     def codebook(self) -> Tensor:
@@ -41,6 +42,13 @@ class Diffusion(nn.Module):
         if made is None or made[0] != state:
             made = self._codebook = state, self.parametrization.codebook(self.backbone.table())
         return made[1]
+
+    @torch.no_grad()
+    def check_codebook(self) -> None:
+        """Forget the codebook if weights of the state space have changed without a trace, as some optimizers do it."""
+        sums = [float(weight.sum(dtype=torch.float64)) for weight in self.parametrization.parameters()]
+        if sums != self._sums:
+            self._codebook, self._sums = None, sums
 
     def own_parameters(self) -> dict[str, nn.Parameter]:
         """What training changes and checkpoints store; the language model's own only if the backbone trains it."""

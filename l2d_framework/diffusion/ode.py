@@ -202,13 +202,16 @@ class TokenODE(Problem):
                 got = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
                 raise PluginError(f"{described(guidance)} returned {name} of {got} instead of float {shape}.")
         # Read once a block, since asking the device would make the host wait at every evaluation.
-        unsound = found.logits.isnan().any()
+        unsound = found.logits.isnan().flatten(1).any(1)
+        if len(unsound) != len(self.evaluations):
+            unsound = unsound.any().expand(len(self.evaluations))
         self._unsound[id(guidance)] = self._unsound.get(id(guidance), unsound) | unsound
 
-    def check_sound(self) -> None:
-        """Refuse a block in which guided logits were NaN, naming the innermost guidance that returned one."""
+    def check_sound(self, rows: Tensor | None = None) -> None:
+        """Refuse guided logits that were NaN, in some rows or any, naming the innermost guidance that returned one."""
         for guidance in self._guidance:
-            if id(guidance) in self._unsound and bool(self._unsound[id(guidance)]):
+            unsound = self._unsound.get(id(guidance))
+            if unsound is not None and bool((unsound if rows is None else unsound[rows]).any()):
                 raise PluginError(
                     f"{described(guidance)} returned logits that are NaN. Lower its scale; if they are NaN without it, "
                     "too, it is the model."

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Literal
 
 import torch
@@ -47,7 +47,7 @@ class Denoised:
     logits: Logits  # those that yield the tokens
     evaluations: Tensor  # of the network, spent on each token, (B, L), int64
     metrics: dict[str, Tensor]  # what guidance recorded, by name, (B, evaluations), float32
-    check: Callable[[], None] = lambda: None  # PluginError if guided logits were NaN, for which the host waits
+    check: Callable[..., None] = lambda rows=None: None  # PluginError if guided logits of some rows, or any, were NaN
 
     def select(self, rows: Tensor) -> Denoised:
         """What became of some rows, (B',)."""
@@ -55,6 +55,7 @@ class Denoised:
             replace(self.logits, values=self.logits.values[rows]),
             self.evaluations[rows],
             {name: values[rows] for name, values in self.metrics.items()},
+            partial(self.check, rows),
         )
 
 
@@ -77,8 +78,9 @@ class Sampler:
         merge: Literal["auto", "always", "never"] = "auto",
     ) -> Sampler:
         """A sampler with the sampling's estimate options; `merge`: if there is memory, in any case, or not at all."""
-        if merge != "never":
-            diffusion.backbone.merge(at_any_cost=merge == "always")
+        if sampling.num_inference_steps != 0:
+            diffusion.backbone.merge(merge)
+            diffusion.check_codebook()
         return cls(diffusion, sampling, diffusion.parametrization.with_estimate(sampling.estimate), observer)
 
     @cached_property

@@ -225,7 +225,11 @@ class _Loop:
             sampling,
             block_size=diffusion.block_size,
             has_observer=observer is not None,
+            has_memory=decoding.config.watermarking_config is not None,
         )
+        # Whoever asks for a number knows their own processors; they are asked about guesses, too.
+        if self.guesses.wanted is None and decoding.processors:
+            self.guesses.never()
         self.metrics: list[dict[str, Tensor]] = []
 
     def run(
@@ -323,7 +327,7 @@ class _Loop:
     def _read_apart(self, shared: list[int]) -> Rows:
         """All but the last tokens of prompts whose first ones are read once for all of them."""
         device = self.mask.device
-        rests = [torch.tensor(prompt[len(shared) : -1]) for prompt in self.prompts]
+        rests = [torch.tensor(prompt[len(shared) : -1], dtype=torch.int64) for prompt in self.prompts]
         rest = pad_sequence(rests, batch_first=True).to(device)
         everyone = torch.zeros(len(rests), dtype=torch.int64, device=device)
         known = torch.tensor([shared], device=device)
@@ -347,12 +351,12 @@ class _Loop:
             keys.append([(seed, request, first + i, sample) for i in range(count)])
         return keys
 
-    def _block(self, rows: list[int], keys: Keys, ahead: int) -> Block:
+    def _block(self, rows: list[int], keys: Keys, ahead: int, with_layout: bool) -> Block:
         count = len(keys[0])
         first = self.path.slots - ahead
         return Block(
             positions=torch.arange(first, first + count, device=self.mask.device).expand(len(rows), -1),
-            layout=None if ahead else self._layout(rows),
+            layout=self._layout(rows) if with_layout and not ahead and self.sampling.guidance else None,
             context=self.path.context,
             keys=keys,
             condition=_per_token(self.classes, rows, count),

@@ -9,7 +9,9 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from threading import Lock
 from typing import Any, Protocol
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -28,7 +30,7 @@ class Rows:
     Args:
         sampler: denoises what comes next.
         context: what the backbone has read.
-        slots: how many tokens of each row that are; rows end together.
+        slots: how wide that is: the last tokens of all rows stand in the last slot, shorter rows begin later.
     """
 
     def __init__(self, sampler: Sampler, context: Context, slots: int) -> None:
@@ -54,10 +56,10 @@ class Rows:
         """Go on with some rows only, (B',)."""
         self.context = self.context.select(rows)
 
-    def denoise(self, tokens: Tensor, ask: Callable[[], Block]) -> Denoised:
-        """Read further tokens, and denoise the block that is asked about then."""
+    def denoise(self, tokens: Tensor, ask: Callable[[bool], Block]) -> Denoised:
+        """Read further tokens, and denoise the block that is asked about then, with the sequence so far or without."""
         self.extend(tokens)
-        return self.sampler(replace(ask(), context=self.context))
+        return self.sampler(replace(ask(True), context=self.context))
 
 
 class Graph(Protocol):
@@ -75,51 +77,70 @@ class Graph(Protocol):
         ...
 
 
+_CAPTURE = Lock()
+"""Held while a graph is captured: torch can do one at a time in a process."""
+
+
 class CudaGraph:
     """`Graph` of an NVIDIA device."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._graph: Any = None
         self._made: Any = None
 
     def __call__(self, work: Callable[[], Any]) -> Any:
         """Do the work."""
-        if self._graph is None:
-            graph = torch.cuda.CUDAGraph()
-            # Other threads may well ask for memory meanwhile.
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                self._made = work()
-            self._graph = graph
-        self._graph.replay()
+        with torch.cuda.device(self._device):
+            if self._graph is None:
+                self._capture(work)
+            self._graph.replay()
         return self._made
+
+    def _capture(self, work: Callable[[], Any]) -> None:
+        graph, stream, before = torch.cuda.CUDAGraph(), torch.cuda.Stream(), torch.cuda.current_stream()
+        with _CAPTURE:
+            try:
+                # Other threads may well ask for memory meanwhile.
+                with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+                    self._made = work()
+            finally:
+                # Where a capture has failed, torch stays on its stream.
+                torch.cuda.set_stream(before)
+        self._graph = graph
 
 
 class Replayed(Rows):
     """Rows that take one token each, again and again; those that have ended run along until half of them have.
 
-    Args:
-        rows: as they are now.
-        context: theirs, from `Backbone.fixed`.
-        graph: makes a graph for rows of another number.
+    Keys and values have room for `_room` slots, which is made in steps, so that a long answer that ends soon costs
+    little. A guidance must be a function of what it is given: what Python counts is the same at every replay.
     """
 
-    def __init__(self, rows: Rows, context: Context, graph: Callable[[], Graph]) -> None:
+    def __init__(self, rows: Rows, context: Context, room: int, most: int) -> None:
         super().__init__(rows.sampler, context, rows.slots)
-        self._make = graph
-        self._begin(None)
+        self._room, self._most = room, most
+        self._begin(context)
 
     @classmethod
-    def of(cls, rows: Rows, slots: int) -> Rows:
-        """Rows to be replayed, where there is a device and a backbone for it; `slots` is the most they will fill."""
-        graph = GRAPHS.get(rows.backbone.lm.device.type)
-        context = None if graph is None else rows.backbone.fixed(rows.context, slots)
-        return rows if graph is None or context is None else cls(rows, context, graph)
+    def of(cls, rows: Rows, most: int) -> Rows:
+        """Rows to be replayed, where device and backbone can; `most` is how many slots they may fill."""
+        lm: Any = rows.backbone.lm
+        if lm.device.type not in GRAPHS or len(set(getattr(lm, "hf_device_map", {}).values())) > 1:
+            return rows
+        if repr(rows.sampler.sampling.guidance) in _REFUSED.get(rows.backbone, ()):
+            return rows
+        room = min(most, rows.slots + _STEP)
+        try:
+            context = rows.backbone.fixed(rows.context, room)
+        except torch.OutOfMemoryError:
+            return rows
+        return rows if context is None else cls(rows, context, room, most)
 
-    def _begin(self, chosen: Tensor | None) -> None:
-        if chosen is not None:
-            self.context = self.context.select(chosen)
+    def _begin(self, context: Context) -> None:
+        self.context = context
         self._alive: Tensor | None = None
-        self._graph: Graph | None = self._make()
+        self._graph: Graph | None = GRAPHS[self.backbone.lm.device.type](self.backbone.lm.device)
         self._tape: _Tape | None = None
 
     @override
@@ -128,16 +149,18 @@ class Replayed(Rows):
         if self._graph is None:
             super().keep(rows)
         elif self._tape is None or 2 * len(alive) <= len(self._tape.tokens):
-            self._begin(alive)
+            self._begin(self.context.select(alive))
         else:
             self._alive = alive
 
     @override
-    def denoise(self, tokens: Tensor, ask: Callable[[], Block]) -> Denoised:
+    def denoise(self, tokens: Tensor, ask: Callable[[bool], Block]) -> Denoised:
+        if self._graph is not None and self.slots == self._room:
+            self._widen()
         if self._graph is None:
             return super().denoise(tokens, ask)
         self.slots += 1
-        block = ask()
+        block = ask(False)
         if self._tape is None:
             # The first token is not captured: it shows which numbers are drawn, and makes what is made once.
             self._tape = _Tape(tokens, block)
@@ -145,11 +168,20 @@ class Replayed(Rows):
                 found = self._work(self._tape)
             except NotAhead:
                 self._graph = None
-                return self.sampler(replace(block, context=self.context))
+                return self.sampler(replace(ask(True), context=self.context))
         else:
             found = self._again(self._graph, self._tape, tokens, block)
         found.check()
         return found
+
+    def _widen(self) -> None:
+        """More room, of the rows that go on."""
+        context = self.context if self._alive is None else self.context.select(self._alive)
+        self._room = min(self._most, 2 * self._room)
+        wider = self.backbone.fixed(context, self._room)
+        if wider is None:
+            self._graph = None
+        self._begin(context if wider is None else wider)
 
     def _again(self, graph: Graph, tape: _Tape, tokens: Tensor, block: Block) -> Denoised:
         tape.fill(tokens, block, self._alive)
@@ -158,6 +190,7 @@ class Replayed(Rows):
             found: Denoised = graph(lambda: self._work(tape))
         except RuntimeError as error:
             warnings.warn(f"Tokens are not replayed from a graph, since {error}", UserWarning, stacklevel=2)
+            _REFUSED.setdefault(self.backbone, set()).add(repr(self.sampler.sampling.guidance))
             tape.rewind()
             found = self._work(tape)
             self._graph = None
@@ -167,11 +200,17 @@ class Replayed(Rows):
 
     def _work(self, tape: _Tape) -> Denoised:
         self.context = self.backbone.extend(self.context, tape.tokens)
-        return self.sampler.solve(replace(tape.block, context=self.context))
+        return self.sampler.solve(_TapedBlock(**vars(tape.block) | {"context": self.context}, tape=tape))
 
 
-GRAPHS: dict[str, Callable[[], Graph]] = {"cuda": CudaGraph}
+GRAPHS: dict[str, Callable[[torch.device], Graph]] = {"cuda": CudaGraph}
 """How work is captured, by type of device."""
+
+_REFUSED: WeakKeyDictionary[Backbone, set[str]] = WeakKeyDictionary()
+"""Guidances with which a network could not be captured."""
+
+_STEP = 256
+"""Slots for which there is room at first, beyond those that are filled."""
 
 
 @dataclass
@@ -187,7 +226,9 @@ class _Tape:
 
     def __init__(self, tokens: Tensor, block: Block) -> None:
         self.tokens = tokens.clone()
-        self.block = _TapedBlock(**vars(block) | {"layout": None, "positions": block.positions.clone()}, tape=self)
+        # Without what the backbone remembers, which is that of the work and would be held twice.
+        nothing: Any = None
+        self.block = replace(block, layout=None, context=nothing, positions=block.positions.clone())
         self._draws: list[_Draw] = []
         self._next: int | None = None
 

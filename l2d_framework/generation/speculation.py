@@ -40,7 +40,14 @@ class Guesses:
 
     @classmethod
     def of(
-        cls, backbone: Backbone, wanted: int | None, sampling: Sampling, *, block_size: int | None, has_observer: bool
+        cls,
+        backbone: Backbone,
+        wanted: int | None,
+        sampling: Sampling,
+        *,
+        block_size: int | None,
+        has_observer: bool,
+        has_memory: bool = False,
     ) -> Guesses:
         """Guesses for a request; needs no weights.
 
@@ -50,6 +57,7 @@ class Guesses:
             sampling: how to diffuse.
             block_size: of the model.
             has_observer: whether somebody looks on.
+            has_memory: whether processors depend on more than tokens and scores, as a watermark does.
 
         Returns:
             None at all where an answer could come out differently and nobody insists.
@@ -69,6 +77,7 @@ class Guesses:
             (sampling.solver.batch_coupled, f"solver {sampling.solver.component_name()!r} couples tokens"),
             (sampling.patience is not None, "patience looks at one token after the other"),
             (has_observer, "an observer looks at one token after the other"),
+            (has_memory, "a watermark remembers every token that is asked about"),
         ):
             if is_so and wanted:
                 raise ConfigError(f"speculate={wanted} would change what happens: {reason}. Set it to 'off' or 'auto'.")

@@ -135,7 +135,8 @@ class DiffusionLM(Diffusion):
             num_return_sequences: answers per prompt; the prompt is read once.
             merge: fold adapters into matrices beside them: if there is memory for it, in any case, or never.
             speculate: tokens that the language model guesses ahead, to be denoised at once and kept as far as they are
-                those that would have been written one by one; `auto` for as many as pay. The answer stays the same.
+                those that would have been written one by one; `auto` for as many as pay. Answers stay the same up to
+                rounding. Processors are asked about guesses, too, so they must depend on tokens and scores alone.
             graph: let an NVIDIA GPU replay a token's evaluations from a CUDA graph, where they can be captured.
             **options: as above.
 

@@ -1,5 +1,6 @@
 """Tokens replayed from a graph are the tokens of the plain path."""
 
+import gc
 import warnings
 from importlib.metadata import entry_points
 from itertools import pairwise
@@ -12,6 +13,7 @@ from fake_plugins import installed, plugin
 from tape_graph import TapeGraph
 from tiny_models import tiny_lm
 
+from l2d_framework.errors import PluginError
 from l2d_framework.generation import replay
 from l2d_framework.generation.prompts import pad_left
 from l2d_framework.guidance import Guidance
@@ -29,7 +31,7 @@ def graphs(monkeypatch):
     """Every graph that is made."""
     made = []
 
-    def make():
+    def make(device):
         made.append(TapeGraph())
         return made[-1]
 
@@ -151,3 +153,44 @@ def test_a_replay_of_other_numbers_would_be_noticed(graphs, monkeypatch):
     monkeypatch.setattr(replay._Tape, "fill", lambda self, *_: setattr(self, "_next", 0))
     with pytest.raises(AssertionError):
         check_replays(shared_lm(), graphs)
+
+
+def test_room_for_an_answer_is_made_in_steps(graphs, monkeypatch):
+    monkeypatch.setattr(replay, "_STEP", 3)
+    check_replays(shared_lm(), graphs, max_new_tokens=30)
+    assert len(graphs) > 2
+
+
+@pytest.fixture
+def undone(monkeypatch):
+    """Graphs that do their work each time, and keep nothing."""
+    monkeypatch.setitem(replay.GRAPHS, "cpu", lambda device: lambda work: work())
+
+
+def test_nothing_is_left_of_keys_and_values(undone):
+    gc.collect()
+    gc.disable()
+    try:
+        generate(shared_lm())
+        assert not [kept for kept in gc.get_objects() if type(kept).__name__ == "_Slots"]
+    finally:
+        gc.enable()
+
+
+class Breaking(Guidance):
+    """Fails behind some slot."""
+
+    name: Literal["breaking"] = "breaking"
+
+    def __call__(self, predict, query, space):
+        plain = predict(query)
+        return Prediction(plain.logits.masked_fill((query.positions > 11)[..., None], torch.nan))
+
+
+def test_a_guidance_that_breaks_is_named_though_rows_have_ended(undone):
+    ends = {"eos_token_id": generate(shared_lm()).answers[0, 1].tolist()}
+    with (
+        installed(*entry_points(group=GROUP), plugin("more", [Breaking])),
+        pytest.raises(PluginError, match="breaking"),
+    ):
+        generate(shared_lm(), guidance=[Breaking()], **ends)

@@ -25,6 +25,16 @@ def reads(model):
     return shapes
 
 
+@pytest.mark.parametrize(
+    "prompts", [[[*SHARED, 55], [*SHARED, 9, 30, 71]], [SHARED, [*SHARED, 9]], [SHARED, SHARED], [[*SHARED, 5]] * 2]
+)
+def test_the_order_and_lengths_of_the_rests_do_not_matter(prompts):
+    model = shared_lm()
+    together = generate(model, prompts)
+    assert torch.equal(together.answers[0], generate(model, prompts[:1]).answers[0])
+    assert torch.equal(together.answers[1:], generate(model, prompts[::-1]).answers[:1]) or prompts[0] == prompts[1]
+
+
 @pytest.mark.parametrize("family", PROVEN)
 def test_prompts_that_begin_alike_are_answered_as_each_alone(family):
     model = shared_lm(family)

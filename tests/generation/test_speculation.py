@@ -7,7 +7,7 @@ import pytest
 import torch
 from diffusion_models import PROVEN, diffusion_lm, shared_lm, tess_lm
 from fake_plugins import installed, plugin
-from transformers import StoppingCriteriaList
+from transformers import StoppingCriteriaList, SynthIDTextWatermarkingConfig
 from transformers.generation.streamers import BaseStreamer
 
 from l2d_framework.errors import ConfigError
@@ -187,3 +187,10 @@ def test_auto_guesses_further_where_guesses_are_right():
         return max(lengths[middle : middle + 8])
 
     assert most(0.0) > most(3.0) == 1
+
+
+def test_a_watermark_that_remembers_is_written_token_by_token():
+    mark = SynthIDTextWatermarkingConfig(keys=[1, 2, 3], ngram_len=3)
+    with pytest.raises(ConfigError, match="watermark"):
+        generate(shared_lm(), speculate=2, do_sample=True, watermarking_config=mark)
+    assert generate(near(), speculate="auto", do_sample=True, watermarking_config=mark).guesses == (0, 0)

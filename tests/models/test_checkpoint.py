@@ -179,7 +179,7 @@ def test_the_language_model_is_loaded_in_the_wanted_type_and_its_path_folded_in_
     assert {weight.dtype for weight in model.own_parameters().values()} == {torch.float32}
     assert logits(model).isfinite().all()
     model.backbone.merge()
-    folded = [module.folded._made[1] for module in model.backbone.modules() if hasattr(module, "fold")]
+    folded = [module.folded._made[1] for module in model.backbone.modules() if hasattr(module, "foldable")]
     assert {matrix.dtype for matrix in folded} == {torch.bfloat16}
     assert logits(model).isfinite().all()
     assert {weight.dtype for weight in model.own_parameters().values()} == {torch.float32}

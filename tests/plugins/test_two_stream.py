@@ -1,5 +1,6 @@
 """The two-stream backbone over every family it promises; what holds over a Llama alone is in the conformance kit."""
 
+import copy
 import gc
 import math
 import tomllib
@@ -215,24 +216,55 @@ def test_building_training_and_merging_leave_the_language_model_as_it_was(tiny_l
 
 @families
 @pytest.mark.parametrize("variant", ["lora", "full"])
-def test_what_is_folded_changes_no_logit_and_no_weight_until_a_weight_changes(family, variant):
+def test_what_is_folded_changes_no_logit_and_no_weight(family, variant):
     model = diffusion_lm(family, variant=variant)
     query = ask_everywhere(model, all_known(tokens(), padding=PADDING))
-    folding = [module for module in model.backbone.shadows.modules() if hasattr(module, "fold")]
+    folding = [module for module in model.backbone.shadows.modules() if hasattr(module, "foldable")]
     weights = {name: weight.clone() for name, weight in model.state_dict().items()}
     with torch.no_grad():
         before = model(query).logits
-        model.backbone.merge()
-        made = [module.folded.get for module in folding if getattr(module, "folded", None) and module.folded._made]
-        assert len(made) == (len(folding) if variant == "lora" else 0)
+        model.backbone.merge("always")
+        assert all(module.folded.has == (variant == "lora") for module in folding)
         close(model(query).logits, before, 1e-5 * float(before.abs().max()))
-        assert all(torch.equal(weight, weights[name]) for name, weight in model.state_dict().items())
-        for weight in model.own_parameters().values():
-            weight.mul_(1.5)
-        changed = model(query).logits
-        fresh = diffusion_lm(family, variant=variant)
-        fresh.load_state_dict(model.state_dict())
-        close(changed, fresh(query).logits, 0)
+        model.backbone.merge("never")
+        assert not any(module.folded.has for module in folding)
+        assert torch.equal(model(query).logits, before)
+    assert folding
+    assert all(torch.equal(weight, weights[name]) for name, weight in model.state_dict().items())
+
+
+def _fused(model, layout):
+    optimizer = torch.optim.AdamW(model.own_parameters().values(), lr=0.1, fused=True)
+    training_loss(model, layout).total.backward()
+    optimizer.step()
+
+
+def _without_a_trace(model, layout):
+    for weight in model.own_parameters().values():
+        weight.data.mul_(1.3)
+
+
+def _scaled(model, layout):
+    for module in model.backbone.shadows.modules():
+        if hasattr(module, "lora_A"):
+            module.scaling = {name: 3 * scale for name, scale in module.scaling.items()}
+
+
+@pytest.mark.parametrize("change", [_fused, _without_a_trace, _scaled])
+def test_what_was_folded_is_forgotten_however_weights_change(change):
+    model, prompt = diffusion_lm(), tokens(2)
+    options = {"max_new_tokens": 6, "num_inference_steps": 3, "eos_token_id": None}
+
+    def logits(model):
+        seen = []
+        model.generate(prompt, observer=lambda evaluation: seen.append(evaluation.logits), **options)
+        return torch.cat(seen, 1)
+
+    first = logits(model)
+    change(model, supervised(tokens()))
+    found = logits(model)
+    assert torch.equal(found, logits(copy.deepcopy(model)))
+    assert not torch.equal(found, first)
 
 
 def test_gradients_flow_where_something_is_folded():
@@ -240,7 +272,7 @@ def test_gradients_flow_where_something_is_folded():
     layout = supervised(tokens())
     wanted = own_gradients(model, training_loss(model, layout).total)
     with torch.no_grad():
-        model.backbone.merge()
+        model.backbone.merge("always")
     found = own_gradients(model, training_loss(model, layout).total)
     assert all(torch.equal(found[name], gradient) for name, gradient in wanted.items())
 
@@ -250,7 +282,7 @@ def test_nothing_is_folded_where_memory_is_short_or_nobody_wants_it(monkeypatch)
         monkeypatch.setattr("l2d_plugins.backbones.folding._free_memory", lambda device: free)
         model = diffusion_lm()
         model.generate(tokens(1), max_new_tokens=1, num_inference_steps=3, merge=merging)
-        return any(getattr(module, "folded", None) is not None for module in model.modules())
+        return any(module.folded.has for module in model.modules() if hasattr(module, "foldable"))
 
     assert is_folded("auto", 10**9)
     assert not is_folded("auto", 10**4)

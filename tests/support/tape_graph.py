@@ -6,7 +6,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
-_HOST = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
+_HOST = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default, torch.ops.aten.equal.default)
 
 
 class HostWaits(RuntimeError):
@@ -15,8 +15,6 @@ class HostWaits(RuntimeError):
 
 class TapeGraph(TorchDispatchMode):
     """A `Graph` that captures by doing the work under this mode."""
-
-    captured = 0
 
     def __init__(self) -> None:
         super().__init__()
@@ -44,7 +42,6 @@ class TapeGraph(TorchDispatchMode):
 
     def __call__(self, work):
         if self.made is None:
-            type(self).captured += 1
             with self:
                 self.made = work()
             return self.made

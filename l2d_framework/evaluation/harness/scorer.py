@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -64,6 +64,7 @@ class Scorer:
     times: int  # of the pseudo-likelihood
     limit: int  # most tokens a text may have
     label: int | None = None  # id of the class of all texts
+    merge: Literal["auto", "always", "never"] = "auto"  # as in `generate`
     evaluations: list[int] = field(default_factory=list)  # filled: spent on each scored token, over all noises
 
     @torch.no_grad()
@@ -117,7 +118,7 @@ class Scorer:
         places = torch.tensor(positions, device=layout.tokens.device)
         label = None if self.label is None else torch.full_like(places, self.label)
         block = Block(positions=places, layout=layout, context=context, keys=keys, condition=label)
-        output = Sampler.of(self.model, self.sampling.model_copy(update={"patience": None}))(block)
+        output = Sampler.of(self.model, self.sampling.model_copy(update={"patience": None}), merge=self.merge)(block)
         shape = (len(jobs), len(offsets[0]), len(samples))
         spent = output.evaluations.view(shape).sum(-1).tolist()
         for row, counts in zip(offsets, spent, strict=True):
@@ -221,6 +222,7 @@ def _scorer(lm: L2DLM, **changes: Any) -> Scorer:
         times=lm.times,
         limit=lm.max_length,
         label=None if label is None else lm.source.classes.index(label),
+        merge=lm.running.get("merge", "auto"),
     )
 
 

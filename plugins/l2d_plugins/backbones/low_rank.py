@@ -21,12 +21,18 @@ class LowRank(Linear):
     decoded.
     """
 
-    folded: Folded | None = None
+    @property
+    def folded(self) -> Folded:
+        """Projection and change in one matrix; peft makes these objects, so it comes with the first question."""
+        if "_folded" not in self.__dict__:
+            self.__dict__["_folded"] = Folded()
+        folded: Folded = self.__dict__["_folded"]
+        return folded
 
     def forward(self, x: Tensor) -> Tensor:
         """Frozen projection plus the low-rank change, (..., in) to (..., out)."""
         base, down, up, scale = self._parts()
-        if self.folded is not None and (matrix := self.folded.get(base.weight, down, up)) is not None:
+        if (matrix := self.folded.get(base.weight, down, up)) is not None:
             return functional.linear(x, matrix, base.bias)
         return torch.add(base(x), functional.linear(functional.linear(x, down), up), alpha=scale)
 
@@ -36,19 +42,16 @@ class LowRank(Linear):
         up: Any = self.lora_B[name]
         return self.base_layer, down.weight, up.weight, self.scaling[name]
 
-    def fold(self, dtype: torch.dtype, *, dry: bool = False) -> int:
-        """Make one matrix of projection and change, which are not touched, and say how many bytes it takes.
-
-        None is made where the projection is quantized: it would take the memory that quantizing has saved.
-        """
+    def foldable(self, dtype: torch.dtype) -> list[Tensor]:
+        """What is trained, unless the projection is quantized: a matrix would take the memory that has saved."""
         base, down, up, scale = self._parts()
-        if is_quantized(base) or (self.folded is not None and self.folded.get(base.weight, down, up) is not None):
-            return 0
-        if not dry:
-            self.folded = Folded()
-            matrix = torch.addmm(base.weight.float(), up.float(), down.float(), alpha=scale)
-            self.folded.set(matrix.to(dtype), base.weight, down, up)
-        return int(base.weight.numel() * dtype.itemsize)
+        return [] if is_quantized(base) else [scale * down, up]
+
+    def fold(self, dtype: torch.dtype) -> None:
+        """Make one matrix of projection and change, which are not touched."""
+        base, down, up, scale = self._parts()
+        matrix = torch.addmm(base.weight.float(), up.float(), down.float(), alpha=scale)
+        self.folded.set(matrix.to(dtype), base.weight, down, up)
 
 
 def adapt(layers: nn.Module, config: LoraConfig, name: str) -> None:

@@ -96,7 +96,10 @@ class FixedContext(MainContext):
         """A copy of a context with so many slots."""
         room = slots - context.length
         present = torch.ones_like(context.real[:, None], dtype=torch.bool).expand(-1, context.length)
-        slot = torch.full((1,), context.length, dtype=torch.int64, device=context.real.device)
+        if isinstance(context, FixedContext):
+            slot = context.slot.clone()
+        else:
+            slot = torch.full((1,), context.length, dtype=torch.int64, device=context.real.device)
         return cls(
             cache=_changed(context.cache, lambda values: functional.pad(values, (0, 0, 0, room)), slot),
             hidden=context.hidden[:, :0],
@@ -147,12 +150,15 @@ def _changed(cache: DynamicCache, change: Callable[[Tensor], Tensor], slot: Tens
     """Changed copies of keys and values, in buffers of a fixed size if there is a slot for the next token."""
     changed = DynamicCache()
     layers: list[Any] = cache.layers
-    for number, layer in enumerate(layers):
+    for layer in layers:
         keys, values = change(layer.keys), change(layer.values)
-        if slot is None:
-            changed.update(keys, values, number)
-        else:
+        if slot is not None:
             changed.layers.append(_Slots(keys, values, slot))
+            continue
+        same: Any = DynamicLayer()
+        same.lazy_initialization(keys, values)
+        same.keys, same.values = keys, values
+        changed.layers.append(same)
     return changed
 
 
@@ -261,9 +267,12 @@ class MainPath:
         if present is not None or bool((counts > least).any()):
             old = torch.ones_like(source, dtype=torch.bool) if present is None else present
             present = old.gather(1, source.clamp_min(0)) & (source >= 0)
+        is_even = bool((counts == least).all())
         index = source.clamp_min(0)[:, None, :, None]
 
         def moved(values: Tensor) -> Tensor:
+            if is_even:
+                return values[:, :, :length]
             return values.gather(2, index.expand(-1, values.shape[1], -1, values.shape[3]))
 
         cache = _changed(context.cache, moved)

@@ -235,8 +235,8 @@ class TwoStream(Backbone[MainContext]):
         }
 
     @override
-    def merge(self, *, at_any_cost: bool = False) -> None:
-        fold(self.shadows, self.lm.dtype, at_any_cost=at_any_cost)
+    def merge(self, how: Literal["auto", "always", "never"] = "auto") -> None:
+        fold(self.shadows, self.lm.dtype, how)
 
 
 def _target_names(layer: nn.Module, targets: tuple[str, ...] | None) -> list[str]:
