@@ -55,6 +55,7 @@ class Bench:
     new_tokens: int
     rounds: int
     questions: dict[str, Any] = field(default_factory=dict)
+    keep: Callable[[], None] = lambda: None  # called after each answer
 
     @property
     def dtype(self) -> torch.dtype:
@@ -122,7 +123,7 @@ class Bench:
         torch.cuda.synchronize()
         return time.perf_counter()
 
-    def ask(self, name: str, cases: Cases, **facts: Any) -> dict[str, Any]:
+    def ask(self, name: str, cases: Cases, **facts: Any) -> None:
         """Measure cases in turns, after one round that does not count, and keep the answer."""
         samples: dict[str, list[float]] = {case: [] for case in cases}
         for number in range(self.rounds + 1):
@@ -144,8 +145,8 @@ class Bench:
         self.questions[name] = {"cases": rows, **facts}
         print(name)
         for case, row in rows.items():
-            print(f"  {case:44} {row['ms_per_token']:10.2f} ms/token {row['cost']:8.2f} x")
-        return rows
+            print(f"  {case:44} {row['ms_per_token']:10.2f} ms/token {row['cost']:8.2f} x", flush=True)
+        self.keep()
 
 
 def same_tokens(bench: Bench) -> None:
@@ -197,11 +198,10 @@ def speculation(bench: Bench) -> None:
         for count in (2, 4, 8, "auto"):
             cases[f"{count}"] = partial(bench.answer, 1, do_sample=True, speculate=count)
         name = f"speculation, scale {scale:g}"
-        bench.ask(name, cases)
-        bench.answer(1, do_sample=True, speculate=1)
+        bench.answer(1, do_sample=True, speculate=1, max_new_tokens=4 * bench.new_tokens)
         made, right = bench.last.guesses
-        bench.questions[name]["agreement"] = right / max(made, 1)
-        print(f"  agreement {right / max(made, 1):.2f}")
+        print(f"agreement {right / max(made, 1):.2f}")
+        bench.ask(name, cases, agreement=right / max(made, 1))
     bench.agree(1.0)
 
 
@@ -276,6 +276,14 @@ def main(
     unit = "cpu" if bench.device.type == "cpu" else "wall"
     card = {"device": device, "seconds_are": unit, "settings": settings | {"rounds": rounds}, **environment(1)}
     begun = time.monotonic()
+
+    def keep() -> None:
+        whole = card | {"seconds": time.monotonic() - begun, "questions": bench.questions}
+        temporary = out.with_suffix(".writing")
+        temporary.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
+        temporary.replace(out)
+
+    bench.keep = keep
     for part in parts(bench):
         if only not in getattr(part, "func", part).__name__:
             continue
@@ -286,10 +294,7 @@ def main(
             part()
         except torch.OutOfMemoryError as error:
             bench.questions.setdefault("out of memory", []).append(str(error).partition(".")[0])
-        whole = card | {"seconds": time.monotonic() - begun, "questions": bench.questions}
-        temporary = out.with_suffix(".writing")
-        temporary.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
-        temporary.replace(out)
+        keep()
     draw(bench.questions, out.with_suffix(".png"))
 
 
