@@ -228,7 +228,7 @@ def test_an_unsupported_model_family(run_file, saved_tiny_lm, config):
 
 
 def test_a_tracker_that_is_not_installed(run_file, monkeypatch):
-    monkeypatch.setattr("l2d_framework.config.checks.get_available_reporting_integrations", list)
+    monkeypatch.setattr("transformers.integrations.integration_utils.get_available_reporting_integrations", list)
     with pytest.raises(ConfigError, match=r"'wandb' is not installed\. Run: pip install wandb"):
         check(run_file(), "training.report_to=[wandb]")
 

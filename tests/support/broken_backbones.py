@@ -79,6 +79,13 @@ class Forgetful(BesideNetwork):
         return Read(appended(context.layout, tokens), torch.cat([context.hidden, new], 1))
 
 
+class TakesAlike(BesideNetwork):
+    """Takes as many tokens from every row as from the one that loses fewest."""
+
+    def rewind(self, context, counts):
+        return super().rewind(context, counts.min().expand(len(counts)))
+
+
 class PaddingCounts(BesideNetwork):
     def read(self, layout):
         return super().read(Layout(layout.tokens, layout.blocks.clamp(min=0)))
@@ -131,14 +138,14 @@ class Classless(BesideNetwork):
 
 
 class MergesAway(BesideNetwork):
-    def merge(self):
+    def merge(self, how="auto"):
         self.gate.zero_()
 
 
 class MergesIntoModel(BesideNetwork):
     """Moves a part of the head's weight into the features and the other part stays, which no logit shows."""
 
-    def merge(self):
+    def merge(self, how="auto"):
         self.lm.lm_head.weight.mul_(2)
 
     @property
@@ -242,6 +249,7 @@ BROKEN = [
     (backbones.check_backbone_extends_what_it_read, beside(Forgetful), r"extend\(tokens\) must equal"),
     (backbones.check_backbone_ignores_padding, beside(PaddingCounts), "padding must not matter"),
     (backbones.check_backbone_selects_rows, beside(SortsRows), "select must keep"),
+    (backbones.check_backbone_rewinds, beside(TakesAlike), "rewinding rows to"),
     (backbones.check_backbone_selects_rows, beside(SharesState), "the context they came from"),
     (backbones.check_backbone_shared_time, beside(Rounds), "must not matter at t = 0.25"),
     (backbones.check_backbone_unconditional_is_no_class, beside(LastIsNone, num_classes=2), "must equal no class"),

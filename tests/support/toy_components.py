@@ -216,6 +216,7 @@ class Beside(BackboneConfig):
 class BesideNetwork(Backbone):
     identity_at_zero: ClassVar[bool] = True
     independent_positions: ClassVar[bool] = True
+    rewinds: ClassVar[bool] = True
 
     def __init__(self, config, lm):
         super().__init__()
@@ -235,6 +236,12 @@ class BesideNetwork(Backbone):
 
     def extend(self, context, tokens):
         return self.read(appended(context.layout, tokens))
+
+    def rewind(self, context, counts):
+        layout, least = context.layout, counts.min()
+        source = torch.arange(layout.tokens.shape[1] - int(least)) - (counts - least)[:, None]
+        tokens, blocks = (part.gather(1, source.clamp_min(0)) for part in (layout.tokens, layout.blocks))
+        return self.read(Layout(tokens, torch.where(source < 0, -1, blocks)))
 
     def main(self, context, positions):
         return context.hidden.gather(1, (positions - 1)[..., None].expand(-1, -1, self.hidden_size))
