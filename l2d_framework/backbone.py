@@ -145,16 +145,17 @@ class Backbone(nn.Module, ABC, Generic[C]):
         """
         raise TypeError(f"{type(self).__name__} takes no tokens back.")
 
-    def fixed(self, context: C, slots: int) -> C | None:
+    def fixed(self, context: C, slots: int, most: int) -> C | None:
         """A copy of a context in buffers of a fixed size, so that tokens can be denoised one by one without Python.
 
         Args:
             context: what `read` or `extend` returned.
             slots: tokens there is room for.
+            most: tokens there will be room for at last, in a copy of this copy.
 
         Returns:
             A context whose tensors `extend` changes where they are, by one token at a time and without the host waiting
-            or counting; None where the backbone has no such thing, which is the default.
+            or counting; None where the backbone has no such thing for `most` tokens, which is the default.
         """
         return None
 

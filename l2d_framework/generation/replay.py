@@ -132,7 +132,7 @@ class Replayed(Rows):
             return rows
         room = min(most, rows.slots + _STEP)
         try:
-            context = rows.backbone.fixed(rows.context, room)
+            context = rows.backbone.fixed(rows.context, room, most)
         except torch.OutOfMemoryError:
             return rows
         return rows if context is None else cls(rows, context, room, most)
@@ -178,10 +178,9 @@ class Replayed(Rows):
         """More room, of the rows that go on."""
         context = self.context if self._alive is None else self.context.select(self._alive)
         self._room = min(self._most, 2 * self._room)
-        wider = self.backbone.fixed(context, self._room)
-        if wider is None:
-            self._graph = None
-        self._begin(context if wider is None else wider)
+        wider = self.backbone.fixed(context, self._room, self._most)
+        assert wider is not None
+        self._begin(wider)
 
     def _again(self, graph: Graph, tape: _Tape, tokens: Tensor, block: Block) -> Denoised:
         tape.fill(tokens, block, self._alive)

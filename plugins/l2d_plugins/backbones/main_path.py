@@ -240,10 +240,10 @@ class MainPath:
         position_ids = context.real[:, None] + torch.arange(count, device=tokens.device)
         return self._read(context.cache, tokens, present, position_ids, context.real + count, context.tables)
 
-    def fixed(self, context: MainContext, slots: int) -> FixedContext | None:
-        """A copy of a context with so many slots; None where some layer would not see all of them."""
+    def fixed(self, context: MainContext, slots: int, most: int) -> FixedContext | None:
+        """A copy of a context with so many slots; None where some layer would not see all of `most`."""
         window = getattr(self.lm.config, "sliding_window", None)
-        return None if window is not None and window < slots else FixedContext.of(context, slots)
+        return None if window is not None and window < most else FixedContext.of(context, slots)
 
     def _fill(self, context: FixedContext, token: Tensor) -> FixedContext:
         present = context.present

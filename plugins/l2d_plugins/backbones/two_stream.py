@@ -154,8 +154,8 @@ class TwoStream(Backbone[MainContext]):
         return self.main.rewind(context, counts)
 
     @override
-    def fixed(self, context: MainContext, slots: int) -> MainContext | None:
-        return self.main.fixed(context, slots)
+    def fixed(self, context: MainContext, slots: int, most: int) -> MainContext | None:
+        return self.main.fixed(context, slots, most)
 
     @override
     def plain(self, positions: Tensor, context: MainContext) -> Tensor:
