@@ -42,7 +42,7 @@ SMALLER = {
     "l2d tune-search": "--limit 1 --beams 2 --length-powers 0 --repetition-penalties 1 --temperatures 0"
     " --model_args pretrained=my_model,num_inference_steps=0",
     "l2d diagnose": "--times 3 --max-length 128",
-    "l2d bench l2d_table1": "--check",
+    "l2d bench l2d_table1": "--check --data .",
 }
 """Options for the first key that a command begins with."""
 
