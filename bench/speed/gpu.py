@@ -18,10 +18,10 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from torch import Tensor, nn
+from l2d import PLAIN, RUN, l2d_over
+from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from l2d_framework.config import DiffusionRun, parse_run
 from l2d_framework.generation.prompts import Encoded
 from l2d_framework.models.diffusion_lm import DiffusionLM
 from l2d_framework.training.run_record import environment
@@ -33,14 +33,6 @@ SIZES: dict[str, dict[str, Any]] = {
     "1b": {"vocab_size": 128_256, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16},
 }
 HEADS = {"tiny": (4, 2), "small": (8, 4), "1b": (32, 8)}
-PLAIN = "transformers' generate"
-RUN: dict[str, Any] = {
-    "model": {"base": "random"},
-    "schedule": {"name": "linear"},
-    "parametrization": {"name": "embedding"},
-    "backbone": {"name": "two_stream", "rank": 32},
-    "sampling": {"preset": "l2d-paper", "num_inference_steps": 15},
-}
 Cases = dict[str, Callable[[], int]]
 """What to measure by name: each returns how many tokens it made. The first is what the others are compared with."""
 
@@ -74,17 +66,7 @@ class Bench:
     @cached_property
     def diffusion(self) -> DiffusionLM:
         """L2D over it, nothing of which is zero, lest somebody profits from it."""
-        torch.manual_seed(1)
-        run = parse_run(RUN)
-        assert isinstance(run, DiffusionRun)
-        backbone = run.backbone.build(self.lm)
-        space = run.parametrization.build(backbone.vocab_size, backbone.hidden_size)
-        model = DiffusionLM(run.schedule.build(), space, backbone, run.block_size).to(self.device)
-        for parameter in model.own_parameters().values():
-            parameter.data = parameter.data.to(self.dtype)
-            if not parameter.any():
-                nn.init.normal_(parameter, std=0.02)
-        return model.eval()
+        return l2d_over(self.lm, self.dtype).eval()
 
     def agree(self, scale: float) -> None:
         """Let the diffusion path move the language model's states by so many times of what it would."""

@@ -91,6 +91,29 @@ def seconds() -> tuple[float, float]:
     return time.process_time(), time.perf_counter()
 
 
+def l2d_over(lm: Any, dtype: torch.dtype) -> DiffusionLM:
+    """L2D over a language model, nothing of which is zero, lest somebody profits from it.
+
+    Args:
+        lm: the language model.
+        dtype: of L2D's own weights.
+
+    Returns:
+        The model, where the language model is.
+    """
+    torch.manual_seed(1)
+    run = parse_run(RUN)
+    assert isinstance(run, DiffusionRun)
+    backbone = run.backbone.build(lm)
+    state_space = run.parametrization.build(backbone.vocab_size, backbone.hidden_size)
+    model = DiffusionLM(run.schedule.build(), state_space, backbone, run.block_size).to(lm.device)
+    for parameter in model.own_parameters().values():
+        parameter.data = parameter.data.to(dtype)
+        if not parameter.any():
+            nn.init.normal_(parameter, std=0.02)
+    return model
+
+
 class Bench:
     """Models of one set of random weights, made when a case first needs them.
 
@@ -115,35 +138,15 @@ class Bench:
         lm: Any = LlamaForCausalLM(LlamaConfig(**SHAPE))
         return lm.to(self.device, self.dtype).eval()
 
-    def _diffusion(self, dtype: torch.dtype) -> DiffusionLM:
-        torch.manual_seed(1)
-        run = parse_run(RUN)
-        assert isinstance(run, DiffusionRun)
-        backbone = run.backbone.build(self.lm)
-        state_space = run.parametrization.build(backbone.vocab_size, backbone.hidden_size)
-        model = DiffusionLM(run.schedule.build(), state_space, backbone, run.block_size).to(self.device)
-        for parameter in model.own_parameters().values():
-            parameter.data = parameter.data.to(dtype)
-            if not parameter.any():  # nothing is to be zero, lest somebody profits from it
-                nn.init.normal_(parameter, std=0.02)
-        return model
-
     @cached_property
     def diffusion(self) -> DiffusionLM:
         """The diffusion model, to generate with."""
-        return self._diffusion(self.dtype).eval()
-
-    @cached_property
-    def merged(self) -> DiffusionLM:
-        """The diffusion model with its LoRA folded in."""
-        model = self._diffusion(self.dtype).eval()
-        model.backbone.merge()
-        return model
+        return l2d_over(self.lm, self.dtype).eval()
 
     @cached_property
     def trained(self) -> tuple[DiffusionLM, torch.optim.Optimizer]:
         """A diffusion model with float32 weights of its own, and its optimizer."""
-        model = self._diffusion(torch.float32).train()
+        model = l2d_over(self.lm, torch.float32).train()
         return model, torch.optim.AdamW(model.own_parameters().values(), lr=1e-5, fused=True)
 
     @cached_property
@@ -251,10 +254,10 @@ def cases(bench: Bench) -> Cases:
     found: Cases = {}
     for batch in (1, 8):
         group = found[f"decode, batch {batch}"] = {PLAIN: partial(_decode, bench, "lm", batch)}
-        for name, attribute in (("L2D", "diffusion"), ("L2D merged", "merged")):
+        for name, merge in (("L2D", "never"), ("L2D merged", "always")):
             for mode in ("argmax", "sample"):
-                options = {"estimate": {"mode": mode}}
-                group[f"{name}, {mode}"] = partial(_decode, bench, attribute, batch, **options)
+                options = {"estimate": {"mode": mode}, "merge": merge}
+                group[f"{name}, {mode}"] = partial(_decode, bench, "diffusion", batch, **options)
     for share, supervised in ((100, SEQUENCE), (25, SEQUENCE // 4)):
         group = found[f"train, {share} % supervised"] = {}
         group[LORA] = partial(_train, bench, "lora", language_model_loss, supervised)

@@ -37,7 +37,7 @@ def overhead() -> Iterator[ModuleType]:
 
 
 @pytest.fixture(scope="module")
-def decoding() -> Iterator[ModuleType]:
+def decoding(speed: ModuleType) -> Iterator[ModuleType]:
     yield from _script("gpu")
 
 

@@ -8,6 +8,7 @@ from typing import Literal
 
 import pytest
 import torch
+import toy_components as toys
 from diffusion_models import diffusion_lm, shared_lm
 from fake_plugins import installed, plugin
 from tape_graph import TapeGraph
@@ -114,17 +115,6 @@ def test_a_window_narrower_than_the_text_is_not_captured(graphs):
     assert not graphs
 
 
-class Recalling(Guidance):
-    """Likes the tokens that have been written."""
-
-    name: Literal["recalling"] = "recalling"
-
-    def __call__(self, predict, query, space):
-        plain = predict(query)
-        written = torch.zeros_like(plain.logits[:, 0]).scatter(1, space.layout.tokens, 1.0)
-        return Prediction(plain.logits + written[:, None])
-
-
 class Asking(Guidance):
     """Looks at numbers on the host."""
 
@@ -135,7 +125,7 @@ class Asking(Guidance):
         return Prediction(plain.logits * (1.5 if float(plain.logits.sum()) > 0 else 1.0))
 
 
-@pytest.mark.parametrize(("guidance", "warned"), [(Recalling, 0), (Asking, 1)])
+@pytest.mark.parametrize(("guidance", "warned"), [(toys.Recalling, 0), (Asking, 1)])
 def test_a_guidance_that_cannot_be_captured_is_served_without(guidance, warned, graphs):
     model = shared_lm()
     with (

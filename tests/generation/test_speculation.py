@@ -1,10 +1,10 @@
 """Tokens guessed ahead change how fast an answer is written, never the answer."""
 
 from importlib.metadata import entry_points
-from typing import Literal
 
 import pytest
 import torch
+import toy_components as toys
 from diffusion_models import PROVEN, diffusion_lm, shared_lm, tess_lm
 from fake_plugins import installed, plugin
 from transformers import StoppingCriteriaList, SynthIDTextWatermarkingConfig
@@ -12,23 +12,10 @@ from transformers.generation.streamers import BaseStreamer
 
 from l2d_framework.errors import ConfigError
 from l2d_framework.generation.prompts import pad_left
-from l2d_framework.guidance import Guidance
 from l2d_framework.hooks import GROUP
-from l2d_framework.types import Prediction
 from l2d_plugins.guidance.classifier_free import ClassifierFree
 
 PROMPTS = [[9, 30, 71, 100, 42, 17, 201], [55, 44], [120, 9, 8, 7], [55, 44, 200, 13, 99]]
-
-
-class Repeat(Guidance):
-    """Likes the tokens that have been written."""
-
-    name: Literal["repeat"] = "repeat"
-
-    def __call__(self, predict, query, space):
-        plain = predict(query)
-        written = torch.zeros_like(plain.logits[:, 0]).scatter(1, space.layout.tokens, 1.0)
-        return Prediction(plain.logits + written[:, None])
 
 
 def near(family="llama", scale=0.1, **options):
@@ -116,9 +103,9 @@ def test_where_both_paths_agree_every_guess_is_right_and_the_network_is_asked_le
 
 def test_a_guidance_that_reads_the_sequence_is_served_token_by_token():
     model = near()
-    with installed(*entry_points(group=GROUP), plugin("repeat", [Repeat])):
-        found = generate(model, speculate=3, guidance=[Repeat()])
-        check_equal(found, generate(model, guidance=[Repeat()]))
+    with installed(*entry_points(group=GROUP), plugin("recalling", [toys.Recalling])):
+        found = generate(model, speculate=3, guidance=[toys.Recalling()])
+        check_equal(found, generate(model, guidance=[toys.Recalling()]))
     assert found.guesses == (0, 0)
 
 

@@ -190,6 +190,17 @@ class Sharpen(Guidance):
         return Prediction(plain.logits + self.scales(query) * plain.logits, plain.clean)
 
 
+class Recalling(Guidance):
+    """Likes the tokens that have been written, so it needs to know them."""
+
+    name: Literal["recalling"] = "recalling"
+
+    def __call__(self, predict, query, space):
+        plain = predict(query)
+        written = torch.zeros_like(plain.logits[:, 0]).scatter(1, space.layout.tokens, 1.0)
+        return Prediction(plain.logits + written[:, None])
+
+
 @dataclass(frozen=True)
 class Read:
     layout: Layout

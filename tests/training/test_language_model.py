@@ -42,15 +42,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-class Stop(TrainerCallback):
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == self.step:
-            raise KeyboardInterrupt
-
-
 def fields(folder: Path, name: str, **given: Any) -> dict[str, Any]:
     return tiny_runs.language_model_run(folder / "sums.jsonl", folder / name, **given)
 
@@ -98,7 +89,7 @@ def test_a_model_from_scratch_becomes_the_base_of_a_diffusion_run(folder: Path) 
     assert [card["kind"] for card in cards] == ["language_model", "diffusion"]
     assert "## Training" in (folder / "scratch" / "README.md").read_text()
     # Both stages are finished: neither is started again.
-    assert train_runs(stages, callbacks=lambda _: [Stop(0)]) == cards
+    assert train_runs(stages, callbacks=lambda _: [tiny_runs.Stop(0)]) == cards
 
 
 def test_the_loss_at_pure_noise_is_that_of_the_language_model_at_first(folder: Path) -> None:
@@ -132,7 +123,7 @@ def test_finetuning_resumes_with_the_same_losses(folder: Path, lora: dict[str, A
 
     train(run("whole"))
     with pytest.raises(KeyboardInterrupt):
-        train(run("stopped"), Stop(5))
+        train(run("stopped"), tiny_runs.Stop(5))
     train(run("stopped"))
     whole, stopped = (tiny_runs.losses(folder / f"{name}_{lora is None}") for name in ("whole", "stopped"))
     assert stopped == whole

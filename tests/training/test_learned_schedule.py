@@ -1,12 +1,9 @@
 """A schedule that hears the losses of training: once an update, in checkpoints, for both methods."""
 
-from typing import Any
-
 import pytest
 import tiny_runs
 import torch
 from safetensors.torch import load_file
-from transformers import TrainerCallback
 
 from l2d_framework import load
 from l2d_framework.config import parse_run
@@ -16,12 +13,6 @@ from l2d_plugins.schedules import information
 
 METHODS = {"l2d": tiny_runs.diffusion_run, "tess": tiny_runs.tess_run}
 FAMILY = {"l2d": "piecewise", "tess": "gumbel"}
-
-
-class Stop(TrainerCallback):
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == 5:
-            raise KeyboardInterrupt
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -74,7 +65,7 @@ def test_training_tells_the_schedule_every_draw_once(folder, method, whole):
 
 def test_a_resumed_run_is_the_whole_run_to_the_bit(folder, method, whole):
     with pytest.raises(KeyboardInterrupt):
-        train_runs([parse_run(fields(folder, method, "resumed"))], callbacks=lambda _: [Stop()])
+        train_runs([parse_run(fields(folder, method, "resumed"))], callbacks=lambda _: [tiny_runs.Stop(5)])
     train_runs([parse_run(fields(folder, method, "resumed"))])
     assert tiny_runs.losses(folder / f"{method}-resumed") == whole
     assert torch.equal(statistics(folder, method, "resumed"), statistics(folder, method, "whole"))

@@ -41,17 +41,6 @@ SLOW = {"learning_rate": 1e-3}
 """Adam moves weights whose gradients are mere rounding as far as any other."""
 
 
-class Stop(TrainerCallback):
-    """Ends a run by an exception when an update begins."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == self.step:
-            raise KeyboardInterrupt
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("micro")
@@ -122,7 +111,7 @@ def test_a_size_that_was_found_gives_the_very_weights_of_the_size_given(
 def test_a_resumed_run_starts_with_the_size_it_found(folder: Path, memory: Callable[..., list[int]]) -> None:
     sizes = memory(2)
     with pytest.raises(KeyboardInterrupt):
-        train(folder, "resumed", Stop(4), micro_batch_size="auto")
+        train(folder, "resumed", tiny_runs.Stop(4), micro_batch_size="auto")
     assert sizes[:3] == [4, 2, 2]
     sizes.clear()
     train(folder, "resumed", micro_batch_size="auto")

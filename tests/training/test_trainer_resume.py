@@ -52,17 +52,6 @@ for step, how in ((5, write), (None, write_half)):
 """
 
 
-class Stop(TrainerCallback):
-    """Ends a run at an update by an exception, which is as abrupt for the trainer as a kill."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == self.step:
-            raise KeyboardInterrupt
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("resume")
@@ -110,7 +99,7 @@ def test_a_run_killed_between_and_within_checkpoints_resumes_with_the_same_losse
 def test_a_run_stopped_in_a_later_epoch_resumes_with_the_same_losses(folder: Path, whole: Path) -> None:
     run = fields(folder, "stopped")
     with pytest.raises(KeyboardInterrupt):
-        train(run, Stop(8))
+        train(run, tiny_runs.Stop(8))
     train(run)
     assert_same(folder / "stopped", whole)
 
@@ -120,7 +109,7 @@ def test_a_run_resumes_between_logs_and_within_accumulation_settings(folder: Pat
     train(fields(folder, "sparse", **training))
     run = fields(folder, "sparse_stopped", **training)
     with pytest.raises(KeyboardInterrupt):
-        train(run, Stop(5))
+        train(run, tiny_runs.Stop(5))
     train(run)
     assert_same(folder / "sparse_stopped", folder / "sparse")
 
@@ -136,7 +125,7 @@ def test_a_stream_resumes_with_the_same_losses(folder: Path, workers: int) -> No
     train(stream(f"stream_{workers}"))
     run = stream(f"stream_stopped_{workers}")
     with pytest.raises(KeyboardInterrupt):
-        train(run, Stop(5))
+        train(run, tiny_runs.Stop(5))
     train(run)
     assert_same(folder / f"stream_stopped_{workers}", folder / f"stream_{workers}")
 
@@ -165,7 +154,7 @@ def test_a_kill_after_the_last_update_resumes_to_a_finished_run(
 
 def test_a_finished_run_is_not_trained_again(folder: Path, whole: Path) -> None:
     before = (whole / "run.json").read_bytes()
-    card = train(fields(folder, "whole"), Stop(0))
+    card = train(fields(folder, "whole"), tiny_runs.Stop(0))
     assert card["finished"]
     assert (whole / "run.json").read_bytes() == before
 

@@ -9,7 +9,7 @@ import pytest
 import tiny_runs
 import torch
 import zstandard
-from transformers import AutoTokenizer, TrainerCallback
+from transformers import AutoTokenizer
 
 from l2d_framework import lines
 from l2d_framework.config import DataSection, parse_run
@@ -110,12 +110,6 @@ def _pairs(stream):
         yield pair
 
 
-class Stop(TrainerCallback):
-    def on_step_begin(self, args, state, control, **kwargs):
-        if state.global_step == 5:
-            raise KeyboardInterrupt
-
-
 def test_an_adaptation_run_resumes_and_micro_batches_change_nothing(folder):
     def run(name, **training):
         made = tiny_runs.diffusion_run(folder / "base", folder, folder / name, eval_steps=None, **training)
@@ -124,7 +118,7 @@ def test_an_adaptation_run_resumes_and_micro_batches_change_nothing(folder):
 
     train_runs([run("whole")])
     with pytest.raises(KeyboardInterrupt):
-        train_runs([run("stopped")], callbacks=lambda _: [Stop()])
+        train_runs([run("stopped")], callbacks=lambda _: [tiny_runs.Stop(5)])
     train_runs([run("stopped")])
     assert tiny_runs.losses(folder / "stopped") == tiny_runs.losses(folder / "whole")
     train_runs([run("micro", micro_batch_size=1)])

@@ -8,7 +8,7 @@ import tiny_runs
 import torch
 from peft import LoraConfig, get_peft_model
 from tiny_models import tiny_lm, tiny_tokenizer
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from l2d_framework.config import RewardRun, SimplexNoise, load_run, parse_run, resolved_json
 from l2d_framework.errors import ConfigError, DataError, UnsupportedModelError
@@ -77,14 +77,6 @@ def rewards(output: Path, texts: list[list[int]]) -> torch.Tensor:
         return torch.cat([model(torch.tensor([ids])).logits[0] for ids in texts])
 
 
-class Stop(TrainerCallback):
-    """Ends a run at an update by an exception, which is as abrupt for the trainer as a kill."""
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == 5:
-            raise KeyboardInterrupt
-
-
 @pytest.fixture(scope="module")
 def whole(folder: Path) -> dict[str, Any]:
     return train_reward(parse(folder, "whole"))
@@ -116,7 +108,7 @@ def test_the_output_is_a_plain_sequence_classifier_whose_rewards_are_those_on_th
 
 
 def test_a_finished_run_is_not_trained_again_and_another_is_refused(whole, folder):
-    assert train_reward(parse(folder, "whole"), callbacks=[Stop()]) == whole
+    assert train_reward(parse(folder, "whole"), callbacks=[tiny_runs.Stop(5)]) == whole
     with pytest.raises(ConfigError, match=r"training\.learning_rate: 0\.003 there, 0\.1 now"):
         train_reward(parse(folder, "whole", training={"learning_rate": 0.1}))
 
@@ -124,7 +116,7 @@ def test_a_finished_run_is_not_trained_again_and_another_is_refused(whole, folde
 def test_an_interrupted_run_resumes_with_the_same_weights(whole, folder):
     run = parse(folder, "stopped")
     with pytest.raises(KeyboardInterrupt):
-        train_reward(run, callbacks=[Stop()])
+        train_reward(run, callbacks=[tiny_runs.Stop(5)])
     assert [path.name for path in output_dir.checkpoints(folder / "stopped")] == ["checkpoint-3"]
     card = train_reward(run)
     assert card["sessions"] == 2
@@ -392,7 +384,7 @@ def test_noise_is_drawn_again_alike_after_an_interruption(folder):
     sections: dict[str, Any] = {"noise": {"schedule": {"name": "linear"}}, "data": {"pad_to": 64}}
     whole = train_reward(parse(folder, "noisy", **sections))
     with pytest.raises(KeyboardInterrupt):
-        train_reward(parse(folder, "noisy_again", **sections), callbacks=[Stop()])
+        train_reward(parse(folder, "noisy_again", **sections), callbacks=[tiny_runs.Stop(5)])
     again = train_reward(parse(folder, "noisy_again", **sections))
     plain = train_reward(parse(folder, "not_noisy", data={"pad_to": 64}))
     assert again["result"]["held_out"] == whole["result"]["held_out"] != plain["result"]["held_out"]
