@@ -35,6 +35,7 @@ COMMANDS = {
     "tune-search": _Entry("eval", "tune_search", "Choose the settings of token search on training items."),
     "eval-text": _Entry("eval_text", "eval_text", "Measure generated text."),
     "diagnose": _Entry("diagnose", "diagnose", "Find out whether more steps will help a model."),
+    "eval-steps": _Entry("eval_steps", "eval_steps", "Measure held-out tokens after each number of evaluations."),
     "demo": _Entry("demo", "demo", "Train, generate with and measure a tiny model."),
 }
 """For each command: its module, its function or typer app in there, and what `l2d --help` says about it."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from l2d_framework.cli import common
+from l2d_framework.cli import common, held_out
 from l2d_framework.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -19,17 +19,13 @@ if TYPE_CHECKING:
 
 def diagnose(
     model: Annotated[str, typer.Argument(help="Checkpoint folder or hub id.")],
-    data: Annotated[list[str], typer.Option(help="Held-out rows: file, folder or hub id; may be given several times.")],
-    name: Annotated[str | None, typer.Option(help="Configuration of the data sets.")] = None,
-    split: Annotated[str, typer.Option(help="Split of the data sets.")] = "train",
-    columns: Annotated[
-        list[str] | None, typer.Option(help="Column by another name, such as prompt=question; may be repeated.")
-    ] = None,
-    class_column: Annotated[str | None, typer.Option(help="Column with the class label of a row.")] = None,
-    limit: Annotated[int, typer.Option(min=0, help="Rows to take of each data set; 0 for all.")] = 500,
-    max_length: Annotated[
-        int | None, typer.Option(min=2, help="Longest row in tokens, the rest is cut off; 2048 or the model's limit.")
-    ] = None,
+    data: held_out.Data,
+    name: held_out.Name = None,
+    split: held_out.Split = "train",
+    columns: held_out.Columns = None,
+    class_column: held_out.ClassColumn = None,
+    limit: held_out.Limit = 500,
+    max_length: held_out.MaxLength = None,
     times: Annotated[int, typer.Option(min=3, help="Times at which cross-entropies are taken.")] = 20,
     num_inference_steps: Annotated[int | None, typer.Option(min=2, help="Network evaluations per token.")] = None,
     solver: Annotated[str | None, typer.Option(help="Name of a solver with fixed steps.")] = None,
@@ -37,8 +33,8 @@ def diagnose(
         str, typer.Option(help="Adaptive solver whose evaluations are counted; `none` for none.")
     ] = "fehlberg2",
     set_: common.Settings = None,
-    seed: Annotated[int | None, typer.Option(min=0, help="Of all noise.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Rows at a time; does not change the numbers.")] = 8,
+    seed: held_out.Seed = None,
+    batch_size: held_out.BatchSize = 8,
     base: common.Base = None,
     dtype: common.Dtype = None,
     device: common.Device = None,
@@ -64,10 +60,9 @@ def diagnose(
         )
     options = common.sampling(set_, solver, num_inference_steps=num_inference_steps, seed=seed)
     settings = _settings(source, options, adaptive_solver)
-    where_named = "Add --class-column NAME, whose entries are class labels."
-    source.check_class(settings.sampling, is_named=class_column is not None, where=where_named)
-    fields = {"name": name, "split": split, "class_column": class_column, "limit": limit or None}
-    rows, card = _rows(source, data, fields | {"columns": _renamed(columns)}, max_length)
+    rows = held_out.Rows(data, name, split, columns, class_column, limit, max_length)
+    rows.check(source, settings.sampling)
+    prepared, card = rows.read(source)
 
     from l2d_framework.evaluation.diagnosis.diagnose import diagnose as run
     from l2d_framework.evaluation.diagnosis.diagnose import time_grid
@@ -77,7 +72,7 @@ def diagnose(
     settings = replace(settings, times=time_grid(lm.schedule, times))
     with common.bar() as progress:
         track = partial(progress.track, description="diagnosing")
-        result = run(lm, rows, settings, batch_size=batch_size, track=track)
+        result = run(lm, prepared, settings, batch_size=batch_size, track=track)
     title = f"Cross-entropy in nats per token, ± standard error; {result['tokens']:,} tokens of {result['rows']:,} rows"
     common.show(table(result), sentences(result), title=title)
     if out is not None:
@@ -111,27 +106,3 @@ def _settings(source: UnloadedModel, options: dict[str, Any], adaptive_solver: s
             )
         adaptive = source.sampling(options | {"solver": other, "num_inference_steps": None, "patience": None})
     return Settings([], sampling, adaptive)  # a schedule that learns has its times with the weights
-
-
-def _renamed(columns: list[str] | None) -> dict[str, str]:
-    pairs = [column.partition("=") for column in columns or []]
-    for ours, sign, theirs in pairs:
-        if not (ours and sign and theirs):
-            raise ConfigError(f"--columns {ours + sign + theirs!r} must read OURS=THEIRS, such as prompt=question.")
-    return {ours: theirs for ours, _, theirs in pairs}
-
-
-def _rows(source: UnloadedModel, data: list[str], fields: dict[str, Any], max_length: int | None) -> tuple[Any, Any]:
-    from l2d_framework.config import DataSection
-    from l2d_framework.config.validation import validated
-    from l2d_framework.generation.prompts import context_length
-    from l2d_framework.training.data.prepare import prepare
-
-    longest = context_length(source.lm_config)
-    if max_length is not None and longest is not None and max_length > longest:
-        raise ConfigError(f"--max-length {max_length} exceeds the model's context of {longest}. Lower it.")
-    length = max_length or min(longest or 2048, 2048)
-    sources = [{"path": path, **fields} for path in data]
-    section = validated(DataSection, {"train": sources, "max_length": length}, "data")
-    prepared = prepare(section, source.tokenizer, classes=source.classes)
-    return list(prepared.train), prepared.card["sources"]["train"]

@@ -21,6 +21,7 @@ from l2d_framework.types import Layout
 class Batch:
     """Supervised positions of some rows; L is the largest number per row."""
 
+    rows: list[int]  # which they are, in the order of the data
     layout: Layout
     positions: Tensor  # slots, (B, L), int64; those not valid repeat the row's last
     valid: Tensor  # (B, L), bool
@@ -63,10 +64,14 @@ def batches(model: DiffusionLM, rows: Sequence[Mapping[str, Any]], *, seed: int,
     order = sorted(range(len(rows)), key=lambda number: len(rows[number]["input_ids"]))
     collate = Collator(pad_id=0, block_size=model.block_size)
     chunks = [order[first : first + size] for first in range(0, len(order), size)]
-    return [_batch(model, collate([rows[n] for n in chunk]), [names[n] for n in chunk], seed) for chunk in chunks]
+    return [
+        _batch(model, chunk, collate([rows[n] for n in chunk]), [names[n] for n in chunk], seed) for chunk in chunks
+    ]
 
 
-def _batch(model: DiffusionLM, tensors: Mapping[str, Tensor], names: Sequence[str], seed: int) -> Batch:
+def _batch(
+    model: DiffusionLM, rows: list[int], tensors: Mapping[str, Tensor], names: Sequence[str], seed: int
+) -> Batch:
     blocks, device = tensors["blocks"], model.device
     slots = [row.nonzero()[:, 0] for row in blocks >= 1]
     width = max(map(len, slots))
@@ -74,6 +79,7 @@ def _batch(model: DiffusionLM, tensors: Mapping[str, Tensor], names: Sequence[st
     valid = torch.arange(width) < torch.tensor([len(one) for one in slots])[:, None]
     condition = tensors["class_id"][:, None].expand(-1, width).to(device) if model.origin.classes else None
     return Batch(
+        rows=rows,
         layout=Layout(tensors["input_ids"].to(device), blocks.to(device)),
         positions=positions.to(device),
         valid=valid.to(device),

@@ -1,0 +1,186 @@
+"""Do evaluations pay? Held-out tokens solved from noise, the true tokens before each given."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from l2d_framework.blame import naming_plugins
+from l2d_framework.config import SamplingSection
+from l2d_framework.diffusion.sampler import Block, Sampler
+from l2d_framework.evaluation import plots
+from l2d_framework.evaluation.diagnosis.batches import Batch, batches
+from l2d_framework.evaluation.diagnosis.diagnose import Track
+from l2d_framework.evaluation.statistics import Estimate, ratio
+from l2d_framework.models.diffusion_lm import DiffusionLM
+
+DEFINITIONS = {
+    "accuracy": "share of held-out tokens that are the likeliest at the read-out, the true tokens before each given",
+    "nll": "nats per held-out token at the read-out of one solve, the true tokens before each given; no bound on the "
+    "likelihood of a text",
+    "evaluations": "of the network, per token, the read-out included",
+    "over_fewer": "difference to the setting of the same solver before it, row by row",
+    "over_language_model": "difference to num_inference_steps=0, row by row",
+    "seconds": "of all solves; reading the rows, once for all settings, is left out",
+    "standard_error": "over rows",
+}
+
+Sums = Mapping[str, Tensor]
+"""Of tokens of each row, (B,), float64: how many there are, how many are right, their losses and evaluations."""
+
+
+@torch.no_grad()
+@naming_plugins()
+def eval_steps(
+    model: DiffusionLM,
+    rows: Sequence[Mapping[str, Any]],
+    settings: Sequence[SamplingSection],
+    *,
+    batch_size: int,
+    track: Track = iter,
+) -> dict[str, Any]:
+    """Accuracy and negative log-likelihood of true tokens under each setting.
+
+    All tokens of a row are solved at once given their true past, so that a hundred thousand cost little and the error
+    is a few tenths of a percent. `by_row` of the result holds sums in the order of the data, by which two models are
+    compared in pairs.
+    """
+    samplers = [Sampler.of(model, sampling) for sampling in settings]
+    seconds = [0.0] * len(settings)
+    by_batch: list[list[Sums]] = [[] for _ in settings]
+    order: list[int] = []
+    for batch in track(batches(model, rows, seed=settings[0].seed, size=batch_size)):
+        order += batch.rows
+        context = model.backbone.read(batch.layout)
+        for number, sampler in enumerate(samplers):
+            start = time.perf_counter()
+            portions = [_solve(sampler, part, part.block(context)) for part in batch.portions(model)]
+            seconds[number] += time.perf_counter() - start
+            by_batch[number].append({name: sum(part[name] for part in portions) for name in portions[0]})  # type: ignore[misc]
+    places = torch.tensor(order).argsort()
+    sums = [{name: torch.cat([totals[name] for totals in each])[places] for name in each[0]} for each in by_batch]
+    solvers = [_solver(sampling) for sampling in settings]
+    found = []
+    for number, (sampling, solver, here) in enumerate(zip(settings, solvers, sums, strict=True)):
+        entry = {
+            "solver": solver,
+            "num_inference_steps": sampling.num_inference_steps,
+            "evaluations": ratio(here["evaluations"], here["tokens"]).to_json(),
+            **_means(here),
+        }
+        if number and solvers[number - 1] == solver:
+            entry["over_fewer"] = _means(here, sums[number - 1])
+        if solver is not None and solvers[0] is None:
+            entry["over_language_model"] = _means(here, sums[0])
+        by_row = {"right": here["right"].long().tolist(), "nll": here["nll"].tolist()}
+        found.append(entry | {"seconds": seconds[number], "by_row": by_row})
+    tokens = sums[0]["tokens"].long()
+    return {
+        "rows": len(tokens),
+        "tokens": int(tokens.sum()),
+        "settings": found,
+        "tokens_by_row": tokens.tolist(),
+        "definitions": DEFINITIONS,
+    }
+
+
+def _means(here: Sums, other: Sums | None = None) -> dict[str, Any]:
+    """Means over tokens, or how much more they are than under another setting."""
+    names = {"accuracy": "right", "nll": "nll"}
+    sums = {label: here[name] - (0 if other is None else other[name]) for label, name in names.items()}
+    return {label: ratio(values, here["tokens"]).to_json() for label, values in sums.items()}
+
+
+def _solver(sampling: SamplingSection) -> str | None:
+    """Name of the solver; None for the plain language model."""
+    return None if sampling.num_inference_steps == 0 else sampling.solver.component_name()
+
+
+def _solve(sampler: Sampler, batch: Batch, block: Block) -> Sums:
+    """Sums over the positions of each row, (B,), float64, on the host."""
+    found, targets, valid = sampler(block), batch.targets, batch.valid
+    right, losses = torch.zeros_like(valid), torch.zeros_like(valid, dtype=torch.float32)
+    for where, logits in found.logits.parts():
+        right[:, where] = logits.argmax(-1) == targets[:, where]
+        logarithms = logits.float().log_softmax(-1)
+        losses[:, where] = -logarithms.gather(-1, targets[:, where, None])[..., 0]
+    each = {"tokens": valid, "right": right, "nll": losses, "evaluations": found.evaluations}
+    return {name: values.masked_fill(~valid, 0).sum(1, dtype=torch.float64).cpu() for name, values in each.items()}
+
+
+def table(result: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """A row for each setting; what is more is what it adds to the row above."""
+    rows: list[tuple[str, ...]] = [("solver", "evaluations", "accuracy, %", "more", "nats per token", "more")]
+    for entry in result["settings"]:
+        more = entry.get("over_fewer", {})
+        solver, evaluations = entry["solver"] or "none", f"{entry['evaluations']['value']:.4g}"
+        accuracy = _shown(entry["accuracy"], 100), _shown(more.get("accuracy"), 100)
+        rows.append((solver, evaluations, *accuracy, _shown(entry["nll"]), _shown(more.get("nll"))))
+    return rows
+
+
+def sentences(result: Mapping[str, Any]) -> list[str]:
+    """For each solver where its evaluations stop paying."""
+    tokens, lines = np.array(result["tokens_by_row"]), []
+    for solver, entries in _by_solver(result).items():
+        if len(entries) == 1:
+            continue
+        words = []
+        for name, sums, better, scale, unit in (
+            ("accuracy", "right", 1, 100, "points"),
+            ("likelihood", "nll", -1, 1, "nats"),
+        ):
+            best = max(entries, key=lambda entry: better * sum(entry["by_row"][sums]))
+            words.append(f"{name} is best at {best['evaluations']['value']:.4g}")
+            if best is not entries[-1]:
+                before, after = (np.array(entry["by_row"][sums]) for entry in (best, entries[-1]))
+                change = Estimate.to_json(ratio(after - before, tokens))
+                words[-1] += (
+                    f" and {_shown(change, scale)} {unit} from there to {entries[-1]['evaluations']['value']:.4g}"
+                )
+        lines.append(f"Do evaluations pay? {solver}: {'; '.join(words)}.")
+    return lines
+
+
+def _estimate(numbers: Mapping[str, Any], scale: float = 1) -> Estimate:
+    value, error = (
+        None if number is None else number * scale for number in (numbers["value"], numbers["standard_error"])
+    )
+    return Estimate(value, error, numbers["samples"])
+
+
+def _shown(numbers: Mapping[str, Any] | None, scale: float = 1) -> str:
+    return "" if numbers is None else str(_estimate(numbers, scale))
+
+
+def _by_solver(result: Mapping[str, Any]) -> dict[str | None, list[dict[str, Any]]]:
+    groups: dict[str | None, list[dict[str, Any]]] = {}
+    for entry in result["settings"]:
+        groups.setdefault(entry["solver"], []).append(entry)
+    return groups
+
+
+def draw(result: Mapping[str, Any], path: Path) -> None:
+    """Accuracy and negative log-likelihood against evaluations; the language model is a line across."""
+    figure = plots.figure(10, 4.4)
+    panels = zip(figure.subplots(1, 2), (("accuracy", "accuracy, %", 100), ("nll", "nats per token", 1)), strict=True)
+    for axes, (name, label, scale) in panels:
+        for (solver, entries), colour in zip(_by_solver(result).items(), cycle(plots.COLOURS)):
+            found = [(entry["evaluations"]["value"], _estimate(entry[name], scale)) for entry in entries]
+            if solver is None:
+                axes.axhline(found[0][1].value, color=plots.BLACK, linestyle="--", label="language model")
+                continue
+            drawn = [(count, estimate.value or 0.0, estimate.standard_error) for count, estimate in found]
+            plots.points(axes, drawn, color=colour, marker="o", label=solver)
+        axes.set_xscale("log")
+        axes.set(xlabel="network evaluations per token", ylabel=f"{label} (± standard error)")
+        axes.grid(alpha=0.25)
+    plots.legend_below(figure)
+    plots.save(figure, path)

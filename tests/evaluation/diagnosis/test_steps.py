@@ -1,0 +1,129 @@
+"""`l2d eval-steps`: held-out tokens after each number of evaluations, held against other ways to find the same."""
+
+import json
+
+import pytest
+import torch
+from diffusion_models import random_tokens, shared_lm, shared_tess
+from typer.testing import CliRunner
+
+from l2d_framework.cli import app
+from l2d_framework.errors import ConfigError, L2DError
+from l2d_framework.evaluation.diagnosis.diagnose import Settings, diagnose, time_grid
+from l2d_framework.evaluation.diagnosis.steps import eval_steps, sentences, table
+from l2d_framework.models import checkpoint
+
+ROWS = [
+    {
+        "input_ids": random_tokens(1, length, seed=number)[0].tolist(),
+        "supervised": [False] * 3 + [True] * (length - 3),
+        "class_id": -1,
+        "index": number,
+    }
+    for number, length in enumerate((9, 5, 12, 7))
+]
+
+
+def measured(model, *steps, batch_size=2, **options):
+    settings = [model.sampling(num_inference_steps=count, **{"solver": "euler"} | options) for count in steps]
+    return eval_steps(model, ROWS, settings, batch_size=batch_size)
+
+
+def numbers(found):
+    return [value for entry in found["settings"] for value in (*entry["by_row"]["right"], *entry["by_row"]["nll"])]
+
+
+def test_without_evaluations_it_is_the_language_model():
+    model = shared_lm()
+    (entry,) = measured(model, 0)["settings"]
+    for row, right, nll in zip(ROWS, entry["by_row"]["right"], entry["by_row"]["nll"], strict=True):
+        tokens = torch.tensor([row["input_ids"]])
+        with torch.no_grad():
+            logarithms = model.backbone.lm(tokens).logits[:, 2:-1].log_softmax(-1)
+        assert nll == pytest.approx(-logarithms.gather(-1, tokens[:, 3:, None]).sum().item(), abs=1e-3)
+        assert right == (logarithms.argmax(-1) == tokens[:, 3:]).sum()
+    assert entry["evaluations"]["value"] == 0
+
+
+@pytest.mark.parametrize("model", [shared_lm, shared_tess])
+def test_no_number_depends_on_the_batch(model):
+    solver = {} if model is shared_lm else {"solver": "renoise"}
+    together, alone = (measured(model(), 1, 3, batch_size=size, **solver) for size in (4, 1))
+    assert numbers(together) == pytest.approx(numbers(alone), abs=1e-3)
+
+
+def test_it_sees_what_a_diagnosis_sees():
+    model = shared_lm()
+    sampling = model.sampling(num_inference_steps=5, solver="midpoint")
+    other = diagnose(model, ROWS, Settings(time_grid(model.schedule, 3), sampling, None), batch_size=2)
+    plain, entry = measured(model, 0, 5, solver="midpoint")["settings"]
+    assert entry["accuracy"] == other["answers"]["right"]
+    assert plain["accuracy"] == other["answers"]["base_right"]
+    assert entry["evaluations"]["value"] == 5
+
+
+def test_what_evaluations_add_is_the_difference_of_what_they_reach():
+    found = measured(shared_lm(), 0, 1, 2, 5)
+    plain, first, second, third = found["settings"]
+    assert "over_fewer" not in first
+    for name in ("accuracy", "nll"):
+        for entry, before in ((second, first), (third, second)):
+            assert entry["over_fewer"][name]["value"] == pytest.approx(entry[name]["value"] - before[name]["value"])
+        gain = third["over_language_model"][name]["value"]
+        assert gain == pytest.approx(third[name]["value"] - plain[name]["value"])
+    assert len(table(found)) == 5
+    best = min((first, second, third), key=lambda entry: entry["nll"]["value"])
+    assert f"likelihood is best at {best['num_inference_steps']}" in sentences(found)[0]
+
+
+def run(model, *arguments):
+    arguments = [str(model), *map(str, arguments)]
+    return CliRunner(env={"COLUMNS": "160"}).invoke(app, ["eval-steps", *arguments], catch_exceptions=False)
+
+
+def settings_of(out):
+    found = json.loads((out / "steps.json").read_text())["settings"]
+    return [(entry["solver"], entry["num_inference_steps"]) for entry in found]
+
+
+def test_every_solver_makes_the_numbers_that_it_can(folders, tmp_path):
+    pytest.importorskip("matplotlib")
+    out = tmp_path / "deep" / "out"
+    solvers = ("--solver", "euler", "--solver", "midpoint", "--solver", "fehlberg2")
+    data = ("--data", folders / "sums.jsonl", "--limit", 4)
+    shown = run(folders / "l2d", *data, *solvers, "--num-inference-steps", "3,0,2", "--out", out)
+    assert shown.exit_code == 0, shown.output
+    assert sorted(path.name for path in out.iterdir()) == ["steps.json", "steps.png"]
+    assert settings_of(out) == [(None, 0), ("euler", 2), ("euler", 3), ("midpoint", 3), ("fehlberg2", None)]
+    assert "Do evaluations pay? euler" in shown.stdout
+
+
+def test_models_without_diffusion_and_without_a_language_model_are_measured_too(folders, tmp_path):
+    data = ("--data", folders / "sums.jsonl", "--limit", 2, "--num-inference-steps", "0,1,2")
+    for name, settings in (("base", [(None, 0)]), ("tess", [("renoise", 1), ("renoise", 2)])):
+        assert run(folders / name, *data, "--out", tmp_path / name).exit_code == 0
+        assert settings_of(tmp_path / name) == settings
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "error", "message"),
+    [
+        ("l2d", ("--num-inference-steps", "1,two"), ConfigError, "whole numbers"),
+        ("l2d", ("--num-inference-steps", "-1"), ConfigError, "whole numbers"),
+        ("l2d", ("--num-inference-steps", ""), ConfigError, "whole numbers"),
+        ("l2d", ("--num-inference-steps", "2,4", "--solver", "midpoint"), ConfigError, "3 or 5"),
+        ("l2d", ("--solver", "midpiont"), L2DError, "did you mean 'midpoint'"),
+        ("base", ("--num-inference-steps", "1,2"), L2DError, "no diffusion checkpoint"),
+        ("tess", ("--num-inference-steps", "0"), ConfigError, "does not contain"),
+        ("l2d", ("--set", "guidance=[{name: classifier_free, scale: 3}]"), ConfigError, "Add --class-column"),
+        ("l2d", ("--out", "."), ConfigError, "is not empty"),
+    ],
+)
+def test_mistakes_are_found_before_weights_are_loaded(folders, monkeypatch, model, options, error, message):
+    def fail(*args, **options):
+        pytest.fail("weights were loaded")
+
+    monkeypatch.setattr(checkpoint, "load_language_model", fail)
+    monkeypatch.chdir(folders)
+    with pytest.raises(error, match=message):
+        run(folders / model, "--data", folders / "sums.jsonl", *options)
