@@ -106,7 +106,8 @@ def test_without_adapter_training_or_data_nothing_is_imported_for_them(fully_tra
     result, _ = run(f"{REPORT}\ntry:\n    {check}\nexcept SystemExit as end:\n    assert not end.code\n{generate}")
     found = heavy(result)
     assert "transformers.modeling_utils" in found
-    assert not found & {"peft", *TRAINING}
+    theirs = heavy(run(REPORT + "import transformers.generation.utils")[0])  # old releases need scikit-learn there
+    assert not (found - theirs) & {"peft", *TRAINING}
 
 
 @pytest.mark.parametrize("name", COMMANDS)
