@@ -9,7 +9,7 @@ from typing import Any
 
 from l2d_bench.cells import Filled, fill
 from l2d_bench.files import read_profile
-from l2d_bench.jobs import DataJob, Job, MeasureJob, ModelJob
+from l2d_bench.jobs import DataJob, Job, ModelJob
 from l2d_bench.plan import Plan, make_plan
 from l2d_bench.plots import draw
 from l2d_bench.pool import unfinished
@@ -48,9 +48,8 @@ class Bench:
 
     @property
     def jobs(self) -> dict[str, Job]:
-        """All jobs of all tables, models in front of measurements, each after those it needs."""
-        found = {key: job for plan in self.plans for key, job in plan.jobs.items()}
-        return dict(sorted(found.items(), key=lambda entry: isinstance(entry[1], MeasureJob)))
+        """All jobs of all tables, row by row, each after those it needs: one that is cut short has whole rows."""
+        return {key: job for plan in self.plans for key, job in plan.jobs.items()}
 
     def prepare(self) -> None:
         """Make the data and check every run, so that nothing is trained in front of a mistake.

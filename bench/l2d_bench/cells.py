@@ -17,6 +17,8 @@ from l2d_framework.evaluation.statistics import standard_error
 
 FAILED = "failed"
 """Why a cell has no number: its job, or one before it, failed."""
+NOT_RUN = "not run yet"
+"""The same where nothing failed: the run was cut short."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,7 @@ class Cell:
         error: its standard error over items; None where a number has none.
         seeds: the value and error of each seed, by seed.
         items: number of items.
-        reason: why there is no value: "no data", "not rerun", "failed" or "".
+        reason: why there is no value: "no data", "not rerun", "failed", "not run yet" or "".
         text: the reason in words.
         paper: what the paper prints.
         jobs: keys of the results.
@@ -113,8 +115,8 @@ def _measured(
         return Cell(reason=planned.reason, text=planned.text, paper=paper, jobs=planned.jobs)
     for key in planned.jobs:
         if key not in outcomes:
-            text = failures.get(key, "not run yet")
-            return Cell(reason=FAILED, text=text, paper=paper, jobs=planned.jobs)
+            reason = FAILED if key in failures else NOT_RUN
+            return Cell(reason=reason, text=failures.get(key, ""), paper=paper, jobs=planned.jobs)
     found = {}
     for seed, key in zip(seeds, planned.jobs, strict=True):
         value, problem = _pick(outcomes[key], planned.column)

@@ -6,6 +6,8 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -54,6 +56,9 @@ def bench(
             "read from there, too."
         ),
     ] = None,
+    minutes: Annotated[
+        float | None, typer.Option(min=0, help="Stop after so long and write what there is; the same command goes on.")
+    ] = None,
     confirm_run_unsafe_code: Annotated[
         bool, typer.Option("--confirm-run-unsafe-code", help="Run, in a sandbox, programs that models write.")
     ] = False,
@@ -69,6 +74,7 @@ def bench(
         seeds: comma-separated.
         workers: processes.
         data: working folder of the jobs.
+        minutes: to work for.
         confirm_run_unsafe_code: consent to tasks that run what a model writes.
         check: only check.
         listed: only list.
@@ -112,13 +118,33 @@ def bench(
     # `timeout` and batch systems end a process by this signal.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        failures = _run(console, made, surroundings)
+        with _at_most(minutes, since=start):
+            failures = _run(console, made, surroundings)
     except KeyboardInterrupt:
-        console.print("Interrupted; the tables hold what there is. The same command goes on.")
-        code = _INTERRUPTED
+        is_over = minutes is not None and time.monotonic() - start >= 60 * minutes
+        console.print(
+            f"{'The time is over' if is_over else 'Interrupted'}; the tables hold what there is. "
+            "The same command goes on."
+        )
+        code = 0 if is_over else _INTERRUPTED
     has_failed = _finish(console, made, failures, _facts(surroundings, time.monotonic() - start))
     if code or has_failed:
         raise typer.Exit(code or 1)
+
+
+@contextmanager
+def _at_most(minutes: float | None, since: float) -> Iterator[None]:
+    """Interrupt what takes longer, as Ctrl-C does."""
+    if minutes is None:
+        yield
+        return
+    before = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    signal.setitimer(signal.ITIMER_REAL, max(60 * minutes - (time.monotonic() - since), 1e-3))
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def _finish(console: Console, made: Bench, failures: dict[str, str], facts: dict[str, object]) -> bool:

@@ -17,6 +17,7 @@ from l2d_bench.measures.parameters import ParametersMeasure
 from l2d_bench.measures.questions import QuestionsMeasure
 from l2d_bench.measures.rewards import GuidedMeasure, RewardMeasure
 from l2d_bench.measures.samples import SamplesMeasure
+from l2d_bench.measures.steps import StepsMeasure
 from l2d_bench.measures.tasks import TaskMeasure
 from l2d_bench.measures.text import TextMeasure
 from l2d_bench.measures.trace import TraceMeasure
@@ -30,6 +31,7 @@ KINDS: dict[str, type[Measure]] = {
     "guided": GuidedMeasure,
     "loss": LossMeasure,
     "held_out": HeldOutMeasure,
+    "steps": StepsMeasure,
     "trace": TraceMeasure,
     "samples": SamplesMeasure,
     "agreement": AgreementMeasure,

@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
 from l2d_framework.cli import common, held_out
 from l2d_framework.errors import ConfigError
-
-if TYPE_CHECKING:
-    from l2d_framework.config import SamplingSection
-    from l2d_framework.models.unloaded import UnloadedModel
-    from l2d_framework.solver import Solver
 
 _STEPS = "0,1,2,3,5,7,15,31"
 
@@ -49,6 +43,8 @@ def eval_steps(
     cost little and differences of a few tenths of a percent are seen. A plain language model, such as one trained with
     LoRA, is measured on the same tokens; numbers of two models are compared row by row in the files written.
     """
+    from l2d_framework.evaluation.diagnosis.steps import draw, possible, sentences, table
+    from l2d_framework.evaluation.diagnosis.steps import eval_steps as run
     from l2d_framework.models.unloaded import UnloadedModel
     from l2d_framework.training.output_dir import staged
 
@@ -56,57 +52,33 @@ def eval_steps(
     where = common.check_device(device)
     common.check_folder(out, "--out")
     source = UnloadedModel(model, base=base, dtype=dtype)
-    settings = _settings(source, solver or [None], num_inference_steps, partial(common.sampling, set_, seed=seed))
+    options = [common.sampling(set_, named, seed=seed) for named in (solver or (None,))]
+    settings = possible(source, options, _counts(num_inference_steps))
     rows = held_out.Rows(data, name, split, columns, class_column, limit, max_length)
     for sampling in settings:
         rows.check(source, sampling)
     prepared, card = rows.read(source)
 
-    from l2d_framework.evaluation.diagnosis import steps
-
     lm = source.load(where)
     with common.bar() as progress:
         track = partial(progress.track, description="solving")
-        result = steps.eval_steps(lm, prepared, settings, batch_size=batch_size, track=track)
+        result = run(lm, prepared, settings, batch_size=batch_size, track=track)
     title = f"Held-out tokens, the true ones before given; {result['tokens']:,} tokens of {result['rows']:,} rows"
-    common.show(steps.table(result), steps.sentences(result), title=title)
+    common.show(table(result), sentences(result), title=title)
     if out is not None:
         facts = {"model": source.identity(), "sampling": settings[-1].model_dump(mode="json"), "data": card}
         with staged(out) as folder:
             common.write_json(folder / "steps.json", result | facts | {"device": str(where)})
             if common.can_draw():
-                steps.draw(result, folder / "steps.png")
+                draw(result, folder / "steps.png")
         typer.echo(f"Written to {out}", err=True)
 
 
-def _settings(source: UnloadedModel, solvers: Sequence[str | None], steps: str, options: Any) -> list[SamplingSection]:
-    """The plain language model, where it was asked for, and of each solver the numbers of evaluations it can make."""
+def _counts(text: str) -> list[int]:
     try:
-        counts = sorted({int(count) for count in steps.split(",")})
+        counts = [int(count) for count in text.split(",")]
     except ValueError:
         counts = [-1]
-    if counts[0] < 0:
-        raise ConfigError(f"--num-inference-steps {steps!r} must be whole numbers with commas, such as 0,1,3,15.")
-    settings = []
-    if counts == [0] or (counts[0] == 0 and source.empty.identity_at_zero):
-        settings.append(source.sampling(options(None, num_inference_steps=0)))
-    if source.is_plain and settings:
-        return settings
-    for solver in solvers:
-        fields = options(solver)
-        chosen = source.origin.settings(source.parts.parametrization, fields, tokenizer=source.tokenizer).solver
-        possible: Sequence[int | None] = [count for count in counts if count and _can_make(chosen, count)]
-        if chosen.is_adaptive:
-            possible = [None]
-        elif not possible and counts[-1]:
-            chosen.grid_size(counts[-1])  # says which numbers it can make
-        settings += [source.sampling(fields | {"num_inference_steps": count}) for count in possible]
-    return settings
-
-
-def _can_make(solver: Solver, count: int) -> bool:
-    try:
-        solver.grid_size(count)
-    except ConfigError:
-        return False
-    return True
+    if min(counts) < 0:
+        raise ConfigError(f"--num-inference-steps {text!r} must be whole numbers with commas, such as 0,1,3,15.")
+    return counts

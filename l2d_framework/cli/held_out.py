@@ -47,10 +47,8 @@ class Rows:
 
     def read(self, source: UnloadedModel) -> tuple[list[Any], Any]:
         """The rows as the model reads them, and what the data was."""
-        from l2d_framework.config import DataSection
-        from l2d_framework.config.validation import validated
+        from l2d_framework.evaluation.diagnosis.batches import read_rows
         from l2d_framework.generation.prompts import context_length
-        from l2d_framework.training.data.prepare import prepare
 
         longest = context_length(source.lm_config)
         if self.max_length is not None and longest is not None and self.max_length > longest:
@@ -63,10 +61,7 @@ class Rows:
             "columns": self._renamed(),
         }
         sources = [{"path": path, **fields} for path in self.data]
-        length = self.max_length or min(longest or 2048, 2048)
-        section = validated(DataSection, {"train": sources, "max_length": length}, "data")
-        prepared = prepare(section, source.tokenizer, classes=source.classes)
-        return list(prepared.train), prepared.card["sources"]["train"]
+        return read_rows(source, sources, self.max_length or min(longest or 2048, 2048))
 
     def _renamed(self) -> dict[str, str]:
         pairs = [column.partition("=") for column in self.columns or []]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -27,6 +27,10 @@ class TemplatedRows(Maker):
     splits: list[str] = Field(default=["train"], min_length=1)
     prompt: str
     completion: str
+    choices: str | None = None
+    """Column with possible answers as `{text: [...], label: [...]}`; `{choices}` of a template names them all."""
+    chat: bool = False
+    """Write `messages` of a user and an assistant instead of `prompt` and `completion`."""
 
     def make(self, folder: Path) -> None:
         """Write the files.
@@ -43,12 +47,19 @@ class TemplatedRows(Maker):
         for split in self.splits:
             data, columns, _ = load_rows(RowSource(path=self.path, name=self.name, split=split))
             try:
-                rows = [
-                    {"prompt": self.prompt.format_map(row), "completion": self.completion.format_map(row)}
-                    for row in data
-                ]
+                rows = [self._row(row) for row in data]
             except KeyError as error:
                 raise DataError(
                     f"{self.path!r} has no column {error}, which a template names; its columns are {columns}."
                 ) from error
             write_rows(folder / f"{split}.jsonl", rows)
+
+    def _row(self, row: dict[str, Any]) -> dict[str, Any]:
+        if self.choices is not None:
+            labelled = zip(row[self.choices]["label"], row[self.choices]["text"], strict=True)
+            row = row | {"choices": "\n".join(f"{label}. {text}" for label, text in labelled)}
+        prompt, completion = self.prompt.format_map(row), self.completion.format_map(row)
+        if not self.chat:
+            return {"prompt": prompt, "completion": completion}
+        turns = (("user", prompt), ("assistant", completion))
+        return {"messages": [{"role": role, "content": text} for role, text in turns]}

@@ -92,14 +92,10 @@ class AgreementMeasure(Measure):
 
     def _reading(self, source: UnloadedModel, subject: Subject) -> Reading:
         from l2d_bench.measures.devices import Reading
-        from l2d_framework.config import DataSection
-        from l2d_framework.config.validation import validated
+        from l2d_framework.evaluation.diagnosis.batches import read_rows
         from l2d_framework.evaluation.harness.options import diffusing
-        from l2d_framework.training.data.prepare import prepare
 
-        data = {"train": [{"path": self.data, "limit": self.limit}], "max_length": self.max_length}
-        section = validated(DataSection, data | {"drop_unsupervised": True}, "data")
-        rows = list(prepare(section, source.tokenizer, classes=source.classes).train)
+        rows, _ = read_rows(source, [{"path": self.data, "limit": self.limit}], self.max_length)
         sampling = source.sampling(diffusing(subject.options) | {"seed": subject.seed})
         sampling = sampling.model_copy(update={"patience": None})
         return Reading(rows, sampling, self.times if sampling.num_inference_steps != 0 else [0.0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any, Literal
 
 from pydantic import Field
@@ -11,7 +12,7 @@ from l2d_framework.config.sections import UserPath
 
 
 class QuestionsMeasure(Measure):
-    """Share of questions that a model answers exactly, white space at the ends aside."""
+    """Share of questions that a model answers as their completion does, white space at the ends aside."""
 
     kind: Literal["questions"] = "questions"
     data: UserPath
@@ -21,6 +22,8 @@ class QuestionsMeasure(Measure):
     limit: int | None = Field(default=None, gt=0)
     chat: bool = False
     """Ask in the model's chat template instead of as plain text."""
+    answer: str | None = None
+    """Pattern whose last match, without commas, is compared instead of the whole, such as a number."""
     options: dict[str, Any] = Field(default_factory=dict)
     """Arguments of the adapter below those of models and rows."""
 
@@ -47,7 +50,8 @@ class QuestionsMeasure(Measure):
         rows = read_rows(self.data, ("prompt", "completion"), self.limit)
         found = Answerer(subject, self.options).ask(prompts_of(rows, chat=self.chat), self.canvas)
         scores = [
-            float(answer.text.strip() == row["completion"].strip()) for row, answer in zip(rows, found, strict=True)
+            float(self._answer(answer.text) == self._answer(row["completion"]) is not None)
+            for row, answer in zip(rows, found, strict=True)
         ]
         return Outcome(
             values={"exact_match": share(scores)},
@@ -56,3 +60,9 @@ class QuestionsMeasure(Measure):
             ],
             details={"evaluations_per_token": sum(answer.evaluations for answer in found) / len(found)},
         )
+
+    def _answer(self, text: str) -> str | None:
+        if self.answer is None:
+            return text.strip()
+        matches = re.findall(self.answer, text)
+        return matches[-1].replace(",", "") if matches else None

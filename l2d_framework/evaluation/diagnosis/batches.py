@@ -9,11 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from l2d_framework.config import DataSection
+from l2d_framework.config.validation import validated
 from l2d_framework.diffusion.logits import pieces
 from l2d_framework.diffusion.rng import TokenStreams, request_keys
 from l2d_framework.diffusion.sampler import Block
 from l2d_framework.models.diffusion_lm import DiffusionLM
+from l2d_framework.models.unloaded import UnloadedModel
 from l2d_framework.training.data.collate import Collator
+from l2d_framework.training.data.prepare import prepare
 from l2d_framework.types import Layout
 
 
@@ -56,6 +60,13 @@ class Batch:
                 keys=[row[part] for row in self.keys],
                 condition=None if self.condition is None else self.condition[:, part],
             )
+
+
+def read_rows(source: UnloadedModel, sources: Sequence[Mapping[str, Any]], max_length: int) -> tuple[list[Any], Any]:
+    """Rows of data sources, entries of a `data` section, as a model reads them, and what the data was."""
+    section = validated(DataSection, {"train": list(sources), "max_length": max_length}, "data")
+    prepared = prepare(section, source.tokenizer, classes=source.classes)
+    return list(prepared.train), prepared.card["sources"]["train"]
 
 
 def batches(model: DiffusionLM, rows: Sequence[Mapping[str, Any]], *, seed: int, size: int) -> list[Batch]:

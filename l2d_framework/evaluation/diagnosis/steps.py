@@ -15,11 +15,14 @@ from torch import Tensor
 from l2d_framework.blame import naming_plugins
 from l2d_framework.config import SamplingSection
 from l2d_framework.diffusion.sampler import Block, Sampler
+from l2d_framework.errors import ConfigError
 from l2d_framework.evaluation import plots
 from l2d_framework.evaluation.diagnosis.batches import Batch, batches
 from l2d_framework.evaluation.diagnosis.diagnose import Track
 from l2d_framework.evaluation.statistics import Estimate, ratio
 from l2d_framework.models.diffusion_lm import DiffusionLM
+from l2d_framework.models.unloaded import UnloadedModel
+from l2d_framework.solver import Solver
 
 DEFINITIONS = {
     "accuracy": "share of held-out tokens that are the likeliest at the read-out, the true tokens before each given",
@@ -34,6 +37,38 @@ DEFINITIONS = {
 
 Sums = Mapping[str, Tensor]
 """Of tokens of each row, (B,), float64: how many there are, how many are right, their losses and evaluations."""
+
+
+def possible(
+    source: UnloadedModel, options: Sequence[Mapping[str, Any]], counts: Sequence[int]
+) -> list[SamplingSection]:
+    """The plain language model, where 0 is among `counts`, and for each of `options` the counts its solver can make.
+
+    An adaptive solver makes its own number. Raises ConfigError where a solver can make none.
+    """
+    wanted, settings = sorted(set(counts)), []
+    if wanted == [0] or (wanted[0] == 0 and source.empty.identity_at_zero):
+        others = {name: value for name, value in options[0].items() if name != "solver"}
+        settings.append(source.sampling(others | {"num_inference_steps": 0}))
+    if source.is_plain and settings:
+        return settings
+    for fields in options:
+        solver = source.origin.settings(source.parts.parametrization, fields, tokenizer=source.tokenizer).solver
+        made: Sequence[int | None] = [count for count in wanted if count and _can_make(solver, count)]
+        if solver.is_adaptive:
+            made = [None]
+        elif not made and wanted[-1]:
+            solver.grid_size(wanted[-1])  # says which numbers it can make
+        settings += [source.sampling({**fields, "num_inference_steps": count}) for count in made]
+    return settings
+
+
+def _can_make(solver: Solver, count: int) -> bool:
+    try:
+        solver.grid_size(count)
+    except ConfigError:
+        return False
+    return True
 
 
 @torch.no_grad()

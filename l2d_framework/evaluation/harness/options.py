@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
 from transformers import GenerationConfig
 
 from l2d_framework.config import SamplingSection
@@ -73,6 +72,9 @@ def read_plan(
         value = generation.get(name)
         if value is not None and not (str(value).isdecimal() and int(value) > 0):
             raise ConfigError(f"{name} should be a whole number above 0, got {value!r}. Correct it in --gen_kwargs.")
+    # The names of options are checked where lm_eval is not installed, too.
+    from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
+
     try:
         rest: dict[str, Any] = dict(normalize_gen_kwargs(dict(generation), default_count))
         stop_strings = handle_stop_sequences(rest.pop("until", None), eos=end)
