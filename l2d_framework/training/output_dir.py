@@ -1,28 +1,45 @@
 """A run's output folder: safe to kill at any moment, refused to a different run, never deleted.
 
 Layout: the finished model and `run.json` at the top, `best/` for the model of the lowest held-out loss, `checkpoint-N/`
-for resuming. Folders appear under their names only when they are complete.
+for resuming, `diverged/` for what an update began with that made no numbers. Folders appear under their names only when
+they are complete.
 """
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import json
+import logging
 import os
 import re
 import shutil
+import tempfile
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors import SafetensorError
+
 from l2d_framework.config import parse_run
 from l2d_framework.config.files import parse_json, read_text
-from l2d_framework.errors import ConfigError, L2DError
+from l2d_framework.errors import CheckpointError, ConfigError, L2DError, OutputError
+from l2d_framework.training import folder_lock
 
 RUN_FILE = "run.json"
 BEST = "best"
+DIVERGED = "diverged"
+SEAL = "files.json"
+"""In a checkpoint the SHA-256 of each other file, written last."""
+_LOGGER = logging.getLogger(__name__)
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+_FREE = {"output_dir", "training.non_finite", "training.skip_limit"}
+"""Options that change no result of a run that has got through so far."""
 _WRITING, _REPLACED = ".writing", ".replaced"
+_UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM}
 
 
 @contextmanager
@@ -32,11 +49,12 @@ def staged(target: Path, *, writes: bool = True, wait: Callable[[], None] = lamb
     One process `writes`, that is, makes and renames it; `wait` waits for the others.
     """
     stage = target.with_name(target.name + _WRITING)
-    if writes:
-        shutil.rmtree(stage, ignore_errors=True)
-        stage.mkdir(parents=True)
-    wait()
-    yield stage
+    with writing(target, stage):
+        if writes:
+            shutil.rmtree(stage, ignore_errors=True)
+            stage.mkdir(parents=True)
+        wait()
+        yield stage
     wait()
     if writes:
         # Whatever had the name is removed once the new one is in place.
@@ -47,6 +65,135 @@ def staged(target: Path, *, writes: bool = True, wait: Callable[[], None] = lamb
         os.replace(stage, target)
         shutil.rmtree(replaced, ignore_errors=True)
     wait()
+
+
+@contextmanager
+def writing(target: Path, stage: Path) -> Iterator[None]:
+    """Say in this package's words what could not be written, and give back the room of its unfinished `stage`."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if isinstance(error, L2DError) or (why := _unwritten(error, stage)) is None:
+            raise
+        size = size_of(stage)
+        free = shutil.disk_usage(target.parent).free
+        if stage.is_dir():
+            shutil.rmtree(stage, ignore_errors=True)
+        else:
+            stage.unlink(missing_ok=True)
+        left = checkpoints(target.parent)
+        kept = (
+            f"{left[-1].name} is whole, and the same command goes on from it" if left else "no checkpoint came before"
+        )
+        raise OutputError(
+            f"{str(target)!r} could not be written: {why}. {in_bytes(size)} of it were written before, and "
+            f"{in_bytes(free)} are free without them. What stood there is untouched: {kept}. Make room first, or lower "
+            "training.save_total_limit in another output_dir."
+        ) from error
+
+
+def _unwritten(error: Exception, stage: Path) -> str | None:
+    """Why a file could not be written, or None if that is not what is wrong."""
+    if isinstance(error, OSError):
+        return error.strerror if error.errno in _UNWRITABLE else None
+    frames = (frame.f_code.co_filename for frame, _ in traceback.walk_tb(error.__traceback__))
+    if isinstance(error, SafetensorError) or torch.serialization.__file__ in frames:
+        # Of these libraries one has the system's words in its own and the other none.
+        known = (os.strerror(number) for number in _UNWRITABLE)
+        return next((words for words in known if words in str(error)), None) or _probe(stage.parent) or str(error)
+    return None
+
+
+def _probe(folder: Path) -> str | None:
+    """Why a megabyte cannot be written, or None if it can."""
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(2**20))
+            file.flush()
+    except OSError as error:
+        return error.strerror
+    return None
+
+
+def in_bytes(count: float) -> str:
+    """A number of bytes for readers."""
+    for unit in ("bytes", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:,.0f} {unit}"
+        count /= 1024
+    return f"{count:,.1f} GiB"
+
+
+def seal(folder: Path) -> None:
+    """Write the hashes of all files of a folder into it."""
+    hashes = {path.relative_to(folder).as_posix(): _sha256(path) for path in _files(folder)}
+    (folder / SEAL).write_text(json.dumps({"sha256": hashes}, indent=2) + "\n", encoding="utf-8")
+
+
+def damage(folder: Path) -> str | None:
+    """What is wrong with a sealed folder; None if it is as it was written, or from before there were seals."""
+    path = folder / SEAL
+    if not path.is_file():
+        return None
+    try:
+        hashes = dict(parse_json(read_text(path), path.name)["sha256"])
+        for name, recorded in hashes.items():
+            if not (folder / name).is_file():
+                return f"{name!r} is missing"
+            if _sha256(folder / name) != recorded:
+                return f"{name!r} is truncated or changed"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"{SEAL!r} or what it names cannot be read ({error})"
+    return None
+
+
+def newest_whole(output: Path, tell: Callable[[str], None]) -> Path | None:
+    """Checkpoint to go on from, or None if there is none; damaged ones are left as they are, and told."""
+    damaged: list[str] = []
+    for folder in reversed(checkpoints(output)):
+        if (wrong := damage(folder)) is None:
+            if damaged:
+                tell(f"{' '.join(damaged)} Going on from the older {str(folder)!r}.")
+            return folder
+        damaged.append(f"{str(folder)!r} is damaged: {wrong}.")
+    if damaged:
+        raise CheckpointError(
+            f"No checkpoint is whole. {' '.join(damaged)} Restore one, or begin anew in another output_dir or with "
+            "--overwrite, which moves this one aside."
+        )
+    return None
+
+
+def size_of(path: Path) -> int:
+    """Bytes of a file or of all files of a folder; 0 if there is none."""
+    return sum(file.stat().st_size for file in ([path] if path.is_file() else _files(path)))
+
+
+def check_room(output: Path, trained: int, limit: int) -> None:
+    """Refuse a disk on which not even one checkpoint has room, and warn where not all have; `trained`: parameters."""
+    size = 12 * trained  # in float32 the weights and AdamW's two moments
+    there = size_of(output)
+    # While one is written those before are still there; beside them stand the best model and the finished one.
+    wanted = (limit + 1) * size + 2 * 4 * trained - there
+    free = shutil.disk_usage(output).free
+    facts = f"A checkpoint takes about {in_bytes(size)}, and {in_bytes(free)} are free for {str(output)!r}"
+    if free < size:
+        raise OutputError(f"{facts}. Make room first, or choose an output_dir on another disk.")
+    if free < wanted:
+        _LOGGER.warning(
+            "%s, but training.save_total_limit %d and the finished model need %s. Training may stop when a checkpoint "
+            "is to be written.",
+            *(facts, limit, in_bytes(wanted)),
+        )
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def remove(folder: Path) -> None:
@@ -101,7 +248,8 @@ def read_card(output: Path) -> dict[str, Any] | None:
 def write_card(output: Path, card: Mapping[str, Any]) -> None:
     """Replace the `run.json` of a folder."""
     temporary = output / f"{RUN_FILE}{_WRITING}"
-    temporary.write_text(json.dumps(card, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    with writing(output / RUN_FILE, temporary):
+        temporary.write_text(json.dumps(card, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     os.replace(temporary, output / RUN_FILE)
 
 
@@ -109,24 +257,28 @@ def check_free(output: Path, config: dict[str, Any]) -> dict[str, Any] | None:
     """Refuse a folder of something else; returns the card of the same run's earlier start, or None."""
     card = read_card(output) if output.is_dir() else None
     if card is None:
-        if output.exists() and not (output.is_dir() and all(p.name.endswith(_WRITING) for p in output.iterdir())):
+        if output.exists() and not (output.is_dir() and all(_is_passing(p) for p in output.iterdir())):
             raise ConfigError(
                 f"output_dir {str(output)!r} exists and holds no {RUN_FILE}, so it is not a run's. "
                 "Choose another, or use --overwrite, which moves it aside."
             )
         return None
     ours, theirs = _flat(config), _flat(_recorded(card))
-    keys = sorted((ours.keys() | theirs.keys()) - {"output_dir"})
+    keys = sorted((ours.keys() | theirs.keys()) - _FREE)
     differing = [key for key in keys if ours.get(key) != theirs.get(key)]
     if not differing:
         return card
-    if [path.name for path in output.iterdir()] == [RUN_FILE]:
+    if {path.name for path in output.iterdir()} - folder_lock.FILES == {RUN_FILE}:
         return None  # a run that was refused when its weights loaded: there is nothing to lose
     shown = "; ".join(f"{key}: {theirs.get(key)!r} there, {ours.get(key)!r} now" for key in differing[:8])
     raise ConfigError(
         f"output_dir {str(output)!r} holds a run with another configuration ({shown}). "
         "Choose another output_dir, or use --overwrite, which moves it aside."
     )
+
+
+def _is_passing(path: Path) -> bool:
+    return path.name.endswith(_WRITING) or path.name in folder_lock.FILES
 
 
 def _recorded(card: Mapping[str, Any]) -> dict[str, Any]:
