@@ -11,8 +11,8 @@ from typing import Any, Self
 
 from l2d_framework.errors import Interrupted, interrupt
 
-GRACE = 60.0
-"""Seconds for an update to end; Slurm and Kubernetes kill after 30 by default."""
+GRACE = 300.0
+"""Seconds for an update to end; what supervisors allow is theirs to enforce."""
 _SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
 _PLAIN = (signal.SIG_DFL, signal.default_int_handler, interrupt)
 """Handlers that end a process at once; whoever has set another wants the signal for himself."""

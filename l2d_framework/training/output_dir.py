@@ -17,7 +17,7 @@ import shutil
 import tempfile
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -290,12 +290,21 @@ def _recorded(card: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def move_aside(output: Path) -> Path | None:
-    """Rename a folder so that its name is free; returns the new name, or None if there was nothing."""
+    """Rename a folder so that its name is free; returns the new name, or None if there was nothing.
+
+    Refused while a process trains in it, or in a folder right below it.
+    """
     if not output.exists():
         return None
     number = next(n for n in range(1, 10**6) if not output.with_name(f"{output.name}.old-{n}").exists())
     aside = output.with_name(f"{output.name}.old-{number}")
-    os.replace(output, aside)
+    inside = [Path(), *(path.parent.relative_to(output) for path in output.glob(f"*/{folder_lock.LOCK}"))]
+    with ExitStack() as held:
+        for folder in inside if output.is_dir() else ():
+            held.enter_context(folder_lock.locked(output / folder))
+        os.replace(output, aside)
+        for folder in inside:
+            folder_lock.forget(aside / folder)
     return aside
 
 

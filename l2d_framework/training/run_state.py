@@ -17,7 +17,7 @@ from l2d_framework.base_model import check_vocabulary, load_config, load_tokeniz
 from l2d_framework.config import ModelSection, Run, config_hash
 from l2d_framework.errors import CheckpointError, ConfigError, DataError, Interrupted
 from l2d_framework.training import output_dir
-from l2d_framework.training.folder_lock import forget, locked
+from l2d_framework.training.folder_lock import locked
 from l2d_framework.training.interruption import Interruption, name_of
 from l2d_framework.training.metrics import Stopwatch, peak_memory
 from l2d_framework.training.run_record import changed_data, environment, now
@@ -43,11 +43,8 @@ class Job(TrainerCallback):
     def __enter__(self) -> Self:
         with self._open:
             wait()
-            if self._overwrite and self.writes and self.output.exists():
-                with locked(self.output):
-                    aside = output_dir.move_aside(self.output)
-                    assert aside is not None  # it existed
-                    forget(aside)
+            if self._overwrite and self.writes:
+                output_dir.move_aside(self.output)
             wait()
             self._check_free()
             if not self.is_finished and self.writes:

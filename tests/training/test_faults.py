@@ -335,6 +335,17 @@ def test_a_lock_that_children_of_a_dead_process_still_hold_is_waited_for(folder:
             assert child.wait() == 0
 
 
+def test_what_stands_above_a_folder_in_use_is_not_moved_aside(folder: Path) -> None:
+    with holder(folder / "demo" / "l2d") as process:
+        with pytest.raises(BusyError, match=str(process.pid)):
+            output_dir.move_aside(folder / "demo")
+        assert (folder / "demo" / "l2d" / folder_lock.LOCK).is_file()
+        process.kill()
+        process.wait()
+    assert output_dir.move_aside(folder / "demo") == folder / "demo.old-1"
+    assert not list((folder / "demo.old-1").rglob("*lock*"))
+
+
 def test_an_error_gives_the_folder_free_and_leaves_nothing_where_nothing_was_written(folder: Path) -> None:
     run = fields(folder, "l2d")
     (folder / "sums.jsonl").write_text("{")
@@ -617,3 +628,70 @@ def test_the_command_line_ends_with_the_code_of_the_error(
         main()
     assert ended.value.code == raised.exit_code
     assert "what is wrong" in capsys.readouterr().err
+
+
+# Kills
+
+
+KILLS = """
+import json, os, random, signal, sys, threading, time
+from l2d_framework.config import parse_run
+from l2d_framework.training.reward.run import train_reward
+from l2d_framework.training.run import train_runs
+
+run, wanted, draw, kills, inside, number = json.loads(sys.argv[1]), int(sys.argv[2]), random.Random(0), 0, 0, 0
+
+def die(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def at_file(count, folder):
+    left = [count]
+    def hook(event, arguments):
+        if event in ("open", "os.rename", "os.remove", "shutil.rmtree", "os.mkdir") and folder in str(arguments[0]):
+            left[0] -= 1
+            if not left[0]:
+                die()
+    sys.addaudithook(hook)
+
+def train(output):
+    parsed = parse_run(run | {"output_dir": output})
+    train_reward(parsed) if run.get("kind") == "reward" else train_runs([parsed])
+
+while kills < wanted:
+    output = f"{run['output_dir']}_{number}"
+    by_time, seconds, count = draw.random() < 0.5, draw.uniform(0, 3), draw.randint(1, 120)
+    if (child := os.fork()) == 0:
+        if by_time:
+            threading.Timer(seconds, die).start()
+        else:
+            at_file(count, output)
+        train(output)
+        os._exit(0)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert code in (0, -signal.SIGKILL), code
+    kills += code != 0
+    names = os.listdir(output) if os.path.isdir(output) else []
+    inside += any(name.endswith((".writing", ".replaced")) for name in names)
+    number += code == 0
+train(f"{run['output_dir']}_{number}")
+print(json.dumps([kills, inside, number]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_runs_killed_at_random_moments_and_while_saving_end_with_the_same_weights(folder: Path, kind: str) -> None:
+    run = fields(folder, kind, max_steps=24, save_steps=3, eval_steps=None if kind == "reward" else 4)
+    train(run)
+    command = [sys.executable, "-W", "ignore", "-c", KILLS, json.dumps(run), "20"]
+    found = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert found.returncode == 0, found.stderr[-3000:]
+    kills, while_saving, last = json.loads(found.stdout.splitlines()[-1])
+    assert kills == 20
+    assert while_saving >= 3
+    for number in range(last + 1):
+        output = folder / f"out_{number}"
+        assert_same(output, folder / "out")
+        assert not list(output.glob("*.writing"))
+        if kind != "reward":
+            assert tiny_runs.losses(output) == tiny_runs.losses(folder / "out")
