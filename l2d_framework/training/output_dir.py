@@ -7,27 +7,22 @@ they are complete.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import logging
 import os
 import re
 import shutil
-import tempfile
-import traceback
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
-
-import torch
-from safetensors import SafetensorError
 
 from l2d_framework.config import parse_run
 from l2d_framework.config.files import parse_json, read_text
 from l2d_framework.errors import CheckpointError, ConfigError, L2DError, OutputError
 from l2d_framework.training import folder_lock
+from l2d_framework.writing import in_bytes, naming_what_fails, size_of
 
 RUN_FILE = "run.json"
 BEST = "best"
@@ -39,7 +34,6 @@ _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 _FREE = {"output_dir", "training.non_finite", "training.skip_limit"}
 """Options that change no result of a run that has got through so far."""
 _WRITING, _REPLACED = ".writing", ".replaced"
-_UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM}
 
 
 @contextmanager
@@ -67,61 +61,18 @@ def staged(target: Path, *, writes: bool = True, wait: Callable[[], None] = lamb
     wait()
 
 
-@contextmanager
-def writing(target: Path, stage: Path) -> Iterator[None]:
-    """Say in this package's words what could not be written, and give back the room of its unfinished `stage`."""
-    try:
-        yield
-    except (OSError, RuntimeError, SafetensorError) as error:
-        if isinstance(error, L2DError) or (why := _unwritten(error, stage)) is None:
-            raise
-        size = size_of(stage)
-        free = shutil.disk_usage(target.parent).free
-        if stage.is_dir():
-            shutil.rmtree(stage, ignore_errors=True)
-        else:
-            stage.unlink(missing_ok=True)
-        left = checkpoints(target.parent)
-        kept = (
-            f"{left[-1].name} is whole, and the same command goes on from it" if left else "no checkpoint came before"
+def writing(target: Path, stage: Path) -> AbstractContextManager[None]:
+    """Say in this package's words what of a run could not be written, and what is left to go on from."""
+
+    def kept() -> str:
+        if not (left := checkpoints(target.parent)):
+            return "No checkpoint came before. Make room first, or choose another output_dir."
+        return (
+            f"Nothing is lost: {left[-1].name}, which takes {in_bytes(size_of(left[-1]))}, is whole, and the same "
+            "command goes on from it. Make room for one more first."
         )
-        raise OutputError(
-            f"{str(target)!r} could not be written: {why}. {in_bytes(size)} of it were written before, and "
-            f"{in_bytes(free)} are free without them. What stood there is untouched: {kept}. Make room first, or lower "
-            "training.save_total_limit in another output_dir."
-        ) from error
 
-
-def _unwritten(error: Exception, stage: Path) -> str | None:
-    """Why a file could not be written, or None if that is not what is wrong."""
-    if isinstance(error, OSError):
-        return error.strerror if error.errno in _UNWRITABLE else None
-    frames = (frame.f_code.co_filename for frame, _ in traceback.walk_tb(error.__traceback__))
-    if isinstance(error, SafetensorError) or torch.serialization.__file__ in frames:
-        # Of these libraries one has the system's words in its own and the other none.
-        known = (os.strerror(number) for number in _UNWRITABLE)
-        return next((words for words in known if words in str(error)), None) or _probe(stage.parent) or str(error)
-    return None
-
-
-def _probe(folder: Path) -> str | None:
-    """Why a megabyte cannot be written, or None if it can."""
-    try:
-        with tempfile.TemporaryFile(dir=folder) as file:
-            file.write(bytes(2**20))
-            file.flush()
-    except OSError as error:
-        return error.strerror
-    return None
-
-
-def in_bytes(count: float) -> str:
-    """A number of bytes for readers."""
-    for unit in ("bytes", "KiB", "MiB"):
-        if count < 1024:
-            return f"{count:,.0f} {unit}"
-        count /= 1024
-    return f"{count:,.1f} GiB"
+    return naming_what_fails(target, stage, kept)
 
 
 def seal(folder: Path) -> None:
@@ -162,11 +113,6 @@ def newest_whole(output: Path, tell: Callable[[str], None]) -> Path | None:
             "--overwrite, which moves this one aside."
         )
     return None
-
-
-def size_of(path: Path) -> int:
-    """Bytes of a file or of all files of a folder; 0 if there is none."""
-    return sum(file.stat().st_size for file in ([path] if path.is_file() else _files(path)))
 
 
 def check_room(output: Path, trained: int, limit: int) -> None:
