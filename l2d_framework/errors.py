@@ -3,11 +3,29 @@
 from __future__ import annotations
 
 import difflib
+import signal
 from collections.abc import Iterable
+from typing import ClassVar, NoReturn
+
+EXIT_CODES = {
+    0: "done",
+    1: "an error that nobody foresaw, with its traceback; of `l2d bench`, a cell without its number",
+    2: "a mistake in a run file, an option, data or a checkpoint",
+    3: "training diverged: a loss, a gradient or a weight is no number any more",
+    4: "what was to be written could not be written, such as to a full disk",
+    5: "another process is at work in the same output folder",
+    130: "interrupted by Ctrl-C",
+    138: "interrupted by SIGUSR1, by which Slurm announces the end of a job's time",
+    143: "interrupted by SIGTERM",
+}
+"""What the exit codes of `l2d` say; README shows them."""
 
 
 class L2DError(Exception):
     """Root of every error this package raises on purpose."""
+
+    exit_code: ClassVar[int] = 2
+    """With which the command `l2d` ends."""
 
 
 class ConfigError(L2DError, ValueError):
@@ -32,6 +50,50 @@ class UnsupportedModelError(L2DError, ValueError):
 
 class EvaluationBudgetError(L2DError, RuntimeError):
     """An adaptive solve needed more network evaluations than it was allowed."""
+
+
+class DivergedError(L2DError, ArithmeticError):
+    """A loss, a gradient or a weight became infinite or no number while training."""
+
+    exit_code = 3
+
+
+class OutputError(L2DError, OSError):
+    """A file or folder could not be written, whatever library was writing it."""
+
+    exit_code = 4
+
+
+class BusyError(L2DError, RuntimeError):
+    """Another process is at work in an output folder."""
+
+    exit_code = 5
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal asked to end; what it says tells how to go on."""
+
+    def __init__(self, signum: int, text: str = "") -> None:
+        super().__init__(text)
+        self.signum = signum
+
+    @property
+    def exit_code(self) -> int:
+        """With which the command `l2d` ends, as a shell reports a process that the signal ended."""
+        return 128 + self.signum
+
+
+def interrupt(signum: int = signal.SIGINT, frame: object = None) -> NoReturn:
+    """Handler that turns a signal into an exception.
+
+    Args:
+        signum: the signal.
+        frame: where it came.
+
+    Raises:
+        Interrupted: always.
+    """
+    raise Interrupted(signum)
 
 
 def shown(value: object) -> str:

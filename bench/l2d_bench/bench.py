@@ -17,7 +17,7 @@ from l2d_bench.report import markdown, to_json
 from l2d_bench.resolve import Resolver
 from l2d_framework.errors import ConfigError, L2DError
 from l2d_framework.evaluation.plots import can_plot
-from l2d_framework.evaluation.tables import write_whole
+from l2d_framework.writing import write_whole
 
 
 class Bench:

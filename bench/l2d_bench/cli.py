@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from l2d_framework.errors import ConfigError
+from l2d_framework.errors import ConfigError, interrupt
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -81,7 +81,7 @@ def bench(
 
     Raises:
         ConfigError: if no table is named, or a table, the profile or an option is wrong.
-        Exit: with code 1 if a cell failed, 130 if it was interrupted.
+        Exit: with code 1 if a cell failed, 130 or 143 if it was interrupted.
     """
     from rich.console import Console
 
@@ -116,17 +116,17 @@ def bench(
     failures: dict[str, str] = {}
     code = 0
     # `timeout` and batch systems end a process by this signal.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, interrupt)
     try:
         with _at_most(minutes, since=start):
             failures = _run(console, made, surroundings)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         is_over = minutes is not None and time.monotonic() - start >= 60 * minutes
         console.print(
             f"{'The time is over' if is_over else 'Interrupted'}; the tables hold what there is. "
             "The same command goes on."
         )
-        code = 0 if is_over else _INTERRUPTED
+        code = 0 if is_over else getattr(stop, "exit_code", _INTERRUPTED)
     has_failed = _finish(console, made, failures, _facts(surroundings, time.monotonic() - start))
     if code or has_failed:
         raise typer.Exit(code or 1)

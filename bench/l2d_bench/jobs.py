@@ -14,7 +14,7 @@ from typing import Any
 from l2d_bench.data.makers import Maker
 from l2d_bench.kinds import KINDS, MAKERS
 from l2d_bench.measures.base import Measure, Subject
-from l2d_framework.evaluation.tables import write_whole
+from l2d_framework.writing import write_whole
 
 Report = Callable[[int, int, str], None]
 """Told how much of how much is done, and a few words."""

@@ -170,10 +170,13 @@ class _Worker:
             self.pipe.send(job)
 
     def stop(self) -> None:
-        self.pipe.close()
-        if self.key is not None:
+        if self.key is None:
+            self.pipe.close()
+        else:
+            # Open until it has ended: a run saves first, and tells of its progress meanwhile.
             self.process.terminate()
         self.process.join(_PATIENCE)
+        self.pipe.close()
         if self.process.is_alive():
             self.process.kill()
             self.process.join()

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import importlib
 import os
+import signal
 import sys
 from typing import Annotated, Any, NamedTuple
 
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from l2d_framework.errors import L2DError
+from l2d_framework.errors import Interrupted, L2DError
 from l2d_framework.registry import ALLOW_LIST, extensions
 
 
@@ -56,6 +57,13 @@ class _LazyGroup(TyperGroup):
         for name, app in extensions().commands().items():
             if name not in COMMANDS:
                 self.add_command(typer.main.get_command(app), name)
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as stop:
+            typer.echo(f"\n{stop}" if str(stop) else "\nInterrupted.", err=True)
+            raise typer.Exit(getattr(stop, "exit_code", Interrupted(signal.SIGINT).exit_code)) from stop
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         if args and args[0] in ELSEWHERE and args[0] not in self.commands:
@@ -108,14 +116,14 @@ def _options(
 
 
 def main() -> None:
-    """Run the command line; a user's mistake ends in a message and exit code 2, under L2D_DEBUG=1 in a traceback."""
+    """Run the command line; an `L2DError` ends in a message and its exit code, under L2D_DEBUG=1 in a traceback."""
     try:
         app()
     except L2DError as error:
         if os.environ.get("L2D_DEBUG") == "1":
             raise
         _show(error)
-        sys.exit(2)
+        sys.exit(error.exit_code)
 
 
 def _show(error: L2DError) -> None:

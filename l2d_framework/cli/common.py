@@ -14,6 +14,7 @@ from rich.progress import Progress
 
 from l2d_framework.errors import ConfigError
 from l2d_framework.evaluation import plots, tables
+from l2d_framework.writing import write_whole
 
 RunFile = Annotated[Path, typer.Argument(metavar="RUN.yaml", help="Run file, YAML or JSON.")]
 Overrides = Annotated[
@@ -79,7 +80,7 @@ def can_draw() -> bool:
 
 def write_json(path: Path, content: Any) -> None:
     """Write results for readers and programs."""
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_whole(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
 def sampling(settings: list[str] | None, solver: str | None, **given: Any) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 from collections.abc import Iterable, Sequence
@@ -21,8 +20,7 @@ from transformers import GenerationConfig, TextStreamer
 from l2d_framework.cli.common import bar, check_device, check_dtype
 from l2d_framework.diffusion.ode import Evaluation
 from l2d_framework.diffusion.rng import request_keys
-from l2d_framework.errors import ConfigError, DataError
-from l2d_framework.evaluation.tables import write_whole
+from l2d_framework.errors import ConfigError, DataError, OutputError
 from l2d_framework.generation.arguments import decoding_options, request
 from l2d_framework.generation.chat_template import check_conversation
 from l2d_framework.generation.infill import check_infilling, read_gaps
@@ -69,13 +67,60 @@ def check_output(output: Path | None) -> None:
         raise ConfigError(f"{str(output)!r} exists. Name another --output, so that nothing is lost.")
     if not os.access(output.resolve().parent, os.W_OK):
         raise ConfigError(f"{str(output.resolve().parent)!r} is missing or cannot be written. Name another --output.")
+    if (part := _part(output)).exists():
+        raise ConfigError(
+            f"{str(part)!r} holds the answers of a generation that goes on or was interrupted. Move it elsewhere, or "
+            "name another --output."
+        )
 
 
-def write_rows(output: Path | None, rows: list[dict[str, Any]]) -> None:
-    """Write a JSONL file, if one is named, in one piece."""
-    if output is None:
-        return
-    write_whole(output, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+def _part(output: Path) -> Path:
+    return output.with_name(f"{output.name}.part")
+
+
+class Rows:
+    """A JSONL file, if one is named, under the name of a part until the last row is in it.
+
+    Rows are in the file as soon as they are known, so an interruption loses none.
+    """
+
+    def __init__(self, output: Path | None) -> None:
+        self._output = output
+
+    def __enter__(self) -> Self:
+        if self._output is not None:
+            check_output(self._output)
+            with suppress(FileExistsError):
+                self._file = _part(self._output).open("x", encoding="utf-8")
+                return self
+            check_output(self._output)  # whoever made it meanwhile has it
+        return self
+
+    def write(self, rows: Iterable[dict[str, Any]]) -> None:
+        """Add rows."""
+        if self._output is None:
+            return
+        try:
+            self._file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            self._file.flush()
+        except OSError as error:
+            raise OutputError(
+                f"{str(self._output)!r} could not be written: {error.strerror}. Earlier answers are in "
+                f"{str(_part(self._output))!r}."
+            ) from error
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        if self._output is None:
+            return
+        part = _part(self._output)
+        with suppress(OSError):  # what could not be written before cannot now
+            self._file.close()
+        if kind is None:
+            os.replace(part, self._output)
+        elif part.stat().st_size:
+            typer.echo(f"The answers so far are in {part}.", err=True)
+        else:
+            part.unlink()
 
 
 class Drafts:
@@ -161,11 +206,13 @@ class Session:
     def infill(self, texts: Sequence[str], *, output: Path | None) -> None:
         """Fill gaps in texts, print and write the results."""
         assert self.lm is not None
-        answers = [self.lm.infill(text, **self.sampling).texts(self.tokenizer)[0] for text in texts]
+        answers = []
+        with Rows(output) as rows:
+            for text in texts:
+                answers.append(self.lm.infill(text, **self.sampling).texts(self.tokenizer)[0])
+                rows.write([{"infill": text, "answers": [{"text": answers[-1]}]}])
         for answer in answers:
             typer.echo(answer)
-        pairs = zip(texts, answers, strict=True)
-        write_rows(output, [{"infill": text, "answers": [{"text": new}]} for text, new in pairs])
 
     def trace(self, prompt: Prompt, path: Path, *, output: Path | None) -> None:
         """Answer one prompt, print and write the answer, and write how it took shape."""
@@ -178,7 +225,8 @@ class Session:
         trace = recorder.finish([*batch[0], *answer.pop("ids")])
         write_trace(trace, self.tokenizer, path, title=title)
         typer.echo(answer["text"])
-        write_rows(output, [{"prompt": prompt, "answers": [answer]}])
+        with Rows(output) as rows:
+            rows.write([{"prompt": prompt, "answers": [answer]}])
 
     def answer(
         self,
@@ -244,19 +292,23 @@ class Session:
     ) -> None:
         """Answer all prompts, print and write the answers."""
         if stream:
-            rows = [[{"text": self.stream(prompts[0])}]]
-        else:
-            rows = []
-            keys = request_keys(encoded)
-            with bar(is_shown=len(encoded) > batch_size) as progress:
-                for start in progress.track(range(0, len(encoded), batch_size), description="generating"):
-                    part = slice(start, start + batch_size)
-                    answers = self.answer(prompts[part], encoded[part], keys[part])
-                    rows += [answers[i : i + self.samples] for i in range(0, len(answers), self.samples)]
-            for answer in itertools.chain(*rows):
-                typer.echo(answer["text"])
-                del answer["ids"]
-        write_rows(output, [{"prompt": p, "answers": a} for p, a in zip(prompts, rows, strict=True)])
+            with Rows(output) as file:
+                file.write([{"prompt": prompts[0], "answers": [{"text": self.stream(prompts[0])}]}])
+            return
+        texts: list[str] = []
+        keys = request_keys(encoded)
+        with Rows(output) as file, bar(is_shown=len(encoded) > batch_size) as progress:
+            for start in progress.track(range(0, len(encoded), batch_size), description="generating"):
+                part = slice(start, start + batch_size)
+                answers = self.answer(prompts[part], encoded[part], keys[part])
+                for answer in answers:
+                    texts.append(answer["text"])
+                    del answer["ids"]
+                grouped = (answers[i : i + self.samples] for i in range(0, len(answers), self.samples))
+                pairs = zip(prompts[part], grouped, strict=True)
+                file.write({"prompt": prompt, "answers": group} for prompt, group in pairs)
+        for text in texts:
+            typer.echo(text)
 
     def talk(self) -> None:
         """A conversation on the terminal, ended by an empty line or the end of input."""

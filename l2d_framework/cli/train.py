@@ -19,8 +19,17 @@ if TYPE_CHECKING:
 
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Move an output folder that exists aside and start anew.")]
 
+AcceptChangedData = Annotated[
+    bool, typer.Option("--accept-changed-data", help="Go on although the data have changed; run.json will tell.")
+]
 
-def train(run_file: RunFile, overrides: Overrides = None, overwrite: Overwrite = False) -> None:
+
+def train(
+    run_file: RunFile,
+    overrides: Overrides = None,
+    overwrite: Overwrite = False,
+    accept_changed_data: AcceptChangedData = False,
+) -> None:
     """Train the run, or the pipeline of runs, of a file; called again, it goes on where it was interrupted.
 
     Works under `accelerate launch -m l2d_framework.cli train` and `torchrun -m l2d_framework.cli train`.
@@ -31,7 +40,7 @@ def train(run_file: RunFile, overrides: Overrides = None, overwrite: Overwrite =
     console = Console()
     runs = load_run(run_file, overrides)
     with _reporting(console) as report:
-        cards = train_runs(runs, overwrite=overwrite, callbacks=report)
+        cards = train_runs(runs, overwrite=overwrite, accept_changed_data=accept_changed_data, callbacks=report)
     if not _leave():
         return
     for run, card in zip(runs, cards, strict=True):
@@ -42,7 +51,12 @@ def train(run_file: RunFile, overrides: Overrides = None, overwrite: Overwrite =
             )
 
 
-def train_reward(run_file: RunFile, overrides: Overrides = None, overwrite: Overwrite = False) -> None:
+def train_reward(
+    run_file: RunFile,
+    overrides: Overrides = None,
+    overwrite: Overwrite = False,
+    accept_changed_data: AcceptChangedData = False,
+) -> None:
     """Train a reward model with TRL; called again, it goes on from the last checkpoint.
 
     The run file has `kind: reward`; the result serves `l2d generate --guidance reward_gradient`.
@@ -54,7 +68,8 @@ def train_reward(run_file: RunFile, overrides: Overrides = None, overwrite: Over
     console = Console()
     runs = check_ready(load_run(run_file, overrides), overwrite=overwrite)
     with _reporting(console) as report:
-        cards = [train_one(run, overwrite=overwrite, callbacks=report(run)) for run in runs]
+        options = {"overwrite": overwrite, "accept_changed_data": accept_changed_data}
+        cards = [train_one(run, **options, callbacks=report(run)) for run in runs]
     if _leave():
         for run, card in zip(runs, cards, strict=True):
             _show(console, run, card, _reward_rows(card))

@@ -201,6 +201,10 @@ class Updates(Section):
     save_steps: int | None = Field(default=None, ge=1)
     """Updates between checkpoints, from which an interrupted run goes on."""
     save_total_limit: int = Field(default=2, ge=1)
+    non_finite: Literal["stop", "skip"] = "stop"
+    """What to do where a loss or a gradient is infinite or no number: stop, or leave that update out."""
+    skip_limit: int = Field(default=10, ge=1)
+    """Updates left out in a row after which the next one stops training."""
     logging_steps: int = Field(default=10, ge=1)
     report_to: list[str] = []
     """Trackers such as `tensorboard` or `wandb`."""

@@ -20,8 +20,8 @@ from l2d_framework.demo.report import Results, markdown, to_json
 from l2d_framework.demo.task import Data, make_data, write_questions
 from l2d_framework.errors import ConfigError
 from l2d_framework.evaluation.plots import can_plot
-from l2d_framework.evaluation.tables import write_whole
 from l2d_framework.training.output_dir import read_card
+from l2d_framework.writing import write_whole
 
 _RUN_FILE = "runs.yaml"
 _LENGTH = 32
@@ -128,7 +128,7 @@ class Demo:
                 write_questions(_data_file(self.folder, name), questions)
         except OSError as error:
             raise ConfigError(
-                f"{str(self.folder)!r} cannot be written ({error.strerror}). Choose another --out."
+                f"{str(self.folder)!r} cannot be written ({error.strerror or error}). Choose another --out."
             ) from error
         return load_run(self.folder / _RUN_FILE)
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from l2d_framework.evaluation.tables import write_whole
+from l2d_framework.writing import write_whole
 
 NUMBERS = 64
 """Numbers run from 0 to 63; each becomes one token, and so does the answer."""

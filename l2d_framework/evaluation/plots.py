@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from l2d_framework.evaluation.tables import write_whole
+from l2d_framework.writing import write_whole
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

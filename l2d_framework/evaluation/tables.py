@@ -1,10 +1,8 @@
-"""A table, its headings in the first row, as Markdown and on a terminal; files written whole."""
+"""A table, its headings in the first row, as Markdown and on a terminal."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -34,10 +32,3 @@ def terminal(rows: Rows, title: str | None = None) -> Table:
     for row in body:
         table.add_row(*map(Text, row))
     return table
-
-
-def write_whole(path: Path, content: str | bytes) -> None:
-    """Write a file whole or not at all, so that one that is there is complete."""
-    temporary = path.with_name(path.name + ".part")
-    temporary.write_bytes(content.encode() if isinstance(content, str) else content)
-    os.replace(temporary, path)

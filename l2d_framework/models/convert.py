@@ -31,6 +31,7 @@ from l2d_framework.models.origin import Origin
 from l2d_framework.opening import make_config, new_model, open_model, reading
 from l2d_framework.registry import registry
 from l2d_framework.types import ForeignCheckpoint
+from l2d_framework.writing import naming_what_fails
 
 
 def convert(
@@ -250,7 +251,13 @@ def _new_folder(out: Path) -> Iterator[Path]:
         # A folder made by mkdtemp is its owner's alone; this one is made like any other.
         stage = around / "new"
         stage.mkdir()
-        yield stage
-        os.replace(stage, out)
+        with naming_what_fails(out, stage):
+            yield stage
+        try:
+            os.replace(stage, out)
+        except OSError as error:
+            raise ConfigError(
+                f"{str(out)!r} was filled by another process meanwhile. Give a new folder; nothing is overwritten."
+            ) from error
     finally:
         shutil.rmtree(around, ignore_errors=True)

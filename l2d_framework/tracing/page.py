@@ -9,8 +9,8 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from l2d_framework.evaluation.tables import write_whole
 from l2d_framework.tracing.record import Trace
+from l2d_framework.writing import write_whole
 
 _MARK = "@@DATA@@"
 

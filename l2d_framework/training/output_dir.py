@@ -1,27 +1,38 @@
 """A run's output folder: safe to kill at any moment, refused to a different run, never deleted.
 
 Layout: the finished model and `run.json` at the top, `best/` for the model of the lowest held-out loss, `checkpoint-N/`
-for resuming. Folders appear under their names only when they are complete.
+for resuming, `diverged/` for what an update began with that made no numbers. Folders appear under their names only when
+they are complete.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import logging
 import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from l2d_framework.config import parse_run
 from l2d_framework.config.files import parse_json, read_text
-from l2d_framework.errors import ConfigError, L2DError
+from l2d_framework.errors import CheckpointError, ConfigError, L2DError, OutputError
+from l2d_framework.training import folder_lock
+from l2d_framework.writing import in_bytes, naming_what_fails, size_of
 
 RUN_FILE = "run.json"
 BEST = "best"
+DIVERGED = "diverged"
+SEAL = "files.json"
+"""In a checkpoint the SHA-256 of each other file, written last."""
+_LOGGER = logging.getLogger(__name__)
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+_FREE = {"output_dir", "training.non_finite", "training.skip_limit"}
+"""Options that change no result of a run that has got through so far."""
 _WRITING, _REPLACED = ".writing", ".replaced"
 
 
@@ -32,11 +43,12 @@ def staged(target: Path, *, writes: bool = True, wait: Callable[[], None] = lamb
     One process `writes`, that is, makes and renames it; `wait` waits for the others.
     """
     stage = target.with_name(target.name + _WRITING)
-    if writes:
-        shutil.rmtree(stage, ignore_errors=True)
-        stage.mkdir(parents=True)
-    wait()
-    yield stage
+    with writing(target, stage):
+        if writes:
+            shutil.rmtree(stage, ignore_errors=True)
+            stage.mkdir(parents=True)
+        wait()
+        yield stage
     wait()
     if writes:
         # Whatever had the name is removed once the new one is in place.
@@ -47,6 +59,87 @@ def staged(target: Path, *, writes: bool = True, wait: Callable[[], None] = lamb
         os.replace(stage, target)
         shutil.rmtree(replaced, ignore_errors=True)
     wait()
+
+
+def writing(target: Path, stage: Path) -> AbstractContextManager[None]:
+    """Say in this package's words what of a run could not be written, and what is left to go on from."""
+
+    def kept() -> str:
+        if not (left := checkpoints(target.parent)):
+            return "No checkpoint came before. Make room first, or choose another output_dir."
+        return (
+            f"Nothing is lost: {left[-1].name}, which takes {in_bytes(size_of(left[-1]))}, is whole, and the same "
+            "command goes on from it. Make room for one more first."
+        )
+
+    return naming_what_fails(target, stage, kept)
+
+
+def seal(folder: Path) -> None:
+    """Write the hashes of all files of a folder into it."""
+    hashes = {path.relative_to(folder).as_posix(): _sha256(path) for path in _files(folder)}
+    (folder / SEAL).write_text(json.dumps({"sha256": hashes}, indent=2) + "\n", encoding="utf-8")
+
+
+def damage(folder: Path) -> str | None:
+    """What is wrong with a sealed folder; None if it is as it was written, or from before there were seals."""
+    path = folder / SEAL
+    if not path.is_file():
+        return None
+    try:
+        hashes = dict(parse_json(read_text(path), path.name)["sha256"])
+        for name, recorded in hashes.items():
+            if not (folder / name).is_file():
+                return f"{name!r} is missing"
+            if _sha256(folder / name) != recorded:
+                return f"{name!r} is truncated or changed"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"{SEAL!r} or what it names cannot be read ({error})"
+    return None
+
+
+def newest_whole(output: Path, tell: Callable[[str], None]) -> Path | None:
+    """Checkpoint to go on from, or None if there is none; damaged ones are left as they are, and told."""
+    damaged: list[str] = []
+    for folder in reversed(checkpoints(output)):
+        if (wrong := damage(folder)) is None:
+            if damaged:
+                tell(f"{' '.join(damaged)} Going on from the older {str(folder)!r}.")
+            return folder
+        damaged.append(f"{str(folder)!r} is damaged: {wrong}.")
+    if damaged:
+        raise CheckpointError(
+            f"No checkpoint is whole. {' '.join(damaged)} Restore one, or begin anew in another output_dir or with "
+            "--overwrite, which moves this one aside."
+        )
+    return None
+
+
+def check_room(output: Path, trained: int, limit: int) -> None:
+    """Refuse a disk on which not even one checkpoint has room, and warn where not all have; `trained`: parameters."""
+    size = 12 * trained  # in float32 the weights and AdamW's two moments
+    there = size_of(output)
+    # While one is written those before are still there; beside them stand the best model and the finished one.
+    wanted = (limit + 1) * size + 2 * 4 * trained - there
+    free = shutil.disk_usage(output).free
+    facts = f"A checkpoint takes about {in_bytes(size)}, and {in_bytes(free)} are free for {str(output)!r}"
+    if free < size:
+        raise OutputError(f"{facts}. Make room first, or choose an output_dir on another disk.")
+    if free < wanted:
+        _LOGGER.warning(
+            "%s, but training.save_total_limit %d and the finished model need %s. Training may stop when a checkpoint "
+            "is to be written.",
+            *(facts, limit, in_bytes(wanted)),
+        )
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def remove(folder: Path) -> None:
@@ -101,7 +194,8 @@ def read_card(output: Path) -> dict[str, Any] | None:
 def write_card(output: Path, card: Mapping[str, Any]) -> None:
     """Replace the `run.json` of a folder."""
     temporary = output / f"{RUN_FILE}{_WRITING}"
-    temporary.write_text(json.dumps(card, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    with writing(output / RUN_FILE, temporary):
+        temporary.write_text(json.dumps(card, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     os.replace(temporary, output / RUN_FILE)
 
 
@@ -109,24 +203,28 @@ def check_free(output: Path, config: dict[str, Any]) -> dict[str, Any] | None:
     """Refuse a folder of something else; returns the card of the same run's earlier start, or None."""
     card = read_card(output) if output.is_dir() else None
     if card is None:
-        if output.exists() and not (output.is_dir() and all(p.name.endswith(_WRITING) for p in output.iterdir())):
+        if output.exists() and not (output.is_dir() and all(_is_passing(p) for p in output.iterdir())):
             raise ConfigError(
                 f"output_dir {str(output)!r} exists and holds no {RUN_FILE}, so it is not a run's. "
                 "Choose another, or use --overwrite, which moves it aside."
             )
         return None
     ours, theirs = _flat(config), _flat(_recorded(card))
-    keys = sorted((ours.keys() | theirs.keys()) - {"output_dir"})
+    keys = sorted((ours.keys() | theirs.keys()) - _FREE)
     differing = [key for key in keys if ours.get(key) != theirs.get(key)]
     if not differing:
         return card
-    if [path.name for path in output.iterdir()] == [RUN_FILE]:
+    if {path.name for path in output.iterdir()} - folder_lock.FILES == {RUN_FILE}:
         return None  # a run that was refused when its weights loaded: there is nothing to lose
     shown = "; ".join(f"{key}: {theirs.get(key)!r} there, {ours.get(key)!r} now" for key in differing[:8])
     raise ConfigError(
         f"output_dir {str(output)!r} holds a run with another configuration ({shown}). "
         "Choose another output_dir, or use --overwrite, which moves it aside."
     )
+
+
+def _is_passing(path: Path) -> bool:
+    return path.name.endswith(_WRITING) or path.name in folder_lock.FILES
 
 
 def _recorded(card: Mapping[str, Any]) -> dict[str, Any]:
@@ -138,12 +236,21 @@ def _recorded(card: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def move_aside(output: Path) -> Path | None:
-    """Rename a folder so that its name is free; returns the new name, or None if there was nothing."""
+    """Rename a folder so that its name is free; returns the new name, or None if there was nothing.
+
+    Refused while a process trains in it, or in a folder right below it.
+    """
     if not output.exists():
         return None
     number = next(n for n in range(1, 10**6) if not output.with_name(f"{output.name}.old-{n}").exists())
     aside = output.with_name(f"{output.name}.old-{number}")
-    os.replace(output, aside)
+    inside = [Path(), *(path.parent.relative_to(output) for path in output.glob(f"*/{folder_lock.LOCK}"))]
+    with ExitStack() as held:
+        for folder in inside if output.is_dir() else ():
+            held.enter_context(folder_lock.locked(output / folder))
+        os.replace(output, aside)
+        for folder in inside:
+            folder_lock.forget(aside / folder)
     return aside
 
 

@@ -39,6 +39,7 @@ def train_runs(
     runs: Sequence[Run],
     *,
     overwrite: bool = False,
+    accept_changed_data: bool = False,
     callbacks: Callable[[Run], Sequence[TrainerCallback]] = lambda run: (),
 ) -> list[dict[str, Any]]:
     """Train the runs of a file in order, skipping those that are finished."""
@@ -46,7 +47,12 @@ def train_runs(
     for run in token_runs:
         if not overwrite:
             output_dir.check_free(output_folder(run), run.model_dump(mode="json"))
-    return [_train(run, overwrite=overwrite, callbacks=callbacks(run)) for run in token_runs]
+    cards = []
+    for run in token_runs:
+        arguments = make_arguments(run.training, output_folder(run), seed=run.seed)
+        with Job(run, arguments, overwrite=overwrite, accept_changed_data=accept_changed_data) as job:
+            cards.append(_train(run, job, callbacks(run)))
+    return cards
 
 
 def check_rows(runs: Sequence[Run]) -> list[str]:
@@ -80,8 +86,7 @@ def _ready(runs: Sequence[Run]) -> list[TokenRun]:
     return ready
 
 
-def _train(run: TokenRun, *, overwrite: bool, callbacks: Sequence[TrainerCallback]) -> dict[str, Any]:
-    job = Job(run, make_arguments(run.training, output_folder(run), seed=run.seed), overwrite=overwrite)
+def _train(run: TokenRun, job: Job, callbacks: Sequence[TrainerCallback]) -> dict[str, Any]:
     if job.is_finished:
         return job.card
     if isinstance(run, LanguageModelRun):
@@ -97,10 +102,7 @@ def _train(run: TokenRun, *, overwrite: bool, callbacks: Sequence[TrainerCallbac
         with output_dir.staged(saved) as folder:
             tokenizer.save_pretrained(folder)
     learner = _learner(run, tokenizer, data.ends)
-    trained = [p.numel() for p in learner.parameters() if p.requires_grad]
-    job.card["parameters"] = {"trainable": sum(trained), "total": sum(p.numel() for p in learner.parameters())}
-    if isinstance(learner, Denoiser):
-        job.card["base_fingerprint"] = learner.model.origin.fingerprint
+    job.describe(learner.parameters(), learner.model.origin.fingerprint if isinstance(learner, Denoiser) else None)
     trainer = TokenTrainer(
         learner,
         job.arguments,
@@ -175,4 +177,5 @@ def _result(state: TrainerState) -> dict[str, Any]:
         "tokens_per_second": median(logged("tokens_per_second") or [0.0]),
         "padding": median(logged("padding") or [0.0]),
         **({"micro_batch_size": sizes[-1]} if (sizes := logged("micro_batch_size")) else {}),
+        **({"skipped_updates": sum(skipped)} if (skipped := logged("skipped_updates")) else {}),
     }

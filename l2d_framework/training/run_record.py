@@ -8,6 +8,7 @@ import re
 import subprocess
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
+from datetime import UTC, datetime
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -19,6 +20,13 @@ from l2d_framework.hooks import GROUP
 from l2d_framework.training.metrics import BINS
 
 _DISTRIBUTION = "l2d-framework"
+_MARKS = ("sha256", "sha256_of_first_rows", "sha256_of_ends", "rows")
+"""What tells the data of a source from others, where a card has it."""
+
+
+def now() -> str:
+    """This moment, in universal time."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def environment(processes: int) -> dict[str, Any]:
@@ -35,6 +43,25 @@ def environment(processes: int) -> dict[str, Any]:
         "system": platform.platform(),
     }
     return {"hardware": hardware, "versions": _versions(), "commit": _commit()}
+
+
+def changed_data(before: Mapping[str, Any], data: Mapping[str, Any]) -> list[str]:
+    """In which sources the data of a card differ from those of an earlier card of the same run, and how."""
+    found = []
+    for which, sources in data["sources"].items():
+        for number, (old, new) in enumerate(zip(before["sources"][which], sources, strict=True)):
+            pairs = {mark: (old.get(mark), new.get(mark)) for mark in _MARKS}
+            differing = [mark for mark, pair in pairs.items() if None not in pair and pair[0] != pair[1]]
+            if differing:
+                mark = differing[0]
+                there, here = (str(value)[:12] for value in pairs[mark])
+                found.append(f"data.{which}.{number}, {new['path']!r}, has {mark} {there} there, {here} now")
+    if not found and before["splits"] != data["splits"]:
+        found.append(
+            f"the same sources give {dict(before['splits'])} there, {dict(data['splits'])} now, so the tokenizer, a "
+            "chat template or this package has changed"
+        )
+    return found
 
 
 def _cpu() -> str:

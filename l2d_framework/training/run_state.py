@@ -2,35 +2,63 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from datetime import UTC, datetime
+import logging
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from accelerate import PartialState
-from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
+from accelerate.utils import broadcast_object_list
+from torch import nn
+from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerState, TrainingArguments
 
 from l2d_framework.base_model import check_vocabulary, load_config, load_tokenizer
 from l2d_framework.config import ModelSection, Run, config_hash
-from l2d_framework.errors import ConfigError
+from l2d_framework.errors import CheckpointError, ConfigError, DataError, Interrupted
 from l2d_framework.training import output_dir
+from l2d_framework.training.folder_lock import locked
+from l2d_framework.training.interruption import Interruption, name_of
 from l2d_framework.training.metrics import Stopwatch, peak_memory
-from l2d_framework.training.run_record import environment
+from l2d_framework.training.run_record import changed_data, environment, now
+from l2d_framework.training.trainer import ResumableTrainer
+
+_LOGGER = logging.getLogger(__name__)
 
 
 class Job(TrainerCallback):
-    """A run, how it is launched, and its card: the contents of its `run.json`, kept up to date should it be killed."""
+    """A run, how it is launched, and its card: the contents of its `run.json`, kept up to date should it be killed.
 
-    def __init__(self, run: Run, arguments: TrainingArguments, *, overwrite: bool) -> None:
+    While it is entered, no other process can train in its output folder.
+    """
+
+    def __init__(self, run: Run, arguments: TrainingArguments, *, overwrite: bool, accept_changed_data: bool) -> None:
         self.run, self.arguments, self.output = run, arguments, output_folder(run)
         self.writes = arguments.process_index == 0
+        self.card: dict[str, Any] = {}
+        self._overwrite, self._accepts = overwrite, accept_changed_data
         self._watch = Stopwatch()
-        if overwrite:
+        self._open = ExitStack()
+
+    def __enter__(self) -> Self:
+        with self._open:
             wait()
-            if self.writes:
+            if self._overwrite and self.writes:
                 output_dir.move_aside(self.output)
             wait()
-        self.card: dict[str, Any] = output_dir.check_free(self.output, run.model_dump(mode="json")) or {}
+            self._check_free()
+            if not self.is_finished and self.writes:
+                self._open.enter_context(locked(self.output))
+                # Another process may have had it until now.
+                self._check_free()
+            self._open = self._open.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._open.close()
+
+    def _check_free(self) -> None:
+        self.card = output_dir.check_free(self.output, self.run.model_dump(mode="json")) or {}
 
     @property
     def is_finished(self) -> bool:
@@ -40,6 +68,7 @@ class Job(TrainerCallback):
     def start(self, data: dict[str, Any], seeds: dict[str, int]) -> None:
         """Begin the card, and make the output folder this run's."""
         before = self.card
+        changes = self._changes(before, data)
         self.card = {
             "finished": False,
             "kind": self.run.kind,
@@ -48,23 +77,66 @@ class Job(TrainerCallback):
             "seeds": seeds,
             "data": data,
             **environment(int(self.arguments.world_size)),
-            "started": before.get("started", _now()),
+            "started": before.get("started", now()),
             "sessions": before.get("sessions", 0) + 1,
             "seconds": before.get("seconds", 0.0),
             "peak_memory": before.get("peak_memory", 0),
+            **({"accepted_changes": changes} if changes else {}),
+            **({"base_fingerprint": mark} if (mark := before.get("base_fingerprint")) else {}),
         }
         wait()
         if self.writes:
-            self.output.mkdir(parents=True, exist_ok=True)
             output_dir.clean_up(self.output)
             output_dir.write_card(self.output, self.card)
         wait()
 
-    def train(self, trainer: Trainer) -> None:
-        """Train, going on from the last checkpoint."""
+    def _changes(self, before: dict[str, Any], data: dict[str, Any]) -> list[dict[str, Any]]:
+        """What a run has gone on with although its data had changed; refused unless that is accepted."""
+        accepted: list[dict[str, Any]] = list(before.get("accepted_changes", []))
+        saved = output_dir.checkpoints(self.output)
+        found = changed_data(before["data"], data) if saved and "data" in before else []
+        if not found:
+            return accepted
+        if not self._accepts:
+            raise DataError(
+                f"The data have changed since {str(self.output)!r} was begun: {'; '.join(found)}. Restore them, begin "
+                "anew in another output_dir or with --overwrite, or go on with --accept-changed-data, which run.json "
+                "will tell."
+            )
+        return [*accepted, {"at": now(), "after": saved[-1].name, "changes": found, "data_before": before["data"]}]
+
+    def describe(self, parameters: Iterable[nn.Parameter], base_fingerprint: str | None) -> None:
+        """Put a model on the card, unless it is over another base than before or has no room on the disk."""
+        numbers = [(p.numel(), p.requires_grad) for p in parameters]
+        trained = sum(count for count, is_trained in numbers if is_trained)
+        self.card["parameters"] = {"trainable": trained, "total": sum(count for count, _ in numbers)}
+        if base_fingerprint is not None:
+            before = self.card.get("base_fingerprint", base_fingerprint)
+            if before != base_fingerprint and output_dir.checkpoints(self.output):
+                raise CheckpointError(
+                    f"model.base has fingerprint {base_fingerprint[:12]}, but {str(self.output)!r} was begun over "
+                    f"{before[:12]}. Restore it, or begin anew in another output_dir or with --overwrite."
+                )
+            self.card["base_fingerprint"] = base_fingerprint
+        if self.writes:
+            output_dir.check_room(self.output, trained, self.run.training.save_total_limit)
+
+    def train(self, trainer: ResumableTrainer) -> None:
+        """Train, going on from the last checkpoint that is whole; a signal ends it with one more."""
         self._watch.start()
-        complete = output_dir.checkpoints(self.output)
-        trainer.train(resume_from_checkpoint=str(complete[-1]) if complete else None)
+        found: list[Any] = [output_dir.newest_whole(self.output, _LOGGER.warning)] if self.writes else [None]
+        broadcast_object_list(found)
+        with Interruption() as interruption:
+            trainer.interruption = interruption
+            trainer.train(resume_from_checkpoint=str(found[0]) if found[0] else None)
+        if signum := trainer.ended_by or interruption.signum:
+            raise Interrupted(signum, self._farewell(signum, trainer.state) if self.writes else "")
+        trainer.check_weights()
+
+    def _farewell(self, signum: int, state: TrainerState) -> str:
+        left = output_dir.checkpoints(self.output)
+        saved = f"saved {str(left[-1])!r}; the same command goes on from there" if left else "nothing is saved"
+        return f"{name_of(signum)} after update {state.global_step} of {state.max_steps}: {saved}."
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: D102 -- transformers'
         self._measure()
@@ -74,11 +146,12 @@ class Job(TrainerCallback):
     def finish(self, result: dict[str, Any], write: Callable[[Path], None]) -> dict[str, Any]:
         """Write the model, and the card last: it says that the run is finished."""
         self._measure()
-        self.card |= {"finished": True, "ended": _now()}
+        self.card |= {"finished": True, "ended": now()}
         self.card["result"] = result | {"peak_memory": self.card["peak_memory"]}
         if self.writes:
             stage = self.output / "final.writing"
-            write(stage)
+            with output_dir.writing(self.output, stage):
+                write(stage)
             output_dir.publish(stage, self.output)
             output_dir.write_card(self.output, self.card)
         wait()
@@ -107,7 +180,3 @@ def base_tokenizer(model: ModelSection) -> PreTrainedTokenizerBase:
 def wait() -> None:
     """Wait for the other processes of this run."""
     PartialState().wait_for_everyone()
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import transformers
@@ -20,21 +22,34 @@ from typing_extensions import override
 
 from l2d_framework.config import TrainingSection
 from l2d_framework.config.sections import Updates
+from l2d_framework.errors import DivergedError, OutputError
 from l2d_framework.training.arguments import learning_rate, total_steps
 from l2d_framework.training.data.collate import IGNORED, Collator
 from l2d_framework.training.data.prepare import PreparedData
+from l2d_framework.training.interruption import Interruption
 from l2d_framework.training.learner import Learner
 from l2d_framework.training.metrics import LossMeter, Stopwatch, peak_memory
 from l2d_framework.training.micro_batches import MicroBatches
-from l2d_framework.training.output_dir import BEST, checkpoints, remove, staged
+from l2d_framework.training.output_dir import BEST, DIVERGED, checkpoints, remove, seal, staged
 from l2d_framework.training.samplers import PADDING, HeldOut, RunOrder, RunStream
+
+_LOGGER = logging.getLogger(__name__)
 
 
 class ResumableTrainer(transformers.Trainer):
-    """A trainer whose checkpoints survive a kill and whose learning rate is a function of the update alone."""
+    """A trainer whose checkpoints survive a kill and whose learning rate is a function of the update alone.
+
+    An update whose loss or gradient is no number changes nothing: training stops, or goes on with the next.
+    """
 
     training: Updates
     output: Path
+    interruption: Interruption | None = None
+    ended_by = 0
+    """Signal that ended training before its last update, or 0."""
+    _skipped_in_a_row = 0
+    _updates = _skipped = 0
+    # Both since the last log.
 
     def _share_of_rate(self, step: int, steps: int) -> float:
         """Learning rate of one update, as a share of the one that the run names."""
@@ -50,26 +65,163 @@ class ResumableTrainer(transformers.Trainer):
         return self.lr_scheduler
 
     @override
+    def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
+        found = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self._begin(found[0])
+        return found
+
+    def _begin(self, batches: list[Any]) -> None:
+        """Remember what an update begins with, should it have to be left out or shown."""
+        self._batches, self._loss_before, self._random_before = batches, self._tr_loss.clone(), RandomState.now()
+
+    @override
+    def _clip_grad_norm(self, model: nn.Module) -> Tensor:
+        plain: Any = super()
+        norm = torch.as_tensor(plain._clip_grad_norm(model), device=self._tr_loss.device)
+        signum = self.interruption.signum if self.interruption else 0
+        is_sound, self.ended_by = self._agree(self._tr_loss.isfinite() & norm.isfinite(), signum)
+        self._updates += 1
+        if is_sound:
+            self._skipped_in_a_row = 0
+            self._accept()
+        else:
+            self._leave_out(model, norm)
+        return norm
+
+    def _agree(self, is_sound: Tensor, signum: int) -> tuple[bool, int]:
+        """Whether an update is sound in all processes, and a signal that any of them has got."""
+        if self.accelerator.num_processes > 1:
+            # The one place in an update where the host waits for the device, so the signal comes along.
+            state = torch.stack([~is_sound, torch.zeros_like(is_sound)]).long()
+            state[1] = signum
+            unsound, signum = self.accelerator.gather(state[None]).amax(0).tolist()
+            return not unsound, signum
+        return bool(is_sound), signum
+
+    def _accept(self) -> None:
+        """Take in what a sound update has measured."""
+
+    def _leave_out(self, model: nn.Module, norm: Tensor) -> None:
+        loss = float(self._tr_loss - self._loss_before)
+        what = f"Update {self.state.global_step + 1}: loss {loss:.4g}, gradient norm {float(norm):.4g}."
+        self._skipped += 1
+        self._skipped_in_a_row += 1
+        limit = self.training.skip_limit
+        if self.training.non_finite == "skip" and self._skipped_in_a_row <= limit:
+            _LOGGER.warning("%s It is left out, %d in a row.", what, self._skipped_in_a_row)
+            # An optimizer passes over what has no gradient, its moments and decay included.
+            model.zero_grad()
+            self._tr_loss.copy_(self._loss_before)
+            return
+        again = (
+            f"It is the {limit + 1}th in a row, and training.skip_limit is {limit}."
+            if self.training.non_finite == "skip"
+            else "training.non_finite=skip would leave such updates out."
+        )
+        raise DivergedError(
+            f"{what} It has changed no weight. {self._last_checkpoint()} {self._show(what)} Lower "
+            f"training.learning_rate or warm up for longer, in another output_dir. {again}"
+        )
+
+    def _last_checkpoint(self) -> str:
+        left = checkpoints(self.output)
+        return f"The last checkpoint is {str(left[-1])!r}." if left else "There was no checkpoint yet."
+
+    def _show(self, what: str) -> str:
+        """Write what an unsound update began with; says where."""
+        self._random_before.set()
+        target, step = self.output / DIVERGED, self.state.global_step
+        try:
+            with self._staged(target) as folder:
+                self._write_state(folder / f"checkpoint-{step}")
+                torch.save(self._batches, folder / f"batches_{self.args.process_index}.pt")
+                if self.args.should_save:
+                    (folder / "what.txt").write_text(f"{what}\n", encoding="utf-8")
+        except OutputError as error:
+            return f"What it began with is lost: {error}"
+        return f"What it began with is in {str(target)!r}: a checkpoint and the batches of each process."
+
+    def check_weights(self) -> None:
+        """Refuse weights that are no numbers, so that no checkpoint and no model has them."""
+        model: Any = self.model
+        trained = [parameter.detach() for parameter in model.parameters() if parameter.requires_grad]
+        if not bool(torch.stack([values.isfinite().all() for values in trained]).all()):
+            raise DivergedError(
+                f"After update {self.state.global_step} a weight is infinite or no number. {self._last_checkpoint()} "
+                "Lower training.learning_rate or warm up for longer, in another output_dir."
+            )
+
+    @override
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        with self._staged(self.output / f"checkpoint-{self.state.global_step}") as folder:
-            self.save_model(str(folder), _internal_call=True)
-            self._save_optimizer_and_scheduler(str(folder))
-            self._save_rng_state(str(folder))
-            if self.args.should_save:
-                self.state.save_to_json(str(folder / "trainer_state.json"))
+        self.check_weights()
+        if self.interruption is not None:
+            self.interruption.saves()
+        target = self.output / f"checkpoint-{self.state.global_step}"
+        with self._staged(target) as folder:
+            self._write_state(folder)
         if self.args.should_save:
-            for old in checkpoints(self.output)[: -self.training.save_total_limit]:
+            # Behind this one are damaged ones that were passed over.
+            known = checkpoints(self.output)
+            for old in known[: known.index(target) + 1][: -self.training.save_total_limit]:
                 remove(old)
+
+    def _write_state(self, folder: Path) -> None:
+        if self.args.should_save:
+            folder.mkdir(exist_ok=True)
+        self.accelerator.wait_for_everyone()
+        self.save_model(str(folder), _internal_call=True)
+        self._save_optimizer_and_scheduler(str(folder))
+        self._save_rng_state(str(folder))
+        if self.args.should_save:
+            self.state.save_to_json(str(folder / "trainer_state.json"))
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            seal(folder)
 
     def _staged(self, folder: Path) -> AbstractContextManager[Path]:
         return staged(folder, writes=self.args.should_save, wait=self.accelerator.wait_for_everyone)
 
+    @override
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            if self._skipped:
+                logs["skipped_updates"] = self._skipped
+                # The trainer divides by all updates.
+                logs["loss"] *= self._updates / max(self._updates - self._skipped, 1)
+                if self._skipped == self._updates:
+                    del logs["loss"]
+            self._updates = self._skipped = 0
+        super().log(logs, start_time)
+
     def _report(self, measured: dict[str, float], prefix: str, start: float) -> dict[str, float]:
+        if not math.isfinite(measured["loss"]):
+            raise DivergedError(
+                f"After update {self.state.global_step} the held-out loss is {measured['loss']}. "
+                f"{self._last_checkpoint()} Lower training.learning_rate or warm up for longer, in another output_dir."
+            )
         metrics = {f"{prefix}_{name}": value for name, value in measured.items()}
         metrics[f"{prefix}_seconds"] = time.perf_counter() - start
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+
+class RandomState(NamedTuple):
+    """States of torch's global random numbers, on the CPU and on this process's GPU."""
+
+    cpu: Tensor
+    gpu: Tensor | None
+
+    @classmethod
+    def now(cls) -> RandomState:
+        """The present ones."""
+        return cls(torch.get_rng_state(), torch.cuda.get_rng_state() if torch.cuda.is_available() else None)
+
+    def set(self) -> None:
+        """Make them the present ones."""
+        torch.set_rng_state(self.cpu)
+        if self.gpu is not None:
+            torch.cuda.set_rng_state(self.gpu)
 
 
 class TokenTrainer(ResumableTrainer):
@@ -111,7 +263,7 @@ class TokenTrainer(ResumableTrainer):
             data_collator=collate,
             train_dataset=order,
             eval_dataset=None if data.eval is None else HeldOut(data.eval, multiple),
-            callbacks=[Boundaries(self._observe), *callbacks],
+            callbacks=[Boundaries(lambda: self.ended_by, self._observe), *callbacks],
         )
         self.remove_callback(PrinterCallback)
         self.model_accepts_loss_kwargs = self.loss_is_scaled_for_ga = True
@@ -176,15 +328,23 @@ class TokenTrainer(ResumableTrainer):
             for parameter in (p for p in self.learner.parameters() if p.requires_grad):
                 here = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
                 parameter.grad = self.accelerator.reduce(here, "mean")
+        if self._micro.halves and self._said != self._micro.size:
+            self._said = self._micro.size
+            self.log({"micro_batch_size": self._micro.size})
+        return torch.stack(losses).sum()
+
+    @override
+    def _accept(self) -> None:
         for outputs in self._outputs:
             self._meter.add(outputs)
             if self.learner.hears_losses:
                 self._heard.append(torch.stack([outputs["t"], outputs["cross_entropies"]], 1))
         self._outputs.clear()
-        if self._micro.halves and self._said != self._micro.size:
-            self._said = self._micro.size
-            self.log({"micro_batch_size": self._micro.size})
-        return torch.stack(losses).sum()
+
+    @override
+    def _leave_out(self, model: nn.Module, norm: Tensor) -> None:
+        self._outputs.clear()
+        super()._leave_out(model, norm)
 
     def _agreed(self, is_through: bool) -> bool:
         """Whether all processes are through with an update; if not, all take the smallest size."""
@@ -202,6 +362,7 @@ class TokenTrainer(ResumableTrainer):
         """What this process has of an update, and the number of supervised tokens in it over all processes."""
         self._stopwatch.start()
         batches = list(islice(epoch_iterator, num_batches))
+        self._begin(batches)
         counts = [[(batch["labels"] != IGNORED).sum(), (batch["blocks"] >= 0).sum()] for batch in batches]
         tokens = torch.stack([torch.stack(pair) for pair in counts]).sum(0).to(device)
         tokens = self.accelerator.reduce(tokens)
@@ -300,12 +461,17 @@ class TokenTrainer(ResumableTrainer):
 
 
 class Boundaries(TrainerCallback):
-    """Logs wherever a resumed run could start, so that its losses are the means over the same updates."""
+    """Ends training where a signal asks for it, and logs wherever a resumed run could start.
 
-    def __init__(self, after_update: Callable[[], None] = lambda: None) -> None:
-        self._after_update = after_update
+    So its losses are the means over the same updates.
+    """
+
+    def __init__(self, ended_by: Callable[[], int], after_update: Callable[[], None] = lambda: None) -> None:
+        self._ended_by, self._after_update = ended_by, after_update
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Log before saving and at the end."""
         self._after_update()
+        if self._ended_by():
+            control.should_save = control.should_training_stop = True
         control.should_log |= control.should_save or control.should_training_stop

@@ -366,7 +366,7 @@ def test_an_interrupted_run_writes_what_there_is(scene, tmp_path, monkeypatch):
         is_over.set()
         thread.join()
         signal.signal(signal.SIGTERM, before)
-    assert result.exit_code == 130, result.output
+    assert result.exit_code == 143, result.output
     assert "not run yet" in (tmp_path / "second.md").read_text()
 
 

@@ -1,6 +1,7 @@
 """`l2d generate`: what goes in and comes out, and what is refused before any weights are loaded."""
 
 import json
+import resource
 
 import pytest
 import torch
@@ -9,8 +10,9 @@ from tiny_models import tiny_lm, tiny_tokenizer
 from typer.testing import CliRunner
 
 from l2d_framework.cli import app
+from l2d_framework.cli.generate_session import Session
 from l2d_framework.config import parse_run
-from l2d_framework.errors import L2DError
+from l2d_framework.errors import L2DError, OutputError
 from l2d_framework.generation.prompts import pad_left
 from l2d_framework.models import checkpoint
 from l2d_framework.models.checkpoint import build_model, load, save
@@ -276,6 +278,45 @@ def test_an_output_file_is_never_overwritten(model, no_weights, tmp_path):
     assert (tmp_path / "mine.jsonl").read_text() == "mine"
     with pytest.raises(L2DError, match="none' is missing or cannot be written"):
         raise run(model, "--prompt", "a", *FAST, "--output", tmp_path / "none" / "a.jsonl").exception
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
+def test_an_interruption_keeps_the_answers_so_far_and_says_where(model, lm, tmp_path, monkeypatch, error):
+    plain, calls = Session.answer, []
+
+    def answer(*arguments, **options):
+        calls.append(None)
+        if len(calls) == 3:
+            raise error
+        return plain(*arguments, **options)
+
+    monkeypatch.setattr(Session, "answer", answer)
+    prompts = ["Hello", "Another one", "A third"]
+    arguments = [model, *(word for p in prompts for word in ("--prompt", p)), *FAST, "--batch-size", "1"]
+    arguments += ["--output", tmp_path / "answers.jsonl"]
+    found = run(*arguments)
+    assert found.exit_code == (130 if error is KeyboardInterrupt else 1)
+    part = tmp_path / "answers.jsonl.part"
+    assert f"The answers so far are in {part}." in found.stderr
+    rows = [json.loads(line) for line in part.read_text(encoding="utf-8").splitlines()]
+    assert [row["answers"][0]["text"] for row in rows] == texts(lm, prompts[:2])
+    # Neither they nor those of a generation that goes on are written over.
+    with pytest.raises(L2DError, match=r"answers\.jsonl\.part' holds the answers of a generation"):
+        raise run(*arguments).exception
+    part.rename(tmp_path / "mine")
+    lines(*arguments)
+    assert {path.name for path in tmp_path.iterdir()} == {"answers.jsonl", "mine"}
+
+
+def test_a_full_disk_while_answers_are_written_is_named(model, tmp_path):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
+    try:
+        found = run(model, "--prompt", "a", "--prompt", "b", *FAST, "--output", tmp_path / "answers.jsonl")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert isinstance(found.exception, OutputError)
+    assert "answers.jsonl' could not be written: File too large. Earlier answers are in" in str(found.exception)
 
 
 def test_a_wrong_base_is_refused(model, no_weights, saved_tiny_lm):

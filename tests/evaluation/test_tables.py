@@ -6,7 +6,8 @@ import os
 import pytest
 from rich.console import Console
 
-from l2d_framework.evaluation.tables import markdown, terminal, write_whole
+from l2d_framework.evaluation.tables import markdown, terminal
+from l2d_framework.writing import write_whole
 
 ROWS = [("name", "[b]value[/]"), ("a|b", "1"), ("[red]", "2")]
 

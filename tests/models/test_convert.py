@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import resource
 
 import pytest
 import torch
@@ -12,7 +13,8 @@ from tiny_models import tiny_lm
 from typer.testing import CliRunner
 
 from l2d_framework.cli.convert import convert as command
-from l2d_framework.errors import CheckpointError, ConfigError, PluginError
+from l2d_framework.errors import CheckpointError, ConfigError, OutputError, PluginError
+from l2d_framework.models import convert as convert_module
 from l2d_framework.models.checkpoint import load
 from l2d_framework.models.convert import convert
 
@@ -117,6 +119,34 @@ def test_a_folder_that_is_not_empty_is_not_written_to(tmp_path):
     (tmp_path / "ours" / "mine.txt").touch()
     with pytest.raises(ConfigError, match=r"is not empty. Give a new folder"):
         convert(str(source), tmp_path / "ours", reader="l2d-reference")
+
+
+def test_a_folder_that_was_filled_meanwhile_is_left_alone(tmp_path, monkeypatch):
+    source, _ = write(tmp_path / "theirs")
+    plain = convert_module.save
+
+    def save(*arguments, **options):
+        plain(*arguments, **options)
+        (tmp_path / "ours").mkdir()
+        (tmp_path / "ours" / "mine").write_text("mine")
+
+    monkeypatch.setattr(convert_module, "save", save)
+    with pytest.raises(ConfigError, match="was filled by another process meanwhile"):
+        convert(str(source), tmp_path / "ours", reader="l2d-reference")
+    assert [path.name for path in (tmp_path / "ours").iterdir()] == ["mine"]
+
+
+def test_a_full_disk_is_named_and_nothing_is_left_of_what_was_written(tmp_path):
+    source, _ = write(tmp_path / "theirs")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    try:
+        with pytest.raises(OutputError, match="ours' could not be written: File too large") as found:
+            convert(str(source), tmp_path / "ours", reader="l2d-reference")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert found.value.exit_code == 4
+    assert [path.name for path in tmp_path.iterdir()] == ["theirs"]
 
 
 def test_names_that_are_not_as_many_as_the_classes_are_refused_before_anything_is_written(tmp_path):

@@ -13,6 +13,15 @@ from safetensors.torch import load_file
 from l2d_framework.config import parse_run
 from l2d_framework.training.run import train_runs
 
+LAUNCH = [
+    sys.executable,
+    "-m",
+    "torch.distributed.run",
+    "--standalone",
+    "--local-addr=127.0.0.1",
+    "--nproc-per-node=2",
+]
+
 
 def test_two_processes_train_like_one(tmp_path: Path) -> None:
     base, sums = tiny_runs.write_base(tmp_path / "base"), tiny_runs.write_sums(tmp_path / "sums.jsonl", 14)
@@ -30,15 +39,7 @@ def test_two_processes_train_like_one(tmp_path: Path) -> None:
     # Each process takes one sequence at a time: two micro-batches per update, unlike the single process below.
     fields = {"stages": list(stages("two", micro_batch_size=1).values())}
     (tmp_path / "run.json").write_text(json.dumps(fields))
-    launch = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--local-addr=127.0.0.1",
-        "--nproc-per-node=2",
-    ]
-    command = [*launch, "-m", "l2d_framework.cli", "train", str(tmp_path / "run.json")]
+    command = [*LAUNCH, "-m", "l2d_framework.cli", "train", str(tmp_path / "run.json")]
     ran = subprocess.run(
         command, capture_output=True, text=True, check=False, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )
@@ -60,3 +61,68 @@ def test_two_processes_train_like_one(tmp_path: Path) -> None:
     heard = one["schedule._extra_state"]
     assert heard.any()
     torch.testing.assert_close(two["schedule._extra_state"], heard, rtol=1e-4, atol=1e-4)
+
+
+FAULTS = """
+import json, os, signal, sys
+from pathlib import Path
+from transformers import TrainerCallback
+from l2d_framework.config import parse_run
+from l2d_framework.training.learner import Denoiser
+from l2d_framework.training.run import train_runs
+
+rank, folder, runs = int(os.environ["RANK"]), Path(sys.argv[1]), json.loads(sys.argv[2])
+forward = Denoiser.forward
+
+class Fault(TrainerCallback):
+    def __init__(self, name):
+        self.name = name
+    def on_step_begin(self, args, state, control, **kwargs):
+        here = rank == 1 and state.global_step == 2
+        Denoiser.forward = spoilt if here and self.name != "signal" else forward
+        if here and self.name == "signal":
+            os.kill(os.getpid(), signal.SIGTERM)
+
+def spoilt(self, **batch):
+    outputs = forward(self, **batch)
+    # The loss of one process only, and no gradient of any.
+    outputs["loss"] = outputs["loss"] + outputs["loss"].detach() * float("inf") if self.training else outputs["loss"]
+    return outputs
+
+for name, run in runs.items():
+    try:
+        train_runs([parse_run(run)], callbacks=lambda _: [Fault(name)])
+        ended = 0
+    except (Exception, KeyboardInterrupt) as error:
+        ended = error.exit_code
+    (folder / f"{name}_{rank}").write_text(str(ended))
+"""
+
+
+def test_processes_agree_on_what_is_left_out_on_divergence_and_on_a_signal_that_one_of_them_has_got(
+    tmp_path: Path,
+) -> None:
+    base, sums = tiny_runs.write_base(tmp_path / "base"), tiny_runs.write_sums(tmp_path / "sums.jsonl", 14)
+    small = {"max_steps": 4, "save_steps": None, "eval_steps": None}
+    runs = {
+        name: tiny_runs.diffusion_run(base, sums, tmp_path / "out" / name, **small, non_finite=what)
+        for name, what in (("skip", "skip"), ("stop", "stop"), ("signal", "stop"))
+    }
+    (tmp_path / "faults.py").write_text(FAULTS)
+    ran = subprocess.run(
+        [*LAUNCH, str(tmp_path / "faults.py"), str(tmp_path), json.dumps(runs)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    ended = {name: [int((tmp_path / f"{name}_{rank}").read_text()) for rank in (0, 1)] for name in runs}
+    assert ended == {"skip": [0, 0], "stop": [3, 3], "signal": [143, 143]}
+    out = tmp_path / "out"
+    assert json.loads((out / "skip" / "run.json").read_text())["result"]["skipped_updates"] == 1
+    assert {path.name for path in (out / "stop" / "diverged").iterdir()} == {
+        *("batches_0.pt", "batches_1.pt", "checkpoint-2", "what.txt")
+    }
+    assert [path.name for path in out.glob("signal/checkpoint-*")] == ["checkpoint-3"]

@@ -10,8 +10,8 @@ from typing import Any
 import typer
 
 from l2d_framework.errors import DataError
-from l2d_framework.evaluation.tables import write_whole
 from l2d_framework.lines import read_objects
+from l2d_framework.writing import write_whole
 
 
 def write_outputs(samples: Path, file: Path, generator: str) -> int:

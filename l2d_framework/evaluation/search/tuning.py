@@ -17,8 +17,9 @@ from l2d_framework.errors import ConfigError, suggest
 from l2d_framework.evaluation.harness.model import L2DLM
 from l2d_framework.evaluation.harness.run import explained, task_identity, task_manager
 from l2d_framework.evaluation.search.search import OPTIONS, PREFIX, Search
-from l2d_framework.evaluation.tables import write_whole
 from l2d_framework.models.unloaded import HINT
+from l2d_framework.training.folder_lock import locked_file
+from l2d_framework.writing import write_whole
 
 
 @dataclass(frozen=True)
@@ -161,13 +162,7 @@ class Tuning:
         """Write everything known; the best settings by category."""
         best = self.best()
         text = json.dumps({"identity": self.identity, "categories": best, "rows": self.rows}, indent=2)
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(self.path, text + "\n")
-        except OSError as error:
-            raise ConfigError(
-                f"--out {str(self.path)!r} cannot be written ({error.strerror}). Name another."
-            ) from error
+        write_whole(self.path, text + "\n")
         return best
 
 
@@ -199,12 +194,13 @@ def tune(
     """
     tasks = open_tasks(question)
     tuning = Tuning(out, _identity(lm, question, tasks), tasks, settings)
-    tuning.read()
-    tuning.write()  # fails here, if it does, and not after the first row
-    for task, one in track([(t, s) for s in settings for t in tasks if tuning.find(t.name, s) is None]):
-        tuning.rows.append(_measure(lm, question, task, one))
-        tuning.write()
-    return tuning.write()
+    with locked_file(out, "--out"):
+        tuning.read()
+        tuning.write()  # fails here, if it does, and not after the first row
+        for task, one in track([(t, s) for s in settings for t in tasks if tuning.find(t.name, s) is None]):
+            tuning.rows.append(_measure(lm, question, task, one))
+            tuning.write()
+        return tuning.write()
 
 
 def _identity(lm: L2DLM, question: Question, tasks: Sequence[Trained]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -25,6 +26,7 @@ from l2d_framework.training.data.encode import FIELDS, Columns, Format
 _LOADERS = dict.fromkeys((".json", ".jsonl", ".ndjson"), "json")
 _LOADERS |= {".parquet": "parquet", ".txt": "text", ".csv": "csv", ".arrow": "arrow"}
 _HASHED_ROWS = 1000
+_END = 2**16
 _OTHER_SPLIT = re.compile(r"(?<![a-z])(test|testing|dev|val|valid|validation|eval|evaluation)(?![a-z])")
 
 
@@ -121,6 +123,8 @@ def select_rows(source: RowSource, data: Any, files: Sequence[str], *, used: lis
         # A corpus that is streamed may be too large to read for its digest.
         whole = bool(files) and not streaming
         digest = {"sha256": _hash_files(files)} if whole else {"sha256_of_first_rows": _hash_rows(data, used)}
+        if not whole and (here := files or _data_files(Path(source.path).expanduser())):
+            digest["sha256_of_ends"] = _hash_ends(here)
     card = {
         **{key: getattr(source, key) for key in ("path", "name", "split", "revision", "limit", "exclude")},
         "local": bool(files) or Path(source.path).expanduser().is_dir(),
@@ -250,6 +254,23 @@ def _hash_files(files: Sequence[str]) -> str:
     for name in files:
         with open(name, "rb") as stream:
             total.update(hashlib.file_digest(stream, "sha256").digest())
+    return total.hexdigest()
+
+
+def _data_files(folder: Path) -> list[str]:
+    return sorted(str(path) for path in folder.rglob("*") if {*path.suffixes} & _LOADERS.keys() and path.is_file())
+
+
+def _hash_ends(files: Sequence[str]) -> str:
+    """Hash of the lengths, beginnings and ends of files, which may be too large to read."""
+    total = hashlib.sha256()
+    for name in files:
+        with open(name, "rb") as stream:
+            size = stream.seek(0, os.SEEK_END)
+            total.update(size.to_bytes(8, "little"))
+            for place in (0, max(size - _END, 0)):
+                stream.seek(place)
+                total.update(stream.read(_END))
     return total.hexdigest()
 
 

@@ -42,27 +42,35 @@ in `run.json`. Load it with `AutoModelForSequenceClassification`; its one output
 
 
 def train_reward(
-    run: RewardRun, *, overwrite: bool = False, callbacks: Sequence[TrainerCallback] = ()
+    run: RewardRun,
+    *,
+    overwrite: bool = False,
+    accept_changed_data: bool = False,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> dict[str, Any]:
     """Train a reward model, going on where an earlier start was interrupted; returns the card.
 
     The output folder holds a transformers model with one output, `score`, its tokenizer and `run.json`.
     """
     check_ready([run], overwrite=overwrite)
-    from l2d_framework.training.reward.trainer import PairTrainer, make_reward_arguments
+    from l2d_framework.training.reward.trainer import make_reward_arguments
 
     arguments = make_reward_arguments(run, output_folder(run))
-    job = Job(run, arguments, overwrite=overwrite)
-    if job.is_finished:
-        return job.card
+    with Job(run, arguments, overwrite=overwrite, accept_changed_data=accept_changed_data) as job:
+        return job.card if job.is_finished else _train(run, job, callbacks)
+
+
+def _train(run: RewardRun, job: Job, callbacks: Sequence[TrainerCallback]) -> dict[str, Any]:
+    from l2d_framework.training.reward.trainer import PairTrainer
+
+    arguments: Any = job.arguments
     tokenizer = padding_tokenizer(run)
     with arguments.main_process_first(local=True, desc="preparing data"):
         pairs = prepare_pairs(run, tokenizer)
     job.start(pairs.card, {"run": run.seed})
     model: Any = load_reward_model(run, tokenizer)
     dtype = model.dtype
-    total = sum(p.numel() for p in model.parameters())
-    job.card |= {"parameters": {"trainable": total, "total": total}, "base_fingerprint": fingerprint(run.model)}
+    job.describe(model.parameters(), fingerprint(run.model))
     trainer = PairTrainer(
         model.float(), arguments, run=run, pairs=pairs, tokenizer=tokenizer, callbacks=[job, *callbacks]
     )

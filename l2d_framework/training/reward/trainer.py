@@ -75,7 +75,7 @@ class PairTrainer(ResumableTrainer, RewardTrainer):
             train_dataset=pairs.train,
             eval_dataset=pairs.eval,
             processing_class=tokenizer,
-            callbacks=[Boundaries(), *callbacks],
+            callbacks=[Boundaries(lambda: self.ended_by), *callbacks],
         )
         self.remove_callback(PrinterCallback)
 

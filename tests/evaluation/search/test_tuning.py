@@ -13,11 +13,12 @@ pytest.importorskip("lm_eval")
 from lm_eval.tasks import TaskManager
 
 from l2d_framework.cli import app
-from l2d_framework.errors import ConfigError
+from l2d_framework.errors import BusyError, ConfigError, OutputError
 from l2d_framework.evaluation.harness.model import L2DLM
 from l2d_framework.evaluation.search import tuning as search_tuning
 from l2d_framework.evaluation.search.search import Search, read_search
 from l2d_framework.evaluation.search.tuning import Question, grid, open_tasks, tune
+from l2d_framework.training.folder_lock import locked_file
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
 
@@ -145,9 +146,22 @@ def test_rows_of_another_class_or_wording_are_not_taken_over(folder, tmp_path, m
 def test_a_file_that_cannot_be_written_is_found_before_the_first_row(folder, tmp_path, monkeypatch):
     measured = scored(monkeypatch, lambda task, s: s.temperature)
     (tmp_path / "file").touch()
-    with pytest.raises(ConfigError, match="cannot be written"):
+    with pytest.raises(OutputError, match=r"--out .* cannot be written .* Choose another\."):
         tune(opened(folder), question(folder, "tiny_hinted"), grid(2, [0.0], [1.0], [0.0]), out=tmp_path / "file" / "s")
     assert measured == []
+
+
+def test_a_file_that_another_process_writes_is_refused(folder, tmp_path, monkeypatch):
+    measured = scored(monkeypatch, lambda task, s: s.temperature)
+    out, rows = tmp_path / "search.json", grid(2, [0.0], [1.0], [0.0])
+    with (
+        locked_file(out, "--out"),
+        pytest.raises(BusyError, match=r"--out '.*search\.json' is in use by process \d+ on"),
+    ):
+        tune(opened(folder), question(folder, "tiny_hinted"), rows, out=out)
+    assert measured == []
+    tune(opened(folder), question(folder, "tiny_hinted"), rows, out=out)
+    assert not list(tmp_path.glob(".search.json*"))
 
 
 def test_a_wrong_metric_is_refused_with_those_there_are(folder):

@@ -1,0 +1,75 @@
+"""Signals while training: the update on its way is ended and saved before the process ends."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from types import FrameType
+from typing import Any, Self
+
+from l2d_framework.errors import Interrupted, interrupt
+
+GRACE = 300.0
+"""Seconds for an update to end; what supervisors allow is theirs to enforce."""
+_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
+_PLAIN = (signal.SIG_DFL, signal.default_int_handler, interrupt)
+"""Handlers that end a process at once; whoever has set another wants the signal for himself."""
+
+
+class Interruption:
+    """Notes the first of the signals that ask to end, while it is entered in the main thread."""
+
+    def __init__(self) -> None:
+        self.signum = 0
+        """The signal; 0 while there was none."""
+        self._before: dict[int, Any] = {}
+        self._timer: threading.Timer | None = None
+        self._process = os.getpid()
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():
+            self._before = {n: signal.getsignal(n) for n in _SIGNALS if signal.getsignal(n) in _PLAIN}
+            for signum in self._before:
+                signal.signal(signum, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.saves()
+        for signum, handler in self._before.items():
+            signal.signal(signum, handler)
+
+    def saves(self) -> None:
+        """Hear that the update has ended, so that it is no longer waited for."""
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def _note(self, signum: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._process:  # a worker that loads data, which ends with its parent
+            return
+        if self.signum:
+            # Launchers pass a signal on that the whole group has got already; a person who asks twice means it.
+            if signum == signal.SIGINT:
+                raise Interrupted(signum)
+            return
+        self.signum = signum
+        self._timer = threading.Timer(GRACE, self._end)
+        self._timer.daemon = True
+        self._timer.start()
+        again = ", Ctrl-C once more ends at once" if signum == signal.SIGINT else ""
+        _say(f"{name_of(signum)}: saving when this update has ended{again}.")
+
+    def _end(self) -> None:
+        _say(f"The update has not ended within {GRACE:.0f} s. The last checkpoint is whole; the same command goes on.")
+        os._exit(Interrupted(self.signum).exit_code)
+
+
+def name_of(signum: int) -> str:
+    """What a person calls a signal."""
+    return "Ctrl-C" if signum == signal.SIGINT else signal.Signals(signum).name
+
+
+def _say(text: str) -> None:
+    # Not by way of a buffer that the interrupted code may be writing to.
+    os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, f"\n{text}\n".encode())
