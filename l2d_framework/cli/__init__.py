@@ -28,6 +28,7 @@ COMMANDS = {
     "train-reward": _Entry("train", "train_reward", "Train a reward model, for guidance, on preference pairs."),
     "generate": _Entry("generate", "generate", "Generate text with a trained model."),
     "config": _Entry("config", "app", "Check run files; print their JSON schema."),
+    "help": _Entry("help", "help_", "Explain an option of run files or a component."),
     "params": _Entry("config", "params", "Count a run's trainable parameters without loading weights."),
     "plugins": _Entry("plugins", "plugins", "List what is installed, broken plugins included."),
     "convert": _Entry("convert", "convert", "Convert a checkpoint of another code base."),
