@@ -30,6 +30,7 @@ COMMANDS = {
     "config": _Entry("config", "app", "Check run files; print their JSON schema."),
     "help": _Entry("help", "help_", "Explain an option of run files or a component."),
     "params": _Entry("config", "params", "Count a run's trainable parameters without loading weights."),
+    "doctor": _Entry("doctor", "doctor", "Examine this installation: versions, devices, hub, plugins, extras."),
     "plugins": _Entry("plugins", "plugins", "List what is installed, broken plugins included."),
     "convert": _Entry("convert", "convert", "Convert a checkpoint of another code base."),
     "eval": _Entry("eval", "app", "Evaluate a model on the tasks of lm_eval."),
