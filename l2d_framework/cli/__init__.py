@@ -38,6 +38,7 @@ COMMANDS = {
     "eval-text": _Entry("eval_text", "eval_text", "Measure generated text."),
     "diagnose": _Entry("diagnose", "diagnose", "Find out whether more steps will help a model."),
     "eval-steps": _Entry("eval_steps", "eval_steps", "Measure held-out tokens after each number of evaluations."),
+    "plot": _Entry("plot", "plot", "Draw how runs went: losses, loss by t, learning rate, evaluations."),
     "demo": _Entry("demo", "demo", "Train, generate with and measure a tiny model."),
 }
 """For each command: its module, its function or typer app in there, and what `l2d --help` says about it."""

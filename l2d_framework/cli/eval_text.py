@@ -9,7 +9,6 @@ from typing import Annotated, Any
 import typer
 
 from l2d_framework.cli import common
-from l2d_framework.errors import ConfigError
 
 
 def eval_text(
@@ -49,7 +48,7 @@ def eval_text(
     common.check_folder(output, "--output")
     golds = None if gold is None else read_golds(gold, gold_column)
     columns = Columns(prefix_column, text_column, gold_column)
-    samples = {name: read_samples(file, columns, golds=golds) for name, file in _named(files).items()}
+    samples = {name: read_samples(file, columns, golds=golds) for name, file in common.named(files).items()}
 
     from transformers.utils import logging
 
@@ -90,11 +89,3 @@ def eval_text(
             common.write_json(folder / "eval_text.json", {"results": results, "definitions": DEFINITIONS})
             (folder / "eval_text.md").write_text(markdown(results, picture=picture), encoding="utf-8")
         typer.echo(f"Written to {output}", err=True)
-
-
-def _named(files: list[Path]) -> dict[str, Path]:
-    if len(set(files)) < len(files):
-        raise ConfigError(f"A file is named twice among {[str(file) for file in files]}. Name each once.")
-    # Short names where they tell the files apart.
-    stems = [file.stem for file in files]
-    return {file.stem if stems.count(file.stem) == 1 else str(file): file for file in files}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from itertools import takewhile
@@ -59,16 +58,6 @@ def _json_prompt(row: dict[str, Any], where: str) -> Prompt:
         return prompt if isinstance(prompt, str) else check_conversation(prompt)
     except DataError as error:
         raise DataError(f"{where}: {error}") from error
-
-
-def check_output(output: Path | None) -> None:
-    """Refuse a file that cannot be written."""
-    if output is None:
-        return
-    if output.exists():
-        raise ConfigError(f"{str(output)!r} exists. Name another --output, so that nothing is lost.")
-    if not os.access(output.resolve().parent, os.W_OK):
-        raise ConfigError(f"{str(output.resolve().parent)!r} is missing or cannot be written. Name another --output.")
 
 
 def write_rows(output: Path | None, rows: list[dict[str, Any]]) -> None:
