@@ -24,6 +24,7 @@ class _Entry(NamedTuple):
 
 
 COMMANDS = {
+    "init": _Entry("init", "init", "Write a commented run file after five questions."),
     "train": _Entry("train", "train", "Train the run, or the pipeline of runs, of a file."),
     "train-reward": _Entry("train", "train_reward", "Train a reward model, for guidance, on preference pairs."),
     "generate": _Entry("generate", "generate", "Generate text with a trained model."),
