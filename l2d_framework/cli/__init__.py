@@ -6,6 +6,7 @@ Commands are named in one table and imported when they run, so that `l2d --help`
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 import sys
 from typing import Annotated, Any, NamedTuple
@@ -43,6 +44,9 @@ COMMANDS = {
     "demo": _Entry("demo", "demo", "Train, generate with and measure a tiny model."),
 }
 """For each command: its module, its function or typer app in there, and what `l2d --help` says about it."""
+
+VERBOSE = "L2D_VERBOSE"
+"""Environment variable that stands for `--verbose` where it is 1."""
 
 ELSEWHERE = {
     "bench": "It comes with l2d-bench. Run: pip install 'l2d-framework[bench]', or pip install ./bench in a clone."
@@ -107,8 +111,16 @@ def _options(
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
     ] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", help="Show what libraries say of their own work, too.")] = False,
 ) -> None:
-    pass
+    if verbose:
+        os.environ[VERBOSE] = "1"
+    elif os.environ.get(VERBOSE) != "1":
+        # Read when they are imported, which commands do.
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+        for name in ("torchao", "torch.utils._pytree"):
+            logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def main() -> None:

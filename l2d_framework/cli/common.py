@@ -10,8 +10,8 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import Progress
 
+from l2d_framework.cli import VERBOSE
 from l2d_framework.errors import ConfigError
 from l2d_framework.evaluation import plots, tables
 
@@ -75,9 +75,13 @@ def named(paths: Sequence[Path]) -> dict[str, Path]:
     return {path.stem if stems.count(path.stem) == 1 else str(path): path for path in paths}
 
 
-def bar(*, is_shown: bool = True) -> Progress:
-    """A bar on standard error: what is asked for alone goes to standard output, which may be a pipe."""
-    return Progress(console=Console(stderr=True), transient=True, disable=not is_shown)
+def quieten() -> None:
+    """Switch off the bars of transformers, which tear ours apart; `l2d --verbose` leaves them."""
+    if os.environ.get(VERBOSE) == "1":
+        return
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
 
 
 def show(rows: tables.Rows, notes: Sequence[str], *, title: str) -> None:

@@ -49,6 +49,7 @@ def eval_steps(
     cost little and differences of a few tenths of a percent are seen. A plain language model, such as one trained with
     LoRA, is measured on the same tokens; numbers of two models are compared row by row in the files written.
     """
+    from l2d_framework.cli.meter import Meter
     from l2d_framework.models.unloaded import UnloadedModel
     from l2d_framework.training.output_dir import staged
 
@@ -64,10 +65,11 @@ def eval_steps(
 
     from l2d_framework.evaluation.diagnosis import steps
 
-    lm = source.load(where)
-    with common.bar() as progress:
-        track = partial(progress.track, description="solving")
-        result = steps.eval_steps(lm, prepared, settings, batch_size=batch_size, track=track)
+    common.quieten()
+    with Meter(f"loading {model}"):
+        lm = source.load(where)
+    with Meter("solving", "batches") as meter:
+        result = steps.eval_steps(lm, prepared, settings, batch_size=batch_size, track=meter.track)
     title = f"Held-out tokens, the true ones before given; {result['tokens']:,} tokens of {result['rows']:,} rows"
     common.show(steps.table(result), steps.sentences(result), title=title)
     if out is not None:

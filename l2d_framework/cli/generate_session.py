@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from itertools import takewhile
 from pathlib import Path
 from typing import Any, Self
 
+import torch
 import typer
 from fsspec.utils import infer_compression
 from rich.console import Console
 from rich.live import Live
 from rich.text import Text
-from transformers import GenerationConfig, TextStreamer
+from torch import Tensor
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList, TextStreamer
+from typing_extensions import override
 
-from l2d_framework.cli.common import bar, check_device, check_dtype
+from l2d_framework.cli.common import check_device, check_dtype, quieten
+from l2d_framework.cli.meter import Meter
 from l2d_framework.diffusion.ode import Evaluation
 from l2d_framework.diffusion.rng import request_keys
 from l2d_framework.errors import ConfigError, DataError
@@ -30,6 +34,10 @@ from l2d_framework.generation.speculation import Guesses
 from l2d_framework.lines import read_lines, read_objects
 from l2d_framework.models.diffusion_lm import DiffusionLM
 from l2d_framework.models.unloaded import CLASS, SCALE, UnloadedModel
+from l2d_framework.types import Query
+
+_REFRESH = 0.5
+"""Seconds between two looks at a count that lies on the device."""
 
 
 def read_prompts(texts: Sequence[str], file: Path | None, *, chat: bool) -> dict[str, Prompt]:
@@ -95,6 +103,60 @@ class Drafts:
         self._live.update(Text(f"t = {float(evaluation.t[0, 0]):.2f}  {text}"), refresh=True)
 
 
+class Watch(StoppingCriteria):
+    """A criterion that ends nothing and counts tokens for a meter; evaluations, too, where a block has many tokens."""
+
+    def __init__(self, meter: Meter, lm: DiffusionLM, *, counts_evaluations: bool) -> None:
+        self._meter, self._lm, self._counts = meter, lm, counts_evaluations
+        pad = lm.backbone.lm.generation_config.pad_token_id
+        self._pad = -1 if pad is None else pad
+        self._finished = self._evaluations = 0
+        self._running: Tensor | int = 0
+        self._told = 0.0
+
+    def __enter__(self) -> Self:
+        if self._counts:
+            features = self._lm.features
+
+            def counted(query: Query) -> Tensor:
+                self._evaluations += 1
+                self._tell()
+                return features(query)
+
+            # The one way to the network; an observer would have all logits made.
+            self._lm.features = counted  # type: ignore[method-assign]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._counts:
+            del self._lm.features
+
+    @override
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        new = input_ids[:, -1]
+        # Rows that have ended go on with padding. The sum stays on the device until it is shown.
+        self._running = self._running + (new != self._pad).sum()
+        self._tell()
+        return torch.zeros_like(new, dtype=torch.bool)
+
+    def finish(self, rows: int, tokens: int) -> None:
+        """So many prompts are answered, with so many tokens."""
+        self._finished += tokens
+        self._running = 0
+        self._told = 0.0
+        self._tell()
+        self._meter.advance(rows)
+
+    def _tell(self) -> None:
+        now = self._meter.seconds
+        if now - self._told < _REFRESH and self._told:
+            return
+        self._told = now
+        tokens = self._finished + int(self._running)
+        facts = [f"{tokens:,} tokens", f"{tokens / now:,.1f} tokens/s"] if tokens else []
+        self._meter.facts = "  ".join(facts + [f"{self._evaluations:,} evaluations"] * self._counts)
+
+
 class Session:
     """One model and one set of options; everything but `load` and what follows it needs no weights."""
 
@@ -140,7 +202,9 @@ class Session:
 
     def load(self, device: str | None) -> None:
         """Load the weights."""
-        self.lm = self.model.load(check_device(device))
+        quieten()
+        with Meter(f"loading {self.model.path}"):
+            self.lm = self.model.load(check_device(device))
 
     def check_infilling(self, texts: Sequence[str]) -> None:
         """Refuse texts with gaps that this model cannot fill; needs no weights."""
@@ -150,7 +214,11 @@ class Session:
     def infill(self, texts: Sequence[str], *, output: Path | None) -> None:
         """Fill gaps in texts, print and write the results."""
         assert self.lm is not None
-        answers = [self.lm.infill(text, **self.sampling).texts(self.tokenizer)[0] for text in texts]
+        answers = []
+        with self._watch(len(texts)) as watch:
+            for text in texts:
+                answers += self.lm.infill(text, **self.sampling).texts(self.tokenizer)
+                watch.finish(1, 0)
         for answer in answers:
             typer.echo(answer)
         pairs = zip(texts, answers, strict=True)
@@ -162,7 +230,8 @@ class Session:
 
         recorder = Recorder()
         batch = self.encode([prompt])
-        answer = self.answer([prompt], batch, request_keys(batch), observer=recorder)[0]
+        with self._watch(1):
+            answer = self.answer([prompt], batch, request_keys(batch), observer=recorder)[0]
         title = prompt if isinstance(prompt, str) else str(prompt[-1].get("content"))
         trace = recorder.finish([*batch[0], *answer.pop("ids")])
         write_trace(trace, self.tokenizer, path, title=title)
@@ -177,6 +246,7 @@ class Session:
         *,
         streamer: Any = None,
         observer: Any = None,
+        watch: Watch | None = None,
     ) -> list[dict[str, Any]]:
         """Per answer to an encoded prompt its text, token ids, number of tokens and mean evaluations."""
         assert self.lm is not None
@@ -189,6 +259,7 @@ class Session:
             num_return_sequences=self.samples,
             streamer=streamer,
             observer=observer,
+            stopping_criteria=None if watch is None else StoppingCriteriaList([watch]),
             **self.running,
             **{**self.sampling, **self.options, **stop},
         )
@@ -237,15 +308,25 @@ class Session:
         else:
             rows = []
             keys = request_keys(encoded)
-            with bar(is_shown=len(encoded) > batch_size) as progress:
-                for start in progress.track(range(0, len(encoded), batch_size), description="generating"):
+            with self._watch(len(encoded)) as watch:
+                for start in range(0, len(encoded), batch_size):
                     part = slice(start, start + batch_size)
-                    answers = self.answer(prompts[part], encoded[part], keys[part])
+                    answers = self.answer(prompts[part], encoded[part], keys[part], watch=watch)
                     rows += [answers[i : i + self.samples] for i in range(0, len(answers), self.samples)]
+                    watch.finish(len(encoded[part]), sum(answer["tokens"] for answer in answers))
             for answer in itertools.chain(*rows):
                 typer.echo(answer["text"])
                 del answer["ids"]
         write_rows(output, [{"prompt": p, "answers": a} for p, a in zip(prompts, rows, strict=True)])
+
+    @contextmanager
+    def _watch(self, prompts: int) -> Iterator[Watch]:
+        assert self.lm is not None
+        with (
+            Meter("generating", "prompts", prompts) as meter,
+            Watch(meter, self.lm, counts_evaluations=self.is_whole) as watch,
+        ):
+            yield watch
 
     def talk(self) -> None:
         """A conversation on the terminal, ended by an empty line or the end of input."""
