@@ -122,6 +122,7 @@ def _frame(axes: Axes, x: str, y: str) -> None:
     axes.set_xlabel(x)
     axes.set_ylabel(y)
     axes.grid(alpha=0.25)
+    axes.ticklabel_format(axis="y", useOffset=False, scilimits=(-3, 5))
     if not axes.lines:
         axes.text(0.5, 0.5, "not logged", ha="center", va="center", transform=axes.transAxes, color="grey")
         axes.set_xticks([])
