@@ -6,6 +6,7 @@ Commands are named in one table and imported when they run, so that `l2d --help`
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 import signal
 import sys
@@ -25,11 +26,14 @@ class _Entry(NamedTuple):
 
 
 COMMANDS = {
+    "init": _Entry("init", "init", "Write a commented run file after five questions."),
     "train": _Entry("train", "train", "Train the run, or the pipeline of runs, of a file."),
     "train-reward": _Entry("train", "train_reward", "Train a reward model, for guidance, on preference pairs."),
     "generate": _Entry("generate", "generate", "Generate text with a trained model."),
     "config": _Entry("config", "app", "Check run files; print their JSON schema."),
+    "help": _Entry("help", "help_", "Explain an option of run files or a component."),
     "params": _Entry("config", "params", "Count a run's trainable parameters without loading weights."),
+    "doctor": _Entry("doctor", "doctor", "Examine this installation: versions, devices, hub, plugins, extras."),
     "plugins": _Entry("plugins", "plugins", "List what is installed, broken plugins included."),
     "convert": _Entry("convert", "convert", "Convert a checkpoint of another code base."),
     "eval": _Entry("eval", "app", "Evaluate a model on the tasks of lm_eval."),
@@ -37,9 +41,13 @@ COMMANDS = {
     "eval-text": _Entry("eval_text", "eval_text", "Measure generated text."),
     "diagnose": _Entry("diagnose", "diagnose", "Find out whether more steps will help a model."),
     "eval-steps": _Entry("eval_steps", "eval_steps", "Measure held-out tokens after each number of evaluations."),
+    "plot": _Entry("plot", "plot", "Draw how runs went: losses, loss by t, learning rate, evaluations."),
     "demo": _Entry("demo", "demo", "Train, generate with and measure a tiny model."),
 }
 """For each command: its module, its function or typer app in there, and what `l2d --help` says about it."""
+
+VERBOSE = "L2D_VERBOSE"
+"""Environment variable that stands for `--verbose` where it is 1."""
 
 ELSEWHERE = {
     "bench": "It comes with l2d-bench. Run: pip install 'l2d-framework[bench]', or pip install ./bench in a clone."
@@ -111,8 +119,16 @@ def _options(
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
     ] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", help="Show what libraries say of their own work, too.")] = False,
 ) -> None:
-    pass
+    if verbose:
+        os.environ[VERBOSE] = "1"
+    elif os.environ.get(VERBOSE) != "1":
+        # Read when they are imported, which commands do.
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+        for name in ("torchao", "torch.utils._pytree"):
+            logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def main() -> None:

@@ -10,8 +10,8 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import Progress
 
+from l2d_framework.cli import VERBOSE
 from l2d_framework.errors import ConfigError
 from l2d_framework.evaluation import plots, tables
 from l2d_framework.writing import write_whole
@@ -57,9 +57,32 @@ def check_folder(folder: Path | None, option: str) -> None:
         raise ConfigError(f"{str(existing)!r} cannot be written. Name another {option}.")
 
 
-def bar(*, is_shown: bool = True) -> Progress:
-    """A bar on standard error: what is asked for alone goes to standard output, which may be a pipe."""
-    return Progress(console=Console(stderr=True), transient=True, disable=not is_shown)
+def check_file(file: Path | None, option: str) -> None:
+    """Refuse a file for results that is there already or cannot be written; `option` names it."""
+    if file is None:
+        return
+    if file.exists():
+        raise ConfigError(f"{str(file)!r} exists. Name another {option}, so that nothing is lost.")
+    folder = file.resolve().parent
+    if not os.access(folder, os.W_OK):
+        raise ConfigError(f"{str(folder)!r} is missing or cannot be written. Name another {option}.")
+
+
+def named(paths: Sequence[Path]) -> dict[str, Path]:
+    """Paths by their last names, where these tell them apart; one that is given twice is refused."""
+    if len(set(paths)) < len(paths):
+        raise ConfigError(f"One is named twice among {[str(path) for path in paths]}. Name each once.")
+    stems = [path.stem for path in paths]
+    return {path.stem if stems.count(path.stem) == 1 else str(path): path for path in paths}
+
+
+def quieten() -> None:
+    """Switch off the bars of transformers, which tear ours apart; `l2d --verbose` leaves them."""
+    if os.environ.get(VERBOSE) == "1":
+        return
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
 
 
 def show(rows: tables.Rows, notes: Sequence[str], *, title: str) -> None:

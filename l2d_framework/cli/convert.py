@@ -22,11 +22,15 @@ def convert(
     classes: Annotated[str | None, typer.Option(help="Names of the class labels, separated by commas.")] = None,
 ) -> None:
     """Convert a checkpoint of another code base."""
+    from l2d_framework.cli.common import quieten
+    from l2d_framework.cli.meter import Meter
     from l2d_framework.models.convert import convert as run
     from l2d_framework.models.diffusion_lm import DiffusionLM
 
     names = None if classes is None else tuple(name.strip() for name in classes.split(","))
-    model = run(source, out, reader=reader, base=base, classes=names, tell=lambda note: typer.echo(f"Note: {note}"))
+    quieten()
+    with Meter(f"converting {source}"):
+        model = run(source, out, reader=reader, base=base, classes=names, tell=lambda note: typer.echo(f"Note: {note}"))
     if isinstance(model, DiffusionLM):
         count = sum(parameter.numel() for parameter in model.own_parameters().values())
         typer.echo(f"Wrote {count:,} diffusion parameters to {out}. Try: l2d generate {out} --prompt '...'")

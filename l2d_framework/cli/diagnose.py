@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -46,6 +45,7 @@ def diagnose(
     does together with the exact likelihood of the hint. Beside that: how soon tokens settle on the way, what an
     adaptive solver spends on them, and how many differ from the base model's.
     """
+    from l2d_framework.cli.meter import Meter
     from l2d_framework.models.unloaded import UnloadedModel
     from l2d_framework.training.output_dir import staged
 
@@ -68,11 +68,12 @@ def diagnose(
     from l2d_framework.evaluation.diagnosis.diagnose import time_grid
     from l2d_framework.evaluation.diagnosis.report import draw, sentences, table
 
-    lm = source.load(where)
+    common.quieten()
+    with Meter(f"loading {model}"):
+        lm = source.load(where)
     settings = replace(settings, times=time_grid(lm.schedule, times))
-    with common.bar() as progress:
-        track = partial(progress.track, description="diagnosing")
-        result = run(lm, prepared, settings, batch_size=batch_size, track=track)
+    with Meter("diagnosing", "batches") as meter:
+        result = run(lm, prepared, settings, batch_size=batch_size, track=meter.track)
     title = f"Cross-entropy in nats per token, ± standard error; {result['tokens']:,} tokens of {result['rows']:,} rows"
     common.show(table(result), sentences(result), title=title)
     if out is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -43,6 +42,7 @@ def eval_steps(
     cost little and differences of a few tenths of a percent are seen. A plain language model, such as one trained with
     LoRA, is measured on the same tokens; numbers of two models are compared row by row in the files written.
     """
+    from l2d_framework.cli.meter import Meter
     from l2d_framework.evaluation.diagnosis.steps import draw, possible, sentences, table
     from l2d_framework.evaluation.diagnosis.steps import eval_steps as run
     from l2d_framework.models.unloaded import UnloadedModel
@@ -59,10 +59,11 @@ def eval_steps(
         rows.check(source, sampling)
     prepared, card = rows.read(source)
 
-    lm = source.load(where)
-    with common.bar() as progress:
-        track = partial(progress.track, description="solving")
-        result = run(lm, prepared, settings, batch_size=batch_size, track=track)
+    common.quieten()
+    with Meter(f"loading {model}"):
+        lm = source.load(where)
+    with Meter("solving", "batches") as meter:
+        result = run(lm, prepared, settings, batch_size=batch_size, track=meter.track)
     title = f"Held-out tokens, the true ones before given; {result['tokens']:,} tokens of {result['rows']:,} rows"
     common.show(table(result), sentences(result), title=title)
     if out is not None:

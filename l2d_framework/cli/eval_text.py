@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from l2d_framework.cli import common
-from l2d_framework.errors import ConfigError
 
 
 def eval_text(
@@ -43,15 +41,15 @@ def eval_text(
 
     Each metric stands as TESS 2's evaluation defines it and, beside it, corrected. Several files are compared.
     """
+    from l2d_framework.cli.meter import Meter
     from l2d_framework.evaluation.text.samples import Columns, read_golds, read_samples
 
     common.check_dtype(dtype)
     common.check_folder(output, "--output")
+    common.quieten()
     golds = None if gold is None else read_golds(gold, gold_column)
     columns = Columns(prefix_column, text_column, gold_column)
-    samples = {name: read_samples(file, columns, golds=golds) for name, file in _named(files).items()}
-
-    from transformers.utils import logging
+    samples = {name: read_samples(file, columns, golds=golds) for name, file in common.named(files).items()}
 
     from l2d_framework.evaluation.text.judge import Judge, open_tokenizer, pretrained
     from l2d_framework.evaluation.text.mauve_score import FEATURES_MODEL, Features, check_golds, check_installed
@@ -71,14 +69,9 @@ def eval_text(
     if perplexity_model is not None:
         source = pretrained(perplexity_model, causal=True, **where)
         judge = Judge(source, max_length=max_length, batch_size=batch_size)
-    logging.disable_progress_bar()  # loading bars would tear the one below apart
-    with common.bar() as progress:
-
-        def track(batches: Sequence[int], title: str) -> Iterable[int]:
-            return progress.track(batches, description=title)
-
+    with Meter("measuring", "batches") as meter:
         results = {
-            name: evaluate_texts(texts, tokenizer=words, judge=judge, features=features, track=track)
+            name: evaluate_texts(texts, tokenizer=words, judge=judge, features=features, track=meter.track)
             for name, texts in samples.items()
         }
     common.show(table(results), notes(results), title="Generated text, ± standard error over samples")
@@ -90,11 +83,3 @@ def eval_text(
             common.write_json(folder / "eval_text.json", {"results": results, "definitions": DEFINITIONS})
             (folder / "eval_text.md").write_text(markdown(results, picture=picture), encoding="utf-8")
         typer.echo(f"Written to {output}", err=True)
-
-
-def _named(files: list[Path]) -> dict[str, Path]:
-    if len(set(files)) < len(files):
-        raise ConfigError(f"A file is named twice among {[str(file) for file in files]}. Name each once.")
-    # Short names where they tell the files apart.
-    stems = [file.stem for file in files]
-    return {file.stem if stems.count(file.stem) == 1 else str(file): file for file in files}

@@ -61,7 +61,7 @@ def generate(
     graph: Annotated[bool, typer.Option(help="Let an NVIDIA GPU replay the steps of a token from a graph.")] = True,
 ) -> None:
     """Generate text with a trained model."""
-    from l2d_framework.cli.generate_session import Session, check_output, read_prompts
+    from l2d_framework.cli.generate_session import Session, read_prompts
 
     named = read_prompts(prompt or [], file, chat=chat)
     prompts = list(named.values())
@@ -108,7 +108,7 @@ def generate(
         from l2d_framework.tracing import check_trace_file
 
         check_trace_file(trace)
-    check_output(output)
+    common.check_file(output, "--output")
     if infill:
         session.check_infilling(infill)
         session.load(device)

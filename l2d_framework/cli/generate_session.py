@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from itertools import takewhile
 from pathlib import Path
 from typing import Any, Self
 
+import torch
 import typer
 from fsspec.utils import infer_compression
 from rich.console import Console
 from rich.live import Live
 from rich.text import Text
-from transformers import GenerationConfig, TextStreamer
+from torch import Tensor
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList, TextStreamer
+from typing_extensions import override
 
-from l2d_framework.cli.common import bar, check_device, check_dtype
+from l2d_framework.cli.common import check_device, check_dtype, quieten
+from l2d_framework.cli.meter import Meter
 from l2d_framework.diffusion.ode import Evaluation
 from l2d_framework.diffusion.rng import request_keys
 from l2d_framework.errors import ConfigError, DataError, OutputError
@@ -29,6 +33,10 @@ from l2d_framework.generation.speculation import Guesses
 from l2d_framework.lines import read_lines, read_objects
 from l2d_framework.models.diffusion_lm import DiffusionLM
 from l2d_framework.models.unloaded import CLASS, SCALE, UnloadedModel
+from l2d_framework.types import Query
+
+_REFRESH = 0.5
+"""Seconds between two looks at a count that lies on the device."""
 
 
 def read_prompts(texts: Sequence[str], file: Path | None, *, chat: bool) -> dict[str, Prompt]:
@@ -151,6 +159,60 @@ class Drafts:
         self._live.update(Text(f"t = {float(evaluation.t[0, 0]):.2f}  {text}"), refresh=True)
 
 
+class Watch(StoppingCriteria):
+    """A criterion that ends nothing and counts tokens for a meter; evaluations, too, where a block has many tokens."""
+
+    def __init__(self, meter: Meter, lm: DiffusionLM, *, counts_evaluations: bool) -> None:
+        self._meter, self._lm, self._counts = meter, lm, counts_evaluations
+        pad = lm.backbone.lm.generation_config.pad_token_id
+        self._pad = -1 if pad is None else pad
+        self._finished = self._evaluations = 0
+        self._running: Tensor | int = 0
+        self._told = 0.0
+
+    def __enter__(self) -> Self:
+        if self._counts:
+            features = self._lm.features
+
+            def counted(query: Query) -> Tensor:
+                self._evaluations += 1
+                self._tell()
+                return features(query)
+
+            # The one way to the network; an observer would have all logits made.
+            self._lm.features = counted  # type: ignore[method-assign]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._counts:
+            del self._lm.features
+
+    @override
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        new = input_ids[:, -1]
+        # Rows that have ended go on with padding. The sum stays on the device until it is shown.
+        self._running = self._running + (new != self._pad).sum()
+        self._tell()
+        return torch.zeros_like(new, dtype=torch.bool)
+
+    def finish(self, rows: int, tokens: int) -> None:
+        """So many prompts are answered, with so many tokens."""
+        self._finished += tokens
+        self._running = 0
+        self._told = 0.0
+        self._tell()
+        self._meter.advance(rows)
+
+    def _tell(self) -> None:
+        now = self._meter.seconds
+        if now - self._told < _REFRESH and self._told:
+            return
+        self._told = now
+        tokens = self._finished + int(self._running)
+        facts = [f"{tokens:,} tokens", f"{tokens / now:,.1f} tokens/s"] if tokens else []
+        self._meter.facts = "  ".join(facts + [f"{self._evaluations:,} evaluations"] * self._counts)
+
+
 class Session:
     """One model and one set of options; everything but `load` and what follows it needs no weights."""
 
@@ -196,7 +258,9 @@ class Session:
 
     def load(self, device: str | None) -> None:
         """Load the weights."""
-        self.lm = self.model.load(check_device(device))
+        quieten()
+        with Meter(f"loading {self.model.path}"):
+            self.lm = self.model.load(check_device(device))
 
     def check_infilling(self, texts: Sequence[str]) -> None:
         """Refuse texts with gaps that this model cannot fill; needs no weights."""
@@ -207,10 +271,11 @@ class Session:
         """Fill gaps in texts, print and write the results."""
         assert self.lm is not None
         answers = []
-        with Rows(output) as rows:
+        with Rows(output) as rows, self._watch(len(texts)) as watch:
             for text in texts:
-                answers.append(self.lm.infill(text, **self.sampling).texts(self.tokenizer)[0])
+                answers += self.lm.infill(text, **self.sampling).texts(self.tokenizer)
                 rows.write([{"infill": text, "answers": [{"text": answers[-1]}]}])
+                watch.finish(1, 0)
         for answer in answers:
             typer.echo(answer)
 
@@ -220,7 +285,8 @@ class Session:
 
         recorder = Recorder()
         batch = self.encode([prompt])
-        answer = self.answer([prompt], batch, request_keys(batch), observer=recorder)[0]
+        with self._watch(1):
+            answer = self.answer([prompt], batch, request_keys(batch), observer=recorder)[0]
         title = prompt if isinstance(prompt, str) else str(prompt[-1].get("content"))
         trace = recorder.finish([*batch[0], *answer.pop("ids")])
         write_trace(trace, self.tokenizer, path, title=title)
@@ -236,6 +302,7 @@ class Session:
         *,
         streamer: Any = None,
         observer: Any = None,
+        watch: Watch | None = None,
     ) -> list[dict[str, Any]]:
         """Per answer to an encoded prompt its text, token ids, number of tokens and mean evaluations."""
         assert self.lm is not None
@@ -248,6 +315,7 @@ class Session:
             num_return_sequences=self.samples,
             streamer=streamer,
             observer=observer,
+            stopping_criteria=None if watch is None else StoppingCriteriaList([watch]),
             **self.running,
             **{**self.sampling, **self.options, **stop},
         )
@@ -297,10 +365,11 @@ class Session:
             return
         texts: list[str] = []
         keys = request_keys(encoded)
-        with Rows(output) as file, bar(is_shown=len(encoded) > batch_size) as progress:
-            for start in progress.track(range(0, len(encoded), batch_size), description="generating"):
+        with Rows(output) as file, self._watch(len(encoded)) as watch:
+            for start in range(0, len(encoded), batch_size):
                 part = slice(start, start + batch_size)
-                answers = self.answer(prompts[part], encoded[part], keys[part])
+                answers = self.answer(prompts[part], encoded[part], keys[part], watch=watch)
+                watch.finish(len(encoded[part]), sum(answer["tokens"] for answer in answers))
                 for answer in answers:
                     texts.append(answer["text"])
                     del answer["ids"]
@@ -309,6 +378,15 @@ class Session:
                 file.write({"prompt": prompt, "answers": group} for prompt, group in pairs)
         for text in texts:
             typer.echo(text)
+
+    @contextmanager
+    def _watch(self, prompts: int) -> Iterator[Watch]:
+        assert self.lm is not None
+        with (
+            Meter("generating", "prompts", prompts) as meter,
+            Watch(meter, self.lm, counts_evaluations=self.is_whole) as watch,
+        ):
+            yield watch
 
     def talk(self) -> None:
         """A conversation on the terminal, ended by an empty line or the end of input."""

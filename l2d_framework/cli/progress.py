@@ -2,18 +2,33 @@
 
 from __future__ import annotations
 
+import os
+import time
+from contextlib import ExitStack
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback
+from typing_extensions import override
+
+from l2d_framework.cli.meter import Meter
 
 
 class Reporter(TrainerCallback):
-    """Reports on a run from the first process."""
+    """Reports on a run from the first process: until it trains, that it is being prepared."""
+
+    def __init__(self, title: str) -> None:
+        self._preparing = ExitStack()
+        if os.environ.get("RANK", "0") == "0":
+            self._preparing.enter_context(Meter(f"{title}  preparing"))
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: D102 -- transformers'
+        self._preparing.close()
 
     def close(self) -> None:
         """Give the terminal back, also after an error."""
+        self._preparing.close()
 
 
 def progress(console: Console, title: str) -> Reporter:
@@ -29,8 +44,22 @@ def _facts(logs: dict[str, float]) -> str:
 
 
 class _Lines(Reporter):
+    """The first update is reported without its loss, which the log has once it is a mean over some."""
+
     def __init__(self, console: Console, title: str) -> None:
+        super().__init__(title)
         self._console, self._title = console, title
+        self._start: float | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        super().on_train_begin(args, state, control, **kwargs)
+        self._start = time.monotonic()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._start is not None and state.is_world_process_zero:
+            seconds, self._start = time.monotonic() - self._start, None
+            text = f"{self._title}  {state.global_step}/{state.max_steps}  first update after {seconds:,.1f} s"
+            self._console.print(text, highlight=False, soft_wrap=True)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if state.is_world_process_zero and (facts := _facts(logs)):
@@ -40,6 +69,7 @@ class _Lines(Reporter):
 
 class _Bar(Reporter):
     def __init__(self, console: Console, title: str) -> None:
+        super().__init__(title)
         self._title, self._task, self._logs = title, TaskID(0), dict[str, float]()
         self._progress = Progress(
             TextColumn("{task.description}"),
@@ -51,6 +81,7 @@ class _Bar(Reporter):
         )
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        super().on_train_begin(args, state, control, **kwargs)
         if state.is_world_process_zero:
             self._task = self._progress.add_task(self._title, total=state.max_steps, facts="")
             # What an earlier session did says nothing about the time this one needs.
@@ -69,5 +100,7 @@ class _Bar(Reporter):
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.close()
 
+    @override
     def close(self) -> None:
+        super().close()
         self._progress.stop()

@@ -78,11 +78,16 @@ def train_reward(
 @contextmanager
 def _reporting(console: Console) -> Iterator[Callable[[Run], list[Reporter]]]:
     """Makes the callbacks of each run, and gives the terminal back at the end or after an error."""
+    from l2d_framework.cli.common import quieten
     from l2d_framework.cli.progress import progress
+
+    quieten()
 
     reporters: list[Reporter] = []
 
     def report(run: Run) -> list[Reporter]:
+        for earlier in reporters:
+            earlier.close()
         reporters.append(progress(console, Path(str(run.output_dir)).name))
         return reporters[-1:]
 

@@ -10,7 +10,7 @@ from pydantic import ConfigDict, Field, SerializeAsAny, model_validator
 
 from l2d_framework.component import merged
 from l2d_framework.config.sampling import component_type
-from l2d_framework.config.sections import ModelSection, RowSource, Section, Updates, UserPath, optional, specialised
+from l2d_framework.config.sections import ModelSection, OutputFolder, RowSource, Section, Updates, optional, specialised
 from l2d_framework.registry import Registry
 from l2d_framework.schedule import ScheduleConfig
 
@@ -47,7 +47,9 @@ class PairData(Section):
     model_config = ConfigDict(json_schema_extra=optional("train"))
 
     train: list[PairSource] = Field(min_length=1)
+    """Sources of pairs to learn from."""
     eval: list[PairSource] = Field(default_factory=list)
+    """Sources of held-out pairs, measured every `training.eval_steps` updates; or use `eval_fraction`."""
     eval_fraction: float = Field(default=0.0, ge=0, lt=1)
     """Share of the prompts whose pairs are held out when `eval` is empty."""
     max_length: int = Field(default=2048, ge=2)
@@ -83,6 +85,7 @@ class RewardTraining(Updates):
     micro_batch_size: int | None = Field(default=None, ge=1)
     """Pairs per forward pass of one process; as many as `batch_size` allows when None. Noise depends on them."""
     learning_rate: float = Field(default=2e-5, gt=0)
+    """Highest rate of AdamW; lower it where the loss jumps."""
     warmup_ratio: float = Field(default=0.0, ge=0, lt=1)
     """Share of the updates in which the learning rate rises from zero."""
     final_fraction: float = Field(default=0.0, ge=0, le=1)
@@ -91,12 +94,14 @@ class RewardTraining(Updates):
     """Lead that the chosen reward should have where a source names no column for it."""
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = Field(default=0.0, ge=0)
+    """Share of each matrix that an update takes off, times the rate; raise it where held-out pairs fall behind."""
 
 
 class SimplexNoise(Section):
     """Noise on the simplex under the training texts, so that the reward model knows the drafts guidance shows it."""
 
     schedule: SerializeAsAny[ScheduleConfig]
+    """How much noise there is at which time; that of the diffusion model to be guided."""
     k: float = Field(default=5.0, gt=0)
     """Half the distance between the true token's coordinate and the others', and the standard deviation of noise."""
 
@@ -110,10 +115,14 @@ class RewardRun(Section):
     preset: Literal["tess2-paper", "tess2-script"] | None = None
     """Settings that hold where the run file says nothing."""
     model: ModelSection
+    """The language model that gets a reward head; with the tokenizer of the diffusion model to be guided."""
     data: PairData
+    """The pairs to learn from."""
     training: RewardTraining = RewardTraining()
+    """How to train."""
     noise: SimplexNoise | None = None
-    output_dir: UserPath | None = None
+    """Show noisy texts as guidance will; clean ones when None."""
+    output_dir: OutputFolder = None
     seed: int = Field(default=0, ge=0)
     """Of the new reward head, the order of the pairs, what is held out, and noise."""
 

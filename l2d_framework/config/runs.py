@@ -8,16 +8,17 @@ from typing import Any, Literal, Self
 from pydantic import ConfigDict, Field, SerializeAsAny, TypeAdapter, model_validator
 
 from l2d_framework.backbone import BackboneConfig
+from l2d_framework.config.reference import DescribedSchema
 from l2d_framework.config.reward import RewardRun, reward_type
 from l2d_framework.config.sampling import SamplingSection, component_type, sampling_type
 from l2d_framework.config.sections import (
     DataSection,
     LoraSection,
     ModelSection,
+    OutputFolder,
     ScratchSection,
     Section,
     TrainingSection,
-    UserPath,
     optional,
     specialised,
 )
@@ -33,18 +34,27 @@ class DiffusionRun(Section):
 
     kind: Literal["diffusion"] = "diffusion"
     model: ModelSection
+    """The language model to start from."""
     schedule: SerializeAsAny[ScheduleConfig]
+    """How much noise there is at which time; the method's where the run file names a `method`."""
     parametrization: SerializeAsAny[ParametrizationConfig]
+    """The state space in which tokens are diffused; the method's where the run file names a `method`."""
     backbone: SerializeAsAny[BackboneConfig]
+    """The network that denoises, and how much of it is trained; the method's where the run file names a `method`."""
     block_size: int | None = Field(default=1, ge=1)
-    """Tokens denoised together; one block per sequence when None."""
+    """Tokens denoised together, in sight of the blocks before; one block per sequence when None. 1 for L2D, None for
+    TESS 2."""
     classes: list[str] = Field(default_factory=list)
     """Names of the class labels, in the order of their ids."""
     sampling: SamplingSection
+    """How to sample where a request says nothing else."""
     data: DataSection | None = None
+    """What to learn from; needed to train."""
     training: TrainingSection = TrainingSection()
-    output_dir: UserPath | None = None
+    """How to train."""
+    output_dir: OutputFolder = None
     seed: int = Field(default=0, ge=0)
+    """Of new weights, the order of the data, what is held out, and all noise in training."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -85,12 +95,18 @@ class LanguageModelRun(Section):
 
     kind: Literal["language_model"] = "language_model"
     model: ModelSection | None = None
+    """The language model to go on from; or `scratch`."""
     scratch: ScratchSection | None = None
+    """A language model and its tokenizer to train from nothing; or `model`."""
     lora: LoraSection | None = None
+    """Train a LoRA of this shape instead of all weights."""
     data: DataSection | None = None
+    """What to learn from; needed to train."""
     training: TrainingSection = TrainingSection()
-    output_dir: UserPath | None = None
+    """How to train."""
+    output_dir: OutputFolder = None
     seed: int = Field(default=0, ge=0)
+    """Of new weights, the order of the data and what is held out."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -114,6 +130,7 @@ class Pipeline(Section):
     """Runs that follow each other; a later one may start from the `output_dir` of an earlier one."""
 
     stages: list[SerializeAsAny[Run]] = Field(min_length=1)
+    """The runs, in the order in which they are trained."""
 
 
 @cache
@@ -133,7 +150,7 @@ def json_schema() -> dict[str, Any]:
     run: Any = diffusion_type(registry()) | LanguageModelRun | reward_type(registry())
     stages: Any = (list[run], Field(min_length=1))
     either: Any = run | specialised(Pipeline, stages=stages)
-    schema = TypeAdapter(either).json_schema()
+    schema = TypeAdapter(either).json_schema(schema_generator=DescribedSchema)
     for name, part in schema.get("$defs", {}).items():
         if name == "DiffusionRun":
             part["properties"]["method"] = {

@@ -30,18 +30,24 @@ class SamplingSection(Section):
     preset: str | None = None
     """Named settings below the explicit ones; the method's when None."""
     num_inference_steps: int | None = Field(default=None, ge=0, le=_MOST)
-    """Network evaluations per token, the read-out included; 0 is the plain language model."""
+    """Network evaluations per token, the read-out included; 0 is the plain language model. More cost time and may find
+    better answers: `l2d diagnose` says whether. Upper limit for a solver that chooses its own steps."""
     solver: SerializeAsAny[Solver]
+    """How the state moves from noise to data: `{name: midpoint}` and others with steps on a grid, or one such as
+    `fehlberg2` in which each token chooses its own."""
     end_time: float | None = Field(default=None, gt=0, le=1)
-    """Time of the read-out."""
+    """Time of the read-out, 1 being data; the solver's grid ends there."""
     guidance: list[SerializeAsAny[Guidance]] = Field(default_factory=list)
+    """Wrappers around each prediction, the first of them innermost; none when empty."""
     estimate: dict[str, Any] = Field(default_factory=dict)
-    """Fields of the parametrization's `estimate`."""
+    """Fields of the parametrization's `estimate`, such as {mode: argmax}; those of the checkpoint where left out."""
     seed: int = Field(default=0, ge=0)
+    """Of all noise of a request; another seed gives other answers."""
     block_size: int | None = Field(default=None, ge=1, le=_MOST)
-    """Tokens denoised together; the model's own number when None."""
+    """Tokens denoised together; the trained number when None, and at most that."""
     patience: int | None = Field(default=None, ge=1, le=_MOST)
-    """Stop once no token has changed in this many evaluations."""
+    """Evaluations in which no token has changed, after which a row stops; never when None. Saves time on whole
+    answers."""
 
     def resolve(self, parametrization: ParametrizationConfig, user: Mapping[str, Any]) -> SamplingSection:
         """Settings of a request: the user's options over this section, a component as instance, section or name.

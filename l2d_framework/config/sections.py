@@ -24,6 +24,20 @@ def optional(*names: str) -> Callable[[dict[str, Any]], None]:
 
 UserPath = Annotated[str, AfterValidator(_expanded)]
 """A path in which `~` stands for the home folder, or a hub id."""
+OutputFolder = Annotated[
+    UserPath | None,
+    Field(
+        description="New folder for checkpoints, the model and `run.json`; needed to train. The same run goes on in "
+        "it, another is refused."
+    ),
+]
+Revision = Annotated[
+    str | None,
+    Field(
+        description="Branch, tag or commit on the hub; the default branch when None. Name a commit for a run that "
+        "others can repeat."
+    ),
+]
 
 
 class Section(BaseModel):
@@ -48,13 +62,16 @@ class ModelSection(Section):
     base: UserPath = Field(min_length=1)
     """Hub id or folder; a folder with a PEFT adapter stands for its base with the adapter merged, one with a diffusion
     model that is its own language model for that, and a diffusion run over it goes on from all of its weights."""
-    revision: str | None = None
+    revision: Revision = None
     adapter: UserPath | None = None
     """A PEFT folder merged into the base before anything else."""
     gguf_file: str | None = Field(default=None, min_length=1)
     """Name of the GGUF file in the base folder that holds its weights, which are unpacked."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Type of the weights in memory; `auto` for the stored one. `bfloat16` halves the memory of float32; what is
+    trained stays in float32."""
     attn_implementation: Literal["sdpa", "eager"] = "sdpa"
+    """Attention of transformers; `eager` only where a model does not support `sdpa`, for it is slower."""
     pad_token: str | None = None
     """Pad token to add, such as `[PAD]`, where the tokenizer has none; the vocabulary grows by one."""
 
@@ -63,13 +80,14 @@ class TokenizerSection(Section):
     """A byte-level BPE to train on the training data."""
 
     vocab_size: int = Field(ge=257)
-    """Number of tokens: 256 bytes, merges and the special tokens."""
+    """Number of tokens: 256 bytes, merges and the special tokens; more for much text, fewer for a small model."""
 
 
 class ScratchSection(Section):
     """A language model to train from nothing."""
 
     tokenizer: TokenizerSection
+    """The tokenizer to train first."""
     config: dict[str, Any]
     """Fields of the model's transformers config, `model_type` among them; the vocabulary size is the tokenizer's."""
 
@@ -84,9 +102,14 @@ class LoraSection(Section):
     """A plain LoRA; the defaults are the baseline of the L2D paper (arXiv:2501.15781, Table 3 and appendix)."""
 
     rank: int = Field(default=32, ge=1)
+    """Rank of the update; parameters grow with it."""
     alpha: float = Field(default=64.0, gt=0)
+    """The update counts alpha / rank times; change it along with `rank` to keep its size."""
     targets: list[str] | Literal["all-linear"] = ["q_proj", "v_proj"]
+    """Last names of the adapted linear modules, or `all-linear` for all but the head, which learns more and costs
+    more."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Share of the inputs of the update that is dropped in training; raise it where the held-out loss rises."""
 
 
 class RowSource(Section):
@@ -95,28 +118,34 @@ class RowSource(Section):
     path: UserPath = Field(min_length=1)
     """Hub id, folder laid out like one or full of packed JSON lines, file, or pattern of files such as `texts/*.gz`."""
     name: str | None = None
-    """Configuration of the data set."""
+    """Configuration of the data set, such as `main`; where it has several."""
     split: str = "train"
+    """Split of the data set, such as `train` or `train[:10%]`; of files, which are one split, `train`."""
     exclude: dict[str, list[str]] = {}
     """Rows to leave out: values by column."""
     limit: int | None = Field(default=None, ge=1)
-    """Largest number of examples to take."""
-    revision: str | None = None
+    """Largest number of rows to take, from the first on; all when None."""
+    revision: Revision = None
     data_files: str | list[str] | dict[str, str | list[str]] | None = None
+    """Files of the folder or hub id to read, names or patterns, by split or not; all that `datasets` finds when
+    None."""
 
 
 class DataSource(RowSource):
     """One data set."""
 
     format: Literal["auto", "messages", "prompt_completion", "text"] = "auto"
+    """What a row is: a conversation, a prompt with its completion, or plain text; found by the names of its columns
+    when `auto`. Name it where a row could be read in two ways."""
     columns: dict[Literal["messages", "prompt", "completion", "text"], str] = {}
     """The source's column for each of our names that it spells differently."""
     class_column: str | None = None
-    """Column with the class label of an example."""
+    """Column with the class label of an example, for a run with `classes`."""
     class_name: str | None = None
     """Class of every example of this source, instead of a column."""
     weight: float = Field(default=1.0, gt=0)
-    """Share in a mixture, relative to the other sources."""
+    """Share in a mixture, relative to the other sources; equal ones are read once each, others drawn until all have
+    been read."""
 
     @model_validator(mode="after")
     def _one_class(self) -> Self:
@@ -140,13 +169,19 @@ class DataSection(Section):
     """What to train and evaluate on."""
 
     train: list[DataSource] = Field(min_length=1)
+    """Sources to learn from; several are joined, or mixed where their weights differ."""
     eval: list[DataSource] = []
+    """Sources of held-out examples, measured every `training.eval_steps` updates; or use `eval_fraction`."""
     eval_fraction: float = Field(default=0.0, ge=0, lt=1)
-    """Share of the training examples held out when `eval` is empty."""
+    """Share of the training examples held out when `eval` is empty, chosen by their content."""
     max_length: int = Field(default=2048, ge=2)
-    """Longest sequence, in tokens."""
+    """Longest sequence, in tokens; what lies beyond is cut off. Memory grows with it; at most the language model's
+    context."""
     streaming: bool = False
+    """Read rows as they are needed instead of preparing all before: for corpora beyond the disk. Needs
+    `training.max_steps`."""
     supervise: Literal["response", "all"] = "response"
+    """Tokens to learn: of answers alone, which of plain text are all, or `all`, prompts included."""
     chat_template: str | None = None
     """Name of a shipped template such as `tulu`, a jinja template or a file with one; the tokenizer's own when None."""
     turns: Literal["all", "first", "pairs", "accumulated", "sliding"] = "all"
@@ -166,9 +201,9 @@ class DataSection(Section):
     """What stands behind a sequence: nothing; padding up to `max_length` that is generated like the answer and counts
     in the loss; or the same without counting. Left out of a diffusion run, it is the parametrization's."""
     shuffle_seed: int | None = Field(default=None, ge=0)
-    """Seed of the data order; the run's seed when None."""
+    """Seed of the data order; the run's `seed` when None."""
     shuffle_buffer: int = Field(default=10_000, ge=1)
-    """Examples held in memory to shuffle a stream."""
+    """Examples held in memory to shuffle a stream; raise it where neighbouring rows are alike."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -185,30 +220,42 @@ class Updates(Section):
     """How to train, whatever is trained."""
 
     max_steps: int | None = Field(default=None, ge=1)
-    """Optimizer updates; counted from `epochs` when None."""
+    """Optimizer updates; counted from `epochs` when None. Set it for streams, and for runs of a fixed budget."""
     epochs: float = Field(default=1.0, gt=0)
+    """Times to go over the training data; may be a fraction. Without meaning where `max_steps` is set."""
     batch_size: int = Field(default=32, ge=1)
-    """Sequences, or pairs of them, per optimizer update over all processes."""
+    """Sequences, or pairs of them, per optimizer update over all processes; what decides the result. What fits into
+    memory is `micro_batch_size`."""
     micro_batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] | None = None
-    """As many per forward pass of one process; as many as `batch_size` allows when None. `auto` begins with those and
+    """Sequences per forward pass of one process; as many as `batch_size` allows when None. `auto` begins with those and
     halves them whenever memory is out, which changes no result but rounding."""
     max_grad_norm: float = Field(default=1.0, gt=0)
+    """Gradients longer than this, in the 2-norm over all parameters, are shortened to it; lower it where the loss
+    jumps."""
     bf16: bool = False
-    """Compute in bfloat16; trained weights stay in float32 until they are saved."""
+    """Compute in bfloat16, faster on GPUs and half the memory of activations; trained weights stay in float32 until
+    they are saved."""
     gradient_checkpointing: bool = False
+    """Compute activations again in the backward pass: less memory, about a third more time. Same result but for
+    rounding."""
     eval_steps: int | None = Field(default=None, ge=1)
-    """Updates between evaluations; only at the end when None."""
+    """Updates between measurements of the held-out data; only at the end when None."""
     save_steps: int | None = Field(default=None, ge=1)
-    """Updates between checkpoints, from which an interrupted run goes on."""
+    """Updates between checkpoints, from which an interrupted run goes on; at the end alone when None, so set it for
+    long runs."""
     save_total_limit: int = Field(default=2, ge=1)
+    """Newest checkpoints to keep; older ones are deleted."""
     non_finite: Literal["stop", "skip"] = "stop"
     """What to do where a loss or a gradient is infinite or no number: stop, or leave that update out."""
     skip_limit: int = Field(default=10, ge=1)
     """Updates left out in a row after which the next one stops training."""
     logging_steps: int = Field(default=10, ge=1)
+    """Updates between two lines of the log, each a mean over them."""
     report_to: list[str] = []
-    """Trackers such as `tensorboard` or `wandb`."""
+    """Trackers that get every log, losses by t included, such as `tensorboard`, `wandb` or `trackio`; each must be
+    installed."""
     betas: tuple[float, float]
+    """Decay per update of AdamW's means of gradients and of their squares, each in [0, 1)."""
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -231,29 +278,44 @@ class TrainingSection(Updates):
     """
 
     learning_rate: float = Field(default=1e-4, gt=0)
+    """Highest rate of AdamW. 1e-4 for the diffusion path of L2D, 1e-5 where all weights of a language model learn;
+    lower it where the loss jumps."""
     final_learning_rate: float = Field(default=1e-6, ge=0)
+    """Rate at the end of `decay`, and from which the warm-up rises."""
     warmup_steps: int = Field(default=100, ge=0)
+    """Updates in which the rate rises to `learning_rate`; fewer for short runs."""
     warmup_ratio: float | None = Field(default=None, ge=0, lt=1)
     """Share of all updates to warm up for, rounded up, instead of `warmup_steps`."""
     warmup: Literal["linear", "log"] = "log"
+    """How the rate rises in the warm-up: in a straight line, or fast at first and slower later."""
     decay: Literal["linear", "cosine", "constant"] = "linear"
+    """How the rate falls after the warm-up to `final_learning_rate`; `constant` does not."""
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = Field(default=1e-8, gt=0)
+    """What AdamW adds to the root of the mean square before it divides; hardly ever changed."""
     weight_decay: float = Field(default=0.01, ge=0)
+    """Share of each matrix that an update takes off, times the rate; raise it where the held-out loss rises."""
     draws_per_token: int = Field(default=1, ge=1)
-    """Noise draws per supervised token."""
+    """Noisy copies of each supervised token in an update. More of them make gradients less noisy for the price of the
+    diffusion path alone, since the context is read once: worth it where data are few."""
     group_by_length: bool = False
     """Let sequences of like length share a micro-batch, so that there is less padding; each update sees the same."""
     loss_chunk: int = Field(default=1024, ge=1)
-    """Positions per chunk of the vocabulary head."""
+    """Positions whose logits are made at a time; lower it where the vocabulary is large and memory is short. No change
+    of result but for rounding."""
     class_dropout: float = Field(default=0.2, ge=0, le=1)
-    """Probability with which a class label is left out, for classifier-free guidance."""
+    """Probability with which a class label is left out, so that classifier-free guidance has a prediction without
+    class."""
     class_dropout_per: Literal["token", "example"] = "token"
+    """Whether a label is left out for each token by itself or for a whole example."""
     time_learning_rate: float | None = Field(default=None, gt=0)
-    """Peak rate of the backbone's time embedding; that of everything else when None."""
+    """Peak rate of the backbone's time embedding, where it has one apart; that of everything else when None."""
     self_conditioning: float = Field(default=0.5, ge=0, le=1)
-    """Probability with which an example is shown a first prediction, where the parametrization reads one."""
+    """Probability with which an example is shown a first prediction, where the parametrization reads one; each such
+    example costs a further pass of the network."""
     dataloader_workers: int = Field(default=0, ge=0)
+    """Processes that prepare batches beside the training one; raise it where a GPU waits for data. No change of
+    result."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

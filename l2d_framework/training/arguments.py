@@ -47,6 +47,7 @@ def common_arguments(training: Updates, output: Path, seed: int) -> dict[str, An
             )
     return {
         "output_dir": str(output),
+        "run_name": output.name,  # what trackers call it
         "seed": seed,
         "use_cpu": not torch.accelerator.is_available(),
         "bf16": training.bf16,

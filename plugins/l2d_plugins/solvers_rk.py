@@ -33,6 +33,7 @@ class TorchDiffEqFixed(_TorchDiffEq):
 
     name: Literal["torchdiffeq_fixed"] = "torchdiffeq_fixed"
     method: Literal["euler", "midpoint", "heun2", "heun3", "rk4"] = "midpoint"
+    """torchdiffeq's name of the method; evaluations per step: euler 1, midpoint and heun2 2, heun3 3, rk4 4."""
 
     @property
     @override
@@ -66,14 +67,15 @@ class TorchDiffEqAdaptive(_TorchDiffEq):
 
     name: Literal["torchdiffeq_adaptive"] = "torchdiffeq_adaptive"
     method: Literal["dopri5", "dopri8", "bosh3", "fehlberg2", "adaptive_heun"] = "dopri5"
+    """torchdiffeq's name of the method; of low order where tolerances are loose, as language needs no many digits."""
     rtol: float = Field(3e-4, gt=0, allow_inf_nan=False)
-    """Error allowed per step, relative to the state."""
+    """Error allowed per step, relative to the state; raise it for fewer evaluations, lower it for a finer path."""
     atol: float = Field(3e-4, gt=0, allow_inf_nan=False)
-    """Error allowed per step, in state units."""
+    """Error allowed per step, in units of the state; raise it along with `rtol`."""
     first_step: float = Field(0.05, gt=0, le=1)
-    """Length of the first attempted step, in units of time."""
+    """Length of the first attempted step, in units of time, of which there is 1 from noise to data."""
     max_evaluations: int = Field(1000, ge=2)
-    """Evaluations a token may cost, the read-out included."""
+    """Evaluations a token may cost, the read-out included; a solve that needs more stops with an error."""
 
     @property
     @override

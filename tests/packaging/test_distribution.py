@@ -135,3 +135,10 @@ def test_the_tests_that_run_under_other_kernels_are_there(repository):
         r"^kernel-tests = \$\(addprefix \$\(CURDIR\)/tests/,(.*)\)$", (repository / "Makefile").read_text(), re.M
     )
     assert [name for name in line.split() if not (repository / "tests" / name).exists()] == []
+
+
+def test_all_that_names_a_version_names_the_same(repository):
+    projects = [repository / "pyproject.toml", repository / "bench" / "pyproject.toml"]
+    versions = {tomllib.loads(path.read_text(encoding="utf-8"))["project"]["version"] for path in projects}
+    versions |= set(re.findall(r"^version: (.+)$", (repository / "CITATION.cff").read_text("utf-8"), re.MULTILINE))
+    assert len(versions) == 1

@@ -88,9 +88,9 @@ class Sandbox:
 
     @cached_property
     def is_isolated(self) -> bool:
-        """Whether programs run without network, found by running an empty one; False where that is allowed."""
-        answer = self._outcome("", is_isolated=True)
-        if answer == "passed":
+        """Whether programs run without network; False where they cannot and that is allowed."""
+        answer = self.obstacle()
+        if answer is None:
             _LOGGER.warning(_ISOLATED)
             return True
         if os.environ.get(ALLOW_NETWORK) != "1":
@@ -101,6 +101,11 @@ class Sandbox:
             )
         _LOGGER.warning(_SHARED)
         return False
+
+    def obstacle(self) -> str | None:
+        """What keeps programs from running without network here, found by running an empty one; None for nothing."""
+        answer = self._outcome("", is_isolated=True)
+        return None if answer == "passed" else answer
 
     def run(self, program: str, tests: str = "") -> str:
         """Run Python source, which passes when its last line and that of its tests have run; says how it ended."""

@@ -18,7 +18,9 @@ class Keyword(Guidance):
 
     name: Literal["keyword"] = "keyword"
     token_ids: list[Annotated[int, Field(ge=0)]] = Field(default=[0], min_length=1)
+    """Ids of the tokens to make likelier."""
     scale: float = Field(default=1.0, ge=0, allow_inf_nan=False)
+    """Length of the step, in logits; raise it for more of these tokens."""
 
     def __call__(self, predict: Predict, query: Query, space: Space) -> Prediction:
         """Predict once, then add scale * (p(token | it is a keyword) - p(token)) to the logits."""

@@ -45,11 +45,15 @@ class TwoStreamConfig(BackboneConfig):
     variant: Literal["lora", "full", "full_random"] = "lora"
     """`full` trains copies of the projections, `full_random` the same without the language model's initial values."""
     rank: int = Field(default=32, gt=0)
+    """Rank of the LoRA of `variant: lora`; parameters grow with it. Raise it for skills far from the base model's."""
     alpha: float = Field(default=32.0, gt=0)
+    """Its updates count alpha / rank times; change it along with `rank` to keep their size."""
     targets: tuple[str, ...] | None = Field(default=None, strict=False)
     """Last names of the adapted linear modules; all but keys and values when None."""
     time_features: int = Field(default=256, gt=1, multiple_of=2)
+    """Fourier features of the time; even."""
     conditioning_size: int = Field(default=256, gt=0)
+    """Width of the network that turns time and class into modulations; lower it to save parameters."""
 
     @override
     def check(self, lm_config: Any, block_size: int | None) -> None:

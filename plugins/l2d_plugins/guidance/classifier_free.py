@@ -28,6 +28,8 @@ class ClassifierFree(Guidance):
 
     name: Literal["classifier_free"] = "classifier_free"
     scale: float = Field(1.0, allow_inf_nan=False)
+    """w: 1 is the model as it was trained, above 1 follows the class more, 0 ignores it; the first thing to try where
+    answers look like another class's."""
 
     def __call__(self, predict: Predict, query: Query, space: Space) -> Prediction:
         """The class's logits and the mixed clean state, from one pass of the network over both branches."""

@@ -34,12 +34,14 @@ class RewardGradient(Guidance):
     model: str = Field(min_length=1)
     """Folder or hub id of a transformers sequence classifier with one output and the same vocabulary."""
     scale: float = Field(0.25, allow_inf_nan=False)
+    """Step along the gradient, in logits per unit of reward; 0 guides nothing. Raise it while rewards rise and answers
+    stay readable."""
     temperature: float = Field(1.0, gt=0, allow_inf_nan=False)
     """Divides the logits before the softmax."""
     gumbel: Literal["none", "soft", "hard"] = "none"
     """Gumbel-softmax (arXiv:1611.01144); `hard` shows the reward model tokens and passes gradients straight through."""
     inner_steps: int = Field(1, ge=1)
-    """Ascents per evaluation of the diffusion network."""
+    """Ascents per evaluation of the diffusion network; each costs a pass of the reward model forward and back."""
     accumulate_gradients: bool = False
     """At each inner step, add the gradients of all inner steps so far."""
     position: Literal["canvas_end", "expected_end"] = "canvas_end"
@@ -47,9 +49,9 @@ class RewardGradient(Guidance):
     max_gradient_norm: float | None = Field(None, gt=0)
     """Longest gradient of a row; unlimited when None."""
     every: int = Field(1, ge=1)
-    """Guide every n-th evaluation, the first one included."""
+    """Guide every n-th evaluation, the first one included; above 1 to save passes of the reward model."""
     precision: Literal["float32", "bfloat16"] = "float32"
-    """Of the reward model."""
+    """Of the reward model's weights; `bfloat16` halves their memory."""
 
     def check(self, tokenizer: Any) -> None:
         """Refuse a reward model that cannot guide; without a tokenizer (None) vocabularies are not compared."""

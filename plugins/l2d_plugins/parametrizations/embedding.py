@@ -27,6 +27,7 @@ class ConstantTemperature(BaseModel):
 
     name: Literal["constant"] = "constant"
     value: float = Field(default=1.0, ge=0)
+    """Temperature of the estimate's distribution, no unit; below 1 sharper, 0 the most likely token."""
 
     def __call__(self, t: Tensor) -> Tensor:
         """Temperature at time t."""
@@ -43,7 +44,9 @@ class PolynomialTemperature(BaseModel):
 
     name: Literal["polynomial"] = "polynomial"
     power: float = Field(default=1.0, gt=0)
+    """How fast it falls: above 1 early, below 1 late."""
     end: float = Field(default=1.0, gt=0, le=1)
+    """Time, in (0, 1], from which on the most likely token is taken; lower it for estimates that settle earlier."""
 
     def __call__(self, t: Tensor) -> Tensor:
         """Temperature at time t."""
@@ -63,7 +66,11 @@ class EmbeddingEstimate(BaseModel):
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
 
     mode: Literal["sample", "argmax", "average"] = "sample"
+    """A token drawn at `temperature`, the most likely one, or the mean of all weighted by their probabilities. Draws
+    give variety, the most likely token fits tasks with one right answer."""
     temperature: Temperature = PolynomialTemperature()
+    """Temperature of the draw, or of the weights of a mean, over t; without effect where the most likely token is
+    taken."""
     renormalize: bool = False
     """Scale an average back to the norm sqrt(D) of a token."""
     lookahead: Literal["released", "paper"] = "released"
@@ -83,12 +90,13 @@ class EmbeddingConfig(ParametrizationConfig):
 
     name: Literal["embedding"] = "embedding"
     size: int = Field(default=256, gt=0)
-    """D, width of the diffused state."""
+    """D, width of the diffused state; the map from the state to the language model grows with it."""
     hidden: int = Field(default=256, gt=0)
     """Inner width of the map from the state to the language model."""
     prior_scale: float = Field(default=64.0, gt=0)
     """Sigma of the paper; the signal-to-noise ratio of a state is t sqrt(D) / ((1 - t) sigma)."""
     estimate: EmbeddingEstimate = EmbeddingEstimate()
+    """How logits become the clean state that a solver moves towards; `sampling.estimate` changes it for one request."""
 
     @override
     def build(self, vocab_size: int, hidden_size: int) -> Embedding:

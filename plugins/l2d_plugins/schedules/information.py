@@ -32,6 +32,7 @@ class Information(ScheduleConfig):
 
     name: Literal["information"] = "information"
     base: Annotated[Linear | Cosine, Field(discriminator="name")] = Linear()
+    """Schedule whose alpha and sigma these are; that of the method, such as `cosine` for TESS 2."""
     family: Literal["piecewise", "gumbel"] = "piecewise"
     """What is fitted to the cross-entropy over t: a falling piecewise-linear function, or the distribution function of
     a Gumbel variable with location and scale over log(sigma^2 / alpha^2)."""

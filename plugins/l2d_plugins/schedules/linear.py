@@ -23,7 +23,7 @@ class Linear(Schedule):
     times: Literal["uniform", "cosmap"] = "uniform"
     """Distribution of training times; cosmap is that of Esser et al. 2024, arXiv:2403.03206, section 3.1."""
     minimum_noise: float = Field(default=0.0, ge=0, lt=1)
-    """Share of the time axis next to the data that training never visits."""
+    """Share of the time axis next to the data that training never visits; above 0 where the last times are too easy."""
     velocity_scaling: Literal["constant", "edm"] = "constant"
     """How the distance to the clean state becomes a slope: divided by 1 - t, or by its square."""
 

@@ -27,13 +27,13 @@ class EmbeddedPair(RungeKutta):
     is_adaptive: ClassVar[bool] = True
 
     rtol: float = Field(3e-4, gt=0, allow_inf_nan=False)
-    """Error allowed per step, relative to the state."""
+    """Error allowed per step, relative to the state; raise it for fewer evaluations, lower it for a finer path."""
     atol: float = Field(3e-4, gt=0, allow_inf_nan=False)
-    """Error allowed per step, in state units."""
+    """Error allowed per step, in units of the state; raise it along with `rtol`."""
     first_step: float = Field(0.05, gt=0, le=1)
-    """Length of the first attempted step, in units of time."""
+    """Length of the first attempted step, in units of time, of which there is 1 from noise to data."""
     max_evaluations: int = Field(1000, ge=5)
-    """Evaluations a token may cost, the read-out included."""
+    """Evaluations a token may cost, the read-out included; a solve that needs more stops with an error."""
 
     @override
     def with_budget(self, evaluations: int) -> Self:

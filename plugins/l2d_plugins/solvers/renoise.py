@@ -21,6 +21,8 @@ class Renoise(Solver):
 
     name: Literal["renoise"] = "renoise"
     deterministic: bool = False
+    """Keep to the noise of the present state instead of a fresh one: less variety, and no dependence on the seed but
+    through the first noise."""
 
     @property
     @override

@@ -30,9 +30,12 @@ class SimplexEstimate(BaseModel):
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
 
     mode: Literal["argmax", "nucleus", "average"] = "argmax"
+    """The most likely token, one drawn from the nucleus, or the expected simplex. `nucleus` for variety, as the
+    authors' scripts; `argmax` for the same answer every time."""
     top_p: float = Field(default=0.99, gt=0, le=1)
     """Mass of the nucleus; 1 draws from the whole vocabulary."""
     temperature: float = Field(default=1.0, gt=0)
+    """Divides the logits before a draw or a mean; below 1 sharper. Without effect on `argmax`."""
 
 
 class SimplexConfig(ParametrizationConfig):
@@ -46,11 +49,14 @@ class SimplexConfig(ParametrizationConfig):
 
     name: Literal["simplex"] = "simplex"
     k: float = Field(default=5.0, gt=0)
+    """Height of a simplex, in the units of its coordinates; the authors' 5. A checkpoint needs the value it was trained
+    with."""
     self_conditioning: Literal["mean", "sum", "max", "product", "none"] = "mean"
     """How the probabilities of state and previous prediction mix; `mean` is the paper's (Eq. 6 to 8)."""
     train_table: bool = False
     """Let gradients reach the embedding table through noisy positions, too."""
     estimate: SimplexEstimate = SimplexEstimate()
+    """How logits become the clean state that a solver moves towards; `sampling.estimate` changes it for one request."""
 
     @override
     def build(self, vocab_size: int, hidden_size: int) -> Simplex:

@@ -1,0 +1,193 @@
+"""`l2d help`: what an option of a run file means, in the words of the JSON schema."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import typer
+
+from l2d_framework.errors import ConfigError, suggest
+
+Schema = Mapping[str, Any]
+Screen = tuple[str, tuple[tuple[str, str], ...]]
+"""What a field or component is, and rows of facts and of what is inside."""
+
+_TYPES = {"integer": "whole number", "boolean": "true or false", "string": "text", "object": "section", "null": "none"}
+_BOUNDS = {
+    "minimum": "at least {}",
+    "exclusiveMinimum": "above {}",
+    "maximum": "at most {}",
+    "exclusiveMaximum": "below {}",
+    "multipleOf": "a multiple of {}",
+    "minItems": "at least {} of them",
+}
+
+
+@dataclass(frozen=True)
+class Place:
+    """A field of a run file, or a component that may stand in one."""
+
+    path: tuple[str, ...]
+    """Names of fields, each perhaps followed by a component's."""
+    depth: int
+    """Number of fields among them."""
+    run: str
+    schema: Schema
+    owner: Schema
+    """Section or component whose field it is."""
+
+    def answers(self, words: tuple[str, ...]) -> bool:
+        """Whether it has the last of these names and lies below the others."""
+        names = iter(self.path)
+        return self.path[-1] == words[-1] and all(word in names for word in words)
+
+
+def help_(
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[NAME]...", help="Such as training.draws_per_token, or solver midpoint."),
+    ] = None,
+) -> None:
+    """Explain an option of run files: what it does, its type, default, allowed values and source."""
+    from rich.console import Console
+    from rich.padding import Padding
+    from rich.table import Table
+    from rich.text import Text
+
+    from l2d_framework.config import json_schema
+
+    schema = json_schema()
+    places = [place for part in schema["$defs"].values() for place in _places_of_run(schema, part)]
+    words = tuple(word for name in names or [] for word in name.split(".") if word and not word.isdecimal())
+    found = [place for place in places if not words or place.answers(words)]
+    if not found:
+        known = {name for place in places for name in place.path}
+        wrong = next((word for word in words if word not in known), words[-1])
+        hint = suggest(wrong, known) or ";"
+        raise ConfigError(f"No option of run files is called {' '.join(words)!r}{hint} `l2d help` lists all sections.")
+    nearest = min(place.depth for place in found)
+    screens: dict[Screen, list[Place]] = {}
+    for place in found:
+        if place.depth == nearest and (words or place.path[1:] == ()):
+            screens.setdefault(_screen(schema, place, is_whole=bool(words)), []).append(place)
+    console = Console(width=None if Console().is_terminal else 120)
+    for (text, rows), shown in screens.items():
+        runs = ", ".join(dict.fromkeys(place.run for place in shown))
+        console.print(f"{'.'.join(shown[0].path)}  (kind: {runs})", style="bold", markup=False, highlight=False)
+        console.print(Padding(Text(text), (0, 0, 0, 2)))
+        table = Table.grid(padding=(0, 2))
+        for row in rows:
+            table.add_row("", *map(Text, row))
+        if rows:
+            console.print(table)
+    further = sorted({".".join(place.path) for place in found if place.depth > nearest})
+    if words and further:
+        console.print(f"See also: {', '.join(further)}", markup=False, highlight=False)
+
+
+def _places_of_run(schema: Schema, part: Schema) -> Iterator[Place]:
+    kind = part.get("properties", {}).get("kind", {}).get("const")
+    if kind is not None:
+        yield from _fields(schema, part, Place((), 0, kind, part, part))
+
+
+def _fields(schema: Schema, section: Schema, above: Place) -> Iterator[Place]:
+    for name, field in section["properties"].items():
+        if "const" in field:
+            continue
+        here = Place((*above.path, name), above.depth + 1, above.run, field, section)
+        yield here
+        for inner in _sections(schema, field):
+            tag = _tag(inner)
+            if tag is not None:
+                component = Place((*here.path, tag), here.depth, here.run, inner, section)
+                yield component
+            yield from _fields(schema, inner, here if tag is None else component)
+
+
+def _sections(schema: Schema, field: Schema) -> list[Schema]:
+    """What may stand in a field and has fields of its own."""
+    if "$ref" in field:
+        field = schema["$defs"][field["$ref"].rpartition("/")[2]]
+    if "properties" in field:
+        return [field]
+    return [section for part in _parts(field) for section in _sections(schema, part)]
+
+
+def _parts(field: Schema) -> list[Schema]:
+    items = field.get("items")
+    return [*field.get("anyOf", []), *field.get("oneOf", []), *([items] if isinstance(items, dict) else [])]
+
+
+def _tag(section: Schema) -> str | None:
+    """Name of a component; None of a plain section."""
+    name: str | None = section["properties"].get("name", {}).get("const")
+    return name
+
+
+def _screen(schema: Schema, place: Place, *, is_whole: bool) -> Screen:
+    text = str(place.schema.get("description", ""))
+    if not is_whole:
+        return _first(text), ()
+    if "properties" in place.schema:
+        return text, (("from", _distribution(place.path[-1])), *_inside([place.schema]))
+    return text, (*_facts(schema, place), *_inside(_sections(schema, place.schema)))
+
+
+def _facts(schema: Schema, place: Place) -> Iterator[tuple[str, str]]:
+    field = place.schema
+    yield "type", _type(schema, field)
+    if not _sections(schema, field):
+        yield "default", json.dumps(field["default"]) if "default" in field else "none, it must be given"
+    if allowed := list(_allowed(field)):
+        yield "allowed", "; ".join(allowed)
+    for paragraph in str(place.owner.get("description", "")).split("\n\n"):
+        if paragraph.startswith("Source: "):
+            yield "source", " ".join(paragraph.removeprefix("Source: ").split())
+
+
+def _inside(sections: Sequence[Schema]) -> Iterator[tuple[str, str]]:
+    """The components that may stand in a field, or the fields of its section, each with a sentence."""
+    for section in sections:
+        if len(sections) > 1 and (tag := _tag(section)):
+            yield tag, _first(str(section.get("description", "")))
+            continue
+        for name, field in section["properties"].items():
+            if "const" not in field:
+                yield name, _first(str(field.get("description", "")))
+
+
+def _first(text: str) -> str:
+    """The first sentence of a text."""
+    return " ".join(text.partition("\n\n")[0].split()).partition(". ")[0].removesuffix(".")
+
+
+def _type(schema: Schema, field: Schema) -> str:
+    if "$ref" in field or "properties" in field:
+        return "section"
+    if "const" in field:
+        return json.dumps(field["const"])
+    if field.get("type") == "array":
+        return f"list of: {_type(schema, field['items'])}" if isinstance(field.get("items"), dict) else "list"
+    if parts := [*field.get("anyOf", []), *field.get("oneOf", [])]:
+        return " or ".join(dict.fromkeys(_type(schema, part) for part in parts))
+    name = str(field.get("type", "any"))
+    return _TYPES.get(name, name)
+
+
+def _allowed(field: Schema) -> Iterator[str]:
+    if "enum" in field:
+        yield ", ".join(map(str, field["enum"]))
+    yield from (text.format(field[name]) for name, text in _BOUNDS.items() if name in field)
+    for part in _parts(field):
+        yield from _allowed(part)
+
+
+def _distribution(name: str) -> str:
+    from l2d_framework.registry import registry
+
+    rows = [row for row in registry().table() if row.name == name]
+    return ", ".join(f"{row.distribution} {row.version}" for row in rows) or "l2d-framework"

@@ -1,0 +1,79 @@
+"""Trackers of `report_to`, each without a network; those that are not installed are skipped."""
+
+import json
+import sqlite3
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_runs import diffusion_run, losses, write_base, write_sums
+
+from l2d_framework.config import parse_run
+from l2d_framework.training.run import train_runs
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # theirs
+
+
+@pytest.fixture
+def train(tmp_path):
+    """Trains a small run that reports to a tracker; returns its output folder."""
+
+    def run(tracker: str) -> Path:
+        base, data = write_base(tmp_path / "base"), write_sums(tmp_path / "sums.jsonl")
+        train_runs([parse_run(diffusion_run(base, data, tmp_path / "mine", report_to=[tracker]))])
+        return tmp_path / "mine"
+
+    return run
+
+
+def logged(output: Path) -> dict[tuple[str, int], float]:
+    """Losses of a finished run, by the name that trackers give them and the update."""
+    named = {}
+    for step, entry in losses(output).items():
+        for name, value in entry.items():
+            place = f"eval/{name.removeprefix('eval_')}" if name.startswith("eval_") else f"train/{name}"
+            named[place, step] = value
+    assert {"train/loss", "eval/loss", "eval/loss_t00"} <= {name for name, _ in named}
+    return named
+
+
+def by_step(rows: list[dict[str, Any]]) -> dict[tuple[str, int], float]:
+    """The same of rows that hold what was logged together."""
+    return {
+        (name, row["train/global_step"]): value
+        for row in rows
+        for name, value in row.items()
+        if "loss" in name and name != "train/train_loss"
+    }
+
+
+def test_tensorboard_gets_every_loss_those_by_t_included(train):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    output = train("tensorboard")
+    (file,) = output.rglob("events.out.tfevents.*")
+    events = EventAccumulator(str(file)).Reload()
+    found = {(tag, event.step): event.value for tag in events.Tags()["scalars"] for event in events.Scalars(tag)}
+    assert {place: found[place] for place in logged(output)} == pytest.approx(logged(output), rel=1e-5)
+
+
+def test_wandb_offline_gets_every_loss_under_the_name_of_the_run(train, monkeypatch, tmp_path):
+    wandb = pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    rows, log = [], wandb.Run.log
+    monkeypatch.setattr(wandb.Run, "log", lambda run, row, **named: (rows.append(row), log(run, row, **named)))
+    output = train("wandb")
+    assert wandb.run.name == output.name
+    wandb.finish()
+    assert by_step(rows) == pytest.approx(logged(output))
+    assert list((tmp_path / "wandb").glob("offline-run-*/run-*.wandb"))
+
+
+def test_trackio_gets_every_loss_under_the_name_of_the_run(train):
+    trackio = pytest.importorskip("trackio")
+    output = train("trackio")
+    with sqlite3.connect(Path(trackio.utils.TRACKIO_DIR) / "huggingface.db") as database:
+        rows = database.execute("select run_name, metrics from metrics").fetchall()
+    assert {name for name, _ in rows} == {output.name}
+    assert by_step([json.loads(text) for _, text in rows]) == pytest.approx(logged(output))
