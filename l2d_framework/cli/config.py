@@ -15,7 +15,12 @@ from l2d_framework.errors import ConfigError
 if TYPE_CHECKING:
     from torch import nn
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, help="Check run files; print their JSON schema.")
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    help="Check run files; print their JSON schema.",
+)
 
 
 @app.command()
@@ -43,7 +48,7 @@ def check(
 
 @app.command()
 def schema() -> None:
-    """Print the JSON schema of run files, complete for the installed plugins."""
+    """Print the JSON schema of run files, installed plugins included."""
     from l2d_framework.config import json_schema
 
     typer.echo(json.dumps(json_schema(), indent=2, ensure_ascii=False))
