@@ -102,6 +102,16 @@ def test_plugins_shows_a_table_and_errors_below(l2d):
     assert out.index("ImportError: no [luck] today") > out.index("broken")
 
 
+def test_plugins_tells_of_a_name_that_metadata_lacks(l2d, monkeypatch):
+    names = Registry()
+    names._offers[("solver", "other")] = []
+    monkeypatch.setattr("l2d_framework.cli.plugins.declared", lambda: names)
+    with installed(plugin("a", [Forward])):
+        _, out, _ = l2d("plugins")
+    assert ["solver", "forward", "acme-a", "1.0", "undeclared"] in [line.split() for line in out.splitlines()]
+    assert 'Add it there, in [project.entry-points."l2d_framework.solver"], and install acme-a again.' in out
+
+
 def test_plugins_says_how_many_the_allow_list_leaves_out(l2d, monkeypatch):
     monkeypatch.setenv("L2D_PLUGINS", "")
     with installed(plugin("a", [Forward]), broken("b", ImportError())):

@@ -23,6 +23,7 @@ class FakeEntryPoint:
     load: Callable[[], Any]
     distribution: str = ""
     version: str = "1.0"
+    value: str = "acme"
 
     @property
     def dist(self) -> Any:
@@ -106,7 +107,12 @@ def installed(*entry_points: FakeEntryPoint) -> Iterator[None]:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(metadata, "entry_points", found)
             forget_afterwards(patch)
-            catalog._loaded.cache_clear()
+            _forget_plugins()
             yield
     finally:
-        catalog._loaded.cache_clear()
+        _forget_plugins()
+
+
+def _forget_plugins() -> None:
+    catalog._loaded.cache_clear()
+    catalog.declared.cache_clear()
