@@ -101,7 +101,10 @@ def _without_method(data: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
 
 def _refuse_early(data: Mapping[str, Any], where: str) -> None:
     """Refuse names nobody declares and what no plugin can make right, before plugins take seconds to load."""
-    kind, names = _kind(data, where), declared()
+    names = declared()
+    if not names.knows_all:  # only with all plugins loaded can all that is wrong be told at once
+        return
+    kind = _kind(data, where)
     if kind is LanguageModelRun:
         return refuse_unknown(LanguageModelRun, data, where, names)
     if kind is RewardRun:

@@ -104,7 +104,10 @@ def is_complete(sampling: Mapping[str, Any]) -> bool:
 
 def check_request(options: Mapping[str, Any]) -> None:
     """Refuse a request's unknown fields and names while that costs no torch, where plugins declare their names."""
-    names, options = declared(), _request(options)
+    names = declared()
+    if not names.knows_all:
+        return
+    options = _request(options)
     if options.get("preset") is not None:
         names.check_name("preset", options["preset"])
     refuse_unknown(sampling_type(None), options, "sampling", names)

@@ -40,8 +40,6 @@ def refuse_unknown(model: type[BaseModel], data: Mapping[str, Any], where: str, 
     Raises:
         ConfigError: in the words of `validated`.
     """
-    if not names.knows_all:  # only with all plugins loaded can all that is wrong be told at once
-        return
     wrong = dict(_component_problems(data, lambda: names, names.check_name))
     errors: list[Any] = []
     try:

@@ -110,14 +110,19 @@ class Registry:
         allowed = _allow_list()
         everything = metadata.entry_points()
         declarations = [(kind, entry) for kind in DECLARED for entry in everything.select(group=f"{GROUP}.{kind}")]
-        for entry_point in metadata.entry_points(group=GROUP):
+        for entry_point in everything.select(group=GROUP):
             source = source_of(entry_point)
             if registry._is_left_out(source, allowed):
                 continue
             registry._loaded.add(source.plugin)
-            names = [(kind, entry.name) for kind, entry in declarations if _declares(entry, entry_point)]
-            registry.knows_all &= bool(names)
-            for kind, name in names:
+            # One distribution's entry points share it as an object; its name would have to be parsed for each.
+            own = [
+                (kind, e.name)
+                for kind, e in declarations
+                if e.value == entry_point.value and e.dist is entry_point.dist
+            ]
+            registry.knows_all &= bool(own)
+            for kind, name in own:
                 registry._offers.setdefault((kind, name), []).append(Offer(kind, name, None, source))
         extensions = {entry_point.name for entry_point in everything.select(group=EXTENSIONS)}
         registry.knows_all &= not (allowed or set()) - registry._loaded - extensions
@@ -277,10 +282,6 @@ def declared() -> Registry:
 def _allow_list() -> set[str] | None:
     listed = os.environ.get(ALLOW_LIST)
     return None if listed is None else {name.strip() for name in listed.split(",")} - {""}
-
-
-def _declares(declaration: EntryPoint, plugin: EntryPoint) -> bool:
-    return declaration.value == plugin.value and source_of(declaration).shipped == source_of(plugin).shipped
 
 
 def _is_builtin(source: Source) -> bool:

@@ -14,7 +14,7 @@ from tiny_models import tiny_lm, tiny_tokenizer
 from l2d_framework.cli import main
 from l2d_framework.config import parse_run
 from l2d_framework.models.checkpoint import build_model, save
-from l2d_framework.registry import Registry, declared, registry
+from l2d_framework.registry import Registry, declared
 from l2d_framework.registry.offers import DECLARED
 
 
@@ -117,9 +117,8 @@ def fully_trained(tmp_path_factory):
 def test_a_wrong_name_is_refused_in_the_same_words_before_torch_is_imported(
     arguments, fully_trained, monkeypatch, capsys
 ):
-    monkeypatch.setenv("L2D_PLUGINS", "")
     monkeypatch.chdir(fully_trained)
-    soon, cost = run(REPORT + command(*arguments))
+    soon, cost = run(REPORT + "import os; os.environ['L2D_PLUGINS'] = ''\n" + command(*arguments))
     assert soon.returncode == 2, soon.stderr
     assert heavy(soon) == set()
     assert cost < 2
@@ -134,8 +133,9 @@ def test_a_wrong_name_is_refused_in_the_same_words_before_torch_is_imported(
     assert capsys.readouterr().err.endswith(message)
 
 
-def test_built_in_plugins_declare_what_they_offer():
-    rows = [row for row in registry().table() if row.distribution == "l2d-framework"]
+def test_built_in_plugins_declare_what_they_offer(monkeypatch):
+    monkeypatch.setenv("L2D_PLUGINS", "")
+    rows = Registry.load().table()
     assert {(row.kind, row.name) for row in rows} == {
         (kind, name) for kind in DECLARED for name in Registry.declared().names(kind)
     }
@@ -187,6 +187,32 @@ def test_without_adapter_training_or_data_nothing_is_imported_for_them(fully_tra
     found = heavy(result)
     assert "transformers.modeling_utils" in found
     assert not found & {"peft", *TRAINING}
+
+
+PLAIN = """
+from transformers import AutoModelForCausalLM, AutoTokenizer
+tokenizer, model = (auto.from_pretrained("base") for auto in (AutoTokenizer, AutoModelForCausalLM))
+model.generate(**tokenizer("Hello", return_tensors="pt"), max_new_tokens=2, do_sample=False)
+"""
+LARGE = {"torch", "transformers", "numpy", "scipy", "sympy", "accelerate", "huggingface_hub", "tokenizers"}
+LISTING = "import atexit, sys; atexit.register(lambda: print('MODULES', *sys.modules, file=sys.stderr))"
+
+
+def imported(program: str) -> set[str]:
+    """Modules of large libraries that a program imported."""
+    result, _ = run(f"{LISTING}\n{program}")
+    assert result.returncode == 0, result.stderr
+    names = result.stderr.partition("MODULES ")[2].split()
+    return {name for name in names if name.partition(".")[0] in LARGE}
+
+
+def test_generating_imports_of_the_large_libraries_what_transformers_does_by_itself(fully_trained, monkeypatch):
+    monkeypatch.setenv("L2D_PLUGINS", "")
+    monkeypatch.chdir(fully_trained)
+    arguments = ("--prompt", "Hello", "--max-new-tokens", "2", "--num-inference-steps", "3")
+    plain = imported(PLAIN)
+    assert {"torch", "transformers.modeling_utils"} <= plain
+    assert imported(command("generate", "model", *arguments)) - plain <= {"transformers.generation.streamers"}
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -100,6 +100,8 @@ def installed(*entry_points: FakeEntryPoint) -> Iterator[None]:
     real = metadata.entry_points
 
     def found(**query: Any) -> Any:
+        if not query:
+            return SimpleNamespace(select=found)
         group = query.get("group")
         return list(entry_points) if group == GROUP else [] if group == EXTENSIONS else real(**query)
 
