@@ -22,6 +22,7 @@ from l2d_framework.config import (
 )
 from l2d_framework.config.files import override, parse_yaml
 from l2d_framework.errors import ConfigError
+from l2d_framework.registry import Registry
 
 SCRATCH = {
     "kind": "language_model",
@@ -350,6 +351,20 @@ def test_every_problem_of_every_stage_is_reported_at_once():
         parse_stages({"stages": stages})
     places = [line.partition(":")[0] for line in str(caught.value).splitlines()]
     assert places == ["stages.0.block_size", "stages.0.seed", "stages.1.sampling.num_inference_steps", "stages.2.kind"]
+
+
+def test_what_is_wrong_without_asking_plugins_is_reported_first_of_every_stage(monkeypatch):
+    names = Registry.load([TOYS])  # as if the toys declared what they offer
+    monkeypatch.setattr("l2d_framework.config.parsing.declared", lambda: names)
+    wrong = [fields(seed=-1, schedule={"name": "circl"}), {"kind": "language_mode"}]
+    late = [fields(sampling={"num_inference_steps": None}), SCRATCH, fields(schedule={"name": "circle", "radius": 1})]
+    for stages, expected in (
+        (wrong + late, ["stages.0.schedule", "stages.0.seed", "stages.1.kind"]),
+        (late, ["stages.0.sampling.num_inference_steps", "stages.2.schedule.radius"]),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            parse_stages({"stages": stages})
+        assert [line.partition(":")[0] for line in str(caught.value).splitlines()] == expected
 
 
 def test_an_adapter_folder_stands_for_its_base(saved_tiny_lm, tmp_path):

@@ -1,5 +1,7 @@
 import subprocess
 import sys
+from importlib import metadata
+from importlib.metadata import EntryPoint, EntryPoints
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -9,7 +11,7 @@ from fake_plugins import TOYS, FakeEntryPoint, Toy, broken, forget_afterwards, i
 from toy_components import Circle, Doubling, Forward, Sharpen
 
 from l2d_framework.errors import ConfigError, PluginError
-from l2d_framework.hooks import EXTENSIONS
+from l2d_framework.hooks import EXTENSIONS, GROUP
 from l2d_framework.registry import Registry, registry
 from l2d_framework.schedule import Schedule
 
@@ -240,6 +242,57 @@ def test_plugins_are_loaded_once_and_at_first_use():
 def test_every_built_in_plugin_loads():
     assert registry().broken == {}
     assert all(registry().components(kind) for kind in registry().kinds())
+
+
+def declaring(monkeypatch, *entry_points: EntryPoint) -> Registry:
+    """Names that these entry points declare."""
+    everything = EntryPoints(entry_points)
+    monkeypatch.setattr(metadata, "entry_points", lambda **query: everything.select(**query))
+    return Registry.declared()
+
+
+MINE = EntryPoint("mine", "acme", GROUP)
+OTHER = EntryPoint("other", "acme.other", GROUP)
+
+
+def test_names_are_known_from_metadata_alone(monkeypatch):
+    presets = [EntryPoint(name, "acme", f"{GROUP}.preset") for name in ("fast", "exact")]
+    names = declaring(monkeypatch, MINE, EntryPoint("leap", "acme", f"{GROUP}.solver"), *presets)
+    assert (names.names("solver"), names.names("preset"), names.names("guidance")) == (["leap"], ["exact", "fast"], [])
+    names.check_name("solver", "leap")
+    with pytest.raises(PluginError, match="Unknown preset 'fats'; did you mean 'fast'"):
+        names.check_name("preset", "fats")
+
+
+@pytest.mark.parametrize(
+    "declared",
+    [
+        EntryPoint("leap", "acme", f"{GROUP}.solver"),  # by `mine`, so `other` may offer anything
+        EntryPoint("leap", "acme.another", f"{GROUP}.solver"),  # by no plugin
+    ],
+    ids=str,
+)
+def test_beside_a_plugin_that_declares_nothing_no_name_is_refused(declared, monkeypatch):
+    names = declaring(monkeypatch, MINE, OTHER, declared)
+    names.check_name("solver", "laep")
+
+
+def test_names_of_a_plugin_that_is_left_out_are_refused_and_it_is_named(monkeypatch):
+    declared = [EntryPoint("leap", "acme", f"{GROUP}.solver"), EntryPoint("hop", "acme.other", f"{GROUP}.solver")]
+    monkeypatch.setenv("L2D_PLUGINS", "mine")
+    names = declaring(monkeypatch, MINE, OTHER, *declared)
+    assert names.names("solver") == ["leap"]
+    with pytest.raises(PluginError, match=r"Available: leap\.\nDisabled by L2D_PLUGINS: 'other'"):
+        names.check_name("solver", "hop")
+    monkeypatch.setenv("L2D_PLUGINS", "mine,nobody")  # which is told once plugins are loaded
+    declaring(monkeypatch, MINE, OTHER, *declared).check_name("solver", "hop")
+
+
+def test_a_name_that_two_plugins_declare_is_refused_as_when_they_are_loaded(monkeypatch):
+    twice = [EntryPoint("leap", value, f"{GROUP}.solver") for value in ("acme", "acme.other")]
+    names = declaring(monkeypatch, MINE, OTHER, *twice)
+    with pytest.raises(PluginError, match=r"Solver 'leap' is offered by 2 plugins: 'mine' .* and 'other'"):
+        names.check_name("solver", "leap")
 
 
 def test_importing_the_registry_imports_no_torch():

@@ -28,12 +28,12 @@ _INTERRUPTED = 130
 """Exit code that shells give to what Ctrl-C ended."""
 
 
-_HELP = """Run the rows of the papers' tables and print them beside the papers' numbers.
+_HELP = """Run rows of the papers' tables, beside the papers' numbers.
 
 Started again with the same --out, it goes on at what is missing. Models and results are shared between tables.
 Exit code 1 if a cell failed; the others are there all the same. Interrupted, it writes what there is."""
 
-app = typer.Typer(add_completion=False)
+app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
 
 @app.command(name="bench", help=_HELP)

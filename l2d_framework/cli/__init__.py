@@ -92,7 +92,7 @@ def _load(name: str) -> Any:
     command = getattr(importlib.import_module(f"{__name__}.{entry.module}"), entry.attribute)
     if isinstance(command, typer.Typer):
         return typer.main.get_command(command)
-    single = typer.Typer(add_completion=False)
+    single = typer.Typer(add_completion=False, rich_markup_mode=None)
     single.command(name=name)(command)
     return typer.main.get_command(single)
 
@@ -103,6 +103,7 @@ app = typer.Typer(
     help="Turn pretrained language models into diffusion language models.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # whose tables cut the names of options where a terminal is narrow
 )
 
 

@@ -12,19 +12,24 @@ import typer
 from rich.console import Console
 
 from l2d_framework.cli import VERBOSE
+from l2d_framework.cli.completion import run_keys, sampling_keys
 from l2d_framework.errors import ConfigError
 from l2d_framework.evaluation import plots, tables
 from l2d_framework.writing import write_whole
 
 RunFile = Annotated[Path, typer.Argument(metavar="RUN.yaml", help="Run file, YAML or JSON.")]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Replaced values, such as training.max_steps=100.")
+    list[str] | None,
+    typer.Argument(
+        metavar="[KEY=VALUE]...", help="Replaced values, such as training.max_steps=100.", autocompletion=run_keys
+    ),
 ]
 Base = Annotated[str | None, typer.Option(help="Where the base model lies now, if it has moved.")]
 Dtype = Annotated[str | None, typer.Option(help="Of the weights: float32, bfloat16 or float16.")]
 Device = Annotated[str | None, typer.Option(help="Such as cuda; the GPU when there is one.")]
 Settings = Annotated[
-    list[str] | None, typer.Option("--set", help="Other sampling setting, such as estimate.mode=argmax.")
+    list[str] | None,
+    typer.Option("--set", help="Other sampling setting, such as estimate.mode=argmax.", autocompletion=sampling_keys),
 ]
 
 
@@ -107,8 +112,11 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def sampling(settings: list[str] | None, solver: str | None, **given: Any) -> dict[str, Any]:
-    """Fields of the sampling section that options name."""
+    """Fields of the sampling section that options name; refused at once if nothing installed has such names."""
     from l2d_framework.config.files import override
+    from l2d_framework.config.sampling import check_request
 
     named = given | {"solver": None if solver is None else {"name": solver}}
-    return override({name: value for name, value in named.items() if value is not None}, settings or [])
+    chosen = override({name: value for name, value in named.items() if value is not None}, settings or [])
+    check_request(chosen)
+    return chosen

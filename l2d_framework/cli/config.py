@@ -15,7 +15,12 @@ from l2d_framework.errors import ConfigError
 if TYPE_CHECKING:
     from torch import nn
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, help="Check run files; print their JSON schema.")
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    help="Check run files; print their JSON schema.",
+)
 
 
 @app.command()
@@ -24,10 +29,13 @@ def check(
     overrides: Overrides = None,
     resolved: Annotated[bool, typer.Option("--resolved", help="Print the complete configuration as JSON.")] = False,
 ) -> None:
-    """Check everything about a run that can be checked before weights are loaded."""
-    from l2d_framework.config import check_runs, config_hash, load_run, resolved_json
+    """Check whatever about a run needs no weights."""
+    from l2d_framework.config import load_run
 
     runs = load_run(run_file, overrides)
+
+    from l2d_framework.config import check_runs, config_hash, resolved_json  # needs transformers
+
     check_runs(runs)
     if any(run.data is not None for run in runs):
         from l2d_framework.training.run import check_rows  # datasets and the Trainer take seconds
@@ -43,7 +51,7 @@ def check(
 
 @app.command()
 def schema() -> None:
-    """Print the JSON schema of run files, complete for the installed plugins."""
+    """Print the JSON schema of run files, installed plugins included."""
     from l2d_framework.config import json_schema
 
     typer.echo(json.dumps(json_schema(), indent=2, ensure_ascii=False))
@@ -56,11 +64,13 @@ def params(run_file: RunFile, overrides: Overrides = None) -> None:
     from rich.table import Table
 
     from l2d_framework.config import DiffusionRun, load_run
-    from l2d_framework.models.checkpoint import build_model
 
     runs = [run for run in load_run(run_file, overrides) if isinstance(run, DiffusionRun)]
     if not runs:
         raise ConfigError(f"{run_file} holds no diffusion run, so there is nothing to count. Name another file.")
+
+    from l2d_framework.models.checkpoint import build_model
+
     for run in runs:
         counts = count_by_module(build_model(run, meta=True))
         table = Table("module", box=box.SIMPLE_HEAD, title=run.model.base, show_footer=True)

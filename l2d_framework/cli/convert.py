@@ -7,11 +7,20 @@ from typing import Annotated
 
 import typer
 
+from l2d_framework.cli.completion import names
+
 
 def convert(
     source: Annotated[str, typer.Argument(help="Folder or hub id of the foreign checkpoint.")],
     out: Annotated[Path, typer.Argument(help="New folder to write.")],
-    reader: Annotated[str, typer.Option("--from", help="Format, such as l2d-reference, tess2, tess2-reward or tess1.")],
+    reader: Annotated[
+        str,
+        typer.Option(
+            "--from",
+            help="Format, such as l2d-reference, tess2, tess2-reward or tess1.",
+            autocompletion=names("converter"),
+        ),
+    ],
     base: Annotated[
         str | None,
         typer.Option(
@@ -22,6 +31,10 @@ def convert(
     classes: Annotated[str | None, typer.Option(help="Names of the class labels, separated by commas.")] = None,
 ) -> None:
     """Convert a checkpoint of another code base."""
+    from l2d_framework.registry import declared
+
+    declared().check_name("converter", reader)
+
     from l2d_framework.cli.common import quieten
     from l2d_framework.cli.meter import Meter
     from l2d_framework.models.convert import convert as run

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from l2d_framework.cli import common, held_out
+from l2d_framework.cli.completion import names
 from l2d_framework.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -27,9 +28,14 @@ def diagnose(
     max_length: held_out.MaxLength = None,
     times: Annotated[int, typer.Option(min=3, help="Times at which cross-entropies are taken.")] = 20,
     num_inference_steps: Annotated[int | None, typer.Option(min=2, help="Network evaluations per token.")] = None,
-    solver: Annotated[str | None, typer.Option(help="Name of a solver with fixed steps.")] = None,
+    solver: Annotated[
+        str | None, typer.Option(help="Name of a solver with fixed steps.", autocompletion=names("solver"))
+    ] = None,
     adaptive_solver: Annotated[
-        str, typer.Option(help="Adaptive solver whose evaluations are counted; `none` for none.")
+        str,
+        typer.Option(
+            help="Adaptive solver whose evaluations are counted; `none` for none.", autocompletion=names("solver")
+        ),
     ] = "fehlberg2",
     set_: common.Settings = None,
     seed: held_out.Seed = None,
@@ -45,20 +51,25 @@ def diagnose(
     does together with the exact likelihood of the hint. Beside that: how soon tokens settle on the way, what an
     adaptive solver spends on them, and how many differ from the base model's.
     """
+    from l2d_framework.registry import declared
+
+    common.check_dtype(dtype)
+    common.check_folder(out, "--out")
+    options = common.sampling(set_, solver, num_inference_steps=num_inference_steps, seed=seed)
+    if adaptive_solver != "none":
+        declared().check_name("solver", adaptive_solver)
+
     from l2d_framework.cli.meter import Meter
     from l2d_framework.models.unloaded import UnloadedModel
     from l2d_framework.training.output_dir import staged
 
-    common.check_dtype(dtype)
     where = common.check_device(device)
-    common.check_folder(out, "--out")
     source = UnloadedModel(model, base=base, dtype=dtype)
     if source.is_plain:
         raise ConfigError(
             f"{model!r} is a plain language model: it has no diffusion network, and more steps mean nothing for it. "
             "Give the output_dir of a diffusion run."
         )
-    options = common.sampling(set_, solver, num_inference_steps=num_inference_steps, seed=seed)
     settings = _settings(source, options, adaptive_solver)
     rows = held_out.Rows(data, name, split, columns, class_column, limit, max_length)
     rows.check(source, settings.sampling)

@@ -22,7 +22,7 @@ from l2d_framework.evaluation.tables import terminal
 if TYPE_CHECKING:
     from rich.table import Table
 
-app = typer.Typer(add_completion=False)
+app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
 
 @app.command(

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from l2d_framework.cli import common, held_out
+from l2d_framework.cli.completion import names
 from l2d_framework.errors import ConfigError
 
 _STEPS = "0,1,2,3,5,7,15,31"
@@ -26,7 +27,10 @@ def eval_steps(
         str, typer.Option(metavar="N,...", help="Network evaluations per token; 0 for the plain language model.")
     ] = _STEPS,
     solver: Annotated[
-        list[str] | None, typer.Option(help="Name of a solver; may be repeated. The model's own, if not given.")
+        list[str] | None,
+        typer.Option(
+            help="Name of a solver; may be repeated. The model's own, if not given.", autocompletion=names("solver")
+        ),
     ] = None,
     set_: common.Settings = None,
     seed: held_out.Seed = None,
@@ -42,18 +46,20 @@ def eval_steps(
     cost little and differences of a few tenths of a percent are seen. A plain language model, such as one trained with
     LoRA, is measured on the same tokens; numbers of two models are compared row by row in the files written.
     """
+    common.check_dtype(dtype)
+    common.check_folder(out, "--out")
+    options = [common.sampling(set_, named, seed=seed) for named in (solver or (None,))]
+    counts = _counts(num_inference_steps)
+
     from l2d_framework.cli.meter import Meter
     from l2d_framework.evaluation.diagnosis.steps import draw, possible, sentences, table
     from l2d_framework.evaluation.diagnosis.steps import eval_steps as run
     from l2d_framework.models.unloaded import UnloadedModel
     from l2d_framework.training.output_dir import staged
 
-    common.check_dtype(dtype)
     where = common.check_device(device)
-    common.check_folder(out, "--out")
     source = UnloadedModel(model, base=base, dtype=dtype)
-    options = [common.sampling(set_, named, seed=seed) for named in (solver or (None,))]
-    settings = possible(source, options, _counts(num_inference_steps))
+    settings = possible(source, options, counts)
     rows = held_out.Rows(data, name, split, columns, class_column, limit, max_length)
     for sampling in settings:
         rows.check(source, sampling)

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from l2d_framework.cli import common
+from l2d_framework.cli.completion import names
 from l2d_framework.errors import ConfigError
 
 
@@ -23,11 +24,17 @@ def generate(
     num_inference_steps: Annotated[
         int | None, typer.Option(min=0, help="Network evaluations per token; 0 is the plain language model.")
     ] = None,
-    solver: Annotated[str | None, typer.Option(help="Name of the solver.")] = None,
-    guidance: Annotated[list[str] | None, typer.Option(help="Name of a guidance; the first is innermost.")] = None,
+    solver: Annotated[str | None, typer.Option(help="Name of the solver.", autocompletion=names("solver"))] = None,
+    guidance: Annotated[
+        list[str] | None,
+        typer.Option(help="Name of a guidance; the first is innermost.", autocompletion=names("guidance")),
+    ] = None,
     guidance_scale: Annotated[float | None, typer.Option(help="Scale of the guidance.")] = None,
     class_name: Annotated[str | None, typer.Option("--class", help="Class label of the prompts.")] = None,
-    preset: Annotated[str | None, typer.Option(help="Named sampling settings, such as l2d-adaptive.")] = None,
+    preset: Annotated[
+        str | None,
+        typer.Option(help="Named sampling settings, such as l2d-adaptive.", autocompletion=names("preset")),
+    ] = None,
     set_: common.Settings = None,
     do_sample: Annotated[bool | None, typer.Option(help="Draw the token instead of taking the most likely.")] = None,
     temperature: Annotated[float | None, typer.Option(help="Of the draw.")] = None,
@@ -61,26 +68,6 @@ def generate(
     graph: Annotated[bool, typer.Option(help="Let an NVIDIA GPU replay the steps of a token from a graph.")] = True,
 ) -> None:
     """Generate text with a trained model."""
-    from l2d_framework.cli.generate_session import Session, read_prompts
-
-    named = read_prompts(prompt or [], file, chat=chat)
-    prompts = list(named.values())
-    if infill and (prompts or chat or stream or trace or num_return_sequences > 1):
-        raise ConfigError("--infill fills gaps and answers nothing. Leave out prompts, --chat, --stream and --trace.")
-    if infill and (do_sample or stop or class_name):
-        raise ConfigError("--infill takes the most likely tokens. Leave out --do-sample, --stop and --class.")
-    if not prompts and not chat and not infill:
-        raise ConfigError("There is nothing to answer. Give --prompt, --file, --infill, or --chat to talk.")
-    if trace is not None and (len(prompts) != 1 or num_return_sequences > 1 or stream):
-        raise ConfigError("--trace shows how one answer takes shape. Give one prompt, one answer, and no --stream.")
-    if trace is not None and num_inference_steps == 0:
-        raise ConfigError("--trace shows network evaluations, and with --num-inference-steps 0 there are none.")
-    if not do_sample and any(value is not None for value in (temperature, top_p, top_k)):
-        raise ConfigError("--temperature, --top-p and --top-k shape a draw. Add --do-sample, or leave them out.")
-    if (stream or not prompts) and num_return_sequences > 1:
-        raise ConfigError(f"One answer at a time can be shown, got --num-return-sequences {num_return_sequences}.")
-    if stream and len(prompts) > 1:
-        raise ConfigError(f"--stream shows one answer, got {len(prompts)} prompts. Leave it out or give one prompt.")
     chosen = common.sampling(
         set_,
         solver,
@@ -89,6 +76,29 @@ def generate(
         guidance=[{"name": name} for name in guidance] if guidance else None,
         seed=seed,
     )
+    common.check_dtype(dtype)
+    has_prompts = bool(prompt) or file is not None
+    if infill and (has_prompts or chat or stream or trace or num_return_sequences > 1):
+        raise ConfigError("--infill fills gaps and answers nothing. Leave out prompts, --chat, --stream and --trace.")
+    if infill and (do_sample or stop or class_name):
+        raise ConfigError("--infill takes the most likely tokens. Leave out --do-sample, --stop and --class.")
+    if not has_prompts and not chat and not infill:
+        raise ConfigError("There is nothing to answer. Give --prompt, --file, --infill, or --chat to talk.")
+    if trace is not None and num_inference_steps == 0:
+        raise ConfigError("--trace shows network evaluations, and with --num-inference-steps 0 there are none.")
+    if not do_sample and any(value is not None for value in (temperature, top_p, top_k)):
+        raise ConfigError("--temperature, --top-p and --top-k shape a draw. Add --do-sample, or leave them out.")
+    if (stream or not has_prompts) and num_return_sequences > 1:
+        raise ConfigError(f"One answer at a time can be shown, got --num-return-sequences {num_return_sequences}.")
+
+    from l2d_framework.cli.generate_session import Session, check_output, read_prompts
+
+    named = read_prompts(prompt or [], file, chat=chat)
+    prompts = list(named.values())
+    if trace is not None and (len(prompts) != 1 or num_return_sequences > 1 or stream):
+        raise ConfigError("--trace shows how one answer takes shape. Give one prompt, one answer, and no --stream.")
+    if stream and len(prompts) > 1:
+        raise ConfigError(f"--stream shows one answer, got {len(prompts)} prompts. Leave it out or give one prompt.")
     decoding = {"do_sample": do_sample, "temperature": temperature, "top_p": top_p, "top_k": top_k}
     options: dict[str, Any] = {name: value for name, value in decoding.items() if value is not None}
     session = Session(
@@ -108,7 +118,7 @@ def generate(
         from l2d_framework.tracing import check_trace_file
 
         check_trace_file(trace)
-    common.check_file(output, "--output")
+    check_output(output)
     if infill:
         session.check_infilling(infill)
         session.load(device)

@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList, TextStreamer
 from typing_extensions import override
 
-from l2d_framework.cli.common import check_device, check_dtype, quieten
+from l2d_framework.cli.common import check_device, check_dtype, check_file, quieten
 from l2d_framework.cli.meter import Meter
 from l2d_framework.diffusion.ode import Evaluation
 from l2d_framework.diffusion.rng import request_keys
@@ -68,14 +68,9 @@ def _json_prompt(row: dict[str, Any], where: str) -> Prompt:
 
 
 def check_output(output: Path | None) -> None:
-    """Refuse a file that cannot be written."""
-    if output is None:
-        return
-    if output.exists():
-        raise ConfigError(f"{str(output)!r} exists. Name another --output, so that nothing is lost.")
-    if not os.access(output.resolve().parent, os.W_OK):
-        raise ConfigError(f"{str(output.resolve().parent)!r} is missing or cannot be written. Name another --output.")
-    if (part := _part(output)).exists():
+    """Refuse a file that is there or cannot be written."""
+    check_file(output, "--output")
+    if output is not None and (part := _part(output)).exists():
         raise ConfigError(
             f"{str(part)!r} holds the answers of a generation that goes on or was interrupted. Move it elsewhere, or "
             "name another --output."

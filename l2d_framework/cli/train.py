@@ -35,10 +35,12 @@ def train(
     Works under `accelerate launch -m l2d_framework.cli train` and `torchrun -m l2d_framework.cli train`.
     """
     from l2d_framework.config import load_run
-    from l2d_framework.training.run import train_runs
 
     console = Console()
     runs = load_run(run_file, overrides)
+
+    from l2d_framework.training.run import train_runs  # datasets and the Trainer take seconds
+
     with _reporting(console) as report:
         cards = train_runs(runs, overwrite=overwrite, accept_changed_data=accept_changed_data, callbacks=report)
     if not _leave():
@@ -62,11 +64,14 @@ def train_reward(
     The run file has `kind: reward`; the result serves `l2d generate --guidance reward_gradient`.
     """
     from l2d_framework.config import load_run
+
+    console = Console()
+    stages = load_run(run_file, overrides)
+
     from l2d_framework.training.reward.run import check_ready
     from l2d_framework.training.reward.run import train_reward as train_one
 
-    console = Console()
-    runs = check_ready(load_run(run_file, overrides), overwrite=overwrite)
+    runs = check_ready(stages, overwrite=overwrite)
     with _reporting(console) as report:
         options = {"overwrite": overwrite, "accept_changed_data": accept_changed_data}
         cards = [train_one(run, **options, callbacks=report(run)) for run in runs]

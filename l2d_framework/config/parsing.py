@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from l2d_framework.component import Component, merged
 from l2d_framework.config.files import override, read_file
 from l2d_framework.config.reward import RewardRun, reward_type, with_reward_preset
 from l2d_framework.config.runs import DiffusionRun, LanguageModelRun, Run, diffusion_type
-from l2d_framework.config.sampling import complete, with_preset
-from l2d_framework.config.validation import validated
+from l2d_framework.config.sampling import complete, is_complete, with_preset
+from l2d_framework.config.validation import refuse_unknown, validated
 from l2d_framework.errors import ConfigError, L2DError, PluginError, shown, suggest
-from l2d_framework.registry import registry
+from l2d_framework.registry import declared, registry
+
+T = TypeVar("T")
 
 _KINDS: dict[str, type[Run]] = {"diffusion": DiffusionRun, "language_model": LanguageModelRun, "reward": RewardRun}
 
@@ -41,31 +43,32 @@ def parse_stages(data: Mapping[str, Any]) -> list[Run]:
         raise ConfigError(
             f"stages: should be a list of runs, got {shown(stages)}; write one `- kind: ...` section for each"
         )
-    runs, problems = [], []
+    _each(_refuse_early, stages)
+    return _each(parse_run, stages)
+
+
+def _each(do: Callable[[Mapping[str, Any], str], T], stages: Sequence[Mapping[str, Any]]) -> list[T]:
+    out, problems = [], []
     for index, stage in enumerate(stages):
         try:
-            runs.append(parse_run(stage, f"stages.{index}"))
+            out.append(do(stage, f"stages.{index}"))
         except ConfigError as error:
             problems.append(str(error))
     if problems:
         raise ConfigError("\n".join(problems))
-    return runs
+    return out
 
 
 def parse_run(data: Mapping[str, Any], where: str = "") -> Run:
     """One run from its fields, complete; `method` fills in what is left out; `where`: its path, for messages."""
-    kind = data.get("kind", "diffusion")
-    if not isinstance(kind, str) or kind not in _KINDS:
-        place = f"{where}.kind" if where else "kind"
-        raise ConfigError(
-            f"{place}: should be one of {', '.join(_KINDS)}, got {shown(kind)}{suggest(str(kind)[:80], _KINDS)}"
-        )
-    if _KINDS[kind] is LanguageModelRun:
+    _refuse_early(data, where)
+    kind = _kind(data, where)
+    if kind is LanguageModelRun:
         return validated(LanguageModelRun, data, where)
-    if _KINDS[kind] is RewardRun:
+    if kind is RewardRun:
         return validated(reward_type(registry()), with_reward_preset(data), where)
     prefix = f"{where}." if where else ""
-    method, data = data.get("method"), {name: value for name, value in data.items() if name != "method"}
+    method, data = _without_method(data)
     if method is not None:
         try:
             data, method = _laid_over(registry().method(str(method)), data, str(method))
@@ -80,6 +83,46 @@ def parse_run(data: Mapping[str, Any], where: str = "") -> Run:
         return run.model_copy(update={"sampling": complete(run.sampling, run.parametrization)})
     except ConfigError as error:
         raise ConfigError(f"{prefix}{error}") from error
+
+
+def _kind(data: Mapping[str, Any], where: str) -> type[Run]:
+    kind = data.get("kind", "diffusion")
+    if not isinstance(kind, str) or kind not in _KINDS:
+        place = f"{where}.kind" if where else "kind"
+        raise ConfigError(
+            f"{place}: should be one of {', '.join(_KINDS)}, got {shown(kind)}{suggest(str(kind)[:80], _KINDS)}"
+        )
+    return _KINDS[kind]
+
+
+def _without_method(data: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    return data.get("method"), {name: value for name, value in data.items() if name != "method"}
+
+
+def _refuse_early(data: Mapping[str, Any], where: str) -> None:
+    """Refuse names nobody declares and what no plugin can make right, before plugins take seconds to load."""
+    names = declared()
+    if not names.knows_all:  # only with all plugins loaded can all that is wrong be told at once
+        return
+    kind = _kind(data, where)
+    if kind is LanguageModelRun:
+        return refuse_unknown(LanguageModelRun, data, where, names)
+    if kind is RewardRun:
+        return refuse_unknown(reward_type(None), data, where, names)
+    prefix = f"{where}." if where else ""
+    method, data = _without_method(data)
+    sampling = data.get("sampling")
+    asked = [("method", method)]
+    # A preset is not read where nothing is left to it but, perhaps, an estimate that the parametrization holds.
+    if isinstance(sampling, Mapping) and not is_complete({"estimate": {}, **sampling}):
+        asked.append(("sampling.preset", sampling.get("preset")))
+    for place, name in asked:
+        if name is not None and (isinstance(name, str) or place == "method"):
+            try:
+                names.check_name(place.rpartition(".")[2], str(name))
+            except PluginError as error:
+                raise ConfigError(f"{prefix}{place}: {error}") from error
+    return refuse_unknown(diffusion_type(None), data, where, names)
 
 
 def resolved_json(run: Run) -> str:

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cache
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from pydantic import ConfigDict, Field, SerializeAsAny, model_validator
 
-from l2d_framework.component import merged
+from l2d_framework.component import Component, merged
 from l2d_framework.config.sampling import component_type
 from l2d_framework.config.sections import ModelSection, OutputFolder, RowSource, Section, Updates, optional, specialised
 from l2d_framework.registry import Registry
-from l2d_framework.schedule import ScheduleConfig
+
+if TYPE_CHECKING:
+    from l2d_framework.schedule import ScheduleConfig
+else:
+    # The interface imports torch; `reward_type` puts the installed components here.
+    ScheduleConfig = Component
 
 _TRAINING = {"epochs": 1.0, "micro_batch_size": 1}
 PRESETS: dict[str, dict[str, Any]] = {
@@ -141,9 +146,9 @@ class RewardRun(Section):
 
 
 @cache
-def reward_type(plugins: Registry) -> type[RewardRun]:
-    """Reward run whose schedule is a union over plugins."""
-    noise: Any = specialised(SimplexNoise, schedule=(component_type(plugins, "schedule", ScheduleConfig), ...))
+def reward_type(plugins: Registry | None) -> type[RewardRun]:
+    """Reward run whose schedule is a union over plugins, or anything while none are loaded."""
+    noise: Any = specialised(SimplexNoise, schedule=(component_type(plugins, "schedule"), ...))
     return specialised(RewardRun, noise=(noise | None, None))
 
 

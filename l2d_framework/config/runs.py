@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from functools import cache
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from pydantic import ConfigDict, Field, SerializeAsAny, TypeAdapter, model_validator
 
-from l2d_framework.backbone import BackboneConfig
+from l2d_framework.component import Component
 from l2d_framework.config.reference import DescribedSchema
 from l2d_framework.config.reward import RewardRun, reward_type
 from l2d_framework.config.sampling import SamplingSection, component_type, sampling_type
@@ -22,9 +22,15 @@ from l2d_framework.config.sections import (
     optional,
     specialised,
 )
-from l2d_framework.parametrization import ParametrizationConfig
 from l2d_framework.registry import Registry, registry
-from l2d_framework.schedule import ScheduleConfig
+
+if TYPE_CHECKING:
+    from l2d_framework.backbone import BackboneConfig
+    from l2d_framework.parametrization import ParametrizationConfig
+    from l2d_framework.schedule import ScheduleConfig
+else:
+    # The interfaces import torch; `diffusion_type` puts the installed components here.
+    BackboneConfig = ParametrizationConfig = ScheduleConfig = Component
 
 
 class DiffusionRun(Section):
@@ -59,6 +65,8 @@ class DiffusionRun(Section):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         _check_training(self.data, self.training)
+        if not isinstance(self.backbone, Component):
+            return self  # no plugins are loaded yet: the run will be made once more
         if len(set(self.classes)) < len(self.classes):
             raise ValueError(f"classes names one class twice, got {self.classes}; remove one")
         count = getattr(self.backbone, "num_classes", None)
@@ -134,13 +142,13 @@ class Pipeline(Section):
 
 
 @cache
-def diffusion_type(plugins: Registry) -> type[DiffusionRun]:
-    """Diffusion run whose components are unions over plugins."""
+def diffusion_type(plugins: Registry | None) -> type[DiffusionRun]:
+    """Diffusion run whose components are unions over plugins, or anything while none are loaded."""
     return specialised(
         DiffusionRun,
-        schedule=(component_type(plugins, "schedule", ScheduleConfig), ...),
-        parametrization=(component_type(plugins, "parametrization", ParametrizationConfig), ...),
-        backbone=(component_type(plugins, "backbone", BackboneConfig), ...),
+        schedule=(component_type(plugins, "schedule"), ...),
+        parametrization=(component_type(plugins, "parametrization"), ...),
+        backbone=(component_type(plugins, "backbone"), ...),
         sampling=(sampling_type(plugins), ...),
     )
 

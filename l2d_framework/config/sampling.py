@@ -5,18 +5,23 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from functools import cache
-from typing import Annotated, Any, Union, cast
+from typing import TYPE_CHECKING, Annotated, Any, Union, cast
 
 from pydantic import ConfigDict, Field, SerializeAsAny
 
 from l2d_framework.component import Component, merged
 from l2d_framework.config.sections import Section, optional, specialised
-from l2d_framework.config.validation import validated
+from l2d_framework.config.validation import refuse_unknown, validated
 from l2d_framework.errors import ConfigError, L2DError
-from l2d_framework.guidance import Guidance
-from l2d_framework.parametrization import ParametrizationConfig, merge_estimate
-from l2d_framework.registry import Registry, registry
-from l2d_framework.solver import Solver
+from l2d_framework.registry import Registry, declared, registry
+
+if TYPE_CHECKING:
+    from l2d_framework.guidance import Guidance
+    from l2d_framework.parametrization import ParametrizationConfig
+    from l2d_framework.solver import Solver
+else:
+    # The interfaces import torch; `sampling_type` puts the installed components here.
+    Guidance = Solver = Component
 
 _MOST = 1_000_000
 """Largest number of evaluations or tokens, so that a slip of the keyboard does not fill the memory."""
@@ -64,19 +69,21 @@ class SamplingSection(Section):
 
 
 @cache
-def sampling_type(plugins: Registry) -> type[SamplingSection]:
-    """Sampling section whose solver and guidance are unions over plugins."""
-    guidance: Any = list[component_type(plugins, "guidance", Guidance)]  # type: ignore[misc]
-    solver = component_type(plugins, "solver", Solver)
+def sampling_type(plugins: Registry | None) -> type[SamplingSection]:
+    """Sampling section whose solver and guidance are unions over plugins, or anything while none are loaded."""
+    guidance: Any = list[component_type(plugins, "guidance")]  # type: ignore[misc]
+    solver = component_type(plugins, "solver")
     return specialised(SamplingSection, solver=(solver, ...), guidance=(guidance, Field(default_factory=list)))
 
 
-def component_type(plugins: Registry, kind: str, interface: Any) -> Any:
-    """Union of the components of a kind, told apart by `name`; the interface itself while none is installed."""
+def component_type(plugins: Registry | None, kind: str) -> Any:
+    """Union of the components of a kind, told apart by `name`; anything while no plugins are loaded."""
+    if plugins is None:
+        return Any
     components = tuple(plugins.components(kind).values())
     if len(components) > 1:
         return Annotated[cast(Any, Union[components]), Field(discriminator="name")]  # noqa: UP007 -- known at run time
-    return components[0] if components else interface
+    return components[0] if components else Component
 
 
 def with_preset(sampling: Mapping[str, Any], method: str | None) -> dict[str, Any]:
@@ -84,7 +91,7 @@ def with_preset(sampling: Mapping[str, Any], method: str | None) -> dict[str, An
 
     A section that leaves nothing out needs no preset, so resolved run files outlive the plugins that named one.
     """
-    if set(SamplingSection.model_fields) <= set(sampling):
+    if is_complete(sampling):
         return dict(sampling)
     preset = sampling.get("preset")
     if preset is None and method is not None:
@@ -94,6 +101,22 @@ def with_preset(sampling: Mapping[str, Any], method: str | None) -> dict[str, An
     if not isinstance(preset, str):
         return dict(sampling)
     return _laid_over(registry().preset(preset), sampling) | {"preset": preset}
+
+
+def is_complete(sampling: Mapping[str, Any]) -> bool:
+    """Whether a raw sampling section leaves nothing out."""
+    return set(SamplingSection.model_fields) <= set(sampling)
+
+
+def check_request(options: Mapping[str, Any]) -> None:
+    """Refuse a request's unknown fields and names while that costs no torch, where plugins declare their names."""
+    names = declared()
+    if not names.knows_all:
+        return
+    options = _request(options)
+    if options.get("preset") is not None:
+        names.check_name("preset", options["preset"])
+    refuse_unknown(sampling_type(None), options, "sampling", names)
 
 
 def parse_sampling(data: Mapping[str, Any]) -> SamplingSection:
@@ -121,6 +144,8 @@ def complete(sampling: SamplingSection, parametrization: ParametrizationConfig) 
             raise ConfigError(f"sampling.num_inference_steps: {error}") from error
     if not sampling.estimate and "estimate" not in type(parametrization).model_fields:
         return sampling
+    from l2d_framework.parametrization import merge_estimate
+
     try:
         estimate = merge_estimate(parametrization, sampling.estimate).to_json()["estimate"]
     except ConfigError as error:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError
 
 from l2d_framework.errors import ConfigError, PluginError, shown, suggest
-from l2d_framework.registry import registry
+from l2d_framework.registry import INTERFACES, Registry, registry
 
 M = TypeVar("M", bound=BaseModel)
 Path = tuple[str | int, ...]
@@ -17,19 +17,50 @@ Path = tuple[str | int, ...]
 
 def validated(model: type[M], data: Mapping[str, Any], where: str = "") -> M:
     """A section made from JSON-ready data."""
-    wrong = dict(_component_problems(data))
-    problems = {path: [text] for path, text in wrong.items()}
+    wrong = dict(_component_problems(data, registry, lambda kind, name: registry().get(kind, name)))
     try:
         # JSON mode lets strict fields take what JSON can express, such as a list for a tuple.
         section = model.model_validate_json(json.dumps(data))
     except ValidationError as error:
-        for details in error.errors():
-            path = _place(details["loc"], data)
-            if not any(path[: len(component)] == component for component in wrong):
-                problems.setdefault(path, []).append(_text(details, model, path))
-    if problems:
-        raise ConfigError("\n".join(_line(where, path, texts) for path, texts in problems.items()))
+        raise ConfigError(_told(model, data, where, wrong, error.errors())) from None
+    if wrong:
+        raise ConfigError(_told(model, data, where, wrong, []))
     return section
+
+
+def refuse_unknown(model: type[BaseModel], data: Mapping[str, Any], where: str, names: Registry) -> None:
+    """Refuse fields and values that no plugin and no preset can make right, and names that no plugin declares.
+
+    Args:
+        model: the section, with anything in place of its components.
+        data: what the user wrote; what is left out may come from a method or preset, and is no mistake here.
+        where: its path, for messages.
+        names: what plugins declare.
+
+    Raises:
+        ConfigError: in the words of `validated`.
+    """
+    wrong = dict(_component_problems(data, lambda: names, names.check_name))
+    errors: list[Any] = []
+    try:
+        model.model_validate_json(json.dumps(data))
+    except ValidationError as error:
+        # Fields may disagree with defaults and agree with the method's values; null may stand for a default.
+        left = ("missing", "value_error")
+        errors = [one for one in error.errors() if one["type"] not in left and one["input"] is not None]
+    if wrong or errors:
+        raise ConfigError(_told(model, data, where, wrong, errors))
+
+
+def _told(
+    model: type[BaseModel], data: Mapping[str, Any], where: str, wrong: Mapping[Path, str], errors: Sequence[Any]
+) -> str:
+    problems = {path: [text] for path, text in wrong.items()}
+    for details in errors:
+        path = _place(details["loc"], data)
+        if not any(path[: len(component)] == component for component in wrong):
+            problems.setdefault(path, []).append(_text(details, model, path))
+    return "\n".join(_line(where, path, texts) for path, texts in problems.items())
 
 
 def _line(where: str, path: Path, texts: list[str]) -> str:
@@ -37,12 +68,14 @@ def _line(where: str, path: Path, texts: list[str]) -> str:
     return f"{place or 'run'}: {' or '.join(dict.fromkeys(texts))}"
 
 
-def _component_problems(data: Mapping[str, Any]) -> Iterator[tuple[Path, str]]:
+def _component_problems(
+    data: Mapping[str, Any], plugins: Callable[[], Registry], find: Callable[[str, str], object]
+) -> Iterator[tuple[Path, str]]:
     """Components that cannot be had, in the registry's words; they sit under their kind, here or in a section."""
     for path, section in (((), data), *(((name,), data.get(name)) for name in ("sampling", "noise"))):
         if not isinstance(section, Mapping):
             continue
-        for kind in registry().kinds():
+        for kind in INTERFACES:
             chosen = section.get(kind)
             entries: list[tuple[Path, Any]] = [((*path, kind), chosen)]
             if isinstance(chosen, list):
@@ -51,11 +84,11 @@ def _component_problems(data: Mapping[str, Any]) -> Iterator[tuple[Path, str]]:
                 name = entry.get("name") if isinstance(entry, Mapping) else None
                 if isinstance(name, str):
                     try:
-                        registry().get(kind, name)
+                        find(kind, name)
                     except PluginError as error:
                         yield place, str(error)
                 else:
-                    known = ", ".join(registry().components(kind)) or "none"
+                    known = ", ".join(plugins().components(kind)) or "none"
                     hint = f"write {{name: ...}} with one of: {known}"
                     yield place, f"should be a section with a name, got {shown(entry)}; {hint}"
 

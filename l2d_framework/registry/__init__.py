@@ -3,7 +3,18 @@
 This package imports no torch; loading plugins usually does.
 """
 
-from l2d_framework.registry.catalog import ALLOW_LIST, BrokenPlugin, PluginRow, Registry, extensions, registry
-from l2d_framework.registry.offers import INTERFACES, Source
+from l2d_framework.registry.catalog import ALLOW_LIST, BrokenPlugin, PluginRow, Registry, declared, extensions, registry
+from l2d_framework.registry.offers import DECLARED, INTERFACES, Source
 
-__all__ = ["ALLOW_LIST", "INTERFACES", "BrokenPlugin", "PluginRow", "Registry", "Source", "extensions", "registry"]
+__all__ = [
+    "ALLOW_LIST",
+    "DECLARED",
+    "INTERFACES",
+    "BrokenPlugin",
+    "PluginRow",
+    "Registry",
+    "Source",
+    "declared",
+    "extensions",
+    "registry",
+]

@@ -23,6 +23,7 @@ from l2d_framework.registry.modules import untouched_modules
 from l2d_framework.registry.offers import (
     COMMAND,
     CONVERTER,
+    DECLARED,
     INTERFACES,
     METHOD,
     PRESET,
@@ -62,7 +63,7 @@ class PluginRow:
     name: str
     distribution: str
     version: str
-    status: Literal["ok", "clash", "missing extra", "broken", "disabled"]
+    status: Literal["ok", "clash", "undeclared", "missing extra", "broken", "disabled"]
     error: str = ""
 
 
@@ -73,6 +74,8 @@ class Registry:
         # Plugins that were kept out, by entry point, and those that `L2D_PLUGINS` leaves out.
         self.broken: dict[str, BrokenPlugin] = {}
         self.disabled: list[Source] = []
+        # False where a plugin does not declare its names, so that one not found here may be its.
+        self.knows_all = True
         self._loaded: set[str] = set()
         self._offers: dict[tuple[str, str], list[Offer]] = {}
 
@@ -80,8 +83,7 @@ class Registry:
     def load(cls, entry_points: Iterable[EntryPoint] | None = None, group: str = GROUP) -> Registry:
         """Load plugins, by default those that are installed; each is then either loaded, disabled or broken."""
         registry = cls()
-        listed = os.environ.get(ALLOW_LIST)
-        allowed = None if listed is None else {name.strip() for name in listed.split(",")} - {""}
+        allowed = _allow_list()
         installed = metadata.entry_points(group=group) if entry_points is None else entry_points
         # The built-in ones first, before anybody else's code has run.
         for entry_point in sorted(installed, key=lambda entry: not _is_builtin(source_of(entry))):
@@ -93,6 +95,47 @@ class Registry:
             error = f"{ALLOW_LIST} names it, but no installed distribution has such an entry point."
             registry.broken[name] = BrokenPlugin("not installed", "", error)
         return registry
+
+    @classmethod
+    def declared(cls) -> Registry:
+        """What the installed plugins say in their metadata that they offer: names alone, and nothing is imported.
+
+        Entry points of the groups `l2d_framework.solver`, `l2d_framework.preset` and so on name what a plugin offers;
+        their values are that of the plugin's own entry point.
+
+        Returns:
+            A registry in which names can be looked up.
+        """
+        registry = cls()
+        allowed = _allow_list()
+        everything = metadata.entry_points()
+        declarations = [(kind, entry) for kind in DECLARED for entry in everything.select(group=f"{GROUP}.{kind}")]
+        for entry_point in everything.select(group=GROUP):
+            source = source_of(entry_point)
+            if registry._is_left_out(source, allowed):
+                continue
+            registry._loaded.add(source.plugin)
+            # One distribution's entry points share it as an object; its name would have to be parsed for each.
+            own = [
+                (kind, e.name)
+                for kind, e in declarations
+                if e.value == entry_point.value and e.dist is entry_point.dist
+            ]
+            registry.knows_all &= bool(own)
+            for kind, name in own:
+                registry._offers.setdefault((kind, name), []).append(Offer(kind, name, None, source))
+        extensions = {entry_point.name for entry_point in everything.select(group=EXTENSIONS)}
+        registry.knows_all &= not (allowed or set()) - registry._loaded - extensions
+        return registry
+
+    def check_name(self, kind: str, name: str) -> None:
+        """PluginError if the name cannot be one; says nothing about whether what it names can be used."""
+        if self.knows_all:
+            self._find(kind, name, self._unique(kind))
+
+    def names(self, kind: str) -> list[str]:
+        """Names of a kind of offer, such as "preset", sorted; those offered twice are left out."""
+        return list(self._unique(kind))
 
     def kinds(self) -> tuple[str, ...]:
         """Names of the interfaces a component can implement, in the order of a run file."""
@@ -166,8 +209,7 @@ class Registry:
 
     def _add(self, entry_point: EntryPoint, allowed: set[str] | None, group: str) -> None:
         source = source_of(entry_point)
-        if allowed is not None and not _is_builtin(source) and source.plugin not in allowed:
-            self.disabled.append(source)
+        if self._is_left_out(source, allowed):
             return
         try:
             with untouched_modules():
@@ -186,6 +228,12 @@ class Registry:
 
                 attribute(offer.value, source.shipped)
             self._offers.setdefault((offer.kind, offer.name), []).append(offer)
+
+    def _is_left_out(self, source: Source, allowed: set[str] | None) -> bool:
+        if allowed is None or _is_builtin(source) or source.plugin in allowed:
+            return False
+        self.disabled.append(source)
+        return True
 
     def _unique(self, kind: str) -> dict[str, Any]:
         offers = sorted(self._offers.items(), key=lambda item: item[0])
@@ -223,6 +271,17 @@ def extensions() -> Registry:
 @cache
 def _loaded(group: str = GROUP) -> Registry:
     return Registry.load(group=group)
+
+
+@cache
+def declared() -> Registry:
+    """Names that the plugins of this process declare, found at the first call without importing any."""
+    return Registry.declared()
+
+
+def _allow_list() -> set[str] | None:
+    listed = os.environ.get(ALLOW_LIST)
+    return None if listed is None else {name.strip() for name in listed.split(",")} - {""}
 
 
 def _is_builtin(source: Source) -> bool:

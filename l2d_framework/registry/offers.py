@@ -29,6 +29,8 @@ METHOD = "method"
 CONVERTER = "converter"
 COMMAND = "command"
 TASKS = "tasks"
+DECLARED = (*INTERFACES, METHOD, PRESET, CONVERTER)
+"""Kinds whose names a plugin can declare in its metadata."""
 
 _EXTENDING = ("l2d_commands", "l2d_tasks")
 _HOOKS = ("l2d_components", "l2d_presets", "l2d_methods", "l2d_converters", *_EXTENDING)

@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import subprocess
 import sys
 from importlib.metadata import version
@@ -10,7 +11,9 @@ import yaml
 from fake_plugins import TOYS, broken, installed, plugin
 from torch import nn
 from toy_components import Forward
+from typer import Context
 
+from l2d_framework import cli
 from l2d_framework.cli import COMMANDS
 from l2d_framework.cli.config import count_by_module
 from l2d_framework.config import config_hash, load_run
@@ -39,6 +42,27 @@ def test_help_lists_every_command_with_its_purpose(l2d):
     for name, entry in COMMANDS.items():
         assert name in out
         assert entry.help in out
+
+
+PATHS = [[], *([name] for name in COMMANDS), ["config", "check"], ["config", "schema"], ["bench"]]
+
+
+@pytest.mark.parametrize("path", [path for path in PATHS if path != ["eval"]], ids=" ".join)  # lm_eval's own
+def test_help_cuts_nothing_on_a_narrow_terminal(path, l2d, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    code, out, _ = l2d(*path, "--help")
+    assert code == 0
+    command = typer.main.get_command(cli.app)
+    context = Context(command)
+    for name in path:
+        _, command, _ = command.resolve_command(context, [name])
+    shown = re.split(r"[\s,/]+", out)
+    for parameter in command.get_params(context):
+        for option in (*parameter.opts, *parameter.secondary_opts) if parameter.param_type_name == "option" else ():
+            assert option in shown
+    for name in getattr(command, "commands", ()):
+        assert name in shown
+    assert not re.search(r"[^\])}]\.\.\.$|…", out.replace("files...", ""), re.MULTILINE)
 
 
 def test_the_version_is_the_distributions(l2d):
@@ -76,6 +100,16 @@ def test_plugins_shows_a_table_and_errors_below(l2d):
     assert ["solver", "forward", "acme", "1.2.3", "clash"] in rows
     assert ["-", "c", "acme-c", "1.0", "broken"] in rows
     assert out.index("ImportError: no [luck] today") > out.index("broken")
+
+
+def test_plugins_tells_of_a_name_that_metadata_lacks(l2d, monkeypatch):
+    names = Registry()
+    names._offers[("solver", "other")] = []
+    monkeypatch.setattr("l2d_framework.cli.plugins.declared", lambda: names)
+    with installed(plugin("a", [Forward])):
+        _, out, _ = l2d("plugins")
+    assert ["solver", "forward", "acme-a", "1.0", "undeclared"] in [line.split() for line in out.splitlines()]
+    assert 'Add it there, in [project.entry-points."l2d_framework.solver"], and install acme-a again.' in out
 
 
 def test_plugins_says_how_many_the_allow_list_leaves_out(l2d, monkeypatch):

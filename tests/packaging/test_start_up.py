@@ -11,8 +11,11 @@ import pytest
 from diffusion_models import SPACE
 from tiny_models import tiny_lm, tiny_tokenizer
 
+from l2d_framework.cli import main
 from l2d_framework.config import parse_run
 from l2d_framework.models.checkpoint import build_model, save
+from l2d_framework.registry import Registry, declared
+from l2d_framework.registry.offers import DECLARED
 
 
 def command(*arguments: object) -> str:
@@ -63,26 +66,36 @@ def test_no_torch_and_no_plugin_is_imported(name):
     assert "HEAVY []" in result.stderr
 
 
-def test_the_report_sees_torch():
-    result, _ = run(REPORT + "import torch")
-    assert "torch" in heavy(result)
-
-
-def heavy(result: subprocess.CompletedProcess[str]) -> set[str]:
-    """Heavy modules that a program with `REPORT` imported."""
-    assert result.returncode == 0, result.stderr
-    return set(literal_eval(result.stderr.partition("HEAVY ")[2].splitlines()[0]))
-
-
-def test_listing_plugins_imports_no_model_of_transformers(monkeypatch):
-    monkeypatch.setenv("L2D_PLUGINS", "")
-    result, _ = run(REPORT + command("plugins"))
-    assert heavy(result) == {"torch", "transformers", "numpy", "huggingface_hub", "l2d_plugins"}
+GENERATE = ("generate", "model", "--prompt", "Hello")
+MISTAKES = [
+    (*GENERATE, "--solver", "ab3"),
+    (*GENERATE, "--guidance", "classifer_free"),
+    (*GENERATE, "--preset", "l2d-papr"),
+    (*GENERATE, "--set", "solvr=euler"),
+    (*GENERATE, "--set", "guidance=[{name: reward}]"),
+    (*GENERATE, "--stream", "--num-return-sequences", "2"),
+    ("generate", "model"),
+    ("convert", "base", "out", "--from", "l2d-refrence"),
+    ("diagnose", "model", "--data", "rows.jsonl", "--solver", "ab3"),
+    ("diagnose", "model", "--data", "rows.jsonl", "--adaptive-solver", "fehlberg"),
+    ("config", "check", "run.json", "method=l2"),
+    ("config", "check", "run.json", "schedule.name=linaer"),
+    ("config", "check", "run.json", "sampling.preset=l2d-papr"),
+    ("config", "check", "run.json", "data={train: [{path: a.jsonl, format: mesages}]}"),
+    ("train", "run.json", "training.solvr=1"),
+    ("train", "run.json", "backbone=two_stream"),
+    ("train", "run.json", "kind=difusion"),
+    ("train", "stages.json", "stages.0.training.solvr=1"),
+    ("train-reward", "reward.json", "training.margn=1"),
+    ("train-reward", "reward.json", "noise.schedule.name=cosin"),
+    ("params", "run.json", "backbone.name=two_strem"),
+]
+"""Names that nothing installed has, fields that there are not, and options that exclude each other."""
 
 
 @pytest.fixture(scope="module")
 def fully_trained(tmp_path_factory):
-    """A checkpoint without an adapter, and a run file for one, which needs no more to be checked."""
+    """A checkpoint without an adapter, and run files without a mistake; `run.json` needs no more to be checked."""
     folder = tmp_path_factory.mktemp("start_up")
     tiny_lm().save_pretrained(folder / "base")
     tiny_tokenizer().save_pretrained(folder / "base")
@@ -94,8 +107,75 @@ def fully_trained(tmp_path_factory):
         "block_size": None,
     }
     save(build_model(parse_run(sections)), folder / "model")
-    (folder / "run.json").write_text(json.dumps(sections))
+    reward = {"kind": "reward", "model": sections["model"], "data": {"train": [{"path": "a.jsonl"}]}}
+    for name, run in {"run": sections, "reward": reward, "stages": {"stages": [sections]}}.items():
+        (folder / f"{name}.json").write_text(json.dumps(run))
     return folder
+
+
+@pytest.mark.parametrize("arguments", MISTAKES, ids=" ".join)
+def test_a_wrong_name_is_refused_in_the_same_words_before_torch_is_imported(
+    arguments, fully_trained, monkeypatch, capsys
+):
+    monkeypatch.chdir(fully_trained)
+    soon, cost = run(REPORT + "import os; os.environ['L2D_PLUGINS'] = ''\n" + command(*arguments))
+    assert soon.returncode == 2, soon.stderr
+    assert heavy(soon) == set()
+    assert cost < 2
+    message = soon.stderr.partition("HEAVY")[0]
+    assert message.startswith("Error: ")
+    # The other path: what plugins declare is not asked, so that loading them tells.
+    monkeypatch.setattr(declared(), "knows_all", False)
+    monkeypatch.setattr(sys, "argv", ["l2d", *arguments])
+    with pytest.raises(SystemExit) as late:
+        main()
+    assert late.value.code == 2
+    assert capsys.readouterr().err.endswith(message)
+
+
+def test_built_in_plugins_declare_what_they_offer(monkeypatch):
+    monkeypatch.setenv("L2D_PLUGINS", "")
+    rows = Registry.load().table()
+    assert {(row.kind, row.name) for row in rows} == {
+        (kind, name) for kind in DECLARED for name in Registry.declared().names(kind)
+    }
+
+
+def test_what_an_option_completes_to_costs_no_torch(monkeypatch):
+    monkeypatch.setenv("L2D_PLUGINS", "")
+
+    def offered(line: str) -> list[str]:
+        monkeypatch.setenv("_L2D_COMPLETE", "complete_bash")
+        monkeypatch.setenv("COMP_WORDS", line)
+        monkeypatch.setenv("COMP_CWORD", str(line.count(" ")))
+        result, _ = run(REPORT + command())
+        assert heavy(result) == set()
+        return result.stdout.split()
+
+    assert "midpoint" in offered("l2d generate MODEL --solver ")
+    assert offered("l2d generate MODEL --preset l2d-release-") == ["l2d-release-coding"]
+    assert offered("l2d generate MODEL --guidance c") == ["classifier_free"]
+    assert offered("l2d generate MODEL --set num") == ["num_inference_steps="]
+    assert offered("l2d convert FOLDER OUT --from l2d") == ["l2d-reference"]
+    assert offered("l2d train run.json training.max_s") == ["training.max_steps="]
+    assert offered("l2d config check run.json data.train.0.pa") == ["data.train.0.path="]
+
+
+def test_the_report_sees_torch():
+    result, _ = run(REPORT + "import torch")
+    assert "torch" in heavy(result)
+
+
+def heavy(result: subprocess.CompletedProcess[str]) -> set[str]:
+    """Heavy modules that a program with `REPORT` imported."""
+    assert result.returncode in (0, 2), result.stderr
+    return set(literal_eval(result.stderr.partition("HEAVY ")[2].splitlines()[0]))
+
+
+def test_listing_plugins_imports_no_model_of_transformers(monkeypatch):
+    monkeypatch.setenv("L2D_PLUGINS", "")
+    result, _ = run(REPORT + command("plugins"))
+    assert heavy(result) == {"torch", "transformers", "numpy", "huggingface_hub", "l2d_plugins"}
 
 
 def test_without_adapter_training_or_data_nothing_is_imported_for_them(fully_trained, monkeypatch):
@@ -108,6 +188,32 @@ def test_without_adapter_training_or_data_nothing_is_imported_for_them(fully_tra
     assert "transformers.modeling_utils" in found
     theirs = heavy(run(REPORT + "import transformers.generation.utils")[0])  # old releases need scikit-learn there
     assert not (found - theirs) & {"peft", *TRAINING}
+
+
+PLAIN = """
+from transformers import AutoModelForCausalLM, AutoTokenizer
+tokenizer, model = (auto.from_pretrained("base") for auto in (AutoTokenizer, AutoModelForCausalLM))
+model.generate(**tokenizer("Hello", return_tensors="pt"), max_new_tokens=2, do_sample=False)
+"""
+LARGE = {"torch", "transformers", "numpy", "scipy", "sympy", "accelerate", "huggingface_hub", "tokenizers"}
+LISTING = "import atexit, sys; atexit.register(lambda: print('MODULES', *sys.modules, file=sys.stderr))"
+
+
+def imported(program: str) -> set[str]:
+    """Modules of large libraries that a program imported."""
+    result, _ = run(f"{LISTING}\n{program}")
+    assert result.returncode == 0, result.stderr
+    names = result.stderr.partition("MODULES ")[2].split()
+    return {name for name in names if name.partition(".")[0] in LARGE}
+
+
+def test_generating_imports_of_the_large_libraries_what_transformers_does_by_itself(fully_trained, monkeypatch):
+    monkeypatch.setenv("L2D_PLUGINS", "")
+    monkeypatch.chdir(fully_trained)
+    arguments = ("--prompt", "Hello", "--max-new-tokens", "2", "--num-inference-steps", "3")
+    plain = imported(PLAIN)
+    assert {"torch", "transformers.modeling_utils"} <= plain
+    assert imported(command("generate", "model", *arguments)) - plain <= {"transformers.generation.streamers"}
 
 
 @pytest.mark.parametrize("name", COMMANDS)

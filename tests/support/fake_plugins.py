@@ -23,6 +23,7 @@ class FakeEntryPoint:
     load: Callable[[], Any]
     distribution: str = ""
     version: str = "1.0"
+    value: str = "acme"
 
     @property
     def dist(self) -> Any:
@@ -99,6 +100,8 @@ def installed(*entry_points: FakeEntryPoint) -> Iterator[None]:
     real = metadata.entry_points
 
     def found(**query: Any) -> Any:
+        if not query:
+            return SimpleNamespace(select=found)
         group = query.get("group")
         return list(entry_points) if group == GROUP else [] if group == EXTENSIONS else real(**query)
 
@@ -106,7 +109,12 @@ def installed(*entry_points: FakeEntryPoint) -> Iterator[None]:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(metadata, "entry_points", found)
             forget_afterwards(patch)
-            catalog._loaded.cache_clear()
+            _forget_plugins()
             yield
     finally:
-        catalog._loaded.cache_clear()
+        _forget_plugins()
+
+
+def _forget_plugins() -> None:
+    catalog._loaded.cache_clear()
+    catalog.declared.cache_clear()
