@@ -185,9 +185,7 @@ class Session:
         prompts: Sequence[Prompt],
         batch: Sequence[Sequence[int]],
         keys: Sequence[str],
-        *,
-        streamer: Any = None,
-        observer: Any = None,
+        **options: Any,
     ) -> list[dict[str, Any]]:
         """Per answer to an encoded prompt its text, token ids, number of tokens and mean evaluations."""
         assert self.lm is not None
@@ -198,8 +196,7 @@ class Session:
             classes=None if self.class_name is None else [self.class_name] * len(batch),
             guidance_scale=self.scale,
             num_return_sequences=self.samples,
-            streamer=streamer,
-            observer=observer,
+            **options,
             **self.running,
             **{**self.sampling, **self.options, **stop},
         )
@@ -246,13 +243,16 @@ class Session:
         if stream:
             rows = [[{"text": self.stream(prompts[0])}]]
         else:
-            rows = []
-            keys = request_keys(encoded)
             with bar(is_shown=len(encoded) > batch_size) as progress:
-                for start in progress.track(range(0, len(encoded), batch_size), description="generating"):
-                    part = slice(start, start + batch_size)
-                    answers = self.answer(prompts[part], encoded[part], keys[part])
-                    rows += [answers[i : i + self.samples] for i in range(0, len(answers), self.samples)]
+                task = progress.add_task("generating", total=len(encoded) * self.samples)
+                answers = self.answer(
+                    prompts,
+                    encoded,
+                    request_keys(encoded),
+                    batch_size=batch_size * self.samples,
+                    on_answer=lambda *_: progress.advance(task),
+                )
+            rows = [answers[i : i + self.samples] for i in range(0, len(answers), self.samples)]
             for answer in itertools.chain(*rows):
                 typer.echo(answer["text"])
                 del answer["ids"]

@@ -7,7 +7,7 @@ what is to be done. Where nothing but numbers changes from token to token, it is
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from threading import Lock
 from typing import Any, Protocol
@@ -55,6 +55,17 @@ class Rows:
     def keep(self, rows: Tensor) -> None:
         """Go on with some rows only, (B',)."""
         self.context = self.context.select(rows)
+
+    def select(self, rows: Tensor) -> Rows:
+        """Copies of some rows, (B',)."""
+        return Rows(self.sampler, self.context.select(rows), self.slots)
+
+    def join(self, others: Sequence[Rows], slots: int) -> Rows:
+        """These rows and others behind them, in so many slots; nothing of any of them is to be used afterwards."""
+        if not others and slots == self.slots:
+            return self
+        contexts = [self.context, *(other.context for other in others)]
+        return Rows(self.sampler, self.backbone.join(contexts, slots), slots)
 
     def denoise(self, tokens: Tensor, ask: Callable[[bool], Block]) -> Denoised:
         """Read further tokens, and denoise the block that is asked about then, with the sequence so far or without."""
@@ -152,6 +163,14 @@ class Replayed(Rows):
             self._begin(self.context.select(alive))
         else:
             self._alive = alive
+
+    @override
+    def join(self, others: Sequence[Rows], slots: int) -> Rows:
+        if not others:
+            return self
+        if self._alive is not None:
+            self.context = self.context.select(self._alive)
+        return super().join(others, slots)
 
     @override
     def denoise(self, tokens: Tensor, ask: Callable[[bool], Block]) -> Denoised:
