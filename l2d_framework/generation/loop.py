@@ -336,8 +336,10 @@ class _Loop:
             if any(wrong):
                 self.path.rewind(torch.tensor(wrong, device=ids.device))
             self._tell(ended, cost, kept)
-            if ended and self.is_queued:
-                fresh, waiting = waiting[: len(ended)], waiting[len(ended) :]
+            # Rows that are replayed are captured anew once half of them have ended.
+            if ended and self.is_queued and (not self.path.is_replayed or 2 * len(rows) <= self.at_a_time):
+                free = self.at_a_time - len(rows)
+                fresh, waiting = waiting[:free], waiting[free:]
                 self._replace(rows, fresh)
                 rows += fresh
             if rows:

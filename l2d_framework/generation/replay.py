@@ -37,6 +37,11 @@ class Rows:
         self.sampler, self.context, self.slots = sampler, context, slots
 
     @property
+    def is_replayed(self) -> bool:
+        """Whether other rows would have to be captured anew."""
+        return False
+
+    @property
     def backbone(self) -> Backbone:
         """The network."""
         return self.sampler.diffusion.backbone
@@ -148,6 +153,11 @@ class Replayed(Rows):
             return rows
         return rows if context is None else cls(rows, context, room, most)
 
+    @property
+    @override
+    def is_replayed(self) -> bool:
+        return self._graph is not None
+
     def _begin(self, context: Context) -> None:
         self.context = context
         self._alive: Tensor | None = None
@@ -174,7 +184,7 @@ class Replayed(Rows):
 
     @override
     def denoise(self, tokens: Tensor, ask: Callable[[bool], Block]) -> Denoised:
-        if self._graph is not None and self.slots == self._room:
+        if self.slots == self._room:
             self._widen()
         if self._graph is None:
             return super().denoise(tokens, ask)
@@ -199,7 +209,10 @@ class Replayed(Rows):
         self._room = min(self._most, 2 * self._room)
         wider = self.backbone.fixed(context, self._room, self._most)
         assert wider is not None
-        self._begin(wider)
+        if self._graph is None:
+            self.context = wider
+        else:
+            self._begin(wider)
 
     def _again(self, graph: Graph, tape: _Tape, tokens: Tensor, block: Block) -> Denoised:
         tape.fill(tokens, block, self._alive)
