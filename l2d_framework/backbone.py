@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, Self
 
 from pydantic import Field
@@ -74,6 +74,8 @@ class Backbone(nn.Module, ABC, Generic[C]):
     independent_positions: ClassVar[bool] = False
     rewinds: ClassVar[bool] = False
     """True when `rewind` is served, so that tokens may be guessed ahead and taken back."""
+    joins: ClassVar[bool] = False
+    """True when `join` is served, so that waiting prompts can take the places of rows that have ended."""
     trains_lm: ClassVar[bool] = False
     """True when the language model's own weights are what is trained; a checkpoint then holds all of them."""
     sees_later: bool = False
@@ -144,6 +146,22 @@ class Backbone(nn.Module, ABC, Generic[C]):
             TypeError: if the backbone does not declare `rewinds`.
         """
         raise TypeError(f"{type(self).__name__} takes no tokens back.")
+
+    def join(self, contexts: Sequence[C], slots: int) -> C:
+        """The rows of several contexts in one.
+
+        Args:
+            contexts: what any other method returned; not to be used afterwards. Rows may be nothing but padding.
+            slots: how many the result has, enough for the tokens of every row.
+
+        Returns:
+            A context to be extended before anything is asked: the last slots of each, behind so much padding where it
+            has fewer.
+
+        Raises:
+            TypeError: if the backbone does not declare `joins`.
+        """
+        raise TypeError(f"{type(self).__name__} joins no contexts.")
 
     def fixed(self, context: C, slots: int, most: int) -> C | None:
         """A copy of a context in buffers of a fixed size, so that tokens can be denoised one by one without Python.

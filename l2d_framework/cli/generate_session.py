@@ -34,6 +34,7 @@ from l2d_framework.lines import read_lines, read_objects
 from l2d_framework.models.diffusion_lm import DiffusionLM
 from l2d_framework.models.unloaded import CLASS, SCALE, UnloadedModel
 from l2d_framework.types import Query
+from l2d_framework.writing import write_whole
 
 _REFRESH = 0.5
 """Seconds between two looks at a count that lies on the device."""
@@ -112,6 +113,11 @@ class Rows:
                 f"{str(_part(self._output))!r}."
             ) from error
 
+    def replace(self, rows: Iterable[dict[str, Any]]) -> None:
+        """Write all rows anew, in their order and with all that is known of them now."""
+        if self._output is not None:
+            write_whole(_part(self._output), "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
     def __exit__(self, kind: object, *_: object) -> None:
         if self._output is None:
             return
@@ -161,8 +167,8 @@ class Watch(StoppingCriteria):
         self._meter, self._lm, self._counts = meter, lm, counts_evaluations
         pad = lm.backbone.lm.generation_config.pad_token_id
         self._pad = -1 if pad is None else pad
-        self._finished = self._evaluations = 0
-        self._running: Tensor | int = 0
+        self._evaluations = 0
+        self._tokens: Tensor | int = 0
         self._told = 0.0
 
     def __enter__(self) -> Self:
@@ -186,24 +192,22 @@ class Watch(StoppingCriteria):
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
         new = input_ids[:, -1]
         # Rows that have ended go on with padding. The sum stays on the device until it is shown.
-        self._running = self._running + (new != self._pad).sum()
+        self._tokens = self._tokens + (new != self._pad).sum()
         self._tell()
         return torch.zeros_like(new, dtype=torch.bool)
 
-    def finish(self, rows: int, tokens: int) -> None:
-        """So many prompts are answered, with so many tokens."""
-        self._finished += tokens
-        self._running = 0
+    def finish(self, prompts: int) -> None:
+        """So many more prompts are answered."""
         self._told = 0.0
         self._tell()
-        self._meter.advance(rows)
+        self._meter.advance(prompts)
 
     def _tell(self) -> None:
         now = self._meter.seconds
         if now - self._told < _REFRESH and self._told:
             return
         self._told = now
-        tokens = self._finished + int(self._running)
+        tokens = int(self._tokens)
         facts = [f"{tokens:,} tokens", f"{tokens / now:,.1f} tokens/s"] if tokens else []
         self._meter.facts = "  ".join(facts + [f"{self._evaluations:,} evaluations"] * self._counts)
 
@@ -270,7 +274,7 @@ class Session:
             for text in texts:
                 answers += self.lm.infill(text, **self.sampling).texts(self.tokenizer)
                 rows.write([{"infill": text, "answers": [{"text": answers[-1]}]}])
-                watch.finish(1, 0)
+                watch.finish(1)
         for answer in answers:
             typer.echo(answer)
 
@@ -295,38 +299,38 @@ class Session:
         batch: Sequence[Sequence[int]],
         keys: Sequence[str],
         *,
-        streamer: Any = None,
-        observer: Any = None,
         watch: Watch | None = None,
+        **options: Any,
     ) -> list[dict[str, Any]]:
         """Per answer to an encoded prompt its text, token ids, number of tokens and mean evaluations."""
         assert self.lm is not None
-        tokenizer: Any = self.tokenizer
         stop = {"stop_strings": self.stop} if self.stop else {}
         output = self.lm.generate(
             pad_left(batch, keys, chats=[not isinstance(prompt, str) for prompt in prompts]),
             classes=None if self.class_name is None else [self.class_name] * len(batch),
             guidance_scale=self.scale,
             num_return_sequences=self.samples,
-            streamer=streamer,
-            observer=observer,
             stopping_criteria=None if watch is None else StoppingCriteriaList([watch]),
+            **options,
             **self.running,
             **{**self.sampling, **self.options, **stop},
         )
+        rows = zip(output.answers.tolist(), output.evaluations.tolist(), output.lengths.tolist(), strict=True)
         answers = [
-            {
-                "text": self._cut(tokenizer.decode(tokens[:count], skip_special_tokens=True)),
-                "ids": tokens[:count].tolist(),
-                "tokens": count,
-                "evaluations_per_token": round(float(cost[:count].float().mean()), 2),
-            }
-            for tokens, cost, count in zip(output.answers, output.evaluations, output.lengths.tolist(), strict=True)
+            self._described(tokens[:count], cost[:count]) | {"ids": tokens[:count]} for tokens, cost, count in rows
         ]
         for name, values in output.metrics.items():
             for row, answer in zip(values.tolist(), answers, strict=True):
                 answer[name] = [round(value, 4) for value in row if value == value]
         return answers
+
+    def _described(self, tokens: list[int], evaluations: list[int]) -> dict[str, Any]:
+        tokenizer: Any = self.tokenizer
+        return {
+            "text": self._cut(tokenizer.decode(tokens, skip_special_tokens=True)),
+            "tokens": len(tokens),
+            "evaluations_per_token": round(sum(evaluations) / len(evaluations), 2),
+        }
 
     def _cut(self, text: str) -> str:
         return text[: min((text.find(stop) for stop in self.stop if stop in text), default=len(text))]
@@ -358,21 +362,24 @@ class Session:
             with Rows(output) as file:
                 file.write([{"prompt": prompts[0], "answers": [{"text": self.stream(prompts[0])}]}])
             return
-        texts: list[str] = []
-        keys = request_keys(encoded)
         with Rows(output) as file, self._watch(len(encoded)) as watch:
-            for start in range(0, len(encoded), batch_size):
-                part = slice(start, start + batch_size)
-                answers = self.answer(prompts[part], encoded[part], keys[part], watch=watch)
-                watch.finish(len(encoded[part]), sum(answer["tokens"] for answer in answers))
-                for answer in answers:
-                    texts.append(answer["text"])
-                    del answer["ids"]
-                grouped = (answers[i : i + self.samples] for i in range(0, len(answers), self.samples))
-                pairs = zip(prompts[part], grouped, strict=True)
-                file.write({"prompt": prompt, "answers": group} for prompt, group in pairs)
-        for text in texts:
-            typer.echo(text)
+            left = [self.samples] * len(encoded)
+
+            def keep(number: int, tokens: list[int], evaluations: list[int]) -> None:
+                prompt = number // self.samples
+                left[prompt] -= 1
+                watch.finish(int(not left[prompt]))
+                file.write([{"prompt": prompts[prompt], "answers": [self._described(tokens, evaluations)]}])
+
+            size = batch_size * self.samples
+            answers = self.answer(prompts, encoded, request_keys(encoded), watch=watch, batch_size=size, on_answer=keep)
+            for answer in answers:
+                del answer["ids"]
+            grouped = (answers[i : i + self.samples] for i in range(0, len(answers), self.samples))
+            pairs = zip(prompts, grouped, strict=True)
+            file.replace({"prompt": prompt, "answers": group} for prompt, group in pairs)
+        for answer in answers:
+            typer.echo(answer["text"])
 
     @contextmanager
     def _watch(self, prompts: int) -> Iterator[Watch]:

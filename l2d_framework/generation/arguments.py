@@ -83,6 +83,7 @@ class Request(Running):
     classes: Annotated[list[str | None], Strict()] | None = None
     guidance_scale: Number | Annotated[list[Number], Strict()] | None = None
     num_return_sequences: Annotated[int, Strict(), Field(ge=1, le=1_000_000)] = 1
+    batch_size: Some | None = None
     seed: Count | Annotated[list[Count], Strict()] | None = None
 
 
@@ -251,15 +252,16 @@ def decoding_config(
     return found
 
 
-def check_parts(processors: Any, criteria: Any, streamer: Any, observer: Any) -> None:
-    """Refuse what cannot be called in the loop."""
-    for name, functions in (("logits_processor", processors), ("stopping_criteria", criteria)):
-        if functions is not None and not (isinstance(functions, list) and all(map(callable, functions))):
-            raise ConfigError(f"{name} should be a list of functions, got {shown(functions)}.")
+def check_parts(processors: Any, criteria: Any, streamer: Any, **functions: Any) -> None:
+    """Refuse what cannot be called in the loop; `functions` by the names of their arguments."""
+    for name, several in (("logits_processor", processors), ("stopping_criteria", criteria)):
+        if several is not None and not (isinstance(several, list) and all(map(callable, several))):
+            raise ConfigError(f"{name} should be a list of functions, got {shown(several)}.")
     if streamer is not None and not all(callable(getattr(streamer, name, None)) for name in ("put", "end")):
         raise ConfigError(f"streamer should have the methods put and end, got {shown(streamer)}.")
-    if observer is not None and not callable(observer):
-        raise ConfigError(f"observer should be a function, got {shown(observer)}.")
+    for name, function in functions.items():
+        if function is not None and not callable(function):
+            raise ConfigError(f"{name} should be a function, got {shown(function)}.")
 
 
 def check_prompts(prompts: Any, vocab_size: int) -> None:

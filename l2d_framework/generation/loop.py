@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import takewhile
 from typing import Any
 
 import torch
@@ -23,16 +22,20 @@ from l2d_framework.diffusion.sampler import Block, Keys, Sampler
 from l2d_framework.diffusion.sampling import Sampling, check_block_size, check_sampling
 from l2d_framework.errors import ConfigError
 from l2d_framework.generation.arguments import Running
+from l2d_framework.generation.prefix import Prefix
 from l2d_framework.generation.prompts import Encoded
 from l2d_framework.generation.replay import Replayed, Rows
 from l2d_framework.generation.sequences import Sequences
 from l2d_framework.generation.speculation import Guesses
-from l2d_framework.types import Context, Layout
+from l2d_framework.types import Layout
+
+OnAnswer = Callable[[int, list[int], list[int]], None]
+"""Called with the number of an answer, its tokens and the evaluations spent on each."""
 
 
 @dataclass(frozen=True)
 class Requests:
-    """A batch of prompts and what belongs to each.
+    """Prompts and what belongs to each.
 
     Attributes:
         prompts: token ids, on the model's device.
@@ -40,6 +43,8 @@ class Requests:
         guidance_scale: scale of each prompt, (B,), float32, or None for the guidance's own.
         samples: answers per prompt; the prompt is read once.
         seeds: seed of each prompt, or None for the one of the sampling settings.
+        batch_size: most answers that are written at a time, or None for all.
+        on_answer: called as soon as an answer has ended.
         running: how to run them.
     """
 
@@ -48,6 +53,8 @@ class Requests:
     guidance_scale: Tensor | None = None
     samples: int = 1
     seeds: Sequence[int] | None = None
+    batch_size: int | None = None
+    on_answer: OnAnswer | None = None
     running: Running = field(default_factory=Running)
 
 
@@ -105,7 +112,7 @@ def generate(
     decoding: Decoding,
     observer: Observer | None = None,
 ) -> Generation:
-    """Answer a batch of prompts.
+    """Answer prompts.
 
     A row's answer depends on its own prompt, class, scale, key and the seed, never on its batch mates or padding. Of
     equal prompts without keys, the second in a call is another request than the first, with noise of its own.
@@ -138,35 +145,29 @@ def generate(
     )
     _check_requests(requests, decoding)
     loop = _Loop(diffusion, requests, sampling, decoding, observer)
-    prepared: list[Any] = []
+    parts = [part.run() for part in loop.parts()]
+    end = max(max(texts.ends) for texts, *_ in parts)
+    width = requests.prompts.input_ids.shape[1]
+    return Generation(
+        torch.cat([texts.ids for texts, *_ in parts])[:, :end],
+        torch.cat([cost for _, cost, *_ in parts])[:, width:end],
+        torch.cat([lengths for _, _, lengths, _ in parts]),
+        width,
+        _side_by_side([row for *_, metrics in parts for row in metrics]),
+        (loop.guesses.made, loop.guesses.right),
+    )
 
-    def decode(
-        model: Any,
-        input_ids: Tensor,
-        logits_processor: LogitsProcessorList,
-        stopping_criteria: StoppingCriteriaList,
-        generation_config: GenerationConfig,
-        **kwargs: Any,
-    ) -> Tensor:
-        prepared.extend((input_ids, logits_processor, stopping_criteria, generation_config))
-        return input_ids
 
-    # transformers would fill what is None from the model's configuration, also where None was asked for.
-    lm: Any = copy.copy(diffusion.backbone.lm)
-    lm.generation_config = decoding.config
-    try:
-        lm.generate(
-            requests.prompts.input_ids[loop.first],
-            attention_mask=loop.mask[loop.first],
-            generation_config=decoding.config,
-            logits_processor=decoding.processors,
-            stopping_criteria=decoding.criteria,
-            custom_generate=decode,
-        )
-    # Nothing of this package runs in there, and only settings could be wrong.
-    except (ValueError, TypeError, LookupError, AttributeError, ImportError) as error:
-        raise ConfigError(f"transformers refuses these generation settings: {error}") from error
-    return loop.run(*prepared)
+def _side_by_side(rows: list[dict[str, list[Tensor]]]) -> dict[str, Tensor]:
+    """What guidance recorded about each row, from its first evaluation on, (B, evaluations), by name."""
+    names = dict.fromkeys(name for row in rows for name in row)
+    found = {}
+    for name in names:
+        whole = [torch.cat(row[name]) if name in row else None for row in rows]
+        some = next(values for values in whole if values is not None)
+        filled = [some[:0] if values is None else values for values in whole]
+        found[name] = pad_sequence(filled, batch_first=True, padding_value=torch.nan)
+    return found
 
 
 def _check_requests(requests: Requests, decoding: Decoding) -> None:
@@ -187,14 +188,11 @@ def _check_requests(requests: Requests, decoding: Decoding) -> None:
         )
 
 
-_SHARED = 32
-"""Fewest tokens that are worth being read apart, where all prompts begin with them."""
-
-
 class _Loop:
-    """State of one call of `generate`; the network sees only rows that have not ended.
+    """State of one call of `generate`, or of a part of its rows; the network sees only rows that have not ended.
 
-    `texts` are prompts and answers; `path` is what the backbone remembers of them, for the rows that go on.
+    `texts` are prompts and answers; `path` is what the backbone remembers of them, for the rows that go on. Where there
+    are more rows than are written at a time, `is_queued` says that one that ends is replaced by the next.
     """
 
     def __init__(
@@ -210,12 +208,13 @@ class _Loop:
         self.prompts = [row[keep.bool()].tolist() for row, keep in zip(ids.cpu(), self.mask.cpu(), strict=True)]
         names = requests.prompts.keys or request_keys(self.prompts)
         repeat = partial(torch.repeat_interleave, repeats=requests.samples, dim=0)
-        self.first = repeat(torch.arange(len(ids), device=ids.device))
+        self.numbers = [*range(len(ids) * requests.samples)]
+        self.first = [number // requests.samples for number in self.numbers]
         if len(names) == len(self.first):
             self.keys = [(name, 0) for name in names]
         else:
-            self.keys = [(names[int(row)], sample % requests.samples) for sample, row in enumerate(self.first)]
-        self.real = [len(self.prompts[int(row)]) for row in self.first]
+            self.keys = [(names[row], number % requests.samples) for number, row in enumerate(self.first)]
+        self.real = [len(self.prompts[row]) for row in self.first]
         self.classes = None if requests.classes is None else repeat(requests.classes)
         self.scales = None if requests.guidance_scale is None else repeat(requests.guidance_scale)
         self.denoise = Sampler.of(diffusion, sampling, observer, merge=requests.running.merge)
@@ -230,23 +229,78 @@ class _Loop:
         # Whoever asks for a number knows their own processors; they are asked about guesses, too.
         if self.guesses.wanted is None and decoding.processors:
             self.guesses.never()
-        self.metrics: list[dict[str, Tensor]] = []
+        self.at_a_time = requests.batch_size or len(self.numbers)
+        self.is_queued = self.at_a_time < len(self.numbers) and self._may_queue
+        self.prefix = Prefix.of(diffusion.backbone, self.prompts)
+        # How many tokens of a prompt are left to be read with what comes after it.
+        self.left = int(self.is_queued or self.prefix is not None)
+        self.known: dict[int, Rows] = {}
 
-    def run(
-        self,
-        ids: Tensor,
-        processors: LogitsProcessorList,
-        criteria: StoppingCriteriaList,
-        config: GenerationConfig,
-    ) -> Generation:
-        streamer, count, width = self.decoding.streamer, *ids.shape
-        self.texts = texts = Sequences(ids, processors, criteria, config)
+    def parts(self) -> Iterator[_Loop]:
+        """All rows, or where none can take the place of another, whole batches of them."""
+        samples, count = self.requests.samples, len(self.numbers)
+        if self.is_queued or self.at_a_time >= count:
+            yield self
+            return
+        step = samples * max(1, self.at_a_time // samples)
+        for start in range(0, count, step):
+            for first in range(start, start + step, self.at_a_time):
+                yield self._part(slice(first, min(first + self.at_a_time, start + step)))
+
+    def _part(self, rows: slice) -> _Loop:
+        part = copy.copy(self)
+        for name in ("numbers", "first", "keys", "real", "classes", "scales"):
+            values = getattr(self, name)
+            setattr(part, name, None if values is None else values[rows])
+        return part
+
+    def _prepare(self, rows: list[int]) -> list[Any]:
+        """Prompts, processors, criteria and configuration of some rows, as transformers makes them."""
+        prepared: list[Any] = []
+
+        def decode(
+            model: Any,
+            input_ids: Tensor,
+            logits_processor: LogitsProcessorList,
+            stopping_criteria: StoppingCriteriaList,
+            generation_config: GenerationConfig,
+            **kwargs: Any,
+        ) -> Tensor:
+            prepared.extend((input_ids, logits_processor, stopping_criteria, generation_config))
+            return input_ids
+
+        decoding, prompts = self.decoding, [self.first[row] for row in rows]
+        # transformers would fill what is None from the model's configuration, also where None was asked for.
+        lm: Any = copy.copy(self.diffusion.backbone.lm)
+        lm.generation_config = decoding.config
+        try:
+            lm.generate(
+                self.requests.prompts.input_ids[prompts],
+                attention_mask=self.mask[prompts],
+                generation_config=decoding.config,
+                logits_processor=decoding.processors,
+                stopping_criteria=decoding.criteria,
+                custom_generate=decode,
+            )
+        # Nothing of this package runs in there, and only settings could be wrong.
+        except (ValueError, TypeError, LookupError, AttributeError, ImportError) as error:
+            raise ConfigError(f"transformers refuses these generation settings: {error}") from error
+        return prepared
+
+    def run(self) -> tuple[Sequences, Tensor, Tensor, list[dict[str, list[Tensor]]]]:
+        """Sequences, evaluations spent on each token, (B, limit), lengths, (B,), and what guidance recorded."""
+        streamer, rows = self.decoding.streamer, [*range(len(self.numbers))]
+        ids, processors, criteria, config = self._prepare(rows)
+        own = (lambda row: self._prepare([row])[1]) if self.is_queued else None
+        self.texts = texts = Sequences(ids, processors, criteria, config, own=own)
+        self.metrics: list[dict[str, list[Tensor]]] = [{} for _ in rows]
         cost, kept = torch.zeros_like(texts.ids), torch.zeros_like(texts.ids)
         size = self.sampling.block_size or self.diffusion.block_size or texts.limit
         is_graphed = self.requests.running.graph and size == 1 and self._is_steady
+        rows, waiting = rows[: self.at_a_time], rows[self.at_a_time :]
         # The backbone has read what is before `ends`, less the tokens that are pending.
-        rows, reached = list(range(count)), width
-        self.path, pending = self._read(ids)
+        self.path = self._read(rows)
+        pending = texts.ids[texts.places(rows, -self.left)]
         if streamer is not None:
             streamer.put(ids.cpu())
         while rows:
@@ -262,7 +316,7 @@ class _Loop:
                 self.guesses.never()
                 self.path.rewind(torch.full((len(rows),), ahead + 1, device=ids.device))
                 continue
-            self._keep_metrics(found.metrics, rows, count)
+            self._keep_metrics(found.metrics, rows)
             taken, going = texts.pick(found.logits, rows, numbers, new[:, pending.shape[1] :])
             places = texts.places(rows, taken.shape[1])
             cost[places], kept[places] = found.evaluations[:, : taken.shape[1]] * taken, taken.long()
@@ -271,25 +325,60 @@ class _Loop:
                 streamer.put(texts.ids[0, texts.ends[0] : texts.ends[0] + written[0]].cpu())
             for row, more in zip(rows, written, strict=True):
                 texts.ends[row] += more
-            reached = max(reached, *(texts.ends[row] for row in rows))
             still = [number for number, goes in enumerate(going.tolist()) if goes]
             if ahead:
                 self.guesses.learn(ahead, [written[number] - 1 for number in still])
             if still and len(still) < len(rows):
                 self.path.keep(torch.tensor(still, device=ids.device))
+            ended = [row for number, row in enumerate(rows) if number not in still]
             rows = [rows[number] for number in still]
             wrong = [length - written[number] for number in still]
             if any(wrong):
                 self.path.rewind(torch.tensor(wrong, device=ids.device))
+            self._tell(ended, cost, kept)
+            # Rows that are replayed are captured anew once half of them have ended.
+            if ended and self.is_queued and (not self.path.is_replayed or 2 * len(rows) <= self.at_a_time):
+                free = self.at_a_time - len(rows)
+                fresh, waiting = waiting[:free], waiting[free:]
+                self._replace(rows, fresh)
+                rows += fresh
             if rows:
                 pending = texts.ids[texts.places(rows, -1 if ahead else -length)]
             if is_graphed and type(self.path) is Rows and rows:
-                self.path = Replayed.of(self.path, texts.limit)
+                more = texts.limit - min(texts.ends[row] for row in rows)
+                self.path = Replayed.of(self.path, self.path.slots + more)
         if streamer is not None:
             streamer.end()
-        metrics = {name: torch.cat([part[name] for part in self.metrics], 1) for name in next(iter(self.metrics), {})}
-        guesses = self.guesses.made, self.guesses.right
-        return Generation(texts.ids[:, :reached], cost[:, width:reached], kept.sum(1), width, metrics, guesses)
+        return texts, cost, kept.sum(1), self.metrics
+
+    def _tell(self, rows: list[int], cost: Tensor, kept: Tensor) -> None:
+        """Say that some rows have ended."""
+        if self.requests.on_answer is not None:
+            for row in rows:
+                where = slice(self.texts.width, self.texts.width + int(kept[row].sum()))
+                tokens, evaluations = self.texts.ids[row, where].tolist(), cost[row, where].tolist()
+                self.requests.on_answer(self.numbers[row], tokens, evaluations)
+
+    def _replace(self, rows: list[int], fresh: list[int]) -> None:
+        """Go on with the rows that are left and with new ones behind them."""
+        paths = [self.path] if rows else []
+        if fresh:
+            paths.append(self._read(fresh))
+        if paths:
+            texts = self.texts
+            known = (self.real[row] + texts.ends[row] - texts.width - self.left for row in (*rows, *fresh))
+            self.path = paths[0].join(paths[1:], max(1, *known))
+
+    @property
+    def _may_queue(self) -> bool:
+        """Whether one row may take the place of another, and neither answers nor anybody who looks on can tell."""
+        backbone, sampling, decoding = self.diffusion.backbone, self.sampling, self.decoding
+        return (
+            backbone.joins
+            and (sampling.block_size or self.diffusion.block_size) == 1
+            and not sampling.solver.batch_coupled
+            and not (self.denoise.observer or decoding.streamer or decoding.processors)
+        )
 
     @property
     def _is_steady(self) -> bool:
@@ -303,50 +392,42 @@ class _Loop:
             or sampling.num_inference_steps == 0
         )
 
-    def _read(self, ids: Tensor) -> tuple[Rows, Tensor]:
-        """The prompts as the backbone has read them, and their last tokens that it has not, (B, n)."""
-        prompts, backbone = self.requests.prompts, self.diffusion.backbone
-        context: Context = prompts.context
-        if context is None and (shared := self._shared()):
-            return self._read_apart(shared), ids[:, -1:]
-        if context is None:
-            context = backbone.read(Layout(prompts.input_ids, torch.where(self.mask.bool(), 0, -1)))
-        if prompts.context is not None or len(self.first) > len(prompts.input_ids):
-            context = context.select(self.first)
-        return Rows(self.denoise, context, ids.shape[1]), ids[:, :0]
-
-    def _shared(self) -> list[int]:
-        """Tokens with which all prompts begin, without their last; none where reading them once saves little."""
-        if not self.diffusion.backbone.rewinds or len(self.prompts) == 1:
-            return []
-        low, high = min(self.prompts), max(self.prompts)
-        shared = [a for a, _ in takewhile(lambda pair: pair[0] == pair[1], zip(low[:-1], high[:-1], strict=False))]
-        rest = sum(map(len, self.prompts)) - len(shared) * len(self.prompts)
-        return shared if len(shared) >= _SHARED and len(shared) > rest / len(self.prompts) / 4 else []
-
-    def _read_apart(self, shared: list[int]) -> Rows:
-        """All but the last tokens of prompts whose first ones are read once for all of them."""
-        device = self.mask.device
-        rests = [torch.tensor(prompt[len(shared) : -1], dtype=torch.int64) for prompt in self.prompts]
-        rest = pad_sequence(rests, batch_first=True).to(device)
-        everyone = torch.zeros(len(rests), dtype=torch.int64, device=device)
-        known = torch.tensor([shared], device=device)
-        path = Rows(self.denoise, self.diffusion.backbone.read(Layout(known, torch.zeros_like(known))), len(shared))
-        path.keep(everyone)
-        path.extend(rest)
-        missing = torch.tensor([rest.shape[1] - len(tokens) for tokens in rests], device=device)
-        if bool(missing.any()):
-            path.rewind(missing)
-        if len(self.first) > len(rests):
-            path.keep(self.first)
+    def _read(self, rows: list[int]) -> Rows:
+        """The prompts of some rows as the backbone has read them, less what is left for later."""
+        prompts = [*dict.fromkeys(self.first[row] for row in rows)]
+        # Rows come in the order of their prompts, so that only the first can be known.
+        paths = [self.known.pop(prompt) for prompt in prompts if prompt in self.known]
+        if unread := prompts[len(paths) :]:
+            paths.append(self._read_new(unread))
+        path = paths[0].join(paths[1:], max(path.slots for path in paths))
+        if (self.numbers[rows[-1]] + 1) % self.requests.samples:
+            self.known[prompts[-1]] = path.select(self._indices([len(prompts) - 1]))
+        if len(rows) > len(prompts):
+            path.keep(self._indices([prompts.index(self.first[row]) for row in rows]))
         return path
+
+    def _read_new(self, prompts: list[int]) -> Rows:
+        """Prompts, as wide as the longest of them, less what is left for later."""
+        if self.prefix is not None:
+            return Rows(self.denoise, *self.prefix.read([self.prompts[prompt] for prompt in prompts]))
+        # A prompt of one token that is left for later is nothing but padding.
+        first = -max(self.left + 1, *(len(self.prompts[prompt]) for prompt in prompts))
+        ids, mask = (
+            functional.pad(part[prompts], (1, 0))[:, first:] for part in (self.requests.prompts.input_ids, self.mask)
+        )
+        width = ids.shape[1] - self.left
+        layout = Layout(ids[:, :width], mask[:, :width] - 1)
+        return Rows(self.denoise, self.diffusion.backbone.read(layout), width)
+
+    def _indices(self, numbers: list[int]) -> Tensor:
+        return torch.tensor(numbers, device=self.mask.device)
 
     def _keys(self, rows: list[int], count: int) -> list[list[tuple[int | str, ...]]]:
         """What names the noise of the next `count` tokens of each row."""
         keys: list[list[tuple[int | str, ...]]] = []
         for row in rows:
             request, sample = self.keys[row]
-            seed = self.sampling.seed if self.requests.seeds is None else self.requests.seeds[int(self.first[row])]
+            seed = self.sampling.seed if self.requests.seeds is None else self.requests.seeds[self.first[row]]
             first = self.real[row] + self.texts.ends[row] - self.texts.width
             keys.append([(seed, request, first + i, sample) for i in range(count)])
         return keys
@@ -370,11 +451,10 @@ class _Loop:
         present = functional.pad(self.mask[self.first], (0, self.texts.limit - self.texts.width), value=1)
         return Layout(self.texts.ids[places], torch.where(columns < 0, -1, present[places].long() - 1))
 
-    def _keep_metrics(self, metrics: dict[str, Tensor], rows: list[int], count: int) -> None:
-        whole = {name: values.new_full((count, values.shape[1]), torch.nan) for name, values in metrics.items()}
+    def _keep_metrics(self, metrics: dict[str, Tensor], rows: list[int]) -> None:
         for name, values in metrics.items():
-            whole[name][rows] = values
-        self.metrics.append(whole)
+            for number, row in enumerate(rows):
+                self.metrics[row].setdefault(name, []).append(values[number])
 
     def _look_ahead(self, pending: Tensor, rows: list[int], count: int, numbers: Tensor | None) -> Tensor:
         """What is pending, and what the language model alone writes behind it; nothing of it is read for good."""

@@ -36,14 +36,12 @@ class Encoded:
         attention_mask: 1 where a real token stands, (B, S), int64.
         keys: names for the noise, of each prompt, whose answers are then numbered, or of each answer; made from the
             tokens when None.
-        context: what a backbone has read of the prompts, and stays as it is; they are read anew when None.
         chats: which prompts are conversations, whose answers end with their turn; none when None.
     """
 
     input_ids: Tensor
     attention_mask: Tensor
     keys: Sequence[str] | None = None
-    context: Any = None
     chats: Sequence[bool] | None = None
 
     def to(self, device: torch.device) -> Encoded:

@@ -7,7 +7,7 @@ what is to be done. Where nothing but numbers changes from token to token, it is
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from threading import Lock
 from typing import Any, Protocol
@@ -37,6 +37,11 @@ class Rows:
         self.sampler, self.context, self.slots = sampler, context, slots
 
     @property
+    def is_replayed(self) -> bool:
+        """Whether other rows would have to be captured anew."""
+        return False
+
+    @property
     def backbone(self) -> Backbone:
         """The network."""
         return self.sampler.diffusion.backbone
@@ -55,6 +60,17 @@ class Rows:
     def keep(self, rows: Tensor) -> None:
         """Go on with some rows only, (B',)."""
         self.context = self.context.select(rows)
+
+    def select(self, rows: Tensor) -> Rows:
+        """Copies of some rows, (B',)."""
+        return Rows(self.sampler, self.context.select(rows), self.slots)
+
+    def join(self, others: Sequence[Rows], slots: int) -> Rows:
+        """These rows and others behind them, in so many slots; nothing of any of them is to be used afterwards."""
+        if not others and slots == self.slots:
+            return self
+        contexts = [self.context, *(other.context for other in others)]
+        return Rows(self.sampler, self.backbone.join(contexts, slots), slots)
 
     def denoise(self, tokens: Tensor, ask: Callable[[bool], Block]) -> Denoised:
         """Read further tokens, and denoise the block that is asked about then, with the sequence so far or without."""
@@ -137,6 +153,11 @@ class Replayed(Rows):
             return rows
         return rows if context is None else cls(rows, context, room, most)
 
+    @property
+    @override
+    def is_replayed(self) -> bool:
+        return self._graph is not None
+
     def _begin(self, context: Context) -> None:
         self.context = context
         self._alive: Tensor | None = None
@@ -154,8 +175,16 @@ class Replayed(Rows):
             self._alive = alive
 
     @override
+    def join(self, others: Sequence[Rows], slots: int) -> Rows:
+        if not others:
+            return self
+        if self._alive is not None:
+            self.context = self.context.select(self._alive)
+        return super().join(others, slots)
+
+    @override
     def denoise(self, tokens: Tensor, ask: Callable[[bool], Block]) -> Denoised:
-        if self._graph is not None and self.slots == self._room:
+        if self.slots == self._room:
             self._widen()
         if self._graph is None:
             return super().denoise(tokens, ask)
@@ -180,7 +209,10 @@ class Replayed(Rows):
         self._room = min(self._most, 2 * self._room)
         wider = self.backbone.fixed(context, self._room, self._most)
         assert wider is not None
-        self._begin(wider)
+        if self._graph is None:
+            self.context = wider
+        else:
+            self._begin(wider)
 
     def _again(self, graph: Graph, tape: _Tape, tokens: Tensor, block: Block) -> Denoised:
         tape.fill(tokens, block, self._alive)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -14,14 +16,23 @@ from l2d_framework.diffusion.rng import categorical
 class Sequences:
     """Prompts and answers, `ids`, (B, limit); `ends` says how many columns of each row are filled.
 
-    Rows come differently far where tokens are guessed ahead. Processors and criteria always see the whole batch, since
-    transformers makes some of them for its rows; each row is judged by the batch as wide as it is itself.
+    Rows come differently far where tokens are guessed ahead, and where rows that have ended are replaced. Processors
+    and criteria see the whole batch, since transformers makes some of them for its rows; each row is judged by the
+    batch as wide as it is itself. With `own`, which makes processors for a row, each row is seen alone.
     """
 
     def __init__(
-        self, ids: Tensor, processors: LogitsProcessorList, criteria: StoppingCriteriaList, config: GenerationConfig
+        self,
+        ids: Tensor,
+        processors: LogitsProcessorList,
+        criteria: StoppingCriteriaList,
+        config: GenerationConfig,
+        *,
+        own: Callable[[int], LogitsProcessorList] | None = None,
     ) -> None:
         self._processors, self._criteria, self._pad = processors, criteria, _pad_token(config)
+        self._own = own
+        self._made: dict[int, LogitsProcessorList] = {}
         count, self.width = ids.shape
         self.limit: int = config.max_length
         self.ids = functional.pad(ids, (0, self.limit - self.width), value=self._pad)
@@ -61,36 +72,54 @@ class Sequences:
     ) -> tuple[Tensor, list[Tensor]]:
         """Write a token of each row, or of those that go on, `offset` columns after its end.
 
-        Returned are the tokens, (B',), and the scores of the whole batch, for each group of rows that end alike.
+        Returned are the tokens, (B',), and all scores that processors saw, for each group of rows that end alike.
         """
         tokens, scores = torch.empty(len(rows), dtype=torch.int64, device=logits.device), []
-        for end, members in self._groups(rows).items():
+        for members in self._groups(rows):
             there = [rows[member] for member in members]
-            whole = logits.new_zeros(len(self.ids), logits.shape[-1])
-            whole[there] = logits[members]
-            whole = self._processors(self.ids[:, : end + offset], whole)  # type: ignore[arg-type]  # LongTensor
+            end = self.ends[there[0]]
+            seen, places = self._seen(there, end + offset)
+            whole = logits.new_zeros(len(seen), logits.shape[-1])
+            whole[places] = logits[members]
+            whole = self._processors_of(there)(seen, whole)  # type: ignore[arg-type]  # LongTensor
             scores.append(whole)
             if numbers is None:
-                tokens[members] = whole[there].argmax(-1)
+                tokens[members] = whole[places].argmax(-1)
             else:
-                tokens[members] = categorical(whole[there].softmax(-1), numbers[members])
+                tokens[members] = categorical(whole[places].softmax(-1), numbers[members])
             new = tokens[members]
             self.ids[there, end + offset] = new if goes is None else torch.where(goes[members], new, self._pad)
         return tokens, scores
 
     def _stops(self, rows: list[int], offset: int, scores: list[Tensor]) -> Tensor:
         stops = torch.zeros(len(rows), dtype=torch.bool, device=self.ids.device)
-        for (end, members), whole in zip(self._groups(rows).items(), scores, strict=True):
+        for members, whole in zip(self._groups(rows), scores, strict=True):
             there = [rows[member] for member in members]
-            stops[members] = self._criteria(self.ids[:, : end + offset + 1], whole)[there]
+            seen, places = self._seen(there, self.ends[there[0]] + offset + 1)
+            stops[members] = self._criteria(seen, whole)[places]
         return stops
 
-    def _groups(self, rows: list[int]) -> dict[int, list[int]]:
-        """Numbers within `rows` by where the row ends."""
+    def _seen(self, rows: list[int], width: int) -> tuple[Tensor, list[int]]:
+        """The tokens that processors and criteria are shown, (n, width), and where among them some rows stand."""
+        return (self.ids[:, :width], rows) if self._own is None else (self.ids[rows, :width], [*range(len(rows))])
+
+    def _processors_of(self, rows: list[int]) -> LogitsProcessorList:
+        """Those of the batch, or of a row alone; where the batch has none, nor has a row."""
+        if self._own is None or not self._processors:
+            return self._processors
+        (row,) = rows
+        if row not in self._made:
+            self._made[row] = self._own(row)
+        return self._made[row]
+
+    def _groups(self, rows: list[int]) -> list[list[int]]:
+        """Numbers within `rows` of those that are seen together: those that end alike, or each alone."""
+        if self._own is not None:
+            return [[number] for number in range(len(rows))]
         groups: dict[int, list[int]] = {}
         for number, row in enumerate(rows):
             groups.setdefault(self.ends[row], []).append(number)
-        return groups
+        return list(groups.values())
 
 
 def _pad_token(config: GenerationConfig) -> int:

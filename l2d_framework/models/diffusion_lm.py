@@ -28,7 +28,7 @@ from l2d_framework.errors import ConfigError, suggest
 from l2d_framework.generation import arguments
 from l2d_framework.generation.causal_lm import DiffusionForCausalLM, as_transformers
 from l2d_framework.generation.infill import Infilled, infill, read_gaps
-from l2d_framework.generation.loop import Decoding, Generation, Requests, generate
+from l2d_framework.generation.loop import Decoding, Generation, OnAnswer, Requests, generate
 from l2d_framework.generation.prompts import (
     Encoded,
     Prompt,
@@ -107,6 +107,8 @@ class DiffusionLM(Diffusion):
         classes: Sequence[str | None] | None = None,
         guidance_scale: float | Sequence[float] | None = None,
         num_return_sequences: int = 1,
+        batch_size: int | None = None,
+        on_answer: OnAnswer | None = None,
         merge: Literal["auto", "always", "never"] = "auto",
         speculate: Literal["auto", "off"] | int = "off",
         graph: bool = True,
@@ -133,6 +135,11 @@ class DiffusionLM(Diffusion):
             classes: class label of each prompt.
             guidance_scale: scale of the guidance, for all prompts or for each.
             num_return_sequences: answers per prompt; the prompt is read once.
+            batch_size: most answers that are written at a time; all when None. One that ends makes room for the next,
+                where the backbone can join them; criteria then see one row at a time. Elsewhere (several tokens per
+                block, processors of the caller, an observer, a solver that couples rows) the next begin when all of
+                them have ended.
+            on_answer: called with the number, the tokens and the evaluations of each answer as soon as it has ended.
             merge: fold adapters into matrices beside them: if there is memory for it, in any case, or never.
             speculate: tokens that the language model guesses ahead, to be denoised at once and kept as far as they are
                 those that would have been written one by one; `auto` for as many as pay. Answers stay the same up to
@@ -151,12 +158,13 @@ class DiffusionLM(Diffusion):
             classes=classes,
             guidance_scale=guidance_scale,
             num_return_sequences=num_return_sequences,
+            batch_size=batch_size,
             seed=diffusing.pop("seed", None),
             merge=merge,
             speculate=speculate,
             graph=graph,
         )
-        arguments.check_parts(logits_processor, stopping_criteria, streamer, observer)
+        arguments.check_parts(logits_processor, stopping_criteria, streamer, observer=observer, on_answer=on_answer)
         arguments.check_prompts(prompts, self.backbone.vocab_size)
         seeds, scales = request.seed, request.guidance_scale
         if isinstance(seeds, int):
@@ -172,6 +180,8 @@ class DiffusionLM(Diffusion):
             classes=None if request.classes is None else self.class_ids(request.classes),
             guidance_scale=torch.tensor(scales, device=self.device) if isinstance(scales, list) else None,
             samples=request.num_return_sequences,
+            batch_size=request.batch_size,
+            on_answer=on_answer,
             seeds=seeds if isinstance(seeds, list) else None,
             running=request,
         )
@@ -202,7 +212,7 @@ class DiffusionLM(Diffusion):
                 hint = suggest(name, SamplingSection.model_fields) or "."
                 raise ConfigError(f"Unknown option {name}={options[name]!r}{hint} Remove or correct it.")
         sampling = self._settings(options)
-        arguments.check_parts(None, None, None, observer)
+        arguments.check_parts(None, None, None, observer=observer)
         if isinstance(texts, Layout):
             arguments.check_gapped(texts, self.backbone.vocab_size, context_length(self.backbone.lm.config))
             gapped = texts

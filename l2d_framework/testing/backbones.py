@@ -244,6 +244,33 @@ def check_backbone_rewinds(config: BackboneConfig) -> None:
             ensure_close(found[row], wanted[row], f"rewinding rows to {kept} tokens must leave what they had")
 
 
+@law.where(lambda backbone: backbone.joins)
+def check_backbone_joins(config: BackboneConfig) -> None:
+    """Rows of several contexts in one go on as each does alone, whatever padding comes and goes."""
+    backbone, layout = built(config), known_layout(padding=2)
+    tokens, end = layout.tokens, LENGTH - 1
+    short = Layout(tokens[:, 3:5], torch.tensor([[0, 0], [-1, -1]]))
+    texts = [tokens[0, :end], tokens[1, 2:end], short.tokens[0], short.tokens[1, :0]]
+    for rows, slots in (([0, 1], end), ([0, 1], end + 3), ([1], end - 2), ([], 2)):
+        for is_fixed in (False, True):
+            read = backbone.read(Layout(tokens[:, :KNOWN], layout.blocks[:, :KNOWN]))
+            long = backbone.extend(read, tokens[:, KNOWN:end]).select(torch.tensor(rows, dtype=torch.int64))
+            if is_fixed and (long := backbone.fixed(long, LENGTH + 1, LENGTH + 1)) is None:
+                continue
+            chosen = [*rows, 2, 3]
+            last = tokens[[number % 2 for number in chosen], end:]
+            joined = backbone.join([long, backbone.read(short)], slots) if rows else backbone.read(short)
+            context = backbone.extend(joined, last)
+            scene = Scene(Layout(last, torch.zeros_like(last)), [slots + 1])
+            found = scene.ask(backbone, context=context)
+            for place, number in enumerate(chosen):
+                text = torch.cat([texts[number], last[place]])[None]
+                alone = Scene(Layout(text, torch.zeros_like(text)), [text.shape[1]])
+                wanted = alone.ask(backbone, h=scene.h[place : place + 1])
+                claim = f"a row that is joined to others in {slots} slots must go on as alone (fixed: {is_fixed})"
+                ensure_close(found[place : place + 1], wanted, claim)
+
+
 @law
 def check_backbone_merge_changes_nothing(config: BackboneConfig) -> None:
     """Getting ready to generate changes neither the answers nor a single weight of the language model."""

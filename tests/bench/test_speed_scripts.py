@@ -37,6 +37,12 @@ def overhead() -> Iterator[ModuleType]:
 
 
 @pytest.fixture(scope="module")
+def batching(speed: ModuleType) -> Iterator[ModuleType]:
+    for _ in _script("blocks"):
+        yield from _script("batching")
+
+
+@pytest.fixture(scope="module")
 def decoding(speed: ModuleType) -> Iterator[ModuleType]:
     yield from _script("gpu")
 
@@ -221,6 +227,21 @@ def test_the_kernel_is_measured_without_the_network_and_as_a_share_of_an_evaluat
     assert list(rows) == list(work)
     assert rows[overhead.EVALUATION]["share"] == 1
     assert all(row["seconds"] >= 0 for row in rows.values())
+
+
+def test_mixed_lengths_and_several_answers_are_measured_per_token(batching, monkeypatch, tmp_path):
+    monkeypatch.setattr(batching, "SHAPE", {**batching.SHAPE, **TINY, "vocab_size": 512})
+    monkeypatch.setattr(batching, "SHORTEST", 1)
+    monkeypatch.setattr(batching, "LONGEST", 6)
+    out = tmp_path / "batching.json"
+    batching.main(device="cpu", rounds=1, count=5, batch=2, steps=3, width=4, out=out)
+    card = json.loads(out.read_text())
+    unlike, ten = card["groups"].values()
+    lengths = card["settings"]["lengths"]
+    assert unlike[batching.WHOLE]["tokens"] == unlike[batching.QUEUE]["tokens"] == sum(lengths)
+    assert len(set(lengths)) > 1
+    assert ten[batching.TOGETHER]["tokens"] == ten[batching.APART]["tokens"] == 200
+    assert {next(iter(rows.values()))["cost"] for rows in (unlike, ten)} == {1}
 
 
 def test_figures_of_decoding_are_kept_question_by_question_and_drawn(decoding, tmp_path, monkeypatch):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import toy_components as toys
-from diffusion_models import PROVEN, all_known, diffusion_lm, fresh_lm, random_tokens, shared_lm
+from diffusion_models import PROVEN, diffusion_lm, fresh_lm, random_tokens, shared_lm
 from tiny_models import tiny_tokenizer
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteriaList
 from transformers.generation.stopping_criteria import StoppingCriteria
@@ -124,19 +124,6 @@ def test_several_answers_share_the_prompt_and_the_first_is_the_only_one_of_a_sin
     assert answers(model, PROMPTS, do_sample=do_sample) == many[::3]
     assert answers(model, PROMPTS[2:3], num_return_sequences=3, do_sample=do_sample) == many[6:9]
     assert len({tuple(answer) for answer in many[:3]}) == 3
-
-
-def test_further_answers_need_no_second_reading_and_leave_the_first_as_it_is(monkeypatch):
-    model, batch = shared_lm(), pad_left(PROMPTS[:2])
-    one_by_one = pad_left([prompt for prompt in PROMPTS[:2] for _ in range(3)], list("uvwxyz"))
-    wanted = answers(model, one_by_one, do_sample=True)
-    context = model.backbone.read(all_known(batch.input_ids, padding=(0, 5)))
-    monkeypatch.setattr(model.backbone, "read", None)
-    known = Encoded(batch.input_ids, batch.attention_mask, list("uvwxyz"), context)
-    assert answers(model, known, num_return_sequences=3, do_sample=True) == wanted
-    for first, names in ((0, "ux"), (1, "vy"), (2, "wz")):
-        again = Encoded(batch.input_ids, batch.attention_mask, list(names), context)
-        assert answers(model, again, do_sample=True) == wanted[first::3]
 
 
 SOLVERS = [

@@ -151,6 +151,17 @@ def test_room_for_an_answer_is_made_in_steps(graphs, monkeypatch):
     assert len(graphs) > 2
 
 
+def test_there_is_room_for_a_long_answer_though_nothing_could_be_captured(graphs, monkeypatch):
+    monkeypatch.setattr(replay, "_STEP", 3)
+    model = shared_lm()
+    with installed(*entry_points(group=GROUP), plugin("more", [toys.Recalling, Asking])):
+        for guidance in (toys.Recalling(), Asking()):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                found = generate(model, guidance=[guidance])
+            assert torch.equal(found.sequences, generate(model, guidance=[guidance], graph=False).sequences)
+
+
 @pytest.fixture
 def undone(monkeypatch):
     """Graphs that do their work each time, and keep nothing."""

@@ -4,7 +4,7 @@ import pytest
 import torch
 from diffusion_models import PROVEN, diffusion_lm, random_tokens, shared_lm
 
-from l2d_framework.generation import loop
+from l2d_framework.generation import prefix
 from l2d_framework.generation.prompts import pad_left
 
 SHARED = random_tokens(1, 40)[0].tolist()
@@ -47,7 +47,7 @@ def test_prompts_that_begin_alike_are_answered_as_each_alone(family):
 def test_they_are_with_every_option(options, monkeypatch):
     model = shared_lm()
     found = generate(model, PROMPTS, **options)
-    monkeypatch.setattr(loop, "_SHARED", 10**6)
+    monkeypatch.setattr(prefix, "SHARED", 10**6)
     assert torch.equal(found.sequences, generate(model, PROMPTS, **options).sequences)
 
 

@@ -86,6 +86,22 @@ class TakesAlike(BesideNetwork):
         return super().rewind(context, counts.min().expand(len(counts)))
 
 
+class JoinsInFront(BesideNetwork):
+    """Puts the new rows in front of the old ones."""
+
+    def join(self, contexts, slots):
+        return super().join(contexts[::-1], slots)
+
+
+class JoinsAsWide(BesideNetwork):
+    """Drops first tokens so that all contexts are as wide as the narrowest."""
+
+    def join(self, contexts, slots):
+        least = min(context.layout.tokens.shape[1] for context in contexts)
+        cut = [Layout(context.layout.tokens[:, -least:], context.layout.blocks[:, -least:]) for context in contexts]
+        return super().join([self.read(layout) for layout in cut], slots)
+
+
 class PaddingCounts(BesideNetwork):
     def read(self, layout):
         return super().read(Layout(layout.tokens, layout.blocks.clamp(min=0)))
@@ -250,6 +266,8 @@ BROKEN = [
     (backbones.check_backbone_ignores_padding, beside(PaddingCounts), "padding must not matter"),
     (backbones.check_backbone_selects_rows, beside(SortsRows), "select must keep"),
     (backbones.check_backbone_rewinds, beside(TakesAlike), "rewinding rows to"),
+    (backbones.check_backbone_joins, beside(JoinsInFront), "joined to others"),
+    (backbones.check_backbone_joins, beside(JoinsAsWide), "joined to others"),
     (backbones.check_backbone_selects_rows, beside(SharesState), "the context they came from"),
     (backbones.check_backbone_shared_time, beside(Rounds), "must not matter at t = 0.25"),
     (backbones.check_backbone_unconditional_is_no_class, beside(LastIsNone, num_classes=2), "must equal no class"),

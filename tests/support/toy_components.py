@@ -197,7 +197,8 @@ class Recalling(Guidance):
 
     def __call__(self, predict, query, space):
         plain = predict(query)
-        written = torch.zeros_like(plain.logits[:, 0]).scatter(1, space.layout.tokens, 1.0)
+        present = space.layout.present.float()
+        written = torch.zeros_like(plain.logits[:, 0]).scatter_reduce(1, space.layout.tokens, present, "amax")
         return Prediction(plain.logits + written[:, None])
 
 
@@ -228,6 +229,7 @@ class BesideNetwork(Backbone):
     identity_at_zero: ClassVar[bool] = True
     independent_positions: ClassVar[bool] = True
     rewinds: ClassVar[bool] = True
+    joins: ClassVar[bool] = True
 
     def __init__(self, config, lm):
         super().__init__()
@@ -253,6 +255,19 @@ class BesideNetwork(Backbone):
         source = torch.arange(layout.tokens.shape[1] - int(least)) - (counts - least)[:, None]
         tokens, blocks = (part.gather(1, source.clamp_min(0)) for part in (layout.tokens, layout.blocks))
         return self.read(Layout(tokens, torch.where(source < 0, -1, blocks)))
+
+    def join(self, contexts, slots):
+        widths = [context.layout.tokens.shape[1] for context in contexts]
+        tokens, blocks = (
+            torch.cat(
+                [
+                    nn.functional.pad(getattr(context.layout, name), (slots - width, 0), value=filler)
+                    for context, width in zip(contexts, widths, strict=True)
+                ]
+            )
+            for name, filler in (("tokens", 0), ("blocks", -1))
+        )
+        return self.read(Layout(tokens, blocks))
 
     def main(self, context, positions):
         return context.hidden.gather(1, (positions - 1)[..., None].expand(-1, -1, self.hidden_size))

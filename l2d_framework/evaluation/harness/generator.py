@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,9 +18,9 @@ from l2d_framework.errors import ConfigError
 from l2d_framework.evaluation.harness.options import Plan, read_plan, shortest
 from l2d_framework.evaluation.harness.requests import content, noise_key, occurrences
 from l2d_framework.evaluation.search.search import search
+from l2d_framework.generation.loop import OnAnswer
 from l2d_framework.generation.prompts import Encoded, add_ends, pad_left
 from l2d_framework.models.unloaded import CLASS, SCALE
-from l2d_framework.types import Layout
 
 if TYPE_CHECKING:
     from l2d_framework.evaluation.harness.model import L2DLM
@@ -68,9 +67,13 @@ class Generator:
                 self.lm.meters["generation"].add(kept[1])
         bar = tqdm(total=sum(map(len, waiting.values())), disable=quiet or self.lm.rank != 0, desc="Generating")
         for kind, group in waiting.items():
-            for key, text, evaluations in self._generate(plans[kind], list(group), bar):
+
+            def tell(key: Any, text: str, evaluations: list[int], group: dict[Any, Any] = group) -> None:
                 done[key] = text
                 self.lm.answers.keep("generate_until", group[key], (text, evaluations), key[2])
+                bar.update()
+
+            self._generate(plans[kind], list(group), tell)
         bar.close()
         return [done[key] for key in keys]
 
@@ -95,8 +98,8 @@ class Generator:
         self.lm.used[content(used)] = used
         return plan
 
-    def _generate(self, plan: Plan, keys: list[Any], bar: Any) -> Iterator[tuple[Any, str, list[int]]]:
-        """Yields key, text and evaluations of each answer."""
+    def _generate(self, plan: Plan, keys: list[Any], tell: Callable[[Any, str, list[int]], None]) -> None:
+        """Tell key, text and evaluations of each answer as soon as it has ended."""
         asked: dict[str, list[Any]] = {}
         for key in sorted(keys):
             asked.setdefault(key[0], []).append(key)
@@ -107,37 +110,27 @@ class Generator:
         if order and len(rows[order[0]]) > limit:
             _LOGGER.warning("The longest prompt has %d tokens; prompts keep their last %d.", len(rows[order[0]]), limit)
         size = self._batch_size(plan, min(limit, len(rows[order[0]]))) if order else 1
-        for count, texts in _batches(order, [len(asked[text]) for text in order], size):
-            prompts = pad_left([rows[text][-limit:] for text in texts], chats=[self.lm.is_chat] * len(texts))
-            spent = 0.0
-            if count > size and plan.search is None:
-                began = time.perf_counter()
-                prompts = replace(prompts, context=self._read(prompts))
-                spent = time.perf_counter() - began
-            for start in range(0, count, size):
-                chunk = [key for text in texts for key in asked[text][start : start + size]]
-                names = [noise_key(rows[key[0]], key[2]) for key in chunk]
-                answers = self.answer(plan, replace(prompts, keys=names), spent=spent)
-                spent = 0.0
-                for key, (tokens, evaluations) in zip(chunk, answers, strict=True):
-                    self.lm.meters["generation"].add(evaluations)
-                    yield key, self._text(tokens, plan.stop_strings), evaluations
-                bar.update(len(chunk))
-
-    def _read(self, prompts: Encoded) -> Any:
-        """What the backbone makes of a prompt that has more answers than fit into a batch."""
-        model = self.lm.diffusion
-        with torch.no_grad():
-            return model.backbone.read(
-                Layout(prompts.input_ids.to(model.device), prompts.attention_mask.to(model.device) - 1)
+        for count in sorted({len(same) for same in asked.values()}, reverse=True):
+            texts = [text for text in order if len(asked[text]) == count]
+            named = [key for text in texts for key in asked[text]]
+            batch = pad_left(
+                [rows[text][-limit:] for text in texts],
+                [noise_key(rows[key[0]], key[2]) for key in named],
+                chats=[self.lm.is_chat] * len(texts),
             )
 
+            def told(number: int, tokens: list[int], evaluations: list[int], named: list[Any] = named) -> None:
+                self.lm.meters["generation"].add(evaluations)
+                tell(named[number], self._text(tokens, plan.stop_strings), evaluations)
+
+            self.answer(plan, batch, size=size, tell=told)
+
     def answer(
-        self, plan: Plan, batch: Encoded, *, spent: float = 0.0, is_probe: bool = False
+        self, plan: Plan, batch: Encoded, *, size: int, tell: OnAnswer | None = None, is_probe: bool = False
     ) -> list[tuple[list[int], list[int]]]:
-        """Tokens of each answer, one per name of noise, and their evaluations; `spent`: seconds of reading before."""
+        """Tokens of each answer, one per name of noise, and their evaluations; `size` are written at a time."""
         if plan.search is not None:
-            return self._search(plan, batch)
+            return self._search(plan, batch, tell)
         model, meter = self.lm.diffusion, self.lm.meters["generation"]
         samples = len(batch.keys or batch.input_ids) // len(batch.input_ids)
         options = dict(plan.options)
@@ -148,16 +141,18 @@ class Generator:
             classes=None if label is None else [label] * len(batch.input_ids),
             guidance_scale=scale,
             num_return_sequences=samples,
+            batch_size=size,
+            on_answer=tell,
             **self.lm.running,
             **self._decoding(plan, batch.input_ids.shape[1]),
             **options,
         )
         lengths = output.lengths.tolist()
-        seconds = spent + time.perf_counter() - began
+        seconds = time.perf_counter() - began
         if not is_probe:
             meter.time(sum(lengths), seconds)
             if meter.beside_plain is None and self.lm.rank == 0 and output.evaluations.any():
-                plain = self._plain_seconds(batch, samples, max(lengths))
+                plain = self._plain_seconds(batch, samples, size, max(lengths[:size]))
                 meter.beside_plain = (seconds / sum(lengths), plain)
         rows = zip(output.answers.tolist(), output.evaluations.tolist(), lengths, strict=True)
         return [(tokens[:length], evaluations[:length]) for tokens, evaluations, length in rows]
@@ -170,7 +165,7 @@ class Generator:
             "pad_token_id": self.lm.tokenizer.pad_token_id,
         }
 
-    def _search(self, plan: Plan, batch: Encoded) -> list[tuple[list[int], list[int]]]:
+    def _search(self, plan: Plan, batch: Encoded, tell: OnAnswer | None) -> list[tuple[list[int], list[int]]]:
         """Tokens of each answer that search picked and the network's passes made for them."""
         assert plan.search is not None and batch.keys is not None
         options = dict(plan.options)
@@ -185,13 +180,16 @@ class Generator:
             began = time.perf_counter()
             answers.append(search(causal_lm, prompt, plan.search, name=key, decoding=self._decoding(plan, len(prompt))))
             self.lm.meters["generation"].time(len(answers[-1][0]), time.perf_counter() - began)
+            if tell is not None:
+                tell(number, *answers[-1])
         return answers
 
-    def _plain_seconds(self, batch: Encoded, samples: int, count: int) -> float:
-        """Seconds per answer token of transformers' own generate on the same prompts."""
+    def _plain_seconds(self, batch: Encoded, samples: int, size: int, count: int) -> float:
+        """Seconds per answer token of transformers' own generate on the first prompts."""
         began = time.perf_counter()
         ids, mask = (
-            part.to(self.lm.device).repeat_interleave(samples, 0) for part in (batch.input_ids, batch.attention_mask)
+            part.repeat_interleave(samples, 0)[:size].to(self.lm.device)
+            for part in (batch.input_ids, batch.attention_mask)
         )
         lengths = {"min_new_tokens": count, "max_new_tokens": count, "num_beams": 1}
         self.lm.model.generate(
@@ -218,13 +216,4 @@ class Generator:
         whole = length if self.lm.source.is_block else length + plan.count - 1
         count = plan.count if self.lm.source.is_block else 1
         probe = Plan([], count, plan.decoding, plan.options | shortest(settings))
-        return self.lm.largest_batch(lambda n: self.answer(probe, pad_left([[1] * whole] * n), is_probe=True))
-
-
-def _batches(texts: Sequence[str], counts: Sequence[int], size: int) -> Iterator[tuple[int, list[str]]]:
-    """Texts that are read together, and how many answers each of them gets; neighbours stay neighbours."""
-    for count, run in groupby(zip(counts, texts, strict=True), key=lambda pair: pair[0]):
-        together = [text for _, text in run]
-        step = max(1, size // count)
-        for start in range(0, len(together), step):
-            yield count, together[start : start + step]
+        return self.lm.largest_batch(lambda n: self.answer(probe, pad_left([[1] * whole] * n), size=n, is_probe=True))

@@ -6,10 +6,12 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from l2d_framework.blame import naming_plugins
@@ -19,6 +21,7 @@ from l2d_framework.diffusion.sampler import Block, Sampler
 from l2d_framework.errors import ConfigError
 from l2d_framework.evaluation.harness.options import shortest
 from l2d_framework.evaluation.harness.requests import noise_key
+from l2d_framework.generation.prefix import SHARED, Prefix
 from l2d_framework.generation.prompts import pad_left
 from l2d_framework.models.diffusion_lm import DiffusionLM
 from l2d_framework.models.unloaded import CLASS
@@ -66,6 +69,7 @@ class Scorer:
     label: int | None = None  # id of the class of all texts
     merge: Literal["auto", "always", "never"] = "auto"  # as in `generate`
     evaluations: list[int] = field(default_factory=list)  # filled: spent on each scored token, over all noises
+    prefixes: dict[tuple[int, ...], Prefix] = field(default_factory=dict)  # of questions, by their first tokens
 
     @torch.no_grad()
     def mixture(self, jobs: Sequence[Job]) -> list[list[tuple[float, bool]]]:
@@ -75,10 +79,8 @@ class Scorer:
         depends on the question, the position and the sample: answers to one question meet the same noise. With each
         logarithm goes whether every token is the averaged distribution's most likely one.
         """
-        encoded = pad_left([job.text(self.limit) for job in jobs])
         device = self.model.device
-        layout = Layout(encoded.input_ids.to(device), encoded.attention_mask.to(device) - 1)
-        context = self.model.backbone.read(layout)
+        layout, context, starts = self._read(jobs)
         lengths = [len(job.answers[0]) for job in jobs]
         # A batch-coupled solver sees one token and one noise at a time.
         coupled = self.sampling.solver.batch_coupled
@@ -90,7 +92,8 @@ class Scorer:
         for first in range(0, max(lengths), step):
             # Shorter answers ask about their last token again.
             offsets = [[min(j, n - 1) for j in range(first, min(first + step, max(lengths)))] for n in lengths]
-            parts = [self._logarithms(jobs, offsets, layout, context, group) for group in groups]
+            asked = [[start + j for j in row] for start, row in zip(starts, offsets, strict=True)]
+            parts = [self._logarithms(jobs, offsets, asked, layout, context, group) for group in groups]
             average = torch.cat(parts, 2).logsumexp(2) - math.log(self.samples)
             targets = torch.tensor([[job.answers[0][j] for j in row] for job, row in zip(jobs, offsets, strict=True)])
             given.append(average.gather(2, targets.to(device)[..., None])[..., 0])
@@ -105,15 +108,64 @@ class Scorer:
             for i, (job, n, chosen, best) in enumerate(zip(jobs, lengths, *before, strict=True))
         ]
 
+    def _read(self, jobs: Sequence[Job]) -> tuple[Layout, Context, list[int]]:
+        """All texts, what the backbone has read of them, and the slots where their answers start.
+
+        Questions with several answers are read once, and so is what all questions begin with, where that is possible.
+        """
+        backbone, device = self.model.backbone, self.model.device
+        texts, rests = [job.text(self.limit) for job in jobs], [list(job.answers[0][:-1]) for job in jobs]
+        questions = [tuple(text[: len(text) - len(rest)]) for text, rest in zip(texts, rests, strict=True)]
+        each = list(dict.fromkeys(questions))
+        prefix = self._prefix(each)
+        if prefix is None and (len(each) == len(jobs) or not backbone.rewinds or min(map(len, each)) == 1):
+            encoded = pad_left(texts)
+            layout = Layout(encoded.input_ids.to(device), encoded.attention_mask.to(device) - 1)
+            return layout, backbone.read(layout), [layout.tokens.shape[1] - len(rest) for rest in rests]
+        if prefix is None:
+            encoded = pad_left([question[:-1] for question in each])
+            layout = Layout(encoded.input_ids.to(device), encoded.attention_mask.to(device) - 1)
+            context, slots = backbone.read(layout), layout.tokens.shape[1]
+        else:
+            context, slots = prefix.read(each)
+        if len(each) < len(jobs):
+            context = context.select(torch.tensor([each.index(question) for question in questions], device=device))
+        ends = [torch.tensor([question[-1], *rest]) for question, rest in zip(questions, rests, strict=True)]
+        end = pad_sequence(ends, batch_first=True).to(device)
+        encoded = pad_left(questions)
+        own = pad_sequence(
+            [torch.zeros(len(rest) + 1, dtype=torch.int64) for rest in rests], batch_first=True, padding_value=-1
+        )
+        layout = Layout(
+            torch.cat([encoded.input_ids[:, :-1].to(device), end], 1),
+            torch.cat([encoded.attention_mask[:, :-1] - 1, own], 1).to(device),
+        )
+        return layout, backbone.extend(context, end), [slots + 1] * len(jobs)
+
+    def _prefix(self, questions: Sequence[tuple[int, ...]]) -> Prefix | None:
+        """What all questions begin with."""
+        known = self.prefixes.get(questions[0][:SHARED])
+        if known is None or not all(map(known.begins, questions)):
+            return Prefix.of(self.model.backbone, questions)
+        for prefix in self.prefixes.values():
+            if prefix is not known:
+                prefix.forget()
+        return known
+
     def _logarithms(
-        self, jobs: Sequence[Job], offsets: list[list[int]], layout: Layout, context: Context, samples: list[int]
+        self,
+        jobs: Sequence[Job],
+        offsets: list[list[int]],
+        slots: list[list[int]],
+        layout: Layout,
+        context: Context,
+        samples: list[int],
     ) -> Tensor:
-        """Log-probabilities of the tokens `offsets` into each answer, (B, L, K, V)."""
+        """Log-probabilities of the tokens `offsets` into each answer, in some slots, (B, L, K, V)."""
         positions, keys = [], []
-        for job, row in zip(jobs, offsets, strict=True):
+        for job, row, where in zip(jobs, offsets, slots, strict=True):
             name, start = noise_key(job.context, 0), len(job.context)
-            first = layout.tokens.shape[1] - len(job.answers[0]) + 1
-            positions.append([first + j for j in row for _ in samples])
+            positions.append([slot for slot in where for _ in samples])
             keys.append([(self.sampling.seed, name, start + j, k) for j in row for k in samples])
         places = torch.tensor(positions, device=layout.tokens.device)
         label = None if self.label is None else torch.full_like(places, self.label)
@@ -193,14 +245,23 @@ def score(
         if lm.scoring == MIXTURE or not job.answers:
             job.answers.append(tuple(answer))
         numbers.append(number)
-    order = sorted(jobs.values(), key=lambda entry: (-len(entry[0].text(lm.max_length)), entry[0].context))
+    # Questions that begin alike stand side by side, and all in the order of the longest text.
+    groups: dict[Any, list[tuple[Job, list[int]]]] = {}
+    for entry in sorted(jobs.values(), key=lambda entry: (-len(entry[0].text(lm.max_length)), entry[0].context)):
+        groups.setdefault(entry[0].context[:SHARED], []).append(entry)
+    order = [entry for group in groups.values() for entry in sorted(group, key=_place)]
     scorer = _scorer(lm)
-    size = _batch_size(lm, scorer, order[0][0], batch_size) if order else 1
+    for start, group in groups.items():
+        prefix = Prefix.of(lm.diffusion.backbone, list(dict.fromkeys(job.context for job, _ in group)))
+        if prefix is not None:
+            scorer.prefixes[start] = prefix
+    longest = max((job for job, _ in order), key=lambda job: len(job.text(lm.max_length)), default=None)
+    size = 1 if longest is None else _batch_size(lm, scorer, longest, batch_size)
     results: dict[int, tuple[float, bool]] = {}
     bar = tqdm(total=len(requests), disable=quiet or lm.rank != 0, desc="Scoring")
     began = time.perf_counter()
-    for start in range(0, len(order), size):
-        chunk = order[start : start + size]
+    together = [list(run) for _, run in groupby(order, lambda entry: scorer.prefixes.get(entry[0].context[:SHARED]))]
+    for chunk in (run[start : start + size] for run in together for start in range(0, len(run), size)):
         for (_, numbers), scores in zip(chunk, _scores_of(lm, scorer, [job for job, _ in chunk]), strict=True):
             for number, value in zip(numbers, scores * (len(numbers) // len(scores)), strict=True):
                 results[number] = value
@@ -211,6 +272,10 @@ def score(
     lm.meters["scoring"].add(scorer.evaluations)
     lm.meters["scoring"].time(len(scorer.evaluations), time.perf_counter() - began)
     return [results[number] for number in range(len(requests))]
+
+
+def _place(entry: tuple[Job, list[int]]) -> tuple[int, tuple[int, ...]]:
+    return -len(entry[0].context), entry[0].context
 
 
 def _scorer(lm: L2DLM, **changes: Any) -> Scorer:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -51,6 +51,11 @@ class MainContext(Context):
     real: Tensor
     length: int
     tables: dict[float, Any] = field(default_factory=dict)
+
+    @property
+    def filled(self) -> int:
+        """How many slots are filled, padding included."""
+        return self.length
 
     def index(self, positions: Tensor) -> Tensor:
         """Where in the last chunk the input just before each position stands, (B, L)."""
@@ -111,6 +116,11 @@ class FixedContext(MainContext):
             slot=slot,
         )
 
+    @property
+    @override
+    def filled(self) -> int:
+        return int(self.slot)
+
     @override
     def index(self, positions: Tensor) -> Tensor:
         return torch.zeros_like(positions)
@@ -155,11 +165,21 @@ def _changed(cache: DynamicCache, change: Callable[[Tensor], Tensor], slot: Tens
         if slot is not None:
             changed.layers.append(_Slots(keys, values, slot))
             continue
-        same: Any = DynamicLayer()
-        same.lazy_initialization(keys, values)
-        same.keys, same.values = keys, values
-        changed.layers.append(same)
+        changed.layers.append(_layer(keys, values))
     return changed
+
+
+def _layer(keys: Tensor, values: Tensor) -> Any:
+    layer: Any = DynamicLayer()
+    layer.lazy_initialization(keys, values)
+    layer.keys, layer.values = keys, values
+    return layer
+
+
+def _last(values: Tensor, filled: int, slots: int) -> Tensor:
+    """The last of the filled slots, (..., slots, d), behind zeros where there are fewer."""
+    values = values[..., max(0, filled - slots) : filled, :]
+    return functional.pad(values, (0, 0, slots - values.shape[-2], 0))
 
 
 def _pick(value: Any, rows: Tensor, batch: int) -> Any:
@@ -222,10 +242,10 @@ class MainPath:
                 raise self._refusal(f"it cannot be run on two tokens ({type(error).__name__}: {error})") from error
 
     def read(self, layout: Layout) -> MainContext:
-        """Run over a batch of prompts; rows padded on the left, or all rows on the right."""
+        """Run over a batch of prompts; rows padded on the left or nothing but padding, or all rows on the right."""
         present = layout.present
         # Right padding is invisible to causal attention; a mask would only be in the way of faster kernels.
-        left = bool((present[:, 1:] & ~present[:, :-1]).any())
+        left = bool(((present[:, 1:] & ~present[:, :-1]).any(-1) | ~present.any(-1)).any())
         position_ids = (present.cumsum(-1) - 1).clamp_min(0)
         return self._read(DynamicCache(), layout.tokens, present if left else None, position_ids, present.sum(-1), {})
 
@@ -285,6 +305,19 @@ class MainPath:
             real=context.real - counts,
             length=length,
         )
+
+    def join(self, contexts: Sequence[MainContext], slots: int) -> MainContext:
+        """The rows of several contexts, with so many slots."""
+        first = contexts[0]
+        cache, real = DynamicCache(), torch.cat([context.real for context in contexts])
+        for layers in zip(*(context.cache.layers for context in contexts), strict=True):
+            pairs: list[Any] = [*zip(layers, contexts, strict=True)]
+            keys = torch.cat([_last(layer.keys, context.filled, slots) for layer, context in pairs])
+            values = torch.cat([_last(layer.values, context.filled, slots) for layer, context in pairs])
+            cache.layers.append(_layer(keys, values))
+        present = real[:, None] > torch.arange(slots, device=real.device).flip(0)
+        hidden = first.hidden.new_zeros(len(real), 0, first.hidden.shape[-1])
+        return MainContext(cache, hidden, [], None if bool(present.all()) else present, real, slots, first.tables)
 
     def _read(
         self,

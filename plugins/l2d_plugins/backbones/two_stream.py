@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
@@ -83,6 +84,7 @@ class TwoStream(Backbone[MainContext]):
     identity_at_zero: ClassVar[bool] = True
     independent_positions: ClassVar[bool] = True
     rewinds: ClassVar[bool] = True
+    joins: ClassVar[bool] = True
 
     config: TwoStreamConfig
 
@@ -156,6 +158,10 @@ class TwoStream(Backbone[MainContext]):
     @override
     def rewind(self, context: MainContext, counts: Tensor) -> MainContext:
         return self.main.rewind(context, counts)
+
+    @override
+    def join(self, contexts: Sequence[MainContext], slots: int) -> MainContext:
+        return self.main.join(contexts, slots)
 
     @override
     def fixed(self, context: MainContext, slots: int, most: int) -> MainContext | None:

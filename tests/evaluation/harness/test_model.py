@@ -22,6 +22,7 @@ from l2d_framework.errors import CheckpointError, ConfigError, DataError
 from l2d_framework.evaluation.harness import scorer
 from l2d_framework.evaluation.harness.model import L2DLM
 from l2d_framework.evaluation.harness.requests import occurrences
+from l2d_framework.generation import prefix
 from l2d_framework.generation.chat_template import TEMPLATE_DATE
 from l2d_framework.generation.prompts import encode_prompts, encode_text
 from l2d_framework.models.checkpoint import save
@@ -117,7 +118,7 @@ def test_auto_takes_the_largest_batch_that_memory_allows(opened, monkeypatch):
 
     monkeypatch.setattr(model, "_device", torch.device("cuda"))
     monkeypatch.setattr(
-        model.generator, "answer", lambda plan, batch, **o: tight(batch.input_ids) or answer(plan, batch, **o)
+        model.generator, "answer", lambda plan, batch, **o: tight([1] * o["size"]) or answer(plan, batch, **o)
     )
     monkeypatch.setattr(scorer.Scorer, "mixture", lambda self, jobs: tight(jobs) or mixture(self, jobs))
     monkeypatch.setattr(model.generator, "_plain_seconds", lambda *_: 1.0)
@@ -211,6 +212,31 @@ def test_probabilities_are_averaged_over_noises(opened, monkeypatch):
     second = token_scores(opened(noise_samples=1), "The sky is", answers).exp()
     assert torch.allclose(mean, (first + second) / 2, atol=1e-6)
     assert not torch.allclose(first, second, atol=1e-4)
+
+
+SHOTS = "".join(f"Q: {n}+{n}?\nA: {2 * n}\n\n" for n in range(1, 5))
+TASK = [(f"{SHOTS}Q: {q}\nA:", c) for q in ("5+1?", "12+30?", "2-2?") for c in (" 6", " 42", " no", " none at all")]
+
+
+@pytest.mark.parametrize("size", [1, 3, 8, 12])
+@pytest.mark.parametrize("shots", [True, False])
+def test_questions_and_what_they_begin_with_are_read_once(opened, monkeypatch, size, shots):
+    # A question of its own kind stands among those of the task.
+    pairs = [(q if shots else q.removeprefix(SHOTS), c) for q, c in TASK]
+    requests = asked("loglikelihood", [*pairs[:5], ("The sky is", " blue"), *pairs[5:]])
+    monkeypatch.setattr(prefix, "SHARED", 10**6)
+    alone = opened(batch_size=1).loglikelihood(requests)
+    monkeypatch.undo()
+    model, read = opened(batch_size=size), []
+    main = model.diffusion.backbone.main.layers[0]
+    main.register_forward_hook(lambda module, given, out: read.append(tuple(given[0].shape[:2])))
+    found = model.loglikelihood(requests)
+    assert [score for score, _ in found] == pytest.approx([score for score, _ in alone], abs=1e-4)
+    assert [greedy for _, greedy in found] == [greedy for _, greedy in alone]
+    if shots:
+        assert [rows for rows, length in read if length >= len(SHOTS)] == [1]
+    elif size == 12:
+        assert read[0][0] in (3, 4)  # questions, of which each has four answers
 
 
 def test_whole_texts_are_scored_token_by_token(opened):

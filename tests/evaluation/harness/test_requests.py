@@ -61,24 +61,23 @@ def test_resumed_is_uninterrupted(folder, tmp_path, monkeypatch, sampled):
     scores = cached(folder, tmp_path / "scores.db")[1].loglikelihood(choices())
 
     model, caching = cached(folder, tmp_path / "part.db")
-    batches, answer = [], model.generator.answer
+    kept, keep = [], model.answers.keep
 
-    def interrupted(*arguments: Any, **changes: Any) -> Any:
-        batches.append(1)
-        if len(batches) == 4:
+    def interrupted(*arguments: Any) -> None:
+        if len(kept) == 5:
             raise KeyboardInterrupt
-        return answer(*arguments, **changes)
+        kept.append(arguments)
+        keep(*arguments)
 
-    monkeypatch.setattr(model.generator, "answer", interrupted)
+    monkeypatch.setattr(model.answers, "keep", interrupted)
     with pytest.raises(KeyboardInterrupt):
         caching.generate_until(generation(**options))
     caching.dbdict.close()
     resumed, caching = cached(folder, tmp_path / "part.db")
-    count = []
-    answer = resumed.generator.answer
-    monkeypatch.setattr(resumed.generator, "answer", lambda *a, **o: count.append(1) or answer(*a, **o))
+    count, keep = [], resumed.answers.keep
+    monkeypatch.setattr(resumed.answers, "keep", lambda *a: count.append(1) or keep(*a))
     assert caching.generate_until(generation(**options)) == whole
-    assert len(count) == 5  # of eight batches, three were kept, the last in the middle of a question's repeats
+    assert len(count) == 7  # of twelve answers, five were kept, the last in the middle of a question's repeats
     assert caching.loglikelihood(choices()) == scores
     assert resumed.get_model_info()["l2d"]["cost"]["generation"]["tokens"] > 0
 
