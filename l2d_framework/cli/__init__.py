@@ -33,7 +33,7 @@ COMMANDS = {
     "config": _Entry("config", "app", "Check run files; print their JSON schema."),
     "help": _Entry("help", "help_", "Explain an option of run files or a component."),
     "params": _Entry("config", "params", "Count a run's trainable parameters without loading weights."),
-    "doctor": _Entry("doctor", "doctor", "Examine this installation: versions, devices, hub, plugins, extras."),
+    "doctor": _Entry("doctor", "doctor", "Examine this installation and machine for problems."),
     "plugins": _Entry("plugins", "plugins", "List what is installed, broken plugins included."),
     "convert": _Entry("convert", "convert", "Convert a checkpoint of another code base."),
     "eval": _Entry("eval", "app", "Evaluate a model on the tasks of lm_eval."),
@@ -41,7 +41,7 @@ COMMANDS = {
     "eval-text": _Entry("eval_text", "eval_text", "Measure generated text."),
     "diagnose": _Entry("diagnose", "diagnose", "Find out whether more steps will help a model."),
     "eval-steps": _Entry("eval_steps", "eval_steps", "Measure held-out tokens after each number of evaluations."),
-    "plot": _Entry("plot", "plot", "Draw how runs went: losses, loss by t, learning rate, evaluations."),
+    "plot": _Entry("plot", "plot", "Draw losses and learning rates of runs."),
     "demo": _Entry("demo", "demo", "Train, generate with and measure a tiny model."),
 }
 """For each command: its module, its function or typer app in there, and what `l2d --help` says about it."""

@@ -161,7 +161,10 @@ class Drafts:
 
 
 class Watch(StoppingCriteria):
-    """A criterion that ends nothing and counts tokens for a meter; evaluations, too, where a block has many tokens."""
+    """A criterion that ends nothing and counts tokens for a meter; evaluations, too, where a block has many tokens.
+
+    Where tokens are guessed ahead, those that were wrong count, too.
+    """
 
     def __init__(self, meter: Meter, lm: DiffusionLM, *, counts_evaluations: bool) -> None:
         self._meter, self._lm, self._counts = meter, lm, counts_evaluations
@@ -368,8 +371,8 @@ class Session:
             def keep(number: int, tokens: list[int], evaluations: list[int]) -> None:
                 prompt = number // self.samples
                 left[prompt] -= 1
-                watch.finish(int(not left[prompt]))
                 file.write([{"prompt": prompts[prompt], "answers": [self._described(tokens, evaluations)]}])
+                watch.finish(int(not left[prompt]))
 
             size = batch_size * self.samples
             answers = self.answer(prompts, encoded, request_keys(encoded), watch=watch, batch_size=size, on_answer=keep)

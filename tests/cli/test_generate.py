@@ -10,7 +10,7 @@ from tiny_models import tiny_lm, tiny_tokenizer
 from typer.testing import CliRunner
 
 from l2d_framework.cli import app
-from l2d_framework.cli.generate_session import Session
+from l2d_framework.cli.generate_session import Session, Watch
 from l2d_framework.config import parse_run
 from l2d_framework.errors import L2DError, OutputError
 from l2d_framework.generation.prompts import pad_left
@@ -282,15 +282,14 @@ def test_an_output_file_is_never_overwritten(model, no_weights, tmp_path):
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
 def test_an_interruption_keeps_the_answers_so_far_and_says_where(model, lm, tmp_path, monkeypatch, error):
-    plain, calls = Session.answer, []
+    answered = []
 
-    def answer(*arguments, **options):
-        calls.append(None)
-        if len(calls) == 3:
+    def finish(*arguments):
+        answered.append(None)
+        if len(answered) == 2:
             raise error
-        return plain(*arguments, **options)
 
-    monkeypatch.setattr(Session, "answer", answer)
+    monkeypatch.setattr(Watch, "finish", finish)
     prompts = ["Hello", "Another one", "A third"]
     arguments = [model, *(word for p in prompts for word in ("--prompt", p)), *FAST, "--batch-size", "1"]
     arguments += ["--output", tmp_path / "answers.jsonl"]
