@@ -10,7 +10,7 @@ from tiny_models import tiny_lm, tiny_tokenizer
 from typer.testing import CliRunner
 
 from l2d_framework.cli import app
-from l2d_framework.cli.generate_session import Session, Watch
+from l2d_framework.cli.generate_session import Watch
 from l2d_framework.config import parse_run
 from l2d_framework.errors import L2DError, OutputError
 from l2d_framework.generation.prompts import pad_left
