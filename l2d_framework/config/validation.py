@@ -40,7 +40,7 @@ def refuse_unknown(model: type[BaseModel], data: Mapping[str, Any], where: str, 
     Raises:
         ConfigError: in the words of `validated`.
     """
-    wrong = dict(_component_problems(data, lambda: names, names.check_name))
+    wrong = dict(_component_problems(data, lambda: names, names.check_name, is_whole=False))
     errors: list[Any] = []
     try:
         model.model_validate_json(json.dumps(data))
@@ -69,9 +69,16 @@ def _line(where: str, path: Path, texts: list[str]) -> str:
 
 
 def _component_problems(
-    data: Mapping[str, Any], plugins: Callable[[], Registry], find: Callable[[str, str], object]
+    data: Mapping[str, Any],
+    plugins: Callable[[], Registry],
+    find: Callable[[str, str], object],
+    *,
+    is_whole: bool = True,
 ) -> Iterator[tuple[Path, str]]:
-    """Components that cannot be had, in the registry's words; they sit under their kind, here or in a section."""
+    """Components that cannot be had, in the registry's words; they sit under their kind, here or in a section.
+
+    Where not all `is_whole` yet, names may still come from a method or preset.
+    """
     for path, section in (((), data), *(((name,), data.get(name)) for name in ("sampling", "noise"))):
         if not isinstance(section, Mapping):
             continue
@@ -87,7 +94,7 @@ def _component_problems(
                         find(kind, name)
                     except PluginError as error:
                         yield place, str(error)
-                else:
+                elif is_whole or not isinstance(entry, Mapping) or "name" in entry:
                     known = ", ".join(plugins().components(kind)) or "none"
                     hint = f"write {{name: ...}} with one of: {known}"
                     yield place, f"should be a section with a name, got {shown(entry)}; {hint}"

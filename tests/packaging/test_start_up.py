@@ -228,3 +228,8 @@ def test_help_names_the_commands_and_version_the_version():
         assert command in result.stdout
     result, _ = run(COMMANDS["version"])
     assert "0.1.0" in result.stdout
+
+
+def test_a_component_may_leave_its_name_to_the_method():
+    run = parse_run({"model": {"base": "org/model"}, "method": "l2d", "backbone": {"rank": 4}})
+    assert (run.backbone.component_name(), run.backbone.rank) == ("two_stream", 4)

@@ -555,7 +555,7 @@ class Wait(progress.Reporter):
             time.sleep(float(os.environ["WAIT"]))
     on_log = lambda *_, **__: None
 
-progress.progress = lambda console, title: Wait()
+progress.progress = lambda console, title: Wait(title)
 interruption.GRACE = float(os.environ["GRACE"])
 main()
 """
