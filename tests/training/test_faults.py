@@ -39,7 +39,9 @@ from l2d_framework.training import folder_lock, output_dir
 from l2d_framework.training.reward.run import train_reward
 from l2d_framework.training.run import train_runs
 
-KINDS = ["l2d", "tess", "full", "lora", "reward"]
+ALL = ["l2d", "reward", "tess", "full", "lora"]
+KINDS = ["l2d", "reward", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ALL[2:])]
+"""The others are trained by the trainer of the first."""
 
 
 @pytest.fixture
@@ -437,7 +439,7 @@ class Fill(TrainerCallback):
             resource.setrlimit(resource.RLIMIT_FSIZE, (self.size, before[1]))
 
 
-@pytest.mark.parametrize(("kind", "file"), [*((kind, "optimizer.pt") for kind in KINDS), ("l2d", "weights")])
+@pytest.mark.parametrize(("kind", "file"), [*((kind, "optimizer.pt") for kind in ("l2d", "reward")), ("l2d", "weights")])
 def test_a_disk_that_is_full_while_saving_loses_nothing_and_is_said(
     disk: None, folder: Path, kind: str, file: str
 ) -> None:
