@@ -439,7 +439,9 @@ class Fill(TrainerCallback):
             resource.setrlimit(resource.RLIMIT_FSIZE, (self.size, before[1]))
 
 
-@pytest.mark.parametrize(("kind", "file"), [*((kind, "optimizer.pt") for kind in ("l2d", "reward")), ("l2d", "weights")])
+@pytest.mark.parametrize(
+    ("kind", "file"), [*((kind, "optimizer.pt") for kind in ("l2d", "reward")), ("l2d", "weights")]
+)
 def test_a_disk_that_is_full_while_saving_loses_nothing_and_is_said(
     disk: None, folder: Path, kind: str, file: str
 ) -> None:
