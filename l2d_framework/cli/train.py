@@ -48,9 +48,9 @@ def train(
     for run, card in zip(runs, cards, strict=True):
         _show(console, run, card, _training_rows(card))
         if card["kind"] == "diffusion":
-            console.print(
-                f'Generate with:  l2d generate {run.output_dir} --prompt "..."', soft_wrap=True, highlight=False
-            )
+            is_chat = any(source["format"] == "messages" for source in card["data"]["sources"]["train"])
+            how = "--chat" if is_chat else '--prompt "..."'
+            console.print(f"Generate with:  l2d generate {run.output_dir} {how}", soft_wrap=True, highlight=False)
 
 
 def train_reward(

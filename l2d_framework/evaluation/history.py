@@ -119,6 +119,11 @@ def _xy(points: list[Any]) -> tuple[list[float], list[float]]:
 
 
 def _frame(axes: Axes, x: str, y: str) -> None:
+    lines: list[Any] = list(axes.lines)
+    if not any(len(line.get_xydata()) for line in lines):
+        axes.text(0.5, 0.5, "not measured", ha="center", transform=axes.transAxes)
+        axes.set_axis_off()
+        return
     axes.set_xlabel(x)
     axes.set_ylabel(y)
     axes.grid(alpha=0.25)

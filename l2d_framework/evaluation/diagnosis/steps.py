@@ -177,9 +177,7 @@ def sentences(result: Mapping[str, Any]) -> list[str]:
             if best is not entries[-1]:
                 before, after = (np.array(entry["by_row"][sums]) for entry in (best, entries[-1]))
                 change = Estimate.to_json(ratio(after - before, tokens))
-                words[-1] += (
-                    f" and {_shown(change, scale)} {unit} from there to {entries[-1]['evaluations']['value']:.4g}"
-                )
+                words[-1] += f", {_shown(change, scale)} {unit} from there to {entries[-1]['evaluations']['value']:.4g}"
         lines.append(f"Do evaluations pay? {solver}: {'; '.join(words)}.")
     return lines
 
@@ -214,7 +212,10 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
                 continue
             drawn = [(count, estimate.value or 0.0, estimate.standard_error) for count, estimate in found]
             plots.points(axes, drawn, color=colour, marker="o", label=solver)
+        counts = sorted({round(entry["evaluations"]["value"]) for entry in result["settings"]} - {0})
         axes.set_xscale("log")
+        axes.set_xticks(counts, [str(count) for count in counts])
+        axes.minorticks_off()
         axes.set(xlabel="network evaluations per token", ylabel=f"{label} (± standard error)")
         axes.grid(alpha=0.25)
     plots.legend_below(figure)
