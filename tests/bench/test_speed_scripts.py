@@ -31,15 +31,18 @@ def speed_tess(speed: ModuleType) -> Iterator[ModuleType]:
 
 
 @pytest.fixture(scope="module")
-def overhead() -> Iterator[ModuleType]:
-    for _ in _script("blocks"):
-        yield from _script("overhead")
+def blocks() -> Iterator[ModuleType]:
+    yield from _script("blocks")
 
 
 @pytest.fixture(scope="module")
-def batching(speed: ModuleType) -> Iterator[ModuleType]:
-    for _ in _script("blocks"):
-        yield from _script("batching")
+def overhead(blocks: ModuleType) -> Iterator[ModuleType]:
+    yield from _script("overhead")
+
+
+@pytest.fixture(scope="module")
+def batching(speed: ModuleType, blocks: ModuleType) -> Iterator[ModuleType]:
+    yield from _script("batching")
 
 
 @pytest.fixture(scope="module")
