@@ -60,6 +60,9 @@ def eval_steps(
     where = common.check_device(device)
     source = UnloadedModel(model, base=base, dtype=dtype)
     settings = possible(source, options, counts)
+    made = {sampling.num_inference_steps for sampling in settings}
+    if left_out := sorted(set(counts) - made):
+        typer.echo(f"Left out, since no solver or model here can make them: {', '.join(map(str, left_out))}.", err=True)
     rows = held_out.Rows(data, name, split, columns, class_column, limit, max_length)
     for sampling in settings:
         rows.check(source, sampling)

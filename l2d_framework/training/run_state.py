@@ -103,7 +103,9 @@ class Job(TrainerCallback):
                 "anew in another output_dir or with --overwrite, or go on with --accept-changed-data, which run.json "
                 "will tell."
             )
-        return [*accepted, {"at": now(), "after": saved[-1].name, "changes": found, "data_before": before["data"]}]
+        whole = output_dir.newest_whole(self.output, lambda *_: None)
+        after = None if whole is None else whole.name
+        return [*accepted, {"at": now(), "after": after, "changes": found, "data_before": before["data"]}]
 
     def describe(self, parameters: Iterable[nn.Parameter], base_fingerprint: str | None) -> None:
         """Put a model on the card, unless it is over another base than before or has no room on the disk."""
