@@ -14,6 +14,8 @@ from pathlib import Path
 from l2d_framework.errors import L2DError, OutputError
 
 _UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM}
+WRITING, REPLACED = ".writing", ".replaced"
+"""Behind the names of folders that are not whole yet, and that are about to go."""
 _TORCH = os.path.join("torch", "serialization.py")
 
 
@@ -25,10 +27,43 @@ def write_whole(path: Path, content: str | bytes) -> None:
         os.replace(temporary, path)
 
 
+def _elsewhere() -> str:
+    return "Make room first, or write elsewhere."
+
+
 @contextmanager
-def naming_what_fails(
-    target: Path, stage: Path, advice: Callable[[], str] = lambda: "Make room first, or write elsewhere."
-) -> Iterator[None]:
+def staged(
+    target: Path,
+    *,
+    writes: bool = True,
+    wait: Callable[[], None] = lambda: None,
+    advice: Callable[[], str] = _elsewhere,
+) -> Iterator[Path]:
+    """Write a folder under a temporary name and give it its own when the block ends without an error.
+
+    One process `writes`, that is, makes and renames it; `wait` waits for the others; `advice` is given where it fails.
+    """
+    stage = target.with_name(target.name + WRITING)
+    with naming_what_fails(target, stage, advice):
+        if writes:
+            shutil.rmtree(stage, ignore_errors=True)
+            stage.mkdir(parents=True)
+        wait()
+        yield stage
+    wait()
+    if writes:
+        # Whatever had the name is removed once the new one is in place.
+        replaced = target.with_name(target.name + REPLACED)
+        shutil.rmtree(replaced, ignore_errors=True)
+        if target.exists():
+            os.replace(target, replaced)
+        os.replace(stage, target)
+        shutil.rmtree(replaced, ignore_errors=True)
+    wait()
+
+
+@contextmanager
+def naming_what_fails(target: Path, stage: Path, advice: Callable[[], str] = _elsewhere) -> Iterator[None]:
     """Say which `target` could not be written and why, and give back the room of its unfinished `stage`."""
     try:
         yield

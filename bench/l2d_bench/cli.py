@@ -6,8 +6,6 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -111,40 +109,45 @@ def bench(
         _show_work(console, made)
         return
     quieten(made.profile.threads)
-    made.prepare()
     surroundings = Surroundings(workers, made.profile.threads, made.device, Path.cwd(), out / "logs")
     failures: dict[str, str] = {}
     code = 0
+    over = _Alarm(None if minutes is None else 60 * minutes - (time.monotonic() - start))
     # `timeout` and batch systems end a process by this signal.
     signal.signal(signal.SIGTERM, interrupt)
     try:
-        with _at_most(minutes, since=start):
+        with over:
+            made.prepare()
             failures = _run(console, made, surroundings)
     except KeyboardInterrupt as stop:
-        is_over = minutes is not None and time.monotonic() - start >= 60 * minutes
-        console.print(
-            f"{'The time is over' if is_over else 'Interrupted'}; the tables hold what there is. "
-            "The same command goes on."
-        )
-        code = 0 if is_over else getattr(stop, "exit_code", _INTERRUPTED)
+        what = "The time is over" if over.has_struck else "Interrupted"
+        console.print(f"{what}; the tables hold what there is. The same command goes on.")
+        code = 0 if over.has_struck else getattr(stop, "exit_code", _INTERRUPTED)
     has_failed = _finish(console, made, failures, _facts(surroundings, time.monotonic() - start))
     if code or has_failed:
         raise typer.Exit(code or 1)
 
 
-@contextmanager
-def _at_most(minutes: float | None, since: float) -> Iterator[None]:
-    """Interrupt what takes longer, as Ctrl-C does."""
-    if minutes is None:
-        yield
-        return
-    before = signal.signal(signal.SIGALRM, signal.default_int_handler)
-    signal.setitimer(signal.ITIMER_REAL, max(60 * minutes - (time.monotonic() - since), 1e-3))
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+class _Alarm:
+    """Interrupts what takes longer, as Ctrl-C does; None for no limit."""
+
+    def __init__(self, seconds: float | None) -> None:
+        self.seconds, self.has_struck = seconds, False
+
+    def __enter__(self) -> None:
+        if self.seconds is not None:
+            self._before = signal.signal(signal.SIGALRM, self._strike)
+            signal.setitimer(signal.ITIMER_REAL, max(self.seconds, 1e-3))
+
+    def _strike(self, *_: object) -> None:
+        self.has_struck = True
+        # Whoever listens to it, such as a run that saves first, does so now, too.
+        signal.raise_signal(signal.SIGINT)
+
+    def __exit__(self, *_: object) -> None:
+        if self.seconds is not None:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, self._before)
 
 
 def _finish(console: Console, made: Bench, failures: dict[str, str], facts: dict[str, object]) -> bool:

@@ -79,7 +79,7 @@ class DataJob(Job):
         Args:
             report: progress.
         """
-        from l2d_framework.training.output_dir import staged
+        from l2d_framework.writing import staged
 
         self.output.parent.mkdir(parents=True, exist_ok=True)
         with staged(self.output) as folder:

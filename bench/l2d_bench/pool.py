@@ -17,6 +17,7 @@ from typing import Literal, NamedTuple
 
 from l2d_bench.jobs import Job
 from l2d_framework.errors import L2DError
+from l2d_framework.training import interruption
 
 _PAUSE = 0.2
 """Seconds between two reports of progress."""
@@ -169,13 +170,17 @@ class _Worker:
         with suppress(OSError):  # its process ended while it waited, as `_hear` will tell
             self.pipe.send(job)
 
-    def stop(self) -> None:
+    def end(self) -> None:
+        """Ask it to end."""
         if self.key is None:
             self.pipe.close()
         else:
             # Open until it has ended: a run saves first, and tells of its progress meanwhile.
             self.process.terminate()
-        self.process.join(_PATIENCE)
+
+    def stop(self) -> None:
+        """Wait until it has ended, a run until it has saved, and end it by force if it does not."""
+        self.process.join(_PATIENCE if self.key is None else _PATIENCE + interruption.GRACE)
         self.pipe.close()
         if self.process.is_alive():
             self.process.kill()
@@ -209,6 +214,8 @@ def _in_processes(board: _Board, surroundings: Surroundings) -> None:
                         workers[number] = _Worker(surroundings)
                 board.note(event)
     finally:
+        for worker in workers:
+            worker.end()
         for worker in workers:
             worker.stop()
 

@@ -61,7 +61,7 @@ def diagnose(
 
     from l2d_framework.cli.meter import Meter
     from l2d_framework.models.unloaded import UnloadedModel
-    from l2d_framework.training.output_dir import staged
+    from l2d_framework.writing import staged
 
     where = common.check_device(device)
     source = UnloadedModel(model, base=base, dtype=dtype)

@@ -55,7 +55,7 @@ def eval_steps(
     from l2d_framework.evaluation.diagnosis.steps import draw, possible, sentences, table
     from l2d_framework.evaluation.diagnosis.steps import eval_steps as run
     from l2d_framework.models.unloaded import UnloadedModel
-    from l2d_framework.training.output_dir import staged
+    from l2d_framework.writing import staged
 
     where = common.check_device(device)
     source = UnloadedModel(model, base=base, dtype=dtype)

@@ -55,7 +55,7 @@ def eval_text(
     from l2d_framework.evaluation.text.mauve_score import FEATURES_MODEL, Features, check_golds, check_installed
     from l2d_framework.evaluation.text.measure import DEFINITIONS, evaluate_texts
     from l2d_framework.evaluation.text.report import draw, markdown, notes, table
-    from l2d_framework.training.output_dir import staged
+    from l2d_framework.writing import staged
 
     where: dict[str, Any] = {"device": common.check_device(device), "dtype": dtype}
     words = None if tokenizer is None else open_tokenizer(tokenizer)

@@ -125,9 +125,23 @@ class Rows:
         with suppress(OSError):  # what could not be written before cannot now
             self._file.close()
         if kind is None:
-            os.replace(part, self._output)
+            self._publish(part, self._output)
         elif part.stat().st_size:
             typer.echo(f"The answers so far are in {part}.", err=True)
+        else:
+            part.unlink()
+
+    @staticmethod
+    def _publish(part: Path, output: Path) -> None:
+        """Give the file its name, unless somebody else has taken it meanwhile."""
+        try:
+            os.link(part, output)
+        except FileExistsError as error:
+            raise OutputError(
+                f"{str(output)!r} was made by somebody else meanwhile. The answers are in {str(part)!r}."
+            ) from error
+        except OSError:  # a file system without links
+            os.replace(part, output)
         else:
             part.unlink()
 

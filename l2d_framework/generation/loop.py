@@ -377,6 +377,7 @@ class _Loop:
             backbone.joins
             and (sampling.block_size or self.diffusion.block_size) == 1
             and not sampling.solver.batch_coupled
+            and decoding.config.max_time is None  # the clock of all
             and not (self.denoise.observer or decoding.streamer or decoding.processors)
         )
 

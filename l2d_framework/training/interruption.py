@@ -26,6 +26,7 @@ class Interruption:
         """The signal; 0 while there was none."""
         self._before: dict[int, Any] = {}
         self._timer: threading.Timer | None = None
+        self._is_updating = False
         self._process = os.getpid()
 
     def __enter__(self) -> Self:
@@ -36,14 +37,28 @@ class Interruption:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.saves()
+        self.ends()
         for signum, handler in self._before.items():
             signal.signal(signum, handler)
 
-    def saves(self) -> None:
-        """Hear that the update has ended, so that it is no longer waited for."""
+    def begins(self) -> None:
+        """Hear that an update has begun; after a signal it is the last, and is waited for so long."""
+        self._is_updating = True
+        if self.signum:
+            self._wait()
+
+    def ends(self) -> None:
+        """Hear that the update has ended; what is measured and saved then takes its time."""
+        self._is_updating = False
         if self._timer is not None:
             self._timer.cancel()
+            self._timer = None
+
+    def _wait(self) -> None:
+        if self._timer is None:
+            self._timer = threading.Timer(GRACE, self._end)
+            self._timer.daemon = True
+            self._timer.start()
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
         if os.getpid() != self._process:  # a worker that loads data, which ends with its parent
@@ -54,14 +69,15 @@ class Interruption:
                 raise Interrupted(signum)
             return
         self.signum = signum
-        self._timer = threading.Timer(GRACE, self._end)
-        self._timer.daemon = True
-        self._timer.start()
+        if self._is_updating:
+            self._wait()
         again = ", Ctrl-C once more ends at once" if signum == signal.SIGINT else ""
         _say(f"{name_of(signum)}: saving when this update has ended{again}.")
 
     def _end(self) -> None:
-        _say(f"The update has not ended within {GRACE:.0f} s. The last checkpoint is whole; the same command goes on.")
+        _say(
+            f"The update has not ended within {GRACE:.0f} s and is lost. The same command goes on from what was saved."
+        )
         os._exit(Interrupted(self.signum).exit_code)
 
 

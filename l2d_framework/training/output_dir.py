@@ -13,8 +13,8 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from l2d_framework.config import parse_run
 from l2d_framework.config.files import parse_json, read_text
 from l2d_framework.errors import CheckpointError, ConfigError, L2DError, OutputError
 from l2d_framework.training import folder_lock
-from l2d_framework.writing import in_bytes, naming_what_fails, size_of
+from l2d_framework.writing import REPLACED, WRITING, in_bytes, naming_what_fails, size_of
 
 RUN_FILE = "run.json"
 BEST = "best"
@@ -33,46 +33,25 @@ _LOGGER = logging.getLogger(__name__)
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 _FREE = {"output_dir", "training.non_finite", "training.skip_limit"}
 """Options that change no result of a run that has got through so far."""
-_WRITING, _REPLACED = ".writing", ".replaced"
-
-
-@contextmanager
-def staged(target: Path, *, writes: bool = True, wait: Callable[[], None] = lambda: None) -> Iterator[Path]:
-    """Write a folder under a temporary name and give it its own when the block ends without an error.
-
-    One process `writes`, that is, makes and renames it; `wait` waits for the others.
-    """
-    stage = target.with_name(target.name + _WRITING)
-    with writing(target, stage):
-        if writes:
-            shutil.rmtree(stage, ignore_errors=True)
-            stage.mkdir(parents=True)
-        wait()
-        yield stage
-    wait()
-    if writes:
-        # Whatever had the name is removed once the new one is in place.
-        replaced = target.with_name(target.name + _REPLACED)
-        shutil.rmtree(replaced, ignore_errors=True)
-        if target.exists():
-            os.replace(target, replaced)
-        os.replace(stage, target)
-        shutil.rmtree(replaced, ignore_errors=True)
-    wait()
 
 
 def writing(target: Path, stage: Path) -> AbstractContextManager[None]:
     """Say in this package's words what of a run could not be written, and what is left to go on from."""
+    return naming_what_fails(target, stage, kept(target.parent))
 
-    def kept() -> str:
-        if not (left := checkpoints(target.parent)):
+
+def kept(output: Path) -> Callable[[], str]:
+    """What there is to go on from where a run could not write, and what to do."""
+
+    def advice() -> str:
+        if not (left := checkpoints(output)):
             return "No checkpoint came before. Make room first, or choose another output_dir."
         return (
             f"Nothing is lost: {left[-1].name}, which takes {in_bytes(size_of(left[-1]))}, is whole, and the same "
             "command goes on from it. Make room for one more first."
         )
 
-    return naming_what_fails(target, stage, kept)
+    return advice
 
 
 def seal(folder: Path) -> None:
@@ -144,20 +123,20 @@ def _sha256(path: Path) -> str:
 
 def remove(folder: Path) -> None:
     """Delete a folder; killed half-way, it no longer has its name."""
-    doomed = folder.with_name(folder.name + _WRITING)
+    doomed = folder.with_name(folder.name + WRITING)
     os.replace(folder, doomed)
     shutil.rmtree(doomed)
 
 
 def clean_up(output: Path) -> None:
     """Undo what a killed process left half done."""
-    for path in output.glob(f"*{_REPLACED}"):
-        target = path.with_name(path.name.removesuffix(_REPLACED))
+    for path in output.glob(f"*{REPLACED}"):
+        target = path.with_name(path.name.removesuffix(REPLACED))
         if target.exists():
             shutil.rmtree(path)
         else:
             os.replace(path, target)
-    for path in output.glob(f"*{_WRITING}"):
+    for path in output.glob(f"*{WRITING}"):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
@@ -193,7 +172,7 @@ def read_card(output: Path) -> dict[str, Any] | None:
 
 def write_card(output: Path, card: Mapping[str, Any]) -> None:
     """Replace the `run.json` of a folder."""
-    temporary = output / f"{RUN_FILE}{_WRITING}"
+    temporary = output / f"{RUN_FILE}{WRITING}"
     with writing(output / RUN_FILE, temporary):
         temporary.write_text(json.dumps(card, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     os.replace(temporary, output / RUN_FILE)
@@ -224,7 +203,7 @@ def check_free(output: Path, config: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _is_passing(path: Path) -> bool:
-    return path.name.endswith(_WRITING) or path.name in folder_lock.FILES
+    return path.name.endswith(WRITING) or path.name in folder_lock.FILES
 
 
 def _recorded(card: Mapping[str, Any]) -> dict[str, Any]:

@@ -33,6 +33,7 @@ from l2d_framework.training.learner import Denoiser, Learner
 from l2d_framework.training.run_record import model_card_table
 from l2d_framework.training.run_state import Job, base_tokenizer, output_folder
 from l2d_framework.training.trainer import TokenTrainer
+from l2d_framework.writing import staged
 
 
 def train_runs(
@@ -99,7 +100,7 @@ def _train(run: TokenRun, job: Job, callbacks: Sequence[TrainerCallback]) -> dic
         tokenizer, data = _read(run, run.data, saved)
     job.start(data.card, {"run": run.seed, "order": data.order_seed})
     if job.writes and run.model is None and not saved.is_dir():
-        with output_dir.staged(saved) as folder:
+        with staged(saved, advice=output_dir.kept(job.output)) as folder:
             tokenizer.save_pretrained(folder)
     learner = _learner(run, tokenizer, data.ends)
     job.describe(learner.parameters(), learner.model.origin.fingerprint if isinstance(learner, Denoiser) else None)

@@ -103,9 +103,8 @@ class Job(TrainerCallback):
                 "anew in another output_dir or with --overwrite, or go on with --accept-changed-data, which run.json "
                 "will tell."
             )
-        whole = output_dir.newest_whole(self.output, lambda *_: None)
-        after = None if whole is None else whole.name
-        return [*accepted, {"at": now(), "after": after, "changes": found, "data_before": before["data"]}]
+        # After which checkpoint is known once the newest one that is whole has been found.
+        return [*accepted, {"at": now(), "changes": found, "data_before": before["data"]}]
 
     def describe(self, parameters: Iterable[nn.Parameter], base_fingerprint: str | None) -> None:
         """Put a model on the card, unless it is over another base than before or has no room on the disk."""
@@ -128,10 +127,13 @@ class Job(TrainerCallback):
         self._watch.start()
         found: list[Any] = [output_dir.newest_whole(self.output, _LOGGER.warning)] if self.writes else [None]
         broadcast_object_list(found)
+        for change in self.card.get("accepted_changes", []):
+            change.setdefault("after", found[0] and found[0].name)
         with Interruption() as interruption:
             trainer.interruption = interruption
             trainer.train(resume_from_checkpoint=str(found[0]) if found[0] else None)
-        if signum := trainer.ended_by or interruption.signum:
+            signum = trainer.heard()
+        if signum:
             raise Interrupted(signum, self._farewell(signum, trainer.state) if self.writes else "")
         trainer.check_weights()
 

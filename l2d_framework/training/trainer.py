@@ -30,8 +30,9 @@ from l2d_framework.training.interruption import Interruption
 from l2d_framework.training.learner import Learner
 from l2d_framework.training.metrics import LossMeter, Stopwatch, peak_memory
 from l2d_framework.training.micro_batches import MicroBatches
-from l2d_framework.training.output_dir import BEST, DIVERGED, checkpoints, remove, seal, staged
+from l2d_framework.training.output_dir import BEST, DIVERGED, checkpoints, kept, remove, seal
 from l2d_framework.training.samplers import PADDING, HeldOut, RunOrder, RunStream
+from l2d_framework.writing import staged
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -72,6 +73,8 @@ class ResumableTrainer(transformers.Trainer):
 
     def _begin(self, batches: list[Any]) -> None:
         """Remember what an update begins with, should it have to be left out or shown."""
+        if self.interruption is not None:
+            self.interruption.begins()
         self._batches, self._loss_before, self._random_before = batches, self._tr_loss.clone(), RandomState.now()
 
     @override
@@ -80,6 +83,8 @@ class ResumableTrainer(transformers.Trainer):
         norm = torch.as_tensor(plain._clip_grad_norm(model), device=self._tr_loss.device)
         signum = self.interruption.signum if self.interruption else 0
         is_sound, self.ended_by = self._agree(self._tr_loss.isfinite() & norm.isfinite(), signum)
+        if self.interruption is not None:
+            self.interruption.ends()
         self._updates += 1
         if is_sound:
             self._skipped_in_a_row = 0
@@ -87,6 +92,11 @@ class ResumableTrainer(transformers.Trainer):
         else:
             self._leave_out(model, norm)
         return norm
+
+    def heard(self) -> int:
+        """Signal that ended training, or that any process has got since its last update; 0 for none."""
+        signum = self.interruption.signum if self.interruption else 0
+        return self.ended_by or self._agree(torch.ones((), dtype=torch.bool, device=self.args.device), signum)[1]
 
     def _agree(self, is_sound: Tensor, signum: int) -> tuple[bool, int]:
         """Whether an update is sound in all processes, and a signal that any of them has got."""
@@ -154,8 +164,6 @@ class ResumableTrainer(transformers.Trainer):
     @override
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self.check_weights()
-        if self.interruption is not None:
-            self.interruption.saves()
         target = self.output / f"checkpoint-{self.state.global_step}"
         with self._staged(target) as folder:
             self._write_state(folder)
@@ -179,7 +187,9 @@ class ResumableTrainer(transformers.Trainer):
             seal(folder)
 
     def _staged(self, folder: Path) -> AbstractContextManager[Path]:
-        return staged(folder, writes=self.args.should_save, wait=self.accelerator.wait_for_everyone)
+        return staged(
+            folder, writes=self.args.should_save, wait=self.accelerator.wait_for_everyone, advice=kept(self.output)
+        )
 
     @override
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

@@ -13,12 +13,13 @@ from typing import Any
 
 import pytest
 import yaml
-from bench_jobs import Touch
+from bench_jobs import Save, Touch
 from tiny_runs import diffusion_run, language_model_run, write_base, write_sums
 from typer.testing import CliRunner
 
 pytest.importorskip("lm_eval")
 
+from l2d_bench import pool
 from l2d_bench.bench import Bench
 from l2d_bench.cells import FAILED
 from l2d_bench.files import read_profile
@@ -368,6 +369,43 @@ def test_an_interrupted_run_writes_what_there_is(scene, tmp_path, monkeypatch):
         signal.signal(signal.SIGTERM, before)
     assert result.exit_code == 143, result.output
     assert "not run yet" in (tmp_path / "second.md").read_text()
+
+
+def test_a_job_that_saves_when_it_is_ended_is_waited_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(pool, "_PATIENCE", 0.1)
+    jobs = {name: Save(name, name, tmp_path / name, ()) for name in ("one", "two")}
+
+    def interrupt() -> None:
+        while len(list(tmp_path.glob("*.began"))) < 2:
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    with pytest.raises(KeyboardInterrupt):
+        run_jobs(jobs, Surroundings(workers=2, logs=tmp_path / "logs"), lambda event: None)
+    thread.join()
+    assert all((tmp_path / name).is_file() for name in jobs)
+
+
+def test_when_the_time_is_over_who_listens_to_ctrl_c_hears_of_it(scene, tmp_path, monkeypatch):
+    heard = []
+
+    def work(*_: object) -> dict[str, str]:
+        before = signal.signal(signal.SIGINT, lambda signum, _: heard.append(signum))
+        try:
+            while not heard:
+                time.sleep(0.01)
+        finally:
+            signal.signal(signal.SIGINT, before)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("l2d_bench.cli._run", work)
+    monkeypatch.chdir(scene)
+    arguments = ["bench", str(scene / "second.yaml"), "--profile", str(scene / "profile.yaml"), "--out", str(tmp_path)]
+    result = CliRunner().invoke(app, [*arguments, "--minutes", "0.05"])
+    assert result.exit_code == 0, result.output
+    assert heard == [signal.SIGINT] and "The time is over" in result.output
 
 
 def test_other_code_makes_other_data(monkeypatch):

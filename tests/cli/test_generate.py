@@ -280,6 +280,15 @@ def test_an_output_file_is_never_overwritten(model, no_weights, tmp_path):
         raise run(model, "--prompt", "a", *FAST, "--output", tmp_path / "none" / "a.jsonl").exception
 
 
+def test_an_output_file_that_appears_meanwhile_is_left_alone(model, tmp_path, monkeypatch):
+    output = tmp_path / "a.jsonl"
+    monkeypatch.setattr(Watch, "finish", lambda *_: output.write_text("mine"))
+    with pytest.raises(OutputError, match=r"made by somebody else meanwhile. The answers are in .*a\.jsonl\.part"):
+        raise run(model, "--prompt", "a", *FAST, "--output", output).exception
+    assert output.read_text() == "mine"
+    assert len((tmp_path / "a.jsonl.part").read_text().splitlines()) == 1
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
 def test_an_interruption_keeps_the_answers_so_far_and_says_where(model, lm, tmp_path, monkeypatch, error):
     answered = []

@@ -162,6 +162,7 @@ class Twice:
 WHOLE = [
     {"logits_processor": LogitsProcessorList([Twice()])},
     {"observer": lambda evaluation: None},
+    {"max_time": 1e6},
 ]
 
 

@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,9 +36,11 @@ from l2d_framework.errors import (
     L2DError,
     OutputError,
 )
-from l2d_framework.training import folder_lock, output_dir
+from l2d_framework.training import folder_lock, interruption, output_dir, trainer
+from l2d_framework.training.interruption import Interruption
 from l2d_framework.training.reward.run import train_reward
 from l2d_framework.training.run import train_runs
+from l2d_framework.writing import staged
 
 ALL = ["l2d", "reward", "tess", "full", "lora"]
 KINDS = ["l2d", "reward", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ALL[2:])]
@@ -482,7 +485,7 @@ def test_a_disk_without_room_for_a_checkpoint_is_refused_and_one_for_few_is_warn
 
 def test_other_errors_while_saving_are_not_taken_for_a_full_disk(tmp_path: Path) -> None:
     for error in (RuntimeError("CUDA error"), OSError(errno.ENOENT, "No such file"), ValueError("x")):
-        with pytest.raises(type(error), match=str(error)[:5].replace("[", r"\[")), output_dir.staged(tmp_path / "out"):
+        with pytest.raises(type(error), match=str(error)[:5].replace("[", r"\[")), staged(tmp_path / "out"):
             raise error
 
 
@@ -519,6 +522,50 @@ def test_a_signal_saves_at_the_end_of_the_update_and_the_run_goes_on_as_if_nothi
     train(run)
     train(fields(folder, kind, "whole", save_steps=None, logging_steps=2))
     assert_same(folder / "out", folder / "whole")
+
+
+@pytest.mark.parametrize("what", ["measuring", "writing"])
+def test_after_the_update_a_signal_waits_for_what_is_measured_and_saved(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    killed: list[int] = []
+    monkeypatch.setattr(interruption, "GRACE", 0.5)
+    monkeypatch.setattr(Interruption, "_end", lambda self: killed.append(self.signum))
+    evaluate, seal = trainer.TokenTrainer.evaluate, trainer.seal
+
+    def measured(self: Any, *arguments: Any, **options: Any) -> Any:
+        time.sleep(1.0)
+        return evaluate(self, *arguments, **options)
+
+    def sealed(path: Path) -> None:
+        if what == "writing" and path.name.startswith("checkpoint-3"):
+            os.kill(os.getpid(), signal.SIGTERM)  # it waits for one more update, and is not killed meanwhile
+            time.sleep(1.0)
+        seal(path)
+
+    monkeypatch.setattr(trainer.TokenTrainer, "evaluate", measured)
+    monkeypatch.setattr(trainer, "seal", sealed)
+    every = {"eval_steps": 3, "save_steps": None} if what == "measuring" else {"save_steps": 3}
+    with pytest.raises(Interrupted, match="saved"):
+        train(fields(folder, "l2d", **every), *([Signal(2, signal.SIGTERM)] if what == "measuring" else []))
+    assert killed == []
+    assert output_dir.damage(output_dir.checkpoints(folder / "out")[-1]) is None
+
+
+def test_an_update_that_does_not_end_is_not_waited_for_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    killed = threading.Event()
+    monkeypatch.setattr(interruption, "GRACE", 0.05)
+    monkeypatch.setattr(Interruption, "_end", lambda self: killed.set())
+    for is_during in (True, False):
+        killed.clear()
+        with Interruption() as heard:
+            if is_during:
+                heard.begins()
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert killed.wait(0.5) == is_during
+            if not is_during:
+                heard.begins()  # the last one
+                assert killed.wait(5)
 
 
 def test_only_a_second_ctrl_c_ends_at_once(folder: Path) -> None:
@@ -642,6 +689,7 @@ import json, os, random, signal, sys, threading, time
 from l2d_framework.config import parse_run
 from l2d_framework.training.reward.run import train_reward
 from l2d_framework.training.run import train_runs
+from l2d_framework.writing import staged
 
 run, wanted, draw, kills, inside, number = json.loads(sys.argv[1]), int(sys.argv[2]), random.Random(0), 0, 0, 0
 

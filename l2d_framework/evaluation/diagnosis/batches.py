@@ -64,7 +64,8 @@ class Batch:
 
 def read_rows(source: UnloadedModel, sources: Sequence[Mapping[str, Any]], max_length: int) -> tuple[list[Any], Any]:
     """Rows of data sources, entries of a `data` section, as a model reads them, and what the data was."""
-    section = validated(DataSection, {"train": list(sources), "max_length": max_length}, "data")
+    fields = {"train": list(sources), "max_length": max_length, "drop_unsupervised": True}  # which is told
+    section = validated(DataSection, fields, "data")
     prepared = prepare(section, source.tokenizer, classes=source.classes)
     return list(prepared.train), prepared.card["sources"]["train"]
 

@@ -105,6 +105,23 @@ def test_models_without_diffusion_and_without_a_language_model_are_measured_too(
         assert settings_of(tmp_path / name) == settings
 
 
+def test_rows_that_are_cut_to_nothing_are_left_out_and_told(folders, tmp_path, caplog):
+    rows = [{"prompt": "x" * count, "completion": "yes"} for count in (2, 60, 70)]
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    shown = run(folders / "l2d", "--data", data, "--max-length", 40, "--num-inference-steps", "1")
+    assert shown.exit_code == 0, shown.output
+    assert "of 1 rows" in shown.stdout and "left out 2 of 3 examples" in caplog.text
+
+
+def test_numbers_that_no_solver_can_make_are_named(folders):
+    steps = ("--num-inference-steps", "1,2,3", "--solver", "midpoint", "--limit", 2)
+    assert (
+        "Left out, since no solver or model here can make them: 2."
+        in run(folders / "l2d", "--data", folders / "sums.jsonl", *steps).stderr
+    )
+
+
 @pytest.mark.parametrize(
     ("model", "options", "error", "message"),
     [
