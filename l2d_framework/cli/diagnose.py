@@ -71,7 +71,7 @@ def diagnose(
             "Give the output_dir of a diffusion run."
         )
     settings = _settings(source, options, adaptive_solver)
-    rows = held_out.Rows(data, name, split, columns, class_column, limit, max_length)
+    rows = held_out.HeldOutRows(data, name, split, columns, class_column, limit, max_length)
     rows.check(source, settings.sampling)
     prepared, card = rows.read(source)
 

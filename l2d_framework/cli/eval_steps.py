@@ -63,7 +63,7 @@ def eval_steps(
     made = {sampling.num_inference_steps for sampling in settings}
     if left_out := sorted(set(counts) - made):
         typer.echo(f"Left out, since no solver or model here can make them: {', '.join(map(str, left_out))}.", err=True)
-    rows = held_out.Rows(data, name, split, columns, class_column, limit, max_length)
+    rows = held_out.HeldOutRows(data, name, split, columns, class_column, limit, max_length)
     for sampling in settings:
         rows.check(source, sampling)
     prepared, card = rows.read(source)
@@ -73,7 +73,8 @@ def eval_steps(
         lm = source.load(where)
     with Meter("solving", "batches") as meter:
         result = run(lm, prepared, settings, batch_size=batch_size, track=meter.track)
-    title = f"Held-out tokens, the true ones before given; {result['tokens']:,} tokens of {result['rows']:,} rows"
+    weights = str(lm.backbone.lm.dtype).removeprefix("torch.")
+    title = f"Held-out tokens, the true ones before given; {result['tokens']:,} of {result['rows']:,} rows, {weights}"
     common.show(table(result), sentences(result), title=title)
     if out is not None:
         facts = {"model": source.identity(), "sampling": settings[-1].model_dump(mode="json"), "data": card}

@@ -82,7 +82,7 @@ def _part(output: Path) -> Path:
     return output.with_name(f"{output.name}.part")
 
 
-class Rows:
+class AnswerFile:
     """A JSONL file, if one is named, under the name of a part until the last row is in it.
 
     Rows are in the file as soon as they are known, so an interruption loses none.
@@ -287,7 +287,7 @@ class Session:
         """Fill gaps in texts, print and write the results."""
         assert self.lm is not None
         answers = []
-        with Rows(output) as rows, self._watch(len(texts)) as watch:
+        with AnswerFile(output) as rows, self._watch(len(texts)) as watch:
             for text in texts:
                 answers += self.lm.infill(text, **self.sampling).texts(self.tokenizer)
                 rows.write([{"infill": text, "answers": [{"text": answers[-1]}]}])
@@ -307,7 +307,7 @@ class Session:
         trace = recorder.finish([*batch[0], *answer.pop("ids")])
         write_trace(trace, self.tokenizer, path, title=title)
         typer.echo(answer["text"])
-        with Rows(output) as rows:
+        with AnswerFile(output) as rows:
             rows.write([{"prompt": prompt, "answers": [answer]}])
 
     def answer(
@@ -376,10 +376,10 @@ class Session:
     ) -> None:
         """Answer all prompts, print and write the answers."""
         if stream:
-            with Rows(output) as file:
+            with AnswerFile(output) as file:
                 file.write([{"prompt": prompts[0], "answers": [{"text": self.stream(prompts[0])}]}])
             return
-        with Rows(output) as file, self._watch(len(encoded)) as watch:
+        with AnswerFile(output) as file, self._watch(len(encoded)) as watch:
             left = [self.samples] * len(encoded)
 
             def keep(number: int, tokens: list[int], evaluations: list[int]) -> None:

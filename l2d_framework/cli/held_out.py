@@ -29,7 +29,7 @@ BatchSize = Annotated[int, typer.Option(min=1, help="Rows at a time; does not ch
 
 
 @dataclass(frozen=True)
-class Rows:
+class HeldOutRows:
     """Which rows of which data sets, by the options of the same names."""
 
     data: list[str]
