@@ -11,11 +11,14 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from l2d_framework.config import DiffusionRun, TrainingSection
+from l2d_framework.diffusion.diffusion import Diffusion
 from l2d_framework.diffusion.loss import denoising_loss
-from l2d_framework.diffusion.training_noise import NoiseRule, draw
+from l2d_framework.diffusion.training_noise import NoiseRule, draw, draw_solves
+from l2d_framework.diffusion.trajectory import trajectory_loss
 from l2d_framework.errors import ConfigError
 from l2d_framework.models import checkpoint
 from l2d_framework.models.diffusion_lm import DiffusionLM
+from l2d_framework.parametrization import Parametrization
 from l2d_framework.training.data.collate import IGNORED
 from l2d_framework.types import Layout
 
@@ -63,6 +66,11 @@ class Denoiser(Learner):
         super().__init__()
         self.model = model
         self._training, self._seed = training, seed
+        if model.backbone.carries and training.unroll is None:
+            raise ConfigError(
+                f"Backbone {model.backbone.config.component_name()!r} carries hidden states from one evaluation to the "
+                "next, which only training.unroll teaches. Set training.unroll to {}, or let the backbone carry none."
+            )
         self._dtype = model.backbone.lm.dtype if model.backbone.trains_lm else None
         own = {id(parameter) for parameter in model.own_parameters().values()}
         for parameter in model.parameters():
@@ -78,9 +86,10 @@ class Denoiser(Learner):
     def check(run: DiffusionRun) -> None:
         """Refuse what the backbone cannot do, before weights are loaded."""
         draws, checkpoints = run.training.draws_per_token, run.training.gradient_checkpointing
-        if draws == 1 and not checkpoints:
+        if draws == 1 and not checkpoints and run.training.unroll is None:
             return
-        backbone, name = checkpoint.build_model(run, meta=True).backbone, run.backbone.component_name()
+        model = checkpoint.build_model(run, meta=True)
+        backbone, name = model.backbone, run.backbone.component_name()
         if draws > 1 and not backbone.independent_positions:
             raise ConfigError(
                 f"training.draws_per_token is {draws}, but noisy positions of backbone {name!r} see each other: a "
@@ -90,10 +99,12 @@ class Denoiser(Learner):
             raise ConfigError(
                 f"training.gradient_checkpointing is true, but backbone {name!r} offers none. Set it to false."
             )
+        if run.training.unroll is not None:
+            _check_unroll(run, model)
 
     @override
     def forward(self, **batch: Tensor) -> dict[str, Tensor]:
-        """Denoising loss of a batch.
+        """Denoising loss of a batch, on noised true tokens or along the model's own trajectory.
 
         Noise is keyed by (seed, epoch, index) in training and by (seed, index) in evaluation, where labels of classes
         are never dropped, so that evaluations can be compared.
@@ -110,10 +121,13 @@ class Denoiser(Learner):
             fixed_times=not self.training,
             is_first_noisier=self.training,
         )
-        draws = draw(self.model, layout, rule)
         classes = batch["class_id"] if self.model.backbone.config.num_classes else None
-        counted = batch["labels"] != IGNORED
-        losses = denoising_loss(self.model, layout, draws, classes=classes, counted=counted, chunk=settings.loss_chunk)
+        how: Any = {"classes": classes, "counted": batch["labels"] != IGNORED, "chunk": settings.loss_chunk}
+        if settings.unroll is None:
+            losses = denoising_loss(self.model, layout, draw(self.model, layout, rule), **how)
+        else:
+            solves = draw_solves(layout, rule, fewest=settings.unroll.fewest, most=settings.unroll.most)
+            losses = trajectory_loss(self.model, layout, solves, **how)
         return {
             "loss": losses.total,
             "losses": losses.tokens,
@@ -147,3 +161,17 @@ class Denoiser(Learner):
     @override
     def restore(self, folder: Path) -> None:
         checkpoint.load_weights(self.model, folder)
+
+
+def _check_unroll(run: DiffusionRun, model: Diffusion) -> None:
+    if isinstance(model.schedule, nn.Module):
+        raise ConfigError(
+            f"training.unroll shows no true token in a noisy state, from which schedule {run.schedule.component_name()!r} "
+            "learns its times. Leave training.unroll out, or take another schedule."
+        )
+    space = type(model.parametrization)
+    if (space.corrupt, space.prior) != (Parametrization.corrupt, Parametrization.prior):
+        raise ConfigError(
+            f"training.unroll moves along a slope, but parametrization {run.parametrization.component_name()!r} corrupts "
+            "tokens in a way of its own. Leave training.unroll out."
+        )

@@ -13,11 +13,11 @@ BUILT_IN = {(kind, name): found for kind in OURS.kinds() for name, found in OURS
 
 VARIANTS = [
     ("schedule", "linear", {"times": "cosmap", "minimum_noise": 0.1, "velocity_scaling": "edm"}),
-    ("parametrization", "embedding", {"size": 16, "estimate": {"mode": "argmax"}}),
+    ("parametrization", "embedding", {"size": 16, "estimate": {"mode": "argmax"}, "self_conditioning": "add"}),
     ("parametrization", "embedding", {"estimate": {"mode": "average", "renormalize": True}}),
     ("parametrization", "embedding", {"estimate": {"temperature": {"name": "constant", "value": 0.7}}}),
     ("backbone", "two_stream", {"num_classes": 3, "rank": 4, "targets": ["q_proj", "up_proj"]}),
-    ("backbone", "two_stream", {"variant": "full"}),
+    ("backbone", "two_stream", {"variant": "full", "carry": True}),
     ("backbone", "two_stream", {"variant": "full_random", "num_classes": 1}),
     ("schedule", "cosine", {"steps": None}),
     ("schedule", "information", {"family": "gumbel", "base": {"name": "cosine"}}),
