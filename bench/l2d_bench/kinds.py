@@ -11,6 +11,7 @@ from l2d_bench.data.templated import TemplatedRows
 from l2d_bench.data.tess_data import TessTexts
 from l2d_bench.measures.agreement import AgreementMeasure
 from l2d_bench.measures.base import Measure
+from l2d_bench.measures.diagnosis import DiagnosisMeasure
 from l2d_bench.measures.held_out import HeldOutMeasure
 from l2d_bench.measures.loss import LossMeasure
 from l2d_bench.measures.parameters import ParametersMeasure
@@ -32,6 +33,7 @@ KINDS: dict[str, type[Measure]] = {
     "loss": LossMeasure,
     "held_out": HeldOutMeasure,
     "steps": StepsMeasure,
+    "diagnosis": DiagnosisMeasure,
     "trace": TraceMeasure,
     "samples": SamplesMeasure,
     "agreement": AgreementMeasure,

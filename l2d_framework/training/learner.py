@@ -165,13 +165,15 @@ class Denoiser(Learner):
 
 def _check_unroll(run: DiffusionRun, model: Diffusion) -> None:
     if isinstance(model.schedule, nn.Module):
+        name = run.schedule.component_name()
         raise ConfigError(
-            f"training.unroll shows no true token in a noisy state, from which schedule {run.schedule.component_name()!r} "
-            "learns its times. Leave training.unroll out, or take another schedule."
+            f"training.unroll shows no true token in a noisy state, from which schedule {name!r} learns its times. "
+            "Leave training.unroll out, or take another schedule."
         )
     space = type(model.parametrization)
     if (space.corrupt, space.prior) != (Parametrization.corrupt, Parametrization.prior):
+        name = run.parametrization.component_name()
         raise ConfigError(
-            f"training.unroll moves along a slope, but parametrization {run.parametrization.component_name()!r} corrupts "
-            "tokens in a way of its own. Leave training.unroll out."
+            f"training.unroll moves along a slope, but parametrization {name!r} corrupts tokens in a way of its own. "
+            "Leave training.unroll out."
         )

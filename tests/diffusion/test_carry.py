@@ -104,7 +104,13 @@ def test_every_branch_of_a_guidance_has_a_state_of_its_own():
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"solver": "heun"}, {"patience": 1, "num_inference_steps": 15}, {"solver": {"name": "fehlberg2", "rtol": 1.0, "atol": 1.0}, "num_inference_steps": None}, {"batch_size": 2}],
+    [
+        {},
+        {"solver": "heun"},
+        {"patience": 1, "num_inference_steps": 15},
+        {"solver": {"name": "fehlberg2", "rtol": 1.0, "atol": 1.0}, "num_inference_steps": None},
+        {"batch_size": 2},
+    ],
 )
 def test_a_row_is_answered_alike_alone_and_among_others(options):
     ends = {"eos_token_id": [*range(60, 160)], "max_new_tokens": 12}

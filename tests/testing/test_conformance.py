@@ -31,6 +31,7 @@ VARIANTS = [
     ("backbone", "in_place", {"initialization": "random", "time_bias": True}),
     ("backbone", "in_place", {"label_shift": False, "num_classes": 1}),
     ("solver", "renoise", {"deterministic": True}),
+    ("solver", "euler", {"churn": 1.0}),
     ("guidance", "classifier_free", {"scale": 2.0}),
     *(("solver", "torchdiffeq_fixed", {"method": method}) for method in ("euler", "heun2", "heun3", "rk4")),
     *(("solver", "torchdiffeq_adaptive", {"method": method}) for method in ("dopri8", "bosh3", "fehlberg2")),
