@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from l2d_bench.data.hops import HopQuestions
 from l2d_bench.data.l2d_data import L2DQuestions
 from l2d_bench.data.makers import DemoQuestions, Maker
 from l2d_bench.data.masked_model import MaskedModel
@@ -45,6 +46,7 @@ MAKERS: dict[str, type[Maker]] = {
     "templated": TemplatedRows,
     "given_rows": GivenRows,
     "data_set_rows": DataSetRows,
+    "hops": HopQuestions,
     "l2d_questions": L2DQuestions,
     "tess_texts": TessTexts,
     "masked_model": MaskedModel,

@@ -81,7 +81,7 @@ class Solves:
     positions: Tensor
     valid: Tensor
     kept: Tensor
-    random: Streams
+    random: ExampleStreams
 
 
 def draw_solves(layout: Layout, rule: NoiseRule, *, fewest: int, most: int) -> Solves:
@@ -99,7 +99,7 @@ def draw_solves(layout: Layout, rule: NoiseRule, *, fewest: int, most: int) -> S
     examples = _examples(layout, rule, "solve")
     counts = [int(example.random.integers(fewest, most + 1)) for example in examples]
     order = sorted(range(len(examples)), key=lambda row: -counts[row])
-    random = Streams([examples[row] for row in order], layout.tokens.device)
+    random = ExampleStreams([examples[row] for row in order], layout.tokens.device)
     return Solves(
         rows=torch.tensor(order, device=random.device),
         counts=[counts[row] for row in order],
@@ -125,7 +125,7 @@ def draw(diffusion: Diffusion, layout: Layout, rule: NoiseRule) -> Draws:
         The draws, on the layout's device.
     """
     examples = _examples(layout, rule, "train")
-    batch = Streams(examples, layout.tokens.device)
+    batch = ExampleStreams(examples, layout.tokens.device)
     u = batch.stack([example.uniform() for example in examples])
     noise = diffusion.parametrization.noise(batch)
     kept = batch.kept(rule)
@@ -165,16 +165,16 @@ class _Example:
         return numbers[:, self._block].reshape(-1)
 
 
-class Streams:
+class ExampleStreams:
     """`Random` of a batch of examples, each with its own generator, about their supervised positions."""
 
     def __init__(self, examples: list[_Example], device: torch.device, width: int | None = None) -> None:
         self._examples, self.device = examples, device
         self._width = max(len(example.positions) for example in examples) if width is None else width
 
-    def first(self, rows: int) -> Streams:
+    def first(self, rows: int) -> ExampleStreams:
         """Those of the first examples; the streams of the others stay where they are."""
-        return Streams(self._examples[:rows], self.device, self._width)
+        return ExampleStreams(self._examples[:rows], self.device, self._width)
 
     def positions(self) -> Tensor:
         """Supervised slots, (B, L), int64."""

@@ -273,7 +273,7 @@ def check_backbone_joins(config: BackboneConfig) -> None:
 
 @law.where(lambda backbone: backbone.carries)
 def check_backbone_carries(config: BackboneConfig) -> None:
-    """What an evaluation leaves has the shape of the next one's input, is made position by position, and is zero for zero."""
+    """What an evaluation leaves is as wide as the next one's input, made position by position, and zero for zero."""
     for _, backbone, scene in noisy_scenes(config):
         hidden = scene.ask(backbone)
         more = backbone.carry(hidden)
