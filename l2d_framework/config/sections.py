@@ -272,8 +272,9 @@ class UnrollSection(Section):
     """Learn along the model's own trajectory instead of the true path.
 
     Every example is solved from noise by Euler's method, in a number of evaluations drawn for it, and each evaluation
-    is learnt from; the logged loss is the mean over all of them, the first among them. A random number of loops keeps more of them from doing harm (STARS, arXiv:2605.26733), a loss at
-    each makes an early end useful (LoopUS, arXiv:2605.11011).
+    is learnt from; the logged loss is the mean over all of them, the first among them. A random number of loops keeps
+    more of them from doing harm (STARS, arXiv:2605.26733), a loss at each makes an early end useful (LoopUS,
+    arXiv:2605.11011).
     """
 
     fewest: int = Field(default=2, ge=2)

@@ -16,9 +16,9 @@ from l2d_bench.data.rows import Row, write_rows
 class HopQuestions(Maker):
     """Rows of a map of numbers, each to another, and hops along it: `, 3 5 , 5 0 , 0 3 ; 2 from 3 = 0`.
 
-    Every hop is a look-up of what the one before has found, so that no network of a fixed depth answers any number of
-    them in one pass. `base.jsonl` has all hops of one in every row, as texts; `new.jsonl` questions of one hop up to the
-    most, as prompts with completions, and `held_out_N.jsonl` those of N hops, of other maps.
+    Every hop looks up what the one before has found, so that no network of a fixed depth answers any number of them in
+    one pass. `base.jsonl` has all hops of one in every row, as texts; `new.jsonl` questions of one hop up to the most,
+    as prompts with completions, and `held_out_N.jsonl` those of N hops, of other maps.
     """
 
     kind: Literal["hops"] = "hops"
