@@ -164,7 +164,8 @@ def chunked_cross_entropy(
 
 
 def _sum(losses: Tensor, weights: Tensor | None) -> Tensor:
-    return losses.sum() if weights is None else losses @ weights
+    # No product of matrices, which autocast would round to half precision.
+    return losses.sum() if weights is None else (losses * weights).sum()
 
 
 def _exponentials(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

@@ -96,6 +96,16 @@ def test_an_example_loses_what_it_loses_alone(options):
             torch.testing.assert_close(together.tokens[together.row == row], alone.tokens, rtol=1e-3, atol=1e-3)
 
 
+def test_in_half_precision_the_total_stays_single():
+    model, layout = shared_lm(carry=True), ragged()
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        found, drawn = losses(model, layout), solves(layout)
+    counts = dict(zip(drawn.rows.tolist(), drawn.counts, strict=True))
+    share = torch.tensor([1 / counts[row] for row in found.row.tolist()])
+    assert found.total.dtype == torch.float32
+    torch.testing.assert_close(found.total, (found.tokens * share).sum())
+
+
 def test_what_is_not_counted_is_solved_and_not_learnt():
     model, layout = shared_lm(carry=True), ragged()
     counted = torch.zeros_like(layout.blocks, dtype=torch.bool)
