@@ -42,7 +42,7 @@ class DiagnosisMeasure(Measure):
             subject: the model.
 
         Returns:
-            Values, and both cross-entropies as curves.
+            The values.
         """
         import torch
 
@@ -71,11 +71,10 @@ class DiagnosisMeasure(Measure):
         tokens = torch.cat(counts)
         sums = {"network": torch.cat(network), "combination": torch.cat(combined)}
         sums["gain"] = sums["combination"] - sums["network"]
-        values, curves = {}, {}
+        values = {}
         for name, each in sums.items():
             numbers = [ratio(each[:, place], tokens) for place in range(len(times))]
-            curves[name] = [[time, float(number.value or 0)] for time, number in zip(times, numbers, strict=True)]
             for time, number in zip(times[1:], numbers[1:], strict=True):
                 value, error = float(number.value or 0), number.standard_error
                 values[f"{name}_{time:g}"] = Value(value=value, error=error, items=len(rows))
-        return Outcome(values=values, curves=curves, details={"tokens": int(tokens.sum())})
+        return Outcome(values=values, details={"tokens": int(tokens.sum())})
