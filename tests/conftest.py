@@ -1,10 +1,12 @@
 """What every test may ask for: folders of reference data, tiny language models, tiny tokenizers."""
 
+import gc
 import json
 import logging
 import os
 import re
 import shutil
+import signal
 import tempfile
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -23,6 +25,8 @@ os.environ.update(
 )
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.pop("L2D_PLUGINS", None)
+# Shells start what is to run in the background with this signal ignored, which tests send themselves.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import shared_folders
 import torch
@@ -33,6 +37,12 @@ from tiny_models import tiny_tokenizer as build_tokenizer
 
 def pytest_unconfigure() -> None:
     shutil.rmtree(os.environ["HF_HOME"], ignore_errors=True)
+
+
+def pytest_collection_finish() -> None:
+    # Millions of objects of libraries and tests live to the end; looking through them again and again takes minutes.
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
