@@ -25,14 +25,15 @@ os.environ.update(
 )
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.pop("L2D_PLUGINS", None)
-# Shells start what is to run in the background with this signal ignored, which tests send themselves.
-signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import shared_folders
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import tiny_lm as build_lm
 from tiny_models import tiny_tokenizer as build_tokenizer
+
+# Shells start what is to run in the background with this signal ignored, which tests send themselves.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_unconfigure() -> None:
