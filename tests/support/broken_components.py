@@ -392,6 +392,11 @@ class Boastful(Forward):
         return 2
 
 
+class StraightOnly(Forward):
+    def step(self, problem, x, t, s):
+        return x + (s - t) * (problem.clean(x, t) - x) / (1 - t)
+
+
 class OneStep(Doubling):
     def solve(self, problem, x, times):
         return self.step(problem, x, times[0], times[-1])
@@ -426,7 +431,8 @@ SOLVERS = [
     (solvers.check_solver_times, Implicit(), "set evaluates_end"),
     (solvers.check_solver_evaluation_count, Miscounted(), "num_inference_steps=2 became"),
     (solvers.check_solver_evaluation_count, WordlessRefusal(), "names no number that works"),
-    (solvers.check_solver_order, Boastful(), "Order 2 is declared"),
+    (solvers.check_solver_order, Boastful(), "Order 2 is declared, 1.0"),
+    (solvers.check_solver_order, StraightOnly(), "on bent paths"),
     (solvers.check_solver_is_the_textbooks, Overclaiming(), "as the textbook writes it"),
     (solvers.check_solver_accuracy, OneStep(), "The solution is missed"),
     (solvers.check_solver_budget, Spendthrift(), "with a budget of 20"),
