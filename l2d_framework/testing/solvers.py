@@ -26,6 +26,11 @@ from l2d_framework.types import Context, Query, Random, Stride
 
 law = Laws()
 
+
+def _converges(solver: Solver) -> bool:
+    return solver.gaussian_path and not (solver.is_adaptive or solver.is_stochastic)
+
+
 _KEYS = torch.arange(6).view(2, 3)
 _ALIKE = torch.zeros(1, 4, dtype=torch.int64)
 _END = 0.9
@@ -35,7 +40,7 @@ _REFERENCE_ERROR = 1e-9
 """Largest error of what is taken for the solution, at which nothing more can be said of an order."""
 
 
-@law
+@law.where(lambda solver: solver.gaussian_path)
 def check_solver_reaches_a_constant(solver: Solver) -> None:
     """If the clean state never changes, the end of the path is the end of a straight line to it."""
     end = 0.99 if solver.evaluates_end else 1.0
@@ -84,7 +89,7 @@ def check_solver_evaluation_count(solver: Solver) -> None:
     ensure(len(sizes) >= 2, "grid_size refuses nearly every number of evaluations from 1 to 17.")
 
 
-@law.where(lambda solver: not (solver.is_adaptive or solver.is_stochastic))
+@law.where(_converges)
 def check_solver_order(solver: Solver) -> None:
     """Halving the step divides the error by 2 to the declared order at least, on straight paths and on bent ones.
 
@@ -106,7 +111,7 @@ def check_solver_order(solver: Solver) -> None:
         )
 
 
-@law.where(lambda solver: not (solver.is_adaptive or solver.is_stochastic))
+@law.where(_converges)
 def check_solver_is_the_textbooks(solver: Solver) -> None:
     """Written out as sums of what is asked for by state and time alone, the method ends at the same place.
 
@@ -142,7 +147,7 @@ def check_solver_is_the_textbooks(solver: Solver) -> None:
     ensure_close(reached, expected, claim)
 
 
-@law.where(lambda solver: solver.is_adaptive)
+@law.where(lambda solver: solver.is_adaptive and solver.gaussian_path)
 def check_solver_accuracy(solver: Solver) -> None:
     """An adaptive solve of a smooth equation ends near its solution."""
     x, true = _reference(ToySchedule(), 0.0, 0.6)

@@ -267,6 +267,11 @@ class ShuffledNoise(ProjectedSpace):
         return super().corrupt(tokens, noise - noise.mean((0, 1)), t, schedule, table)
 
 
+class Deaf(ProjectedSpace):
+    def corrupt(self, tokens, noise, t, schedule, table):
+        return super().corrupt(tokens, noise, t**2, schedule, table)
+
+
 class Stubborn(MaskedSpace):
     def refine(self, logits, x, t, schedule, table):
         return super().refine(logits, -1 - 0 * x, t, schedule, table)
@@ -295,6 +300,10 @@ class Copies(ProjectedSpace):
         return copy.deepcopy(super().with_estimate(options))
 
 
+class Modest(Projected):
+    gaussian_path: ClassVar[bool] = False
+
+
 def masked(space: type[MaskedSpace]) -> Masked:
     return projected(space, Masked)
 
@@ -316,6 +325,8 @@ PARAMETRIZATIONS = [
     (parametrizations.check_estimate_is_tokenwise, projected(BatchAverage), "must not depend on its batch mates"),
     (parametrizations.check_prior_is_corruption_at_the_start, projected(LoudPrior), "prior must be"),
     (parametrizations.check_corruption_ends_clean, projected(NeverClean), "corrupt must be encode at t = 1"),
+    (parametrizations.check_gaussian_path_is_declared, projected(Deaf), "gaussian_path is True, and corrupt"),
+    (parametrizations.check_gaussian_path_is_declared, Modest(), "gaussian_path is False, though"),
     (parametrizations.check_corruption_is_tokenwise, projected(ShuffledNoise), "must not depend on its batch mates"),
     (parametrizations.check_refinement_knows_clean_states, masked(Stubborn), "does not know the token"),
     (parametrizations.check_refinement_is_tokenwise, masked(Gossip), "must not depend on its batch mates"),
