@@ -26,11 +26,6 @@ from l2d_framework.types import Context, Query, Random, Stride
 
 law = Laws()
 
-
-def _converges(solver: Solver) -> bool:
-    return solver.gaussian_path and not (solver.is_adaptive or solver.is_stochastic)
-
-
 _KEYS = torch.arange(6).view(2, 3)
 _ALIKE = torch.zeros(1, 4, dtype=torch.int64)
 _END = 0.9
@@ -38,6 +33,10 @@ _SIZE = 3
 _UNEVEN = [0.0, 0.2, 0.3, 0.6, _END]
 _REFERENCE_ERROR = 1e-9
 """Largest error of what is taken for the solution, at which nothing more can be said of an order."""
+
+
+def _converges(solver: Solver) -> bool:
+    return solver.gaussian_path and not (solver.is_adaptive or solver.is_stochastic)
 
 
 @law.where(lambda solver: solver.gaussian_path)
