@@ -93,6 +93,10 @@ def generate(
     if (stream or not (has_prompts or infill)) and num_return_sequences > 1:
         raise ConfigError(f"One answer at a time can be shown, got --num-return-sequences {num_return_sequences}.")
 
+    from l2d_framework.models.labels import check_class_early
+
+    check_class_early(model, class_name)
+
     from l2d_framework.cli.answer_file import show_answers
     from l2d_framework.cli.generate_session import Session, read_prompts
 
