@@ -141,11 +141,11 @@ def _next(run: Run) -> str:
     from l2d_framework.base_model import LANGUAGE_MODEL
     from l2d_framework.training.run_state import output_folder
 
-    anew = "To begin anew, add --overwrite, which moves the folder aside, or output_dir=ANOTHER."
+    anew = "To begin anew, add --overwrite, which moves the folder aside, or name another output_dir."
     if run.kind == "language_model" or (output_folder(run) / LANGUAGE_MODEL).is_dir():
-        return f"{anew} To train it further, begin a run from it: model.base={run.output_dir} output_dir=ANOTHER."
+        return f"{anew} To train it further, begin a run that has it as model.base, and an output_dir of its own."
     # What is learnt over a frozen language model is no language model to start from.
-    return f"{anew} For more updates do so with another training.max_steps or training.epochs."
+    return f"{anew} For more updates do so with more training.max_steps or training.epochs."
 
 
 def _training_rows(card: dict[str, Any]) -> Iterator[Sequence[str]]:

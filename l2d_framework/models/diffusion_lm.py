@@ -219,7 +219,7 @@ class DiffusionLM(Diffusion):
         if is_greedy and not isinstance(scales, list) and reads_no_noise(self, sampling):
             warnings.warn(
                 f"num_return_sequences={request.num_return_sequences} answers to a prompt will be equal: tokens are "
-                "picked greedily, and without evaluations beyond t = 0 nothing else is drawn. Set do_sample=True, or "
+                "picked greedily, and without evaluations beyond t = 0 nothing else is drawn. Set do_sample, or "
                 "ask for one.",
                 UserWarning,
                 stacklevel=3,
