@@ -1,6 +1,7 @@
 """`l2d generate`: what goes in and comes out, and what is refused before any weights are loaded."""
 
 import json
+import re
 import resource
 
 import pytest
@@ -11,8 +12,9 @@ from typer.testing import CliRunner
 
 from l2d_framework.cli import app
 from l2d_framework.cli.answer_file import AnswerFile
-from l2d_framework.cli.watching import Printer, Watch
+from l2d_framework.cli.watching import Drafts, Printer, Watch
 from l2d_framework.config import parse_run
+from l2d_framework.diffusion.ode import Evaluation
 from l2d_framework.errors import BusyError, L2DError, OutputError
 from l2d_framework.generation.prompts import pad_left
 from l2d_framework.models import checkpoint
@@ -176,9 +178,10 @@ def test_several_answers_stand_below_whose_they_are_and_a_single_one_alone(model
     assert several == f"==> Prompt 0, answer 1 of 2 <==\n{a}\n\n==> Prompt 0, answer 2 of 2 <==\n{b}\n"
 
 
-@pytest.mark.parametrize("options", [("--stop", "e"), ("--do-sample", "--speculate", "auto")])
-def test_what_is_streamed_or_traced_is_the_answer(model, tmp_path, options):
-    asked = (model, "--prompt", "Hello", "--max-new-tokens", "12", "--num-inference-steps", "3", *options)
+def test_what_is_streamed_or_traced_is_the_answer(model, tmp_path):
+    asked = (model, "--prompt", "Hello", "--max-new-tokens", "12", "--num-inference-steps", "3")
+    stop = lines(*asked)[0][7]
+    asked += ("--stop", stop)
     rows, traces = [], []
     for number, how in enumerate([(), ("--stream",), ("--trace",), ("--stream", "--trace")]):
         page = tmp_path / f"{number}.html"
@@ -206,6 +209,21 @@ def test_what_is_printed_of_tokens_as_they_come_is_the_text_up_to_a_stop(capsys,
     wanted = min((text[: text.find(stop)] for stop in stops), key=len, default=text)
     assert "".join(seen) == f"{wanted}\n"
     assert sum(map(bool, seen)) > 5
+
+
+def test_a_draft_shows_what_is_known_around_a_gap_and_an_answer_up_to_its_end(monkeypatch, capsys):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    tokenizer = tiny_tokenizer()
+    a, b, c = tokenizer("abc", add_special_tokens=False)["input_ids"]
+    for known, ends, place, drafted, shown in (
+        ({0: a, 2: c}, (), 1, [b], "t = 0.50  abc"),
+        ({}, (c,), 7, [b, a, c, b], "t = 0.50  ba"),
+    ):
+        logits = torch.nn.functional.one_hot(torch.tensor([drafted]), 300).float()
+        positions = torch.arange(place, place + len(drafted))[None]
+        with Drafts(tokenizer, ends, known) as drafts:
+            drafts(Evaluation(positions, torch.full(positions.shape, 0.5), logits, logits, False))
+        assert re.search(rf"{re.escape(shown)}\s", capsys.readouterr().err)
 
 
 def test_the_output_file_holds_prompts_answers_and_what_they_cost(model, lm, tmp_path):
