@@ -39,10 +39,10 @@ from l2d_framework.config.validation import validated
 from l2d_framework.errors import CheckpointError
 from l2d_framework.generation.prompts import read_template
 from l2d_framework.models.diffusion_lm import DiffusionLM
+from l2d_framework.models.labels import MANIFEST
 from l2d_framework.models.manifest import (
     CARD,
     FORMAT,
-    MANIFEST,
     WEIGHTS,
     base_reference,
     file_hash,
