@@ -71,7 +71,7 @@ SMALLER = {
 LONG = ("l2d train-reward", "l2d generate tuned --prompt", "l2d eval-text")
 """Begins of commands that the quick tests leave out, since TRL or a judge takes its time."""
 
-OTHERS = ("accelerate", "make", "pip", "pytest", "torchrun")
+OTHERS = ("accelerate", "make", "pip", "pytest", "python", "torchrun")
 """Programs that no test here runs; the commands of l2d behind `-m` are looked at all the same."""
 
 ROWS = [
@@ -174,7 +174,7 @@ def run(pages: list[str], command: Callable[[str], None], *, leave_out: tuple[st
     """Runs all snippets of pages in order; returns what their Python has named."""
     known: dict[str, Any] = {}
     for snippet in [snippet for page in pages for snippet in doc_pages.snippets(page)]:
-        if not snippet.language and not snippet.text.startswith((*OTHERS, *leave_out)):
+        if snippet.program in ("l2d", "lm_eval") and not snippet.text.startswith(leave_out):
             command(snippet.text)
         elif snippet.language == "python" and not snippet.file:
             exec(snippet.text, known)
@@ -251,27 +251,29 @@ def test_what_the_pages_say_of_evaluation(real_folder):
 
 
 def test_every_page_with_commands_of_ours_is_run_or_asks_for_help_only():
-    elsewhere = {snippet.page for snippet in commands() if not snippet.text.startswith(OTHERS)}
+    assert {snippet.program for snippet in commands()} <= {"l2d", "lm_eval", *OTHERS}
+    ours = {snippet.page for snippet in commands() if snippet.program not in OTHERS}
     # What the last two say is looked at below, and run by the tests of these commands.
-    assert elsewhere <= {*L2D, *TESS, *PLUGINS, *EVALUATION, "docs/install.md", "docs/reference/options.md"}
+    assert ours <= {*L2D, *TESS, *PLUGINS, *EVALUATION, "docs/install.md", "docs/reference/options.md"}
     lines = [snippet.text for snippet in commands()]
     assert [start for start in SMALLER if not any(line.startswith(start) for line in lines)] == []
 
 
-def ours(line: str) -> list[str] | None:
-    """Arguments of l2d, also where another program launches it; None where it is not called."""
-    _, is_launched, arguments = line.partition("-m l2d_framework.cli ")
-    words = shlex.split(arguments if is_launched else line)
-    return words if is_launched else words[1:] if words[0] == "l2d" else None
+def requests() -> list[list[str]]:
+    """Arguments of l2d in all commands, also where another program launches it."""
+    found = []
+    for snippet in commands():
+        _, is_launched, arguments = snippet.text.partition("-m l2d_framework.cli ")
+        if is_launched:
+            found.append(shlex.split(arguments))
+        elif snippet.program == "l2d":
+            found.append(shlex.split(snippet.text)[1:])
+    return found
 
 
 def test_every_command_has_a_name_and_options_that_there_are(folder):
-    for line in dict.fromkeys(snippet.text for snippet in commands()):
-        arguments = ours(line)
-        if arguments is None:
-            assert line.startswith(OTHERS) or "lm_eval" in line
-        else:
-            parse(arguments)
+    for arguments in requests():
+        parse(arguments)
 
 
 def parse(words: list[str]) -> None:
@@ -290,7 +292,7 @@ def test_every_run_file_passes_its_check_and_knows_what_commands_replace(mine, f
     for name in doc_pages.files(doc_pages.PAGES):
         if name.endswith(".yaml"):
             invoke(f"l2d config check {name}")
-    for arguments in filter(None, (ours(snippet.text) for snippet in commands())):
+    for arguments in requests():
         for file in arguments:
             if file.endswith(".yaml") and (folder / file).is_file():
                 load_run(file, [word for word in arguments if re.match(r"[\w.]+=", word)])

@@ -9,9 +9,10 @@ import shared_folders
 ROOT = shared_folders.REPOSITORY
 PAGES = sorted(["README.md", *(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").rglob("*.md"))])
 
+_PROGRAMS = "accelerate|l2d|lm_eval|make|pip|pytest|python|torchrun"
 _SNIPPET = re.compile(
     r"^```(?P<language>[a-z]*)\n(?:# (?P<file>[\w.]+)\n)?(?P<code>.*?)^```$"
-    r"|^    (?P<command>(?:accelerate|l2d|lm_eval|make|pip|pytest|torchrun|\w+=\S+) [^\n]*)$",
+    rf"|^    (?P<command>(?:{_PROGRAMS}|[A-Z0-9_]+=\S+) (?:[^\n]|(?<=\\)\n)*)$",
     re.MULTILINE | re.DOTALL,
 )
 
@@ -27,6 +28,12 @@ class Snippet:
     file: str = ""
     """Name that a comment in its first line gives it."""
 
+    @property
+    def program(self) -> str:
+        """What a command runs; empty for anything else."""
+        words = [] if self.language else shlex.split(self.text)
+        return next((word for word in words if "=" not in word), "")
+
 
 def read(page: str) -> str:
     return (ROOT / page).read_text(encoding="utf-8")
@@ -37,7 +44,7 @@ def snippets(page: str) -> list[Snippet]:
     found = []
     for match in _SNIPPET.finditer(read(page)):
         if match["command"]:
-            found.append(Snippet(page, shlex.join(shlex.split(match["command"], comments=True))))
+            found.append(Snippet(page, shlex.join(shlex.split(match["command"].replace("\\\n", " "), comments=True))))
         elif match["language"]:
             found.append(Snippet(page, match["code"], match["language"], match["file"] or ""))
     return found
