@@ -17,7 +17,7 @@ from mkdocs.structure.files import File, Files
 from typer.testing import CliRunner
 
 from l2d_framework.cli import COMMANDS, app
-from l2d_framework.cli.help import Place, facts, places_of
+from l2d_framework.cli.help import Place, _facts, _places_of_run
 from l2d_framework.config import json_schema
 from l2d_framework.registry import INTERFACES, registry
 
@@ -26,6 +26,8 @@ TOP = ("README.md", "CHANGELOG.md", "CONTRIBUTING.md")
 """Pages outside `docs/`."""
 _SOURCE = (".py", ".toml", ".yaml")
 """Endings of files that get a page of their own."""
+Where = tuple[str, ...]
+"""Names of the fields and components that a field of a run file stands under."""
 _LINK = re.compile(r"(?<=\]\()([^)\s:#]+)(?=[)#])")
 _CODE = re.compile(r"(^```.*?^```$)", re.MULTILINE | re.DOTALL)
 
@@ -103,25 +105,30 @@ def _target(file: str, link: str) -> str:
 
 def _options() -> Iterator[str]:
     schema = json_schema()
-    places = places_of(schema)
-    components = {(place.run, place.path): place.schema for place in places if "properties" in place.schema}
-    sections: dict[int, list[Place]] = {}
-    for place in places:
-        if "properties" not in place.schema:
-            sections.setdefault(id(place.owner), []).append(place)
-    for fields in sections.values():
-        above, runs = fields[0].path[:-1], list(dict.fromkeys(field.run for field in fields))
-        heading = ".".join(above) or f"kind: {runs[0]}"
-        yield f"## `{heading}` {{#{heading.replace(': ', '-')}}}\n"
-        yield f"{components.get((runs[0], above), fields[0].owner).get('description', '')}\n"
-        if above:
-            yield f"In runs of kind {', '.join(runs)}.\n"
+    about: dict[tuple[str, Where], str] = {}
+    sections: dict[tuple[int, ...], list[tuple[str, Where]]] = {}
+    fields: dict[tuple[str, Where], list[Place]] = {}
+    for run in schema["$defs"].values():
+        for place in _places_of_run(schema, run):
+            about[place.run, ()] = run["description"]
+            about[place.run, place.path] = place.schema.get("description", "")
+            if "properties" not in place.schema:
+                fields.setdefault((place.run, place.path[:-1]), []).append(place)
+    for where, inside in fields.items():
+        sections.setdefault(tuple(id(place.schema) for place in inside), []).append(where)
+    for places in sections.values():
+        kind, path = min(places, key=lambda where: len(where[1]))
+        name, only = ".".join(path) or f"kind: {kind}", "" if kind == "diffusion" or not path else f" ({kind})"
+        anchor = ".".join([kind, *path] if only else path) or kind
+        yield f"## `{name}`{only} {{#{anchor}}}\n\n{about[kind, path]}\n"
+        if path:
+            yield f"In runs of kind {', '.join(dict.fromkeys(kind for kind, _ in places))}.\n"
         yield "| option | meaning | type | default | allowed |\n|---|---|---|---|---|"
-        for field in {field.path[-1]: field for field in fields}.values():
-            known = dict(facts(schema, field))
+        for field in fields[kind, path]:
+            known = dict(_facts(schema, field))
             default = f"`{known['default']}`" if "default" in field.schema and "default" in known else ""
-            row = (f"`{field.path[-1]}`", field.schema.get("description", ""), known["type"], default)
-            yield _row(*row, known.get("allowed", ""))
+            row = (f"`{field.path[-1]}`", about[kind, field.path], known["type"], default, known.get("allowed", ""))
+            yield _row(*row)
         yield ""
 
 

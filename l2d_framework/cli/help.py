@@ -60,7 +60,7 @@ def help_(
     from l2d_framework.config import json_schema
 
     schema = json_schema()
-    places = places_of(schema)
+    places = [place for part in schema["$defs"].values() for place in _places_of_run(schema, part)]
     words = tuple(word for name in names or [] for word in name.split(".") if word and not word.isdecimal())
     found = [place for place in places if not words or place.answers(words)]
     if not found:
@@ -88,10 +88,10 @@ def help_(
         console.print(f"See also: {', '.join(further)}", markup=False, highlight=False)
 
 
-def places_of(schema: Schema) -> list[Place]:
-    """Every field and component that may stand in a run file, run by run."""
-    runs = [(part, part.get("properties", {}).get("kind", {}).get("const")) for part in schema["$defs"].values()]
-    return [place for part, kind in runs if kind for place in _fields(schema, part, Place((), 0, kind, part, part))]
+def _places_of_run(schema: Schema, part: Schema) -> Iterator[Place]:
+    kind = part.get("properties", {}).get("kind", {}).get("const")
+    if kind is not None:
+        yield from _fields(schema, part, Place((), 0, kind, part, part))
 
 
 def _fields(schema: Schema, section: Schema, above: Place) -> Iterator[Place]:
@@ -134,11 +134,10 @@ def _screen(schema: Schema, place: Place, *, is_whole: bool) -> Screen:
         return _first(text), ()
     if "properties" in place.schema:
         return text, (("from", _distribution(place.path[-1])), *_inside([place.schema]))
-    return text, (*facts(schema, place), *_inside(_sections(schema, place.schema)))
+    return text, (*_facts(schema, place), *_inside(_sections(schema, place.schema)))
 
 
-def facts(schema: Schema, place: Place) -> Iterator[tuple[str, str]]:
-    """Type of a field, its default, allowed values and source, as far as it has them."""
+def _facts(schema: Schema, place: Place) -> Iterator[tuple[str, str]]:
     field = place.schema
     yield "type", _type(schema, field)
     if not _sections(schema, field):
