@@ -32,9 +32,9 @@ check: .venv/.dev
 	.venv/bin/lint-imports
 	.venv/bin/pydoclint --quiet l2d_framework plugins bench
 
-# mkdocs-material speaks of MkDocs 2, which is not what is installed.
+# Not --quiet, under which --strict counts no warning; mkdocs-material speaks of MkDocs 2, which is not installed.
 docs: .venv/.docs
-	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict
 
 test: check install-wheel
 	$(call run-suite,.venv-test)
