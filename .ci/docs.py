@@ -48,6 +48,8 @@ def on_files(files: Files, *, config: Any) -> Files:
         name = path.relative_to(ROOT).as_posix()
         if path.suffix in _SOURCE:
             text = f"# `{name}`\n\n```{path.suffix[1:]}\n{path.read_text(encoding='utf-8')}```\n"
+            # A search for a word should find what explains it.
+            text = f"---\nsearch: {{exclude: true}}\n---\n{text}"
             files.append(File.generated(config, page_of(name), content=text))
             continue
         if not name.startswith("docs/"):
