@@ -60,6 +60,15 @@ class Trace:
     kept: int
     copied: int
 
+    def times(self, factor: float) -> Trace:
+        """What so many times the rows hold, where neither gradients nor pieces of the vocabulary grow with them."""
+        if factor == 1:
+            return self
+        gradients, copies, others, wide = self.held.T
+        others = (factor * (others - wide)).astype(np.int64) + wide
+        kept = self.copied + round(factor * (self.kept - self.copied))
+        return Trace(np.stack([gradients, copies, others, wide], 1), kept, self.copied)
+
     @property
     def vocabulary(self) -> int:
         """Most bytes at a time of what is as wide as the vocabulary."""
