@@ -86,7 +86,7 @@ def plan(
 
 def example(name: str, spans: Sequence[Mapping[str, Any]], *, is_colored: bool) -> Text:
     """A text with what is learnt of it in green or, without colours, in brackets."""
-    text = Text(f"{name}: ", style="bold" if is_colored else "")
+    text = Text().append(f"{name}: ", style="bold" if is_colored else "")
     for span in spans:
         if is_colored:
             text.append(span["text"], style="green" if span["learnt"] else "dim")

@@ -83,6 +83,30 @@ def _plan(run: Run, earlier: Sequence[Run], machine: Machine) -> dict[str, Any]:
     return {**plan, "training": training, "examples": work.examples(), **_memory(run, work, machine, micro, accumulated)}
 
 
+def trial_of(run: TokenRun, config: Any) -> Trial:
+    """A diffusion or language model run, to be tried on shapes.
+
+    Args:
+        run: the run.
+        config: transformers config of its language model.
+
+    Returns:
+        Its model with its loss.
+    """
+    learner: Learner
+    if isinstance(run, DiffusionRun):
+        model = empty_model(run, config)
+        Denoiser.check_backbone(run, model.backbone)
+        learner, vocab_size = Denoiser(model, run.training, run.seed), model.backbone.vocab_size
+    else:
+        nobody: Any = None  # a tokenizer is only saved
+        learner = NextToken(empty_trained_model(run, config), nobody, run.training)
+        vocab_size = config.get_text_config().vocab_size
+    return Trial(
+        learner.train(), lambda batch: learner(**batch)["loss"], vocab_size=vocab_size, bf16=run.training.bf16
+    )
+
+
 def micro_batch(training: Updates, devices: int) -> tuple[int, int]:
     """Rows of a micro-batch on each of some devices, and how many of those an update has there.
 
@@ -124,7 +148,7 @@ def _memory(run: Run, work: _Work, machine: Machine, micro: int, accumulated: in
                         "micro_batch_size": size,
                         "length": length,
                         "gradient_checkpointing": recomputes,
-                        "bytes": trace.copied + round((trace.kept - trace.copied) * size / rows),
+                        "bytes": trace.times(size / rows).kept + (trace.copied if held.masters == 0 else 0),
                     }
                     for size in sizes
                     if size <= run.training.batch_size // machine.devices or size == micro
@@ -180,7 +204,7 @@ class _Work:
 class _TokenWork(_Work):
     def __init__(self, run: TokenRun, earlier: Sequence[Run]) -> None:
         self._run, self._config = run, _config(run, earlier)
-        self._tokenizer = first_tokenizer(run, earlier)
+        self._tokenizer = None if run.data is None else first_tokenizer(run, earlier)
         self._sample: Sample | None = None
         if run.data is not None and self._tokenizer is not None:
             self._sample = sample(run.data, self._tokenizer, classes=classes_of(run))
@@ -188,21 +212,8 @@ class _TokenWork(_Work):
         self._collate = collator(run, self._section, 0 if self._tokenizer is None else pad_id(self._tokenizer), run.seed)
 
     def trial(self, recomputes: bool) -> Trial:
-        run = self._run
-        training = run.training.model_copy(update={"gradient_checkpointing": recomputes})
-        learner: Learner
-        if isinstance(run, DiffusionRun):
-            chosen = run.model_copy(update={"training": training})
-            model = empty_model(chosen, self._config)
-            Denoiser.check_backbone(chosen, model.backbone)
-            learner, vocab_size = Denoiser(model, training, run.seed), model.backbone.vocab_size
-        else:
-            lm = empty_trained_model(run, self._config)
-            tokenizer: Any = self._tokenizer
-            learner, vocab_size = NextToken(lm, tokenizer, training), self._config.get_text_config().vocab_size
-        return Trial(
-            learner.train(), lambda batch: learner(**batch)["loss"], vocab_size=vocab_size, bf16=run.training.bf16
-        )
+        training = self._run.training.model_copy(update={"gradient_checkpointing": recomputes})
+        return trial_of(self._run.model_copy(update={"training": training}), self._config)
 
     def lengths(self) -> list[int]:
         section = self._section

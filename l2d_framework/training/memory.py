@@ -51,9 +51,9 @@ class Trace:
     """What one forward and backward pass holds.
 
     Attributes:
-        held: bytes after every operation, by the fields of `Held`, (n, 4).
-        kept: bytes that the forward pass leaves for the backward pass.
-        copied: bytes of copies of weights among them.
+        held: bytes after every operation, by the fields of `Held`, (n, 5).
+        kept: bytes that the forward pass leaves for the backward pass, in proportion to rows.
+        copied: bytes of copies of weights that it leaves, too.
     """
 
     held: npt.NDArray[np.int64]
@@ -64,15 +64,15 @@ class Trace:
         """What so many times the rows hold, where neither gradients nor pieces of the vocabulary grow with them."""
         if factor == 1:
             return self
-        gradients, copies, others, wide = self.held.T
-        others = (factor * (others - wide)).astype(np.int64) + wide
-        kept = self.copied + round(factor * (self.kept - self.copied))
-        return Trace(np.stack([gradients, copies, others, wide], 1), kept, self.copied)
+        held = self.held.copy()
+        others, wide = held[:, 3], held[:, 4]
+        held[:, 3] = (factor * (others - wide)).astype(np.int64) + wide
+        return Trace(held, round(factor * self.kept), self.copied)
 
     @property
     def vocabulary(self) -> int:
         """Most bytes at a time of what is as wide as the vocabulary."""
-        return int(self.held[:, 3].max())
+        return int(self.held[:, 4].max())
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,7 @@ class Trial:
                     loss = self._loss(dict(batch))
                 before = watch.now
                 loss.backward()  # type: ignore[no-untyped-call]
-            return Trace(np.array(watch.moments, np.int64), before.copies + before.others, before.copies)
+            return Trace(np.array(watch.moments, np.int64), before.others, before.copies)
         finally:
             watch.close()
             for p in self._trained():
@@ -190,7 +190,7 @@ class Trial:
             working, masters = _HALF * count, weights // devices
         if shard == "none" and devices > 1:
             sending = weights
-        rates = np.array([one_gradient / n["gradients"], 0.0 if is_half else 1.0, 1.0, 0.0])
+        rates = np.array([one_gradient / n["gradients"], 0.0 if is_half else 1.0, one_gradient, 1.0, 0.0])
         gradients = int(weights * one_gradient / n["gradients"])
         resident = frozen + buffers + working + masters + self._state // n["optimizer"]
         passing = resident + gathered + sending + int((trace.held @ rates).max())
@@ -202,7 +202,7 @@ class Trial:
             gradients=gradients + sending,
             optimizer=self._state // n["optimizer"],
             gathered=gathered,
-            activations=trace.kept - (trace.copied if is_half else 0),
+            activations=trace.kept + (0 if is_half else trace.copied),
             vocabulary=trace.vocabulary,
             peak=max(passing, updating),
         )
@@ -226,7 +226,7 @@ class Trial:
         state = sum(_bytes(x) for of in optimizer.state.values() for x in of.values())
         for p in self._trained():
             p.grad = None
-        most = max(now.others for now in watch.moments)
+        most = max(now.copies + now.ahead + now.others for now in watch.moments)
         return state, 0 if fused else max(most - state, 0)
 
     def _units(self) -> dict[str, list[nn.Parameter]]:
