@@ -1,9 +1,9 @@
 """Whether `l2d train --dry-run` knows what training holds: `python bench/speed/memory.py [--model FOLDER]`.
 
-Two updates of every kind of run, with rows of one length, beside what the dry run says of them. Measured is what torch's
-allocator gives and takes back from the first update's beginning to the last one's end, by the profiler's events of
-memory, and the weights that were there before: neither libraries nor an allocator's habits are in it, and what kernels
-take for a moment is. Resident memory would hold both of the former, and moves by hundreds of MiB at these sizes.
+Two updates of every kind of run, with rows of one length, beside what the dry run says of them. Measured is what the
+allocator of torch gives and takes back while they are made, by the profiler's events of memory, and the weights that
+were there before: neither libraries nor an allocator's habits are in it, what kernels take for a moment is. Resident
+memory would hold both of the former, and moves by hundreds of MiB at these sizes.
 
 Each case runs in a process of its own on one thread.
 """
@@ -27,6 +27,7 @@ from l2d_framework.training.dry_run import Machine, dry_run
 from l2d_framework.training.run import train_runs
 from l2d_framework.training.run_record import environment
 from l2d_framework.training.tokenizer import train_tokenizer
+from l2d_framework.writing import write_whole
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 16_384,
@@ -172,7 +173,7 @@ def main(
     out: Annotated[Path | None, typer.Option(help="Result file; bench/results/memory_cpu.json if absent.")] = None,
     alone: Annotated[bool, typer.Option("--alone", hidden=True)] = False,
 ) -> None:
-    """Measure, print a table, and add what was found to the result file."""
+    """Measure, print a table, and add each case to the result file, which keeps others of the same settings."""
     torch.set_num_threads(1)
     if alone:
         assert model is not None
@@ -190,7 +191,10 @@ def main(
             write_model(where, SHAPE)
         else:
             name = where.name
-        results: dict[str, Any] = {}
+        settings = {"rows": rows, "length": length, "shape": None if model else SHAPE}
+        before = card["models"].get(name, {})
+        results: dict[str, Any] = before["cases"] if before.get("settings") == settings else {}
+        card["models"][name] = {"settings": settings, "cases": results}
         for chosen in case or list(CASES):
             options = ["--alone", "--model", where, "--case", chosen, "--rows", rows, "--length", length]
             words = [sys.executable, __file__, *map(str, options)]
@@ -200,9 +204,7 @@ def main(
             row = results[chosen] = json.loads(done.stdout.splitlines()[-1])
             off = row["peak"] / row["measured"] - 1
             print(f"{name:14} {chosen:34} {row['peak'] / 2**20:9,.0f} {row['measured'] / 2**20:9,.0f} MiB {off:+8.1%}")
-    settings = {"rows": rows, "length": length, "shape": None if model else SHAPE}
-    card["models"][name] = {"settings": settings, "cases": results}
-    out.write_text(json.dumps(card | environment(1), indent=1) + "\n", encoding="utf-8")
+            write_whole(out, json.dumps(card | environment(1), indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -58,7 +58,7 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 GPUS, ROOM = (1, 8, 64), 80 * 10**9
 """How many, and bytes on each."""
-TRAINING = {"batch_size": 64, "micro_batch_size": 1, "bf16": True, "gradient_checkpointing": True}
+TRAINING = {"batch_size": 128, "micro_batch_size": 1, "bf16": True, "gradient_checkpointing": True}
 COLUMNS = ("frozen", "trained", "gradients", "optimizer", "gathered", "activations", "vocabulary", "peak")
 
 
@@ -80,13 +80,10 @@ def estimate(shape: dict[str, Any], method: dict[str, Any], length: int) -> dict
     known = length // 2
     row = {"input_ids": [0] * length, "supervised": [False] * known + [True] * (length - known)}
     batch = Collator(0, run.block_size)([{**row, "class_id": -1, "index": 0, "epoch": 0}])
-    # On one GPU, or with more rows than GPUs, gradients of earlier micro-batches are there already.
-    found: dict[int, Memory] = {}
-    traces = {accumulates: trial.trace(batch, accumulates=accumulates) for accumulates in (True, False)}
-    for gpus in GPUS:
-        shard: Shard = "none" if gpus == 1 else "full"
-        found[gpus] = trial.memory(traces[TRAINING["batch_size"] > gpus], devices=gpus, shard=shard)
-    return found
+    # An update has more rows than there are GPUs, so gradients of earlier micro-batches are there already.
+    trace = trial.trace(batch, accumulates=True)
+    shards: dict[int, Shard] = {gpus: "none" if gpus == 1 else "full" for gpus in GPUS}
+    return {gpus: trial.memory(trace, devices=gpus, shard=shard) for gpus, shard in shards.items()}
 
 
 def table(models: dict[str, dict[str, dict[str, dict[str, int]]]]) -> list[str]:

@@ -48,13 +48,22 @@ _PARTS = {
     "vocabulary": "logits and the like",
     "peak": "peak",
 }
+_COUNTS = {
+    "steps": "updates",
+    "examples": "examples, about",
+    "tokens_per_step": "tokens an update",
+    "supervised_tokens_per_step": "  of which supervised",
+    "tokens": "tokens in all",
+}
 
 
 def check_only_dry(**options: Any) -> None:
     """Refuse options that say something of a dry run alone."""
     for name, value in options.items():
         if value:
-            raise ConfigError(f"--{name.replace('_', '-')} says something of a dry run. Add --dry-run, or leave it out.")
+            raise ConfigError(
+                f"--{name.replace('_', '-')} says something of a dry run. Add --dry-run, or leave it out."
+            )
 
 
 def plan(
@@ -134,8 +143,7 @@ def _training(plan: Mapping[str, Any]) -> tuple[list[Sequence[str]], str]:
 
 
 def _training_rows(training: Mapping[str, Any], examples: Mapping[str, Any] | None) -> Iterator[Sequence[str]]:
-    for key, name in (("steps", "updates"), ("examples", "examples, about"), ("tokens_per_step", "tokens an update"),
-                      ("supervised_tokens_per_step", "  of which supervised"), ("tokens", "tokens in all")):  # fmt: skip
+    for key, name in _COUNTS.items():
         if training[key] is not None:
             yield name, f"{training[key]:,}"
     if training["epochs"] is not None:

@@ -16,7 +16,7 @@ from l2d_framework.config.checks import language_model_config, stage_before
 from l2d_framework.config.sections import Updates
 from l2d_framework.errors import ConfigError, DataError
 from l2d_framework.models.checkpoint import empty_model
-from l2d_framework.training.data.collate import IGNORED, Collator
+from l2d_framework.training.data.collate import IGNORED
 from l2d_framework.training.data.sample import EXAMPLES, Sample, count_rows, sample
 from l2d_framework.training.language_model import NextToken, empty_trained_model
 from l2d_framework.training.learner import Denoiser, Learner
@@ -80,7 +80,12 @@ def _plan(run: Run, earlier: Sequence[Run], machine: Machine) -> dict[str, Any]:
         seconds = updates["steps"] * updates["tokens_per_step"] / machine.tokens_per_second
         training["hours"] = seconds / 3600
     plan = {"kind": run.kind, "output_dir": run.output_dir, "base": None if run.model is None else run.model.base}
-    return {**plan, "training": training, "examples": work.examples(), **_memory(run, work, machine, micro, accumulated)}
+    return {
+        **plan,
+        "training": training,
+        "examples": work.examples(),
+        **_memory(run, work, machine, micro, accumulated),
+    }
 
 
 def trial_of(run: TokenRun, config: Any) -> Trial:
@@ -102,9 +107,7 @@ def trial_of(run: TokenRun, config: Any) -> Trial:
         nobody: Any = None  # a tokenizer is only saved
         learner = NextToken(empty_trained_model(run, config), nobody, run.training)
         vocab_size = config.get_text_config().vocab_size
-    return Trial(
-        learner.train(), lambda batch: learner(**batch)["loss"], vocab_size=vocab_size, bf16=run.training.bf16
-    )
+    return Trial(learner.train(), lambda batch: learner(**batch)["loss"], vocab_size=vocab_size, bf16=run.training.bf16)
 
 
 def micro_batch(training: Updates, devices: int) -> tuple[int, int]:
@@ -209,7 +212,9 @@ class _TokenWork(_Work):
         if run.data is not None and self._tokenizer is not None:
             self._sample = sample(run.data, self._tokenizer, classes=classes_of(run))
         self._section = DataSection.model_construct(train=[]) if run.data is None else run.data
-        self._collate = collator(run, self._section, 0 if self._tokenizer is None else pad_id(self._tokenizer), run.seed)
+        self._collate = collator(
+            run, self._section, 0 if self._tokenizer is None else pad_id(self._tokenizer), run.seed
+        )
 
     def trial(self, recomputes: bool) -> Trial:
         training = self._run.training.model_copy(update={"gradient_checkpointing": recomputes})

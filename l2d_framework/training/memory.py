@@ -24,8 +24,8 @@ from l2d_framework.training.shapes import Watch, to_shapes
 
 Shard = Literal["none", "optimizer", "gradients", "full"]
 SHARDS: tuple[Shard, ...] = get_args(Shard)
-"""What devices divide among them: nothing (DDP), the optimizer's state (ZeRO 1), gradients, too (ZeRO 2), or the weights
-as well (ZeRO 3, FSDP with full sharding)."""
+"""What devices divide among them: nothing (DDP), the optimizer's state (ZeRO 1), gradients, too (ZeRO 2), or weights as
+well (ZeRO 3, FSDP with full sharding)."""
 
 _UNIT = re.compile(r"^.*?\.(\d+)\.")
 _HALF = 2
@@ -151,7 +151,7 @@ class Trial:
                 with torch.autocast(self._device.type, torch.bfloat16, enabled=self._bf16):
                     loss = self._loss(dict(batch))
                 before = watch.now
-                loss.backward()  # type: ignore[no-untyped-call]
+                loss.backward()
             return Trace(np.array(watch.moments, np.int64), before.others, before.copies)
         finally:
             watch.close()

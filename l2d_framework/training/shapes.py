@@ -36,7 +36,7 @@ class Shape(Tensor):
     on the meta device, where it lies.
     """
 
-    inner: Tensor
+    on_meta: Tensor
 
     @staticmethod
     def __new__(cls, inner: Tensor, device: torch.device) -> Self:
@@ -50,7 +50,7 @@ class Shape(Tensor):
             dtype=inner.dtype,
             device=device,
         )
-        self.inner = inner
+        self.on_meta = inner
         return self  # type: ignore[no-any-return]
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
@@ -105,7 +105,7 @@ class Watch(TorchDispatchMode):
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter], buffers: Iterable[Tensor], vocab_size: int) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # of torch
         self.moments: list[Held] = []
         own = list(parameters)
         self._parameters = {id(_storage(p)) for p in own}
@@ -167,7 +167,7 @@ class Watch(TorchDispatchMode):
 
 
 def _storage(x: Any) -> Any:
-    return (x.inner if isinstance(x, Shape) else x).untyped_storage()
+    return (x.on_meta if isinstance(x, Shape) else x).untyped_storage()
 
 
 def _has_no_values(func: Any, args: Any, kwargs: Any, given: list[Tensor]) -> bool:
@@ -213,7 +213,7 @@ def _changed(values: Any, change: Callable[[Any], Any]) -> Any:
 
 def _inner(x: Any) -> Any:
     if isinstance(x, Shape):
-        return x.inner
+        return x.on_meta
     if isinstance(x, Tensor):
         return x if x.is_meta else torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
     if isinstance(x, torch.Generator):

@@ -27,7 +27,11 @@ def test_tables_say_what_the_json_says_and_nothing_is_written(l2d, run_file, tmp
     monkeypatch.setattr("l2d_framework.training.dry_run.dry_run", lambda *_: [plan])
     code, out, err = l2d("train", *options, run_file)
     assert code == 0, err
-    shown = {row[0]: row[1:] for row in ([c.strip() for c in line.split("  ") if c.strip()] for line in out.splitlines()) if row}
+    shown = {
+        row[0]: row[1:]
+        for row in ([c.strip() for c in line.split("  ") if c.strip()] for line in out.splitlines())
+        if row
+    }
     assert shown["all"] == [f"{plan['parameters'][name]:,}" for name in ("total", "trained")]
     assert shown["peak"] == [size(case["peak"]) for case in plan["memory"]["cases"]]
     assert shown["updates"] == [f"{plan['training']['steps']:,}"]

@@ -40,7 +40,11 @@ def planned(*runs, **machine):
 def token_run(folder, kind, **training):
     make = {"l2d": tiny_runs.diffusion_run, "tess": tiny_runs.tess_run}[kind]
     fields = make(folder / "base", folder / "sums.jsonl", folder / "out", **training)
-    return {**fields, "data": {**fields["data"], "eval_fraction": 0.0}, "training": {**fields["training"], "eval_steps": None}}
+    return {
+        **fields,
+        "data": {**fields["data"], "eval_fraction": 0.0},
+        "training": {**fields["training"], "eval_steps": None},
+    }
 
 
 @pytest.mark.parametrize(("kind", "padding"), [("l2d", "none"), ("tess", "target"), ("tess", "context")])
@@ -79,7 +83,7 @@ def test_nothing_to_learn_is_refused(folder, tmp_path):
     (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "a" * 90, "completion": "b"}) + "\n")
     fields = token_run(folder, "l2d")
     fields["data"] = {"train": [{"path": str(tmp_path / "rows.jsonl")}], "max_length": 32}
-    with pytest.raises(DataError, match="has a token to learn within data.max_length 32"):
+    with pytest.raises(DataError, match=r"has a token to learn within data.max_length 32"):
         planned(fields)
 
 

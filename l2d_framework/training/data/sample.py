@@ -68,7 +68,9 @@ def sample(section: DataSection, tokenizer: PreTrainedTokenizerBase, *, classes:
                     left_out += 1
                     continue
                 lengths.append(len(example["input_ids"]))
-                rows.append(example | {"input_ids": example["input_ids"][: section.max_length], "supervised": supervised})
+                rows.append(
+                    example | {"input_ids": example["input_ids"][: section.max_length], "supervised": supervised}
+                )
         share = (len(rows) - first) / max(read, 1)
         if section.pack:
             share *= sum(lengths[first:]) / max(len(rows) - first, 1) / section.max_length
