@@ -68,29 +68,14 @@ class AllocatedPeak(TrainerCallback):
     peak = 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, *, model: Any, **_: Any) -> None:
-        """Count the weights and begin to listen.
-
-        Args:
-            args: of the trainer.
-            state: its state.
-            control: unused.
-            model: what is trained.
-            **_: unused.
-        """
+        """Count the weights and begin to listen."""
         held = [*model.parameters(), *model.buffers()]
         self._weights = sum(x.numel() * x.element_size() for x in held)
         self._profile = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
         self._profile.start()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Add up what was given and taken back, after the last update.
-
-        Args:
-            args: of the trainer.
-            state: its state.
-            control: unused.
-            **_: unused.
-        """
+        """Add up what was given and taken back, after the last update."""
         if state.global_step < state.max_steps:
             return
         self._profile.stop()

@@ -20,7 +20,7 @@ from l2d_framework.training.data.collate import IGNORED
 from l2d_framework.training.data.sample import EXAMPLES, Sample, count_rows, sample
 from l2d_framework.training.language_model import NextToken, empty_trained_model
 from l2d_framework.training.learner import Denoiser, Learner
-from l2d_framework.training.memory import Shard, Trial
+from l2d_framework.training.memory import Part, Shard, Trial
 from l2d_framework.training.reward.data import first_pairs
 from l2d_framework.training.reward.inputs import as_guided
 from l2d_framework.training.reward.run import empty_reward_model, padding_tokenizer
@@ -134,7 +134,10 @@ def micro_batch(training: Updates, devices: int) -> tuple[int, int]:
 
 
 def _memory(run: Run, work: _Work, machine: Machine, micro: int, accumulated: int) -> dict[str, Any]:
-    cases, activations, parts, reason = [], [], {}, None
+    cases: list[dict[str, Any]] = []
+    activations: list[dict[str, Any]] = []
+    parts: dict[str, Part] = {}
+    reason = None
     for recomputes in (False, True):
         is_own = recomputes == run.training.gradient_checkpointing
         try:
