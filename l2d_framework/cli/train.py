@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 
 from l2d_framework.cli.common import Overrides, RunFile
+from l2d_framework.cli.dry_run import AsJson, Devices, DryRun, Shard, TokensPerSecond, check_only_dry, plan
 from l2d_framework.evaluation.tables import terminal
 
 if TYPE_CHECKING:
@@ -29,6 +30,11 @@ def train(
     overrides: Overrides = None,
     overwrite: Overwrite = False,
     accept_changed_data: AcceptChangedData = False,
+    dry_run: DryRun = False,
+    devices: Devices = None,
+    shard: Shard = None,
+    tokens_per_second: TokensPerSecond = None,
+    as_json: AsJson = False,
 ) -> None:
     """Train the run, or the pipeline of runs, of a file; called again, it goes on where it was interrupted.
 
@@ -38,6 +44,10 @@ def train(
 
     console = Console()
     runs = load_run(run_file, overrides)
+    if dry_run:
+        plan(runs, devices=devices, shard=shard, tokens_per_second=tokens_per_second, as_json=as_json)
+        return
+    check_only_dry(devices=devices, shard=shard, tokens_per_second=tokens_per_second, json=as_json)
 
     from l2d_framework.training.run import train_runs  # datasets and the Trainer take seconds
 
@@ -59,6 +69,11 @@ def train_reward(
     overrides: Overrides = None,
     overwrite: Overwrite = False,
     accept_changed_data: AcceptChangedData = False,
+    dry_run: DryRun = False,
+    devices: Devices = None,
+    shard: Shard = None,
+    tokens_per_second: TokensPerSecond = None,
+    as_json: AsJson = False,
 ) -> None:
     """Train a reward model with TRL; called again, it goes on from the last checkpoint.
 
@@ -68,6 +83,10 @@ def train_reward(
 
     console = Console()
     stages = load_run(run_file, overrides)
+    if dry_run:
+        plan(stages, devices=devices, shard=shard, tokens_per_second=tokens_per_second, as_json=as_json)
+        return
+    check_only_dry(devices=devices, shard=shard, tokens_per_second=tokens_per_second, json=as_json)
 
     from l2d_framework.training.reward.run import check_ready
     from l2d_framework.training.reward.run import train_reward as train_one

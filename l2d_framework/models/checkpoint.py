@@ -20,7 +20,7 @@ from huggingface_hub import HfApi
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from l2d_framework.base_model import (
     LANGUAGE_MODEL,
@@ -84,12 +84,14 @@ print(lm.tokenizer.decode(lm.generate(["Hello"], max_new_tokens=32).sequences[0]
 def build_model(run: DiffusionRun, *, meta: bool = False) -> DiffusionLM:
     """Diffusion model over a base model, new or going on from a diffusion checkpoint; with `meta` its shapes only."""
     config = load_config(run.model)
-    run.backbone.check(config, run.block_size)
-    tokenizer = None if meta else load_tokenizer(run.model)
-    if tokenizer is not None:
-        check_vocabulary(tokenizer, config, run.model.base)
-    lm = empty_language_model(config, run.model.attn_implementation) if meta else load_language_model(run.model)
-    model = assemble(run, lm, run.seed)
+    if meta:
+        model, tokenizer = empty_model(run, config), None
+    else:
+        run.backbone.check(config, run.block_size)
+        tokenizer = load_tokenizer(run.model)
+        if tokenizer is not None:
+            check_vocabulary(tokenizer, config, run.model.base)
+        model = assemble(run, load_language_model(run.model), run.seed)
     if not meta and ((folder := fetch(run.model.base, run.model.revision)) / MANIFEST).is_file():
         _go_on(model, run, folder)
     model.origin = Origin(
@@ -101,6 +103,14 @@ def build_model(run: DiffusionRun, *, meta: bool = False) -> DiffusionLM:
     )
     model.tokenizer = tokenizer
     return model
+
+
+@naming_plugins()
+def empty_model(run: DiffusionRun, config: PreTrainedConfig) -> DiffusionLM:
+    """Shapes, on the meta device, of a new diffusion model over a language model of this config."""
+    run.backbone.check(config, run.block_size)
+    lm = empty_language_model(config, run.model.attn_implementation, dtype=run.model.dtype)
+    return assemble(run, lm, run.seed)
 
 
 def _go_on(model: DiffusionLM, run: DiffusionRun, folder: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 from typing_extensions import override
 
+from l2d_framework.backbone import Backbone
 from l2d_framework.config import DiffusionRun, TrainingSection
 from l2d_framework.diffusion.loss import denoising_loss
 from l2d_framework.diffusion.training_noise import NoiseRule, draw
@@ -80,7 +81,13 @@ class Denoiser(Learner):
         draws, checkpoints = run.training.draws_per_token, run.training.gradient_checkpointing
         if draws == 1 and not checkpoints:
             return
-        backbone, name = checkpoint.build_model(run, meta=True).backbone, run.backbone.component_name()
+        Denoiser.check_backbone(run, checkpoint.build_model(run, meta=True).backbone)
+
+    @staticmethod
+    def check_backbone(run: DiffusionRun, backbone: Backbone) -> None:
+        """Refuse what a run asks of its backbone, with or without weights, and cannot have."""
+        draws, checkpoints = run.training.draws_per_token, run.training.gradient_checkpointing
+        name = run.backbone.component_name()
         if draws > 1 and not backbone.independent_positions:
             raise ConfigError(
                 f"training.draws_per_token is {draws}, but noisy positions of backbone {name!r} see each other: a "

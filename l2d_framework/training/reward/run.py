@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from l2d_framework.base_model import fingerprint, load_config, load_language_model, locate
+from l2d_framework.base_model import empty_language_model, fingerprint, load_config, load_language_model, locate
 from l2d_framework.config import RewardRun, Run, check_runs
 from l2d_framework.errors import ConfigError
 from l2d_framework.opening import open_model
@@ -148,6 +149,16 @@ def load_reward_model(run: RewardRun, tokenizer: PreTrainedTokenizerBase) -> Pre
     # Only now: an embedding made with a padding token never trains it, and here it may be the end of every text.
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     return cast(PreTrainedModel, model)
+
+
+def empty_reward_model(run: RewardRun, config: Any, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """Shapes, on the meta device, of the reward model over a language model of this config, in float32 as trained."""
+    config = copy.deepcopy(config)
+    config.num_labels = 1
+    config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    config.vocab_size = max(config.vocab_size, len(tokenizer))
+    kind = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(config)]
+    return empty_language_model(config, run.model.attn_implementation, dtype="float32", kind=kind)
 
 
 def _result(state: Any, held_out: dict[str, float] | None) -> dict[str, Any]:

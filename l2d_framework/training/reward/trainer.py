@@ -13,16 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
 from trl.trainer.reward_config import RewardConfig
 from trl.trainer.reward_trainer import DataCollatorForPreference, RewardTrainer
 from typing_extensions import override
 
-from l2d_framework.config import RewardRun, SimplexNoise
+from l2d_framework.config import RewardRun
 from l2d_framework.config.reward import RewardTraining
 from l2d_framework.training.arguments import common_arguments, divide_batch
 from l2d_framework.training.reward.data import Pairs
+from l2d_framework.training.reward.inputs import as_guided
 from l2d_framework.training.trainer import Boundaries, ResumableTrainer
 
 
@@ -97,17 +98,8 @@ class PairTrainer(ResumableTrainer, RewardTrainer):
         return plain.compute_loss(model, self._as_guided(inputs), *options, **named)
 
     def _as_guided(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """Padding in full sight and, as transformers does for embeddings, the reward read at its end."""
-        if self.run.data.pad_to is None:
-            return inputs
         model: Any = self.model
-        embed = model.get_input_embeddings()
-        out = {name: value for name, value in inputs.items() if name != "input_ids"}
-        out["attention_mask"] = torch.ones_like(inputs["attention_mask"])
-        if self.run.noise is not None and model.training:
-            noisy = noisy_embeddings(inputs["input_ids"], embed.weight, self.run.noise, generator=self._generator())
-            return out | {"inputs_embeds": noisy}
-        return out | {"inputs_embeds": embed(inputs["input_ids"])}
+        return as_guided(inputs, self.run, model, self._generator)
 
     def _generator(self) -> torch.Generator:
         # Keyed by update and micro-batch, so that a resumed run draws the same noise.
@@ -140,24 +132,3 @@ class PairTrainer(ResumableTrainer, RewardTrainer):
         lead = torch.cat(leads)
         means = {"loss": torch.cat(losses).mean(), "accuracy": (lead > 0).float().mean(), "margin": lead.mean()}
         return self._report({name: float(value) for name, value in means.items()}, metric_key_prefix, start)
-
-
-def noisy_embeddings(ids: Tensor, embedding: Tensor, noise: SimplexNoise, *, generator: torch.Generator) -> Tensor:
-    """Mean embeddings under the noisy simplexes of true tokens, both sides of a pair at the same time.
-
-    x = alpha(t) * S + sigma(t) * k * z, where S is k at the true token and -k elsewhere; the result is softmax(x) E.
-
-    Source: TESS 2, arXiv:2502.13917, Eq. 1 and 2.
-    """
-    u = torch.rand(len(ids) // 2, generator=generator, device=ids.device).repeat(2)
-    schedule = noise.schedule.build()
-    t = schedule.sample_times(u)
-    alpha, sigma = schedule.alpha(t), schedule.sigma(t)
-    rows = []
-    for row, a, s in zip(ids, alpha, sigma, strict=True):
-        draw = torch.randn(len(row), len(embedding), generator=generator, device=ids.device)
-        # A softmax is blind to a constant, so only the true token's lead of 2k is left of S.
-        x = noise.k * s * draw
-        x[torch.arange(len(row), device=ids.device), row] += 2 * noise.k * a
-        rows.append(x.softmax(-1).to(embedding.dtype) @ embedding)
-    return torch.stack(rows)
