@@ -17,7 +17,7 @@ from mkdocs.structure.files import File, Files
 from typer.testing import CliRunner
 
 from l2d_framework.cli import COMMANDS, app
-from l2d_framework.cli.help import Place, _facts, _places_of_run
+from l2d_framework.cli.help import Place, facts, places_of_run
 from l2d_framework.config import json_schema
 from l2d_framework.registry import INTERFACES, registry
 
@@ -111,7 +111,7 @@ def _options() -> Iterator[str]:
     sections: dict[tuple[int, ...], list[tuple[str, Where]]] = {}
     fields: dict[tuple[str, Where], list[Place]] = {}
     for run in schema["$defs"].values():
-        for place in _places_of_run(schema, run):
+        for place in places_of_run(schema, run):
             about[place.run, ()] = run["description"]
             about[place.run, place.path] = place.schema.get("description", "")
             if "properties" not in place.schema:
@@ -127,7 +127,7 @@ def _options() -> Iterator[str]:
             yield f"In runs of kind {', '.join(dict.fromkeys(kind for kind, _ in places))}.\n"
         yield "| option | meaning | type | default | allowed |\n|---|---|---|---|---|"
         for field in fields[kind, path]:
-            known = dict(_facts(schema, field))
+            known = dict(facts(schema, field))
             default = f"`{known['default']}`" if "default" in field.schema and "default" in known else ""
             row = (f"`{field.path[-1]}`", about[kind, field.path], known["type"], default, known.get("allowed", ""))
             yield _row(*row)

@@ -58,7 +58,7 @@ def help_(
     from l2d_framework.config import json_schema
 
     schema = json_schema()
-    places = [place for part in schema["$defs"].values() for place in _places_of_run(schema, part)]
+    places = [place for part in schema["$defs"].values() for place in places_of_run(schema, part)]
     words = tuple(word for name in names or [] for word in name.split(".") if word and not word.isdecimal())
     found = [place for place in places if not words or place.answers(words)]
     if not found:
@@ -110,7 +110,8 @@ def _print(console: Console, screens: Mapping[Screen, Sequence[Place]]) -> None:
             console.print(table)
 
 
-def _places_of_run(schema: Schema, part: Schema) -> Iterator[Place]:
+def places_of_run(schema: Schema, part: Schema) -> Iterator[Place]:
+    """Every field of a kind of run, which `part` of the schema describes."""
     kind = part.get("properties", {}).get("kind", {}).get("const")
     if kind is not None:
         yield from _fields(schema, part, Place((), 0, kind, part))
@@ -160,10 +161,11 @@ def _screen(schema: Schema, place: Place, *, is_whole: bool) -> Screen:
     # Where the defaults of a section are from is no source of each of its fields.
     if len(sections) == 1 and _tag(sections[0]) is None and (more := str(sections[0].get("description", ""))):
         text = more if _first(text) in _first(more) else f"{text}\n\n{more}"
-    return text, (*_facts(schema, place), *_inside(sections))
+    return text, (*facts(schema, place), *_inside(sections))
 
 
-def _facts(schema: Schema, place: Place) -> Iterator[tuple[str, str]]:
+def facts(schema: Schema, place: Place) -> Iterator[tuple[str, str]]:
+    """Names and texts of what is to be known of a field beside its meaning, such as its type and default."""
     field = place.schema
     yield "type", _type(schema, field)
     if not _sections(schema, field):

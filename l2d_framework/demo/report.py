@@ -25,7 +25,7 @@ _NAMES = {"base": "base model", "lora": "LoRA", "l2d": "L2D"}
 class Results:
     """Everything the demo measured.
 
-    Attributes:
+    Args:
         outcomes: in the order of `WAYS`.
         learning: LoRA and L2D from the base model to the end of their training.
         denoisings: answers taking shape.
