@@ -21,6 +21,7 @@ from typing_extensions import override
 
 from l2d_framework.config import RewardRun, SimplexNoise
 from l2d_framework.config.reward import RewardTraining
+from l2d_framework.training import sharding
 from l2d_framework.training.arguments import common_arguments, divide_batch
 from l2d_framework.training.reward.data import Pairs
 from l2d_framework.training.trainer import Boundaries, ResumableTrainer
@@ -101,6 +102,7 @@ class PairTrainer(ResumableTrainer, RewardTrainer):
         if self.run.data.pad_to is None:
             return inputs
         model: Any = self.model
+        sharding.gather_outermost(model)  # its embeddings are looked up out here
         embed = model.get_input_embeddings()
         out = {name: value for name, value in inputs.items() if name != "input_ids"}
         out["attention_mask"] = torch.ones_like(inputs["attention_mask"])
