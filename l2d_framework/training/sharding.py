@@ -89,6 +89,7 @@ def adopt(accelerator: Accelerator, units: Units) -> bool:
         if not isinstance(parts[0], nn.Module):
             return plainly(*parts, **options)
         model, optimizer = parts
+        _check_types(model)
         names = {id(parameter): name for name, parameter in model.named_parameters()}
         groups = [[names[id(parameter)] for parameter in group["params"]] for group in optimizer.param_groups]
         for group in optimizer.param_groups:
@@ -103,6 +104,15 @@ def adopt(accelerator: Accelerator, units: Units) -> bool:
 
     accelerator.prepare = prepare
     return True
+
+
+def _check_types(model: nn.Module) -> None:
+    odd = next((name for name, parameter in model.named_parameters() if not parameter.is_floating_point()), None)
+    if odd is not None:
+        raise ConfigError(
+            f"{odd!r} is quantized, and quantized weights cannot be in shares. Launch with plain data parallelism "
+            "(ddp.yaml), or start from a base model that is not quantized."
+        )
 
 
 def _shard(model: nn.Module, units: Sequence[Sequence[nn.Module]], reshard_after_forward: bool) -> None:
