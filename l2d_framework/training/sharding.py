@@ -150,12 +150,6 @@ def whole_tensor(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def gather_outermost(model: nn.Module) -> None:
-    """Gather what of a model is in none of its units, to be read before its forward pass or between two."""
-    if isinstance(model, FSDPModule):
-        model.unshard()
-
-
 @torch.no_grad()
 def round_to(model: nn.Module, dtype: torch.dtype) -> None:
     """Give weights the values of another type; weights in shares keep their own type, the others get it."""

@@ -21,7 +21,6 @@ from typing_extensions import override
 
 from l2d_framework.config import RewardRun, SimplexNoise
 from l2d_framework.config.reward import RewardTraining
-from l2d_framework.training import sharding
 from l2d_framework.training.arguments import common_arguments, divide_batch
 from l2d_framework.training.reward.data import Pairs
 from l2d_framework.training.trainer import Boundaries, ResumableTrainer
@@ -79,6 +78,8 @@ class PairTrainer(ResumableTrainer, RewardTrainer):
             callbacks=[Boundaries(lambda: self.ended_by), *callbacks],
         )
         self.remove_callback(PrinterCallback)
+        if run.data.pad_to is not None:
+            model.register_forward_pre_hook(self._as_guided, with_kwargs=True)
 
     def _send_telemetry(self) -> None:
         """Nobody is told: a run file asks for trackers, and for nothing else that leaves the machine."""
@@ -91,25 +92,18 @@ class PairTrainer(ResumableTrainer, RewardTrainer):
             return step / warmup
         return 1 - (1 - self.training.final_fraction) * (step - warmup) / max(steps - warmup, 1)
 
-    @override
-    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *options: Any, **named: Any) -> Any:
-        """Mean of -log sigmoid(r_chosen - r_rejected - margin) over the pairs of a batch."""
-        plain: Any = super()
-        return plain.compute_loss(model, self._as_guided(inputs), *options, **named)
+    def _as_guided(self, model: Any, args: Any, inputs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """Padding in full sight and, as transformers does for embeddings, the reward read at its end.
 
-    def _as_guided(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """Padding in full sight and, as transformers does for embeddings, the reward read at its end."""
-        if self.run.data.pad_to is None:
-            return inputs
-        model: Any = self.model
-        sharding.gather_outermost(model)  # its embeddings are looked up out here
+        It is a hook of the model, for weights in shares are whole, and their gradients complete, inside of it only.
+        """
         embed = model.get_input_embeddings()
         out = {name: value for name, value in inputs.items() if name != "input_ids"}
         out["attention_mask"] = torch.ones_like(inputs["attention_mask"])
         if self.run.noise is not None and model.training:
             noisy = noisy_embeddings(inputs["input_ids"], embed.weight, self.run.noise, generator=self._generator())
-            return out | {"inputs_embeds": noisy}
-        return out | {"inputs_embeds": embed(inputs["input_ids"])}
+            return args, out | {"inputs_embeds": noisy}
+        return args, out | {"inputs_embeds": embed(inputs["input_ids"])}
 
     def _generator(self) -> torch.Generator:
         # Keyed by update and micro-batch, so that a resumed run draws the same noise.
@@ -133,7 +127,7 @@ class PairTrainer(ResumableTrainer, RewardTrainer):
         leads, losses = [], []
         for batch in self.get_eval_dataloader(eval_dataset):
             with self.accelerator.autocast():
-                rewards = model(**{k: v for k, v in self._as_guided(batch).items() if k != "margin"}).logits
+                rewards = model(**{k: v for k, v in batch.items() if k != "margin"}).logits
             chosen, rejected = rewards.float().squeeze(-1).chunk(2)
             lead = chosen - rejected
             loss = -nn.functional.logsigmoid(lead - batch.get("margin", 0.0))
