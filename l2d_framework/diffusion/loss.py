@@ -69,8 +69,10 @@ def denoising_loss(
     Source: arXiv:2501.15781, Eq. 4; arXiv:2502.13917, Eq. 3 and 6.
     """
     query = _query(diffusion, layout, draws, classes)
-    if (in_step and diffusion.parametrization.uses_previous) or bool(draws.conditioned.any()):
-        query = query.replace(previous=_first_prediction(diffusion, layout, draws, classes))
+    is_shown = bool(draws.conditioned.any())
+    if is_shown or (in_step and diffusion.parametrization.uses_previous):
+        previous = _first_prediction(diffusion, layout, draws, classes)
+        query = query.replace(previous=previous if is_shown else None)
     chosen = draws.valid if counted is None else draws.valid & counted.gather(1, draws.positions)
     features = diffusion.features(query)[chosen]
     count = int((layout.blocks >= 1).sum() if counted is None else (counted & (layout.blocks >= 1)).sum())
@@ -123,6 +125,8 @@ def _first_prediction(diffusion: Diffusion, layout: Layout, draws: Draws, classe
     nothing = space.remember(memory.new_zeros(1, 1, diffusion.backbone.vocab_size), table)
     out = nothing.expand(len(layout.tokens), memory.shape[1], -1).clone()
     out[rows] = memory[: len(rows)]
+    # Weights that autocast has cast here know of no gradient, and must not be taken for those of the pass that learns.
+    torch.clear_autocast_cache()
     return out
 
 

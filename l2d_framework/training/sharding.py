@@ -39,12 +39,23 @@ def is_asked_for() -> bool:
 
 
 def check(training: Updates) -> None:
-    """Refuse, before weights are loaded, launchers and settings under which nothing could be trained in shares."""
+    """Refuse, before weights are loaded, what a launcher asks for that could not be trained as the run file says."""
+    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if precision not in ("no", "bf16" if training.bf16 else "no"):
+        raise ConfigError(
+            f"mixed_precision is {precision!r} in accelerate's configuration, but training.bf16 is "
+            f"{str(training.bf16).lower()}. Set it to 'no' there: the run file says in what is computed."
+        )
     if _is_true("ACCELERATE_USE_DEEPSPEED"):
         raise ConfigError(
             "Training under DeepSpeed is not supported: it takes the step inside its backward pass, before an update "
             "that is no number can be left out, and its checkpoints fit one number of processes. Launch with FSDP2, "
             "which shares out the same: fsdp_reshard_after_forward true is ZeRO stage 3, false stage 2."
+        )
+    if _is_true("ACCELERATE_USE_PARALLELISM_CONFIG"):
+        raise ConfigError(
+            "accelerate's configuration has a parallelism_config, which is not supported. Remove it: batches are "
+            "divided over all processes, and with FSDP2 so are weights."
         )
     if not is_asked_for():
         return

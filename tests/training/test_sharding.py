@@ -43,17 +43,23 @@ def losses(output: Path) -> list[float]:
     return [entry[name] for entry in history for name in ("loss", "eval_loss") if name in entry]
 
 
+def first_norm(output: Path) -> float:
+    history = json.loads((output / "trainer_state.json").read_text())["log_history"]
+    return float(next(entry["grad_norm"] for entry in history if "grad_norm" in entry))
+
+
 def every_kind(folder: Path, which: str) -> list[dict[str, Any]]:
     base, sums = folder / "base", folder / "sums.jsonl"
     full = tiny_runs.diffusion_run(base, sums, folder / which / "full", **QUICK, gradient_checkpointing=True)
     full["backbone"] = {**full["backbone"], "variant": "full"}
     half = tiny_runs.tess_run(base, sums, folder / which / "half", **QUICK)
     half["model"]["dtype"] = "bfloat16"  # trained in float32, published in its own type
+    cast = tiny_runs.tess_run(base, sums, folder / which / "cast", **QUICK, bf16=True, self_conditioning=1.0)
     lora = {"rank": 2, "alpha": 4.0, "targets": ["q_proj"]}
     model = {"model": {"base": str(base)}, "training": QUICK}
     return [
         *(tiny_runs.diffusion_run(base, sums, folder / which / "lora", **QUICK), full),
-        *(tiny_runs.tess_run(base, sums, folder / which / "tess", **QUICK), half),
+        *(tiny_runs.tess_run(base, sums, folder / which / "tess", **QUICK), half, cast),
         tiny_runs.language_model_run(sums, folder / which / "next_token", **model),
         tiny_runs.language_model_run(sums, folder / which / "next_token_lora", **model, lora=lora),
     ]
@@ -80,6 +86,11 @@ def test_every_kind_of_training_gives_the_losses_of_one_process_under_each_confi
     launch(with_accelerate(name, processes), folder / f"{which}.json", runs)
     for run in runs:
         output = Path(run["output_dir"])
+        if output.name == "cast":
+            # Rounding differs, and Adam makes much of it; a weight that autocast kept from learning would show.
+            ours, theirs = (first_norm(place) for place in (output, folder / "one" / "cast"))
+            assert ours == pytest.approx(theirs, rel=1e-2)
+            continue
         assert losses(output) == pytest.approx(losses(folder / "one" / output.name), rel=1e-5), output
     published = [folder / where / "half" / "language_model" for where in (which, "one")]
     configs = [json.loads((place / "config.json").read_text()) for place in published]

@@ -231,6 +231,9 @@ SHARES = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
     ("variables", "training", "message"),
     [
         ({"ACCELERATE_USE_DEEPSPEED": "true"}, {}, "DeepSpeed is not supported.*Launch with FSDP2"),
+        ({"ACCELERATE_USE_PARALLELISM_CONFIG": "true"}, {}, "a parallelism_config, .*Remove it"),
+        ({"ACCELERATE_MIXED_PRECISION": "bf16"}, {}, "'bf16' in accelerate's.*training.bf16 is false. Set it to 'no'"),
+        ({"ACCELERATE_MIXED_PRECISION": "fp16"}, {"bf16": True}, "'fp16' in accelerate's.*training.bf16 is true"),
         ({**SHARES, "FSDP_VERSION": "1"}, {}, "fsdp_version is 1.*Set it to 2"),
         ({**SHARES, "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}, {}, "fsdp_cpu_ram_efficient_loading is true"),
         ({**SHARES, "FSDP_OFFLOAD_PARAMS": "True"}, {}, "fsdp_offload_params is true"),
