@@ -201,9 +201,19 @@ def save_language_model(
     lm: Any, tokenizer: PreTrainedTokenizerBase | None, folder: Path, dtype: torch.dtype | None
 ) -> None:
     """Write a transformers folder whose weights have the given type, and leave the model as it is."""
-    if dtype not in (None, lm.dtype):
-        lm = copy.deepcopy(lm).to(dtype)
-    lm.save_pretrained(folder)
+    if dtype in (None, lm.dtype):
+        lm.save_pretrained(folder)
+    else:
+        # One tensor for each, so that tied weights stay tied.
+        made: dict[int, Tensor] = {}
+        state = {
+            name: made.setdefault(weight.data_ptr(), weight.to(dtype) if weight.is_floating_point() else weight)
+            for name, weight in lm.state_dict().items()
+        }
+        lm.save_pretrained(folder, state_dict=state)
+        config = copy.deepcopy(lm.config)
+        config.dtype = dtype  # transformers has written that of the model
+        config.save_pretrained(folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
 

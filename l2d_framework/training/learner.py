@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 from typing_extensions import override
 
-from l2d_framework.backbone import Backbone
+from l2d_framework.backbone import Backbone, stacked
 from l2d_framework.config import DiffusionRun, TrainingSection
 from l2d_framework.diffusion.loss import denoising_loss
 from l2d_framework.diffusion.training_noise import NoiseRule, draw
 from l2d_framework.errors import ConfigError
 from l2d_framework.models import checkpoint
 from l2d_framework.models.diffusion_lm import DiffusionLM
+from l2d_framework.training import sharding
 from l2d_framework.training.data.collate import IGNORED
 from l2d_framework.types import Layout
 
@@ -39,6 +40,10 @@ class Learner(nn.Module, ABC):
     def checkpoint(self, folder: Path) -> None:
         """Write the model such that `restore` continues exactly."""
         self.save(folder, "")
+
+    def units(self) -> Sequence[Sequence[nn.Module]]:
+        """Modules whose weights are gathered together where they are in shares, as in `Backbone`."""
+        return stacked(self)
 
     def parameter_groups(self) -> Mapping[str, list[nn.Parameter]]:
         """Parameters with a learning rate of their own, as in `Backbone`; none unless the model names some."""
@@ -120,7 +125,15 @@ class Denoiser(Learner):
         draws = draw(self.model, layout, rule)
         classes = batch["class_id"] if self.model.backbone.config.num_classes else None
         counted = batch["labels"] != IGNORED
-        losses = denoising_loss(self.model, layout, draws, classes=classes, counted=counted, chunk=settings.loss_chunk)
+        losses = denoising_loss(
+            self.model,
+            layout,
+            draws,
+            classes=classes,
+            counted=counted,
+            chunk=settings.loss_chunk,
+            in_step=sharding.is_sharded(self),
+        )
         return {
             "loss": losses.total,
             "losses": losses.tokens,
@@ -137,6 +150,10 @@ class Denoiser(Learner):
     @override
     def checkpoint(self, folder: Path) -> None:
         checkpoint.save(self.model, folder)
+
+    @override
+    def units(self) -> Sequence[Sequence[nn.Module]]:
+        return self.model.backbone.units()
 
     @override
     def parameter_groups(self) -> Mapping[str, list[nn.Parameter]]:

@@ -118,7 +118,8 @@ def _train(run: TokenRun, job: Job, callbacks: Sequence[TrainerCallback]) -> dic
         learner.save(folder, model_card_table(job.card))
         trainer.state.save_to_json(str(folder / "trainer_state.json"))
 
-    return job.finish(_result(trainer.state), write)
+    with trainer.whole():
+        return job.finish(_result(trainer.state), write)
 
 
 def _read(run: TokenRun, section: DataSection, saved: Path) -> tuple[PreTrainedTokenizerBase, PreparedData]:

@@ -20,10 +20,12 @@ from transformers.utils import logging
 from l2d_framework.base_model import empty_language_model, fingerprint, load_config, load_language_model, locate
 from l2d_framework.config import RewardRun, Run, check_runs
 from l2d_framework.errors import ConfigError
+from l2d_framework.models.checkpoint import save_language_model
 from l2d_framework.opening import open_model
 from l2d_framework.training import output_dir
 from l2d_framework.training.reward.data import prepare_pairs
 from l2d_framework.training.run_state import Job, base_tokenizer, output_folder
+from l2d_framework.training.sharding import round_to
 
 PAD = "[PAD]"
 _CARD = """---
@@ -77,16 +79,16 @@ def _train(run: RewardRun, job: Job, callbacks: Sequence[TrainerCallback]) -> di
     )
     job.train(trainer)
     # What is measured is what is saved.
-    model.to(dtype)
+    round_to(model, dtype)
     held_out = None if pairs.eval is None else trainer.evaluate()
 
     def write(folder: Path) -> None:
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+        save_language_model(model, tokenizer, folder, dtype)
         (folder / "README.md").write_text(_model_card(job.card), encoding="utf-8")
         trainer.state.save_to_json(str(folder / "trainer_state.json"))
 
-    return job.finish(_result(trainer.state, held_out), write)
+    with trainer.whole():
+        return job.finish(_result(trainer.state, held_out), write)
 
 
 def check_ready(runs: Sequence[Run], *, overwrite: bool = False) -> list[RewardRun]:

@@ -79,6 +79,8 @@ class PairTrainer(ResumableTrainer, RewardTrainer):
             callbacks=[Boundaries(lambda: self.ended_by), *callbacks],
         )
         self.remove_callback(PrinterCallback)
+        if run.data.pad_to is not None:
+            model.register_forward_pre_hook(self._as_guided, with_kwargs=True)
 
     def _send_telemetry(self) -> None:
         """Nobody is told: a run file asks for trackers, and for nothing else that leaves the machine."""
@@ -91,15 +93,12 @@ class PairTrainer(ResumableTrainer, RewardTrainer):
             return step / warmup
         return 1 - (1 - self.training.final_fraction) * (step - warmup) / max(steps - warmup, 1)
 
-    @override
-    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *options: Any, **named: Any) -> Any:
-        """Mean of -log sigmoid(r_chosen - r_rejected - margin) over the pairs of a batch."""
-        plain: Any = super()
-        return plain.compute_loss(model, self._as_guided(inputs), *options, **named)
+    def _as_guided(self, model: Any, args: Any, inputs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """Padding in full sight and, as transformers does for embeddings, the reward read at its end.
 
-    def _as_guided(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        model: Any = self.model
-        return as_guided(inputs, self.run, model, self._generator)
+        It is a hook of the model, for weights in shares are whole, and their gradients complete, inside of it only.
+        """
+        return args, as_guided(inputs, self.run, model, self._generator)
 
     def _generator(self) -> torch.Generator:
         # Keyed by update and micro-batch, so that a resumed run draws the same noise.
@@ -123,7 +122,7 @@ class PairTrainer(ResumableTrainer, RewardTrainer):
         leads, losses = [], []
         for batch in self.get_eval_dataloader(eval_dataset):
             with self.accelerator.autocast():
-                rewards = model(**{k: v for k, v in self._as_guided(batch).items() if k != "margin"}).logits
+                rewards = model(**{k: v for k, v in batch.items() if k != "margin"}).logits
             chosen, rejected = rewards.float().squeeze(-1).chunk(2)
             lead = chosen - rejected
             loss = -nn.functional.logsigmoid(lead - batch.get("margin", 0.0))
