@@ -93,7 +93,7 @@ def _convergence(results: Results) -> str:
         before, last = milestones[-2:]
         change = _change(difference(before.new.marks, last.new.marks))
         texts.append(f"that of {_NAMES[name]} {change} from {before.updates:,} to {last.updates:,}")
-    return f"Over its last updates exact match on the new skill may still move: {'; '.join(texts)}."
+    return f"Over the last updates exact match on the new skill may still move: {'; '.join(texts)}."
 
 
 def _against_lora(results: Results) -> str:

@@ -122,12 +122,11 @@ def _first_prediction(diffusion: Diffusion, layout: Layout, draws: Draws, classe
     )
     space, table = diffusion.parametrization, diffusion.backbone.table()
     memory = torch.cat([space.remember(logits, table) for _, logits in diffusion.answer(query).parts()], 1)
-    # Weights that this pass has cast would take their gradients last of all, each kept in half precision until then.
-    torch.clear_autocast_cache()
     nothing = space.remember(memory.new_zeros(1, 1, diffusion.backbone.vocab_size), table)
     out = nothing.expand(len(layout.tokens), memory.shape[1], -1).clone()
     out[rows] = memory[: len(rows)]
-    # Weights that autocast has cast here know of no gradient, and must not be taken for those of the pass that learns.
+    # Weights that autocast has cast here must not be taken for those of the pass that learns: all would get their gradients
+    # at the end of backward, each kept in half precision until then, and in shares none at all.
     torch.clear_autocast_cache()
     return out
 
