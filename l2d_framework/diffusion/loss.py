@@ -125,8 +125,8 @@ def _first_prediction(diffusion: Diffusion, layout: Layout, draws: Draws, classe
     nothing = space.remember(memory.new_zeros(1, 1, diffusion.backbone.vocab_size), table)
     out = nothing.expand(len(layout.tokens), memory.shape[1], -1).clone()
     out[rows] = memory[: len(rows)]
-    # Weights that autocast has cast here must not be taken for those of the pass that learns: all would get their gradients
-    # at the end of backward, each kept in half precision until then, and in shares none at all.
+    # Weights that autocast has cast here must not be taken for those of the pass that learns: all would get their
+    # gradients at the end of backward, each kept in half precision until then, and in shares none at all.
     torch.clear_autocast_cache()
     return out
 
