@@ -2,6 +2,7 @@
 #   make demo      turn a tiny language model into a diffusion model and report what it buys
 #   make check     formatting, lint, types, import contracts, docstrings
 #   make test      check, then the suite against the installed wheel
+#   make docs      README and docs/ as a site in site/; warnings are errors
 #   make test-all  the same with the tests marked slow
 #   make test-newest, make test-oldest   the suite with today's releases, and with the lower bounds of pyproject.toml
 #   make test-kernels  golden, solver, conformance and generation tests under five sets of a processor's kernels
@@ -19,7 +20,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 # It would put a working tree before the installed wheel.
 unexport PYTHONPATH
 
-.PHONY: demo check wheel install-wheel test test-all test-newest test-oldest test-kernels clean
+.PHONY: demo check docs wheel install-wheel test test-all test-newest test-oldest test-kernels clean
 
 demo: .venv/.demo
 	.venv/bin/l2d demo
@@ -30,6 +31,10 @@ check: .venv/.dev
 	.venv/bin/mypy
 	.venv/bin/lint-imports
 	.venv/bin/pydoclint --quiet l2d_framework plugins bench
+
+# Not --quiet, under which --strict counts no warning; mkdocs-material speaks of MkDocs 2, which is not installed.
+docs: .venv/.docs
+	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict
 
 test: check install-wheel
 	$(call run-suite,.venv-test)
@@ -55,7 +60,7 @@ test-kernels: install-wheel
 	$(call run-kernels,MKL_CBWR=COMPATIBLE)
 
 clean:
-	rm -rf .venv .venv-test .venv-newest .venv-oldest dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+	rm -rf .venv .venv-test .venv-newest .venv-oldest dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache site
 
 # From an empty folder, so that only the installed wheel can be imported.
 run-suite = $(call run-tests,$(1),,$(CURDIR)/tests)
@@ -93,6 +98,11 @@ endef
 
 .venv/.dev: .venv/.created pyproject.toml bench/pyproject.toml constraints.txt
 	.venv/bin/python -m pip install --quiet --editable ".[all,text-metrics]" --editable bench --group dev
+	touch $@
+
+# The reference is made of what is installed, so that it needs all of the development environment.
+.venv/.docs: .venv/.dev
+	.venv/bin/python -m pip install --quiet --group docs
 	touch $@
 
 # By way of the source distributions, which must be complete too.

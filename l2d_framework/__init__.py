@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from l2d_framework.backbone import Backbone, BackboneConfig
     from l2d_framework.component import Component
     from l2d_framework.errors import L2DError
+    from l2d_framework.generation.results import Generation, Infilled
     from l2d_framework.guidance import Guidance
     from l2d_framework.hooks import hookimpl
     from l2d_framework.models.checkpoint import load, push_to_hub, save
@@ -42,7 +43,9 @@ __all__ = [
     "Context",
     "DiffusionLM",
     "ForeignCheckpoint",
+    "Generation",
     "Guidance",
+    "Infilled",
     "L2DError",
     "Layout",
     "NoiseLaw",
@@ -73,7 +76,9 @@ _HOMES = {
     "Context": "types",
     "DiffusionLM": "models.diffusion_lm",
     "ForeignCheckpoint": "types",
+    "Generation": "generation.results",
     "Guidance": "guidance",
+    "Infilled": "generation.results",
     "L2DError": "errors",
     "Layout": "types",
     "NoiseLaw": "schedule",

@@ -56,6 +56,14 @@ class BackboneConfig(Component):
         """
 
 
+def stacked(model: nn.Module) -> list[tuple[nn.Module]]:
+    """Every member of a list of modules that lies in no other, by itself: the layers of a language model."""
+    found: list[tuple[nn.Module]] = []
+    for child in model.children():
+        found += [(member,) for member in child] if isinstance(child, nn.ModuleList) else stacked(child)
+    return found
+
+
 class Backbone(nn.Module, ABC, Generic[C]):
     """The network: owns the embedding table, time and class conditioning, cache, visibility and label shift.
 
@@ -234,6 +242,18 @@ class Backbone(nn.Module, ABC, Generic[C]):
             Empty unless a backbone names some; `time` takes `training.time_learning_rate`.
         """
         return {}
+
+    def units(self) -> Sequence[Sequence[nn.Module]]:
+        """Modules whose weights are gathered together, and only while one of them runs, where processes share them.
+
+        A unit's weights are read in the `forward` of its modules and nowhere else, and by no module of another unit. Of
+        several modules in one, all but the last run without gradients. What is in no unit, such as embeddings, stays
+        gathered while a batch is learnt.
+
+        Returns:
+            Members of every list of modules in the language model, each by itself, unless a backbone says otherwise.
+        """
+        return stacked(self.lm)
 
     def plain(self, positions: Tensor, context: C) -> Tensor:
         """Hidden states of the language model alone, for `num_inference_steps = 0`.

@@ -58,8 +58,8 @@ class BaseReference(Protocol):
     def attn_implementation(self) -> str: ...  # noqa: D102
 
 
-def fetch(path: str, revision: str | None = None, *, gguf_file: str | None = None) -> Path:
-    """Local folder of a model: the folder itself, or a snapshot of the hub repository."""
+def fetch(path: str, revision: str | None = None, *, gguf_file: str | None = None, weights: bool = True) -> Path:
+    """Local folder of a model: the folder itself, or a snapshot of the hub repository, if need be without weights."""
     if Path(path).is_dir():
         return Path(path)
     if Path(path).suffix == ".gguf" and Path(path).is_file():
@@ -70,10 +70,12 @@ def fetch(path: str, revision: str | None = None, *, gguf_file: str | None = Non
         raise ConfigError(
             f"There is no folder {path!r}. Give the path of a model folder, or a hub id such as org/name."
         )
-    weights = "*.safetensors" if gguf_file is None else gguf_file
+    wanted = "*.safetensors" if gguf_file is None else gguf_file
     try:
-        folder = Path(snapshot_download(path, revision=revision, allow_patterns=[weights, *_FILES]))
-        if gguf_file is None and not list(folder.glob(weights)):
+        if not weights:
+            return Path(snapshot_download(path, revision=revision, allow_patterns=[*_FILES]))
+        folder = Path(snapshot_download(path, revision=revision, allow_patterns=[wanted, *_FILES]))
+        if gguf_file is None and not list(folder.glob(wanted)):
             folder = Path(snapshot_download(path, revision=revision, allow_patterns=[*_FILES, "*.bin"]))
         return folder
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
@@ -83,10 +85,12 @@ def fetch(path: str, revision: str | None = None, *, gguf_file: str | None = Non
         ) from error
 
 
-def locate(reference: BaseReference) -> tuple[Path, Path | None]:
-    """Folders of the base weights and of the PEFT adapter merged into them, or None."""
+def locate(reference: BaseReference, *, weights: bool = True) -> tuple[Path, Path | None]:
+    """Folders of the base, perhaps without its weights, and of the PEFT adapter merged into it, or None."""
     gguf_file = reference.gguf_file
-    folder = fetch(reference.base, reference.revision, gguf_file=gguf_file)
+    # A GGUF file holds the config beside the weights, and an adapter's weights say how large the vocabulary is.
+    weights = weights or gguf_file is not None
+    folder = fetch(reference.base, reference.revision, gguf_file=gguf_file, weights=weights)
     adapter = None if reference.adapter is None else fetch(reference.adapter)
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
         if adapter is not None:
@@ -94,7 +98,8 @@ def locate(reference: BaseReference) -> tuple[Path, Path | None]:
                 f"model.base {reference.base!r} is itself a PEFT adapter, so model.adapter {reference.adapter!r} would "
                 "be a second one. Merge one of them first."
             )
-        folder, adapter = fetch(adapter_base(folder), gguf_file=gguf_file), folder
+        adapter = fetch(reference.base, reference.revision)
+        folder = fetch(adapter_base(folder), gguf_file=gguf_file, weights=weights)
     if gguf_file is not None:
         if not (folder / gguf_file).is_file():
             raise ConfigError(f"model.gguf_file: {str(folder)!r} has no file {gguf_file!r}. {gguf_hint(folder)}")
@@ -127,7 +132,7 @@ def gguf_hint(folder: Path) -> str:
 
 def load_config(reference: BaseReference) -> PreTrainedConfig:
     """Config of the base model, without weights."""
-    config: Any = _opened(open_config, locate(reference)[0], reference.gguf_file)
+    config: Any = _opened(open_config, locate(reference, weights=False)[0], reference.gguf_file)
     check_quantization(config, reference.base)
     if hasattr(config, "vocab_size"):  # else no language model, which a backbone refuses
         with reading(f"the config.json of {reference.base!r}"):
@@ -233,16 +238,19 @@ def _resize(lm: Any, rows: int) -> None:
             lm.resize_token_embeddings(rows, mean_resizing=False)
 
 
-def empty_language_model(config: PreTrainedConfig, attn_implementation: str) -> PreTrainedModel:
-    """The base model's shapes on the meta device."""
+def empty_language_model(
+    config: PreTrainedConfig, attn_implementation: str, *, dtype: str = "auto", kind: Any = AutoModelForCausalLM
+) -> PreTrainedModel:
+    """The base model's shapes on the meta device, in the config's type when `dtype` is `auto`."""
+    options = {} if dtype == "auto" else {"dtype": getattr(torch, dtype)}
     with torch.device("meta"):
-        lm: Any = new_model(AutoModelForCausalLM, config, attn_implementation=attn_implementation)
+        lm: Any = new_model(kind, config, attn_implementation=attn_implementation, **options)
         return lm.eval()  # type: ignore[no-any-return]
 
 
 def load_tokenizer(reference: BaseReference) -> PreTrainedTokenizerBase | None:
     """Tokenizer of the base model, None if it has none, with the reference's pad token if it lacks one of its own."""
-    base, adapter = locate(reference)
+    base, adapter = locate(reference, weights=False)
     for folder in filter(None, (adapter, base)):
         has_files = (folder / "tokenizer_config.json").is_file()
         if has_files or (folder == base and reference.gguf_file is not None):
@@ -288,7 +296,7 @@ def _adapted_rows(adapter: Path, config: PreTrainedConfig) -> int:
 
 def _vocabulary(reference: BaseReference, config: PreTrainedConfig) -> int:
     """Rows of the embedding table once the adapter's tokens and the reference's pad token have been added."""
-    _, adapter = locate(reference)
+    _, adapter = locate(reference, weights=False)
     size = config.vocab_size if adapter is None else _adapted_rows(adapter, config)
     if reference.pad_token is None:
         return size

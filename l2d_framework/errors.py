@@ -18,7 +18,7 @@ EXIT_CODES = {
     138: "interrupted by SIGUSR1, by which Slurm announces the end of a job's time",
     143: "interrupted by SIGTERM",
 }
-"""What the exit codes of `l2d` say; README shows them."""
+"""What the exit codes of `l2d` say; `docs/training.md` shows them."""
 
 
 class L2DError(Exception):

@@ -26,6 +26,9 @@ class ParametrizationConfig(Component):
     kind: ClassVar[str] = "parametrization"
     default_method: ClassVar[str | None] = None
     """Method whose block size, padding and sampling a run file that leaves them out gets."""
+    gaussian_path: ClassVar[bool] = True
+    """Whether noisy states are alpha(t) * clean + sigma(t) * prior_scale * noise, as `Parametrization.corrupt` has it;
+    False where it is overridden with another corruption, whose solvers move by other rules than a slope."""
 
     @abstractmethod
     def build(self, vocab_size: int, hidden_size: int) -> Parametrization:
@@ -151,7 +154,7 @@ class Parametrization(nn.Module, ABC):
 
         Returns:
             (B, L, D), float32; alpha(t) * clean + sigma(t) * prior_scale * noise unless a space has another corruption,
-            which is then the prior at t = 0 and `encode` at t = 1, and whose solvers move by other rules than a slope.
+            which is then the prior at t = 0 and `encode` at t = 1, and whose config declares `gaussian_path = False`.
         """
         return schedule.interpolate(self.encode(tokens, table), self.prior_scale * noise, t)
 

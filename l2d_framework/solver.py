@@ -72,11 +72,14 @@ class Solver(Component):
     Attributes:
         is_adaptive: chooses its own steps, so the number of evaluations is not known in advance.
         batch_coupled: a token's result may depend on its batch mates.
+        gaussian_path: moves states x_t = alpha(t) * clean + sigma(t) * noise, by their slope or clean estimate; False
+            for a rule of another space, such as unmasking, which serves parametrizations that declare the same.
     """
 
     kind: ClassVar[str] = "solver"
     is_adaptive: ClassVar[bool] = False
     batch_coupled: ClassVar[bool] = False
+    gaussian_path: ClassVar[bool] = True
 
     @property
     def stages(self) -> int:
@@ -85,7 +88,10 @@ class Solver(Component):
 
     @property
     def order(self) -> int:
-        """Order of convergence of a deterministic method."""
+        """Order of convergence of a deterministic method, at least.
+
+        Halving the steps divides the error by 2 to this power or more, where alpha and sigma are positive.
+        """
         return 1
 
     @property

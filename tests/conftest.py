@@ -1,10 +1,12 @@
 """What every test may ask for: folders of reference data, tiny language models, tiny tokenizers."""
 
+import gc
 import json
 import logging
 import os
 import re
 import shutil
+import signal
 import tempfile
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -30,9 +32,18 @@ from safetensors.torch import load_file, save_file
 from tiny_models import tiny_lm as build_lm
 from tiny_models import tiny_tokenizer as build_tokenizer
 
+# Shells start what is to run in the background with this signal ignored, which tests send themselves.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 
 def pytest_unconfigure() -> None:
     shutil.rmtree(os.environ["HF_HOME"], ignore_errors=True)
+
+
+def pytest_collection_finish() -> None:
+    # Millions of objects of libraries and tests live to the end; looking through them again and again takes minutes.
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

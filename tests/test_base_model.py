@@ -16,6 +16,7 @@ from l2d_framework.base_model import (
     fingerprint,
     load_config,
     load_language_model,
+    load_tokenizer,
     locate,
 )
 from l2d_framework.config import ModelSection, parse_run
@@ -91,6 +92,19 @@ def test_weights_in_the_old_format_are_fetched_only_where_there_are_no_others(mo
     asked.clear()
     fetch("org/model")
     assert len(asked) == 1
+
+
+def test_configs_and_tokenizers_of_the_hub_are_read_without_fetching_weights(base, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        "l2d_framework.base_model.snapshot_download",
+        lambda path, revision, allow_patterns: asked.extend(allow_patterns) or str(base),
+    )
+    assert load_config(section("org/model")).model_type == "llama"
+    load_tokenizer(section("org/model"))
+    assert not [pattern for pattern in asked if "safetensors" in pattern or "bin" in pattern]
+    assert locate(section("org/model")) == (base, None)
+    assert "*.safetensors" in asked
 
 
 def test_a_folder_without_config_is_no_model(tmp_path):

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from tiny_models import tiny_lm
-from transformers import AutoConfig, DynamicCache, PreTrainedModel, TrainingArguments
+from transformers import AutoConfig, DynamicCache, PreTrainedModel, Trainer, TrainingArguments
 
 
 def test_transformers_attention_kernel_is_read_and_set_by_a_private_field():
@@ -174,9 +174,20 @@ def test_lm_eval_keeps_filters_metrics_and_models_where_the_adapter_looks():
 def test_accelerate_and_trl_offer_what_training_overrides():
     from accelerate import Accelerator
 
-    assert {"gather", "reduce", "prepare"} <= set(dir(Accelerator))
+    assert {"gather", "reduce", "prepare", "prepare_model", "prepare_optimizer", "is_fsdp2"} <= set(dir(Accelerator))
     pytest.importorskip("trl")
     from trl.trainer.reward_config import RewardConfig
     from trl.trainer.reward_trainer import DataCollatorForPreference, RewardTrainer
 
-    assert callable(RewardTrainer.compute_loss) and callable(DataCollatorForPreference) and RewardConfig
+    assert callable(RewardTrainer) and callable(DataCollatorForPreference) and RewardConfig
+
+
+def test_weights_in_shares_are_prepared_saved_and_loaded_where_training_overrides_it():
+    from accelerate.state import AcceleratorState, PartialState
+    from torch.distributed import distributed_c10d
+
+    wanted = {"create_accelerator_and_postprocess", "_save", "_save_optimizer_and_scheduler", "_load_from_checkpoint"}
+    assert wanted | {"_load_optimizer_and_scheduler"} <= set(dir(Trainer))
+    assert "self._load_from_checkpoint" in inspect.getsource(Trainer._prepare_for_training)
+    assert isinstance(AcceleratorState._shared_state, dict) and isinstance(PartialState._shared_state, dict)
+    assert callable(distributed_c10d._get_default_store)

@@ -129,7 +129,7 @@ def bench(
 
 
 class _Alarm:
-    """Interrupts what takes longer, as Ctrl-C does; None for no limit."""
+    """Interrupts what takes longer, as SIGTERM does; None for no limit."""
 
     def __init__(self, seconds: float | None) -> None:
         self.seconds, self.has_struck = seconds, False
@@ -141,8 +141,8 @@ class _Alarm:
 
     def _strike(self, *_: object) -> None:
         self.has_struck = True
-        # Whoever listens to it, such as a run that saves first, does so now, too.
-        signal.raise_signal(signal.SIGINT)
+        # Whoever listens to it, such as a run that saves first, does so now, too. SIGINT is ignored in the background.
+        signal.raise_signal(signal.SIGTERM)
 
     def __exit__(self, *_: object) -> None:
         if self.seconds is not None:

@@ -6,7 +6,7 @@ import hashlib
 import importlib.util
 import json
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -89,7 +89,8 @@ def read_profile(profile: str) -> ProfileFile:
     """A profile.
 
     Args:
-        profile: its name, or else a YAML file or a folder of YAML files that make one profile together.
+        profile: its name, or else a YAML file or a folder of YAML files that make one profile together. With `like`,
+            the name of another profile, they say only what is different from that one.
 
     Returns:
         What it declares.
@@ -104,10 +105,28 @@ def read_profile(profile: str) -> ProfileFile:
     if not files:
         hint = suggest(profile, profile_names()) or f", known are {profile_names()}."
         raise ConfigError(f"Unknown profile {profile!r}{hint} Give one of them, or a YAML file.")
+    return _parsed(ProfileFile, _profile_fields(files, profile), path)
+
+
+def _profile_fields(files: Sequence[Path], profile: str) -> dict[str, Any]:
     data: dict[str, Any] = {}
     for file in files:
         _add(data, read_file(file), file)
-    return _parsed(ProfileFile, data, path)
+    like = data.pop("like", None)
+    if like is None:
+        return data
+    single = bench_folder() / "profiles" / f"{like}.yaml"
+    if not single.is_file() or like == profile:
+        raise ConfigError(f"{files[0]}: `like` names a profile of one file beside this one, got {like!r}. Correct it.")
+    return _laid_over(_profile_fields([single], like), data)
+
+
+def _laid_over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(below)
+    for name, value in above.items():
+        known = merged.get(name)
+        merged[name] = _laid_over(known, value) if isinstance(known, dict) and isinstance(value, Mapping) else value
+    return merged
 
 
 def _add(data: dict[str, Any], more: Mapping[str, Any], file: Path) -> None:

@@ -55,6 +55,10 @@ ELSEWHERE = {
 """Commands of other distributions of this project, and how to get them."""
 
 
+OTHER_NAMES = {"output": "out"}
+"""Options by further names, of every command."""
+
+
 class _LazyGroup(TyperGroup):
     """Lists stand-ins for the commands; the one that is called is imported then."""
 
@@ -97,8 +101,14 @@ def _load(name: str) -> Any:
     return typer.main.get_command(single)
 
 
+def _main_name(option: str) -> str:
+    """The name of an option that a command shows, for one that it may have, too."""
+    return OTHER_NAMES.get(option, option)
+
+
 app = typer.Typer(
     name="l2d",
+    context_settings={"token_normalize_func": _main_name},  # which the commands inherit
     cls=_LazyGroup,
     help="Turn pretrained language models into diffusion language models.",
     no_args_is_help=True,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -31,11 +32,10 @@ def demo(
     Takes a few minutes on two CPU cores and downloads nothing. Started again, it goes on where it was interrupted.
     """
     from l2d_framework.cli.progress import progress
-    from l2d_framework.demo.measure import WAYS
-    from l2d_framework.demo.report import findings, table
+    from l2d_framework.demo.measure import DEFAULT, WAYS
+    from l2d_framework.demo.report import findings, learning_table, table
     from l2d_framework.demo.run import FULL, QUICK, Demo, one_thread
     from l2d_framework.training.output_dir import move_aside
-    from l2d_framework.training.run import train_runs
 
     start = time.monotonic()
     console = Console()
@@ -50,19 +50,23 @@ def demo(
         f"The task: continue [bold]{example.prompt}[/] with [bold]{example.completion.strip()}[/]", highlight=False
     )
 
-    titles = {"base": "1/4 base model ", "lora": "2/4 LoRA       ", "l2d": "3/4 L2D        "}
+    beside = not quick and (os.cpu_count() or 1) > 1  # a quick LoRA is trained before another process has started
+    titles = {"base": "1/4 base model ", "l2d": "2/4 L2D        ", "lora": "3/4 LoRA       "}
+    if beside:
+        titles["l2d"] = "2/4 L2D, LoRA  "
 
     def report(run: Run) -> list[Reporter]:
         return [progress(console, titles[Path(str(run.output_dir)).name])]
 
     with one_thread():
-        train_runs(runs, callbacks=report)
+        demo.train(runs, report, beside=beside)
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         with Progress(*columns, console=console) as bar:
-            task = bar.add_task("4/4 answering  ", total=len(WAYS))
+            task = bar.add_task("4/4 answering  ", total=len(WAYS) + 2 * (demo.size.checkpoints - 1))
             results = demo.measure(lambda: bar.advance(task))
     files = demo.write(results)
     console.print(terminal(table(results), "Exact match on held-out questions, ± standard error"))
+    console.print(terminal(learning_table(results), "The same while they learn, L2D with {} at {}".format(*DEFAULT)))
     for finding in findings(results):
         console.print(f"- {finding}", highlight=False)
     if quick:

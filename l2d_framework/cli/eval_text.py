@@ -12,7 +12,7 @@ from l2d_framework.cli import common
 
 def eval_text(
     files: Annotated[
-        list[Path], typer.Argument(help="JSONL of `l2d generate --output`, or with columns prefix, text and gold.")
+        list[Path], typer.Argument(help="JSONL of `l2d generate --out`, or with columns prefix, text and gold.")
     ],
     perplexity_model: Annotated[
         str | None, typer.Option(help="Measure perplexity under this causal language model; a folder or hub id.")
@@ -35,7 +35,7 @@ def eval_text(
     batch_size: Annotated[int, typer.Option(min=1, help="Texts at a time; does not change the numbers.")] = 8,
     dtype: common.Dtype = "float32",
     device: common.Device = None,
-    output: Annotated[Path | None, typer.Option(help="Folder for the numbers, a report and a picture.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for the numbers, a report and a picture.")] = None,
 ) -> None:
     """Measure generated text: perplexity, distinct n-grams, entropy, MAUVE, Zipf's law and repetition.
 
@@ -45,7 +45,7 @@ def eval_text(
     from l2d_framework.evaluation.text.samples import Columns, read_golds, read_samples
 
     common.check_dtype(dtype)
-    common.check_folder(output, "--output")
+    common.check_folder(out, "--out")
     common.quieten()
     golds = None if gold is None else read_golds(gold, gold_column)
     columns = Columns(prefix_column, text_column, gold_column)
@@ -75,11 +75,11 @@ def eval_text(
             for name, texts in samples.items()
         }
     common.show(table(results), notes(results), title="Generated text, ± standard error over samples")
-    if output is not None:
+    if out is not None:
         picture = "eval_text.png" if len(results) > 1 and common.can_draw() else None
-        with staged(output) as folder:
+        with staged(out) as folder:
             if picture:
                 draw(results, folder / picture)
             common.write_json(folder / "eval_text.json", {"results": results, "definitions": DEFINITIONS})
             (folder / "eval_text.md").write_text(markdown(results, picture=picture), encoding="utf-8")
-        typer.echo(f"Written to {output}", err=True)
+        typer.echo(f"Written to {out}", err=True)

@@ -40,19 +40,19 @@ def generate(
     temperature: Annotated[float | None, typer.Option(help="Of the draw.")] = None,
     top_p: Annotated[float | None, typer.Option(min=0, max=1, help="Of the draw.")] = None,
     top_k: Annotated[int | None, typer.Option(min=0, help="Of the draw; 0 for all tokens.")] = None,
-    stop: Annotated[
-        list[str] | None, typer.Option(help="String that ends an answer; left out of it unless streamed.")
-    ] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="String that ends an answer and is left out of it.")] = None,
     num_return_sequences: Annotated[int, typer.Option(min=1, help="Answers per prompt.")] = 1,
     seed: Annotated[int | None, typer.Option(min=0, help="Of all random numbers.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts at a time; does not change the answers.")] = 8,
     stream: Annotated[
-        bool, typer.Option(help="Print tokens as they come, or drafts of a whole answer; one prompt only.")
+        bool, typer.Option(help="Print tokens as they come, or drafts of a whole answer or gap; one prompt only.")
     ] = False,
     trace: Annotated[
         Path | None, typer.Option(help="Write how the answer took shape to this .html page or .png; one prompt only.")
     ] = None,
-    output: Annotated[Path | None, typer.Option(help="Also write the answers to this JSONL file.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Also write the answers to this JSONL file; called again, it goes on with it.")
+    ] = None,
     base: common.Base = None,
     dtype: common.Dtype = None,
     device: common.Device = None,
@@ -78,27 +78,36 @@ def generate(
     )
     common.check_dtype(dtype)
     has_prompts = bool(prompt) or file is not None
-    if infill and (has_prompts or chat or stream or trace or num_return_sequences > 1):
-        raise ConfigError("--infill fills gaps and answers nothing. Leave out prompts, --chat, --stream and --trace.")
+    if infill and (has_prompts or chat or num_return_sequences > 1):
+        raise ConfigError("--infill fills gaps and answers nothing. Leave out prompts, --chat and several answers.")
     if infill and (do_sample or stop or class_name):
         raise ConfigError("--infill takes the most likely tokens. Leave out --do-sample, --stop and --class.")
     if not has_prompts and not chat and not infill:
         raise ConfigError("There is nothing to answer. Give --prompt, --file, --infill, or --chat to talk.")
+    if not has_prompts and not infill and (out is not None or trace is not None):
+        raise ConfigError("--out and --trace keep answers to prompts, and a talk has none. Give --prompt or --file.")
     if trace is not None and num_inference_steps == 0:
         raise ConfigError("--trace shows network evaluations, and with --num-inference-steps 0 there are none.")
     if not do_sample and any(value is not None for value in (temperature, top_p, top_k)):
         raise ConfigError("--temperature, --top-p and --top-k shape a draw. Add --do-sample, or leave them out.")
-    if (stream or not has_prompts) and num_return_sequences > 1:
+    if (stream or not (has_prompts or infill)) and num_return_sequences > 1:
         raise ConfigError(f"One answer at a time can be shown, got --num-return-sequences {num_return_sequences}.")
 
-    from l2d_framework.cli.generate_session import Session, check_output, read_prompts
+    from l2d_framework.models.labels import check_class_early
+
+    check_class_early(model, class_name)
+
+    from l2d_framework.cli.answer_file import show_answers
+    from l2d_framework.cli.generate_session import Session, read_prompts
 
     named = read_prompts(prompt or [], file, chat=chat)
     prompts = list(named.values())
-    if trace is not None and (len(prompts) != 1 or num_return_sequences > 1 or stream):
-        raise ConfigError("--trace shows how one answer takes shape. Give one prompt, one answer, and no --stream.")
-    if stream and len(prompts) > 1:
-        raise ConfigError(f"--stream shows one answer, got {len(prompts)} prompts. Leave it out or give one prompt.")
+    asked: list[dict[str, Any]] = [{"infill": text} for text in infill or []] or [{"prompt": one} for one in prompts]
+    if trace is not None and (len(asked) != 1 or num_return_sequences > 1):
+        raise ConfigError("--trace shows how one answer takes shape. Give one prompt or text, and ask for one answer.")
+    if stream and len(asked) > 1:
+        what = "texts" if infill else "prompts"
+        raise ConfigError(f"--stream shows one answer, got {len(asked)} {what}. Leave it out or give one of them.")
     decoding = {"do_sample": do_sample, "temperature": temperature, "top_p": top_p, "top_k": top_k}
     options: dict[str, Any] = {name: value for name, value in decoding.items() if value is not None}
     session = Session(
@@ -118,18 +127,23 @@ def generate(
         from l2d_framework.tracing import check_trace_file
 
         check_trace_file(trace)
-    check_output(output)
+    common.check_file(out, "--out")
     if infill:
         session.check_infilling(infill)
-        session.load(device)
-        session.infill(infill, output=output)
-        return
     # Without prompts there will be a conversation: find out now whether this tokenizer can hold one.
-    encoded = session.encode(prompts, list(named)) if prompts else session.encode([[{"role": "user", "content": "?"}]])
-    session.load(device)
-    if trace is not None:
-        session.trace(prompts[0], trace, output=output)
-    elif prompts:
-        session.answer_all(prompts, encoded, batch_size=batch_size, stream=stream, output=output)
-    else:
+    encoded = session.encode(prompts or [[{"role": "user", "content": "?"}]], list(named) or None) if not infill else []
+    if not asked:
+        session.load(device)
         session.talk()
+        return
+    with session.file(out, asked) as answers:
+        if answers.missing or stream or trace is not None:
+            session.load(device)
+            if infill:
+                session.infill(infill, answers, stream=stream, trace=trace)
+            elif stream or trace is not None:
+                answers.write(0, [session.answer_one(prompts[0], stream=stream, trace=trace)])
+            else:
+                session.answer_all(prompts, encoded, answers, batch_size=batch_size)
+    if not stream or infill:
+        show_answers(list(named) or [f"Text {number}" for number in range(len(asked))], answers.rows)

@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from l2d_framework.errors import ConfigError, suggest
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 Schema = Mapping[str, Any]
 Screen = tuple[str, tuple[tuple[str, str], ...]]
@@ -36,8 +39,6 @@ class Place:
     """Number of fields among them."""
     run: str
     schema: Schema
-    owner: Schema
-    """Section or component whose field it is."""
 
     def answers(self, words: tuple[str, ...]) -> bool:
         """Whether it has the last of these names and lies below the others."""
@@ -53,27 +54,51 @@ def help_(
 ) -> None:
     """Explain an option of run files: what it does, its type, default, allowed values and source."""
     from rich.console import Console
-    from rich.padding import Padding
-    from rich.table import Table
-    from rich.text import Text
 
     from l2d_framework.config import json_schema
 
     schema = json_schema()
-    places = [place for part in schema["$defs"].values() for place in _places_of_run(schema, part)]
+    places = [place for part in schema["$defs"].values() for place in places_of_run(schema, part)]
     words = tuple(word for name in names or [] for word in name.split(".") if word and not word.isdecimal())
     found = [place for place in places if not words or place.answers(words)]
     if not found:
-        known = {name for place in places for name in place.path}
-        wrong = next((word for word in words if word not in known), words[-1])
-        hint = suggest(wrong, known) or ";"
-        raise ConfigError(f"No option of run files is called {' '.join(words)!r}{hint} `l2d help` lists all sections.")
+        raise ConfigError(_unknown(places, words))
     nearest = min(place.depth for place in found)
     screens: dict[Screen, list[Place]] = {}
     for place in found:
         if place.depth == nearest and (words or place.path[1:] == ()):
             screens.setdefault(_screen(schema, place, is_whole=bool(words)), []).append(place)
     console = Console(width=None if Console().is_terminal else 120)
+    with console.capture() as written:
+        _print(console, screens)
+    further = sorted({".".join(place.path) for place in found if place.depth > nearest})
+    # Tables are filled up with blanks, which would go into a pipe.
+    for line in written.get().splitlines():
+        typer.echo(line.rstrip())
+    if words and further:
+        console.print(f"See also: {', '.join(further)}", markup=False, highlight=False)
+
+
+def _unknown(places: Sequence[Place], words: tuple[str, ...]) -> str:
+    """What is wrong with names that no place has, and which may stand where the wrong one does."""
+    count = next((n for n in range(len(words) - 1, 0, -1) if any(place.answers(words[:n]) for place in places)), 0)
+    above, wrong = words[:count], words[count]
+    tops = {place.path for place in places if place.answers(above)} if above else {()}
+    there = {place.path[len(top)] for top in tops for place in places if _is_right_below(place.path, top)}
+    hint = suggest(wrong, there) or suggest(wrong, {name for place in places for name in place.path}) or "."
+    listed = f"{' '.join(above).capitalize() or 'Sections'}: {', '.join(sorted(there))}." if there else ""
+    return f"No option of run files is called {' '.join(words)!r}{hint} {listed} `l2d help` lists all sections."
+
+
+def _is_right_below(path: tuple[str, ...], top: tuple[str, ...]) -> bool:
+    return len(path) == len(top) + 1 and path[: len(top)] == top
+
+
+def _print(console: Console, screens: Mapping[Screen, Sequence[Place]]) -> None:
+    from rich.padding import Padding
+    from rich.table import Table
+    from rich.text import Text
+
     for (text, rows), shown in screens.items():
         runs = ", ".join(dict.fromkeys(place.run for place in shown))
         console.print(f"{'.'.join(shown[0].path)}  (kind: {runs})", style="bold", markup=False, highlight=False)
@@ -83,27 +108,25 @@ def help_(
             table.add_row("", *map(Text, row))
         if rows:
             console.print(table)
-    further = sorted({".".join(place.path) for place in found if place.depth > nearest})
-    if words and further:
-        console.print(f"See also: {', '.join(further)}", markup=False, highlight=False)
 
 
-def _places_of_run(schema: Schema, part: Schema) -> Iterator[Place]:
+def places_of_run(schema: Schema, part: Schema) -> Iterator[Place]:
+    """Every field of a kind of run, which `part` of the schema describes."""
     kind = part.get("properties", {}).get("kind", {}).get("const")
     if kind is not None:
-        yield from _fields(schema, part, Place((), 0, kind, part, part))
+        yield from _fields(schema, part, Place((), 0, kind, part))
 
 
 def _fields(schema: Schema, section: Schema, above: Place) -> Iterator[Place]:
     for name, field in section["properties"].items():
         if "const" in field:
             continue
-        here = Place((*above.path, name), above.depth + 1, above.run, field, section)
+        here = Place((*above.path, name), above.depth + 1, above.run, field)
         yield here
         for inner in _sections(schema, field):
             tag = _tag(inner)
             if tag is not None:
-                component = Place((*here.path, tag), here.depth, here.run, inner, section)
+                component = Place((*here.path, tag), here.depth, here.run, inner)
                 yield component
             yield from _fields(schema, inner, here if tag is None else component)
 
@@ -134,19 +157,21 @@ def _screen(schema: Schema, place: Place, *, is_whole: bool) -> Screen:
         return _first(text), ()
     if "properties" in place.schema:
         return text, (("from", _distribution(place.path[-1])), *_inside([place.schema]))
-    return text, (*_facts(schema, place), *_inside(_sections(schema, place.schema)))
+    sections = _sections(schema, place.schema)
+    # Where the defaults of a section are from is no source of each of its fields.
+    if len(sections) == 1 and _tag(sections[0]) is None and (more := str(sections[0].get("description", ""))):
+        text = more if _first(text) in _first(more) else f"{text}\n\n{more}"
+    return text, (*facts(schema, place), *_inside(sections))
 
 
-def _facts(schema: Schema, place: Place) -> Iterator[tuple[str, str]]:
+def facts(schema: Schema, place: Place) -> Iterator[tuple[str, str]]:
+    """Names and texts of what is to be known of a field beside its meaning, such as its type and default."""
     field = place.schema
     yield "type", _type(schema, field)
     if not _sections(schema, field):
         yield "default", json.dumps(field["default"]) if "default" in field else "none, it must be given"
     if allowed := list(_allowed(field)):
         yield "allowed", "; ".join(allowed)
-    for paragraph in str(place.owner.get("description", "")).split("\n\n"):
-        if paragraph.startswith("Source: "):
-            yield "source", " ".join(paragraph.removeprefix("Source: ").split())
 
 
 def _inside(sections: Sequence[Schema]) -> Iterator[tuple[str, str]]:

@@ -6,16 +6,21 @@ import json
 import re
 import sys
 import tempfile
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NamedTuple
+from typing import TYPE_CHECKING, Annotated, NamedTuple, TypeVar
 
 import typer
 
-from l2d_framework.errors import ConfigError, suggest
+from l2d_framework.cli.meter import Meter
+from l2d_framework.errors import ConfigError, L2DError, suggest
 
 if TYPE_CHECKING:
     from l2d_framework.config import Run
     from l2d_framework.training.data.preview import Preview
+
+T = TypeVar("T")
 
 _BUDGET = re.compile(r"(\d+(?:\.\d+)?)\s*(epoch|update)s?")
 _LONGEST = 2048
@@ -48,71 +53,144 @@ def init(
     Looks at the data for their format and length, and at the base model for its context and chat template.
     """
     from l2d_framework.cli.common import check_file
+    from l2d_framework.registry import declared, registry
 
     check_file(run_file, "RUN.yaml")
-    from l2d_framework.registry import registry
+    methods = declared().names("method") if declared().knows_all else [*registry().methods()]
+    # What costs nothing to check is checked before anything is asked or looked at.
+    for option, given, check in (
+        ("--method", method, partial(_method_name, methods)),
+        ("--budget", budget, _budget),
+        ("--output-dir", output_dir, _folder),
+    ):
+        if given is not None:
+            _checked(option, given, check)
 
-    methods = registry().methods()
-    base = _answer("--base", "Language model to start from (folder or hub id)", base)
-    data = _answer("--data", "Training data (file, folder or hub id)", data)
-    method = _answer("--method", f"Method ({', '.join(methods)})", method, next(iter(methods), None))
-    if method not in methods:
-        hint = suggest(method, methods) or "."
-        raise ConfigError(f"--method: there is no {method!r}{hint} Installed are {', '.join(methods) or 'none'}.")
-    budget = _answer("--budget", "Budget ('3 epochs' or '1000 updates')", budget, "1 epoch")
-    parts = _BUDGET.fullmatch(budget.strip())
-    if parts is None or float(parts[1]) <= 0:
-        raise ConfigError(f"--budget must read like '3 epochs' or '1000 updates', got {budget!r}.")
+    draft = Draft()
+    base = _answer("--base", "Language model to start from (folder or hub id)", base, draft.look_at_base)
+    data = _answer("--data", "Training data (file, folder or hub id)", data, draft.look_at_data)
+
+    def fitting(name: str) -> str:
+        draft.look_at_method(Answers(base, data, _method_name(methods, name), 1, "epoch", "null"))
+        return name
+
+    question = f"Method ({', '.join(methods)})"
+    method = _answer("--method", question, method, fitting, default=next(iter(methods), None))
+    amount, unit = _answer("--budget", "Budget ('3 epochs' or '1000 updates')", budget, _budget, default="1 epoch")
     name = f"{Path(base).name}-{method}".lower()
-    output_dir = _answer("--output-dir", "New folder for the model", output_dir, name)
-    _write(run_file, Answers(base, data, method, float(parts[1]), parts[2], output_dir))
+    output_dir = _answer("--output-dir", "New folder for the model", output_dir, _folder, default=name)
+    draft.write(run_file, Answers(base, data, method, amount, unit, output_dir))
 
 
-def _answer(option: str, question: str, given: str | None, default: str | None = None) -> str:
-    """The value of an option, or what is typed instead."""
+def _answer(
+    option: str, question: str, given: str | None, check: Callable[[str], T], *, default: str | None = None
+) -> T:
+    """What a check makes of the value of an option, or of what is typed instead, asked for until it is right."""
     if given is not None:
-        return given
+        return _checked(option, given, check)
+    problem: L2DError | None = None
+    while True:
+        try:
+            typed = str(typer.prompt(question, default=default, err=True))
+        except typer.Abort:
+            if sys.stdin.isatty():
+                raise
+            raise problem or ConfigError(f"{option} is missing, and there is nobody to ask. Give it.") from None
+        try:
+            return check(typed)
+        except L2DError as error:
+            problem = error
+            typer.echo(str(error), err=True)
+
+
+def _checked(option: str, given: str, check: Callable[[str], T]) -> T:
     try:
-        return str(typer.prompt(question, default=default, err=True))
-    except typer.Abort:
-        if sys.stdin.isatty():
-            raise
-        raise ConfigError(f"{option} is missing, and there is nobody to ask. Give it.") from None
+        return check(given)
+    except L2DError as error:
+        raise ConfigError(f"{option}: {error}") from error
 
 
-def _write(run_file: Path, answers: Answers) -> None:
-    from l2d_framework.base_model import load_config
-    from l2d_framework.config import DiffusionRun, ModelSection, check_runs, load_run
-    from l2d_framework.generation.prompts import context_length
-    from l2d_framework.models.checkpoint import build_model
-    from l2d_framework.training.data.preview import preview
-    from l2d_framework.training.run import check_rows
-    from l2d_framework.training.run_state import base_tokenizer
+def _method_name(methods: Sequence[str], name: str) -> str:
+    if name not in methods:
+        hint = suggest(name, methods) or "."
+        raise ConfigError(f"There is no method {name!r}{hint} Installed are {', '.join(methods) or 'none'}.")
+    return name
 
-    model = ModelSection(base=answers.base)
-    seen = preview(answers.data, base_tokenizer(model))
-    context = context_length(load_config(model))
-    with tempfile.TemporaryDirectory() as folder:
-        draft = Path(folder, "run.yaml")
 
-        def read(text: str) -> list[Run]:
-            draft.write_text(text, encoding="utf-8")
-            return list(load_run(draft))
+def _budget(text: str) -> tuple[float, str]:
+    parts = _BUDGET.fullmatch(text.strip())
+    if parts is None or float(parts[1]) <= 0:
+        raise ConfigError(f"A budget must read like '3 epochs' or '1000 updates', got {text!r}.")
+    return float(parts[1]), parts[2]
 
-        runs = read(_text(answers, seen, context, trains_base=False))
+
+def _folder(text: str) -> str:
+    from l2d_framework.cli.common import check_folder
+
+    check_folder(Path(text).expanduser(), "folder")
+    return text
+
+
+class Draft:
+    """The run file on its way: what was seen of the base model, the data and the network while answers were checked."""
+
+    def look_at_base(self, base: str) -> str:
+        """Read what there is of a language model without weights."""
+        with Meter(f"looking at {base}"):
+            from l2d_framework.base_model import load_config
+            from l2d_framework.config import ModelSection
+            from l2d_framework.config.validation import validated
+            from l2d_framework.generation.prompts import context_length
+            from l2d_framework.training.run_state import base_tokenizer
+
+            model = validated(ModelSection, {"base": base}, "model")
+            self._tokenizer, self._context = base_tokenizer(model), context_length(load_config(model))
+        return base
+
+    def look_at_data(self, data: str) -> str:
+        """Read the first rows."""
+        with Meter(f"looking at {data}"):
+            from l2d_framework.training.data.preview import preview
+
+            self._seen = preview(data, self._tokenizer)
+        return data
+
+    def look_at_method(self, answers: Answers) -> None:
+        """Build the network without weights, which tells whether it serves the base model."""
+        with Meter(f"trying {answers.method}"):
+            from l2d_framework.config import DiffusionRun
+            from l2d_framework.models.checkpoint import build_model
+
+            (run,) = self._read(_text(answers, self._seen, self._context, trains_base=False))
+            assert isinstance(run, DiffusionRun)  # what a method makes
+            network = build_model(run, meta=True)
+        self._trains_base = network.backbone.trains_lm
+        self._count = sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad)
+
+    def write(self, run_file: Path, answers: Answers) -> None:
+        """Write the run file, once its rows have been encoded."""
+        from l2d_framework.training.run import check_rows
+
+        text = _text(answers, self._seen, self._context, trains_base=self._trains_base)
+        with Meter("checking"):
+            notes = check_rows(self._read(text))
+        with run_file.open("x", encoding="utf-8") as file:
+            file.write(text)
+        for note in notes:
+            typer.echo(f"Note: {note}", err=True)
+        typer.echo(f"{_looks(self._seen)} {self._count:,} parameters will be trained.")
+        typer.echo(f"Wrote {run_file}. Next: l2d train {run_file}")
+
+    @staticmethod
+    def _read(text: str) -> list[Run]:
+        from l2d_framework.config import check_runs, load_run
+
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder, "run.yaml")
+            file.write_text(text, encoding="utf-8")
+            runs = list(load_run(file))
         check_runs(runs)
-        (run,) = runs
-        assert isinstance(run, DiffusionRun)  # what a method makes
-        network = build_model(run, meta=True)
-        text = _text(answers, seen, context, trains_base=network.backbone.trains_lm)
-        notes = check_rows(read(text))
-    with run_file.open("x", encoding="utf-8") as file:
-        file.write(text)
-    for note in notes:
-        typer.echo(f"Note: {note}", err=True)
-    count = sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad)
-    typer.echo(f"{_looks(seen)} {count:,} parameters will be trained.")
-    typer.echo(f"Wrote {run_file}. Next: l2d train {run_file}")
+        return runs
 
 
 def _looks(seen: Preview) -> str:

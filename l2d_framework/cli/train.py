@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 
 from l2d_framework.cli.common import Overrides, RunFile
+from l2d_framework.cli.dry_run import AsJson, Devices, DryRun, Shard, TokensPerSecond, check_only_dry, plan
 from l2d_framework.evaluation.tables import terminal
 
 if TYPE_CHECKING:
@@ -29,6 +30,11 @@ def train(
     overrides: Overrides = None,
     overwrite: Overwrite = False,
     accept_changed_data: AcceptChangedData = False,
+    dry_run: DryRun = False,
+    devices: Devices = None,
+    shard: Shard = None,
+    tokens_per_second: TokensPerSecond = None,
+    as_json: AsJson = False,
 ) -> None:
     """Train the run, or the pipeline of runs, of a file; called again, it goes on where it was interrupted.
 
@@ -38,15 +44,20 @@ def train(
 
     console = Console()
     runs = load_run(run_file, overrides)
+    if dry_run:
+        plan(runs, devices=devices, shard=shard, tokens_per_second=tokens_per_second, as_json=as_json)
+        return
+    check_only_dry(devices=devices, shard=shard, tokens_per_second=tokens_per_second, json=as_json)
 
     from l2d_framework.training.run import train_runs  # datasets and the Trainer take seconds
 
+    finished = _finished(runs, overwrite=overwrite)
     with _reporting(console) as report:
         cards = train_runs(runs, overwrite=overwrite, accept_changed_data=accept_changed_data, callbacks=report)
     if not _leave():
         return
     for run, card in zip(runs, cards, strict=True):
-        _show(console, run, card, _training_rows(card))
+        _show(console, run, card, _training_rows(card), finished)
         if card["kind"] == "diffusion":
             is_chat = any(source["format"] == "messages" for source in card["data"]["sources"]["train"])
             how = "--chat" if is_chat else '--prompt "..."'
@@ -58,6 +69,11 @@ def train_reward(
     overrides: Overrides = None,
     overwrite: Overwrite = False,
     accept_changed_data: AcceptChangedData = False,
+    dry_run: DryRun = False,
+    devices: Devices = None,
+    shard: Shard = None,
+    tokens_per_second: TokensPerSecond = None,
+    as_json: AsJson = False,
 ) -> None:
     """Train a reward model with TRL; called again, it goes on from the last checkpoint.
 
@@ -67,17 +83,22 @@ def train_reward(
 
     console = Console()
     stages = load_run(run_file, overrides)
+    if dry_run:
+        plan(stages, devices=devices, shard=shard, tokens_per_second=tokens_per_second, as_json=as_json)
+        return
+    check_only_dry(devices=devices, shard=shard, tokens_per_second=tokens_per_second, json=as_json)
 
     from l2d_framework.training.reward.run import check_ready
     from l2d_framework.training.reward.run import train_reward as train_one
 
     runs = check_ready(stages, overwrite=overwrite)
+    finished = _finished(runs, overwrite=overwrite)
     with _reporting(console) as report:
         options = {"overwrite": overwrite, "accept_changed_data": accept_changed_data}
         cards = [train_one(run, **options, callbacks=report(run)) for run in runs]
     if _leave():
         for run, card in zip(runs, cards, strict=True):
-            _show(console, run, card, _reward_rows(card))
+            _show(console, run, card, _reward_rows(card), finished)
 
 
 @contextmanager
@@ -113,9 +134,37 @@ def _leave() -> bool:
     return is_first
 
 
-def _show(console: Console, run: Run, card: dict[str, Any], rows: Iterable[Sequence[str]]) -> None:
+def _finished(runs: Sequence[Run], *, overwrite: bool) -> set[Path]:
+    """Output folders of runs that have finished before, and will not be trained again."""
+    from l2d_framework.training.output_dir import read_card
+    from l2d_framework.training.run_state import output_folder
+
+    folders = {output_folder(run) for run in runs if run.output_dir is not None and not overwrite}
+    return {folder for folder in folders if folder.is_dir() and (read_card(folder) or {}).get("finished")}
+
+
+def _show(
+    console: Console, run: Run, card: dict[str, Any], rows: Iterable[Sequence[str]], finished: Container[Path]
+) -> None:
+    from l2d_framework.training.run_state import output_folder
+
     memory = ("peak memory", f"{card['result']['peak_memory'] / 2**30:.2f} GiB")
+    if output_folder(run) in finished:
+        text = f"{run.output_dir} had finished before, at {card['ended']}, so nothing was trained now. {_next(run)}"
+        console.print(text, soft_wrap=True, highlight=False, markup=False)
     console.print(terminal([*rows, memory], f"{run.output_dir}, finished {card['ended']}"))
+
+
+def _next(run: Run) -> str:
+    """What to do after a run that has finished."""
+    from l2d_framework.base_model import LANGUAGE_MODEL
+    from l2d_framework.training.run_state import output_folder
+
+    anew = "To begin anew, add --overwrite, which moves the folder aside, or name another output_dir."
+    if run.kind == "language_model" or (output_folder(run) / LANGUAGE_MODEL).is_dir():
+        return f"{anew} To train it further, begin a run that has it as model.base, and an output_dir of its own."
+    # What is learnt over a frozen language model is no language model to start from.
+    return f"{anew} For more updates do so with more training.max_steps or training.epochs."
 
 
 def _training_rows(card: dict[str, Any]) -> Iterator[Sequence[str]]:

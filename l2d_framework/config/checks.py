@@ -48,7 +48,7 @@ def check_run(run: Run, *, earlier: Sequence[Run] = ()) -> None:
         for i, source in enumerate(sources):
             _check_source(f"data.{which}.{i}", source)
     _check_trackers(run.training.report_to)
-    lm_config = _lm_config(run, earlier)
+    lm_config = language_model_config(run, earlier)
     if isinstance(run, DiffusionRun):
         run.backbone.check(lm_config, run.block_size)
         check_block_size(run.backbone, lm_config, trained=run.block_size, wanted=run.sampling.block_size)
@@ -106,7 +106,8 @@ def _check_trackers(names: Sequence[str]) -> None:
             raise ConfigError(f"training.report_to: {name!r} is not installed. Run: pip install {name}")
 
 
-def _lm_config(run: Run, earlier: Sequence[Run]) -> Any:
+def language_model_config(run: Run, earlier: Sequence[Run]) -> Any:
+    """transformers config of the language model that a run starts from, which an earlier one may still have to make."""
     if run.model is None:
         assert run.scratch is not None  # a run has one of the two
         return _scratch_config(run.scratch)
@@ -114,7 +115,7 @@ def _lm_config(run: Run, earlier: Sequence[Run]) -> Any:
     stage = stage_before(base, earlier)
     if stage is None:
         return _saved_config(run.model)
-    config = _lm_config(stage, earlier[: earlier.index(stage)])
+    config = language_model_config(stage, earlier[: earlier.index(stage)])
     if isinstance(stage, DiffusionRun) and not _backbone(stage, config).trains_lm:
         raise ConfigError(
             f"model.base: {base!r} will hold a diffusion model without a language model of its own; start from "

@@ -27,6 +27,9 @@ _MOST = 1_000_000
 """Largest number of evaluations or tokens, so that a slip of the keyboard does not fill the memory."""
 
 
+_PATHS = {True: "alpha * clean + sigma * noise", False: "of another corruption than Gaussian noise"}
+
+
 class SamplingSection(Section):
     """How to sample; everything left out comes from the preset."""
 
@@ -130,8 +133,16 @@ def default_sampling(parametrization: ParametrizationConfig) -> SamplingSection:
 
 
 def complete(sampling: SamplingSection, parametrization: ParametrizationConfig) -> SamplingSection:
-    """Sampling section with every field of `estimate`, checked against its solver."""
+    """Sampling section with every field of `estimate`, checked against its solver and this against the state space."""
     steps, solver = sampling.num_inference_steps, sampling.solver
+    if solver.gaussian_path != parametrization.gaussian_path:
+        mover, space = solver.component_name(), parametrization.component_name()
+        found = cast("dict[str, type[Solver]]", registry().components("solver"))
+        others = [name for name, other in found.items() if other.gaussian_path == parametrization.gaussian_path]
+        raise ConfigError(
+            f"sampling.solver: {mover!r} moves states {_PATHS[solver.gaussian_path]}, and those of parametrization "
+            f"{space!r} are {_PATHS[parametrization.gaussian_path]}; use one of {others}"
+        )
     if steps is None and not solver.is_adaptive:
         raise ConfigError(
             f"sampling.num_inference_steps: solver {solver.component_name()!r} needs a number, got None; set it, or "

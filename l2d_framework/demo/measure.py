@@ -1,4 +1,4 @@
-"""Held-out answers of the base model, of LoRA and of L2D at every number of evaluations."""
+"""Held-out answers of the base model, of LoRA and of L2D, at every number of evaluations and while they learn."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ from l2d_framework.diffusion.ode import Evaluation
 from l2d_framework.evaluation.statistics import Estimate, mean
 from l2d_framework.generation.prompts import encode_prompts
 from l2d_framework.models import checkpoint
+from l2d_framework.models.diffusion_lm import DiffusionLM
 from l2d_framework.opening import open_model, open_tokenizer
+from l2d_framework.training.output_dir import checkpoints
 
 BASE, LORA, L2D = "base", "lora", "l2d"
 """Output folders of the three stages, and what each outcome is of."""
@@ -89,6 +91,15 @@ class Outcome:
 
 
 @dataclass(frozen=True)
+class Milestone:
+    """What a stage has learned after so many updates."""
+
+    updates: int
+    new: Sheet
+    old: Sheet
+
+
+@dataclass(frozen=True)
 class Denoising:
     """How one answer takes shape."""
 
@@ -104,21 +115,34 @@ class Measurement:
     """The three trained models in the folder of a demo, and the questions they answer."""
 
     def __init__(self, folder: Path, data: Data) -> None:
-        self._data = data
+        self._folder, self._parts = folder, (data.held_out_new, data.held_out_old)
         self._tokenizer: PreTrainedTokenizerBase = open_tokenizer(folder / BASE)
-        self._model = checkpoint.load(folder / L2D)
-        # By transformers alone, so that agreement with it says something.
-        self._plain: dict[str, Any] = {
-            name: open_model(AutoModelForCausalLM, folder / name)[0].eval() for name in (BASE, LORA)
-        }
+        self._models = {name: _open(name, folder / name) for name in (BASE, LORA, L2D)}
 
     def outcomes(self, after_each: Callable[[], None]) -> list[Outcome]:
         """Let all models answer all held-out questions: base, LoRA, L2D at one evaluation, then with each solver."""
-        outcomes, parts = [], (self._data.held_out_new, self._data.held_out_old)
-        for model, solver, sampling in WAYS:
-            outcomes.append(Outcome(model, solver, *(self._sheet(part, model, sampling) for part in parts)))
+        outcomes = []
+        for name, solver, sampling in WAYS:
+            outcomes.append(Outcome(name, solver, *self._sheets(self._models[name], sampling)))
             after_each()
         return outcomes
+
+    def learning(self, outcomes: list[Outcome], after_each: Callable[[], None]) -> dict[str, list[Milestone]]:
+        """What LoRA and L2D could after each checkpoint, from the base model to their outcomes."""
+        base, lora = outcomes[:2]
+        sampling = {"solver": DEFAULT[0], "num_inference_steps": DEFAULT[1]}
+        ways = {LORA: (lora, {}), L2D: (in_default_way(outcomes), sampling)}
+        learning = {}
+        for name, (end, how) in ways.items():
+            *before, last = sorted(
+                (int(path.name.rpartition("-")[2]), path) for path in checkpoints(self._folder / name)
+            )
+            milestones = [Milestone(0, base.new, base.old)]
+            for updates, path in before:
+                milestones.append(Milestone(updates, *self._sheets(_open(name, path), how)))
+                after_each()
+            learning[name] = [*milestones, Milestone(last[0], end.new, end.old)]
+        return learning
 
     def denoisings(self, outcomes: list[Outcome]) -> list[Denoising]:
         """Watch answers take shape, with the default solver and the most evaluations."""
@@ -131,7 +155,7 @@ class Measurement:
         questions = [base.questions[row] for row in wanted[:_BATCH]]
         seen: list[Evaluation] = []
         most = {"solver": DEFAULT[0], "num_inference_steps": EVALUATIONS[-1], "observer": seen.append}
-        self._answer(self._encode(questions), L2D, most)
+        _answer(self._models[L2D], self._encode(questions), most)
         times = [float(evaluation.t[0, 0]) for evaluation in seen]
         probabilities = torch.stack([evaluation.logits[:, 0].softmax(-1) for evaluation in seen])
         answer = probabilities[-1].argmax(-1, keepdim=True)
@@ -152,22 +176,36 @@ class Measurement:
     def _encode(self, questions: list[Question]) -> Tensor:
         return torch.tensor(encode_prompts(self._tokenizer, [question.prompt for question in questions]))
 
-    def _sheet(self, questions: list[Question], model: str, sampling: dict[str, Any]) -> Sheet:
+    def _sheets(self, model: Any, sampling: dict[str, Any]) -> list[Sheet]:
+        return [self._sheet(questions, model, sampling) for questions in self._parts]
+
+    def _sheet(self, questions: list[Question], model: Any, sampling: dict[str, Any]) -> Sheet:
         answers: list[str] = []
         evaluations: list[int] = []
         # Operations of one and of two words make prompts of two lengths.
         for _, same_length in groupby(questions, lambda question: len(question.operation.split())):
             for prompts in self._encode(list(same_length)).split(_BATCH):
-                tokens, spent = self._answer(prompts, model, sampling)
+                tokens, spent = _answer(model, prompts, sampling)
                 answers += self._texts(tokens.tolist())
                 evaluations += spent.tolist()
         return Sheet(questions, answers, evaluations)
 
-    def _answer(self, prompts: Tensor, model: str, sampling: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """Answer tokens and evaluations spent, (B,)."""
-        if model == L2D:
-            made = self._model.generate(prompts, max_new_tokens=1, do_sample=False, **sampling)
-            return made.answers[:, 0], made.evaluations[:, 0]
-        mask = torch.ones_like(prompts)
-        tokens = self._plain[model].generate(prompts, attention_mask=mask, max_new_tokens=1, do_sample=False)[:, -1]
-        return tokens, torch.ones_like(tokens)
+
+def in_default_way(outcomes: list[Outcome]) -> Outcome:
+    """L2D as the preset `l2d-paper` samples."""
+    return next(outcome for outcome in outcomes if (outcome.solver, outcome.evaluations) == DEFAULT)
+
+
+def _open(name: str, folder: Path) -> Any:
+    # Language models by transformers alone, so that agreement with it says something.
+    return checkpoint.load(folder) if name == L2D else open_model(AutoModelForCausalLM, folder)[0].eval()
+
+
+def _answer(model: Any, prompts: Tensor, sampling: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """Answer tokens and evaluations spent, (B,)."""
+    if isinstance(model, DiffusionLM):
+        made = model.generate(prompts, max_new_tokens=1, do_sample=False, **sampling)
+        return made.answers[:, 0], made.evaluations[:, 0]
+    mask = torch.ones_like(prompts)
+    tokens = model.generate(prompts, attention_mask=mask, max_new_tokens=1, do_sample=False)[:, -1]
+    return tokens, torch.ones_like(tokens)

@@ -7,7 +7,7 @@ from pathlib import Path
 from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
-from l2d_framework.demo.measure import ADAPTIVE, DEFAULT, EVALUATIONS, FIXED, Denoising, Outcome
+from l2d_framework.demo.measure import ADAPTIVE, DEFAULT, EVALUATIONS, FIXED, L2D, LORA, Denoising, Outcome
 from l2d_framework.demo.report import Results
 from l2d_framework.demo.task import NEW, OLD
 from l2d_framework.evaluation import plots
@@ -24,19 +24,23 @@ _SOLVERS = {FIXED[0]: (BLUE, "o", -0.03), FIXED[1]: (VERMILION, "s", 0.03)}
 
 
 def draw_accuracy(results: Results, path: Path) -> None:
-    """Exact match against evaluations, for the new skill and for the old ones."""
-    figure = plots.figure(11.0, 5.0)
-    panels = figure.subplots(1, 2, sharey=True)
+    """Exact match for the new skill and for the old ones, against evaluations and against updates."""
+    figure = plots.figure(11.0, 9.0)
+    rows = figure.subplots(2, 2, sharey=True, sharex="row")
     titles = {"new": f"new skill: {NEW}", "old": f"the {len(OLD)} skills of the base model"}
-    for axes, (which, title) in zip(panels, titles.items(), strict=True):
-        _draw_panel(axes, results, which)
-        axes.set_title(f"{title} ({len(getattr(results.base, which).questions):,} held-out questions)")
-    panels[0].set_ylabel("exact match (bars and bands: ± 1 standard error)")
-    plots.legend_below(figure)
+    for column, (which, title) in enumerate(titles.items()):
+        _draw_evaluations(rows[0, column], results, which)
+        _draw_updates(rows[1, column], results, which)
+        rows[0, column].set_title(f"{title} ({len(getattr(results.base, which).questions):,} held-out questions)")
+    figure.supylabel("exact match (bars and bands: ± 1 standard error)")
+    plots.legend_below(figure, columns=4)
     plots.save(figure, path)
 
 
-def _draw_panel(axes: Axes, results: Results, which: str) -> None:
+_STYLE: dict[str, Any] = {"capsize": 3, "linewidth": 1.8, "markersize": 6}
+
+
+def _draw_evaluations(axes: Axes, results: Results, which: str) -> None:
     for outcome, label, colour, line in (
         (results.base, "base model", _GREY, "--"),
         (results.lora, "LoRA, same updates", GREEN, "-."),
@@ -44,18 +48,27 @@ def _draw_panel(axes: Axes, results: Results, which: str) -> None:
         ((_, height, error),) = _points([outcome], which)
         axes.axhline(height, color=colour, linestyle=line, linewidth=1.8, label=label)
         axes.axhspan(height - error, height + error, color=colour, alpha=0.15, linewidth=0)
-    style: dict[str, Any] = {"capsize": 3, "linewidth": 1.8, "markersize": 6}
     for solver, (colour, marker, shift) in _SOLVERS.items():
         # Slightly apart, so that the error bars of the solvers do not hide each other.
         points = _points([results.one, *results.solved(solver)], which, 1 + shift)
-        plots.points(axes, points, color=colour, marker=marker, linestyle="-", label=f"L2D, {solver}", **style)
-    style |= {"color": BLACK, "marker": "D", "linestyle": "none", "label": f"L2D, {ADAPTIVE} (adaptive, at its mean)"}
-    plots.points(axes, _points(results.solved(ADAPTIVE), which), zorder=5, **style)
+        plots.points(axes, points, color=colour, marker=marker, linestyle="-", label=f"L2D, {solver}", **_STYLE)
+    adaptive = {"color": BLACK, "marker": "D", "linestyle": "none", "label": f"L2D, {ADAPTIVE} (adaptive, at its mean)"}
+    plots.points(axes, _points(results.solved(ADAPTIVE), which), zorder=5, **_STYLE | adaptive)
     ticks = [1, *EVALUATIONS]
     axes.set_xscale("log")
     axes.set_xticks(ticks, [str(tick) for tick in ticks])
     axes.set_xticks([], minor=True)
-    _frame(axes, (0.85, ticks[-1] * 1.18), "network evaluations per token (log scale)")
+    _frame(axes, (0.85, ticks[-1] * 1.18), "network evaluations per token (log scale), trained to the end")
+
+
+def _draw_updates(axes: Axes, results: Results, which: str) -> None:
+    way = f"{DEFAULT[0]} at {DEFAULT[1]} evaluations"
+    for name, colour, marker, label in ((LORA, GREEN, "^", "LoRA"), (L2D, VERMILION, "s", f"L2D, {way}")):
+        stops = [(stop.updates, getattr(stop, which).score) for stop in results.learning[name]]
+        points = [(float(x), score.value or 0.0, score.standard_error) for x, score in stops]
+        plots.points(axes, points, color=colour, marker=marker, linestyle="-", label=f"{label}, as it learns", **_STYLE)
+    last = results.learning[L2D][-1].updates
+    _frame(axes, (-0.02 * last, 1.02 * last), "updates of the finetuning")
 
 
 def _points(outcomes: list[Outcome], which: str, shift: float = 1.0) -> list[tuple[float, float, float]]:

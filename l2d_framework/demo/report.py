@@ -5,7 +5,16 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from l2d_framework.demo.measure import ADAPTIVE, DEFAULT, FIXED, Denoising, Outcome, Sheet, difference
+from l2d_framework.demo.measure import (
+    ADAPTIVE,
+    FIXED,
+    Denoising,
+    Milestone,
+    Outcome,
+    Sheet,
+    difference,
+    in_default_way,
+)
 from l2d_framework.demo.task import NEW, OLD, Data
 from l2d_framework.evaluation import tables
 from l2d_framework.evaluation.statistics import Estimate
@@ -14,13 +23,26 @@ _NAMES = {"base": "base model", "lora": "LoRA", "l2d": "L2D"}
 
 
 class Results:
-    """Everything the demo measured: outcomes in the order of `WAYS`, answers taking shape, each stage's `run.json`."""
+    """Everything the demo measured.
 
-    def __init__(self, outcomes: list[Outcome], denoisings: list[Denoising], cards: dict[str, dict[str, Any]]) -> None:
-        self.outcomes, self.denoisings, self.cards = outcomes, denoisings, cards
+    Args:
+        outcomes: in the order of `WAYS`.
+        learning: LoRA and L2D from the base model to the end of their training.
+        denoisings: answers taking shape.
+        cards: `run.json` of each stage.
+    """
+
+    def __init__(
+        self,
+        outcomes: list[Outcome],
+        learning: dict[str, list[Milestone]],
+        denoisings: list[Denoising],
+        cards: dict[str, dict[str, Any]],
+    ) -> None:
+        self.outcomes, self.learning, self.denoisings, self.cards = outcomes, learning, denoisings, cards
         # At one evaluation no solver has anything to do.
         self.base, self.lora, self.one = outcomes[:3]
-        self.default = next(one for one in outcomes if (one.solver, one.evaluations) == DEFAULT)
+        self.default = in_default_way(outcomes)
 
     def solved(self, solver: str) -> list[Outcome]:
         """L2D with one solver, from the fewest evaluations to the most."""
@@ -30,7 +52,11 @@ class Results:
 def findings(results: Results) -> list[str]:
     """What the numbers say in a sentence or two each; a difference is one only beyond two standard errors."""
     curves = [_curve(results, solver) for solver in FIXED]
-    return [_identity(results), *curves, *(say(results) for say in (_adaptive, _against_lora, _forgetting, _cost))]
+    return [
+        _identity(results),
+        *curves,
+        *(say(results) for say in (_adaptive, _convergence, _against_lora, _forgetting, _cost)),
+    ]
 
 
 def _identity(results: Results) -> str:
@@ -59,6 +85,15 @@ def _adaptive(results: Results) -> str:
         f"{ADAPTIVE} chooses {adaptive.evaluations:.1f} evaluations a token on average, from {min(spent)} to "
         f"{max(spent)}: {verdict} {_way(default)} ({_text(gap, '+')})."
     )
+
+
+def _convergence(results: Results) -> str:
+    texts = []
+    for name, milestones in results.learning.items():
+        before, last = milestones[-2:]
+        change = _change(difference(before.new.marks, last.new.marks))
+        texts.append(f"that of {_NAMES[name]} {change} from {before.updates:,} to {last.updates:,}")
+    return f"Over the last updates exact match on the new skill may still move: {'; '.join(texts)}."
 
 
 def _against_lora(results: Results) -> str:
@@ -125,12 +160,24 @@ def table(results: Results) -> list[tuple[str, ...]]:
     return rows
 
 
+def learning_table(results: Results) -> list[tuple[str, ...]]:
+    """Headings, then a row per number of updates: exact match of LoRA and of L2D."""
+    headings = (f"{_NAMES[name]}, {skill}" for name in results.learning for skill in (NEW, f"{len(OLD)} old"))
+    rows: list[tuple[str, ...]] = [("updates", *headings)]
+    for stops in zip(*results.learning.values(), strict=True):
+        scores = (_text(sheet.score) for stop in stops for sheet in (stop.new, stop.old))
+        rows.append((f"{stops[0].updates:,}", *scores))
+    return rows
+
+
 def markdown(results: Results, data: Data, commands: list[str]) -> str:
     """The report in Markdown, which shows the pictures beside it; `commands` say what to try next."""
     parts = [
         ["# A tiny language model becomes a diffusion language model"],
         [_introduction(results, data)],
         tables.markdown(table(results)),
+        [f"While they learn (L2D with {_way(results.default)}):"],
+        tables.markdown(learning_table(results)),
         ["## What this says"],
         [f"- {finding}" for finding in findings(results)],
         ["![exact match against evaluations](accuracy_vs_steps.png)"],
@@ -157,7 +204,17 @@ def to_json(results: Results) -> dict[str, Any]:
         name: {"seconds": card["seconds"], **card["parameters"], "updates": card["result"]["steps"]}
         for name, card in results.cards.items()
     }
-    return {"outcomes": outcomes, "findings": findings(results), "denoisings": denoisings, "stages": stages}
+    learning = {
+        name: [{"updates": stop.updates, "new": _numbers(stop.new), "old": _numbers(stop.old)} for stop in milestones]
+        for name, milestones in results.learning.items()
+    }
+    return {
+        "outcomes": outcomes,
+        "learning": learning,
+        "findings": findings(results),
+        "denoisings": denoisings,
+        "stages": stages,
+    }
 
 
 def _introduction(results: Results, data: Data) -> str:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import yaml
+from transformers import TrainerCallback
 
 from l2d_framework.config import Run, load_run
 from l2d_framework.demo.measure import BASE, L2D, LORA, Measurement
@@ -21,6 +23,7 @@ from l2d_framework.demo.task import Data, make_data, write_questions
 from l2d_framework.errors import ConfigError
 from l2d_framework.evaluation.plots import can_plot
 from l2d_framework.training.output_dir import read_card
+from l2d_framework.training.run import train_runs
 from l2d_framework.writing import write_whole
 
 _RUN_FILE = "runs.yaml"
@@ -45,6 +48,7 @@ class Size(NamedTuple):
     new: int  # and for the finetunings
     base_updates: int
     updates: int
+    checkpoints: int  # of each finetuning; all are measured
     answers: int  # held-out questions of a kind
 
     def questions(self, seed: int) -> Data:
@@ -52,8 +56,8 @@ class Size(NamedTuple):
         return make_data(seed, base=self.base, new=self.new, answers=self.answers)
 
 
-FULL = Size(base=40_000, new=30_000, base_updates=800, updates=1000, answers=2000)
-QUICK = Size(base=600, new=300, base_updates=10, updates=10, answers=100)
+FULL = Size(base=40_000, new=100_000, base_updates=800, updates=3000, checkpoints=6, answers=2000)
+QUICK = Size(base=600, new=300, base_updates=10, updates=10, checkpoints=2, answers=100)
 """Enough to see that everything works, far too little to learn anything."""
 
 
@@ -68,6 +72,8 @@ def run_file(folder: Path, size: Size, seed: int) -> dict[str, Any]:
         data, updates = ("base", size.base_updates) if name == BASE else ("new", size.updates)
         training: dict[str, Any] = {"max_steps": updates, "batch_size": 128, "learning_rate": learning_rate}
         training |= {"warmup_steps": min(50, updates), "warmup": "linear", "logging_steps": 100, **more}
+        if name != BASE:
+            training |= {"save_steps": updates // size.checkpoints, "save_total_limit": size.checkpoints}
         return {
             "kind": kind,
             **({} if name == BASE else {"model": {"base": str(folder / BASE)}}),
@@ -91,7 +97,7 @@ def run_file(folder: Path, size: Size, seed: int) -> dict[str, Any]:
         "stages": [
             stage(BASE, "language_model", 4e-3, scratch),
             stage(LORA, "language_model", 8e-3, lora),
-            stage(L2D, "diffusion", 1e-2, l2d, draws_per_token=4),
+            stage(L2D, "diffusion", 5e-3, l2d, draws_per_token=4),
         ]
     }
 
@@ -104,7 +110,7 @@ class Demo:
     """One demonstration in one folder; continued where it stopped if it is started there again."""
 
     def __init__(self, folder: Path, size: Size, seed: int) -> None:
-        self.folder, self._name = folder.absolute(), folder
+        self.folder, self._name, self.size = folder.absolute(), folder, size
         self._text = yaml.safe_dump(run_file(self.folder, size, seed), sort_keys=False)
         path, problem = self.folder / _RUN_FILE, None
         if path.is_file():
@@ -132,12 +138,37 @@ class Demo:
             ) from error
         return load_run(self.folder / _RUN_FILE)
 
+    def train(
+        self, runs: Sequence[Run], callbacks: Callable[[Run], Sequence[TrainerCallback]], *, beside: bool
+    ) -> None:
+        """Train what is not trained yet; with `beside` LoRA in a process of its own, while this one trains L2D."""
+        base, _, l2d = runs
+        train_runs([base], callbacks=callbacks)
+        with self._training(LORA) if beside else nullcontext():
+            train_runs([l2d], callbacks=callbacks)
+        # What the other process did not finish is finished here, where its error is seen.
+        train_runs(runs, callbacks=callbacks)
+
+    @contextmanager
+    def _training(self, name: str) -> Iterator[None]:
+        code = "import sys; from l2d_framework.demo.run import train_stage; train_stage(*sys.argv[1:])"
+        command = [sys.executable, "-P", "-c", code, str(self.folder / _RUN_FILE), name]
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        try:
+            yield
+        except BaseException:
+            process.terminate()  # it saves a checkpoint
+            raise
+        finally:
+            process.wait()
+
     def measure(self, after_each: Callable[[], None]) -> Results:
-        """Let the trained models answer in every way of `WAYS`."""
+        """Let the trained models answer in every way of `WAYS`, and their checkpoints in one."""
         measurement = Measurement(self.folder, self.data)
         outcomes = measurement.outcomes(after_each)
+        learning = measurement.learning(outcomes, after_each)
         cards = {name: read_card(self.folder / name) or {} for name in (BASE, LORA, L2D)}
-        return Results(outcomes, measurement.denoisings(outcomes), cards)
+        return Results(outcomes, learning, measurement.denoisings(outcomes), cards)
 
     def commands(self) -> list[str]:
         """What to try next, for where the demo was started."""
@@ -157,6 +188,12 @@ class Demo:
         draw_accuracy(results, self.folder / ACCURACY)
         draw_denoisings(results.denoisings, self.folder / DENOISING)
         return [*texts, ACCURACY, DENOISING]
+
+
+def train_stage(run_file: str, name: str) -> None:
+    """Train the stage of a demo's run file whose output folder has that name."""
+    with one_thread():
+        train_runs([run for run in load_run(Path(run_file)) if Path(str(run.output_dir)).name == name])
 
 
 @contextmanager

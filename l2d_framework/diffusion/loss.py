@@ -50,6 +50,7 @@ def denoising_loss(
     classes: Tensor | None = None,
     counted: Tensor | None = None,
     chunk: int = 1024,
+    in_step: bool = False,
 ) -> Losses:
     """Cross-entropy of the clean tokens given their noisy states, weighted by the schedule.
 
@@ -60,6 +61,7 @@ def denoising_loss(
         classes: class of each row, (B,), int64, -1 for none; None for none at all.
         counted: denoised slots whose loss counts, (B, S), bool; all when None.
         chunk: positions per pass of the vocabulary head, which bounds memory to chunk x V.
+        in_step: make as many passes of the network whatever was drawn, since other processes wait for their weights.
 
     Returns:
         The losses.
@@ -67,8 +69,10 @@ def denoising_loss(
     Source: arXiv:2501.15781, Eq. 4; arXiv:2502.13917, Eq. 3 and 6.
     """
     query = _query(diffusion, layout, draws, classes)
-    if bool(draws.conditioned.any()):
-        query = query.replace(previous=_first_prediction(diffusion, layout, draws, classes))
+    is_shown = bool(draws.conditioned.any())
+    if is_shown or (in_step and diffusion.parametrization.uses_previous):
+        previous = _first_prediction(diffusion, layout, draws, classes)
+        query = query.replace(previous=previous if is_shown else None)
     chosen = draws.valid if counted is None else draws.valid & counted.gather(1, draws.positions)
     features = diffusion.features(query)[chosen]
     count = int((layout.blocks >= 1).sum() if counted is None else (counted & (layout.blocks >= 1)).sum())
@@ -109,18 +113,22 @@ def _query(diffusion: Diffusion, layout: Layout, draws: Draws, classes: Tensor |
 def _first_prediction(diffusion: Diffusion, layout: Layout, draws: Draws, classes: Tensor | None) -> Tensor:
     """What the parametrization remembers of a prediction from the same noise; of zeros in rows that are shown none."""
     rows = draws.conditioned.nonzero()[:, 0]
-    taken = Draws(**{name: value[rows] for name, value in vars(draws).items()})
+    asked = rows if len(rows) else rows.new_zeros(1)  # for nobody, since other processes make theirs
+    taken = Draws(**{name: value[asked] for name, value in vars(draws).items()})
     query = _query(
         diffusion,
-        Layout(layout.tokens[rows], layout.blocks[rows]),
+        Layout(layout.tokens[asked], layout.blocks[asked]),
         replace(taken, t=taken.first_t),
-        None if classes is None else classes[rows],
+        None if classes is None else classes[asked],
     )
     space, table = diffusion.parametrization, diffusion.backbone.table()
     memory = torch.cat([space.remember(logits, table) for _, logits in diffusion.answer(query).parts()], 1)
     nothing = space.remember(memory.new_zeros(1, 1, diffusion.backbone.vocab_size), table)
     out = nothing.expand(len(layout.tokens), memory.shape[1], -1).clone()
-    out[rows] = memory
+    out[rows] = memory[: len(rows)]
+    # Weights that autocast has cast here must not be taken for those of the pass that learns: all would get their
+    # gradients at the end of backward, each kept in half precision until then, and in shares none at all.
+    torch.clear_autocast_cache()
     return out
 
 

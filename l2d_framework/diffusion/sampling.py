@@ -105,3 +105,14 @@ def plan(diffusion: Diffusion, sampling: Sampling) -> tuple[Solver, list[float]]
     if steps is None:
         return solver, diffusion.schedule.grid(2, end)
     return solver.with_budget(steps), diffusion.schedule.grid(solver.grid_size(steps), end)
+
+
+def reads_no_noise(diffusion: Diffusion, sampling: Sampling) -> bool:
+    """Whether logits follow from the known tokens alone, whatever is drawn; only where that is certain."""
+    if sampling.num_inference_steps == 0:
+        return True
+    guides = any(guidance.scale != guidance.neutral_scale for guidance in sampling.guidance)
+    if sampling.num_inference_steps != 1 or guides or diffusion.refines:
+        return False
+    # The single evaluation is the read-out, and at t = 0 the state is not looked at.
+    return diffusion.backbone.identity_at_zero and plan(diffusion, sampling)[1][-1] == 0.0

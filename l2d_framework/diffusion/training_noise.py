@@ -157,7 +157,7 @@ class _Example:
         where = np.flatnonzero(blocks >= 1)
         self.random, self._draws = random, draws
         self._numbers, self._block = np.unique(blocks[where], return_inverse=True)
-        self.positions = np.tile(where, draws)
+        self.positions = np.concatenate([where] * draws)
 
     def uniform(self) -> Any:
         """A number per position; tokens of one block share theirs."""

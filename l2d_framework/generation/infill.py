@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from l2d_framework.backbone import Backbone
@@ -20,41 +18,11 @@ from l2d_framework.diffusion.sampling import Sampling, check_sampling
 from l2d_framework.errors import ConfigError, DataError
 from l2d_framework.generation.chat_template import check_text
 from l2d_framework.generation.prompts import context_length, encode_text
+from l2d_framework.generation.results import Infilled
 from l2d_framework.types import Layout
 
 _GAP = re.compile(r"<mask:(\d+)>")
 _UNKNOWN = -1
-
-
-@dataclass(frozen=True)
-class Infilled:
-    """What `infill` returns.
-
-    Attributes:
-        sequences: texts with their gaps filled, padded on the left, (B, S), int64.
-        blocks: as given, (B, S), int64.
-        evaluations: network evaluations spent on each row, (B,), int64.
-        metrics: what guidance recorded, by name, (B, evaluations), float32.
-    """
-
-    sequences: Tensor
-    blocks: Tensor
-    evaluations: Tensor
-    metrics: dict[str, Tensor]
-
-    def texts(self, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-        """The filled texts."""
-        rows = zip(self.sequences, self.blocks, strict=True)
-        return [str(tokenizer.decode(row[here >= 0], skip_special_tokens=True)) for row, here in rows]
-
-    def ended(self, ends: Sequence[int]) -> Infilled:
-        """A copy in which a token that ends an answer stands in the rest of its gap, too."""
-        tokens = self.sequences.clone()
-        for place in range(1, tokens.shape[1]):
-            before = tokens[:, place - 1]
-            stops = (self.blocks[:, place - 1 : place + 1] >= 1).all(1) & torch.isin(before, before.new_tensor(ends))
-            tokens[:, place] = torch.where(stops, before, tokens[:, place])
-        return replace(self, sequences=tokens)
 
 
 def read_gaps(tokenizer: PreTrainedTokenizerBase | None, texts: Sequence[str], lm_config: Any) -> Layout:

@@ -25,12 +25,13 @@ from l2d_framework.generation.arguments import Running
 from l2d_framework.generation.prefix import Prefix
 from l2d_framework.generation.prompts import Encoded
 from l2d_framework.generation.replay import Replayed, Rows
+from l2d_framework.generation.results import Generation
 from l2d_framework.generation.sequences import Sequences
 from l2d_framework.generation.speculation import Guesses
 from l2d_framework.types import Layout
 
-OnAnswer = Callable[[int, list[int], list[int]], None]
-"""Called with the number of an answer, its tokens and the evaluations spent on each."""
+OnAnswer = Callable[[int, list[int], list[int], dict[str, list[float]]], None]
+"""Called with the number of an answer, its tokens, the evaluations spent on each, and what guidance recorded."""
 
 
 @dataclass(frozen=True)
@@ -56,34 +57,6 @@ class Requests:
     batch_size: int | None = None
     on_answer: OnAnswer | None = None
     running: Running = field(default_factory=Running)
-
-
-@dataclass(frozen=True)
-class Generation:
-    """What `generate` returns.
-
-    Attributes:
-        sequences: prompts and answers, (B * samples, S + N), int64, padded on the right after the end of an answer.
-        evaluations: evaluations spent on each answer token (a guidance may call the network more than once
-            in each), (B * samples, N), int64; 0 on padding.
-        lengths: tokens of each answer, its end token included, (B * samples,), int64.
-        prompt_length: S.
-        metrics: what guidance recorded at each evaluation, by name, (B * samples, evaluations), float32, NaN where a
-            row took no part; such as the reward of each step.
-        guesses: tokens guessed ahead whose rightness was found out, and how many were right.
-    """
-
-    sequences: Tensor
-    evaluations: Tensor
-    lengths: Tensor
-    prompt_length: int
-    metrics: dict[str, Tensor] = field(default_factory=dict)
-    guesses: tuple[int, int] = (0, 0)
-
-    @property
-    def answers(self) -> Tensor:
-        """Answer tokens alone, (B * samples, N), int64."""
-        return self.sequences[:, self.prompt_length :]
 
 
 @dataclass(frozen=True)
@@ -322,7 +295,7 @@ class _Loop:
             cost[places], kept[places] = found.evaluations[:, : taken.shape[1]] * taken, taken.long()
             written = taken.sum(1).tolist() if ahead else [length] * len(rows)
             if streamer is not None:
-                streamer.put(texts.ids[0, texts.ends[0] : texts.ends[0] + written[0]].cpu())
+                streamer.put(texts.ids[0, texts.ends[0] : texts.ends[0] + int(taken[0].sum())].cpu())
             for row, more in zip(rows, written, strict=True):
                 texts.ends[row] += more
             still = [number for number, goes in enumerate(going.tolist()) if goes]
@@ -357,7 +330,8 @@ class _Loop:
             for row in rows:
                 where = slice(self.texts.width, self.texts.width + int(kept[row].sum()))
                 tokens, evaluations = self.texts.ids[row, where].tolist(), cost[row, where].tolist()
-                self.requests.on_answer(self.numbers[row], tokens, evaluations)
+                recorded = {name: torch.cat(values).tolist() for name, values in self.metrics[row].items()}
+                self.requests.on_answer(self.numbers[row], tokens, evaluations, recorded)
 
     def _replace(self, rows: list[int], fresh: list[int]) -> None:
         """Go on with the rows that are left and with new ones behind them."""

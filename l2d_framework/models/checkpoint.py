@@ -20,7 +20,7 @@ from huggingface_hub import HfApi
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from l2d_framework.base_model import (
     LANGUAGE_MODEL,
@@ -39,10 +39,10 @@ from l2d_framework.config.validation import validated
 from l2d_framework.errors import CheckpointError
 from l2d_framework.generation.prompts import read_template
 from l2d_framework.models.diffusion_lm import DiffusionLM
+from l2d_framework.models.labels import MANIFEST
 from l2d_framework.models.manifest import (
     CARD,
     FORMAT,
-    MANIFEST,
     WEIGHTS,
     base_reference,
     file_hash,
@@ -84,12 +84,14 @@ print(lm.tokenizer.decode(lm.generate(["Hello"], max_new_tokens=32).sequences[0]
 def build_model(run: DiffusionRun, *, meta: bool = False) -> DiffusionLM:
     """Diffusion model over a base model, new or going on from a diffusion checkpoint; with `meta` its shapes only."""
     config = load_config(run.model)
-    run.backbone.check(config, run.block_size)
-    tokenizer = None if meta else load_tokenizer(run.model)
-    if tokenizer is not None:
-        check_vocabulary(tokenizer, config, run.model.base)
-    lm = empty_language_model(config, run.model.attn_implementation) if meta else load_language_model(run.model)
-    model = assemble(run, lm, run.seed)
+    if meta:
+        model, tokenizer = empty_model(run, config), None
+    else:
+        run.backbone.check(config, run.block_size)
+        tokenizer = load_tokenizer(run.model)
+        if tokenizer is not None:
+            check_vocabulary(tokenizer, config, run.model.base)
+        model = assemble(run, load_language_model(run.model), run.seed)
     if not meta and ((folder := fetch(run.model.base, run.model.revision)) / MANIFEST).is_file():
         _go_on(model, run, folder)
     model.origin = Origin(
@@ -101,6 +103,14 @@ def build_model(run: DiffusionRun, *, meta: bool = False) -> DiffusionLM:
     )
     model.tokenizer = tokenizer
     return model
+
+
+@naming_plugins()
+def empty_model(run: DiffusionRun, config: PreTrainedConfig) -> DiffusionLM:
+    """Shapes, on the meta device, of a new diffusion model over a language model of this config."""
+    run.backbone.check(config, run.block_size)
+    lm = empty_language_model(config, run.model.attn_implementation, dtype=run.model.dtype)
+    return assemble(run, lm, run.seed)
 
 
 def _go_on(model: DiffusionLM, run: DiffusionRun, folder: Path) -> None:
@@ -191,9 +201,19 @@ def save_language_model(
     lm: Any, tokenizer: PreTrainedTokenizerBase | None, folder: Path, dtype: torch.dtype | None
 ) -> None:
     """Write a transformers folder whose weights have the given type, and leave the model as it is."""
-    if dtype not in (None, lm.dtype):
-        lm = copy.deepcopy(lm).to(dtype)
-    lm.save_pretrained(folder)
+    if dtype in (None, lm.dtype):
+        lm.save_pretrained(folder)
+    else:
+        # One tensor for each, so that tied weights stay tied.
+        made: dict[int, Tensor] = {}
+        state = {
+            name: made.setdefault(weight.data_ptr(), weight.to(dtype) if weight.is_floating_point() else weight)
+            for name, weight in lm.state_dict().items()
+        }
+        lm.save_pretrained(folder, state_dict=state)
+        config = copy.deepcopy(lm.config)
+        config.dtype = dtype  # transformers has written that of the model
+        config.save_pretrained(folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from threading import Lock
 from typing import Any, Literal
 
@@ -24,11 +26,12 @@ from l2d_framework.blame import naming_plugins
 from l2d_framework.config import SamplingSection
 from l2d_framework.diffusion.diffusion import Diffusion
 from l2d_framework.diffusion.ode import Observer
-from l2d_framework.errors import ConfigError, suggest
+from l2d_framework.diffusion.sampling import reads_no_noise
+from l2d_framework.errors import ConfigError, shown, suggest
 from l2d_framework.generation import arguments
 from l2d_framework.generation.causal_lm import DiffusionForCausalLM, as_transformers
-from l2d_framework.generation.infill import Infilled, infill, read_gaps
-from l2d_framework.generation.loop import Decoding, Generation, OnAnswer, Requests, generate
+from l2d_framework.generation.infill import infill, read_gaps
+from l2d_framework.generation.loop import Decoding, OnAnswer, Requests, generate
 from l2d_framework.generation.prompts import (
     Encoded,
     Prompt,
@@ -39,6 +42,7 @@ from l2d_framework.generation.prompts import (
     pad_left,
     turn_end,
 )
+from l2d_framework.generation.results import Generation, Infilled, html_table
 from l2d_framework.models.origin import Origin
 from l2d_framework.parametrization import Parametrization
 from l2d_framework.schedule import NoiseLaw
@@ -71,6 +75,30 @@ class DiffusionLM(Diffusion):
     def device(self) -> torch.device:
         """Where the language model's weights are."""
         return self.backbone.lm.device
+
+    def _facts(self) -> dict[str, str]:
+        """What it is, for readers."""
+        model, sampling, own = self.origin.model, self.origin.sampling, [*self.own_parameters().values()]
+        parts = (self.schedule.config, self.parametrization.config, self.backbone.config)
+        facts = {part.kind: part.component_name() for part in parts}
+        facts["base"] = shown(model.base if model else type(self.backbone.lm).__name__)
+        facts["block_size"] = "whole" if self.block_size is None else f"{self.block_size:,}"
+        if self.origin.classes:
+            facts["classes"] = f"{len(self.origin.classes):,}"
+        if sampling is not None:
+            steps = sampling.num_inference_steps
+            facts["sampling"] = f"{sampling.solver.component_name()}, {steps or 'adaptive'} evaluations"
+        everything = sum(parameter.numel() for parameter in self.parameters())
+        facts["parameters"] = f"{sum(p.numel() for p in own):,} own of {everything:,}"
+        facts["dtype"] = str(self.backbone.lm.dtype).removeprefix("torch.")
+        return facts | {"device": str(self.device)}
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{name}={value}' for name, value in self._facts().items())})"
+
+    def _repr_html_(self) -> str:
+        facts = self._facts()
+        return html_table(type(self).__name__, {"": [*facts], " ": [*facts.values()]})
 
     def sampling(self, **options: Any) -> SamplingSection:
         """The checkpoint's sampling settings, validated, with fields replaced; components by name or as a mapping."""
@@ -139,7 +167,8 @@ class DiffusionLM(Diffusion):
                 where the backbone can join them; criteria then see one row at a time. Elsewhere (several tokens per
                 block, processors of the caller, an observer, a solver that couples rows) the next begin when all of
                 them have ended.
-            on_answer: called with the number, the tokens and the evaluations of each answer as soon as it has ended.
+            on_answer: called with the number, the tokens, the evaluations and what guidance recorded of each answer as
+                soon as it has ended.
             merge: fold adapters into matrices beside them: if there is memory for it, in any case, or never.
             speculate: tokens that the language model guesses ahead, to be denoised at once and kept as far as they are
                 those that would have been written one by one; `auto` for as many as pay. Answers stay the same up to
@@ -186,11 +215,26 @@ class DiffusionLM(Diffusion):
             running=request,
         )
         decoding = Decoding(config, logits_processor or LogitsProcessorList(), criteria, streamer)
-        return generate(self, requests, sampling=sampling, decoding=decoding, observer=observer)
+        is_greedy = request.num_return_sequences > 1 and not config.do_sample
+        if is_greedy and not isinstance(scales, list) and reads_no_noise(self, sampling):
+            warnings.warn(
+                f"num_return_sequences={request.num_return_sequences} answers to a prompt will be equal: tokens are "
+                "picked greedily, and without evaluations beyond t = 0 nothing else is drawn. Set do_sample, or "
+                "ask for one.",
+                UserWarning,
+                stacklevel=3,
+            )
+        found = generate(self, requests, sampling=sampling, decoding=decoding, observer=observer)
+        return replace(found, tokenizer=self.tokenizer)
 
     @naming_plugins()
     def infill(
-        self, texts: str | Sequence[str] | Layout, *, observer: Observer | None = None, **options: Any
+        self,
+        texts: str | Sequence[str] | Layout,
+        *,
+        streamer: BaseStreamer | None = None,
+        observer: Observer | None = None,
+        **options: Any,
     ) -> Infilled:
         """Fill gaps in texts, in sight of what stands before and after them.
 
@@ -198,6 +242,8 @@ class DiffusionLM(Diffusion):
 
         Args:
             texts: one or several, with `<mask:8>` for a gap of 8 tokens; or a layout whose gaps are block 1.
+            streamer: receives what stands before the first gap, as from `generate` a prompt, and then the rest at
+                once, since all gaps are denoised together; one text only.
             observer: called after every network evaluation.
             **options: fields of the `sampling` section.
 
@@ -212,7 +258,7 @@ class DiffusionLM(Diffusion):
                 hint = suggest(name, SamplingSection.model_fields) or "."
                 raise ConfigError(f"Unknown option {name}={options[name]!r}{hint} Remove or correct it.")
         sampling = self._settings(options)
-        arguments.check_parts(None, None, None, observer=observer)
+        arguments.check_parts(None, None, streamer, observer=observer)
         if isinstance(texts, Layout):
             arguments.check_gapped(texts, self.backbone.vocab_size, context_length(self.backbone.lm.config))
             gapped = texts
@@ -220,7 +266,16 @@ class DiffusionLM(Diffusion):
             arguments.check_texts(texts)
             gapped = read_gaps(self.tokenizer, [texts] if isinstance(texts, str) else texts, self.backbone.lm.config)
         placed = Layout(gapped.tokens.to(self.device), gapped.blocks.to(self.device))
-        return infill(self, placed, sampling=sampling, observer=observer).ended(self.ends(is_chat=False))
+        if streamer is not None and len(placed.tokens) > 1:
+            raise ConfigError(f"A streamer takes one text, got {len(placed.tokens)}. Give one, or leave it out.")
+        found = infill(self, placed, sampling=sampling, observer=observer).ended(self.ends(is_chat=False))
+        if streamer is not None:
+            tokens, blocks = (part[placed.present].cpu() for part in (found.sequences, placed.blocks))
+            first = int((blocks >= 1).long().argmax())
+            streamer.put(tokens[None, :first])
+            streamer.put(tokens[first:])
+            streamer.end()
+        return replace(found, tokenizer=self.tokenizer)
 
     @naming_plugins()
     def as_transformers(

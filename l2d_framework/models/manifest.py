@@ -17,9 +17,9 @@ from l2d_framework.config.files import parse_json, read_text
 from l2d_framework.config.sections import Section
 from l2d_framework.config.validation import validated
 from l2d_framework.errors import CheckpointError
+from l2d_framework.models.labels import MANIFEST
 from l2d_framework.models.origin import Origin
 
-MANIFEST = "l2d.json"
 WEIGHTS = "diffusion.safetensors"
 CARD = "README.md"
 FORMAT = 2

@@ -10,7 +10,8 @@ from pydantic import ValidationError
 from transformers import PreTrainedTokenizerBase
 
 from l2d_framework.config import ModelSection, SamplingSection, default_sampling
-from l2d_framework.errors import ConfigError, suggest
+from l2d_framework.errors import ConfigError
+from l2d_framework.models.labels import check_class
 from l2d_framework.parametrization import ParametrizationConfig
 
 
@@ -46,9 +47,7 @@ class Origin:
         """Id of a class label, -1 for none."""
         if name is None:
             return -1
-        if name not in self.classes:
-            hint = suggest(str(name), self.classes) or "."
-            raise ConfigError(f"Unknown class {name!r}{hint} This model knows {list(self.classes)}.")
+        check_class(name, self.classes)
         return self.classes.index(name)
 
 

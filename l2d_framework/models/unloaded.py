@@ -19,7 +19,8 @@ from l2d_framework.diffusion.sampling import check_block_size, check_sampling
 from l2d_framework.errors import CheckpointError, ConfigError
 from l2d_framework.models.checkpoint import build_model, components, load
 from l2d_framework.models.diffusion_lm import DiffusionLM
-from l2d_framework.models.manifest import MANIFEST, base_reference, read_manifest, recorded_origin
+from l2d_framework.models.labels import MANIFEST
+from l2d_framework.models.manifest import base_reference, read_manifest, recorded_origin
 from l2d_framework.registry import registry
 
 CLASS, HINT, SCALE = "class_name", "class_hint", "guidance_scale"

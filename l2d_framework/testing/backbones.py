@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from l2d_framework.backbone import BackboneConfig
 from l2d_framework.testing.laws import Laws, distance, ensure, ensure_close
@@ -60,6 +64,26 @@ def check_backbone_uses_state_and_time(config: BackboneConfig) -> None:
             "time": scene.ask(backbone, t=scene.t + 0.4),
         }.items():
             ensure(distance(other, base) > _VISIBLE, f"The {name} changes nothing with block_size={size}.")
+
+
+@law
+def check_backbone_units(config: BackboneConfig) -> None:
+    """No weight is in two units, and weights of a unit are read only while one of its modules runs."""
+    for size, backbone, scene in noisy_scenes(config):
+        units = backbone.units()
+        owner: dict[int, int] = {}
+        for number, unit in enumerate(units):
+            for module in unit:
+                for name, weight in module.named_parameters():
+                    other = owner.setdefault(id(weight), number)
+                    ensure(other == number, f"Weight {name!r} is in the units {other} and {number}; make them one.")
+        wanted = [backbone.head(scene.ask(backbone)), backbone.table().clone()]
+        with _weights_gone(units):
+            found = [backbone.head(scene.ask(backbone)), backbone.table()]
+        for what, before, after in zip(("Logits", "The table"), wanted, found, strict=True):
+            ensure(
+                torch.equal(before, after), f"{what} need weights of a unit that does not run, with block_size={size}."
+            )
 
 
 @law
@@ -351,3 +375,33 @@ def _changed(layout: Layout, place: int) -> Layout:
     tokens = layout.tokens.clone()
     tokens[:, place] += 5
     return Layout(tokens, layout.blocks)
+
+
+@contextmanager
+def _weights_gone(units: Sequence[Sequence[nn.Module]]) -> Iterator[None]:
+    """Make weights of units no numbers but while a module of the unit runs."""
+    kept: list[tuple[nn.Parameter, Tensor]] = []
+    handles: list[RemovableHandle] = []
+    for unit in units:
+        weights = {id(weight): weight for module in unit for weight in module.parameters()}.values()
+        here = [(weight, weight.detach().clone()) for weight in weights]
+        kept += here
+
+        def come(*_: object, here: list[tuple[nn.Parameter, Tensor]] = here) -> None:
+            for weight, value in here:
+                weight.data.copy_(value)
+
+        def go(*_: object, here: list[tuple[nn.Parameter, Tensor]] = here) -> None:
+            for weight, _value in here:
+                weight.data.fill_(torch.nan)
+
+        go()
+        for module in unit:
+            handles += [module.register_forward_pre_hook(come), module.register_forward_hook(go)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for weight, value in kept:
+            weight.data.copy_(value)

@@ -159,6 +159,19 @@ def check_corruption_ends_clean(case: _Case) -> None:
 
 
 @law
+def check_gaussian_path_is_declared(case: _Case) -> None:
+    """Noisy states are alpha * clean + sigma * noise if and only if the config declares a Gaussian path."""
+    noise, t, clean = case.noise(), case.at(0.5), dense(case.encode())
+    straight = _SCHEDULE.interpolate(clean, case.space.prior_scale * dense(noise), t)
+    is_gaussian = distance(dense(case.corrupt(t)), straight) < 1e-4
+    declared, path = case.config.gaussian_path, "alpha * clean + sigma * noise"
+    ensure(
+        is_gaussian or not declared, f"gaussian_path is True, and corrupt makes something else of tokens than {path}."
+    )
+    ensure(declared or not is_gaussian, f"gaussian_path is False, though corrupt makes {path} of tokens.")
+
+
+@law
 def check_corruption_is_tokenwise(case: _Case) -> None:
     """A token's noisy state depends on its own token, noise and time, and on nothing else."""
     noise, together = case.noise(), dense(case.corrupt(case.t))

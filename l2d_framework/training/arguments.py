@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from transformers import TrainingArguments
 from l2d_framework.config import TrainingSection
 from l2d_framework.config.sections import Updates
 from l2d_framework.errors import ConfigError
+from l2d_framework.training import sharding
 
 
 def make_arguments(training: TrainingSection, output: Path, *, seed: int) -> TrainingArguments:
@@ -39,12 +39,8 @@ def make_arguments(training: TrainingSection, output: Path, *, seed: int) -> Tra
 
 
 def common_arguments(training: Updates, output: Path, seed: int) -> dict[str, Any]:
-    """Arguments of every kind of training; refuses a launcher that shards parameters."""
-    for variable, name in (("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed")):
-        if os.environ.get(variable, "false").lower() in ("true", "1"):
-            raise ConfigError(
-                f"Training under {name} is not supported. Launch with plain data parallelism (--multi_gpu)."
-            )
+    """Arguments of every kind of training; refuses what cannot be trained as the launcher asks."""
+    sharding.check(training)
     return {
         "output_dir": str(output),
         "run_name": output.name,  # what trackers call it

@@ -14,7 +14,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 from transformers.pytorch_utils import Conv1D
 from typing_extensions import override
@@ -150,7 +150,7 @@ def check_language_model(run: LanguageModelRun) -> None:
     """Refuse LoRA targets the model has not, before its weights are loaded."""
     if run.lora is None or run.model is None:
         return
-    if locate(run.model)[1] is not None:
+    if locate(run.model, weights=False)[1] is not None:
         raise ConfigError(
             f"lora would sit on the adapter merged into {run.model.base!r}, which a PEFT folder cannot express. "
             "Save the merged model first and start from it."
@@ -173,16 +173,27 @@ def build_language_model(run: LanguageModelRun, tokenizer: PreTrainedTokenizerBa
             config = scratch_config(run.scratch, tokenizer)
             return new_model(AutoModelForCausalLM, config, dtype=torch.float32)
         assert run.model is not None  # a run has one of the two
-        lm = load_language_model(run.model)
-        if run.lora is None:
-            return lm
-        lora = LoraConfig(
-            r=run.lora.rank,
-            lora_alpha=run.lora.alpha,  # type: ignore[arg-type]  # peft divides by the rank, so a float is fine
-            target_modules=run.lora.targets,
-            lora_dropout=run.lora.dropout,
-            task_type="CAUSAL_LM",
-        )
-        model = get_peft_model(lm, lora)
-        model.peft_config["default"].base_model_name_or_path = run.model.base
-        return model
+        return _adapted(load_language_model(run.model), run)
+
+
+def empty_trained_model(run: LanguageModelRun, config: PreTrainedConfig) -> PreTrainedModel | PeftModel:
+    """Shapes, on the meta device, of the model a run trains over a language model of this config."""
+    if run.model is None:
+        return empty_language_model(config, "sdpa", dtype="float32")
+    with torch.device("meta"):
+        return _adapted(empty_language_model(config, run.model.attn_implementation, dtype=run.model.dtype), run)
+
+
+def _adapted(lm: PreTrainedModel, run: LanguageModelRun) -> PreTrainedModel | PeftModel:
+    if run.lora is None or run.model is None:
+        return lm
+    lora = LoraConfig(
+        r=run.lora.rank,
+        lora_alpha=run.lora.alpha,  # type: ignore[arg-type]  # peft divides by the rank, so a float is fine
+        target_modules=run.lora.targets,
+        lora_dropout=run.lora.dropout,
+        task_type="CAUSAL_LM",
+    )
+    model = get_peft_model(lm, lora)
+    model.peft_config["default"].base_model_name_or_path = run.model.base
+    return model

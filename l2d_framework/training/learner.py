@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 from typing_extensions import override
 
+from l2d_framework.backbone import Backbone, stacked
 from l2d_framework.config import DiffusionRun, TrainingSection
-from l2d_framework.diffusion.diffusion import Diffusion
 from l2d_framework.diffusion.loss import denoising_loss
 from l2d_framework.diffusion.training_noise import NoiseRule, draw, draw_solves
 from l2d_framework.diffusion.trajectory import trajectory_loss
 from l2d_framework.errors import ConfigError
 from l2d_framework.models import checkpoint
 from l2d_framework.models.diffusion_lm import DiffusionLM
-from l2d_framework.parametrization import Parametrization
+from l2d_framework.training import sharding
 from l2d_framework.training.data.collate import IGNORED
 from l2d_framework.types import Layout
 
@@ -41,6 +41,10 @@ class Learner(nn.Module, ABC):
     def checkpoint(self, folder: Path) -> None:
         """Write the model such that `restore` continues exactly."""
         self.save(folder, "")
+
+    def units(self) -> Sequence[Sequence[nn.Module]]:
+        """Modules whose weights are gathered together where they are in shares, as in `Backbone`."""
+        return stacked(self)
 
     def parameter_groups(self) -> Mapping[str, list[nn.Parameter]]:
         """Parameters with a learning rate of their own, as in `Backbone`; none unless the model names some."""
@@ -88,8 +92,13 @@ class Denoiser(Learner):
         draws, checkpoints = run.training.draws_per_token, run.training.gradient_checkpointing
         if draws == 1 and not checkpoints and run.training.unroll is None:
             return
-        model = checkpoint.build_model(run, meta=True)
-        backbone, name = model.backbone, run.backbone.component_name()
+        Denoiser.check_backbone(run, checkpoint.build_model(run, meta=True).backbone)
+
+    @staticmethod
+    def check_backbone(run: DiffusionRun, backbone: Backbone) -> None:
+        """Refuse what a run asks of its backbone, with or without weights, and cannot have."""
+        draws, checkpoints = run.training.draws_per_token, run.training.gradient_checkpointing
+        name = run.backbone.component_name()
         if draws > 1 and not backbone.independent_positions:
             raise ConfigError(
                 f"training.draws_per_token is {draws}, but noisy positions of backbone {name!r} see each other: a "
@@ -100,7 +109,7 @@ class Denoiser(Learner):
                 f"training.gradient_checkpointing is true, but backbone {name!r} offers none. Set it to false."
             )
         if run.training.unroll is not None:
-            _check_unroll(run, model)
+            _check_unroll(run)
 
     @override
     def forward(self, **batch: Tensor) -> dict[str, Tensor]:
@@ -123,8 +132,15 @@ class Denoiser(Learner):
         )
         classes = batch["class_id"] if self.model.backbone.config.num_classes else None
         how: Any = {"classes": classes, "counted": batch["labels"] != IGNORED, "chunk": settings.loss_chunk}
+        is_sharded = sharding.is_sharded(self)
         if settings.unroll is None:
-            losses = denoising_loss(self.model, layout, draw(self.model, layout, rule), **how)
+            draws = draw(self.model, layout, rule)
+            losses = denoising_loss(self.model, layout, draws, in_step=is_sharded, **how)
+        elif is_sharded:
+            raise ConfigError(
+                "training.unroll makes as many passes of the network as a process has drawn, and processes with weights "
+                "in shares wait for each other's. Launch without FSDP, or leave training.unroll out."
+            )
         else:
             solves = draw_solves(layout, rule, fewest=settings.unroll.fewest, most=settings.unroll.most)
             losses = trajectory_loss(self.model, layout, solves, **how)
@@ -146,6 +162,10 @@ class Denoiser(Learner):
         checkpoint.save(self.model, folder)
 
     @override
+    def units(self) -> Sequence[Sequence[nn.Module]]:
+        return self.model.backbone.units()
+
+    @override
     def parameter_groups(self) -> Mapping[str, list[nn.Parameter]]:
         return self.model.backbone.parameter_groups()
 
@@ -163,15 +183,14 @@ class Denoiser(Learner):
         checkpoint.load_weights(self.model, folder)
 
 
-def _check_unroll(run: DiffusionRun, model: Diffusion) -> None:
-    if isinstance(model.schedule, nn.Module):
+def _check_unroll(run: DiffusionRun) -> None:
+    if isinstance(run.schedule.build(), nn.Module):
         name = run.schedule.component_name()
         raise ConfigError(
             f"training.unroll shows no true token in a noisy state, from which schedule {name!r} learns its times. "
             "Leave training.unroll out, or take another schedule."
         )
-    space = type(model.parametrization)
-    if (space.corrupt, space.prior) != (Parametrization.corrupt, Parametrization.prior):
+    if not run.parametrization.gaussian_path:
         name = run.parametrization.component_name()
         raise ConfigError(
             f"training.unroll moves along a slope, but parametrization {name!r} corrupts tokens in a way of its own. "

@@ -61,16 +61,16 @@ def check_rows(runs: Sequence[Run]) -> list[str]:
     notes = []
     for number, run in enumerate(runs):
         if run.data is not None and not isinstance(run, RewardRun):
-            notes += check_first_rows(run.data, _first_tokenizer(run, runs[:number]), classes=_classes(run))
+            notes += check_first_rows(run.data, first_tokenizer(run, runs[:number]), classes=classes_of(run))
     return notes
 
 
-def _first_tokenizer(run: Run, earlier: Sequence[Run]) -> PreTrainedTokenizerBase | None:
-    # That of the base; none while it is still to be trained. A stage takes that of the stage it goes on from.
+def first_tokenizer(run: Run, earlier: Sequence[Run]) -> PreTrainedTokenizerBase | None:
+    """Tokenizer of the base, or of the base of the stage that a run goes on from; None while it is to be trained."""
     if run.model is None:
         return None
     stage = stage_before(run.model.base, earlier)
-    return base_tokenizer(run.model) if stage is None else _first_tokenizer(stage, earlier[: earlier.index(stage)])
+    return base_tokenizer(run.model) if stage is None else first_tokenizer(stage, earlier[: earlier.index(stage)])
 
 
 def _ready(runs: Sequence[Run]) -> list[TokenRun]:
@@ -109,7 +109,7 @@ def _train(run: TokenRun, job: Job, callbacks: Sequence[TrainerCallback]) -> dic
         job.arguments,
         training=run.training,
         data=data,
-        collate=_collator(run, run.data, tokenizer, data.order_seed),
+        collate=collator(run, run.data, pad_id(tokenizer), data.order_seed),
         callbacks=[job, *callbacks],
     )
     job.train(trainer)
@@ -118,7 +118,8 @@ def _train(run: TokenRun, job: Job, callbacks: Sequence[TrainerCallback]) -> dic
         learner.save(folder, model_card_table(job.card))
         trainer.state.save_to_json(str(folder / "trainer_state.json"))
 
-    return job.finish(_result(trainer.state), write)
+    with trainer.whole():
+        return job.finish(_result(trainer.state), write)
 
 
 def _read(run: TokenRun, section: DataSection, saved: Path) -> tuple[PreTrainedTokenizerBase, PreparedData]:
@@ -134,21 +135,27 @@ def _read(run: TokenRun, section: DataSection, saved: Path) -> tuple[PreTrainedT
             f"data.max_length {section.max_length} exceeds the {limit} tokens this language model was made for. "
             f"Set it to at most {limit}."
         )
-    return tokenizer, prepare(section, tokenizer, classes=_classes(run), seed=run.seed)
+    return tokenizer, prepare(section, tokenizer, classes=classes_of(run), seed=run.seed)
 
 
-def _classes(run: TokenRun) -> list[str]:
+def classes_of(run: Run) -> list[str]:
+    """Names of the labels that a run knows."""
     return run.classes if isinstance(run, DiffusionRun) else []
 
 
-def _collator(run: TokenRun, section: DataSection, tokenizer: PreTrainedTokenizerBase, seed: int) -> Collator:
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Token that fills rows up."""
+    return int((tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id) or 0)
+
+
+def collator(run: TokenRun, section: DataSection, pad: int, seed: int) -> Collator:
+    """Makes the batches of a run."""
     masker = None
     if (masking := section.masking) is not None:
         objectives = tuple(masking.objectives)
         masker = Masker(objectives, run.training.batch_size, seed, exact_lengths=masking.exact_lengths)
     size = run.block_size if isinstance(run, DiffusionRun) else 1
-    return Collator(pad or 0, size, padding=section.padding, max_length=section.max_length, masker=masker)
+    return Collator(pad, size, padding=section.padding, max_length=section.max_length, masker=masker)
 
 
 def _learner(run: TokenRun, tokenizer: PreTrainedTokenizerBase, ends: tuple[int, ...]) -> Learner:

@@ -20,6 +20,7 @@ from l2d_framework.training import output_dir
 from l2d_framework.training.folder_lock import locked
 from l2d_framework.training.interruption import Interruption, name_of
 from l2d_framework.training.metrics import Stopwatch, peak_memory
+from l2d_framework.training.peers import Peers
 from l2d_framework.training.run_record import changed_data, environment, now
 from l2d_framework.training.trainer import ResumableTrainer
 
@@ -43,6 +44,7 @@ class Job(TrainerCallback):
     def __enter__(self) -> Self:
         with self._open:
             wait()
+            self._open.enter_context(Peers.of_this_run())
             if self._overwrite and self.writes:
                 output_dir.move_aside(self.output)
             wait()
@@ -54,8 +56,8 @@ class Job(TrainerCallback):
             self._open = self._open.pop_all()
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._open.close()
+    def __exit__(self, *error: Any) -> None:
+        self._open.__exit__(*error)
 
     def _check_free(self) -> None:
         self.card = output_dir.check_free(self.output, self.run.model_dump(mode="json")) or {}

@@ -31,9 +31,20 @@ class RunOrder(Dataset[dict[str, Any]]):
         return self._total
 
     def __getitem__(self, ordinal: int) -> dict[str, Any]:
-        epoch, place = divmod(ordinal, len(self._rows))
-        row = self._rows[int(_permutation(self._seed, epoch, len(self._rows))[place])]
-        return {**row, "epoch": epoch, "ordinal": ordinal}
+        return self.__getitems__([ordinal])[0]
+
+    def __getitems__(self, ordinals: list[int]) -> list[dict[str, Any]]:
+        places = [divmod(ordinal, len(self._rows)) for ordinal in ordinals]
+        chosen = [int(_permutation(self._seed, epoch, len(self._rows))[place]) for epoch, place in places]
+        rows = zip(_fetch(self._rows, chosen), places, ordinals, strict=True)
+        return [{**row, "epoch": epoch, "ordinal": ordinal} for row, (epoch, _), ordinal in rows]
+
+
+def _fetch(rows: Any, places: list[int]) -> list[dict[str, Any]]:
+    """Rows, all at once where they can be had so: `datasets` reads 128 four times as fast."""
+    if hasattr(rows, "__getitems__"):
+        return list(rows.__getitems__(places))
+    return [rows[place] for place in places]
 
 
 @lru_cache(maxsize=2)  # a batch may lie across the border of two epochs
@@ -73,6 +84,12 @@ class HeldOut(Dataset[dict[str, Any]]):
         return self._length
 
     def __getitem__(self, place: int) -> dict[str, Any]:
-        if place < len(self._rows):
-            return {**self._rows[place], "epoch": 0}
-        return {**self._rows[0], "index": PADDING, "epoch": 0}
+        return self.__getitems__([place])[0]
+
+    def __getitems__(self, places: list[int]) -> list[dict[str, Any]]:
+        count = len(self._rows)
+        rows = _fetch(self._rows, [place if place < count else 0 for place in places])
+        return [
+            {**row, "epoch": 0, **({} if place < count else {"index": PADDING})}
+            for row, place in zip(rows, places, strict=True)
+        ]

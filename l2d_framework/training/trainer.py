@@ -17,12 +17,16 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from transformers.trainer_utils import IntervalStrategy
 from typing_extensions import override
 
+from l2d_framework.backbone import stacked
 from l2d_framework.config import TrainingSection
 from l2d_framework.config.sections import Updates
 from l2d_framework.errors import DivergedError, OutputError
+from l2d_framework.opening import open_model
+from l2d_framework.training import sharding
 from l2d_framework.training.arguments import learning_rate, total_steps
 from l2d_framework.training.data.collate import IGNORED, Collator
 from l2d_framework.training.data.prepare import PreparedData
@@ -56,6 +60,15 @@ class ResumableTrainer(transformers.Trainer):
         """Learning rate of one update, as a share of the one that the run names."""
         raise AssertionError("a subclass says how the learning rate runs")
 
+    def _units(self, model: nn.Module) -> Sequence[Sequence[nn.Module]]:
+        """What of a model is gathered together where its weights are in shares."""
+        return stacked(model)
+
+    @override
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        self.is_fsdp_enabled = sharding.adopt(self.accelerator, self._units)
+
     @override
     def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> LambdaLR:
         if self.lr_scheduler is None:
@@ -80,7 +93,7 @@ class ResumableTrainer(transformers.Trainer):
     @override
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
         plain: Any = super()
-        norm = torch.as_tensor(plain._clip_grad_norm(model), device=self._tr_loss.device)
+        norm = sharding.whole_tensor(torch.as_tensor(plain._clip_grad_norm(model))).to(self._tr_loss.device)
         signum = self.interruption.signum if self.interruption else 0
         is_sound, self.ended_by = self._agree(self._tr_loss.isfinite() & norm.isfinite(), signum)
         if self.interruption is not None:
@@ -154,8 +167,10 @@ class ResumableTrainer(transformers.Trainer):
     def check_weights(self) -> None:
         """Refuse weights that are no numbers, so that no checkpoint and no model has them."""
         model: Any = self.model
-        trained = [parameter.detach() for parameter in model.parameters() if parameter.requires_grad]
-        if not bool(torch.stack([values.isfinite().all() for values in trained]).all()):
+        trained = [
+            sharding.own_share(parameter.detach()) for parameter in model.parameters() if parameter.requires_grad
+        ]
+        if not self._agree(torch.stack([values.isfinite().all() for values in trained]).all(), 0)[0]:
             raise DivergedError(
                 f"After update {self.state.global_step} a weight is infinite or no number. {self._last_checkpoint()} "
                 "Lower training.learning_rate or warm up for longer, in another output_dir."
@@ -185,6 +200,60 @@ class ResumableTrainer(transformers.Trainer):
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             seal(folder)
+
+    def whole(self) -> AbstractContextManager[None]:
+        """Let the process that writes see all that is trained, whatever the shares; every process must enter."""
+        model: Any = self.model
+        return sharding.whole(model, reads=self.args.should_save)
+
+    @override
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write what is trained such that it can be gone on from, by any number of processes."""
+        with self.whole():
+            if self.args.should_save:
+                self._write_weights(Path(output_dir) if output_dir else self.output)
+
+    def _write_weights(self, folder: Path) -> None:
+        self._save(str(folder))
+
+    @override
+    def train(self, resume_from_checkpoint: str | bool | None = None, *options: Any, **named: Any) -> Any:
+        if self.is_fsdp_enabled and isinstance(resume_from_checkpoint, str):
+            # While they are whole; transformers would ask for them when they are in shares.
+            self._read_weights(Path(resume_from_checkpoint))
+        return super().train(resume_from_checkpoint, *options, **named)
+
+    @override
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if not self.is_fsdp_enabled:
+            self._read_weights(Path(resume_from_checkpoint))
+
+    def _read_weights(self, folder: Path) -> None:
+        lm: Any = self.model
+        lm.load_state_dict(open_model(type(lm), folder, dtype=torch.float32)[0].state_dict())
+
+    @override
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.is_fsdp_enabled:
+            return super()._save_optimizer_and_scheduler(output_dir)
+        optimizer, scheduler = self._stateful()
+        state = sharding.whole_state(optimizer)
+        if self.args.should_save:
+            torch.save(state, Path(output_dir) / OPTIMIZER_NAME)
+            torch.save(scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+
+    @override
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if not self.is_fsdp_enabled or checkpoint is None:
+            return super()._load_optimizer_and_scheduler(checkpoint)
+        states = [torch.load(Path(checkpoint) / name, map_location="cpu") for name in (OPTIMIZER_NAME, SCHEDULER_NAME)]
+        optimizer, scheduler = self._stateful()
+        sharding.load_state(optimizer, states[0])
+        scheduler.load_state_dict(states[1])
+
+    def _stateful(self) -> tuple[Optimizer, LambdaLR]:
+        assert self.optimizer is not None and self.lr_scheduler is not None  # training has begun
+        return self.optimizer, self.lr_scheduler
 
     def _staged(self, folder: Path) -> AbstractContextManager[Path]:
         return staged(
@@ -327,7 +396,9 @@ class TokenTrainer(ResumableTrainer):
         def step(part: dict[str, Tensor], is_last: bool) -> Tensor:
             if meets_later:
                 return plain(self.learner, part, num_items_in_batch)
-            with nullcontext() if is_last else self.accelerator.no_sync(model):
+            # Where gradients are in shares, all of them would have to be kept whole until the last part.
+            syncs = is_last or self.is_fsdp_enabled
+            with nullcontext() if syncs else self.accelerator.no_sync(model):
                 return plain(model, part, num_items_in_batch)
 
         while not self._agreed((losses := self._micro.run(inputs, step)) is not None):
@@ -417,7 +488,7 @@ class TokenTrainer(ResumableTrainer):
         metrics = self._report(meter.results(self.accelerator), metric_key_prefix, start)
         is_best = self.state.best_metric is None or metrics[f"{metric_key_prefix}_loss"] < self.state.best_metric
         if self.is_in_train and is_best:
-            with self._staged(self.output / BEST) as folder:
+            with self._staged(self.output / BEST) as folder, self.whole():
                 if self.args.should_save:
                     self.learner.save(folder, "")
         return metrics
@@ -441,10 +512,8 @@ class TokenTrainer(ResumableTrainer):
         super().log(logs)
 
     @override
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write the learner's own weights; never the frozen base model."""
-        if self.args.should_save:
-            self.learner.checkpoint(Path(output_dir) if output_dir else self.output)
+    def _write_weights(self, folder: Path) -> None:
+        self.learner.checkpoint(folder)
 
     @override
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
@@ -452,8 +521,11 @@ class TokenTrainer(ResumableTrainer):
         super()._save_checkpoint(model, trial)
 
     @override
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        folder = Path(resume_from_checkpoint)
+    def _units(self, model: nn.Module) -> Sequence[Sequence[nn.Module]]:
+        return self.learner.units()
+
+    @override
+    def _read_weights(self, folder: Path) -> None:
         self.learner.restore(folder)
         for entry in TrainerState.load_from_json(str(folder / "trainer_state.json")).log_history:
             self._said = entry.get("micro_batch_size", self._said)

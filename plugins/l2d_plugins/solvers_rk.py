@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import Field
 from torch import Tensor
 from typing_extensions import override
 
@@ -14,6 +13,7 @@ from l2d_framework.component import Component
 from l2d_framework.errors import EvaluationBudgetError, L2DError
 from l2d_framework.hooks import hookimpl
 from l2d_framework.solver import Problem, Solver
+from l2d_plugins.solvers.adaptive import Adaptive
 
 _FIXED = {"euler": (1, 1), "midpoint": (2, 2), "heun2": (2, 2), "heun3": (3, 3), "rk4": (4, 4)}
 _ADAPTIVE = {"dopri5": (7, 5), "dopri8": (14, 8), "bosh3": (4, 3), "fehlberg2": (3, 2), "adaptive_heun": (2, 2)}
@@ -55,27 +55,18 @@ class TorchDiffEqFixed(_TorchDiffEq):
         return _odeint(lambda time, state: problem.velocity(state, float(time)), x, [t, s], method=self.method)
 
 
-class TorchDiffEqAdaptive(_TorchDiffEq):
+class TorchDiffEqAdaptive(Adaptive, _TorchDiffEq):
     """An adaptive method whose step size is shared by the whole batch, which one difficult token slows down for all.
 
     Steps may overshoot the end, from where torchdiffeq interpolates back; beyond t = 1 the velocity counts as zero, as
     in the released L2D code.
     """
 
-    is_adaptive: ClassVar[bool] = True
     evaluates_end: ClassVar[bool] = True
 
     name: Literal["torchdiffeq_adaptive"] = "torchdiffeq_adaptive"
     method: Literal["dopri5", "dopri8", "bosh3", "fehlberg2", "adaptive_heun"] = "dopri5"
     """torchdiffeq's name of the method; of low order where tolerances are loose, as language needs no many digits."""
-    rtol: float = Field(3e-4, gt=0, allow_inf_nan=False)
-    """Error allowed per step, relative to the state; raise it for fewer evaluations, lower it for a finer path."""
-    atol: float = Field(3e-4, gt=0, allow_inf_nan=False)
-    """Error allowed per step, in units of the state; raise it along with `rtol`."""
-    first_step: float = Field(0.05, gt=0, le=1)
-    """Length of the first attempted step, in units of time, of which there is 1 from noise to data."""
-    max_evaluations: int = Field(1000, ge=2)
-    """Evaluations a token may cost, the read-out included; a solve that needs more stops with an error."""
 
     @property
     @override
@@ -86,10 +77,6 @@ class TorchDiffEqAdaptive(_TorchDiffEq):
     @override
     def order(self) -> int:
         return _ADAPTIVE[self.method][1]
-
-    @override
-    def with_budget(self, evaluations: int) -> Self:
-        return self.model_copy(update={"max_evaluations": evaluations})
 
     @override
     def step(self, problem: Problem, x: Tensor, t: float, s: float) -> Tensor:

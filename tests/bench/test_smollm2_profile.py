@@ -1,6 +1,7 @@
 """The profile `smollm2` at a tiny size on the CPU, and what it is made of."""
 
 import json
+import signal
 
 import pytest
 from tiny_models import tiny_lm, tiny_tokenizer
@@ -137,7 +138,11 @@ def test_when_the_time_is_over_the_table_is_written_and_nothing_failed(folder):
     profile = tiny_profile()
     (folder / "tiny.yaml").write_text(json.dumps(profile), encoding="utf-8")
     arguments = ["bench", "own/smollm2", "--profile", "tiny.yaml", "--out", "out", "--minutes", "0"]
-    result = CliRunner().invoke(app, arguments)
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as shells start what is to run in the background
+    try:
+        result = CliRunner().invoke(app, arguments)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert result.exit_code == 0, result.output
     assert "The time is over" in result.output
     assert "not run yet" in (folder / "out" / "smollm2.md").read_text()

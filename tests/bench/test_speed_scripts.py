@@ -50,6 +50,16 @@ def decoding(speed: ModuleType) -> Iterator[ModuleType]:
     yield from _script("gpu")
 
 
+@pytest.fixture(scope="module")
+def memory() -> Iterator[ModuleType]:
+    yield from _script("memory")
+
+
+@pytest.fixture(scope="module")
+def sizes() -> Iterator[ModuleType]:
+    yield from _script("sizes")
+
+
 def _script(name: str) -> Iterator[ModuleType]:
     spec = importlib.util.spec_from_file_location(name, RUNS[0].parents[1] / "speed" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
@@ -273,3 +283,26 @@ def test_figures_of_decoding_are_kept_question_by_question_and_drawn(decoding, t
     assert questions["decode, batch 2"]["cases"][decoding.PLAIN]["cost"] == 1
     assert questions["out of memory"] == ["Out of memory"]
     assert kept.with_suffix(".png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("name", ["L2D, LoRA", "reward"])
+def test_a_dry_run_knows_the_measured_peak_within_its_limit(memory, name, tmp_path):
+    shape = {**memory.SHAPE, **TINY, "vocab_size": 512, "hidden_size": 64, "intermediate_size": 128}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 4, "num_hidden_layers": 2}
+    memory.write_model(tmp_path / "base", {**shape, **heads})
+    found = memory.compare(memory.run_of(memory.CASES[name], tmp_path / "base", tmp_path, rows=4, length=64))
+    assert found["peak"] == pytest.approx(found["measured"], rel=memory.LIMIT)
+    # A guess of the weights alone would not do.
+    assert found["activations"] > memory.LIMIT * found["measured"]
+
+
+def test_sizes_are_tabulated_by_model_method_and_number_of_gpus(sizes, monkeypatch, tmp_path):
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    monkeypatch.setattr(sizes, "SHAPES", {"tiny": {**sizes.LLAMA, **TINY, **heads}})
+    monkeypatch.setattr(sizes, "METHODS", {"TESS, full": sizes.METHODS["TESS, full"]})
+    sizes.main(length=8, out=tmp_path / "sizes.json")
+    card = json.loads((tmp_path / "sizes.json").read_text())
+    one, eight, most = card["models"]["tiny"]["TESS, full"].values()
+    assert one["trained"] == pytest.approx(8 * eight["trained"], abs=8) == pytest.approx(64 * most["trained"], abs=64)
+    assert one["peak"] > eight["peak"] > most["peak"]
+    assert (tmp_path / "sizes.md").read_text().count("| yes |") == 3

@@ -19,6 +19,7 @@ from l2d_bench.files import (
 )
 from l2d_bench.jobs import ModelJob
 from l2d_bench.report import printed
+from l2d_framework.errors import ConfigError
 from l2d_framework.evaluation.code.sandbox import CONSENT
 
 SIX = ["GSM8K", "MATH", "HumanEval pass@10", "MBPP pass@10", "MMLU", "MMLU-Pro"]
@@ -56,6 +57,21 @@ def test_where_everything_can_be_had_every_model_of_the_papers_is_trained(tmp_pa
         (plan.id, name) for plan in bench.plans for (_, name), cell in plan.cells.items() if cell.reason == "no data"
     }
     assert missing == set()
+
+
+def test_a_profile_like_another_says_only_what_is_different(tmp_path):
+    full, short = read_profile("smollm2"), read_profile("smollm2_cpu")
+    assert short.models.keys() == full.models.keys() and short.data == full.data
+    for name, model in short.models.items():
+        if model.run is not None:
+            assert model.set.items() > full.models[name].set.items()
+            assert model.set["training.max_steps"] == 8
+    assert short.measures["steps"] == full.measures["steps"] | short.measures["steps"]
+    assert (short.device, full.device, short.dtype) == ("cpu", "cuda", full.dtype)
+    assert Bench(["own/smollm2"], "smollm2_cpu", tmp_path).plans
+    (tmp_path / "lost.yaml").write_text("like: nobody\n")
+    with pytest.raises(ConfigError, match=r"`like` names a profile .* got 'nobody'"):
+        read_profile(str(tmp_path / "lost.yaml"))
 
 
 def test_code_that_models_write_runs_only_with_consent(tmp_path, monkeypatch):

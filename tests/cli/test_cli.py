@@ -65,6 +65,21 @@ def test_help_cuts_nothing_on_a_narrow_terminal(path, l2d, monkeypatch):
     assert not re.search(r"[^\])}]\.\.\.$|…", out.replace("files...", ""), re.MULTILINE)
 
 
+def test_results_go_where_out_says_and_output_is_another_word_for_it():
+    command = typer.main.get_command(cli.app)
+    context = Context(command, **command.context_settings)
+    having = set()
+    for name in COMMANDS:
+        _, one, _ = command.resolve_command(context, [name])
+        options = {option for parameter in one.get_params(context) for option in parameter.opts}
+        assert "--output" not in options
+        if "--out" in options:
+            given = one.make_context(name, ["--output", "x.png"], parent=context, resilient_parsing=True)
+            assert str(given.params["out"]) == "x.png"
+            having.add(name)
+    assert having == {"demo", "generate", "eval-text", "plot", "diagnose", "eval-steps", "tune-search"}
+
+
 def test_the_version_is_the_distributions(l2d):
     assert l2d("--version") == (0, f"l2d-framework {version('l2d-framework')}\n", "")
 

@@ -57,7 +57,7 @@ def test_files_are_compared_in_table_numbers_report_and_picture(answers, columns
     model, output = saved_tiny_lm("gpt2"), tmp_path / "deep" / "out"
     golds = write(tmp_path / "golds.jsonl", [{"gold": "one"}, {"gold": "two"}])
     common = ("--perplexity-model", model, "--tokenizer", model, "--max-length", 9)
-    result = run(columns, *common, "--mauve-model", model, "--output", output)
+    result = run(columns, *common, "--mauve-model", model, "--out", output)
     assert result.exit_code == 0, result.output
     written = json.loads((output / "eval_text.json").read_text())
     metrics = written["results"]["columns"]["metrics"]
@@ -69,7 +69,7 @@ def test_files_are_compared_in_table_numbers_report_and_picture(answers, columns
 
     pytest.importorskip("matplotlib")
     both = tmp_path / "both"
-    result = run(answers, columns, *common, "--output", both)
+    result = run(answers, columns, *common, "--out", both)
     assert result.exit_code == 0, result.output
     report = (both / "eval_text.md").read_text()
     assert "| metric | definition | answers | columns |" in report
@@ -125,7 +125,7 @@ def test_mistakes_are_found_before_weights_are_loaded(columns, saved_tiny_lm, tm
         (ConfigError, "No tokenizer", (columns, "--tokenizer", tmp_path, *judged)),
         (ConfigError, "--dtype must be", (columns, "--dtype", "int8", *judged)),
         (ConfigError, "cannot be used here", (columns, "--device", "nowhere", *judged)),
-        (ConfigError, "is not empty", (columns, "--output", tmp_path, *judged)),
+        (ConfigError, "is not empty", (columns, "--out", tmp_path, *judged)),
     ]:
         with pytest.raises(error, match=message):
             run(*arguments)

@@ -1,6 +1,7 @@
 """`l2d generate`: what goes in and comes out, and what is refused before any weights are loaded."""
 
 import json
+import re
 import resource
 
 import pytest
@@ -10,9 +11,11 @@ from tiny_models import tiny_lm, tiny_tokenizer
 from typer.testing import CliRunner
 
 from l2d_framework.cli import app
-from l2d_framework.cli.generate_session import Watch
+from l2d_framework.cli.answer_file import AnswerFile
+from l2d_framework.cli.watching import Drafts, Printer, Watch
 from l2d_framework.config import parse_run
-from l2d_framework.errors import L2DError, OutputError
+from l2d_framework.diffusion.ode import Evaluation
+from l2d_framework.errors import BusyError, L2DError, OutputError
 from l2d_framework.generation.prompts import pad_left
 from l2d_framework.models import checkpoint
 from l2d_framework.models.checkpoint import build_model, load, save
@@ -60,7 +63,7 @@ def run(*arguments, **options):
 def lines(*arguments, **options):
     found = run(*arguments, **options)
     assert found.exit_code == 0, found.exception
-    return found.stdout.splitlines()
+    return [line for line in found.stdout.splitlines() if line and not line.startswith("==> ")]
 
 
 def texts(lm, prompts, **options):
@@ -164,14 +167,69 @@ def test_a_talk_on_the_terminal_remembers_what_was_said(model, lm):
     assert [text for text in printed if text in answers] == answers
 
 
-def test_streamed_tokens_are_the_answer(model, lm):
-    assert lines(model, "--prompt", "Hello", "--stream", *FAST) == texts(lm, ["Hello"])
+def test_several_answers_stand_below_whose_they_are_and_a_single_one_alone(model, lm, tmp_path):
+    (tmp_path / "prompts.txt").write_text("Hello\n\nAnother one\n")
+    first, second = texts(lm, ["Hello", "Another one"])
+    assert run(model, "--prompt", "Hello", *FAST).stdout == f"{first}\n"
+    where = tmp_path / "prompts.txt"
+    assert run(model, "--file", where, *FAST).stdout == f"==> {where}:1 <==\n{first}\n\n==> {where}:3 <==\n{second}\n"
+    a, b = texts(lm, ["Hello"], num_return_sequences=2)
+    several = run(model, "--prompt", "Hello", *FAST, "--num-return-sequences", 2).stdout
+    assert several == f"==> Prompt 0, answer 1 of 2 <==\n{a}\n\n==> Prompt 0, answer 2 of 2 <==\n{b}\n"
+
+
+def test_what_is_streamed_or_traced_is_the_answer(model, tmp_path):
+    asked = (model, "--prompt", "Hello", "--max-new-tokens", "12", "--num-inference-steps", "3")
+    stop = lines(*asked)[0][7]
+    asked += ("--stop", stop)
+    rows, traces = [], []
+    for number, how in enumerate([(), ("--stream",), ("--trace",), ("--stream", "--trace")]):
+        page = tmp_path / f"{number}.html"
+        shown = run(*asked, *how, *([page] if "--trace" in how else []), "--out", tmp_path / f"{number}.jsonl")
+        assert shown.exit_code == 0, shown.exception
+        rows.append(json.loads((tmp_path / f"{number}.jsonl").read_text()))
+        traces += [page.read_text()] if page.exists() else []
+        assert shown.stdout == rows[0]["answers"][0]["text"] + "\n"
+    assert rows == [rows[0]] * 4
+    assert traces == [traces[0]] * 2
+
+
+@pytest.mark.parametrize("stops", [(), ("mb", "wort"), ("Ende",)])
+def test_what_is_printed_of_tokens_as_they_come_is_the_text_up_to_a_stop(capsys, stops):
+    tokenizer = tiny_tokenizer()
+    text = "Ein Wort, 😀 und noch ein Antwort \n\n Umbau zum Ende . 漢字"
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    printer, seen = Printer(tokenizer, stops), []
+    printer.put(torch.tensor([ids]))  # the prompt
+    for token in ids:
+        printer.put(torch.tensor([token]))
+        seen.append(capsys.readouterr().out)
+    printer.end()
+    seen.append(capsys.readouterr().out)
+    wanted = min((text[: text.find(stop)] for stop in stops), key=len, default=text)
+    assert "".join(seen) == f"{wanted}\n"
+    assert sum(map(bool, seen)) > 5
+
+
+def test_a_draft_shows_what_is_known_around_a_gap_and_an_answer_up_to_its_end(monkeypatch, capsys):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    tokenizer = tiny_tokenizer()
+    a, b, c = tokenizer("abc", add_special_tokens=False)["input_ids"]
+    for known, ends, place, drafted, shown in (
+        ({0: a, 2: c}, (), 1, [b], "t = 0.50  abc"),
+        ({}, (c,), 7, [b, a, c, b], "t = 0.50  ba"),
+    ):
+        logits = torch.nn.functional.one_hot(torch.tensor([drafted]), 300).float()
+        positions = torch.arange(place, place + len(drafted))[None]
+        with Drafts(tokenizer, ends, known) as drafts:
+            drafts(Evaluation(positions, torch.full(positions.shape, 0.5), logits, logits, False))
+        assert re.search(rf"{re.escape(shown)}\s", capsys.readouterr().err)
 
 
 def test_the_output_file_holds_prompts_answers_and_what_they_cost(model, lm, tmp_path):
     output = tmp_path / "answers.jsonl"
     prompts = ("--prompt", "Hello", "--prompt", "Ünïcode")
-    lines(model, *prompts, *FAST, "--num-return-sequences", "2", "--output", output)
+    lines(model, *prompts, *FAST, "--num-return-sequences", "2", "--out", output)
     rows = [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
     assert [row["prompt"] for row in rows] == ["Hello", "Ünïcode"]
     found = [answer["text"] for row in rows for answer in row["answers"]]
@@ -273,54 +331,81 @@ def test_a_file_of_prompts_that_cannot_be_read_is_named(model, no_weights, tmp_p
 
 def test_an_output_file_is_never_overwritten(model, no_weights, tmp_path):
     (tmp_path / "mine.jsonl").write_text("mine")
-    with pytest.raises(L2DError, match=r"mine.jsonl' exists. Name another --output"):
-        raise run(model, "--prompt", "a", *FAST, "--output", tmp_path / "mine.jsonl").exception
+    with pytest.raises(L2DError, match=r"mine.jsonl' exists. Name another --out"):
+        raise run(model, "--prompt", "a", *FAST, "--out", tmp_path / "mine.jsonl").exception
     assert (tmp_path / "mine.jsonl").read_text() == "mine"
     with pytest.raises(L2DError, match="none' is missing or cannot be written"):
-        raise run(model, "--prompt", "a", *FAST, "--output", tmp_path / "none" / "a.jsonl").exception
+        raise run(model, "--prompt", "a", *FAST, "--out", tmp_path / "none" / "a.jsonl").exception
 
 
 def test_an_output_file_that_appears_meanwhile_is_left_alone(model, tmp_path, monkeypatch):
     output = tmp_path / "a.jsonl"
     monkeypatch.setattr(Watch, "finish", lambda *_: output.write_text("mine"))
     with pytest.raises(OutputError, match=r"made by somebody else meanwhile. The answers are in .*a\.jsonl\.part"):
-        raise run(model, "--prompt", "a", *FAST, "--output", output).exception
+        raise run(model, "--prompt", "a", *FAST, "--out", output).exception
     assert output.read_text() == "mine"
     assert len((tmp_path / "a.jsonl.part").read_text().splitlines()) == 1
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
-def test_an_interruption_keeps_the_answers_so_far_and_says_where(model, lm, tmp_path, monkeypatch, error):
+def test_an_interrupted_generation_goes_on_to_what_it_would_have_been(model, tmp_path, monkeypatch, error):
     answered = []
 
-    def finish(*arguments):
+    def finish(watch, prompts):
         answered.append(None)
-        if len(answered) == 2:
+        if len(answered) == 3:
             raise error
 
-    monkeypatch.setattr(Watch, "finish", finish)
-    prompts = ["Hello", "Another one", "A third"]
-    arguments = [model, *(word for p in prompts for word in ("--prompt", p)), *FAST, "--batch-size", "1"]
-    arguments += ["--output", tmp_path / "answers.jsonl"]
-    found = run(*arguments)
+    prompts = ["Hello", "Another one", "Hello", "A third"]
+    how = (*FAST, "--do-sample", "--num-return-sequences", "2", "--batch-size", "2")
+    arguments = [model, *(word for p in prompts for word in ("--prompt", p)), *how]
+    whole = run(*arguments, "--out", tmp_path / "whole.jsonl").stdout
+    output, part = tmp_path / "answers.jsonl", tmp_path / "answers.jsonl.part"
+    with monkeypatch.context() as patched:
+        patched.setattr(Watch, "finish", finish)
+        found = run(*arguments, "--out", output)
     assert found.exit_code == (130 if error is KeyboardInterrupt else 1)
-    part = tmp_path / "answers.jsonl.part"
-    assert f"The answers so far are in {part}." in found.stderr
+    assert f"The answers so far are in {part}. The same command goes on from them." in found.stderr
     rows = [json.loads(line) for line in part.read_text(encoding="utf-8").splitlines()]
-    assert [row["answers"][0]["text"] for row in rows] == texts(lm, prompts[:2])
-    # Neither they nor those of a generation that goes on are written over.
-    with pytest.raises(L2DError, match=r"answers\.jsonl\.part' holds the answers of a generation"):
-        raise run(*arguments).exception
-    part.rename(tmp_path / "mine")
-    lines(*arguments)
-    assert {path.name for path in tmp_path.iterdir()} == {"answers.jsonl", "mine"}
+    assert 0 < len(rows) < len(prompts)
+    wanted = [json.loads(line) for line in (tmp_path / "whole.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [row["answers"] for row in rows] == [wanted[row["number"]]["answers"] for row in rows]
+    # Nobody else's answers are gone on with or written over.
+    for other in (("--seed", "7"), ("--stop", "x"), ("--prompt", "A fourth"), ("--class", "code")):
+        with pytest.raises(L2DError, match=r"answers\.jsonl\.part' holds answers of another generation"):
+            raise run(*arguments, *other, "--out", output).exception
+    with part.open("ab") as file:
+        file.write(part.read_bytes()[:-9])  # the process ended while it wrote a row
+    found = run(*arguments, "--out", output)
+    assert f"Going on from {part}: {len(rows)} of 4 are answered." in found.stderr
+    assert found.stdout == whole
+    assert output.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+    assert {path.name for path in tmp_path.iterdir()} == {"answers.jsonl", "whole.jsonl"}
+
+
+def test_where_every_answer_is_known_no_weights_are_loaded(model, tmp_path, monkeypatch):
+    arguments = (model, "--prompt", "a", "--prompt", "b", *FAST, "--out", tmp_path / "a.jsonl")
+    monkeypatch.setattr(AnswerFile, "_publish", lambda *_: (_ for _ in ()).throw(OSError))
+    run(*arguments)
+    monkeypatch.undo()
+    monkeypatch.setattr(checkpoint, "load_language_model", lambda *_: pytest.fail("weights were loaded"))
+    assert len(lines(*arguments)) == 2
+    assert [json.loads(line)["prompt"] for line in (tmp_path / "a.jsonl").read_text().splitlines()] == ["a", "b"]
+
+
+def test_two_processes_never_answer_into_one_file(model, tmp_path):
+    with (
+        AnswerFile(tmp_path / "a.jsonl", []),
+        pytest.raises(BusyError, match=r"--out .*a\.jsonl' is in use by process"),
+    ):
+        raise run(model, "--prompt", "a", *FAST, "--out", tmp_path / "a.jsonl").exception
 
 
 def test_a_full_disk_while_answers_are_written_is_named(model, tmp_path):
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
     try:
-        found = run(model, "--prompt", "a", "--prompt", "b", *FAST, "--output", tmp_path / "answers.jsonl")
+        found = run(model, "--prompt", "a", "--prompt", "b", *FAST, "--out", tmp_path / "answers.jsonl")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert isinstance(found.exception, OutputError)

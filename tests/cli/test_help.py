@@ -84,7 +84,8 @@ def test_a_question_may_name_the_sections_above_an_option_with_dots_or_without(l
 @pytest.mark.parametrize(
     ("question", "facts"),
     [
-        ("training.draws_per_token", ["Noisy copies", "whole number", "default  1", "at least 1", "2501.15781"]),
+        ("training.draws_per_token", ["Noisy copies", "whole number", "default  1", "at least 1"]),
+        ("training", ["How to train to predict tokens", "Source: arXiv:2501.15781, Table 3", "draws_per_token"]),
         ("data.train.0.limit", ["whole number or none", "null", "at least 1"]),
         ("training.decay", ["text", '"linear"', "linear, cosine, constant"]),
         ("model.base", ["none, it must be given"]),
@@ -95,6 +96,12 @@ def test_help_tells_what_an_option_does_its_type_default_and_limits(l2d, questio
     code, out, _ = l2d("help", question)
     assert code == 0
     assert [fact for fact in facts if fact not in out] == []
+    assert [line for line in out.splitlines() if line != line.rstrip()] == []
+
+
+def test_the_source_of_a_sections_defaults_is_none_of_its_fields(l2d):
+    for field in ("training.draws_per_token", "lora.dropout"):
+        assert "arXiv" not in l2d("help", field)[1]
 
 
 def test_help_says_what_the_schema_says(l2d):
@@ -118,3 +125,18 @@ def test_an_unknown_option_is_answered_with_a_suggestion(l2d):
     code, _, err = l2d("help", "training.learning_rte")
     assert code == 2
     assert "'training learning_rte'" in err and "did you mean 'learning_rate'" in err
+
+
+@pytest.mark.parametrize(
+    ("question", "there", "elsewhere"),
+    [
+        ("solver ab3", "Solver: diver, doubling, forward, hurried.", "learning_rate"),
+        ("solver diver.deep", "did you mean 'depth'? Solver diver: depth, plain.", "hurried"),
+        ("training.nonsense", "draws_per_token, epochs, ", "hurried"),
+        ("nonsense", "Sections: backbone, block_size, ", "learning_rate"),
+    ],
+)
+def test_a_name_that_is_unknown_is_answered_with_those_that_may_stand_there(l2d, divers, question, there, elsewhere):
+    code, _, err = l2d("help", *question.split())
+    assert code == 2
+    assert there in err and elsewhere not in err

@@ -93,6 +93,37 @@ def test_what_is_not_given_is_asked(l2d, answers, tmp_path, monkeypatch):
     assert run.output_dir == "base-tess"
 
 
+def test_an_answer_is_checked_when_it_is_given_and_asked_for_again(l2d, answers, tmp_path, monkeypatch):
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "mine").write_text("mine")
+    wrong_and_right = {
+        "--base": ["./nowhere", str(answers["--base"])],
+        "--data": ["nowhere.jsonl", "many.jsonl"],
+        "--method": ["l2dd", "l2d"],
+        "--budget": ["a lot", "3 epochs"],
+        "--output-dir": ["taken", "mine"],
+    }
+    typed = [line for pair in wrong_and_right.values() for line in pair]
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(typed) + "\n"))
+    code, _, err = l2d("init")
+    assert code == 0, err
+    (run,) = load_run(tmp_path / "run.yaml")
+    assert (run.training.epochs, run.output_dir) == (3, "mine")
+    reasons = ["./nowhere", "nowhere.jsonl", "did you mean 'l2d'", "got 'a lot'", "'taken' exists and is not empty"]
+    places = [err.index(reason) for reason in reasons]
+    assert places == sorted(places)
+    assert "--" not in err, "nobody typed an option"
+    assert err.count("Method (") == err.count("Budget (") == err.count("New folder for the model") == 2
+
+
+def test_an_option_that_is_wrong_is_refused_before_anything_is_asked(l2d, answers, monkeypatch):
+    monkeypatch.setattr("typer.prompt", lambda *_, **__: pytest.fail("asked"))
+    for option, value in (("--method", "l2dd"), ("--budget", "a lot"), ("--output-dir", ".")):
+        code, _, err = l2d("init", option, value)
+        assert code == 2
+        assert f"{option}: " in err
+
+
 def test_without_an_answer_the_option_is_named(l2d, answers, tmp_path, monkeypatch):
     del answers["--budget"]
     monkeypatch.setattr("sys.stdin", io.StringIO(""))

@@ -41,9 +41,11 @@ def test_a_run_ends_with_a_model_and_a_table_of_its_held_out_numbers(l2d, run_fi
     assert shown["pairs left out as too long"] == ["1"]
     assert "4/4" in out  # progress, a line per log where there is no terminal
 
-    # Once more: nothing is trained, the same table comes.
+    # Once more: nothing is trained, which is said, and the same table comes.
+    assert "nothing was trained now" not in out
     again = l2d("train-reward", run_file, "training.max_steps=4")
     assert (again[0], table(again[1])["updates"], "4/4" in again[1]) == (0, ["4"], False)
+    assert f"had finished before, at {card['ended']}, so nothing was trained now" in again[1]
 
 
 def test_a_taken_folder_is_refused_and_moved_aside_when_asked(l2d, run_file, tmp_path):

@@ -15,8 +15,19 @@ import l2d_framework as l2d
 from l2d_framework.cli import app
 from l2d_framework.config import parse_stages
 from l2d_framework.demo import task
-from l2d_framework.demo.measure import ADAPTIVE, EVALUATIONS, FIXED, Denoising, Outcome, Sheet, difference, score
-from l2d_framework.demo.report import Results, findings, markdown, table, to_json
+from l2d_framework.demo.measure import (
+    ADAPTIVE,
+    EVALUATIONS,
+    FIXED,
+    Denoising,
+    Milestone,
+    Outcome,
+    Sheet,
+    difference,
+    in_default_way,
+    score,
+)
+from l2d_framework.demo.report import Results, findings, learning_table, markdown, table, to_json
 from l2d_framework.demo.run import FULL, QUICK, Demo, run_file
 from l2d_framework.demo.task import NEW, OLD, OPERATIONS, Data, Question, Questions
 from l2d_framework.errors import ConfigError
@@ -106,7 +117,13 @@ QUESTIONS = QUICK.questions(0)[2:]
 
 
 def made_up(
-    *, base: int = 10, few: int = 50, many: int = 50, lora: int = 50, kept: tuple[int, int] = (100, 100)
+    *,
+    base: int = 10,
+    few: int = 50,
+    many: int = 50,
+    lora: int = 50,
+    middle_of_lora: int = 20,
+    kept: tuple[int, int] = (100, 100),
 ) -> Results:
     """Results with so many right answers to 100 new questions, and to 100 old ones by LoRA and by L2D."""
 
@@ -128,14 +145,26 @@ def made_up(
         "result": {"steps": 9},
         "config": {"training": {"draws_per_token": 4}},
     }
+    outcomes = [
+        outcome("base", None, base, 100),
+        outcome("lora", None, lora, kept[0]),
+        outcome("l2d", None, base, 100),
+        *solved,
+        outcome("l2d", ADAPTIVE, many, kept[1], 11),
+    ]
+
+    def milestone(updates: int, at: Outcome) -> Milestone:
+        return Milestone(updates, at.new, at.old)
+
+    start = milestone(0, outcomes[0])
+    middle = milestone(5, outcome("lora", None, middle_of_lora, 100))
+    learning = {
+        "lora": [start, middle, milestone(9, outcomes[1])],
+        "l2d": [start, *(milestone(updates, in_default_way(outcomes)) for updates in (5, 9))],
+    }
     return Results(
-        [
-            outcome("base", None, base, 100),
-            outcome("lora", None, lora, kept[0]),
-            outcome("l2d", None, base, 100),
-            *solved,
-            outcome("l2d", ADAPTIVE, many, kept[1], 11),
-        ],
+        outcomes,
+        learning,
         [
             Denoising(
                 "it is the first",
@@ -167,6 +196,8 @@ def made_up(
         ({"kept": (5, 60)}, "LoRA and L2D forget; with L2D, a request for 1 evaluation brings the base model back"),
         ({"kept": (5, 100)}, "LoRA forgets."),
         ({"kept": (100, 5)}, "L2D forgets; with L2D, a request"),
+        ({}, "that of LoRA rises by 0.300 ± 0.046 from 5 to 9; that of L2D does not clearly change (+0.000"),
+        ({"middle_of_lora": 51}, "that of LoRA does not clearly change (-0.010 ± 0.010) from 5 to 9"),
         ({}, "Neither forgets."),
         (
             {},
@@ -192,6 +223,8 @@ def test_table_report_and_json_hold_the_same_numbers():
     assert lora == ("LoRA", "-", "-", "0.370 ± 0.048", "1.000 ± 0.000")
     text = markdown(results, data, ["l2d generate it"])
     assert "| LoRA | - | - | 0.370 ± 0.048 | 1.000 ± 0.000 |" in text
+    assert learning_table(results)[-1] == ("9", "0.370 ± 0.048", "1.000 ± 0.000", "0.500 ± 0.050", "1.000 ± 0.000")
+    assert f"| {' | '.join(learning_table(results)[-1])} |" in text
     assert "l2d generate it" in text
     assert all(finding in text for finding in findings(results))
     numbers = json.loads(json.dumps(to_json(results)))["outcomes"][1]
@@ -246,6 +279,16 @@ def test_a_demo_measures_every_way_of_answering_and_counts_evaluations(finished)
     assert [(one["solver"], one["evaluations"]["mean"]) for one in outcomes[2:-1]] == [(None, 1), *fixed]
     assert outcomes[-1]["solver"] == ADAPTIVE
     assert all(one["new"]["questions"] == one["old"]["questions"] == QUICK.answers for one in outcomes)
+
+
+def test_a_demo_measures_its_finetunings_at_every_checkpoint_from_the_base_model_to_their_outcomes(finished):
+    results = json.loads((finished.folder / "results.json").read_text())
+    ends = {"lora": results["outcomes"][1], "l2d": next(o for o in results["outcomes"] if o["solver"] == "midpoint")}
+    for name, stops in results["learning"].items():
+        assert [stop["updates"] for stop in stops] == [0, 5, 10]
+        assert stops[0]["new"] == results["outcomes"][0]["new"]
+        assert stops[-1]["old"]["questions"] == ends[name]["old"]["questions"]
+    assert results["learning"]["lora"][-1]["new"] == ends["lora"]["new"]
 
 
 def test_at_one_evaluation_the_diffusion_model_is_the_base_model(finished):

@@ -14,7 +14,8 @@ from tiny_models import tiny_lm
 from toy_components import Read
 
 from l2d_framework.backbone import Backbone
-from l2d_framework.config import SamplingSection
+from l2d_framework.component import merged
+from l2d_framework.config import SamplingSection, parse_run
 from l2d_framework.diffusion.loss import denoising_loss
 from l2d_framework.diffusion.training_noise import Draws, NoiseRule, draw
 from l2d_framework.errors import ConfigError
@@ -24,6 +25,7 @@ from l2d_framework.models import checkpoint
 from l2d_framework.models.diffusion_lm import DiffusionLM, Origin
 from l2d_framework.types import Layout
 from l2d_plugins.backbones.in_place import InPlaceConfig
+from l2d_plugins.solvers.runge_kutta import Euler
 
 TOKENS, LENGTH = 4, 3
 
@@ -156,6 +158,28 @@ def test_the_read_out_is_what_was_unmasked_however_it_was_drawn(echo):
         echo.parametrization.mask.sub_(3.0)
     assert torch.equal(out.sequences[:, 3:], seen[-1].x[..., 0].long())
     assert not torch.equal(out.sequences[:, 3:], PROMPT[:, -1:].expand(-1, 4))
+
+
+def test_a_solver_and_a_state_space_of_another_corruption_are_refused_before_weights_are_loaded(echo):
+    run = {
+        "model": {"base": "none"},
+        "schedule": {"name": "masking"},
+        "parametrization": {"name": "masked"},
+        "backbone": {"name": "in_place"},
+        "sampling": {"num_inference_steps": 5, "solver": {"name": "unmask"}},
+    }
+    assert isinstance(parse_run(run).sampling.solver, Unmask)
+    slopes = (
+        r"'euler' moves states alpha \* clean \+ sigma \* noise, and those of parametrization 'masked' are of another "
+    )
+    with pytest.raises(ConfigError, match=slopes + r"corruption than Gaussian noise; use one of \['unmask'\]"):
+        parse_run(merged(run, {"sampling": {"solver": {"name": "euler"}}}))
+    with pytest.raises(ConfigError, match=slopes):
+        filled(echo, Euler(), 5)
+    with pytest.raises(
+        ConfigError, match=r"'unmask' moves states of another .*'embedding'.* use one of \['bosh3', 'euler'"
+    ):
+        parse_run(merged(run, {"parametrization": {"name": "embedding"}}))
 
 
 def test_without_an_observer_the_same_tokens_come_out(echo, monkeypatch):

@@ -54,6 +54,22 @@ class Watched(DiffusionLM):
         return super().features(query)
 
 
+def test_mixed_precision_frees_gradients_layer_by_layer_though_there_was_a_first_prediction():
+    model, layout, seen = tess_lm(), ragged(), []
+    first, last = model.backbone.lm.model.layers[0], model.backbone.lm.model.layers[-1]
+    last.mlp.down_proj.weight.register_post_accumulate_grad_hook(lambda _: seen.append("last layer's weight"))
+
+    def watch(module, args, out):
+        if out.requires_grad:
+            out.register_hook(lambda _: seen.append("first layer"))
+
+    first.register_forward_hook(watch)
+    with torch.enable_grad(), torch.autocast("cpu", torch.bfloat16):
+        total = denoising_loss(model, layout, drawn(model, layout, 1.0)).total
+    total.backward()
+    assert seen == ["last layer's weight", "first layer"]
+
+
 def test_examples_are_conditioned_at_the_given_rate_and_others_learn_as_without():
     model, layout = shared_tess(), ragged()
     conditioned = drawn(model, layout, 0.5).conditioned

@@ -203,7 +203,8 @@ def test_each_answer_is_told_as_soon_as_it_has_ended(batch_size, options):
     model, told, rounds = diffusion_lm(), {}, []
     model.backbone.shadows[0].register_forward_hook(lambda *_: rounds.append(1))
 
-    def note(number, tokens, evaluations):
+    def note(number, tokens, evaluations, recorded):
+        assert recorded == {}
         told[number] = tokens, evaluations, len(rounds)
 
     found = generate(model, batch_size=batch_size, on_answer=note, num_return_sequences=2, **options)

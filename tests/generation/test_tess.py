@@ -187,11 +187,20 @@ def test_infilling_keeps_what_is_known_and_looks_ahead(lm: DiffusionLM) -> None:
 
 
 def test_infilling_from_the_command_line(folder: Path, tmp_path: Path) -> None:
-    found = cli(folder / "whole", "--infill", "1+<mask:2>=3", "--output", tmp_path / "out.jsonl")
-    assert found.exit_code == 0, found.exception
-    row = json.loads((tmp_path / "out.jsonl").read_text())
-    assert row["infill"] == "1+<mask:2>=3"
-    assert row["answers"][0]["text"] == found.stdout.rstrip("\n")
+    text, pages = "1+<mask:2>=3", []
+    for number, how in enumerate([(), ("--stream",), ("--trace",), ("--stream", "--trace")]):
+        page, out = tmp_path / f"{number}.html", tmp_path / f"{number}.jsonl"
+        pages.append(page)
+        found = cli(folder / "whole", "--infill", text, *how, *([page] if "--trace" in how else []), "--out", out)
+        assert found.exit_code == 0, found.exception
+        row = json.loads(out.read_text())
+        assert row["infill"] == text
+        assert row["answers"][0]["text"] == found.stdout.rstrip("\n")
+        assert out.read_text() == (tmp_path / "0.jsonl").read_text()
+    assert pages[2].read_text() == pages[3].read_text()
+    several = cli(folder / "whole", "--infill", text, "--infill", "2+<mask:1>=3").stdout.splitlines()
+    assert several[:2] == ["==> Text 0 <==", row["answers"][0]["text"]]
+    assert several[2:4] == ["", "==> Text 1 <=="]
 
 
 def test_a_page_and_a_picture_of_an_answer(folder: Path, tmp_path: Path) -> None:
@@ -215,6 +224,9 @@ def test_a_page_and_a_picture_of_an_answer(folder: Path, tmp_path: Path) -> None
         (("--infill", "1<mask:2>", "--class", "x"), "most likely tokens"),
         (("--infill", "<mask:3>", "--prompt", "x"), "fills gaps and answers nothing"),
         (("--trace", "x.html", "--prompt", "a", "--prompt", "b"), "one answer takes shape"),
+        (("--trace", "x.html", "--infill", "a<mask:1>", "--infill", "b<mask:1>"), "one answer takes shape"),
+        (("--stream", "--infill", "a<mask:1>", "--infill", "b<mask:1>"), "got 2 texts"),
+        (("--chat", "--out", "x.jsonl"), "a talk has none"),
         (("--trace", "x.gif", "--prompt", "a"), r"\.html"),
         (("--prompt", "a", "--set", "patience=2", "--solver", "bosh3"), "chooses its own steps"),
         (("--prompt", "a", "--num-inference-steps", "0"), "plain language model"),
@@ -282,7 +294,7 @@ def reward(folder: Path) -> Path:
 
 
 def test_a_reward_guides_from_the_command_line(folder: Path, reward: Path, tmp_path: Path) -> None:
-    asked = ("--prompt", "1+1=", "--max-new-tokens", 5, "--output")
+    asked = ("--prompt", "1+1=", "--max-new-tokens", 5, "--out")
     guided = ("--guidance", "reward_gradient", "--set", f"guidance.0.model={reward}")
     rows = []
     for name, options in {"plain": (), "zero": (*guided, "--guidance-scale", 0), "guided": guided}.items():

@@ -73,6 +73,7 @@ MISTAKES = [
     (*GENERATE, "--preset", "l2d-papr"),
     (*GENERATE, "--set", "solvr=euler"),
     (*GENERATE, "--set", "guidance=[{name: reward}]"),
+    (*GENERATE, "--class", "mth"),
     (*GENERATE, "--stream", "--num-return-sequences", "2"),
     ("generate", "model"),
     ("convert", "base", "out", "--from", "l2d-refrence"),

@@ -57,6 +57,19 @@ class Timeless(BesideNetwork):
         return super().features(h, (t > 0).float(), positions, context, condition)
 
 
+class SplitsWhatIsShared(BesideNetwork):
+    def units(self):
+        return [*super().units(), [self.lm]]
+
+
+class ReadsAside(BesideNetwork):
+    """Reads a weight of a layer that is not running."""
+
+    def features(self, h, t, positions, context, condition, *, shared_time=None):
+        found = super().features(h, t, positions, context, condition)
+        return found + next(self.units()[0][0].parameters()).sum()
+
+
 class OffByOne(BesideNetwork):
     """Reads the hidden state of the position itself, which has seen its token."""
 
@@ -272,6 +285,8 @@ BROKEN = [
     (backbones.check_backbone_shapes, beside(Misreports), "from which another one is built"),
     (backbones.check_backbone_uses_state_and_time, beside(Deaf), "noisy state changes nothing"),
     (backbones.check_backbone_uses_state_and_time, beside(Timeless), "time changes nothing"),
+    (backbones.check_backbone_units, beside(SplitsWhatIsShared), "is in the units"),
+    (backbones.check_backbone_units, beside(ReadsAside), "Logits need weights of a unit that does not run"),
     (backbones.check_backbone_does_not_leak, beside(OffByOne), "sees its own or a later block"),
     (backbones.check_backbone_does_not_leak, beside(Blind), "does not see an earlier block"),
     (backbones.check_backbone_denoises_blocks_apart, beside(Counts), "alike alone and among others with block_size=1"),

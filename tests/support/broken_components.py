@@ -267,6 +267,11 @@ class ShuffledNoise(ProjectedSpace):
         return super().corrupt(tokens, noise - noise.mean((0, 1)), t, schedule, table)
 
 
+class Deaf(ProjectedSpace):
+    def corrupt(self, tokens, noise, t, schedule, table):
+        return super().corrupt(tokens, noise, t**2, schedule, table)
+
+
 class Stubborn(MaskedSpace):
     def refine(self, logits, x, t, schedule, table):
         return super().refine(logits, -1 - 0 * x, t, schedule, table)
@@ -295,6 +300,10 @@ class Copies(ProjectedSpace):
         return copy.deepcopy(super().with_estimate(options))
 
 
+class Modest(Projected):
+    gaussian_path: ClassVar[bool] = False
+
+
 def masked(space: type[MaskedSpace]) -> Masked:
     return projected(space, Masked)
 
@@ -316,6 +325,8 @@ PARAMETRIZATIONS = [
     (parametrizations.check_estimate_is_tokenwise, projected(BatchAverage), "must not depend on its batch mates"),
     (parametrizations.check_prior_is_corruption_at_the_start, projected(LoudPrior), "prior must be"),
     (parametrizations.check_corruption_ends_clean, projected(NeverClean), "corrupt must be encode at t = 1"),
+    (parametrizations.check_gaussian_path_is_declared, projected(Deaf), "gaussian_path is True, and corrupt"),
+    (parametrizations.check_gaussian_path_is_declared, Modest(), "gaussian_path is False, though"),
     (parametrizations.check_corruption_is_tokenwise, projected(ShuffledNoise), "must not depend on its batch mates"),
     (parametrizations.check_refinement_knows_clean_states, masked(Stubborn), "does not know the token"),
     (parametrizations.check_refinement_is_tokenwise, masked(Gossip), "must not depend on its batch mates"),
@@ -392,6 +403,11 @@ class Boastful(Forward):
         return 2
 
 
+class StraightOnly(Forward):
+    def step(self, problem, x, t, s):
+        return x + (s - t) * (problem.clean(x, t) - x) / (1 - t)
+
+
 class OneStep(Doubling):
     def solve(self, problem, x, times):
         return self.step(problem, x, times[0], times[-1])
@@ -426,7 +442,8 @@ SOLVERS = [
     (solvers.check_solver_times, Implicit(), "set evaluates_end"),
     (solvers.check_solver_evaluation_count, Miscounted(), "num_inference_steps=2 became"),
     (solvers.check_solver_evaluation_count, WordlessRefusal(), "names no number that works"),
-    (solvers.check_solver_order, Boastful(), "Order 2 is declared"),
+    (solvers.check_solver_order, Boastful(), "Order 2 is declared, 1.0"),
+    (solvers.check_solver_order, StraightOnly(), "on bent paths"),
     (solvers.check_solver_is_the_textbooks, Overclaiming(), "as the textbook writes it"),
     (solvers.check_solver_accuracy, OneStep(), "The solution is missed"),
     (solvers.check_solver_budget, Spendthrift(), "with a budget of 20"),

@@ -40,6 +40,7 @@ class Masked(ParametrizationConfig):
 
     name: Literal["masked"] = "masked"
     estimate: MaskedEstimate = MaskedEstimate()
+    gaussian_path: ClassVar[bool] = False
     module: ClassVar[type[Parametrization]]
 
     def build(self, vocab_size, hidden_size):
@@ -87,6 +88,7 @@ class Unmask(Solver):
     name: Literal["unmask"] = "unmask"
     order_by: Literal["random", "certainty"] = "random"
 
+    gaussian_path: ClassVar[bool] = False
     is_stochastic: ClassVar[bool] = True
 
     def step(self, problem, x, t, s):
@@ -101,4 +103,4 @@ class Unmask(Solver):
         return torch.where((masked & chosen)[..., None], clean, x)
 
 
-TOYS: list[Any] = [Masking(), Masked(), Masked(estimate=MaskedEstimate(mode="sample"))]
+TOYS: list[Any] = [Masking(), Masked(), Masked(estimate=MaskedEstimate(mode="sample")), Unmask()]

@@ -1,10 +1,13 @@
 """The kit accepts correct components and catches, for each of its laws, one that breaks it."""
 
+from typing import Literal
+
 import pytest
 from broken_backbones import BROKEN as BROKEN_BACKBONES
 from broken_components import BROKEN as BROKEN_COMPONENTS
 from toy_components import CORRECT, Doubling, Forward, Sharpen
 
+from l2d_framework.solver import Solver
 from l2d_framework.testing import (
     backbones,
     checks_for,
@@ -57,6 +60,35 @@ def test_capabilities_select_the_laws():
 
     assert solvers.check_solver_tokens_are_independent not in checks_for(Coupled())
     assert guidance.check_guidance_is_neutral not in checks_for(Scaleless())
+
+
+class Classical(Solver):
+    """The classical Runge-Kutta method, in several steps for one."""
+
+    name: Literal["classical"] = "classical"
+    parts: int
+    claim: int
+
+    @property
+    def order(self):
+        return self.claim
+
+    def step(self, problem, x, t, s):
+        h = (s - t) / self.parts
+        for i in range(self.parts):
+            now = t + i * h
+            k1 = problem.velocity(x, now)
+            k2 = problem.velocity(x + h / 2 * k1, now + h / 2)
+            k3 = problem.velocity(x + h / 2 * k2, now + h / 2)
+            x = x + h / 6 * (k1 + 2 * k2 + 2 * k3 + problem.velocity(x + h * k3, now + h))
+        return x
+
+
+def test_a_solver_may_be_better_than_its_order_and_never_worse():
+    for better in (Classical(parts=1, claim=2), Classical(parts=4, claim=9)):
+        solvers.check_solver_order(better)
+    with pytest.raises(AssertionError, match=r"Order 5 is declared, 4\.0"):
+        solvers.check_solver_order(Classical(parts=1, claim=5))
 
 
 @pytest.mark.parametrize("wrong", [Forward, "forward", 3])

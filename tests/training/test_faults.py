@@ -655,9 +655,9 @@ def test_the_command_line_ends_with_the_code_of_the_signal_and_says_how_to_go_on
 # Exit codes
 
 
-def test_readme_shows_every_exit_code_and_every_error_has_one_of_them() -> None:
-    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
-    rows = re.findall(r"^\| `(\d+)` \| (.+) \|$", readme, re.MULTILINE)
+def test_the_pages_show_every_exit_code_and_every_error_has_one_of_them() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "training.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(\d+)` \| (.+) \|$", page, re.MULTILINE)
     assert {int(code): text for code, text in rows} == EXIT_CODES
     codes = {kind.exit_code for kind in L2DError.__subclasses__()}
     codes |= {Interrupted(n).exit_code for n in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}

@@ -122,3 +122,9 @@ def test_the_command_line_reports_a_finished_run(
     assert ended.value.code == 0
     assert "loss, nats per token" in shown
     assert f"l2d generate {output}" in shown
+    # It had been trained before this command.
+    ended_at = json.loads((output / "run.json").read_text())["ended"]
+    assert (
+        f"{output} had finished before, at {ended_at}, so nothing was trained now. To begin anew, add --overwrite"
+        in shown
+    )

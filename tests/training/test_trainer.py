@@ -224,11 +224,34 @@ def test_a_batch_that_does_not_divide_is_refused(tmp_path: Path, monkeypatch: py
         make_arguments(TrainingSection(), tmp_path, seed=0)
 
 
-@pytest.mark.parametrize("name", ["FSDP", "DEEPSPEED"])
-def test_sharded_parameters_are_refused(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(f"ACCELERATE_USE_{name}", "true")
-    with pytest.raises(ConfigError, match="not supported"):
-        make_arguments(TrainingSection(), tmp_path, seed=0)
+SHARES = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+
+
+@pytest.mark.parametrize(
+    ("variables", "training", "message"),
+    [
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, {}, "DeepSpeed is not supported.*Launch with FSDP2"),
+        ({"ACCELERATE_USE_PARALLELISM_CONFIG": "true"}, {}, "a parallelism_config, .*Remove it"),
+        ({"ACCELERATE_MIXED_PRECISION": "bf16"}, {}, "'bf16' in accelerate's.*training.bf16 is false. Set it to 'no'"),
+        ({"ACCELERATE_MIXED_PRECISION": "fp16"}, {"bf16": True}, "'fp16' in accelerate's.*training.bf16 is true"),
+        ({**SHARES, "FSDP_VERSION": "1"}, {}, "fsdp_version is 1.*Set it to 2"),
+        ({**SHARES, "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}, {}, "fsdp_cpu_ram_efficient_loading is true"),
+        ({**SHARES, "FSDP_OFFLOAD_PARAMS": "True"}, {}, "fsdp_offload_params is true"),
+        ({**SHARES, "FSDP_ACTIVATION_CHECKPOINTING": "true"}, {}, "training.gradient_checkpointing to true"),
+        (SHARES, {"micro_batch_size": "auto"}, "micro_batch_size is 'auto'.*Set a number"),
+    ],
+)
+def test_what_a_launcher_asks_for_in_vain_is_refused_and_told_what_to_do(
+    variables: dict[str, str],
+    training: dict[str, Any],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=message):
+        make_arguments(TrainingSection(**training), tmp_path, seed=0)
 
 
 def test_a_run_without_data_or_folder_is_refused(folder: Path) -> None:

@@ -5,112 +5,55 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import process_jobs
 import pytest
 import tiny_runs
-import torch
 from safetensors.torch import load_file
+from torch.testing import assert_close
 
+import l2d_framework as l2d
 from l2d_framework.config import parse_run
 from l2d_framework.training.run import train_runs
 
-LAUNCH = [
-    sys.executable,
-    "-m",
-    "torch.distributed.run",
-    "--standalone",
-    "--local-addr=127.0.0.1",
-    "--nproc-per-node=2",
-]
+LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"]
+METHODS = {"l2d": tiny_runs.diffusion_run, "tess": tiny_runs.tess_run}
 
 
-def test_two_processes_train_like_one(tmp_path: Path) -> None:
-    base, sums = tiny_runs.write_base(tmp_path / "base"), tiny_runs.write_sums(tmp_path / "sums.jsonl", 14)
-    methods = {"l2d": tiny_runs.diffusion_run, "tess": tiny_runs.tess_run}
-
-    def stages(kind: str, **training: Any) -> dict[str, dict[str, Any]]:
-        runs = {
-            name: method(base, sums, tmp_path / kind / name, max_steps=6, **training)
-            for name, method in methods.items()
-        }
-        # A schedule that hears the losses of both processes, in few knots so that it is felt.
-        runs["l2d"]["schedule"] = {"name": "information", "base": runs["l2d"]["schedule"], "knots": 8}
-        return runs
-
-    # Each process takes one sequence at a time: two micro-batches per update, unlike the single process below.
-    fields = {"stages": list(stages("two", micro_batch_size=1).values())}
-    (tmp_path / "run.json").write_text(json.dumps(fields))
-    command = [*LAUNCH, "-m", "l2d_framework.cli", "train", str(tmp_path / "run.json")]
-    ran = subprocess.run(
-        command, capture_output=True, text=True, check=False, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
-    assert ran.returncode == 0, ran.stderr[-3000:]
-    assert ran.stdout.count("Generate with:") == len(methods)
-    for name, run in stages("one").items():
-        train_runs([parse_run(run)])
-        two, one = tiny_runs.losses(tmp_path / "two" / name), tiny_runs.losses(tmp_path / "one" / name)
-        assert two.keys() == one.keys()
-        for step, expected in one.items():
-            assert two[step] == pytest.approx(expected, abs=1e-5), (name, step)
-        card = json.loads((tmp_path / "two" / name / "run.json").read_text())
-        assert card["hardware"]["processes"] == 2
-        assert sorted(p.name for p in (tmp_path / "two" / name / "checkpoint-6").glob("rng*")) == [
-            "rng_state_0.pth",
-            "rng_state_1.pth",
-        ]
-    two, one = (load_file(tmp_path / kind / "l2d" / "diffusion.safetensors") for kind in ("two", "one"))
-    heard = one["schedule._extra_state"]
-    assert heard.any()
-    torch.testing.assert_close(two["schedule._extra_state"], heard, rtol=1e-4, atol=1e-4)
-
-
-FAULTS = """
-import json, os, signal, sys
-from pathlib import Path
-from transformers import TrainerCallback
-from l2d_framework.config import parse_run
-from l2d_framework.training.learner import Denoiser
-from l2d_framework.training.run import train_runs
-
-rank, folder, runs = int(os.environ["RANK"]), Path(sys.argv[1]), json.loads(sys.argv[2])
-forward = Denoiser.forward
-
-class Fault(TrainerCallback):
-    def __init__(self, name):
-        self.name = name
-    def on_step_begin(self, args, state, control, **kwargs):
-        here = rank == 1 and state.global_step == 2
-        Denoiser.forward = spoilt if here and self.name != "signal" else forward
-        if here and self.name == "signal":
-            os.kill(os.getpid(), signal.SIGTERM)
-
-def spoilt(self, **batch):
-    outputs = forward(self, **batch)
-    # The loss of one process only, and no gradient of any.
-    outputs["loss"] = outputs["loss"] + outputs["loss"].detach() * float("inf") if self.training else outputs["loss"]
-    return outputs
-
-for name, run in runs.items():
-    try:
-        train_runs([parse_run(run)], callbacks=lambda _: [Fault(name)])
-        ended = 0
-    except (Exception, KeyboardInterrupt) as error:
-        ended = error.exit_code
-    (folder / f"{name}_{rank}").write_text(str(ended))
-"""
-
-
-def test_processes_agree_on_what_is_left_out_on_divergence_and_on_a_signal_that_one_of_them_has_got(
-    tmp_path: Path,
-) -> None:
-    base, sums = tiny_runs.write_base(tmp_path / "base"), tiny_runs.write_sums(tmp_path / "sums.jsonl", 14)
-    small = {"max_steps": 4, "save_steps": None, "eval_steps": None}
+def stages(folder: Path, kind: str, **training: Any) -> dict[str, dict[str, Any]]:
+    quick = {"max_steps": 4, "save_steps": 2, "eval_steps": 2}
     runs = {
-        name: tiny_runs.diffusion_run(base, sums, tmp_path / "out" / name, **small, non_finite=what)
+        name: method(folder / "base", folder / "sums.jsonl", folder / kind / name, **{**quick, **training})
+        for name, method in METHODS.items()
+    }
+    # A schedule that hears the losses of all processes, in few knots so that it is felt.
+    runs["l2d"]["schedule"] = {"name": "information", "base": runs["l2d"]["schedule"], "knots": 8}
+    return runs
+
+
+@pytest.fixture(scope="module")
+def launched(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """Folder of what one and two processes trained, and what the latter printed."""
+    folder = tmp_path_factory.mktemp("processes")
+    base, sums = tiny_runs.write_base(folder / "base"), tiny_runs.write_sums(folder / "sums.jsonl", 14)
+    for run in stages(folder, "one").values():
+        train_runs([parse_run(run)])
+    mixed = stages(folder, "mixed", save_steps=1)["l2d"]
+    with pytest.raises(KeyboardInterrupt):
+        train_runs([parse_run(mixed)], callbacks=lambda _: [tiny_runs.Stop(1)])
+    small = {"max_steps": 4, "save_steps": None, "eval_steps": None}
+    faults = {
+        name: tiny_runs.diffusion_run(base, sums, folder / "out" / name, **small, non_finite=what)
         for name, what in (("skip", "skip"), ("stop", "stop"), ("signal", "stop"))
     }
-    (tmp_path / "faults.py").write_text(FAULTS)
+    # Each process takes one sequence at a time: two micro-batches per update, unlike the single process.
+    plain = list(stages(folder, "two", micro_batch_size=1).values())
+    (folder / "run.json").write_text(
+        json.dumps({"stages": list(stages(folder, "shares", micro_batch_size=1).values())})
+    )
+    jobs = {"faults": faults, "plain": plain, "mixed": mixed, "shares": str(folder / "run.json")}
+    (folder / "jobs.json").write_text(json.dumps(jobs))
     ran = subprocess.run(
-        [*LAUNCH, str(tmp_path / "faults.py"), str(tmp_path), json.dumps(runs)],
+        [*LAUNCH, "--nproc-per-node=2", str(process_jobs.__file__), str(folder / "jobs.json")],
         capture_output=True,
         text=True,
         check=False,
@@ -118,9 +61,63 @@ def test_processes_agree_on_what_is_left_out_on_divergence_and_on_a_signal_that_
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert ran.returncode == 0, ran.stderr[-3000:]
-    ended = {name: [int((tmp_path / f"{name}_{rank}").read_text()) for rank in (0, 1)] for name in runs}
+    train_runs([parse_run(mixed)])
+    return folder, ran.stdout
+
+
+def assert_same_losses(found: Path, wanted: Path) -> None:
+    two, one = tiny_runs.losses(found), tiny_runs.losses(wanted)
+    assert two.keys() == one.keys()
+    for step, expected in one.items():
+        assert two[step] == pytest.approx(expected, rel=1e-5), (found, step)
+
+
+@pytest.mark.parametrize("kind", ["two", "shares"])
+def test_two_processes_train_like_one_with_whole_weights_and_with_shares(launched, kind):
+    folder, _ = launched
+    for name in METHODS:
+        output = folder / kind / name
+        assert_same_losses(output, folder / "one" / name)
+        assert json.loads((output / "run.json").read_text())["hardware"]["processes"] == 2
+        states = [path.name for path in sorted((output / "checkpoint-4").glob("rng*"))]
+        assert states == ["rng_state_0.pth", "rng_state_1.pth"]
+    two, one = (load_file(folder / which / "l2d" / "diffusion.safetensors") for which in (kind, "one"))
+    heard = one["schedule._extra_state"]
+    assert heard.any()
+    assert_close(two["schedule._extra_state"], heard, rtol=1e-4, atol=1e-4)
+
+
+def test_the_command_publishes_whole_models_of_shares(launched):
+    folder, printed = launched
+    assert printed.count("Generate with:") == len(METHODS)
+    for name in METHODS:
+        shared, alone = (l2d.load(folder / kind / name) for kind in ("shares", "one"))
+        # Adam turns rounding of gradients near zero into steps of the size of the rate, 3e-2.
+        assert_close(shared.own_parameters(), alone.own_parameters(), rtol=1e-3, atol=1e-3)
+        assert shared.generate(["1+1="], max_new_tokens=2).sequences.shape[1] > 0
+
+
+def test_each_process_has_a_share_and_no_more_than_one_unit_is_gathered(launched):
+    folder, _ = launched
+    found = [json.loads((folder / f"shares_{rank}.json").read_text()) for rank in (0, 1)]
+    assert sum(one["own"] for one in found) == found[0]["all"]
+    assert max(one["own"] for one in found) < 0.6 * found[0]["all"]
+    assert [one["most gathered"] for one in found] == [1, 1]
+
+
+def test_a_checkpoint_of_one_process_goes_on_in_shares_and_again_in_one_process(launched):
+    folder, _ = launched
+    assert json.loads((folder / "mixed" / "l2d" / "run.json").read_text())["sessions"] == 3
+    assert_same_losses(folder / "mixed" / "l2d", folder / "one" / "l2d")
+
+
+def test_processes_agree_on_what_is_left_out_on_divergence_and_on_a_signal_that_one_of_them_has_got(launched):
+    folder, _ = launched
+    ended = {
+        name: [int((folder / f"{name}_{rank}").read_text()) for rank in (0, 1)] for name in ("skip", "stop", "signal")
+    }
     assert ended == {"skip": [0, 0], "stop": [3, 3], "signal": [143, 143]}
-    out = tmp_path / "out"
+    out = folder / "out"
     assert json.loads((out / "skip" / "run.json").read_text())["result"]["skipped_updates"] == 1
     assert {path.name for path in (out / "stop" / "diverged").iterdir()} == {
         *("batches_0.pt", "batches_1.pt", "checkpoint-2", "what.txt")

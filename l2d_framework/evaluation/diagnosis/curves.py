@@ -14,7 +14,6 @@ from l2d_framework.diffusion.logits import Logits, dense, pieces
 from l2d_framework.errors import ConfigError
 from l2d_framework.evaluation.diagnosis.batches import Batch
 from l2d_framework.models.diffusion_lm import DiffusionLM
-from l2d_framework.parametrization import Parametrization
 from l2d_framework.types import Query
 
 ANCHORS = 2
@@ -32,7 +31,7 @@ class TokenLikelihood:
     @torch.no_grad()
     def __init__(self, diffusion: Diffusion) -> None:
         space, table = diffusion.parametrization, diffusion.backbone.table()
-        if (type(space).corrupt, type(space).prior) != (Parametrization.corrupt, Parametrization.prior):
+        if not space.config.gaussian_path:
             raise ConfigError(
                 f"Parametrization {space.config.component_name()!r} corrupts tokens in a way of its own, for which the "
                 "likelihood of a noisy state is not known here. Diagnose models with Gaussian noise."

@@ -162,24 +162,42 @@ def table(result: Mapping[str, Any]) -> list[tuple[str, ...]]:
 
 
 def sentences(result: Mapping[str, Any]) -> list[str]:
-    """For each solver where its evaluations stop paying."""
-    tokens, lines = np.array(result["tokens_by_row"]), []
+    """For each solver how far its evaluations pay; what is within two standard errors is no difference."""
+    lines = []
     for solver, entries in _by_solver(result).items():
-        if len(entries) == 1:
-            continue
-        words = []
-        for name, sums, better, scale, unit in (
-            ("accuracy", "right", 1, 100, "points"),
-            ("likelihood", "nll", -1, 1, "nats"),
-        ):
-            best = max(entries, key=lambda entry: better * sum(entry["by_row"][sums]))
-            words.append(f"{name} is best at {best['evaluations']['value']:.4g}")
-            if best is not entries[-1]:
-                before, after = (np.array(entry["by_row"][sums]) for entry in (best, entries[-1]))
-                change = Estimate.to_json(ratio(after - before, tokens))
-                words[-1] += f", {_shown(change, scale)} {unit} from there to {entries[-1]['evaluations']['value']:.4g}"
-        lines.append(f"Do evaluations pay? {solver}: {'; '.join(words)}.")
+        if len(entries) > 1:
+            words = (
+                _verdict(entries, result, "accuracy", "right", 100),
+                _verdict(entries, result, "likelihood", "nll", -1),
+            )
+            lines.append(f"Do evaluations pay? {solver}: {'; '.join(words)}.")
     return lines
+
+
+def _verdict(entries: list[dict[str, Any]], result: Mapping[str, Any], name: str, sums: str, scale: float) -> str:
+    """How far one measure gets better; its sums by row times `scale` are to be high, and in units for readers."""
+    tokens, unit = np.array(result["tokens_by_row"]), "points" if sums == "right" else "nats"
+
+    def gain(before: Mapping[str, Any], after: Mapping[str, Any]) -> Estimate:
+        here, there = (np.array(entry["by_row"][sums]) * scale for entry in (before, after))
+        return ratio(there - here, tokens)
+
+    def count(entry: Mapping[str, Any]) -> str:
+        return f"{entry['evaluations']['value']:.4g}"
+
+    first, last = entries[0], entries[-1]
+    best = max(entries, key=lambda entry: sum(entry["by_row"][sums]) * scale)
+    # The fewest evaluations that are as good as the best, as far as can be seen.
+    enough = next(entry for entry in entries if not gain(entry, best).is_clear)
+    words = []
+    if enough is not first:
+        enough = enough if gain(first, enough).is_clear else best
+        words.append(f"better by {gain(first, enough)} {unit} from {count(first)} to {count(enough)}")
+    if (loss := gain(last, best)).is_clear:
+        words.append(f"worse by {loss} {unit} from {count(best)} to {count(last)}")
+    elif enough is not last:
+        words.append(f"no difference seen between {count(enough)} and {count(last)}")
+    return f"{name} {', '.join(words)}"
 
 
 def _estimate(numbers: Mapping[str, Any], scale: float = 1) -> Estimate:

@@ -119,7 +119,9 @@ class Generator:
                 chats=[self.lm.is_chat] * len(texts),
             )
 
-            def told(number: int, tokens: list[int], evaluations: list[int], named: list[Any] = named) -> None:
+            def told(
+                number: int, tokens: list[int], evaluations: list[int], recorded: object, named: list[Any] = named
+            ) -> None:
                 self.lm.meters["generation"].add(evaluations)
                 tell(named[number], self._text(tokens, plan.stop_strings), evaluations)
 
@@ -181,7 +183,7 @@ class Generator:
             answers.append(search(causal_lm, prompt, plan.search, name=key, decoding=self._decoding(plan, len(prompt))))
             self.lm.meters["generation"].time(len(answers[-1][0]), time.perf_counter() - began)
             if tell is not None:
-                tell(number, *answers[-1])
+                tell(number, *answers[-1], {})
         return answers
 
     def _plain_seconds(self, batch: Encoded, samples: int, size: int, count: int) -> float:

@@ -19,7 +19,8 @@ from l2d_framework.base_model import fetch, load_tokenizer
 from l2d_framework.errors import CheckpointError, ConfigError
 from l2d_framework.evaluation.statistics import Values
 from l2d_framework.evaluation.text.samples import Sample
-from l2d_framework.models.manifest import MANIFEST, base_reference, read_manifest
+from l2d_framework.models.labels import MANIFEST
+from l2d_framework.models.manifest import base_reference, read_manifest
 from l2d_framework.opening import open_config, open_model
 
 Track = Callable[[Sequence[int], str], Iterable[int]]

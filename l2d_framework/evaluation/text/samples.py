@@ -31,7 +31,7 @@ class Columns:
 
 
 def read_samples(file: Path, columns: Columns, *, golds: Sequence[str] | None = None) -> list[Sample]:
-    """Samples of a JSONL file of `l2d generate --output`, conversations as one line a turn, or with other columns."""
+    """Samples of a JSONL file of `l2d generate --out`, conversations as one line a turn, or with other columns."""
     rows = _read_rows(file)
     if golds is not None and len(golds) != len(rows):
         raise DataError(
@@ -57,10 +57,10 @@ def read_golds(file: Path, column: str) -> list[str]:
 
 def _read_rows(file: Path) -> list[dict[str, Any]]:
     if not file.is_file():
-        raise DataError(f"There is no file {str(file)!r}. Give a JSONL file, such as `l2d generate --output` writes.")
+        raise DataError(f"There is no file {str(file)!r}. Give a JSONL file, such as `l2d generate --out` writes.")
     rows = [row for _, row in read_objects(file)]
     if not rows:
-        raise DataError(f"{str(file)!r} is empty. Give a JSONL file, such as `l2d generate --output` writes.")
+        raise DataError(f"{str(file)!r} is empty. Give a JSONL file, such as `l2d generate --out` writes.")
     return rows
 
 

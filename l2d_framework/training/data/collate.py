@@ -30,7 +30,7 @@ class Collator:
     """Decides what is supervised in the rows' stead."""
 
     def __post_init__(self) -> None:
-        if self._fills and self.max_length is None:
+        if self.fills and self.max_length is None:
             raise ConfigError(f"padding {self.padding!r} fills rows up to max_length; got None. Give max_length.")
         for name in ("block_size", "pad_to_multiple_of"):
             value = getattr(self, name)
@@ -44,7 +44,7 @@ class Collator:
         (B, S); `length` without padding, `class_id`, `index` and, if rows have one, `epoch`, (B,).
         """
         longest = max(len(row["input_ids"]) for row in rows)
-        if self._fills:
+        if self.fills:
             longest = max(longest, self.max_length or 0)
         length = -(-longest // self.pad_to_multiple_of) * self.pad_to_multiple_of
         ids = torch.full((len(rows), length), self.pad_id)
@@ -56,7 +56,7 @@ class Collator:
             blocks[i, here] = 0
             supervised[i, here] = torch.as_tensor(row["supervised"] if self.masker is None else self.masker(row))
         counted = supervised | (blocks < 0) if self.padding == "target" else supervised
-        denoised = supervised | (blocks < 0) if self._fills else supervised
+        denoised = supervised | (blocks < 0) if self.fills else supervised
         blocks = torch.where(denoised, number_blocks(denoised, self.block_size), blocks)
         numbers = ("class_id", "index", *(["epoch"] if "epoch" in rows[0] else []))
         return {
@@ -68,7 +68,8 @@ class Collator:
         }
 
     @property
-    def _fills(self) -> bool:
+    def fills(self) -> bool:
+        """Whether every row has `max_length` places."""
         return self.padding in ("target", "context")
 
 

@@ -135,15 +135,21 @@ class _Encoder:
         return {"chosen_ids": chosen, "rejected_ids": rejected, "margin": margin, "prompt": prompt}
 
 
+def first_pairs(run: RewardRun, tokenizer: PreTrainedTokenizerBase, count: int) -> tuple[list[dict[str, Any]], int]:
+    """The first training pairs, as many of each source, and how many rows there are in all."""
+    writer = PairWriter.of(run, tokenizer)
+    pairs, total = [], 0
+    for source in run.data.train:
+        rows, encoder, _ = _open(source, run, writer)
+        total += len(rows)
+        number = min(len(rows), -(-count // len(run.data.train)))
+        pairs += [encoder(rows[index], index) for index in range(number)]
+    return pairs, total
+
+
 def _encode(source: PairSource, run: RewardRun, writer: PairWriter, cards: list[Any]) -> Any:
-    data, present, files = load_rows(source)
-    columns = {"chosen": "chosen", "rejected": "rejected"} | {str(name): own for name, own in source.columns.items()}
-    if "prompt" in present:
-        columns.setdefault("prompt", "prompt")
-    require_columns(source, present, [*columns.items(), *(("exclude", name) for name in source.exclude)])
-    rows, card = select_rows(source, data, files, used=list(columns.values()))
-    encoder = _Encoder(writer, columns, run.training.margin, describe(source))
-    options = {"with_indices": True, "features": _FEATURES, "remove_columns": present}
+    rows, encoder, card = _open(source, run, writer)
+    options = {"with_indices": True, "features": _FEATURES, "remove_columns": rows.column_names}
     encoded = rows.map(encoder, desc=f"Encoding {source.path}", **options)
     fits = partial(_fits, limit=run.data.max_length)
     kept = encoded.filter(fits, input_columns=["chosen_ids", "rejected_ids"])
@@ -152,8 +158,19 @@ def _encode(source: PairSource, run: RewardRun, writer: PairWriter, cards: list[
             f"Each of the {len(rows)} pairs of {describe(source)} has more than {run.data.max_length} tokens on a "
             "side. Raise data.max_length."
         )
-    cards.append(card | {"columns": columns, "too_long": len(encoded) - len(kept)})
+    cards.append(card | {"columns": encoder.columns, "too_long": len(encoded) - len(kept)})
     return kept
+
+
+def _open(source: PairSource, run: RewardRun, writer: PairWriter) -> tuple[Any, _Encoder, dict[str, Any]]:
+    """Rows of a source, what encodes them, and facts about it."""
+    data, present, files = load_rows(source)
+    columns = {"chosen": "chosen", "rejected": "rejected"} | {str(name): own for name, own in source.columns.items()}
+    if "prompt" in present:
+        columns.setdefault("prompt", "prompt")
+    require_columns(source, present, [*columns.items(), *(("exclude", name) for name in source.exclude)])
+    rows, card = select_rows(source, data, files, used=list(columns.values()))
+    return rows, _Encoder(writer, columns, run.training.margin, describe(source)), card
 
 
 def _sides(row: dict[str, Any]) -> tuple[str, list[Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,13 +17,15 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from l2d_framework.base_model import fingerprint, load_config, load_language_model, locate
+from l2d_framework.base_model import empty_language_model, fingerprint, load_config, load_language_model, locate
 from l2d_framework.config import RewardRun, Run, check_runs
 from l2d_framework.errors import ConfigError
+from l2d_framework.models.checkpoint import save_language_model
 from l2d_framework.opening import open_model
 from l2d_framework.training import output_dir
 from l2d_framework.training.reward.data import prepare_pairs
 from l2d_framework.training.run_state import Job, base_tokenizer, output_folder
+from l2d_framework.training.sharding import round_to
 
 PAD = "[PAD]"
 _CARD = """---
@@ -76,16 +79,16 @@ def _train(run: RewardRun, job: Job, callbacks: Sequence[TrainerCallback]) -> di
     )
     job.train(trainer)
     # What is measured is what is saved.
-    model.to(dtype)
+    round_to(model, dtype)
     held_out = None if pairs.eval is None else trainer.evaluate()
 
     def write(folder: Path) -> None:
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+        save_language_model(model, tokenizer, folder, dtype)
         (folder / "README.md").write_text(_model_card(job.card), encoding="utf-8")
         trainer.state.save_to_json(str(folder / "trainer_state.json"))
 
-    return job.finish(_result(trainer.state, held_out), write)
+    with trainer.whole():
+        return job.finish(_result(trainer.state, held_out), write)
 
 
 def check_ready(runs: Sequence[Run], *, overwrite: bool = False) -> list[RewardRun]:
@@ -148,6 +151,16 @@ def load_reward_model(run: RewardRun, tokenizer: PreTrainedTokenizerBase) -> Pre
     # Only now: an embedding made with a padding token never trains it, and here it may be the end of every text.
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     return cast(PreTrainedModel, model)
+
+
+def empty_reward_model(run: RewardRun, config: Any, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """Shapes, on the meta device, of the reward model over a language model of this config, in float32 as trained."""
+    config = copy.deepcopy(config)
+    config.num_labels = 1
+    config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    config.vocab_size = max(config.vocab_size, len(tokenizer))
+    kind = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(config)]
+    return empty_language_model(config, run.model.attn_implementation, dtype="float32", kind=kind)
 
 
 def _result(state: Any, held_out: dict[str, float] | None) -> dict[str, Any]:

@@ -13,16 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
 from trl.trainer.reward_config import RewardConfig
 from trl.trainer.reward_trainer import DataCollatorForPreference, RewardTrainer
 from typing_extensions import override
 
-from l2d_framework.config import RewardRun, SimplexNoise
+from l2d_framework.config import RewardRun
 from l2d_framework.config.reward import RewardTraining
 from l2d_framework.training.arguments import common_arguments, divide_batch
 from l2d_framework.training.reward.data import Pairs
+from l2d_framework.training.reward.inputs import as_guided
 from l2d_framework.training.trainer import Boundaries, ResumableTrainer
 
 
@@ -78,6 +79,8 @@ class PairTrainer(ResumableTrainer, RewardTrainer):
             callbacks=[Boundaries(lambda: self.ended_by), *callbacks],
         )
         self.remove_callback(PrinterCallback)
+        if run.data.pad_to is not None:
+            model.register_forward_pre_hook(self._as_guided, with_kwargs=True)
 
     def _send_telemetry(self) -> None:
         """Nobody is told: a run file asks for trackers, and for nothing else that leaves the machine."""
@@ -90,24 +93,12 @@ class PairTrainer(ResumableTrainer, RewardTrainer):
             return step / warmup
         return 1 - (1 - self.training.final_fraction) * (step - warmup) / max(steps - warmup, 1)
 
-    @override
-    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *options: Any, **named: Any) -> Any:
-        """Mean of -log sigmoid(r_chosen - r_rejected - margin) over the pairs of a batch."""
-        plain: Any = super()
-        return plain.compute_loss(model, self._as_guided(inputs), *options, **named)
+    def _as_guided(self, model: Any, args: Any, inputs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """Padding in full sight and, as transformers does for embeddings, the reward read at its end.
 
-    def _as_guided(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """Padding in full sight and, as transformers does for embeddings, the reward read at its end."""
-        if self.run.data.pad_to is None:
-            return inputs
-        model: Any = self.model
-        embed = model.get_input_embeddings()
-        out = {name: value for name, value in inputs.items() if name != "input_ids"}
-        out["attention_mask"] = torch.ones_like(inputs["attention_mask"])
-        if self.run.noise is not None and model.training:
-            noisy = noisy_embeddings(inputs["input_ids"], embed.weight, self.run.noise, generator=self._generator())
-            return out | {"inputs_embeds": noisy}
-        return out | {"inputs_embeds": embed(inputs["input_ids"])}
+        It is a hook of the model, for weights in shares are whole, and their gradients complete, inside of it only.
+        """
+        return args, as_guided(inputs, self.run, model, self._generator)
 
     def _generator(self) -> torch.Generator:
         # Keyed by update and micro-batch, so that a resumed run draws the same noise.
@@ -131,7 +122,7 @@ class PairTrainer(ResumableTrainer, RewardTrainer):
         leads, losses = [], []
         for batch in self.get_eval_dataloader(eval_dataset):
             with self.accelerator.autocast():
-                rewards = model(**{k: v for k, v in self._as_guided(batch).items() if k != "margin"}).logits
+                rewards = model(**{k: v for k, v in batch.items() if k != "margin"}).logits
             chosen, rejected = rewards.float().squeeze(-1).chunk(2)
             lead = chosen - rejected
             loss = -nn.functional.logsigmoid(lead - batch.get("margin", 0.0))
@@ -140,24 +131,3 @@ class PairTrainer(ResumableTrainer, RewardTrainer):
         lead = torch.cat(leads)
         means = {"loss": torch.cat(losses).mean(), "accuracy": (lead > 0).float().mean(), "margin": lead.mean()}
         return self._report({name: float(value) for name, value in means.items()}, metric_key_prefix, start)
-
-
-def noisy_embeddings(ids: Tensor, embedding: Tensor, noise: SimplexNoise, *, generator: torch.Generator) -> Tensor:
-    """Mean embeddings under the noisy simplexes of true tokens, both sides of a pair at the same time.
-
-    x = alpha(t) * S + sigma(t) * k * z, where S is k at the true token and -k elsewhere; the result is softmax(x) E.
-
-    Source: TESS 2, arXiv:2502.13917, Eq. 1 and 2.
-    """
-    u = torch.rand(len(ids) // 2, generator=generator, device=ids.device).repeat(2)
-    schedule = noise.schedule.build()
-    t = schedule.sample_times(u)
-    alpha, sigma = schedule.alpha(t), schedule.sigma(t)
-    rows = []
-    for row, a, s in zip(ids, alpha, sigma, strict=True):
-        draw = torch.randn(len(row), len(embedding), generator=generator, device=ids.device)
-        # A softmax is blind to a constant, so only the true token's lead of 2k is left of S.
-        x = noise.k * s * draw
-        x[torch.arange(len(row), device=ids.device), row] += 2 * noise.k * a
-        rows.append(x.softmax(-1).to(embedding.dtype) @ embedding)
-    return torch.stack(rows)

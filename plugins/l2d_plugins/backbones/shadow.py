@@ -112,7 +112,7 @@ class Modulated(nn.Module):
 
     Per branch: z = (gamma + scale) * normalize(y) + shift, y + gate * f(z), where gamma is the layer's own norm weight,
     so a norm that multiplies by 1 + weight stays right. The gate acts after a post-norm, since a norm would undo it.
-    Source: authors' code; reference for families other than Llama and Qwen2 does not exist, see the README.
+    Source: authors' code; reference for families other than Llama and Qwen2 does not exist.
 
     Args:
         shadow: the layer.

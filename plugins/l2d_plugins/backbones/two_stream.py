@@ -237,6 +237,12 @@ class TwoStream(Backbone[MainContext]):
         return self.main.head
 
     @override
+    def units(self) -> Sequence[Sequence[nn.Module]]:
+        # A layer and its shadow share frozen weights.
+        pairs = zip(self.main.layers, self.shadows, strict=True)
+        return [*pairs, *((network,) for network in self.conditioning.layers)]
+
+    @override
     def peft_adapter(self) -> tuple[PeftConfig, dict[str, Tensor]] | None:
         modules = self._lora_modules()
         if not modules:

@@ -10,19 +10,14 @@ from torch import Tensor
 from typing_extensions import override
 
 from l2d_framework.errors import EvaluationBudgetError
-from l2d_framework.solver import Problem
+from l2d_framework.solver import Problem, Solver
 from l2d_plugins.solvers.runge_kutta import RungeKutta, Tableau, combine
 
 _SAFETY, _SMALLEST_FACTOR, _LARGEST_FACTOR = 0.9, 0.2, 10.0
 
 
-class EmbeddedPair(RungeKutta):
-    """Integrates each token with its own time, step size and error estimate, so that none feels its neighbours.
-
-    The last stage of a step serves as the first of the next, so every step but the first costs one evaluation less.
-    A token's step is accepted when the root mean square over D of error / (atol + rtol * |state|) is at most 1. The
-    step-size rule and its constants are torchdiffeq's; unlike there, the last step is shortened to land on the end.
-    """
+class Adaptive(Solver):
+    """How exact the steps of a solver that chooses them are to be, and what they may cost."""
 
     is_adaptive: ClassVar[bool] = True
 
@@ -32,12 +27,21 @@ class EmbeddedPair(RungeKutta):
     """Error allowed per step, in units of the state; raise it along with `rtol`."""
     first_step: float = Field(0.05, gt=0, le=1)
     """Length of the first attempted step, in units of time, of which there is 1 from noise to data."""
-    max_evaluations: int = Field(1000, ge=5)
+    max_evaluations: int = Field(1000, ge=2)
     """Evaluations a token may cost, the read-out included; a solve that needs more stops with an error."""
 
     @override
     def with_budget(self, evaluations: int) -> Self:
         return self.model_copy(update={"max_evaluations": evaluations})
+
+
+class EmbeddedPair(Adaptive, RungeKutta):
+    """Integrates each token with its own time, step size and error estimate, so that none feels its neighbours.
+
+    The last stage of a step serves as the first of the next, so every step but the first costs one evaluation less.
+    A token's step is accepted when the root mean square over D of error / (atol + rtol * |state|) is at most 1. The
+    step-size rule and its constants are torchdiffeq's; unlike there, the last step is shortened to land on the end.
+    """
 
     @override
     def solve(self, problem: Problem, x: Tensor, times: list[float]) -> Tensor:

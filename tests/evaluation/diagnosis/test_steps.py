@@ -72,8 +72,49 @@ def test_what_evaluations_add_is_the_difference_of_what_they_reach():
         gain = third["over_language_model"][name]["value"]
         assert gain == pytest.approx(third[name]["value"] - plain[name]["value"])
     assert len(table(found)) == 5
-    best = min((first, second, third), key=lambda entry: entry["nll"]["value"])
-    assert f"likelihood is best at {best['num_inference_steps']}" in sentences(found)[0]
+
+
+def results(*rights, losses=None):
+    """A result of rows of one token, right or not after 1, 2, 3 ... evaluations."""
+    rights = [list(map(int, right)) for right in rights]
+    losses = losses or [[1.0] * len(rights[0])] * len(rights)
+    settings = [
+        {"solver": "euler", "evaluations": {"value": number}, "by_row": {"right": right, "nll": loss}}
+        for number, (right, loss) in enumerate(zip(rights, losses, strict=True), 1)
+    ]
+    return {"settings": settings, "tokens_by_row": [1] * len(rights[0])}
+
+
+@pytest.mark.parametrize(
+    ("rights", "said"),
+    [
+        (["0000111100", "0000111101", "0000111100"], "no difference seen between 1 and 3"),
+        (
+            ["0000000000", "1111111100", "1111111101"],
+            "better by 80 ± 13 points from 1 to 2, no difference seen between 2 and 3",
+        ),
+        (
+            ["0000000000", "1111111100", "0001000000"],
+            "better by 80 ± 13 points from 1 to 2, worse by 70 ± 15 points from 2 to 3",
+        ),
+        (["1111111111", "1111111111", "0000000011"], "worse by 80 ± 13 points from 1 to 3"),
+        (["0", "1"], "no difference seen between 1 and 2"),
+    ],
+)
+def test_a_verdict_needs_a_difference_beyond_its_error(rights, said):
+    (line,) = sentences(results(*rights))
+    assert (
+        line
+        == f"Do evaluations pay? euler: accuracy {said}; likelihood no difference seen between 1 and {len(rights)}."
+    )
+
+
+def test_a_loss_that_falls_by_less_than_its_error_is_no_gain():
+    rows = torch.rand(2, 200, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    noise = (rows[1] - rows[1].mean()) * 1e-3
+    for change, said in ((1e-5, "no difference seen"), (0.1, "better by 0.100000 ± 0.000020 nats")):
+        losses = [rows[0].tolist(), (rows[0] + noise - change).tolist()]
+        assert f"likelihood {said}" in sentences(results("1" * 200, "1" * 200, losses=losses))[0]
 
 
 def run(model, *arguments):

@@ -16,8 +16,8 @@ from typer.testing import CliRunner
 from l2d_framework.cli import app
 from l2d_framework.config import parse_run
 from l2d_framework.errors import ConfigError
-from l2d_framework.generation.infill import Infilled
 from l2d_framework.generation.prompts import pad_left, turn_end
+from l2d_framework.generation.results import Infilled
 from l2d_framework.models.checkpoint import load
 from l2d_framework.training.run import train_runs
 
@@ -152,7 +152,7 @@ def test_a_model_of_transformers_stops_there(folder):
 @pytest.mark.parametrize("kind", ["l2d", "tess"])
 @pytest.mark.parametrize("arguments", [("--chat", "--prompt"), ("--stream", "--chat", "--prompt"), ("--prompt",)])
 def test_the_command_line_stops_there(folder, tmp_path, kind, arguments):
-    how = ["--max-new-tokens", "5", "--num-inference-steps", "3", "--output", str(tmp_path / "out.jsonl")]
+    how = ["--max-new-tokens", "5", "--num-inference-steps", "3", "--out", str(tmp_path / "out.jsonl")]
     found = CliRunner().invoke(app, ["generate", str(folder / f"{kind}-chats"), *arguments, "Two?", *how])
     assert found.exit_code == 0, found.exception
     (row,) = map(json.loads, (tmp_path / "out.jsonl").read_text().splitlines())

@@ -370,7 +370,7 @@ def noise(k: float = 5.0) -> SimplexNoise:
 
 
 def test_noisy_embeddings_tend_to_the_true_ones_and_to_those_of_noise(monkeypatch):
-    from l2d_framework.training.reward.trainer import noisy_embeddings
+    from l2d_framework.training.reward.inputs import noisy_embeddings
 
     ids, matrix = torch.tensor([[1, 2], [3, 1]]), torch.randn(6, 4)
     for time, k in ((1.0, 30.0), (0.0, 1e-6)):

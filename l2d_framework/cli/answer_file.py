@@ -1,0 +1,150 @@
+"""The file that `l2d generate` writes: in it a row per prompt, beside it what is known before all are answered."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from typing import Any, Self
+
+import typer
+
+from l2d_framework.cli.common import check_file
+from l2d_framework.config.files import parse_json
+from l2d_framework.errors import ConfigError, OutputError
+from l2d_framework.writing import write_whole
+
+Row = dict[str, Any]
+_NUMBER, _REQUEST = "number", "request"
+"""Fields that the rows of a part have beside those of the file: which row it is, and a hash of all that was asked."""
+
+
+class AnswerFile:
+    """A JSONL file, if one is named, with a row for each of `asked`, which has the fields of the row but `answers`.
+
+    Until the last row is known, it has the name of a part. A row is in there as soon as it is known, so an interruption
+    loses none, and whoever asks the same again, as `identity` says it, goes on from them.
+    """
+
+    def __init__(self, output: Path | None, asked: Sequence[Row], identity: Mapping[str, Any] | None = None) -> None:
+        self._output, self._asked = output, asked
+        described = json.dumps([identity, asked], sort_keys=True, ensure_ascii=False, default=str)
+        self._request = hashlib.sha256(described.encode(errors="backslashreplace")).hexdigest()[:16]
+        self._known: dict[int, Row] = {}
+        self._open = ExitStack()
+
+    def __enter__(self) -> Self:
+        if self._output is None:
+            return self
+        check_file(self._output, "--out")
+        from l2d_framework.training.folder_lock import locked_file
+
+        with self._open:
+            self._open.enter_context(locked_file(self._output, "--out"))
+            check_file(self._output, "--out")  # another process may have had it until now
+            self._read(part := part_of(self._output))
+            self._file = self._open.enter_context(part.open("a", encoding="utf-8"))
+            self._open = self._open.pop_all()
+        if self._known:
+            typer.echo(f"Going on from {part}: {len(self._known)} of {len(self._asked)} are answered.", err=True)
+        return self
+
+    def _read(self, part: Path) -> None:
+        if not part.exists():
+            return
+        content = part.read_bytes()
+        whole = content[: content.rfind(b"\n") + 1]
+        try:
+            rows = [parse_json(line, str(part)) for line in whole.decode("utf-8").split("\n")[:-1]]
+            is_ours = all(row.pop(_REQUEST) == self._request for row in rows)
+            known = {row.pop(_NUMBER): row for row in rows}
+        except (ValueError, AttributeError, LookupError, TypeError):
+            is_ours = False
+        if not is_ours:
+            raise ConfigError(
+                f"{str(part)!r} holds answers of another generation: other prompts, another model, other options or "
+                "another version. Give the command that began it again to go on with it, move it elsewhere, or name "
+                "another --out."
+            )
+        self._known = known
+        if whole != content:  # a row that was being written
+            write_whole(part, whole)
+
+    @property
+    def missing(self) -> list[int]:
+        """Numbers of the rows that are not known."""
+        return [number for number in range(len(self._asked)) if number not in self._known]
+
+    @property
+    def rows(self) -> list[Row]:
+        """What is known, in the order of what was asked."""
+        return [self._known[number] for number in sorted(self._known)]
+
+    def write(self, number: int, answers: Sequence[Row]) -> None:
+        """Add a row, or write it anew."""
+        row = self._known[number] = {**self._asked[number], "answers": [*answers]}
+        if self._output is None:
+            return
+        try:
+            self._file.write(_line({**row, _NUMBER: number, _REQUEST: self._request}))
+            self._file.flush()
+        except OSError as error:
+            raise OutputError(
+                f"{str(self._output)!r} could not be written: {error.strerror}. Earlier answers are in "
+                f"{str(part_of(self._output))!r}; the same command goes on from them."
+            ) from error
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        if self._output is None:
+            return
+        part = part_of(self._output)
+        with self._open:
+            with suppress(OSError):  # what could not be written before cannot now
+                self._file.close()
+            if kind is None:
+                self._publish(self._output)
+                part.unlink()
+            elif part.stat().st_size:
+                typer.echo(f"The answers so far are in {part}. The same command goes on from them.", err=True)
+            else:
+                part.unlink()
+
+    def _publish(self, output: Path) -> None:
+        """Write all rows under their name, unless somebody else has taken it meanwhile."""
+        whole = output.with_name(f"{output.name}.whole")
+        write_whole(whole, "".join(map(_line, self.rows)))
+        try:
+            os.link(whole, output)
+        except FileExistsError as error:
+            whole.unlink()
+            raise OutputError(
+                f"{str(output)!r} was made by somebody else meanwhile. The answers are in {str(part_of(output))!r}."
+            ) from error
+        except OSError:  # a file system without links
+            os.replace(whole, output)
+        else:
+            whole.unlink()
+
+
+def part_of(output: Path) -> Path:
+    """Where the rows of a file are until all are known."""
+    return output.with_name(f"{output.name}.part")
+
+
+def show_answers(names: Iterable[str], rows: Sequence[Row]) -> None:
+    """Print answers, each below a line that says whose it is; a single one stands alone."""
+    is_single = sum(len(row["answers"]) for row in rows) == 1
+    for number, (name, row) in enumerate(zip(names, rows, strict=True)):
+        answers = row["answers"]
+        for sample, answer in enumerate(answers):
+            if not is_single:
+                which = f", answer {sample + 1} of {len(answers)}" if len(answers) > 1 else ""
+                typer.echo(f"{'' if number + sample == 0 else chr(10)}==> {name}{which} <==")
+            typer.echo(answer["text"])
+
+
+def _line(row: Row) -> str:
+    return json.dumps(row, ensure_ascii=False) + "\n"
