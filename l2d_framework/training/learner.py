@@ -136,12 +136,8 @@ class Denoiser(Learner):
         if settings.unroll is None:
             draws = draw(self.model, layout, rule)
             losses = denoising_loss(self.model, layout, draws, in_step=is_sharded, **how)
-        elif is_sharded:
-            raise ConfigError(
-                "training.unroll makes as many passes of the network as a process has drawn, and processes with weights "
-                "in shares wait for each other's. Launch without FSDP, or leave training.unroll out."
-            )
         else:
+            _check_whole(is_sharded)
             solves = draw_solves(layout, rule, fewest=settings.unroll.fewest, most=settings.unroll.most)
             losses = trajectory_loss(self.model, layout, solves, **how)
         return {
@@ -195,4 +191,12 @@ def _check_unroll(run: DiffusionRun) -> None:
         raise ConfigError(
             f"training.unroll moves along a slope, but parametrization {name!r} corrupts tokens in a way of its own. "
             "Leave training.unroll out."
+        )
+
+
+def _check_whole(is_sharded: bool) -> None:
+    if is_sharded:
+        raise ConfigError(
+            "training.unroll makes as many passes of the network as a process has drawn, but processes that hold shares "
+            "of the weights have to make them together. Launch without FSDP, or leave training.unroll out."
         )
