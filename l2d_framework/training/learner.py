@@ -197,6 +197,6 @@ def _check_unroll(run: DiffusionRun) -> None:
 def _check_whole(is_sharded: bool) -> None:
     if is_sharded:
         raise ConfigError(
-            "training.unroll makes as many passes of the network as a process has drawn, but processes that hold shares "
+            "training.unroll makes as many passes of the network as a process has drawn, but processes with shares "
             "of the weights have to make them together. Launch without FSDP, or leave training.unroll out."
         )
