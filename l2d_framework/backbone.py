@@ -86,6 +86,8 @@ class Backbone(nn.Module, ABC, Generic[C]):
     """True when `join` is served, so that waiting prompts can take the places of rows that have ended."""
     trains_lm: ClassVar[bool] = False
     """True when the language model's own weights are what is trained; a checkpoint then holds all of them."""
+    carries: bool = False
+    """True when `carry` is served: each evaluation of a solve then goes on from the hidden states of the one before."""
     sees_later: bool = False
     """True when a noisy position sees known tokens that come after it, so that gaps in a text can be filled."""
     block_size: int | None = None
@@ -209,6 +211,21 @@ class Backbone(nn.Module, ABC, Generic[C]):
         Returns:
             (B, L, H).
         """
+
+    def carry(self, hidden: Tensor) -> Tensor:
+        """What the hidden states of the previous evaluation add to the embedded noisy states.
+
+        Args:
+            hidden: what `features` returned, or `plain` where that answered instead, (B, L, H); zeros stand for no
+                previous evaluation.
+
+        Returns:
+            (B, L, H); zeros for zeros.
+
+        Raises:
+            TypeError: if the backbone does not declare `carries`.
+        """
+        raise TypeError(f"{type(self).__name__} carries nothing from one evaluation to the next.")
 
     @property
     @abstractmethod

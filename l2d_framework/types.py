@@ -76,6 +76,8 @@ class Query:
         condition: class of each position, (B, L), int64, or None for unconditional.
         previous: for self-conditioning, logits of the previous evaluation, (B, L, V), or what the parametrization's
             `remember` made of them, (B, L, M); None at the first, which means the same as logits of zero.
+        carried: the backbone's hidden states about these positions at the previous evaluation, (B, L, H), where it
+            declares `carries`; None at the first, which means the same as zeros.
         shared_time: the time as a number when all entries of `t` are equal and it is known on the host, else None.
         guidance_scale: scale per position that overrides the guidance's own, (B, L), float32, or None.
     """
@@ -86,6 +88,7 @@ class Query:
     context: Context
     condition: Tensor | None = None
     previous: Tensor | None = None
+    carried: Tensor | None = None
     shared_time: float | None = None
     guidance_scale: Tensor | None = None
 
@@ -108,10 +111,13 @@ class Prediction:
     Attributes:
         logits: (B, L, V), float32.
         clean: estimate of the clean state, (B, L, D), or None to let the parametrization derive it from `logits`.
+        hidden: hidden states that the logits were made from, (B, L, H), where the backbone carries them on; guidance
+            need not hand them on.
     """
 
     logits: Tensor
     clean: Tensor | None = None
+    hidden: Tensor | None = None
 
 
 class Predict(Protocol):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from l2d_bench.data.hops import HopQuestions
 from l2d_bench.data.l2d_data import L2DQuestions
 from l2d_bench.data.makers import DemoQuestions, Maker
 from l2d_bench.data.masked_model import MaskedModel
@@ -11,6 +12,7 @@ from l2d_bench.data.templated import TemplatedRows
 from l2d_bench.data.tess_data import TessTexts
 from l2d_bench.measures.agreement import AgreementMeasure
 from l2d_bench.measures.base import Measure
+from l2d_bench.measures.diagnosis import DiagnosisMeasure
 from l2d_bench.measures.held_out import HeldOutMeasure
 from l2d_bench.measures.loss import LossMeasure
 from l2d_bench.measures.parameters import ParametersMeasure
@@ -32,6 +34,7 @@ KINDS: dict[str, type[Measure]] = {
     "loss": LossMeasure,
     "held_out": HeldOutMeasure,
     "steps": StepsMeasure,
+    "diagnosis": DiagnosisMeasure,
     "trace": TraceMeasure,
     "samples": SamplesMeasure,
     "agreement": AgreementMeasure,
@@ -43,6 +46,7 @@ MAKERS: dict[str, type[Maker]] = {
     "templated": TemplatedRows,
     "given_rows": GivenRows,
     "data_set_rows": DataSetRows,
+    "hops": HopQuestions,
     "l2d_questions": L2DQuestions,
     "tess_texts": TessTexts,
     "masked_model": MaskedModel,

@@ -268,6 +268,27 @@ class Updates(Section):
         return self
 
 
+class UnrollSection(Section):
+    """Learn along the model's own trajectory instead of the true path.
+
+    Every example is solved from noise by Euler's method, in a number of evaluations drawn for it, and each evaluation
+    is learnt from; the logged loss is the mean over all of them, the first among them. A random number of loops keeps
+    more of them from doing harm (STARS, arXiv:2605.26733), a loss at each makes an early end useful (LoopUS,
+    arXiv:2605.11011).
+    """
+
+    fewest: int = Field(default=2, ge=2)
+    """Least number of evaluations, the read-out included."""
+    most: int = Field(default=8, ge=2)
+    """Largest number; all in between are equally likely. Time and memory of an update grow with their mean."""
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Self:
+        if self.fewest > self.most:
+            raise ValueError(f"fewest {self.fewest} exceeds most {self.most}; lower it")
+        return self
+
+
 class TrainingSection(Updates):
     """How to train to predict tokens.
 
@@ -313,6 +334,9 @@ class TrainingSection(Updates):
     self_conditioning: float = Field(default=0.5, ge=0, le=1)
     """Probability with which an example is shown a first prediction, where the parametrization reads one; each such
     example costs a further pass of the network."""
+    unroll: UnrollSection | None = None
+    """Learn along the model's own trajectory, `{}` for 2 to 8 evaluations; on noised true tokens when None. The only
+    way to teach a backbone that carries hidden states."""
     dataloader_workers: int = Field(default=0, ge=0)
     """Processes that prepare batches beside the training one; raise it where a GPU waits for data. No change of
     result."""

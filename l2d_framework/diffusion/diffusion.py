@@ -66,14 +66,18 @@ class Diffusion(nn.Module):
         if query.shared_time == 0.0 and self.backbone.identity_at_zero:
             return self.backbone.plain(query.positions, query.context)
         h = self.parametrization.embed(query.x, query.t, self.schedule, self.backbone.table(), query.previous)
+        if query.carried is not None:
+            h = h + self.backbone.carry(query.carried)
         return self.backbone.features(
             h, query.t, query.positions, query.context, query.condition, shared_time=query.shared_time
         )
 
     def forward(self, query: Query) -> Prediction:
         """Predict without guidance, logits in float32."""
-        logits = self.backbone.head(self.features(query)).float()
-        return Prediction(self.refine(logits, query.x, query.t) if self.refines else logits)
+        features = self.features(query)
+        logits = self.backbone.head(features).float()
+        logits = self.refine(logits, query.x, query.t) if self.refines else logits
+        return Prediction(logits, hidden=features if self.backbone.carries else None)
 
     @property
     def refines(self) -> bool:
@@ -86,15 +90,22 @@ class Diffusion(nn.Module):
 
     def answer(self, query: Query) -> Logits:
         """Predict without guidance, a few positions at a time unless the state space refines all logits."""
-        size = self.backbone.vocab_size
+        return self.answer_from(self.features(query), query)
+
+    def answer_from(self, features: Tensor, query: Query) -> Logits:
+        """What `answer` makes of hidden states, (B, L, H), that `features` has given about the same query."""
+        size, head = self.backbone.vocab_size, self.backbone.head
         if self.refines:
-            return Logits(self.forward(query).logits, size)
-        return Logits(self.features(query), size, self.backbone.head)
+            return Logits(self.refine(head(features).float(), query.x, query.t), size)
+        return Logits(features, size, head)
 
     def together(self, queries: list[Query]) -> list[Prediction]:
         """Answer queries that share positions and context in one pass of the network."""
         joined, dim = _join(queries, 1 if self.backbone.independent_positions else 0)
-        return [Prediction(part) for part in self.forward(joined).logits.chunk(len(queries), dim)]
+        found = self.forward(joined)
+        parts = found.logits.chunk(len(queries), dim)
+        hidden = [None] * len(queries) if found.hidden is None else found.hidden.chunk(len(queries), dim)
+        return [Prediction(part, hidden=state) for part, state in zip(parts, hidden, strict=True)]
 
 
 def _join(queries: list[Query], dim: int) -> tuple[Query, int]:
@@ -106,6 +117,7 @@ def _join(queries: list[Query], dim: int) -> tuple[Query, int]:
         context = context.select(rows)
     conditions = [_unconditional(q.t) if q.condition is None else q.condition for q in queries]
     previous = [q.previous for q in queries]
+    carried = [q.carried for q in queries]
     joined = first.replace(
         x=torch.cat([q.x for q in queries], dim),
         t=torch.cat([q.t for q in queries], dim),
@@ -113,6 +125,7 @@ def _join(queries: list[Query], dim: int) -> tuple[Query, int]:
         context=context,
         condition=torch.cat(conditions, dim),
         previous=None if previous[0] is None else torch.cat([p for p in previous if p is not None], dim),
+        carried=None if carried[0] is None else torch.cat([c for c in carried if c is not None], dim),
         shared_time=first.shared_time if all(q.shared_time == first.shared_time for q in queries) else None,
         guidance_scale=None,
     )

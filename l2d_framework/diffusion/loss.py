@@ -87,14 +87,15 @@ def denoising_loss(
         targets,
         chunk=chunk,
         weights=weights,
-        refine=_refine(diffusion, query.x[chosen], t) if diffusion.refines else None,
+        refine=refining(diffusion, query.x[chosen], t) if diffusion.refines else None,
     )
     row, _ = chosen.nonzero(as_tuple=True)
     tokens = entropies if weights is None else weights * entropies
     return Losses(total / max(copies, 1), tokens, entropies, t, count, row, draws.positions[chosen])
 
 
-def _refine(diffusion: Diffusion, x: Tensor, t: Tensor) -> Refine:
+def refining(diffusion: Diffusion, x: Tensor, t: Tensor) -> Refine:
+    """How the state space changes logits about N positions, given their states, (N, D), and times, (N,)."""
     return lambda logits, part: diffusion.refine(logits, x[None, part], t[None, part])
 
 
@@ -171,7 +172,8 @@ def chunked_cross_entropy(
 
 
 def _sum(losses: Tensor, weights: Tensor | None) -> Tensor:
-    return losses.sum() if weights is None else losses @ weights
+    # No product of matrices, which autocast would round to half precision.
+    return losses.sum() if weights is None else (losses * weights).sum()
 
 
 def _exponentials(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

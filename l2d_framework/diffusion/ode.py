@@ -79,6 +79,7 @@ class TokenODE(Problem):
         self._streams, self._observer = streams, observer
         self._layout = layout
         self._previous: Tensor | None = None
+        self._carried: list[Tensor] = []
         self._rows: Tensor | None = None
         self._context = query.context
         self._early_stop = None if patience is None else EarlyStop(patience, len(query.positions))
@@ -152,7 +153,7 @@ class TokenODE(Problem):
         if self._streams.repeat:
             self._streams.estimate.rewind()
         space = _Space(self, query.t if ahead is None else ahead, random, self._count)
-        answer, clean = self._predict(query, space)
+        answer, clean = self._predict(query, space, random)
         if self._observer is not None:
             self._observer(Evaluation(query.positions, query.t, query.x, answer.values, ahead is None))
         self._count += 1
@@ -175,16 +176,17 @@ class TokenODE(Problem):
             answer = self._early_stop.add(answer, torch.cat(tokens, 1), is_last=ahead is None)
         return answer, clean if clean is not None else _joined(estimates) if estimates else query.t.new_empty(0)
 
-    def _predict(self, query: Query, space: _Space) -> tuple[Logits, Tensor | None]:
+    def _predict(self, query: Query, space: _Space, random: Selection) -> tuple[Logits, Tensor | None]:
         """The guided answer and what the guidance moves towards, if it says so.
 
         Without guidance or observer nobody needs the logits of more than a few positions at once.
         """
         size = self._diffusion.backbone.vocab_size
+        network = _Network(self._diffusion, self._carried, random)
         # Of the whole block: what is kept of rows must not change its kind when others are left out.
         if not self._guidance and self._observer is None and self._query.positions.numel() * size > CHUNK:
-            return self._diffusion.answer(query), None
-        predict: Predict = self._diffusion
+            return network.answer(query), None
+        predict: Predict = network
         for guidance in self._guidance:
             predict = _Guided(predict, guidance, space, self)
         prediction = predict(query)
@@ -268,6 +270,52 @@ class _Space:
         if name not in self._recorded:
             self._recorded.add(name)
             self._problem.metrics.setdefault(name, []).append(self._random.spread(values.detach().float()))
+
+
+class _Network:
+    """The network at one evaluation; where it carries hidden states, each question goes on from an earlier answer.
+
+    The n-th question of an evaluation goes on from the n-th of the one before, so that every branch of a guidance
+    has a state of its own. `carried` are the states of the whole block by branch, (B, L, H), and is kept up to date.
+    """
+
+    def __init__(self, diffusion: Diffusion, carried: list[Tensor], random: Selection) -> None:
+        self._diffusion, self._carried, self._random = diffusion, carried, random
+        self._asked = 0
+
+    def __call__(self, query: Query) -> Prediction:
+        found: Prediction = self._diffusion(self._resumed([query])[0])
+        self._keep([found.hidden])
+        return found
+
+    def together(self, queries: list[Query]) -> list[Prediction]:
+        found = self._diffusion.together(self._resumed(queries))
+        self._keep([one.hidden for one in found])
+        return found
+
+    def answer(self, query: Query) -> Logits:
+        (query,) = self._resumed([query])
+        features = self._diffusion.features(query)
+        self._keep([features if self._diffusion.backbone.carries else None])
+        return self._diffusion.answer_from(features, query)
+
+    def _resumed(self, queries: list[Query]) -> list[Query]:
+        if not self._carried:
+            return queries
+        earlier = [self._random.take(state) for state in self._carried[self._asked : self._asked + len(queries)]]
+        # A branch that was not asked about before has no state yet.
+        earlier += [torch.zeros_like(self._random.take(self._carried[0]))] * (len(queries) - len(earlier))
+        return [query.replace(carried=state) for query, state in zip(queries, earlier, strict=True)]
+
+    def _keep(self, hidden: list[Tensor | None]) -> None:
+        for state in hidden:
+            if state is None:
+                continue
+            if self._asked < len(self._carried):
+                self._carried[self._asked] = self._random.keep(state, self._carried[self._asked])
+            else:
+                self._carried.append(self._random.keep(state, None))
+            self._asked += 1
 
 
 @dataclass(frozen=True)

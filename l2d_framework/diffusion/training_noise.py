@@ -63,6 +63,53 @@ class NoiseRule:
     is_first_noisier: bool = True
 
 
+@dataclass(frozen=True)
+class Solves:
+    """Rows of a batch that are solved from noise, each in a number of evaluations of its own, the most first.
+
+    Attributes:
+        rows: which row of the batch each is, (B,), int64.
+        counts: evaluations of each, falling.
+        positions: supervised slots, (B, L), int64; those not valid repeat the row's last.
+        valid: (B, L), bool.
+        kept: True where a class label is kept, (B, L), bool.
+        random: what the solves draw.
+    """
+
+    rows: Tensor
+    counts: list[int]
+    positions: Tensor
+    valid: Tensor
+    kept: Tensor
+    random: ExampleStreams
+
+
+def draw_solves(layout: Layout, rule: NoiseRule, *, fewest: int, most: int) -> Solves:
+    """Solves of every supervised position; each example draws from its own stream, as in `draw`.
+
+    Args:
+        layout: tokens and blocks, (B, S); blocks >= 1 are supervised.
+        rule: how to draw; what it says of times and first predictions has no meaning here.
+        fewest: least number of evaluations of an example.
+        most: largest number; all in between are equally likely.
+
+    Returns:
+        The solves, on the layout's device.
+    """
+    examples = _examples(layout, rule, "solve")
+    counts = [int(example.random.integers(fewest, most + 1)) for example in examples]
+    order = sorted(range(len(examples)), key=lambda row: -counts[row])
+    random = ExampleStreams([examples[row] for row in order], layout.tokens.device)
+    return Solves(
+        rows=torch.tensor(order, device=random.device),
+        counts=[counts[row] for row in order],
+        positions=random.positions(),
+        valid=random.valid(),
+        kept=random.kept(rule),
+        random=random,
+    )
+
+
 @naming_plugins()
 def draw(diffusion: Diffusion, layout: Layout, rule: NoiseRule) -> Draws:
     """Times and noise for every supervised position; tokens of one block share their time.
@@ -77,32 +124,30 @@ def draw(diffusion: Diffusion, layout: Layout, rule: NoiseRule) -> Draws:
     Returns:
         The draws, on the layout's device.
     """
-    device = layout.tokens.device
-    examples = [
-        _Example(blocks, keyed_generator(*key, "train"), rule.draws)
-        for blocks, key in zip(layout.blocks.cpu().numpy(), rule.keys, strict=True)
-    ]
-    width = max(len(example.positions) for example in examples)
-    batch = _Batch(examples, width, device)
+    examples = _examples(layout, rule, "train")
+    batch = ExampleStreams(examples, layout.tokens.device)
     u = batch.stack([example.uniform() for example in examples])
     noise = diffusion.parametrization.noise(batch)
-    drops = [
-        example.random.random(len(example.positions) if rule.dropout_per == "token" else 1) for example in examples
-    ]
-    kept = [np.broadcast_to(d >= rule.class_dropout, len(e.positions)) for d, e in zip(drops, examples, strict=True)]
-    counts = torch.tensor([len(example.positions) for example in examples], device=device)
+    kept = batch.kept(rule)
     schedule = diffusion.schedule
     t = schedule.fixed_times(u) if rule.fixed_times else schedule.sample_times(u)
     share = rule.self_conditioning if diffusion.parametrization.uses_previous else 0.0
     return Draws(
-        positions=batch.stack([example.positions for example in examples]),
-        valid=torch.arange(width, device=device) < counts[:, None],
+        positions=batch.positions(),
+        valid=batch.valid(),
         t=t,
         noise=noise,
-        kept=batch.stack(kept),
+        kept=kept,
         first_t=schedule.noisier(t) if rule.is_first_noisier else t,
-        conditioned=torch.tensor([bool(share and e.random.random() < share) for e in examples], device=device),
+        conditioned=torch.tensor([bool(share and e.random.random() < share) for e in examples], device=batch.device),
     )
+
+
+def _examples(layout: Layout, rule: NoiseRule, purpose: str) -> list[_Example]:
+    return [
+        _Example(blocks, keyed_generator(*key, purpose), rule.draws)
+        for blocks, key in zip(layout.blocks.cpu().numpy(), rule.keys, strict=True)
+    ]
 
 
 class _Example:
@@ -120,13 +165,34 @@ class _Example:
         return numbers[:, self._block].reshape(-1)
 
 
-class _Batch:
-    """Random numbers of a batch of examples, each from its own generator."""
+class ExampleStreams:
+    """`Random` of a batch of examples, each with its own generator, about their supervised positions."""
 
-    def __init__(self, examples: list[_Example], width: int, device: torch.device) -> None:
-        self._examples, self._width, self.device = examples, width, device
+    def __init__(self, examples: list[_Example], device: torch.device, width: int | None = None) -> None:
+        self._examples, self.device = examples, device
+        self._width = max(len(example.positions) for example in examples) if width is None else width
+
+    def first(self, rows: int) -> ExampleStreams:
+        """Those of the first examples; the streams of the others stay where they are."""
+        return ExampleStreams(self._examples[:rows], self.device, self._width)
+
+    def positions(self) -> Tensor:
+        """Supervised slots, (B, L), int64."""
+        return self.stack([example.positions for example in self._examples])
+
+    def valid(self) -> Tensor:
+        """Which of them are there, (B, L), bool."""
+        counts = torch.tensor([len(example.positions) for example in self._examples], device=self.device)
+        return torch.arange(self._width, device=self.device) < counts[:, None]
+
+    def kept(self, rule: NoiseRule) -> Tensor:
+        """Where a class label is kept, (B, L), bool, by the next numbers."""
+        drops = [e.random.random(len(e.positions) if rule.dropout_per == "token" else 1) for e in self._examples]
+        pairs = zip(drops, self._examples, strict=True)
+        return self.stack([np.broadcast_to(drop >= rule.class_dropout, len(e.positions)) for drop, e in pairs])
 
     def stack(self, parts: list[Any]) -> Tensor:
+        """One row of values for each example, (B, L, ...)."""
         out = np.zeros((len(parts), self._width, *parts[0].shape[1:]), dtype=parts[0].dtype)
         for i, part in enumerate(parts):
             out[i, : len(part)] = part
@@ -134,12 +200,15 @@ class _Batch:
         return torch.from_numpy(out).to(self.device)
 
     def uniform(self) -> Tensor:
+        """Next number of every position, (B, L)."""
         return self.stack([e.random.random(len(e.positions), dtype=np.float32) for e in self._examples])
 
     def normal(self, size: int) -> Tensor:
+        """Next normal numbers of every position, (B, L, size)."""
         return self.stack(
             [e.random.standard_normal((len(e.positions), size), dtype=np.float32) for e in self._examples]
         )
 
     def seeds(self) -> Tensor:
+        """Next seed of every position, (B, L), on the host."""
         return self.stack([e.random.integers(2**63, size=len(e.positions)) for e in self._examples]).cpu()

@@ -295,6 +295,19 @@ def check_backbone_joins(config: BackboneConfig) -> None:
                 ensure_close(found[place : place + 1], wanted, claim)
 
 
+@law.where(lambda backbone: backbone.carries)
+def check_backbone_carries(config: BackboneConfig) -> None:
+    """What an evaluation leaves is as wide as the next one's input, made position by position, and zero for zero."""
+    for _, backbone, scene in noisy_scenes(config):
+        hidden = scene.ask(backbone)
+        more = backbone.carry(hidden)
+        ensure(more.shape == scene.h.shape, f"carry gave {tuple(more.shape)} for {tuple(scene.h.shape)}.")
+        ensure(more.isfinite().all(), "carry gave numbers that are not finite.")
+        ensure(not backbone.carry(torch.zeros_like(hidden)).any(), "carry must give zeros for zeros")
+        ensure_close(backbone.carry(hidden[:, 1:2]), more[:, 1:2], "carry must treat every position alike")
+        ensure(distance(scene.h + more, scene.h) > _VISIBLE, "What is carried changes nothing.")
+
+
 @law
 def check_backbone_merge_changes_nothing(config: BackboneConfig) -> None:
     """Getting ready to generate changes neither the answers nor a single weight of the language model."""

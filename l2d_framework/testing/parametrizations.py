@@ -227,6 +227,11 @@ def check_embed_is_tokenwise(case: _Case) -> None:
 @law
 def check_embed_uses_previous_where_declared(case: _Case) -> None:
     """The previous answer changes the network input if, and only if, the space declares `uses_previous`."""
+    # A map that starts at zero shows nothing of what it will read.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(6)
+        for weight in case.space.parameters():
+            weight.add_(0.1 * torch.randn_like(weight))
     without, with_previous = (case.embed(case.encode(), case.t, previous) for previous in (None, case.logits))
     effect, declared = distance(with_previous, without), case.space.uses_previous
     ensure(

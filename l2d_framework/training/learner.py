@@ -13,7 +13,8 @@ from typing_extensions import override
 from l2d_framework.backbone import Backbone, stacked
 from l2d_framework.config import DiffusionRun, TrainingSection
 from l2d_framework.diffusion.loss import denoising_loss
-from l2d_framework.diffusion.training_noise import NoiseRule, draw
+from l2d_framework.diffusion.training_noise import NoiseRule, draw, draw_solves
+from l2d_framework.diffusion.trajectory import trajectory_loss
 from l2d_framework.errors import ConfigError
 from l2d_framework.models import checkpoint
 from l2d_framework.models.diffusion_lm import DiffusionLM
@@ -69,6 +70,11 @@ class Denoiser(Learner):
         super().__init__()
         self.model = model
         self._training, self._seed = training, seed
+        if model.backbone.carries and training.unroll is None:
+            raise ConfigError(
+                f"Backbone {model.backbone.config.component_name()!r} carries hidden states from one evaluation to the "
+                "next, which only training.unroll teaches. Set training.unroll to {}, or let the backbone carry none."
+            )
         self._dtype = model.backbone.lm.dtype if model.backbone.trains_lm else None
         own = {id(parameter) for parameter in model.own_parameters().values()}
         for parameter in model.parameters():
@@ -84,7 +90,7 @@ class Denoiser(Learner):
     def check(run: DiffusionRun) -> None:
         """Refuse what the backbone cannot do, before weights are loaded."""
         draws, checkpoints = run.training.draws_per_token, run.training.gradient_checkpointing
-        if draws == 1 and not checkpoints:
+        if draws == 1 and not checkpoints and run.training.unroll is None:
             return
         Denoiser.check_backbone(run, checkpoint.build_model(run, meta=True).backbone)
 
@@ -102,10 +108,12 @@ class Denoiser(Learner):
             raise ConfigError(
                 f"training.gradient_checkpointing is true, but backbone {name!r} offers none. Set it to false."
             )
+        if run.training.unroll is not None:
+            _check_unroll(run)
 
     @override
     def forward(self, **batch: Tensor) -> dict[str, Tensor]:
-        """Denoising loss of a batch.
+        """Denoising loss of a batch, on noised true tokens or along the model's own trajectory.
 
         Noise is keyed by (seed, epoch, index) in training and by (seed, index) in evaluation, where labels of classes
         are never dropped, so that evaluations can be compared.
@@ -122,18 +130,16 @@ class Denoiser(Learner):
             fixed_times=not self.training,
             is_first_noisier=self.training,
         )
-        draws = draw(self.model, layout, rule)
         classes = batch["class_id"] if self.model.backbone.config.num_classes else None
-        counted = batch["labels"] != IGNORED
-        losses = denoising_loss(
-            self.model,
-            layout,
-            draws,
-            classes=classes,
-            counted=counted,
-            chunk=settings.loss_chunk,
-            in_step=sharding.is_sharded(self),
-        )
+        how: Any = {"classes": classes, "counted": batch["labels"] != IGNORED, "chunk": settings.loss_chunk}
+        is_sharded = sharding.is_sharded(self)
+        if settings.unroll is None:
+            draws = draw(self.model, layout, rule)
+            losses = denoising_loss(self.model, layout, draws, in_step=is_sharded, **how)
+        else:
+            _check_whole(is_sharded)
+            solves = draw_solves(layout, rule, fewest=settings.unroll.fewest, most=settings.unroll.most)
+            losses = trajectory_loss(self.model, layout, solves, **how)
         return {
             "loss": losses.total,
             "losses": losses.tokens,
@@ -171,3 +177,26 @@ class Denoiser(Learner):
     @override
     def restore(self, folder: Path) -> None:
         checkpoint.load_weights(self.model, folder)
+
+
+def _check_unroll(run: DiffusionRun) -> None:
+    if isinstance(run.schedule.build(), nn.Module):
+        name = run.schedule.component_name()
+        raise ConfigError(
+            f"training.unroll shows no true token in a noisy state, from which schedule {name!r} learns its times. "
+            "Leave training.unroll out, or take another schedule."
+        )
+    if not run.parametrization.gaussian_path:
+        name = run.parametrization.component_name()
+        raise ConfigError(
+            f"training.unroll moves along a slope, but parametrization {name!r} corrupts tokens in a way of its own. "
+            "Leave training.unroll out."
+        )
+
+
+def _check_whole(is_sharded: bool) -> None:
+    if is_sharded:
+        raise ConfigError(
+            "training.unroll makes as many passes of the network as a process has drawn, but processes with shares "
+            "of the weights have to make them together. Launch without FSDP, or leave training.unroll out."
+        )

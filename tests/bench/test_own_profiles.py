@@ -11,10 +11,14 @@ pytest.importorskip("lm_eval")
 from l2d_bench.bench import Bench
 from l2d_bench.files import bench_folder
 from l2d_bench.measures.base import Subject
+from l2d_bench.measures.diagnosis import DiagnosisMeasure
 from l2d_bench.measures.held_out import HeldOutMeasure
 from l2d_bench.pool import Surroundings, run_jobs
 from l2d_framework.config.files import read_file
 from l2d_framework.config.parsing import parse_run
+from l2d_framework.evaluation.diagnosis.batches import read_rows
+from l2d_framework.evaluation.diagnosis.diagnose import Settings, diagnose
+from l2d_framework.models.unloaded import UnloadedModel
 from l2d_framework.training.output_dir import read_card
 from l2d_framework.training.run import train_runs
 
@@ -69,6 +73,19 @@ def test_the_profile_runs_to_its_end_at_a_tiny_size(name, tmp_path, datasets_dir
     assert wanted.isdisjoint(empty)
 
 
+def _check_diagnosis(model, data):
+    times = [0.5, 0.9]
+    found = DiagnosisMeasure(data=str(data), limit=5, times=times).run(Subject(str(model), {}, 0)).values
+    rows, _ = read_rows(source := UnloadedModel(str(model)), [{"path": str(data), "limit": 5}], 512)
+    lm = source.load("cpu")
+    settings = Settings([0.0, *times], lm.sampling(num_inference_steps=2, solver="euler"), None)
+    for t, point in zip(times, diagnose(lm, rows, settings, batch_size=2)["cross_entropy"][1:], strict=True):
+        network, combination = point["network"]["value"], point["combination"]["value"]
+        assert found[f"network_{t}"].value == pytest.approx(network, abs=1e-5)
+        assert found[f"combination_{t}"].value == pytest.approx(combination, abs=1e-5)
+        assert found[f"gain_{t}"].value == pytest.approx(combination - network, abs=1e-5)
+
+
 @pytest.mark.parametrize("make", [diffusion_run, tess_run])
 def test_what_a_run_starts_from_and_what_it_makes_differ_by_what_was_learnt(make, tmp_path):
     base, sums = write_base(tmp_path / "base"), write_sums(tmp_path / "sums.jsonl", 200)
@@ -78,5 +95,6 @@ def test_what_a_run_starts_from_and_what_it_makes_differ_by_what_was_learnt(make
     if make is diffusion_run:  # its network adds nothing before it has learnt
         assert values["before"].value == pytest.approx(values["base"].value, rel=1e-6)
         assert values["noise_difference"].value == pytest.approx(0, abs=0.05)
+        _check_diagnosis(tmp_path / "run", sums)
     else:
         assert "base" not in values

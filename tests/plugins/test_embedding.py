@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from diffusion_models import diffusion_lm, fresh_lm, own_gradients, random_tokens, supervised, training_loss
 from pydantic import ValidationError
 from torch.nn import functional
 
@@ -221,3 +222,21 @@ def test_estimate_options_that_cannot_be_are_refused(options, message):
 def test_sizes_out_of_range_are_refused(wrong):
     with pytest.raises(ValidationError, match=next(iter(wrong))):
         EmbeddingConfig(**wrong)
+
+
+def test_a_previous_prediction_through_a_map_of_zeros_changes_nothing_and_the_map_learns():
+    plain, shown = fresh_lm(), fresh_lm(space={"self_conditioning": "add"})
+    own, weights = shown.own_parameters(), plain.own_parameters()
+    assert [name for name in own if name not in weights] == ["parametrization.previous"]
+    assert all(torch.equal(own[name], weight) for name, weight in weights.items())
+    model, layout = diffusion_lm(space={"self_conditioning": "add"}), supervised(random_tokens(3, 7))
+    own = model.own_parameters()
+    own["parametrization.previous"].data.zero_()
+    gradient = own_gradients(model, training_loss(model, layout, self_conditioning=1.0).total)
+    assert gradient["parametrization.previous"].abs().max() > 0
+    without = diffusion_lm()
+    for name, weight in without.own_parameters().items():
+        weight.data.copy_(own[name].data)
+    with torch.no_grad():
+        found, wanted = (training_loss(one, layout, self_conditioning=1.0) for one in (model, without))
+    assert torch.equal(found.tokens, wanted.tokens)

@@ -55,11 +55,18 @@ LONG = {
     },
 }
 
+LONG["l2d-steps"] = {
+    **LONG["l2d"],
+    "backbone": {"name": "two_stream", "carry": True},
+    "training": {"unroll": {"fewest": 2, "most": 8}},
+}
+
 
 @pytest.mark.parametrize("method", LONG)
 def test_a_method_is_what_it_is_written_out(method):
     model, data = {"model": {"base": "org/model"}}, {"data": {"train": [{"path": "texts"}]}}
-    components = {kind: LONG[method][kind] for kind in ("schedule", "parametrization", "backbone")}
+    named = ("schedule", "parametrization", "backbone", "training")
+    components = {part: LONG[method][part] for part in named if part in LONG[method]}
     hashes = {
         config_hash(parse_run(model | fields))
         for fields in (LONG[method], {"method": method} | data, components | data)

@@ -115,6 +115,23 @@ class JoinsAsWide(BesideNetwork):
         return super().join([self.read(layout) for layout in cut], slots)
 
 
+class CarriesSomething(BesideNetwork):
+    """Adds something even where there was no evaluation before."""
+
+    def carry(self, hidden):
+        return self.mix(hidden)
+
+
+class CarriesNothing(BesideNetwork):
+    def carry(self, hidden):
+        return torch.zeros_like(hidden)
+
+
+class CarriesTheMean(BesideNetwork):
+    def carry(self, hidden):
+        return super().carry(hidden - hidden.mean(1, keepdim=True))
+
+
 class PaddingCounts(BesideNetwork):
     def read(self, layout):
         return super().read(Layout(layout.tokens, layout.blocks.clamp(min=0)))
@@ -280,6 +297,9 @@ BROKEN = [
     (backbones.check_backbone_extends_what_it_read, beside(Forgetful), r"extend\(tokens\) must equal"),
     (backbones.check_backbone_ignores_padding, beside(PaddingCounts), "padding must not matter"),
     (backbones.check_backbone_selects_rows, beside(SortsRows), "select must keep"),
+    (backbones.check_backbone_carries, beside(CarriesSomething, carry=True), "zeros for zeros"),
+    (backbones.check_backbone_carries, beside(CarriesNothing, carry=True), "What is carried changes nothing"),
+    (backbones.check_backbone_carries, beside(CarriesTheMean, carry=True), "every position alike"),
     (backbones.check_backbone_rewinds, beside(TakesAlike), "rewinding rows to"),
     (backbones.check_backbone_joins, beside(JoinsInFront), "joined to others"),
     (backbones.check_backbone_joins, beside(JoinsAsWide), "joined to others"),

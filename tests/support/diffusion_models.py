@@ -39,15 +39,20 @@ def backbone_config(**fields: Any) -> TwoStreamConfig:
 
 
 def fresh_lm(
-    lm: PreTrainedModel | str = "llama", *, classes: Sequence[str] = (), tokenizer: bool = False, **backbone: Any
+    lm: PreTrainedModel | str = "llama",
+    *,
+    classes: Sequence[str] = (),
+    tokenizer: bool = False,
+    space: dict[str, Any] | None = None,
+    **backbone: Any,
 ) -> DiffusionLM:
     """L2D as training starts with it, over a language model or a family of `tiny_models`."""
     lm = tiny_lm(lm) if isinstance(lm, str) else lm
     with torch.random.fork_rng():
         torch.manual_seed(1)
         network = backbone_config(num_classes=len(classes), **backbone).build(lm)
-        space = EmbeddingConfig(**SPACE).build(network.vocab_size, network.hidden_size)
-    model = DiffusionLM(Linear(), space, network)
+        states = EmbeddingConfig(**SPACE, **(space or {})).build(network.vocab_size, network.hidden_size)
+    model = DiffusionLM(Linear(), states, network)
     model.origin = Origin(classes=tuple(classes))
     model.tokenizer = tiny_tokenizer(chat=True) if tokenizer else None
     return model.eval()

@@ -215,6 +215,7 @@ class Beside(BackboneConfig):
     """Adds to the language model's hidden state a gated network of the noisy state."""
 
     name: Literal["beside"] = "beside"
+    carry: bool = False
     module: ClassVar[type[Backbone]]
 
     def check(self, lm_config, block_size):
@@ -238,9 +239,13 @@ class BesideNetwork(Backbone):
         self.mix = nn.Linear(self.hidden_size, self.hidden_size)
         self.gate = nn.Parameter(torch.zeros(self.hidden_size))
         self.classes = nn.Embedding(config.num_classes + 1, self.hidden_size)
+        self.carries = config.carry
 
     def table(self):
         return self.lm.get_input_embeddings().weight
+
+    def carry(self, hidden):
+        return self.mix(hidden) - self.mix.bias
 
     def read(self, layout):
         places = (layout.present.cumsum(-1) - 1).clamp_min(0)
@@ -356,7 +361,7 @@ CORRECT: list[Any] = [
     Doubling(),
     Sharpen(),
     Beside(),
-    Beside(num_classes=2),
+    Beside(num_classes=2, carry=True),
     Canvas(),
     *masked_diffusion.TOYS,
 ]

@@ -13,11 +13,11 @@ BUILT_IN = {(kind, name): found for kind in OURS.kinds() for name, found in OURS
 
 VARIANTS = [
     ("schedule", "linear", {"times": "cosmap", "minimum_noise": 0.1, "velocity_scaling": "edm"}),
-    ("parametrization", "embedding", {"size": 16, "estimate": {"mode": "argmax"}}),
+    ("parametrization", "embedding", {"size": 16, "estimate": {"mode": "argmax"}, "self_conditioning": "add"}),
     ("parametrization", "embedding", {"estimate": {"mode": "average", "renormalize": True}}),
     ("parametrization", "embedding", {"estimate": {"temperature": {"name": "constant", "value": 0.7}}}),
     ("backbone", "two_stream", {"num_classes": 3, "rank": 4, "targets": ["q_proj", "up_proj"]}),
-    ("backbone", "two_stream", {"variant": "full"}),
+    ("backbone", "two_stream", {"variant": "full", "carry": True}),
     ("backbone", "two_stream", {"variant": "full_random", "num_classes": 1}),
     ("schedule", "cosine", {"steps": None}),
     ("schedule", "information", {"family": "gumbel", "base": {"name": "cosine"}}),
@@ -31,6 +31,7 @@ VARIANTS = [
     ("backbone", "in_place", {"initialization": "random", "time_bias": True}),
     ("backbone", "in_place", {"label_shift": False, "num_classes": 1}),
     ("solver", "renoise", {"deterministic": True}),
+    ("solver", "euler", {"churn": 1.0}),
     ("guidance", "classifier_free", {"scale": 2.0}),
     *(("solver", "torchdiffeq_fixed", {"method": method}) for method in ("euler", "heun2", "heun3", "rk4")),
     *(("solver", "torchdiffeq_adaptive", {"method": method}) for method in ("dopri8", "bosh3", "fehlberg2")),

@@ -297,3 +297,18 @@ def test_gradient_checkpointing_without_support_is_refused_before_weights_load(
     monkeypatch.setattr(checkpoint, "build_model", without)
     with pytest.raises(ConfigError, match="backbone 'two_stream' offers none"):
         train_runs([run])
+
+
+@pytest.mark.parametrize(
+    ("part", "training", "message"),
+    [
+        ({"backbone": {"name": "two_stream", "carry": True}}, {}, "which only training.unroll teaches"),
+        ({"schedule": {"name": "information"}}, {"unroll": {}}, "schedule 'information' learns its times"),
+        ({}, {"unroll": {"fewest": 5, "most": 4}}, "fewest 5 exceeds most 4"),
+    ],
+)
+def test_what_an_own_trajectory_cannot_teach_is_refused(
+    folder: Path, part: dict[str, Any], training: dict[str, Any], message: str
+) -> None:
+    with pytest.raises((ConfigError, ValueError), match=message):
+        train_runs([parse_run(fields(folder, "untaught", **training) | part)])

@@ -114,6 +114,20 @@ def test_a_run_resumes_between_logs_and_within_accumulation_settings(folder: Pat
     assert_same(folder / "sparse_stopped", folder / "sparse")
 
 
+def test_a_run_along_its_own_trajectory_resumes_and_is_loaded_with_what_it_carries(folder: Path) -> None:
+    def run(name: str) -> dict[str, Any]:
+        made = fields(folder, name, max_steps=4, save_steps=2, eval_steps=2, unroll={"most": 4})
+        made["backbone"] |= {"carry": True}
+        return made
+
+    train(run("unrolled"))
+    with pytest.raises(KeyboardInterrupt):
+        train(run("unrolled_stopped"), tiny_runs.Stop(3))
+    train(run("unrolled_stopped"))
+    assert_same(folder / "unrolled_stopped", folder / "unrolled")
+    assert checkpoint.load(folder / "unrolled").own_parameters()["backbone.carried"].any()
+
+
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_stream_resumes_with_the_same_losses(folder: Path, workers: int) -> None:

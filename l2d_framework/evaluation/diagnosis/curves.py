@@ -110,17 +110,23 @@ def cross_entropies(
 
 
 def _look(model: DiffusionLM, batch: Batch, context: Any, times: Sequence[float]) -> list[_Seen]:
-    """Answers at every time; a self-conditioned network is shown its prediction at the time before, as in sampling."""
+    """Answers at every time; what a network is shown of its evaluation before is that at the time before."""
     space, table, targets = model.parametrization, model.backbone.table(), batch.targets
     noise = batch.noise(model)
     previous: Tensor | None = None
+    carried: Tensor | None = None
     seen = []
     for number, time in enumerate(times):
         t = torch.full(targets.shape, time, device=targets.device)
         x = model.diffuse(targets, t, noise) if number else space.prior_scale * noise
-        query = Query(x, t, batch.positions, context, batch.condition, previous=previous, shared_time=time)
-        answer = model.answer(query)
+        query = Query(
+            x, t, batch.positions, context, batch.condition, previous=previous, carried=carried, shared_time=time
+        )
+        features = model.features(query)
+        answer = model.answer_from(features, query)
         seen.append(_Seen(time, x, answer))
+        if model.backbone.carries:
+            carried = features
         if space.uses_previous:
             previous = torch.cat([space.remember(logits, table) for _, logits in answer.parts()], 1)
     return seen

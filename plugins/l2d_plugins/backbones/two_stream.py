@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 import torch
 from pydantic import Field
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from typing_extensions import override
 
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 ADAPTER = "diffusion"
+_EPSILON = 1e-6
 
 
 class TwoStreamConfig(BackboneConfig):
@@ -55,6 +57,9 @@ class TwoStreamConfig(BackboneConfig):
     """Fourier features of the time; even."""
     conditioning_size: int = Field(default=256, gt=0)
     """Width of the network that turns time and class into modulations; lower it to save parameters."""
+    carry: bool = False
+    """Let every evaluation read the hidden states of the one before, normalised and through a linear map that starts at
+    zero, so that evaluations compute on where the last one ended. Only `training.unroll` teaches it."""
 
     @override
     def check(self, lm_config: Any, block_size: int | None) -> None:
@@ -120,6 +125,10 @@ class TwoStream(Backbone[MainContext]):
             [layer.chunks for layer in modulated],
             config.num_classes,
         ).to(self.table().device)
+        self.carries = config.carry
+        if config.carry:
+            # Zeros, so that a fresh path is that without it.
+            self.carried = nn.Parameter(torch.zeros(self.hidden_size, self.hidden_size, device=self.table().device))
         for parameter in self.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
@@ -170,6 +179,12 @@ class TwoStream(Backbone[MainContext]):
     @override
     def plain(self, positions: Tensor, context: MainContext) -> Tensor:
         return context.hidden_at(positions)
+
+    @override
+    def carry(self, hidden: Tensor) -> Tensor:
+        # As the head reads them, the final norm's weight aside, which the map has in it.
+        state = functional.rms_norm(hidden.to(self.carried.dtype), (self.hidden_size,), eps=_EPSILON)
+        return functional.linear(state, self.carried)
 
     @override
     def features(

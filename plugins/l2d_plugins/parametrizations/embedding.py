@@ -95,6 +95,11 @@ class EmbeddingConfig(ParametrizationConfig):
     """Inner width of the map from the state to the language model."""
     prior_scale: float = Field(default=64.0, gt=0)
     """Sigma of the paper; the signal-to-noise ratio of a state is t sqrt(D) / ((1 - t) sigma)."""
+    self_conditioning: Literal["none", "add"] = "none"
+    """Whether the network also reads the embedding that its previous prediction expects, projected like a token and
+    added through a linear map that starts at zero. `training.self_conditioning` is the share of examples that show it.
+
+    Source: LangFlow, arXiv:2604.11748; Chen et al. 2022, arXiv:2208.04202."""
     estimate: EmbeddingEstimate = EmbeddingEstimate()
     """How logits become the clean state that a solver moves towards; `sampling.estimate` changes it for one request."""
 
@@ -124,6 +129,9 @@ class Embedding(Parametrization):
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
+        self.uses_previous = config.self_conditioning != "none"
+        if self.uses_previous:
+            self.previous = nn.Parameter(torch.zeros(hidden_size, config.size))
 
     @override
     def encode(self, tokens: Tensor, table: Tensor) -> Tensor:
@@ -148,7 +156,19 @@ class Embedding(Parametrization):
         """
         variance = (schedule.sigma(t) * self.prior_scale) ** 2 + schedule.alpha(t) ** 2
         y = x / variance.sqrt()[..., None]
-        return self.translation(y.to(self.vocabulary.weight.dtype))  # type: ignore[no-any-return]
+        h: Tensor = self.translation(y.to(self.vocabulary.weight.dtype))
+        if not self.uses_previous:
+            return h
+        if previous is None:
+            expected = table.mean(0)
+        else:
+            expected = _expected(previous, table) if previous.shape[-1] == len(table) else previous
+        return h + functional.linear(self._project(expected).to(h.dtype), self.previous)
+
+    @override
+    def remember(self, logits: Tensor, table: Tensor) -> Tensor:
+        # Nothing as wide as logits may be anything else.
+        return logits if len(table) <= table.shape[1] else _expected(logits, table)
 
     @override
     def lookahead(self, t: Tensor, stride: Stride) -> Tensor:
@@ -171,3 +191,7 @@ class Embedding(Parametrization):
         if options.renormalize:
             average = math.sqrt(self.state_size) * functional.normalize(average, dim=-1)
         return average
+
+
+def _expected(logits: Tensor, table: Tensor) -> Tensor:
+    return logits.softmax(-1).to(table.dtype) @ table
