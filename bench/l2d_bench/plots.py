@@ -145,7 +145,8 @@ def _curves(filled: Filled, figure: Figure) -> list[Any]:
                 index = labels.index(label)
                 shown = label if seed == 0 else None
                 alpha = 1.0 if seed == 0 else 0.45
-                axes.plot(x, y, lw=1.3, alpha=alpha, color=_COLOURS[index % len(_COLOURS)], label=shown)
+                line = ("-", "--", ":")[index // len(_COLOURS) % 3]  # where colours come again
+                axes.plot(x, y, line, lw=1.3, alpha=alpha, color=_COLOURS[index % len(_COLOURS)], label=shown)
             if figure.log_x:
                 _log_axis(axes, sorted({x for _, _, points in found[curve] for x, _ in points}))
             _label(axes, figure, curve)
