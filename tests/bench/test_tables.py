@@ -10,6 +10,7 @@ from l2d_bench.bench import Bench
 from l2d_bench.cells import Filled
 from l2d_bench.files import (
     bench_folder,
+    own_table_ids,
     paper_numbers,
     paper_value,
     profile_names,
@@ -19,6 +20,7 @@ from l2d_bench.files import (
 )
 from l2d_bench.jobs import ModelJob
 from l2d_bench.report import printed
+from l2d_framework.config.files import read_file
 from l2d_framework.errors import ConfigError
 from l2d_framework.evaluation.code.sandbox import CONSENT
 
@@ -31,10 +33,13 @@ def planned(tmp_path_factory):
     return cache(lambda profile: Bench(table_ids(), profile, tmp_path_factory.mktemp("out")))
 
 
-# Others have a table of their own.
-@pytest.mark.parametrize(
-    "profile", [name for name in profile_names() if not (bench_folder() / "tables" / "own" / f"{name}.yaml").is_file()]
-)
+def has_a_table_of_its_own(profile):
+    file = bench_folder() / "profiles" / f"{profile}.yaml"
+    like = read_file(file).get("like", profile) if file.is_file() else profile
+    return f"own/{like}" in own_table_ids()
+
+
+@pytest.mark.parametrize("profile", [name for name in profile_names() if not has_a_table_of_its_own(name)])
 def test_every_table_fits_every_profile(profile, planned):
     bench = planned(profile)
     assert [plan.id for plan in bench.plans] == table_ids()
