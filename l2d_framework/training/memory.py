@@ -162,9 +162,10 @@ class Trial:
         """Bytes on each of some devices, which must share rows of a batch so that each has those of the trace.
 
         Trained weights are kept in float32, in which they are updated. Under ZeRO 1 and 2 an engine computes with
-        bfloat16 instead, if asked to, and keeps float32 masters beside; FSDP casts what it gathers. It gathers the
-        parameters outside any stack of layers for the whole pass, and two layers at a time. Buckets: DDP keeps as many
-        bytes as there are gradients; those of ZeRO, of a size that its configuration names, are not counted.
+        bfloat16 instead, if asked to, and keeps float32 masters beside. FSDP gathers weights as they are kept, and
+        autocast's copies of them, which the backward pass reads, stay whole on every device. It gathers the parameters
+        outside any stack of layers for the whole pass, and two layers at a time. Buckets: DDP keeps as many bytes as
+        there are gradients; those of ZeRO, of a size that its configuration names, are not counted.
 
         Args:
             trace: of a micro-batch.
@@ -179,13 +180,13 @@ class Trial:
         weights, count = sum(map(_bytes, trained)), sum(p.numel() for p in trained)
         frozen = sum(_bytes(p) for p in self._parameters.values() if not p.requires_grad)
         buffers = sum(map(_bytes, self._buffers))
-        is_half = self._bf16 and shard != "none"
+        is_half = self._bf16 and shard in ("optimizer", "gradients")
         one_gradient = _HALF / 4 if is_half else 1.0
         n = {name: devices if SHARDS.index(shard) >= place else 1 for place, name in enumerate(SHARDS)}
         working, masters, gathered, sending = weights, 0, 0, 0
         if shard == "full":
             working, frozen = weights // devices, frozen // devices
-            gathered, sending = self._gathered(is_half), int(self._largest_gradient() * one_gradient)
+            gathered, sending = self._gathered(), self._largest_gradient()
         elif is_half:
             working, masters = _HALF * count, weights // devices
         if shard == "none" and devices > 1:
@@ -237,13 +238,10 @@ class Trial:
             units.setdefault(numbered[1] if numbered else "", []).append(p)
         return units
 
-    def _gathered(self, is_half: bool) -> int:
-        def size(parameters: list[nn.Parameter]) -> int:
-            return sum(p.numel() * min(p.element_size(), _HALF if is_half else 8) for p in parameters)
-
-        units = self._units()
-        rest = size(units.pop(""))
-        return rest + sum(sorted(map(size, units.values()))[-2:])
+    def _gathered(self) -> int:
+        sizes = {name: sum(map(_bytes, unit)) for name, unit in self._units().items()}
+        rest = sizes.pop("")
+        return rest + sum(sorted(sizes.values())[-2:])
 
     def _largest_gradient(self) -> int:
         return max(sum(_bytes(p) for p in unit if p.requires_grad) for unit in self._units().values())

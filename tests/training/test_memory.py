@@ -68,12 +68,19 @@ def test_masters_stand_beside_weights_that_an_engine_keeps_in_half_precision(con
     count = sum(part.trained for part in trial.parts().values())
     stage = trial.memory(trace, devices=4, shard="optimizer")
     assert (stage.trained, stage.masters, stage.gradients) == (2 * count, count, 2 * count)
-    full = trial.memory(trace, devices=4, shard="full")
-    assert (full.masters, full.trained) == (0, count)
-    # Of what autocast would copy, each layer's weights in half, the layer that is at work is gathered so.
+    assert stage.activations == trial.memory(trace).activations - trace.copied
+
+
+def test_in_shares_weights_are_gathered_as_they_are_kept_and_autocasts_copies_stay_whole(config):
+    held = {}
+    for bf16 in (False, True):
+        trial, size = made(config, bf16=bf16)
+        trace = trial.trace(batch(size, 2), accumulates=False)
+        held[bf16] = trial.memory(trace, devices=4, shard="full")
+    assert (held[True].gathered, held[True].gradients) == (held[False].gathered, held[False].gradients)
+    assert held[True].masters == 0
     assert trace.copied > 0
-    assert full.activations == trial.memory(trace).activations - trace.copied
-    assert 0 < full.gathered <= 2 * count
+    assert held[True].activations == trial.memory(trace).activations
 
 
 def test_gradients_of_earlier_micro_batches_take_room(tess):
