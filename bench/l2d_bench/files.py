@@ -122,9 +122,7 @@ def _profile_fields(files: Sequence[Path], above: Sequence[str]) -> dict[str, An
         hint = suggest(str(like), known) or f", known are {known}."
         raise ConfigError(f"{files[0]}: `like` is no declared profile of one file, got {like!r}{hint} Correct it.")
     if like in above:
-        raise ConfigError(
-            f"{files[0]}: `like` leads in a circle, to {like!r} again. Name one that is like none."
-        )
+        raise ConfigError(f"{files[0]}: `like` leads in a circle, to {like!r} again. Name one that is like none.")
     return _laid_over(_profile_fields([single], (*above, like)), data)
 
 

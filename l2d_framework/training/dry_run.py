@@ -24,7 +24,7 @@ from l2d_framework.training.memory import Part, Shard, Trial
 from l2d_framework.training.reward.data import first_pairs
 from l2d_framework.training.reward.inputs import as_guided
 from l2d_framework.training.reward.run import empty_reward_model, padding_tokenizer
-from l2d_framework.training.run import classes_of, collator, first_tokenizer, pad_id
+from l2d_framework.training.run import check_length, classes_of, collator, first_tokenizer, pad_id
 from l2d_framework.training.shapes import NoValueError
 
 _TOKENS = 2**14
@@ -210,6 +210,8 @@ class _Work:
 class _TokenWork(_Work):
     def __init__(self, run: TokenRun, earlier: Sequence[Run]) -> None:
         self._run, self._config = run, _config(run, earlier)
+        if run.data is not None:
+            check_length(run.data, self._config)
         self._tokenizer = None if run.data is None else first_tokenizer(run, earlier)
         self._sample: Sample | None = None
         if run.data is not None and self._tokenizer is not None:

@@ -11,7 +11,7 @@ from l2d_framework.errors import ConfigError, DataError
 from l2d_framework.training.data.collate import IGNORED
 from l2d_framework.training.data.prepare import prepare
 from l2d_framework.training.dry_run import Machine, dry_run, micro_batch
-from l2d_framework.training.run import collator, first_tokenizer, pad_id
+from l2d_framework.training.run import check_rows, collator, first_tokenizer, pad_id
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +85,15 @@ def test_nothing_to_learn_is_refused(folder, tmp_path):
     fields["data"] = {"train": [{"path": str(tmp_path / "rows.jsonl")}], "max_length": 32}
     with pytest.raises(DataError, match=r"has a token to learn within data.max_length 32"):
         planned(fields)
+
+
+def test_sequences_beyond_the_context_are_refused_by_whatever_looks_at_a_run(folder):
+    fields = token_run(folder, "l2d")
+    fields["data"]["max_length"] = 4096
+    with pytest.raises(ConfigError, match="max_length 4096 exceeds the 128 tokens"):
+        planned(fields)
+    with pytest.raises(ConfigError, match="max_length 4096 exceeds the 128 tokens"):
+        check_rows([parse_run(fields)])
 
 
 def test_later_stages_stand_on_what_is_still_to_be_trained(folder):
