@@ -137,7 +137,7 @@ def _memory(run: Run, work: _Work, machine: Machine, micro: int, accumulated: in
     cases: list[dict[str, Any]] = []
     activations: list[dict[str, Any]] = []
     parts: dict[str, Part] = {}
-    reason = None
+    reason, shard = None, machine.shard if machine.devices > 1 else "none"
     for recomputes in (False, True):
         is_own = recomputes == run.training.gradient_checkpointing
         try:
@@ -145,8 +145,8 @@ def _memory(run: Run, work: _Work, machine: Machine, micro: int, accumulated: in
             parts = parts or trial.parts()
             for length in work.lengths():
                 rows = max(1, min(micro, _TOKENS // length))
-                trace = trial.trace(work.batch(rows, length), accumulates=accumulated > 1)
-                held = trial.memory(trace.times(micro / rows), devices=machine.devices, shard=machine.shard)
+                trace = trial.trace(work.batch(rows, length), accumulates=accumulated > 1, shard=shard)
+                held = trial.memory(trace.times(micro / rows), devices=machine.devices, shard=shard)
                 cases.append({"length": length, "gradient_checkpointing": recomputes, **asdict(held)})
                 sizes = sorted({1, micro, *(2**n for n in range(run.training.batch_size.bit_length()))})
                 activations += [

@@ -140,15 +140,25 @@ class Trial:
             parts[where] = Part(before.total + p.numel(), before.trained + trained, before.size + _bytes(p))
         return parts
 
-    def trace(self, batch: Mapping[str, Tensor], *, accumulates: bool) -> Trace:
-        """What a forward and backward pass of a micro-batch holds; with gradients of earlier ones if it accumulates."""
+    def trace(self, batch: Mapping[str, Tensor], *, accumulates: bool, shard: Shard = "none") -> Trace:
+        """What a forward and backward pass of a micro-batch holds.
+
+        Args:
+            batch: the micro-batch.
+            accumulates: whether there are gradients of earlier ones.
+            shard: what devices divide; where that is weights, autocast copies those anew whenever it needs them.
+
+        Returns:
+            What is held.
+        """
         watch = self._watch()
         try:
             with watch:
                 for p in self._trained() if accumulates else ():
                     p.grad = torch.empty_like(p)
                     watch._is_gradient(p)
-                with torch.autocast(self._device.type, torch.bfloat16, enabled=self._bf16):
+                caches = shard != "full"
+                with torch.autocast(self._device.type, torch.bfloat16, enabled=self._bf16, cache_enabled=caches):
                     loss = self._loss(dict(batch))
                 before = watch.now
                 loss.backward()
@@ -162,10 +172,10 @@ class Trial:
         """Bytes on each of some devices, which must share rows of a batch so that each has those of the trace.
 
         Trained weights are kept in float32, in which they are updated. Under ZeRO 1 and 2 an engine computes with
-        bfloat16 instead, if asked to, and keeps float32 masters beside. FSDP gathers weights as they are kept, and
-        autocast's copies of them, which the backward pass reads, stay whole on every device. It gathers the parameters
-        outside any stack of layers for the whole pass, and two layers at a time. Buckets: DDP keeps as many bytes as
-        there are gradients; those of ZeRO, of a size that its configuration names, are not counted.
+        bfloat16 instead, if asked to, and keeps float32 masters beside. FSDP gathers weights as they are kept, and what
+        autocast copies of them for the backward pass stays whole on every device. It gathers the parameters outside any
+        stack of layers for the whole pass, and two layers at a time. Buckets: DDP keeps as many bytes as there are
+        gradients; those of ZeRO, of a size that its configuration names, are not counted.
 
         Args:
             trace: of a micro-batch.

@@ -71,16 +71,24 @@ def test_masters_stand_beside_weights_that_an_engine_keeps_in_half_precision(con
     assert stage.activations == trial.memory(trace).activations - trace.copied
 
 
-def test_in_shares_weights_are_gathered_as_they_are_kept_and_autocasts_copies_stay_whole(config):
+def test_in_shares_weights_are_gathered_as_they_are_kept_and_copies_for_the_backward_pass_are_whole(config):
     held = {}
     for bf16 in (False, True):
         trial, size = made(config, bf16=bf16)
-        trace = trial.trace(batch(size, 2), accumulates=False)
+        trace = trial.trace(batch(size, 2), accumulates=False, shard="full")
         held[bf16] = trial.memory(trace, devices=4, shard="full")
     assert (held[True].gathered, held[True].gradients) == (held[False].gathered, held[False].gradients)
     assert held[True].masters == 0
     assert trace.copied > 0
-    assert held[True].activations == trial.memory(trace).activations
+    assert held[True].activations == trace.kept + trace.copied
+
+
+def test_in_shares_autocast_keeps_no_copy_of_what_is_computed_again(config):
+    trial, size = made(config, bf16=True, gradient_checkpointing=True)
+    kept, anew = (trial.trace(batch(size, 2), accumulates=False, shard=shard) for shard in ("none", "full"))
+    layers = sum(part.trained for name, part in trial.parts().items() if "layers.*" in name)
+    assert kept.held[:, 1].max() >= 2 * layers
+    assert anew.held[:, 1].max() < 2 * layers
 
 
 def test_gradients_of_earlier_micro_batches_take_room(tess):
