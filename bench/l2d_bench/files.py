@@ -105,10 +105,11 @@ def read_profile(profile: str) -> ProfileFile:
     if not files:
         hint = suggest(profile, profile_names()) or f", known are {profile_names()}."
         raise ConfigError(f"Unknown profile {profile!r}{hint} Give one of them, or a YAML file.")
-    return _parsed(ProfileFile, _profile_fields(files, profile), path)
+    return _parsed(ProfileFile, _profile_fields(files, ()), path)
 
 
-def _profile_fields(files: Sequence[Path], profile: str) -> dict[str, Any]:
+def _profile_fields(files: Sequence[Path], above: Sequence[str]) -> dict[str, Any]:
+    """Fields of a profile that others, one like the other, are like."""
     data: dict[str, Any] = {}
     for file in files:
         _add(data, read_file(file), file)
@@ -116,9 +117,13 @@ def _profile_fields(files: Sequence[Path], profile: str) -> dict[str, Any]:
     if like is None:
         return data
     single = bench_folder() / "profiles" / f"{like}.yaml"
-    if not single.is_file() or like == profile:
-        raise ConfigError(f"{files[0]}: `like` names a profile of one file beside this one, got {like!r}. Correct it.")
-    return _laid_over(_profile_fields([single], like), data)
+    if not single.is_file():
+        known = sorted(path.stem for path in single.parent.glob("*.yaml"))
+        hint = suggest(str(like), known) or f", known are {known}."
+        raise ConfigError(f"{files[0]}: `like` is no declared profile of one file, got {like!r}{hint} Correct it.")
+    if like in above:
+        raise ConfigError(f"{files[0]}: `like` leads in a circle, to {like!r} again. Name one that is like none.")
+    return _laid_over(_profile_fields([single], (*above, like)), data)
 
 
 def _laid_over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:

@@ -81,9 +81,9 @@ def estimate(shape: dict[str, Any], method: dict[str, Any], length: int) -> dict
     row = {"input_ids": [0] * length, "supervised": [False] * known + [True] * (length - known)}
     batch = Collator(0, run.block_size)([{**row, "class_id": -1, "index": 0, "epoch": 0}])
     # An update has more rows than there are GPUs, so gradients of earlier micro-batches are there already.
-    trace = trial.trace(batch, accumulates=True)
     shards: dict[int, Shard] = {gpus: "none" if gpus == 1 else "full" for gpus in GPUS}
-    return {gpus: trial.memory(trace, devices=gpus, shard=shard) for gpus, shard in shards.items()}
+    traces = {shard: trial.trace(batch, accumulates=True, shard=shard) for shard in dict.fromkeys(shards.values())}
+    return {gpus: trial.memory(traces[shard], devices=gpus, shard=shard) for gpus, shard in shards.items()}
 
 
 def table(models: dict[str, dict[str, dict[str, dict[str, int]]]]) -> list[str]:

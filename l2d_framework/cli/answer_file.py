@@ -33,6 +33,8 @@ class AnswerFile:
         self._output, self._asked = output, asked
         described = json.dumps([identity, asked], sort_keys=True, ensure_ascii=False, default=str)
         self._request = hashlib.sha256(described.encode(errors="backslashreplace")).hexdigest()[:16]
+        # With which every row of the part begins, so that half a row is known as well.
+        self._mark = json.dumps({_REQUEST: self._request}).removesuffix("}").encode()
         self._known: dict[int, Row] = {}
         self._open = ExitStack()
 
@@ -63,7 +65,8 @@ class AnswerFile:
             known = {row.pop(_NUMBER): row for row in rows}
         except (ValueError, AttributeError, LookupError, TypeError):
             is_ours = False
-        if not is_ours:
+        rest = content[len(whole) :]
+        if not (is_ours and (rest.startswith(self._mark) or self._mark.startswith(rest))):
             raise ConfigError(
                 f"{str(part)!r} holds answers of another generation: other prompts, another model, other options or "
                 "another version. Give the command that began it again to go on with it, move it elsewhere, or name "
@@ -89,7 +92,7 @@ class AnswerFile:
         if self._output is None:
             return
         try:
-            self._file.write(_line({**row, _NUMBER: number, _REQUEST: self._request}))
+            self._file.write(_line({_REQUEST: self._request, **row, _NUMBER: number}))
             self._file.flush()
         except OSError as error:
             raise OutputError(
@@ -114,19 +117,27 @@ class AnswerFile:
 
     def _publish(self, output: Path) -> None:
         """Write all rows under their name, unless somebody else has taken it meanwhile."""
-        whole = output.with_name(f"{output.name}.whole")
+        whole = output.with_name(f".{output.name}.{os.getpid()}.whole")
         write_whole(whole, "".join(map(_line, self.rows)))
         try:
-            os.link(whole, output)
+            _rename(whole, output)
         except FileExistsError as error:
-            whole.unlink()
             raise OutputError(
                 f"{str(output)!r} was made by somebody else meanwhile. The answers are in {str(part_of(output))!r}."
             ) from error
-        except OSError:  # a file system without links
-            os.replace(whole, output)
-        else:
-            whole.unlink()
+        finally:
+            whole.unlink(missing_ok=True)
+
+
+def _rename(file: Path, new: Path) -> None:
+    """Give a file a name unless another has it."""
+    try:
+        os.link(file, new)
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without links
+        new.touch(exist_ok=False)
+        os.replace(file, new)
 
 
 def part_of(output: Path) -> Path:

@@ -16,7 +16,7 @@ from l2d_framework.evaluation.tables import terminal
 if TYPE_CHECKING:
     from l2d_framework.config import Run
 
-_SHARDS = ("none", "optimizer", "gradients", "full")
+_SHARDS = ("none", "gradients", "full")
 
 DryRun = Annotated[
     bool,
@@ -40,13 +40,12 @@ AsJson = Annotated[bool, typer.Option("--json", help="Of a dry run: print JSON, 
 _PARTS = {
     "frozen": "frozen weights",
     "trained": "trained weights",
-    "masters": "float32 masters",
     "gradients": "gradients",
     "optimizer": "optimizer",
     "gathered": "gathered weights",
     "activations": "activations",
     "vocabulary": "logits and the like",
-    "peak": "peak",
+    "peak": "peak, not all at once",
 }
 _COUNTS = {
     "steps": "updates",

@@ -60,15 +60,34 @@ def common_arguments(training: Updates, output: Path, seed: int) -> dict[str, An
 def divide_batch(arguments: TrainingArguments, training: Updates) -> None:
     """Divide the batch of an update over processes and micro-batches."""
     arguments._n_gpu = min(arguments.n_gpu, 1)  # one process per device; DataParallel would split what is keyed
-    share = max(training.batch_size // arguments.world_size, 1)
-    micro = training.micro_batch_size if isinstance(training.micro_batch_size, int) else share
-    if training.batch_size % (micro * arguments.world_size):
-        raise ConfigError(
-            f"training.batch_size {training.batch_size} is no multiple of {micro} sequences in each of "
-            f"{arguments.world_size} processes. Change batch_size or micro_batch_size."
-        )
+    micro, times = micro_batch(training, arguments.world_size)
     arguments.per_device_train_batch_size = arguments.per_device_eval_batch_size = micro
-    arguments.gradient_accumulation_steps = training.batch_size // (micro * arguments.world_size)
+    arguments.gradient_accumulation_steps = times
+
+
+def micro_batch(training: Updates, devices: int) -> tuple[int, int]:
+    """Rows of a micro-batch on each of some devices, and how many of those an update has there.
+
+    Args:
+        training: says how large batches are.
+        devices: how many, with a process each.
+
+    Returns:
+        Rows and micro-batches.
+
+    Raises:
+        ConfigError: if a batch cannot be divided so.
+    """
+    share = max(training.batch_size // devices, 1)
+    micro = training.micro_batch_size if isinstance(training.micro_batch_size, int) else share
+    if training.batch_size % (micro * devices):
+        parts = f"{devices} devices"
+        if micro == training.micro_batch_size:
+            parts = f"micro_batch_size {micro} on each of {parts}"
+        raise ConfigError(
+            f"training.batch_size {training.batch_size} is no multiple of {parts}. Change one of these numbers."
+        )
+    return micro, training.batch_size // (micro * devices)
 
 
 def total_steps(training: TrainingSection, rows: Any) -> int:

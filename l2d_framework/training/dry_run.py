@@ -16,6 +16,7 @@ from l2d_framework.config.checks import language_model_config, stage_before
 from l2d_framework.config.sections import Updates
 from l2d_framework.errors import ConfigError, DataError
 from l2d_framework.models.checkpoint import empty_model
+from l2d_framework.training.arguments import micro_batch
 from l2d_framework.training.data.collate import IGNORED
 from l2d_framework.training.data.sample import EXAMPLES, Sample, count_rows, sample
 from l2d_framework.training.language_model import NextToken, empty_trained_model
@@ -24,8 +25,9 @@ from l2d_framework.training.memory import Part, Shard, Trial
 from l2d_framework.training.reward.data import first_pairs
 from l2d_framework.training.reward.inputs import as_guided
 from l2d_framework.training.reward.run import empty_reward_model, padding_tokenizer
-from l2d_framework.training.run import classes_of, collator, first_tokenizer, pad_id
+from l2d_framework.training.run import check_length, classes_of, collator, first_tokenizer, pad_id
 from l2d_framework.training.shapes import NoValueError
+from l2d_framework.training.sharding import check_micro_batch
 
 _TOKENS = 2**14
 """Most tokens of a micro-batch that is tried; what longer ones hold grows with their rows."""
@@ -66,6 +68,8 @@ def dry_run(runs: Sequence[Run], machine: Machine) -> list[dict[str, Any]]:
 
 def _plan(run: Run, earlier: Sequence[Run], machine: Machine) -> dict[str, Any]:
     micro, accumulated = micro_batch(run.training, machine.devices)
+    if machine.devices > 1 and machine.shard != "none":
+        check_micro_batch(run.training)
     work: _Work = _PairWork(run, earlier) if isinstance(run, RewardRun) else _TokenWork(run, earlier)
     updates = work.updates()
     training: dict[str, Any] = {
@@ -110,34 +114,11 @@ def trial_of(run: TokenRun, config: Any) -> Trial:
     return Trial(learner.train(), lambda batch: learner(**batch)["loss"], vocab_size=vocab_size, bf16=run.training.bf16)
 
 
-def micro_batch(training: Updates, devices: int) -> tuple[int, int]:
-    """Rows of a micro-batch on each of some devices, and how many of those an update has there.
-
-    Args:
-        training: says how large batches are.
-        devices: how many.
-
-    Returns:
-        Rows and micro-batches.
-
-    Raises:
-        ConfigError: if a batch cannot be divided so.
-    """
-    share = max(training.batch_size // devices, 1)
-    micro = training.micro_batch_size if isinstance(training.micro_batch_size, int) else share
-    if training.batch_size % (micro * devices):
-        raise ConfigError(
-            f"training.batch_size {training.batch_size} is no multiple of {micro} sequences on each of {devices} "
-            "devices. Change batch_size, micro_batch_size or --devices."
-        )
-    return micro, training.batch_size // (micro * devices)
-
-
 def _memory(run: Run, work: _Work, machine: Machine, micro: int, accumulated: int) -> dict[str, Any]:
     cases: list[dict[str, Any]] = []
     activations: list[dict[str, Any]] = []
     parts: dict[str, Part] = {}
-    reason = None
+    reason, shard = None, machine.shard if machine.devices > 1 else "none"
     for recomputes in (False, True):
         is_own = recomputes == run.training.gradient_checkpointing
         try:
@@ -145,8 +126,8 @@ def _memory(run: Run, work: _Work, machine: Machine, micro: int, accumulated: in
             parts = parts or trial.parts()
             for length in work.lengths():
                 rows = max(1, min(micro, _TOKENS // length))
-                trace = trial.trace(work.batch(rows, length), accumulates=accumulated > 1)
-                held = trial.memory(trace.times(micro / rows), devices=machine.devices, shard=machine.shard)
+                trace = trial.trace(work.batch(rows, length), accumulates=accumulated > 1, shard=shard)
+                held = trial.memory(trace.times(micro / rows), devices=machine.devices, shard=shard)
                 cases.append({"length": length, "gradient_checkpointing": recomputes, **asdict(held)})
                 sizes = sorted({1, micro, *(2**n for n in range(run.training.batch_size.bit_length()))})
                 activations += [
@@ -154,7 +135,7 @@ def _memory(run: Run, work: _Work, machine: Machine, micro: int, accumulated: in
                         "micro_batch_size": size,
                         "length": length,
                         "gradient_checkpointing": recomputes,
-                        "bytes": trace.times(size / rows).kept + (trace.copied if held.masters == 0 else 0),
+                        "bytes": trace.times(size / rows).kept + trace.copied,
                     }
                     for size in sizes
                     if size <= run.training.batch_size // machine.devices or size == micro
@@ -210,6 +191,8 @@ class _Work:
 class _TokenWork(_Work):
     def __init__(self, run: TokenRun, earlier: Sequence[Run]) -> None:
         self._run, self._config = run, _config(run, earlier)
+        if run.data is not None:
+            check_length(run.data, self._config)
         self._tokenizer = None if run.data is None else first_tokenizer(run, earlier)
         self._sample: Sample | None = None
         if run.data is not None and self._tokenizer is not None:

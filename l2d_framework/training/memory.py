@@ -1,10 +1,9 @@
 """What training holds in memory, per device, from shapes alone: no weight is loaded and nothing is multiplied.
 
 Forward and backward pass of the very module that is trained are run on shapes (`Watch`), and what is held is added up
-over time. Beside that stand the weights, their gradients and the optimizer's state, divided among devices as ZeRO and
-FSDP do it.
+over time. Beside that stand the weights, their gradients and the optimizer's state, divided among devices as FSDP does.
 
-Source: ZeRO, arXiv:1910.02054, section 3 (what each stage divides); PyTorch FSDP, arXiv:2304.11277 (what is gathered).
+Source: PyTorch FSDP, arXiv:2304.11277; ZeRO, arXiv:1910.02054, section 3.
 """
 
 from __future__ import annotations
@@ -22,13 +21,12 @@ from torch.optim import AdamW
 
 from l2d_framework.training.shapes import Watch, to_shapes
 
-Shard = Literal["none", "optimizer", "gradients", "full"]
+Shard = Literal["none", "gradients", "full"]
 SHARDS: tuple[Shard, ...] = get_args(Shard)
-"""What devices divide among them: nothing (DDP), the optimizer's state (ZeRO 1), gradients, too (ZeRO 2), or weights as
-well (ZeRO 3, FSDP with full sharding)."""
+"""What devices divide among them: nothing (`ddp.yaml`); gradients and optimizer states, and weights between updates
+(`fsdp2_keep.yaml`, ZeRO 2); or weights while they are not used, too (`fsdp2.yaml`, ZeRO 3)."""
 
 _UNIT = re.compile(r"^.*?\.(\d+)\.")
-_HALF = 2
 
 
 @dataclass(frozen=True)
@@ -81,8 +79,7 @@ class Memory:
 
     Attributes:
         frozen: weights that are not trained, and buffers.
-        trained: weights that are trained, as the network computes with them or in float32.
-        masters: float32 copies of those, where an engine computes with others.
+        trained: weights that are trained, in float32.
         gradients: of all that is trained, after a backward pass; with the buckets that engines send them in.
         optimizer: its state.
         gathered: weights of other devices that are here for the moment.
@@ -93,7 +90,6 @@ class Memory:
 
     frozen: int
     trained: int
-    masters: int
     gradients: int
     optimizer: int
     gathered: int
@@ -140,15 +136,25 @@ class Trial:
             parts[where] = Part(before.total + p.numel(), before.trained + trained, before.size + _bytes(p))
         return parts
 
-    def trace(self, batch: Mapping[str, Tensor], *, accumulates: bool) -> Trace:
-        """What a forward and backward pass of a micro-batch holds; with gradients of earlier ones if it accumulates."""
+    def trace(self, batch: Mapping[str, Tensor], *, accumulates: bool, shard: Shard = "none") -> Trace:
+        """What a forward and backward pass of a micro-batch holds.
+
+        Args:
+            batch: the micro-batch.
+            accumulates: whether there are gradients of earlier ones.
+            shard: what devices divide; if anything, autocast copies weights anew whenever it needs them.
+
+        Returns:
+            What is held.
+        """
         watch = self._watch()
         try:
             with watch:
                 for p in self._trained() if accumulates else ():
                     p.grad = torch.empty_like(p)
                     watch._is_gradient(p)
-                with torch.autocast(self._device.type, torch.bfloat16, enabled=self._bf16):
+                caches = shard == "none"
+                with torch.autocast(self._device.type, torch.bfloat16, enabled=self._bf16, cache_enabled=caches):
                     loss = self._loss(dict(batch))
                 before = watch.now
                 loss.backward()
@@ -161,10 +167,10 @@ class Trial:
     def memory(self, trace: Trace, *, devices: int = 1, shard: Shard = "none") -> Memory:
         """Bytes on each of some devices, which must share rows of a batch so that each has those of the trace.
 
-        Trained weights are kept in float32, in which they are updated. Under ZeRO 1 and 2 an engine computes with
-        bfloat16 instead, if asked to, and keeps float32 masters beside; FSDP casts what it gathers. It gathers the
-        parameters outside any stack of layers for the whole pass, and two layers at a time. Buckets: DDP keeps as many
-        bytes as there are gradients; those of ZeRO, of a size that its configuration names, are not counted.
+        Trained weights are kept in float32, in which they are updated. FSDP gathers weights as they are kept: the
+        parameters outside any stack of layers for the whole pass, and of the others all, or two layers at a time; what
+        autocast copies of them for the backward pass stays whole on every device. DDP keeps as many bytes in buckets as
+        there are gradients.
 
         Args:
             trace: of a micro-batch.
@@ -176,33 +182,27 @@ class Trial:
         """
         shard = "none" if devices == 1 else shard
         trained = [p for p in self._parameters.values() if p.requires_grad]
-        weights, count = sum(map(_bytes, trained)), sum(p.numel() for p in trained)
+        weights = sum(map(_bytes, trained))
         frozen = sum(_bytes(p) for p in self._parameters.values() if not p.requires_grad)
         buffers = sum(map(_bytes, self._buffers))
-        is_half = self._bf16 and shard != "none"
-        one_gradient = _HALF / 4 if is_half else 1.0
-        n = {name: devices if SHARDS.index(shard) >= place else 1 for place, name in enumerate(SHARDS)}
-        working, masters, gathered, sending = weights, 0, 0, 0
-        if shard == "full":
-            working, frozen = weights // devices, frozen // devices
-            gathered, sending = self._gathered(is_half), int(self._largest_gradient() * one_gradient)
-        elif is_half:
-            working, masters = _HALF * count, weights // devices
-        if shard == "none" and devices > 1:
-            sending = weights
-        rates = np.array([one_gradient / n["gradients"], 0.0 if is_half else 1.0, one_gradient, 1.0, 0.0])
-        gradients = int(weights * one_gradient / n["gradients"])
-        resident = frozen + buffers + working + masters + self._state // n["optimizer"]
+        parts = 1 if shard == "none" else devices
+        gathered, sending = 0, weights if devices > 1 else 0
+        if shard != "none":
+            gathered = self._gathered() if shard == "full" else weights + frozen
+            sending = self._largest_gradient()
+        # Copies and what is computed are whole, gradients in shares.
+        rates = np.array([1 / parts, 1.0, 1.0, 1.0, 0.0])
+        gradients, state = weights // parts, self._state // parts
+        resident = frozen // parts + buffers + weights // parts + state
         passing = resident + gathered + sending + int((trace.held @ rates).max())
-        updating = resident + gradients + sending + self._temporary // n["optimizer"]
+        updating = resident + gradients + sending + self._temporary // parts
         return Memory(
-            frozen=frozen + buffers,
-            trained=working,
-            masters=masters,
+            frozen=frozen // parts + buffers,
+            trained=weights // parts,
             gradients=gradients + sending,
-            optimizer=self._state // n["optimizer"],
+            optimizer=state,
             gathered=gathered,
-            activations=trace.kept + (0 if is_half else trace.copied),
+            activations=trace.kept + trace.copied,
             vocabulary=trace.vocabulary,
             peak=max(passing, updating),
         )
@@ -237,13 +237,10 @@ class Trial:
             units.setdefault(numbered[1] if numbered else "", []).append(p)
         return units
 
-    def _gathered(self, is_half: bool) -> int:
-        def size(parameters: list[nn.Parameter]) -> int:
-            return sum(p.numel() * min(p.element_size(), _HALF if is_half else 8) for p in parameters)
-
-        units = self._units()
-        rest = size(units.pop(""))
-        return rest + sum(sorted(map(size, units.values()))[-2:])
+    def _gathered(self) -> int:
+        sizes = {name: sum(map(_bytes, unit)) for name, unit in self._units().items()}
+        rest = sizes.pop("")
+        return rest + sum(sorted(sizes.values())[-2:])
 
     def _largest_gradient(self) -> int:
         return max(sum(_bytes(p) for p in unit if p.requires_grad) for unit in self._units().values())

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerState
 
 from l2d_framework.base_model import load_config
 from l2d_framework.config import DataSection, DiffusionRun, LanguageModelRun, RewardRun, Run, TokenRun, check_runs
-from l2d_framework.config.checks import stage_before
+from l2d_framework.config.checks import language_model_config, stage_before
 from l2d_framework.errors import ConfigError
 from l2d_framework.generation.prompts import add_ends, context_length, read_template
 from l2d_framework.models import checkpoint
@@ -61,8 +61,19 @@ def check_rows(runs: Sequence[Run]) -> list[str]:
     notes = []
     for number, run in enumerate(runs):
         if run.data is not None and not isinstance(run, RewardRun):
+            check_length(run.data, language_model_config(run, runs[:number]))
             notes += check_first_rows(run.data, first_tokenizer(run, runs[:number]), classes=classes_of(run))
     return notes
+
+
+def check_length(section: DataSection, config: Any) -> None:
+    """Refuse sequences that are longer than a language model of this config reads."""
+    limit = context_length(config)
+    if limit is not None and section.max_length > limit:
+        raise ConfigError(
+            f"data.max_length {section.max_length} exceeds the {limit} tokens this language model was made for. "
+            f"Set it to at most {limit}."
+        )
 
 
 def first_tokenizer(run: Run, earlier: Sequence[Run]) -> PreTrainedTokenizerBase | None:
@@ -129,12 +140,7 @@ def _read(run: TokenRun, section: DataSection, saved: Path) -> tuple[PreTrainedT
         assert run.scratch is not None  # a run has one of the two
         tokenizer = open_tokenizer(saved) if saved.is_dir() else scratch_tokenizer(section, run.scratch)
         config = scratch_config(run.scratch, tokenizer)
-    limit = context_length(config)
-    if limit is not None and section.max_length > limit:
-        raise ConfigError(
-            f"data.max_length {section.max_length} exceeds the {limit} tokens this language model was made for. "
-            f"Set it to at most {limit}."
-        )
+    check_length(section, config)
     return tokenizer, prepare(section, tokenizer, classes=classes_of(run), seed=run.seed)
 
 

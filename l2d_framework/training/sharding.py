@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from accelerate.utils import AutocastKwargs, DistributedType, FullyShardedDataParallelPlugin
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -70,6 +70,11 @@ def check(training: Updates) -> None:
             raise ConfigError(
                 f"{name} is true in accelerate's configuration, which is not supported. Set it to false{instead}."
             )
+    check_micro_batch(training)
+
+
+def check_micro_batch(training: Updates) -> None:
+    """Refuse a micro-batch whose size is still to be found out."""
     if training.micro_batch_size == "auto":
         raise ConfigError(
             "training.micro_batch_size is 'auto', but where weights are in shares a process that is out of memory "
@@ -94,6 +99,8 @@ def adopt(accelerator: Accelerator, units: Units) -> bool:
     if not accelerator.is_fsdp2:  # one process alone
         return False
 
+    # Else autocast keeps its copies of all weights, none of them in shares, until a forward pass has ended.
+    accelerator.autocast_handler = AutocastKwargs(cache_enabled=False)
     plainly = accelerator.prepare
 
     def prepare(*parts: Any, **options: Any) -> Any:

@@ -75,8 +75,18 @@ def test_a_profile_like_another_says_only_what_is_different(tmp_path):
     assert (short.device, full.device, short.dtype) == ("cpu", "cuda", full.dtype)
     assert Bench(["own/smollm2"], "smollm2_cpu", tmp_path).plans
     (tmp_path / "lost.yaml").write_text("like: nobody\n")
-    with pytest.raises(ConfigError, match=r"`like` names a profile .* got 'nobody'"):
+    with pytest.raises(ConfigError, match=r"`like` is no declared profile .* got 'nobody', known are .*'smollm2'"):
         read_profile(str(tmp_path / "lost.yaml"))
+
+
+def test_profiles_that_are_like_each_other_are_refused(tmp_path, monkeypatch):
+    (tmp_path / "profiles").mkdir()
+    for name, like in {"first": "second", "second": "first", "own": "own"}.items():
+        (tmp_path / "profiles" / f"{name}.yaml").write_text(f"like: {like}\n")
+    monkeypatch.setattr("l2d_bench.files.bench_folder", lambda: tmp_path)
+    for name in ("first", "own", str(tmp_path / "profiles" / "own.yaml")):
+        with pytest.raises(ConfigError, match="`like` leads in a circle"):
+            read_profile(name)
 
 
 def test_code_that_models_write_runs_only_with_consent(tmp_path, monkeypatch):

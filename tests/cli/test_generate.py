@@ -1,6 +1,7 @@
 """`l2d generate`: what goes in and comes out, and what is refused before any weights are loaded."""
 
 import json
+import os
 import re
 import resource
 
@@ -15,7 +16,7 @@ from l2d_framework.cli.answer_file import AnswerFile
 from l2d_framework.cli.watching import Drafts, Printer, Watch
 from l2d_framework.config import parse_run
 from l2d_framework.diffusion.ode import Evaluation
-from l2d_framework.errors import BusyError, L2DError, OutputError
+from l2d_framework.errors import BusyError, ConfigError, L2DError, OutputError
 from l2d_framework.generation.prompts import pad_left
 from l2d_framework.models import checkpoint
 from l2d_framework.models.checkpoint import build_model, load, save
@@ -345,6 +346,34 @@ def test_an_output_file_that_appears_meanwhile_is_left_alone(model, tmp_path, mo
         raise run(model, "--prompt", "a", *FAST, "--out", output).exception
     assert output.read_text() == "mine"
     assert len((tmp_path / "a.jsonl.part").read_text().splitlines()) == 1
+
+
+@pytest.mark.parametrize("has_links", [True, False])
+def test_files_of_somebody_else_with_names_like_ours_are_left_alone(tmp_path, monkeypatch, has_links):
+    def no_link(*_):
+        raise PermissionError(1, "Operation not permitted")
+
+    if not has_links:
+        monkeypatch.setattr(os, "link", no_link)
+    output, part, whole = (tmp_path / f"a.jsonl{ending}" for ending in ("", ".part", ".whole"))
+    whole.write_text("mine")
+    with AnswerFile(output, [{"prompt": "a"}]) as file:
+        file.write(0, [{"text": "b"}])
+    assert json.loads(output.read_text()) == {"prompt": "a", "answers": [{"text": "b"}]}
+    output.unlink()
+    file = AnswerFile(output, [{"prompt": "a"}]).__enter__()
+    file.write(0, [{"text": "b"}])
+    output.write_text("mine")
+    with pytest.raises(OutputError, match="made by somebody else"):
+        file.__exit__(None, None, None)
+    assert output.read_text() == "mine"
+    output.unlink()
+    part.write_text("a download, say, without an end of line")
+    with pytest.raises(ConfigError, match="holds answers of another generation"), AnswerFile(output, []):
+        pass
+    assert part.read_text() == "a download, say, without an end of line"
+    assert {path.name for path in tmp_path.iterdir()} == {part.name, whole.name}
+    assert whole.read_text() == "mine"
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])

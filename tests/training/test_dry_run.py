@@ -8,10 +8,11 @@ from transformers import PreTrainedModel
 
 from l2d_framework.config import parse_run
 from l2d_framework.errors import ConfigError, DataError
+from l2d_framework.training.arguments import micro_batch
 from l2d_framework.training.data.collate import IGNORED
 from l2d_framework.training.data.prepare import prepare
-from l2d_framework.training.dry_run import Machine, dry_run, micro_batch
-from l2d_framework.training.run import collator, first_tokenizer, pad_id
+from l2d_framework.training.dry_run import Machine, dry_run
+from l2d_framework.training.run import check_rows, collator, first_tokenizer, pad_id
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +88,15 @@ def test_nothing_to_learn_is_refused(folder, tmp_path):
         planned(fields)
 
 
+def test_sequences_beyond_the_context_are_refused_by_whatever_looks_at_a_run(folder):
+    fields = token_run(folder, "l2d")
+    fields["data"]["max_length"] = 4096
+    with pytest.raises(ConfigError, match="max_length 4096 exceeds the 128 tokens"):
+        planned(fields)
+    with pytest.raises(ConfigError, match="max_length 4096 exceeds the 128 tokens"):
+        check_rows([parse_run(fields)])
+
+
 def test_later_stages_stand_on_what_is_still_to_be_trained(folder):
     scratch = {
         "tokenizer": {"vocab_size": 300},
@@ -122,5 +132,11 @@ def test_devices_share_a_batch_that_they_must_be_able_to_divide(folder):
     training = parse_run(token_run(folder, "l2d", batch_size=12, micro_batch_size=2)).training
     assert micro_batch(training, 2) == (2, 3)
     assert micro_batch(training.model_copy(update={"micro_batch_size": None}), 3) == (4, 1)
-    with pytest.raises(ConfigError, match="batch_size 12 is no multiple of 2 sequences on each of 5 devices"):
+    with pytest.raises(ConfigError, match="batch_size 12 is no multiple of micro_batch_size 2 on each of 5 devices"):
         micro_batch(training, 5)
+
+
+def test_weights_in_shares_want_a_micro_batch_whose_size_is_known(folder):
+    run = parse_run(token_run(folder, "l2d", batch_size=12, micro_batch_size="auto"))
+    with pytest.raises(ConfigError, match="micro_batch_size is 'auto', but where weights are in shares"):
+        dry_run([run], Machine(2, "full"))

@@ -50,30 +50,36 @@ def test_adam_over_float32_holds_sixteen_bytes_a_parameter(tess):
     assert held.trained + held.gradients + held.optimizer == pytest.approx(16 * count, rel=0.001)
 
 
-def test_each_stage_divides_what_the_one_before_did_and_more(tess):
+def test_shares_divide_what_is_kept_and_gather_all_weights_or_two_layers(tess):
     trial, traces = tess
-    none, optimizer, gradients, full = (trial.memory(traces[2], devices=4, shard=shard) for shard in SHARDS)
+    none, keep, full = (trial.memory(traces[2], devices=4, shard=shard) for shard in SHARDS)
     one = trial.memory(traces[2])
-    assert none.optimizer == 4 * optimizer.optimizer == 4 * gradients.optimizer == 4 * full.optimizer
-    assert (optimizer.gradients, gradients.gradients) == (one.gradients, one.gradients // 4)
+    assert none.optimizer == 4 * keep.optimizer == 4 * full.optimizer
     assert none.gradients == 2 * one.gradients  # DDP's buckets
-    assert full.trained == one.trained // 4
-    assert optimizer.trained == gradients.trained == one.trained
-    assert none.activations == full.activations
+    assert keep.gradients == full.gradients < one.gradients
+    assert keep.trained == full.trained == one.trained // 4
+    assert keep.gathered == one.trained >= full.gathered > 0  # of two layers both are gathered at a time
+    assert keep.peak - full.peak == keep.gathered - full.gathered
+    assert none.activations == keep.activations == full.activations
 
 
-def test_masters_stand_beside_weights_that_an_engine_keeps_in_half_precision(config):
-    trial, size = made(config, bf16=True)
-    trace = trial.trace(batch(size, 2), accumulates=False)
-    count = sum(part.trained for part in trial.parts().values())
-    stage = trial.memory(trace, devices=4, shard="optimizer")
-    assert (stage.trained, stage.masters, stage.gradients) == (2 * count, count, 2 * count)
-    full = trial.memory(trace, devices=4, shard="full")
-    assert (full.masters, full.trained) == (0, count)
-    # Of what autocast would copy, each layer's weights in half, the layer that is at work is gathered so.
+def test_in_shares_weights_are_gathered_as_they_are_kept_and_copies_for_the_backward_pass_are_whole(config):
+    held = {}
+    for bf16 in (False, True):
+        trial, size = made(config, bf16=bf16)
+        trace = trial.trace(batch(size, 2), accumulates=False, shard="full")
+        held[bf16] = trial.memory(trace, devices=4, shard="full")
+    assert (held[True].gathered, held[True].gradients) == (held[False].gathered, held[False].gradients)
     assert trace.copied > 0
-    assert full.activations == trial.memory(trace).activations - trace.copied
-    assert 0 < full.gathered <= 2 * count
+    assert held[True].activations == trace.kept + trace.copied
+
+
+def test_in_shares_autocast_keeps_no_copy_of_what_is_computed_again(config):
+    trial, size = made(config, bf16=True, gradient_checkpointing=True)
+    kept, anew = (trial.trace(batch(size, 2), accumulates=False, shard=shard) for shard in ("none", "full"))
+    layers = sum(part.trained for name, part in trial.parts().items() if "layers.*" in name)
+    assert kept.held[:, 1].max() >= 2 * layers
+    assert anew.held[:, 1].max() < 2 * layers
 
 
 def test_gradients_of_earlier_micro_batches_take_room(tess):

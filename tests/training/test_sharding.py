@@ -4,14 +4,22 @@ import json
 import os
 import subprocess
 import sys
+import weakref
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import tiny_runs
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 import l2d_framework
+from l2d_framework.backbone import stacked
 from l2d_framework.config import parse_run
+from l2d_framework.training import sharding
 from l2d_framework.training.reward.run import train_reward
 from l2d_framework.training.run import train_runs
 
@@ -63,6 +71,33 @@ def every_kind(folder: Path, which: str) -> list[dict[str, Any]]:
         tiny_runs.language_model_run(sums, folder / which / "next_token", **model),
         tiny_runs.language_model_run(sums, folder / which / "next_token_lora", **model, lora=lora),
     ]
+
+
+class Copies(TorchDispatchMode):
+    """Storages of what is cast to bfloat16."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: list[Any] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten._to_copy.default and found.shape == (8, 8):
+            self.made.append(weakref.ref(found.untyped_storage()))
+        return found
+
+
+def test_autocast_keeps_no_weights_that_are_in_shares_beyond_their_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    accelerator: Any = SimpleNamespace(state=SimpleNamespace(distributed_type=None), is_fsdp2=True, prepare=None)
+    assert sharding.adopt(accelerator, stacked)
+    layers, x = [nn.Linear(8, 8, bias=False) for _ in range(4)], torch.randn(3, 8, requires_grad=True)
+    options = accelerator.autocast_handler.to_kwargs()
+    with torch.autocast("cpu", torch.bfloat16, **options), Copies() as copies:
+        for layer in layers:
+            x = checkpoint(layer, x, use_reentrant=False)
+        assert len(copies.made) == len(layers)
+        assert [storage() for storage in copies.made] == [None] * len(layers)
 
 
 @pytest.fixture(scope="module")

@@ -220,7 +220,7 @@ def test_a_batch_that_does_not_divide_is_refused(tmp_path: Path, monkeypatch: py
     from transformers import TrainingArguments
 
     monkeypatch.setattr(TrainingArguments, "world_size", 3)
-    with pytest.raises(ConfigError, match="batch_size 32 is no multiple of 10 sequences in each of 3 processes"):
+    with pytest.raises(ConfigError, match="batch_size 32 is no multiple of 3 devices"):
         make_arguments(TrainingSection(), tmp_path, seed=0)
 
 

@@ -63,7 +63,8 @@ def _open(source: DataSource, *, streaming: bool) -> Opened:
 
 def open_first(source: DataSource) -> Opened | None:
     """Open a source to look at its first rows; None if it lies on the Hub and cannot be reached now."""
-    is_here = Path(source.path).expanduser().exists() or glob.has_magic(source.path)
+    path = Path(source.path)
+    is_here = path.expanduser().exists() or glob.has_magic(source.path) or path.suffix in _LOADERS
     if not is_here and (hub.HF_HUB_OFFLINE or "[" in source.split):
         return None
     try:
