@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import signal
 from collections.abc import Iterable
 from typing import ClassVar, NoReturn
@@ -83,6 +84,9 @@ class Interrupted(KeyboardInterrupt):
         return 128 + self.signum
 
 
+_PROCESS = os.getpid()
+
+
 def interrupt(signum: int = signal.SIGINT, frame: object = None) -> NoReturn:
     """Handler that turns a signal into an exception.
 
@@ -93,6 +97,9 @@ def interrupt(signum: int = signal.SIGINT, frame: object = None) -> NoReturn:
     Raises:
         Interrupted: always.
     """
+    if os.getpid() != _PROCESS:  # a worker that was forked since, and has nothing to say
+        signal.signal(signum, signal.SIG_DFL)
+        signal.raise_signal(signum)
     raise Interrupted(signum)
 
 

@@ -10,12 +10,15 @@ import logging
 import os
 import signal
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Annotated, Any, NamedTuple
 
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from l2d_framework.errors import Interrupted, L2DError
+from l2d_framework.errors import Interrupted, L2DError, interrupt
 from l2d_framework.registry import ALLOW_LIST, extensions
 
 
@@ -59,6 +62,20 @@ OTHER_NAMES = {"output": "out"}
 """Options by further names, of every command."""
 
 
+@contextmanager
+def _heard_sigterm() -> Iterator[None]:
+    """Let SIGTERM end a command as Ctrl-C does, so that it keeps what it has and says so."""
+    is_main = threading.current_thread() is threading.main_thread()
+    before = signal.getsignal(signal.SIGTERM)
+    if is_main and before is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        if is_main and before is signal.SIG_DFL:
+            signal.signal(signal.SIGTERM, before)
+
+
 class _LazyGroup(TyperGroup):
     """Lists stand-ins for the commands; the one that is called is imported then."""
 
@@ -72,7 +89,8 @@ class _LazyGroup(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         try:
-            return super().invoke(ctx)
+            with _heard_sigterm():
+                return super().invoke(ctx)
         except KeyboardInterrupt as stop:
             typer.echo(f"\n{stop}" if str(stop) else "\nInterrupted.", err=True)
             raise typer.Exit(getattr(stop, "exit_code", Interrupted(signal.SIGINT).exit_code)) from stop

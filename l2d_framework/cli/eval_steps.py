@@ -74,7 +74,7 @@ def eval_steps(
     with Meter("solving", "batches") as meter:
         result = run(lm, prepared, settings, batch_size=batch_size, track=meter.track)
     weights = str(lm.backbone.lm.dtype).removeprefix("torch.")
-    title = f"Held-out tokens, the true ones before given; {result['tokens']:,} of {result['rows']:,} rows, {weights}"
+    title = f"{result['tokens']:,} held-out tokens in {result['rows']:,} rows, the true ones before given; {weights}"
     common.show(table(result), sentences(result), title=title)
     if out is not None:
         facts = {"model": source.identity(), "sampling": settings[-1].model_dump(mode="json"), "data": card}

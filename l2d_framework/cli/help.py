@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
@@ -68,7 +69,8 @@ def help_(
     for place in found:
         if place.depth == nearest and (words or place.path[1:] == ()):
             screens.setdefault(_screen(schema, place, is_whole=bool(words)), []).append(place)
-    console = Console(width=None if Console().is_terminal else 120)
+    is_asked = Console().is_terminal or "COLUMNS" in os.environ
+    console = Console(width=None if is_asked else 120)
     with console.capture() as written:
         _print(console, screens)
     further = sorted({".".join(place.path) for place in found if place.depth > nearest})

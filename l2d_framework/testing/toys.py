@@ -40,17 +40,16 @@ def toy_streams(keys: Tensor) -> TokenStreams:
 class ToyProblem(Problem):
     """An equation with a known clean state, which depends, as noise does, on the names (B, L), int64, of the tokens."""
 
+    schedule: Schedule = ToySchedule()
+
     def __init__(self, law: CleanLaw, keys: Tensor, schedule: Schedule | None = None) -> None:
-        self.keys, self._schedule = keys, schedule or ToySchedule()
+        self.keys = keys
+        if schedule is not None:
+            self.schedule = schedule
         # How often each token was evaluated, and of every call the times asked for and whether it was for a slope.
         self.evaluations = torch.zeros_like(keys)
         self.visits: list[tuple[Tensor, bool]] = []
         self._law, self._streams = law, toy_streams(keys)
-
-    @property
-    @override
-    def schedule(self) -> Schedule:
-        return self._schedule
 
     @override
     def clean(self, x: Tensor, t: Time, *, active: Tensor | None = None) -> Tensor:

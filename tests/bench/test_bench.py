@@ -388,16 +388,16 @@ def test_a_job_that_saves_when_it_is_ended_is_waited_for(tmp_path, monkeypatch):
     assert all((tmp_path / name).is_file() for name in jobs)
 
 
-def test_when_the_time_is_over_who_listens_to_ctrl_c_hears_of_it(scene, tmp_path, monkeypatch):
+def test_when_the_time_is_over_who_listens_to_sigterm_hears_of_it(scene, tmp_path, monkeypatch):
     heard = []
 
     def work(*_: object) -> dict[str, str]:
-        before = signal.signal(signal.SIGINT, lambda signum, _: heard.append(signum))
+        before = signal.signal(signal.SIGTERM, lambda signum, _: heard.append(signum))
         try:
             while not heard:
                 time.sleep(0.01)
         finally:
-            signal.signal(signal.SIGINT, before)
+            signal.signal(signal.SIGTERM, before)
         raise KeyboardInterrupt
 
     monkeypatch.setattr("l2d_bench.cli._run", work)
@@ -405,7 +405,7 @@ def test_when_the_time_is_over_who_listens_to_ctrl_c_hears_of_it(scene, tmp_path
     arguments = ["bench", str(scene / "second.yaml"), "--profile", str(scene / "profile.yaml"), "--out", str(tmp_path)]
     result = CliRunner().invoke(app, [*arguments, "--minutes", "0.05"])
     assert result.exit_code == 0, result.output
-    assert heard == [signal.SIGINT] and "The time is over" in result.output
+    assert heard == [signal.SIGTERM] and "The time is over" in result.output
 
 
 def test_other_code_makes_other_data(monkeypatch):

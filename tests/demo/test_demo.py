@@ -320,6 +320,32 @@ def test_a_finished_demo_is_not_trained_again(finished):
     assert train_runs(runs) == before
 
 
+def test_lora_is_trained_by_a_process_beside_that_ends_with_this_one(finished, monkeypatch):
+    demo, commands, seen = Demo(finished.folder, QUICK, 0), [], []
+
+    class Process:
+        def __init__(self, command, **_):
+            commands.append(command)
+
+        def terminate(self):
+            seen.append("terminated")
+
+        def wait(self):
+            seen.append("waited")
+
+    monkeypatch.setattr("l2d_framework.demo.run.subprocess.Popen", Process)
+    demo.train(demo.prepare(), lambda run: (), beside=True)
+    assert seen == ["waited"]
+    (command,) = commands
+    assert command[-1] == "lora"
+    with monkeypatch.context() as patched:
+        patched.setattr("sys.argv", ["-c", *command[-2:]])
+        exec(command[command.index("-c") + 1])  # nothing is left to train
+    with pytest.raises(KeyboardInterrupt), demo._training("lora"):
+        raise KeyboardInterrupt
+    assert seen[1:] == ["terminated", "waited"]
+
+
 def test_a_demo_in_a_folder_with_another_seed_is_refused(finished):
     with pytest.raises(ConfigError, match="other settings, such as another seed"):
         Demo(finished.folder, QUICK, 1)
