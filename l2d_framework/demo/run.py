@@ -144,7 +144,8 @@ class Demo:
         """Train what is not trained yet; with `beside` LoRA in a process of its own, while this one trains L2D."""
         base, _, l2d = runs
         train_runs([base], callbacks=callbacks)
-        with self._training(LORA) if beside else nullcontext():
+        is_open = not (read_card(self.folder / LORA) or {}).get("finished")
+        with self._training(LORA) if beside and is_open else nullcontext():
             train_runs([l2d], callbacks=callbacks)
         # What the other process did not finish is finished here, where its error is seen.
         train_runs(runs, callbacks=callbacks)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from statistics import fmean, median
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
+from typing_extensions import override
 
 from l2d_framework.config import DataSection, DiffusionRun, LanguageModelRun, RewardRun, Run, TokenRun, check_runs
 from l2d_framework.config.checks import language_model_config, stage_before
@@ -164,28 +166,28 @@ def _memory(run: Run, work: _Work, machine: Machine, micro: int, accumulated: in
     }
 
 
-class _Work:
+class _Work(ABC):
     """One run: its model on shapes, its batches and its examples."""
 
+    @abstractmethod
     def trial(self, recomputes: bool) -> Trial:
         """Its model, which computes activations again or keeps them."""
-        raise AssertionError("a subclass says how")
 
+    @abstractmethod
     def lengths(self) -> list[int]:
         """Tokens of the longest row that was seen, and of the longest that there may be."""
-        raise AssertionError("a subclass says which")
 
+    @abstractmethod
     def batch(self, rows: int, length: int) -> dict[str, Tensor]:
         """A micro-batch of rows of a length."""
-        raise AssertionError("a subclass says which")
 
+    @abstractmethod
     def examples(self) -> dict[str, Any] | None:
         """What the first examples show."""
-        raise AssertionError("a subclass says what")
 
+    @abstractmethod
     def updates(self) -> dict[str, Any]:
         """Steps, epochs and tokens of each step."""
-        raise AssertionError("a subclass counts them")
 
 
 class _TokenWork(_Work):
@@ -202,16 +204,19 @@ class _TokenWork(_Work):
             run, self._section, 0 if self._tokenizer is None else pad_id(self._tokenizer), run.seed
         )
 
+    @override
     def trial(self, recomputes: bool) -> Trial:
         training = self._run.training.model_copy(update={"gradient_checkpointing": recomputes})
         return trial_of(self._run.model_copy(update={"training": training}), self._config)
 
+    @override
     def lengths(self) -> list[int]:
         section = self._section
         if self._sample is None or section.pack or self._collate.fills:
             return [section.max_length]
         return sorted({max(len(row["input_ids"]) for row in self._sample.rows), section.max_length})
 
+    @override
     def batch(self, rows: int, length: int) -> dict[str, Tensor]:
         # As much to learn as there may be: all where masks are drawn or documents cut anew, else the largest share.
         share = 1.0
@@ -221,6 +226,7 @@ class _TokenWork(_Work):
         made = [_row([0] * length, [False] * (length - learnt) + [True] * learnt, place) for place in range(rows)]
         return replace(self._collate, masker=None)(made)
 
+    @override
     def examples(self) -> dict[str, Any] | None:
         if self._sample is None or self._tokenizer is None:
             return None
@@ -237,6 +243,7 @@ class _TokenWork(_Work):
             "shown": {"example": _spans(shown["input_ids"], self._learnt(shown), self._tokenizer)},
         }
 
+    @override
     def updates(self) -> dict[str, Any]:
         training, section = self._run.training, self._run.data
         total = None
@@ -291,6 +298,7 @@ class _PairWork(_Work):
                 "data.max_length."
             )
 
+    @override
     def trial(self, recomputes: bool) -> Trial:
         run = self._run
         model: Any = empty_reward_model(run, self._config, self._tokenizer).train()
@@ -308,17 +316,20 @@ class _PairWork(_Work):
         size = model.get_input_embeddings().weight.shape[0]
         return Trial(model, loss, vocab_size=size, bf16=run.training.bf16, fused=True)
 
+    @override
     def lengths(self) -> list[int]:
         data = self._run.data
         if data.pad_to is not None:
             return [data.pad_to]
         return sorted({max(max(map(len, _sides(pair))) for pair in self._pairs), data.max_length})
 
+    @override
     def batch(self, rows: int, length: int) -> dict[str, Tensor]:
         # The end of a text is found by its padding, of which there is none.
         ids = torch.full((2 * rows, length), int(self._tokenizer.pad_token_id == 0))
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
+    @override
     def examples(self) -> dict[str, Any]:
         first, lengths = self._pairs[0], [len(side) for pair in self._pairs for side in _sides(pair)]
         return {
@@ -335,6 +346,7 @@ class _PairWork(_Work):
             },
         }
 
+    @override
     def updates(self) -> dict[str, Any]:
         run = self._run
         kept = len(self._pairs) / (len(self._pairs) + self._left_out)

@@ -15,7 +15,6 @@ from l2d_framework.errors import L2DError
 _INTEGERS, _FLOATS = 2**24, 2**20
 """Most entries of a tensor that keeps its values, so that a program can still ask for tokens, masks and times."""
 
-
 _ATEN = torch.ops.aten
 _FROM_PARAMETERS = {
     _ATEN._to_copy.default: "copies",

@@ -9,6 +9,7 @@ import yaml
 from rich.console import Console
 
 from l2d_framework.cli.dry_run import example, size
+from l2d_framework.training.memory import SHARDS
 
 
 @pytest.fixture
@@ -56,7 +57,7 @@ def test_a_terminal_shows_in_green_what_is_learnt():
     [
         (["--devices", 2], "--devices says something of a dry run. Add --dry-run"),
         (["--json"], "--json says something of a dry run"),
-        (["--dry-run", "--shard", "zero"], "--shard must be one of none, gradients, full; got 'zero'"),
+        (["--dry-run", "--shard", "zero"], f"--shard must be one of {', '.join(SHARDS)}; got 'zero'"),
         (["--dry-run", "--devices", 3], "batch_size 4 is no multiple of "),
     ],
 )

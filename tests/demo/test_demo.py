@@ -335,6 +335,10 @@ def test_lora_is_trained_by_a_process_beside_that_ends_with_this_one(finished, m
 
     monkeypatch.setattr("l2d_framework.demo.run.subprocess.Popen", Process)
     demo.train(demo.prepare(), lambda run: (), beside=True)
+    assert not commands  # it is trained
+    with monkeypatch.context() as patched:
+        patched.setattr("l2d_framework.demo.run.read_card", lambda folder: None)
+        demo.train(demo.prepare(), lambda run: (), beside=True)
     assert seen == ["waited"]
     (command,) = commands
     assert command[-1] == "lora"
