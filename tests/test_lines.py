@@ -38,7 +38,7 @@ def test_lines_end_at_line_feeds_only_and_begin_after_the_mark(tmp_path, packed,
 
 READERS = {
     "objects": lambda path: [row["text"] for _, row in read_objects(path)],
-    "training": lambda path: [row["text"] for row in json_lines([path, path], ("text",))][: len(TEXTS)],
+    "training": lambda path: [row["text"] for row in json_lines([(path, None), (path, None)], ("text",))][: len(TEXTS)],
     "prompts": lambda path: list(read_prompts([], path, chat=False).values()),
     "samples": lambda path: [sample.text for sample in read_samples(path, Columns(prefix="none"))],
     "golds": lambda path: read_golds(path, "text"),
