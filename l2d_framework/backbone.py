@@ -65,8 +65,8 @@ def stacked(model: nn.Module) -> list[tuple[nn.Module]]:
 
 
 def is_offloaded(model: nn.Module) -> bool:
-    """Whether some weights are there only while the module that has them runs, as accelerate's hooks bring them in."""
-    return any(parameter.is_meta for parameter in model.parameters())
+    """Whether some weights, but not all as in a model of shapes, are there only while a module that has them runs."""
+    return len({parameter.is_meta for parameter in model.parameters()}) == 2
 
 
 class Backbone(nn.Module, ABC, Generic[C]):
