@@ -13,8 +13,6 @@ from fsspec.utils import infer_compression
 from l2d_framework.errors import DataError
 
 COMPRESSIONS = {".gz", ".zst", ".bz2", ".xz"}
-
-
 Span = tuple[int, int]
 """Bytes of a file, from one to before another, for the lines that begin there."""
 
