@@ -74,7 +74,10 @@ def prepare(
     splits: dict[str, Any] = {}
     for which, data in mixed.items():
         if section.streaming:
-            splits[which] = _stream(data, section, opened[which], order_seed)
+            # Streams come in the order of their files, which sorts many data sets by topic.
+            buffer, shards = (section.shuffle_buffer, section.shards) if which == "train" else (1, 1)
+            name, length = _names(opened[which], data, shards), section.max_length if section.pack else None
+            splits[which] = Stream(data, name, length, buffer=buffer, seed=order_seed, shards=shards)
             continue
         splits[which] = _finish(data, section)
         if not len(splits[which]):
@@ -281,22 +284,20 @@ def _mix(parts: list[Any], weights: list[float], seed: int) -> Any:
 def _finish(data: Any, section: DataSection) -> Any:
     if section.pack and len(data):
         options = {"rows": data, "length": section.max_length}
-        known = {"fingerprint": Hasher.hash([data._fingerprint, _packed, section.max_length]), "features": ENCODED}
+        known = {"fingerprint": Hasher.hash([data._fingerprint, packed, section.max_length]), "features": ENCODED}
         data = datasets.Dataset.from_generator(_packed, gen_kwargs=options, **known)
     return data.add_column("index", np.arange(len(data)))
 
 
-def _stream(data: Any, section: DataSection, opened: list[Opened], seed: int) -> Stream:
+def _names(opened: list[Opened], data: Any, shards: int) -> str:
+    """Names of a stream's sources; refused if these cannot be divided so."""
     names = " or ".join(describe(one.source) for one in opened)
-    length = section.max_length if section.pack else None
-    if opened[0].source not in section.train:
-        return Stream(data, names, length, buffer=1, seed=seed)
-    if section.shards > data.num_shards:
+    if shards > data.num_shards:
         raise DataError(
-            f"data.shards is {section.shards}, but {names} can be read in {data.num_shards} parts only: files, and "
-            "stretches of large ones that hold JSON lines. Lower it, or divide the data into more files."
+            f"data.shards is {shards}, but {names} can be read in {data.num_shards} parts only: files, and stretches "
+            "of large ones that hold JSON lines. Lower it, or divide the data into more files."
         )
-    return Stream(data, names, length, section.shuffle_buffer, seed, section.shards)
+    return names
 
 
 def _packed(rows: Any, length: int) -> Iterator[dict[str, Any]]:

@@ -123,6 +123,13 @@ def test_a_worker_changes_no_row_and_an_epoch_has_every_row_once(tokenizer):
         assert len({tuple(row["input_ids"]) for row in rows}) == ROWS
 
 
+def test_held_out_rows_stay_in_order_whatever_is_trained_on(tokenizer):
+    source = {"path": "a.jsonl", "limit": 40}
+    fields = {"train": [source], "eval": [source], "streaming": True, "shuffle_buffer": 8}
+    data = prepare(DataSection.model_validate(fields), tokenizer)
+    assert [row["index"] for row in data.eval] == list(range(40)) != [row["index"] for row in data.train]
+
+
 def test_more_shards_than_the_data_have_are_refused(tokenizer):
     with pytest.raises(DataError, match=r"data\.shards is 3, but 'c.txt' .* in 1 parts only"):
         made(tokenizer, train=[{"path": "c.txt"}], shards=3)
