@@ -18,10 +18,11 @@ from transformers import TrainerCallback
 
 from l2d_framework import cli
 from l2d_framework.config import parse_run
+from l2d_framework.training.data import sources, stream
 from l2d_framework.training.learner import Denoiser
 from l2d_framework.training.run import train_runs
 
-_FORWARD = Denoiser.forward
+_FORWARD, _READ = Denoiser.forward, sources.read_objects
 
 
 class Fault(TrainerCallback):
@@ -32,9 +33,15 @@ class Fault(TrainerCallback):
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         here = args.process_index == 1 and state.global_step == 2
-        Denoiser.forward = _spoilt if here and self.name != "signal" else _FORWARD  # type: ignore[method-assign]
+        Denoiser.forward = _spoilt if here and self.name in ("skip", "stop") else _FORWARD  # type: ignore[method-assign]
         if here and self.name == "signal":
             os.kill(os.getpid(), signal.SIGTERM)
+        if here and self.name == "lost":
+            stream.WAITS, sources.read_objects = (0.0,), _lost
+
+
+def _lost(*_: Any) -> Any:
+    raise ConnectionError("the network is down")
 
 
 def _spoilt(self: Denoiser, **batch: Any) -> Any:
@@ -84,6 +91,7 @@ def main() -> None:
         except (Exception, KeyboardInterrupt) as error:
             ended = error.exit_code  # type: ignore[union-attr]
         (file.parent / f"{name}_{rank}").write_text(str(ended))
+    sources.read_objects = _READ
     for run in jobs.get("plain", []):
         train_runs([parse_run(run)])
     # From here on as if accelerate's launcher had been told to use FSDP2.
