@@ -49,9 +49,23 @@ def pytest_collection_finish() -> None:
     # Millions of objects of libraries and tests live to the end; looking through them again and again takes minutes.
     gc.collect()
     gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
+
+
+BEFORE_OTHERS = {
+    "test_trainer_processes.py",
+    "test_start_up.py",
+    "test_demo.py",
+    "test_smollm2_profile.py",
+    "test_own_profiles.py",
+    "test_offline_tasks.py",
+    "test_meter.py",
+}
+"""Files with tests or fixtures of ten seconds and more: at the end, one worker would wait for the other."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name not in BEFORE_OTHERS)
     if torch.cuda.is_available():
         return
     for item in items:
