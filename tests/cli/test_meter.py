@@ -105,7 +105,7 @@ def test_generating_says_how_many_prompts_are_answered_and_tokens_written(hasty,
 # Forked from a process that has imported much of what takes long, and no library that a command quietens.
 FORKS = """
 import os, sys
-import scipy.optimize, torch._inductor.decomposition
+import pandas, scipy.stats, torch._inductor.decomposition, torch.distributed.tensor
 from l2d_framework.cli import main
 
 for number, options in enumerate(([], ["--verbose"])):

@@ -27,8 +27,9 @@ def named_tasks(names: Iterable[str]) -> list[Any]:
     return [thing for thing in gc.get_objects() if type(thing) in kinds and thing.config.task in wanted]
 
 
-def _kinds(kind: type) -> set[type]:
-    return {kind}.union(*(_kinds(lower) for lower in kind.__subclasses__()))
+def _kinds(kind: type[Any]) -> set[type[Any]]:
+    lower: list[type[Any]] = kind.__subclasses__()
+    return {kind}.union(*map(_kinds, lower))
 
 
 def data_sources(tasks: Iterable[Any]) -> dict[str, dict[str, Any]]:
