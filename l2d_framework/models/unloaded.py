@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from importlib.metadata import version
 from typing import Any, cast
 
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from l2d_framework.backbone import Backbone
@@ -64,7 +65,8 @@ class UnloadedModel:
         self.parts = components(self.manifest)
         self.lm_config = load_config(self.reference)
         lm = empty_language_model(self.lm_config, self.reference.attn_implementation)
-        self.empty: Backbone = self.parts.backbone.build(lm).in_blocks(self.parts.block_size)
+        with torch.device(lm.device):  # or matrices of random numbers would be drawn and dropped
+            self.empty: Backbone = self.parts.backbone.build(lm).in_blocks(self.parts.block_size)
         self.classes = list(self.origin.classes)
         self._ignored: set[str] = set()
         tokenizer = load_tokenizer(self.reference)

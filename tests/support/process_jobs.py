@@ -1,8 +1,8 @@
 """What several processes do in one launch, since each takes seconds to start: `torchrun process_jobs.py JOBS.json`.
 
-Jobs are, in this order: `faults`, runs of which one process spoils something; `plain`, runs whose weights are whole in
-each process; `mixed`, a run in shares that ends before its fourth update; `shares`, a run file in shares, by the
-command.
+Jobs are, in this order: `faults`, runs of which one process spoils something; `short`, runs of which one process is
+short of memory; `plain`, runs whose weights are whole in each process; `mixed`, a run in shares that ends before its
+fourth update; `shares`, a run file in shares, by the command.
 """
 
 import json
@@ -51,6 +51,12 @@ def _spoilt(self: Denoiser, **batch: Any) -> Any:
     return outputs
 
 
+def _limited(self: Denoiser, **batch: Any) -> Any:
+    if self.training and os.environ["RANK"] == "1" and len(batch["index"]) > 1:
+        raise RuntimeError("CUDA out of memory. Tried to allocate 1 GiB.")
+    return _FORWARD(self, **batch)
+
+
 class Shares(TrainerCallback):
     """Counts what a process has of weights and optimizer states, and how many units are gathered while one runs."""
 
@@ -92,6 +98,10 @@ def main() -> None:
             ended = error.exit_code  # type: ignore[union-attr]
         (file.parent / f"{name}_{rank}").write_text(str(ended))
     sources.read_objects = _READ
+    Denoiser.forward = _limited  # type: ignore[method-assign]
+    for run in jobs.get("short", []):
+        train_runs([parse_run(run)])
+    Denoiser.forward = _FORWARD  # type: ignore[method-assign]
     for run in jobs.get("plain", []):
         train_runs([parse_run(run)])
     # From here on as if accelerate's launcher had been told to use FSDP2.

@@ -17,6 +17,7 @@ from l2d_framework.training.run import train_runs
 
 LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"]
 METHODS = {"l2d": tiny_runs.diffusion_run, "tess": tiny_runs.tess_run}
+LARGE = {"max_steps": 3, "batch_size": 8}
 
 
 def stages(folder: Path, kind: str, **training: Any) -> dict[str, dict[str, Any]]:
@@ -61,7 +62,10 @@ def launched(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     (folder / "run.json").write_text(
         json.dumps({"stages": list(stages(folder, "shares", micro_batch_size=1).values())})
     )
-    jobs = {"faults": faults, "plain": plain, "mixed": mixed, "shares": str(folder / "run.json")}
+    short = [
+        make(base, sums, folder / "short" / name, micro_batch_size="auto", **LARGE) for name, make in METHODS.items()
+    ]
+    jobs = {"faults": faults, "short": short, "plain": plain, "mixed": mixed, "shares": str(folder / "run.json")}
     (folder / "jobs.json").write_text(json.dumps(jobs))
     ran = subprocess.run(
         [*LAUNCH, "--nproc-per-node=2", str(process_jobs.__file__), str(folder / "jobs.json")],
@@ -145,3 +149,15 @@ def test_processes_agree_on_what_is_left_out_on_divergence_and_on_a_signal_that_
         *("batches_0.pt", "batches_1.pt", "checkpoint-2", "what.txt")
     }
     assert [path.name for path in out.glob("signal/checkpoint-*")] == ["checkpoint-3"]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_processes_agree_on_the_size_when_one_of_them_is_short_of_memory(launched, tmp_path, name):
+    folder, _ = launched
+    card = json.loads((folder / "short" / name / "run.json").read_text())
+    assert card["result"]["micro_batch_size"] == 1
+    run = METHODS[name](folder / "base", folder / "sums.jsonl", tmp_path / "alone", **LARGE)
+    train_runs([parse_run(run)])
+    found, wanted = tiny_runs.losses(folder / "short" / name), tiny_runs.losses(tmp_path / "alone")
+    for step, losses in wanted.items():
+        assert found[step] == pytest.approx(losses, abs=1e-5)

@@ -3,8 +3,6 @@ import itertools
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +11,7 @@ from typing import Any
 import pytest
 import tiny_runs
 import torch
+from forks import Fork
 from transformers import TrainerCallback
 
 from l2d_framework.config import parse_run
@@ -89,10 +88,10 @@ def assert_same(output: Path, whole: Path) -> None:
 
 def test_a_run_killed_between_and_within_checkpoints_resumes_with_the_same_losses(folder: Path, whole: Path) -> None:
     run = fields(folder, "killed")
-    # Both processes are forked from one, which has paid for the imports.
-    command = [sys.executable, "-W", "ignore", "-c", KILLED, json.dumps(run)]
-    found = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert found.stdout.split() == [str(-signal.SIGKILL)] * 2, found.stderr
+    with Fork(folder, KILLED, json.dumps(run)) as fork:
+        fork.ended()
+    out, errors = fork.printed()
+    assert out.split() == [str(-signal.SIGKILL)] * 2, errors
     assert [path.name for path in output_dir.checkpoints(folder / "killed")] == ["checkpoint-3"]
     assert (folder / "killed" / "checkpoint-6.writing").is_dir()
     card = train(run)
