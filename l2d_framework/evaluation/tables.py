@@ -30,7 +30,7 @@ def terminal(rows: Rows, title: str | None = None) -> Fitting:
     """A table that rich can print; nothing in its cells is markup.
 
     Args:
-        rows: headings, then the rows.
+        rows: headings, then the rows; short ones are filled up.
         title: stands above.
 
     Returns:
@@ -44,7 +44,9 @@ class Fitting:
     """A table whose columns are as wide as their longest word, however narrow the terminal is."""
 
     def __init__(self, rows: Rows, title: str | None) -> None:
-        self._rows, self._title = rows, title
+        width = max(map(len, rows))
+        self._rows = [[*row, *[""] * (width - len(row))] for row in rows]
+        self._title = title
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Table]:
         title = self._title

@@ -10,14 +10,15 @@ from l2d_framework.evaluation.tables import markdown, terminal
 from l2d_framework.writing import write_whole
 
 ROWS = [("name", "[b]value[/]"), ("a|b", "1"), ("[red]", "2")]
+SHORT = [*ROWS, ("only a name",)]
 
 
 def test_a_table_holds_the_same_cells_in_markdown_and_on_a_terminal():
     lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in markdown(ROWS)]
     assert lines == [["name", "[b]value[/]"], ["---", "---"], ["a/b", "1"], ["[red]", "2"]]
     shown = io.StringIO()
-    Console(file=shown, width=80).print(terminal(ROWS, "[b]title[/]"))
-    assert all(text in shown.getvalue() for text in ("[b]title[/]", "[b]value[/]", "a|b", "[red]"))
+    Console(file=shown, width=80).print(terminal(SHORT, "[b]title[/]"))
+    assert all(text in shown.getvalue() for text in ("[b]title[/]", "[b]value[/]", "a|b", "[red]", "only a name"))
 
 
 @pytest.mark.parametrize("width", [24, 40, 80, 160])
