@@ -58,6 +58,11 @@ def decoding(speed: ModuleType) -> Iterator[ModuleType]:
 
 
 @pytest.fixture(scope="module")
+def drafters(decoding: ModuleType) -> Iterator[ModuleType]:
+    yield from _script("drafters")
+
+
+@pytest.fixture(scope="module")
 def memory() -> Iterator[ModuleType]:
     yield from _script("memory")
 
@@ -326,7 +331,18 @@ def test_noise_on_a_device_is_numpys_philox(noise, monkeypatch, tmp_path):
     normal = noise.normal(keys, 1001)
     assert normal.shape == (20, 1001)
     assert torch.stack([normal.mean(), normal.std()]).tolist() == pytest.approx([0, 1], abs=0.02)
-    monkeypatch.setattr(noise, "ROWS", (2,))
+    monkeypatch.setattr(noise, "ROWS", (64,))
     monkeypatch.setattr(noise, "SIZES", (8,))
     noise.main(device="cpu", rounds=1, out=tmp_path / "noise.json")
-    assert json.loads((tmp_path / "noise.json").read_text())["cases"]["D 8, batch 2"]["ratio"] > 0
+    assert json.loads((tmp_path / "noise.json").read_text())["cases"]["D 8, batch 64"]["ratio"] > 0
+
+
+def test_drafters_are_measured_by_the_text_and_the_evaluations(drafters, monkeypatch, tmp_path):
+    monkeypatch.setattr(drafters, "TASKS", {"copy": "to be or not to be or not"})
+    tiny_lm().save_pretrained(tmp_path / "lm")
+    tiny_tokenizer().save_pretrained(tmp_path / "lm")
+    out = tmp_path / "drafters.json"
+    drafters.main(str(tmp_path / "lm"), rounds=1, new_tokens=14, steps=[1], scales=[0.0], out=out)
+    (question,) = json.loads(out.read_text())["questions"].values()
+    assert question["answers_are_equal"]
+    assert question["right"]["main path, 4"] == 1
