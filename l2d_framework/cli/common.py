@@ -27,6 +27,11 @@ Overrides = Annotated[
 Base = Annotated[str | None, typer.Option(help="Where the base model lies now, if it has moved.")]
 Dtype = Annotated[str | None, typer.Option(help="Of the weights: float32, bfloat16 or float16.")]
 Device = Annotated[str | None, typer.Option(help="Such as cuda; the GPU when there is one.")]
+DeviceMap = Annotated[
+    str | None,
+    typer.Option(help='For a model larger than the device: auto, or JSON such as {"model.layers.0": "disk"}.'),
+]
+OffloadFolder = Annotated[Path | None, typer.Option(help="Where layers on the disk are kept meanwhile.")]
 Settings = Annotated[
     list[str] | None,
     typer.Option("--set", help="Other sampling setting, such as estimate.mode=argmax.", autocompletion=sampling_keys),

@@ -57,6 +57,8 @@ def generate(
     base: common.Base = None,
     dtype: common.Dtype = None,
     device: common.Device = None,
+    device_map: common.DeviceMap = None,
+    offload_folder: common.OffloadFolder = None,
     merge: Annotated[
         Literal["auto", "always", "never"],
         typer.Option(
@@ -136,6 +138,7 @@ def generate(
             "drafter": drafter,
         },
         is_watched=trace is not None,
+        placing={"device_map": device_map, "offload_folder": offload_folder},
     )
     if trace is not None:
         from l2d_framework.tracing import check_trace_file
