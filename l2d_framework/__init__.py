@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from l2d_framework import registry
     from l2d_framework.backbone import Backbone, BackboneConfig
     from l2d_framework.component import Component
+    from l2d_framework.drafter import Ahead, Drafter
     from l2d_framework.errors import L2DError
     from l2d_framework.generation.results import Generation, Infilled
     from l2d_framework.guidance import Guidance
@@ -37,11 +38,13 @@ if TYPE_CHECKING:
     __version__: str
 
 __all__ = [
+    "Ahead",
     "Backbone",
     "BackboneConfig",
     "Component",
     "Context",
     "DiffusionLM",
+    "Drafter",
     "ForeignCheckpoint",
     "Generation",
     "Guidance",
@@ -70,11 +73,13 @@ __all__ = [
 ]
 
 _HOMES = {
+    "Ahead": "drafter",
     "Backbone": "backbone",
     "BackboneConfig": "backbone",
     "Component": "component",
     "Context": "types",
     "DiffusionLM": "models.diffusion_lm",
+    "Drafter": "drafter",
     "ForeignCheckpoint": "types",
     "Generation": "generation.results",
     "Guidance": "guidance",

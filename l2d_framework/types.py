@@ -1,4 +1,4 @@
-"""Values that travel between the five interfaces.
+"""Values that travel between the six interfaces.
 
 Shapes use seven letters everywhere: B batch, S sequence, L positions being denoised, D state, H hidden, V vocabulary,
 and N for a flat count. Time t runs from 0 (noise) to 1 (data).

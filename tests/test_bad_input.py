@@ -278,7 +278,9 @@ def test_a_broken_plugin_is_named_when_something_is_missing(run_file):
     path = run_file()
     with installed(broken("acme", ImportError("no luck today"))), pytest.raises(ConfigError) as caught:
         check(path)
-    assert str(caught.value).count("no luck today") == len(INTERFACES) - 2  # solver and guidance are not asked for
+    assert (
+        str(caught.value).count("no luck today") == len(INTERFACES) - 3
+    )  # solver, guidance and drafter are not asked for
 
 
 def test_every_error_is_one_of_ours(run_file):

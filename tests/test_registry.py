@@ -122,6 +122,7 @@ def test_kind_is_the_base_class_and_name_the_literal():
         "backbone": {"beside", "canvas"},
         "solver": {"forward", "doubling"},
         "guidance": {"sharpen"},
+        "drafter": {"again"},
     }
 
 

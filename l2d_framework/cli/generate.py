@@ -10,6 +10,7 @@ import typer
 from l2d_framework.cli import common
 from l2d_framework.cli.completion import names
 from l2d_framework.errors import ConfigError
+from l2d_framework.registry import declared
 
 
 def generate(
@@ -65,8 +66,14 @@ def generate(
         ),
     ] = "auto",
     speculate: Annotated[
-        str, typer.Option(help="Tokens the language model guesses ahead, to be denoised at once; or auto, or off.")
+        str, typer.Option(help="Tokens that are guessed ahead, to be denoised at once; or auto, or off.")
     ] = "off",
+    drafter: Annotated[
+        str | None,
+        typer.Option(
+            help="Who guesses: the language model, or by name such as prompt_lookup.", autocompletion=names("drafter")
+        ),
+    ] = None,
     graph: Annotated[bool, typer.Option(help="Let an NVIDIA GPU replay the steps of a token from a graph.")] = True,
 ) -> None:
     """Generate text with a trained model."""
@@ -79,6 +86,8 @@ def generate(
         seed=seed,
     )
     common.check_dtype(dtype)
+    if drafter is not None:
+        declared().check_name("drafter", drafter)
     has_prompts = bool(prompt) or file is not None
     if infill and (has_prompts or chat or num_return_sequences > 1):
         raise ConfigError("--infill fills gaps and answers nothing. Leave out prompts, --chat and several answers.")
@@ -122,7 +131,12 @@ def generate(
         class_name=class_name,
         stop=stop or [],
         samples=num_return_sequences,
-        running={"merge": merge, "graph": graph, "speculate": int(speculate) if speculate.isdecimal() else speculate},
+        running={
+            "merge": merge,
+            "graph": graph,
+            "speculate": int(speculate) if speculate.isdecimal() else speculate,
+            "drafter": drafter,
+        },
         is_watched=trace is not None,
         placing={"device_map": device_map, "offload_folder": offload_folder},
     )

@@ -18,11 +18,10 @@ from l2d_framework.cli.watching import Drafts, Printer, Watch, cut
 from l2d_framework.diffusion.ode import Evaluation, Observer
 from l2d_framework.diffusion.rng import request_keys
 from l2d_framework.errors import ConfigError, DataError
-from l2d_framework.generation.arguments import decoding_options, request
+from l2d_framework.generation.arguments import decoding_options
 from l2d_framework.generation.chat_template import check_conversation
 from l2d_framework.generation.infill import check_infilling, read_gaps
 from l2d_framework.generation.prompts import Prompt, check_length, encode_prompts, pad_left
-from l2d_framework.generation.speculation import Guesses
 from l2d_framework.lines import read_lines, read_objects
 from l2d_framework.models.diffusion_lm import DiffusionLM
 from l2d_framework.models.placement import Placement
@@ -100,8 +99,7 @@ class Session:
         model.check_class(settings, is_named=class_name is not None, where="Add --class NAME.")
         self.sampling, self.scale, self.running = sampling, guidance_scale, running
         self.tokenizer = model.tokenizer
-        guesses = request(**running).guesses
-        Guesses.of(model.empty, guesses, settings, block_size=model.parts.block_size, has_observer=is_watched)
+        model.check_running(running, settings, is_watched=is_watched)
         self.is_whole = (settings.block_size or model.parts.block_size) != 1
         self.lm: DiffusionLM | None = None
 

@@ -12,7 +12,7 @@ from pydantic import ConfigDict, Field, SerializeAsAny
 from l2d_framework.component import Component, merged
 from l2d_framework.config.sections import Section, optional, specialised
 from l2d_framework.config.validation import refuse_unknown, validated
-from l2d_framework.errors import ConfigError, L2DError
+from l2d_framework.errors import ConfigError, L2DError, shown
 from l2d_framework.registry import Registry, declared, registry
 
 if TYPE_CHECKING:
@@ -109,6 +109,16 @@ def with_preset(sampling: Mapping[str, Any], method: str | None) -> dict[str, An
 def is_complete(sampling: Mapping[str, Any]) -> bool:
     """Whether a raw sampling section leaves nothing out."""
     return set(SamplingSection.model_fields) <= set(sampling)
+
+
+def component_of(kind: str, value: Any) -> Any:
+    """A component that is given as itself, as its section or by its name; None where that is given."""
+    if value is None or (isinstance(value, Component) and value.kind == kind):
+        return value
+    section = _component_data(value)
+    if not isinstance(section, Mapping):
+        raise ConfigError(f"{kind} should be a name, a section or a component of this kind, got {shown(value)}.")
+    return registry().create(kind, section)
 
 
 def check_request(options: Mapping[str, Any]) -> None:

@@ -9,10 +9,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.random.bit_generator import ISeedSequence
 from torch import Tensor
+from typing_extensions import override
 
 _BLOCK = 32
 
@@ -24,7 +27,19 @@ def stream_key(*parts: int | str) -> bytes:
 
 def keyed_generator(*parts: int | str) -> np.random.Generator:
     """Philox generator at the start of the stream that `parts` name."""
-    return np.random.Generator(np.random.Philox(key=int.from_bytes(stream_key(*parts), "little")))
+    # Documented to take any `ISeedSequence`, typed to take numpy's own.
+    return np.random.Generator(np.random.Philox(_Key(stream_key(*parts))))  # type: ignore[arg-type]
+
+
+class _Key(ISeedSequence):
+    """A key of Philox in the place of a seed: given as `key`, numpy gathers entropy beside it, at twice the time."""
+
+    def __init__(self, key: bytes) -> None:
+        self._words = np.frombuffer(key, "<u8")
+
+    @override
+    def generate_state(self, n_words: int, dtype: Any = np.uint32) -> Any:
+        return self._words
 
 
 def request_keys(prompts: Sequence[Sequence[int]]) -> list[str]:
@@ -60,8 +75,8 @@ class TokenStreams:
         self._keys = keys
         self.device = device
         self._buffer = torch.empty(len(keys), len(keys[0]), 0)
-        self._used = torch.zeros(self._buffer.shape[:2], dtype=torch.int64, device=device)
         self._calls = 0
+        self._used: Tensor | None = None  # numbers taken of each stream, (B, L), where they are not all alike
         self._branches: dict[int, TokenStreams] = {0: self}
 
     @cached_property
@@ -81,16 +96,20 @@ class TokenStreams:
             fresh = [[g.random(_BLOCK, dtype=np.float32) for g in row] for row in self._generators]
             block = torch.from_numpy(np.asarray(fresh)).to(self.device)
             self._buffer = torch.cat([self._buffer.to(self.device), block], -1)
-        value = self._buffer.gather(-1, self._used[..., None]).squeeze(-1)
-        self._used = self._used + (1 if active is None else active.long())
+        if active is not None and self._used is None:
+            self._used = torch.full(self._buffer.shape[:2], self._calls, device=self.device)
+        if self._used is None:
+            value = self._buffer[..., self._calls].clone()
+        else:
+            value = self._buffer.gather(-1, self._used[..., None]).squeeze(-1)
+            self._used = self._used + (1 if active is None else active.long())
         self._calls += 1
         return value
 
     def rewind(self) -> None:
         """Start every stream of `uniform` over, those of branches too, so that the same numbers come again."""
         for branch in self._branches.values():
-            branch._used = torch.zeros_like(branch._used)
-            branch._calls = 0
+            branch._calls, branch._used = 0, None
 
     def normal(self, size: int) -> Tensor:
         """Next normal numbers of every stream, (B, L, size), float32; not to be mixed with `uniform` on one object."""

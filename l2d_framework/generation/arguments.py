@@ -21,6 +21,7 @@ from pydantic import (
 from torch import Tensor
 from transformers import GenerationConfig
 
+from l2d_framework.drafter import Drafter
 from l2d_framework.errors import ConfigError, shown, suggest
 from l2d_framework.generation.prompts import Encoded
 from l2d_framework.types import Layout
@@ -69,6 +70,7 @@ class Running(_Arguments):
 
     merge: Literal["auto", "always", "never"] = "auto"
     speculate: Literal["auto", "off"] | Annotated[int, Strict(), Field(ge=1, le=1_000)] = "off"
+    drafter: Drafter | None = None
     graph: Flag = True
 
     @property

@@ -27,7 +27,7 @@ from l2d_framework.generation.prompts import Encoded
 from l2d_framework.generation.replay import Replayed, Rows
 from l2d_framework.generation.results import Generation
 from l2d_framework.generation.sequences import Sequences
-from l2d_framework.generation.speculation import Guesses
+from l2d_framework.generation.speculation import Guesses, LookAhead, MainPath
 from l2d_framework.types import Layout
 
 OnAnswer = Callable[[int, list[int], list[int], dict[str, list[float]]], None]
@@ -191,9 +191,10 @@ class _Loop:
         self.classes = None if requests.classes is None else repeat(requests.classes)
         self.scales = None if requests.guidance_scale is None else repeat(requests.guidance_scale)
         self.denoise = Sampler.of(diffusion, sampling, observer, merge=requests.running.merge)
+        self.drafter = requests.running.drafter or MainPath()
         self.guesses = Guesses.of(
             diffusion.backbone,
-            requests.running.guesses,
+            requests.running,
             sampling,
             block_size=diffusion.block_size,
             has_observer=observer is not None,
@@ -279,10 +280,13 @@ class _Loop:
         while rows:
             room = texts.limit - max(texts.ends[row] for row in rows)
             ahead = self.guesses.count(room - 1) if pending.shape[1] == 1 else 0
-            length = ahead + 1 if ahead else min(size, room)
-            keys = self._keys(rows, length)
+            keys = self._keys(rows, ahead + 1 if ahead else min(size, room))
             numbers = _uniform(keys, ids.device) if config.do_sample else None
-            new = self._look_ahead(pending, rows, ahead, numbers) if ahead else pending
+            guessed = self._draft(pending, rows, ahead, numbers) if ahead else pending[:, :0]
+            if guessed.shape[1] < ahead:  # the drafter knows no more
+                ahead = guessed.shape[1]
+                keys = [row[: ahead + 1] for row in keys]
+            length, new = len(keys[0]), torch.cat([pending, guessed], 1)
             try:
                 found = self.path.denoise(new, partial(self._block, rows, keys, ahead))
             except NotAhead:
@@ -290,7 +294,7 @@ class _Loop:
                 self.path.rewind(torch.full((len(rows),), ahead + 1, device=ids.device))
                 continue
             self._keep_metrics(found.metrics, rows)
-            taken, going = texts.pick(found.logits, rows, numbers, new[:, pending.shape[1] :])
+            taken, going = texts.pick(found.logits, rows, numbers, guessed)
             places = texts.places(rows, taken.shape[1])
             cost[places], kept[places] = found.evaluations[:, : taken.shape[1]] * taken, taken.long()
             written = taken.sum(1).tolist() if ahead else [length] * len(rows)
@@ -431,18 +435,11 @@ class _Loop:
             for number, row in enumerate(rows):
                 self.metrics[row].setdefault(name, []).append(values[number])
 
-    def _look_ahead(self, pending: Tensor, rows: list[int], count: int, numbers: Tensor | None) -> Tensor:
-        """What is pending, and what the language model alone writes behind it; nothing of it is read for good."""
-        backbone, known = self.diffusion.backbone, pending
-        for i in range(count):
-            self.path.extend(known[:, -1:])
-            slot = torch.full_like(pending, self.path.slots)
-            logits = backbone.head(backbone.plain(slot, self.path.context)).float()[:, 0]
-            tokens, _ = self.texts.write(logits, rows, i, None if numbers is None else numbers[:, i])
-            known = torch.cat([known, tokens[:, None]], 1)
-        self.texts.forget(rows, count)
-        self.path.rewind(torch.full((len(rows),), count, device=pending.device))
-        return known
+    def _draft(self, pending: Tensor, rows: list[int], count: int, numbers: Tensor | None) -> Tensor:
+        """Guesses of what comes after the tokens that are pending; nothing of it is read or written for good."""
+        lengths = [self.real[row] for row in rows]
+        ahead = LookAhead(self.path, self.texts, rows, unread=pending, lengths=lengths, numbers=numbers)
+        return ahead.draft(self.drafter, count)
 
 
 def _uniform(keys: Keys, device: torch.device) -> Tensor:

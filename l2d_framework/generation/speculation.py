@@ -1,4 +1,4 @@
-"""Speculation: tokens guessed ahead by the language model alone, whose diffusion is then solved all at once.
+"""Speculation: tokens guessed ahead, by the language model alone or by a drafter, and then solved all at once.
 
 Source: the draft and verify of Leviathan et al. 2023, arXiv:2211.17192; here a guess is right if it is the very token
 that diffusion picks with its own noise, so the answer is the one that would have been written token by token.
@@ -7,16 +7,96 @@ that diffusion picks with its own noise, so the answer is the one that would hav
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from typing_extensions import override
 
 from l2d_framework.backbone import Backbone
+from l2d_framework.blame import described
 from l2d_framework.diffusion.sampling import Sampling
-from l2d_framework.errors import ConfigError
+from l2d_framework.drafter import Ahead, Drafter
+from l2d_framework.errors import ConfigError, PluginError
+from l2d_framework.generation.arguments import Running
+from l2d_framework.generation.replay import Rows
+from l2d_framework.generation.sequences import Sequences
 
 _MOST = 8
 _FIRST = 0.7
 """Share of right guesses that is assumed before there were any."""
 _MEMORY = 0.9
 """How much of that share an earlier round still counts after a later one."""
+
+
+class MainPath(Drafter):
+    """What the language model alone would write, the drafter unless another is named."""
+
+    name: Literal["main_path"] = "main_path"
+
+    @override
+    def draft(self, ahead: Ahead, count: int) -> Tensor:
+        return torch.stack([ahead.pick(ahead.language_model()) for _ in range(count)], 1)
+
+
+class LookAhead:
+    """`Ahead` of rows that the backbone has read up to `unread`, (B, n); nothing that is tried is kept."""
+
+    def __init__(
+        self,
+        path: Rows,
+        texts: Sequences,
+        rows: list[int],
+        *,
+        unread: Tensor,
+        lengths: list[int],
+        numbers: Tensor | None,
+    ) -> None:
+        self._path, self._texts, self._rows = path, texts, rows
+        self._unread, self._lengths, self._numbers = unread, lengths, numbers
+        self._read = self._picked = 0
+
+    @property
+    def tokens(self) -> list[Tensor]:
+        """Prompt and answer so far of each row; copies."""
+        texts, found = self._texts, self._texts.ids[self._rows]
+        return [
+            row[texts.width - length : texts.ends[number]]
+            for row, length, number in zip(found, self._lengths, self._rows, strict=True)
+        ]
+
+    def language_model(self) -> Tensor:
+        """Logits of the language model about the next token."""
+        path = self._path
+        path.extend(self._unread)
+        self._read += self._unread.shape[1]
+        self._unread = self._unread[:, :0]
+        slots = torch.full((len(self._rows), 1), path.slots, device=self._unread.device)
+        logits: Tensor = path.backbone.head(path.backbone.plain(slots, path.context))
+        return logits.float()[:, 0]
+
+    def pick(self, logits: Tensor) -> Tensor:
+        """The next token from some logits."""
+        numbers = None if self._numbers is None else self._numbers[:, self._picked]
+        tokens, _ = self._texts.write(logits, self._rows, self._picked, numbers)
+        self._picked += 1
+        self._unread = torch.cat([self._unread, tokens[:, None]], 1)
+        return tokens
+
+    def draft(self, drafter: Drafter, count: int) -> Tensor:
+        """Guesses, (B, n), of which any may be wrong but all are tokens; PluginError for anything else."""
+        found: Any = drafter.draft(self, count)
+        self._texts.forget(self._rows, self._picked)
+        if self._read:
+            self._path.rewind(torch.full((len(self._rows),), self._read, device=self._unread.device))
+        is_sound = isinstance(found, Tensor) and found.dtype == torch.int64 and found.ndim == 2
+        if not is_sound or len(found) != len(self._rows) or found.shape[1] > count:
+            got = f"{found.dtype} {tuple(found.shape)}" if isinstance(found, Tensor) else repr(found)
+            raise PluginError(
+                f"{described(drafter)} drafted {got} instead of int64 ({len(self._rows)}, {count} or less)."
+            )
+        drafted: Tensor = found.to(self._unread.device).clamp(0, self._path.backbone.vocab_size - 1)
+        return drafted
 
 
 class Guesses:
@@ -26,6 +106,7 @@ class Guesses:
         wanted: tokens, 0 for none, None for as many as pay.
         evaluations: of the network per token.
         width: what one more position costs in a pass of the network, in passes.
+        cost: of guessing a token, in passes.
 
     Attributes:
         wanted: tokens, as above.
@@ -33,8 +114,8 @@ class Guesses:
         right: how many of them were.
     """
 
-    def __init__(self, wanted: int | None, evaluations: int, width: float) -> None:
-        self.wanted, self._evaluations, self._width = wanted, evaluations, width
+    def __init__(self, wanted: int | None, evaluations: int, width: float, cost: float = 1.0) -> None:
+        self.wanted, self._evaluations, self._width, self._cost = wanted, evaluations, width, cost
         self._share = _FIRST
         self.made = self.right = 0
 
@@ -42,7 +123,7 @@ class Guesses:
     def of(
         cls,
         backbone: Backbone,
-        wanted: int | None,
+        running: Running,
         sampling: Sampling,
         *,
         block_size: int | None,
@@ -53,7 +134,7 @@ class Guesses:
 
         Args:
             backbone: the network.
-            wanted: tokens, 0 for none, None for as many as pay.
+            running: how many are wanted, and of which drafter.
             sampling: how to diffuse.
             block_size: of the model.
             has_observer: whether somebody looks on.
@@ -63,8 +144,14 @@ class Guesses:
             None at all where an answer could come out differently and nobody insists.
 
         Raises:
-            ConfigError: where it could, and a number of tokens is wanted.
+            ConfigError: where it could, and a number of tokens is wanted; or a drafter, and no token.
         """
+        wanted, drafter = running.guesses, running.drafter or MainPath()
+        if running.drafter is not None and wanted == 0:
+            raise ConfigError(
+                f"{described(drafter).capitalize()} guesses nothing with speculate='off'. Set that to 'auto' or to a "
+                "number of tokens, or leave the drafter out."
+            )
         size = sampling.block_size or block_size
         steps = sampling.num_inference_steps
         for is_so, reason in (
@@ -84,7 +171,7 @@ class Guesses:
             if is_so:
                 wanted = 0
         width = 0.02 if backbone.table().device.type == "cuda" else 0.25
-        return cls(wanted, steps or 100, width)
+        return cls(wanted, steps or 100, width, drafter.cost)
 
     def never(self) -> None:
         """Guess no more."""
@@ -109,7 +196,7 @@ class Guesses:
         share = min(self._share, 0.99)
         tokens = (1 - share ** (count + 1)) / (1 - share)
         rounds = self._evaluations * (1 + self._width * count)
-        return tokens / (rounds + (1 if not count else count + 1 + self._width * count))
+        return tokens / (rounds + 1 + (self._cost + self._width) * count)
 
     def learn(self, count: int, right: Sequence[int]) -> None:
         """Take note of a round.

@@ -25,9 +25,11 @@ from typing_extensions import override
 from l2d_framework.backbone import Backbone
 from l2d_framework.blame import naming_plugins
 from l2d_framework.config import SamplingSection
+from l2d_framework.config.sampling import component_of
 from l2d_framework.diffusion.diffusion import Diffusion
 from l2d_framework.diffusion.ode import Observer
 from l2d_framework.diffusion.sampling import reads_no_noise
+from l2d_framework.drafter import Drafter
 from l2d_framework.errors import ConfigError, shown, suggest
 from l2d_framework.generation import arguments
 from l2d_framework.generation.causal_lm import DiffusionForCausalLM, as_transformers
@@ -147,6 +149,7 @@ class DiffusionLM(Diffusion):
         on_answer: OnAnswer | None = None,
         merge: Literal["auto", "always", "never"] = "auto",
         speculate: Literal["auto", "off"] | int = "off",
+        drafter: Drafter | Mapping[str, Any] | str | None = None,
         graph: bool = True,
         **options: Any,
     ) -> Generation:
@@ -178,9 +181,10 @@ class DiffusionLM(Diffusion):
             on_answer: called with the number, the tokens, the evaluations and what guidance recorded of each answer as
                 soon as it has ended.
             merge: fold adapters into matrices beside them: if there is memory for it, in any case, or never.
-            speculate: tokens that the language model guesses ahead, to be denoised at once and kept as far as they are
+            speculate: tokens that are guessed ahead, to be denoised at once and kept as far as they are
                 those that would have been written one by one; `auto` for as many as pay. Answers stay the same up to
                 rounding. Processors are asked about guesses, too, so they must depend on tokens and scores alone.
+            drafter: who guesses them, by name, as a section or a component; the language model when None.
             graph: let an NVIDIA GPU replay a token's evaluations from a CUDA graph, where they can be captured.
             **options: as above.
 
@@ -199,6 +203,7 @@ class DiffusionLM(Diffusion):
             seed=diffusing.pop("seed", None),
             merge=merge,
             speculate=speculate,
+            drafter=component_of("drafter", drafter),
             graph=graph,
         )
         arguments.check_parts(logits_processor, stopping_criteria, streamer, observer=observer, on_answer=on_answer)

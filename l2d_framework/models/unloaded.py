@@ -16,8 +16,11 @@ from l2d_framework.backbone import Backbone
 from l2d_framework.base_model import empty_language_model, fetch, fingerprint, load_config, load_tokenizer
 from l2d_framework.config import DiffusionRun, SamplingSection
 from l2d_framework.config.parsing import parse_run
+from l2d_framework.config.sampling import component_of
 from l2d_framework.diffusion.sampling import check_block_size, check_sampling
 from l2d_framework.errors import CheckpointError, ConfigError
+from l2d_framework.generation import arguments
+from l2d_framework.generation.speculation import Guesses
 from l2d_framework.models.checkpoint import assemble, build_model, components, load
 from l2d_framework.models.diffusion_lm import DiffusionLM
 from l2d_framework.models.labels import MANIFEST
@@ -135,6 +138,11 @@ class UnloadedModel:
             check_sampling(settings, num_classes=self.parts.backbone.num_classes, has_condition=is_named)
         except ConfigError as error:
             raise ConfigError(f"{error} The classes are {self.classes}. {where}") from error
+
+    def check_running(self, running: Mapping[str, Any], settings: SamplingSection, *, is_watched: bool = False) -> None:
+        """Refuse a way to run requests that there is not, or with which answers could come out differently."""
+        request = arguments.request(**{**running, "drafter": component_of("drafter", running.get("drafter"))})
+        Guesses.of(self.empty, request, settings, block_size=self.parts.block_size, has_observer=is_watched)
 
     def plan(self, device: Any) -> Plan:
         """Where everything will lie; the map of a placement may name the device that computes, if None is given."""

@@ -22,6 +22,7 @@ INTERFACES = {
     "backbone": "l2d_framework.backbone:BackboneConfig",
     "solver": "l2d_framework.solver:Solver",
     "guidance": "l2d_framework.guidance:Guidance",
+    "drafter": "l2d_framework.drafter:Drafter",
 }
 """Where the interface of each kind lives; named rather than imported, because the interfaces import torch."""
 PRESET = "preset"

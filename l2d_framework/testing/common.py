@@ -18,7 +18,7 @@ law = Laws()
 def check_name_is_literal(component: Component) -> None:
     """A run file selects the component by `name`, so the field allows exactly one value, its default."""
     cls = type(component)
-    ensure(bool(cls.kind), f"{cls.__qualname__} has no kind; inherit from one of the five interfaces.")
+    ensure(bool(cls.kind), f"{cls.__qualname__} has no kind; inherit from one of the six interfaces.")
     ensure("name" in cls.model_fields, f'{cls.__qualname__} needs a field `name: Literal["..."] = "..."`.')
     field = cls.model_fields["name"]
     ensure(

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from l2d_framework.component import Component
-from l2d_framework.testing import backbones, common, guidance, parametrizations, schedules, solvers
+from l2d_framework.testing import backbones, common, drafters, guidance, parametrizations, schedules, solvers
 from l2d_framework.testing.laws import Check
 
 if TYPE_CHECKING:
@@ -18,6 +18,7 @@ _BY_KIND = {
     "backbone": backbones.law,
     "solver": solvers.law,
     "guidance": guidance.law,
+    "drafter": drafters.law,
 }
 
 
@@ -31,7 +32,7 @@ def checks_for(component: object) -> list[Check]:
         The checks, the common ones first.
 
     Raises:
-        TypeError: if it is not an instance of one of the five interfaces.
+        TypeError: if it is not an instance of one of the six interfaces.
     """
     if not isinstance(component, Component) or component.kind not in _BY_KIND:
         raise TypeError(f"{component!r} is not a component; pass instances such as Midpoint().")

@@ -9,12 +9,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
 import torch
 from rich.console import Console
 from tiny_models import tiny_lm, tiny_tokenizer
 
 from l2d_framework.config import check_runs, load_run
+from l2d_framework.diffusion.rng import keyed_generator, stream_key
 
 FAMILIES = {"Qwen": "qwen2", "istral": "mistral", "roberta": "roberta"}
 RUNS = sorted((Path(__file__).parents[2] / "bench" / "runs").glob("*.yaml"))
@@ -41,6 +43,11 @@ def overhead(blocks: ModuleType) -> Iterator[ModuleType]:
 
 
 @pytest.fixture(scope="module")
+def noise(overhead: ModuleType) -> Iterator[ModuleType]:
+    yield from _script("noise")
+
+
+@pytest.fixture(scope="module")
 def batching(speed: ModuleType, blocks: ModuleType) -> Iterator[ModuleType]:
     yield from _script("batching")
 
@@ -48,6 +55,11 @@ def batching(speed: ModuleType, blocks: ModuleType) -> Iterator[ModuleType]:
 @pytest.fixture(scope="module")
 def decoding(speed: ModuleType) -> Iterator[ModuleType]:
     yield from _script("gpu")
+
+
+@pytest.fixture(scope="module")
+def drafters(decoding: ModuleType) -> Iterator[ModuleType]:
+    yield from _script("drafters")
 
 
 @pytest.fixture(scope="module")
@@ -306,3 +318,31 @@ def test_sizes_are_tabulated_by_model_method_and_number_of_gpus(sizes, monkeypat
     assert one["trained"] == pytest.approx(8 * eight["trained"], abs=8) == pytest.approx(64 * most["trained"], abs=64)
     assert one["peak"] > eight["peak"] > most["peak"]
     assert (tmp_path / "sizes.md").read_text().count("| yes |") == 3
+
+
+def test_noise_on_a_device_is_numpys_philox(noise, monkeypatch, tmp_path):
+    names = [("a", number) for number in range(20)]
+    words = np.frombuffer(b"".join(stream_key(*name) for name in names), "<i8").copy()
+    keys = torch.from_numpy(words).view(-1, 2)
+    found = noise.philox(keys, 5).numpy().view(np.uint64)
+    assert (found == np.stack([keyed_generator(*name).bit_generator.random_raw(20) for name in names])).all()
+    uniform = np.stack([keyed_generator(*name).random(15, dtype=np.float32) for name in names])
+    assert (noise.uniform(keys, 15).numpy() == uniform).all()
+    normal = noise.normal(keys, 1001)
+    assert normal.shape == (20, 1001)
+    assert torch.stack([normal.mean(), normal.std()]).tolist() == pytest.approx([0, 1], abs=0.02)
+    monkeypatch.setattr(noise, "ROWS", (64,))
+    monkeypatch.setattr(noise, "SIZES", (8,))
+    noise.main(device="cpu", rounds=1, out=tmp_path / "noise.json")
+    assert json.loads((tmp_path / "noise.json").read_text())["cases"]["D 8, batch 64"]["ratio"] > 0
+
+
+def test_drafters_are_measured_by_the_text_and_the_evaluations(drafters, monkeypatch, tmp_path):
+    monkeypatch.setattr(drafters, "TASKS", {"copy": "to be or not to be or not"})
+    tiny_lm().save_pretrained(tmp_path / "lm")
+    tiny_tokenizer().save_pretrained(tmp_path / "lm")
+    out = tmp_path / "drafters.json"
+    drafters.main(str(tmp_path / "lm"), rounds=1, new_tokens=14, steps=[1], scales=[0.0], out=out)
+    (question,) = json.loads(out.read_text())["questions"].values()
+    assert question["answers_are_equal"]
+    assert question["right"]["main path, 4"] == 1

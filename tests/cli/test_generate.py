@@ -131,7 +131,10 @@ def test_options_of_sampling_are_those_of_the_python_interface(model, lm):
         assert lines(*ask, *arguments) == wanted, arguments
 
 
-@pytest.mark.parametrize("way", [["--merge", "never"], ["--merge", "always"], ["--speculate", "auto"], ["--no-graph"]])
+@pytest.mark.parametrize(
+    "way",
+    [["--merge", "never"], ["--merge", "always"], ["--speculate", "2", "--drafter", "prompt_lookup"], ["--no-graph"]],
+)
 def test_how_it_is_run_changes_no_answer(model, way):
     how = (model, "--prompt", "Hello", *FAST)
     assert lines(*how, *way) == lines(*how)
@@ -252,6 +255,8 @@ REFUSED = [
     ((), "There is nothing to answer. Give --prompt, --file, --infill, or --chat"),
     (("--prompt", "a", "--solver", "midpont"), "Unknown solver 'midpont'; did you mean 'midpoint'"),
     (("--prompt", "a", "--guidance", "classifier"), "did you mean 'classifier_free'"),
+    (("--prompt", "a", "--speculate", "2", "--drafter", "promt_lookup"), "did you mean 'prompt_lookup'"),
+    (("--prompt", "a", "--drafter", "prompt_lookup"), "guesses nothing with speculate='off'"),
     (("--prompt", "a", "--preset", "l2d-papr"), "did you mean 'l2d-paper'"),
     (("--prompt", "a", "--num-inference-steps", "4"), "num_inference_steps=4. Use 3 or 5"),
     (("--prompt", "a", "--class", "mth"), r"Unknown class 'mth'; did you mean 'math'\? This model knows"),

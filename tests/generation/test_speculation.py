@@ -1,17 +1,20 @@
 """Tokens guessed ahead change how fast an answer is written, never the answer."""
 
 from importlib.metadata import entry_points
+from typing import Any, Literal
 
 import pytest
 import torch
 import toy_components as toys
 from diffusion_models import PROVEN, diffusion_lm, shared_lm, tess_lm
 from fake_plugins import installed, plugin
-from transformers import StoppingCriteriaList, SynthIDTextWatermarkingConfig
+from transformers import LogitsProcessorList, StoppingCriteriaList, SynthIDTextWatermarkingConfig
 from transformers.generation.streamers import BaseStreamer
 
-from l2d_framework.errors import ConfigError
+from l2d_framework.drafter import Drafter
+from l2d_framework.errors import ConfigError, L2DError, PluginError
 from l2d_framework.generation.prompts import pad_left
+from l2d_framework.generation.speculation import Guesses
 from l2d_framework.hooks import GROUP
 from l2d_plugins.guidance.classifier_free import ClassifierFree
 
@@ -79,6 +82,115 @@ def test_it_is_with_classes_and_guidance():
     found = generate(model, speculate=3, **options)
     check_equal(found, generate(model, **options))
     assert found.guesses[1] > 0
+
+
+class Drafts(Drafter):
+    """What a function makes of the texts and the number of tokens that are wanted."""
+
+    name: Literal["drafts"] = "drafts"
+    make: Any = None
+
+    def draft(self, ahead, count):
+        return self.make(ahead, count)
+
+
+@pytest.mark.parametrize(
+    "options", [{**ENDING, "num_return_sequences": 2}, {"batch_size": 2, "do_sample": True, "repetition_penalty": 1.3}]
+)
+def test_an_answer_does_not_depend_on_who_guesses(options):
+    model, options = near(), {"max_new_tokens": 10, **options}
+    wanted, shown = generate(model, **options), []
+    prompts = [prompt for prompt in PROMPTS for _ in range(options.get("num_return_sequences", 1))]
+    texts = [
+        [*prompt, *row[:n]] for prompt, row, n in zip(prompts, wanted.answers.tolist(), wanted.lengths, strict=True)
+    ]
+
+    def right(ahead, count):
+        so_far = [tokens.tolist() for tokens in ahead.tokens]
+        shown.extend(so_far)
+        rest = [next(text[len(t) :] for text in texts if text[: len(t)] == t) for t in so_far]
+        return torch.tensor([(row + [0] * count)[:count] for row in rest])
+
+    def wrong(ahead, count):
+        return (right(ahead, count) + 1) % 250
+
+    def fewer(ahead, count):
+        return right(ahead, count)[:, : len(shown) % 3]
+
+    def mixed(ahead, count):
+        tokens = torch.stack([ahead.pick(ahead.language_model()) for _ in range(min(2, count))], 1)
+        ahead.tokens[0].fill_(7)  # a copy
+        return torch.cat([tokens, right(ahead, count)[:, 2:]], 1)
+
+    made = {}
+    for make in (right, wrong, fewer, mixed, lambda ahead, count: torch.full((len(ahead.tokens), count), 10**9)):
+        found = generate(model, speculate=4, drafter=Drafts(make=make), **options)
+        check_equal(found, wanted)
+        made[make] = found.guesses
+    assert made[right][1] > 0.9 * made[right][0] > 0 == made[wrong][1] < made[wrong][0]
+    assert min(made[fewer][1], made[mixed][1]) > 0
+    check_equal(generate(model, speculate="auto", drafter="prompt_lookup", **options), wanted)
+
+
+def test_an_answer_that_repeats_itself_is_looked_up_without_a_pass_of_the_language_model():
+    model, read = near(), []
+    extend = model.backbone.extend
+    model.backbone.extend = lambda context, tokens: read.append(tokens.shape[1]) or extend(context, tokens)
+
+    def three_in_turn(ids, scores):
+        return scores.index_put((torch.arange(len(ids)), 60 + (ids[:, -1] + 1) % 3), torch.tensor(1e9))
+
+    found = generate(
+        model,
+        PROMPTS[:1],
+        max_new_tokens=30,
+        speculate=4,
+        drafter={"name": "prompt_lookup", "max_matching_ngram_size": 3},
+        logits_processor=LogitsProcessorList([three_in_turn]),
+    )
+    assert found.answers[0, :6].tolist() == 2 * found.answers[0, :3].tolist()
+    made, right = found.guesses
+    assert made == right > 15
+    assert len(read) < 30 / 3
+    assert min(read[3:]) > 1
+
+
+@pytest.mark.parametrize(
+    "draft",
+    [
+        lambda ahead, count: torch.zeros(len(ahead.tokens), count),
+        lambda ahead, count: torch.zeros(len(ahead.tokens), count + 1, dtype=torch.int64),
+        lambda ahead, count: torch.zeros(len(ahead.tokens) + 1, count, dtype=torch.int64),
+        lambda ahead, count: None,
+    ],
+)
+def test_what_is_no_draft_is_refused_in_the_drafters_name(draft):
+    with pytest.raises(PluginError, match=r"drafter 'drafts' drafted .* instead of int64 \(4, 2 or less\)"):
+        generate(shared_lm(), speculate=2, drafter=Drafts(make=draft))
+
+
+@pytest.mark.parametrize(
+    ("drafter", "message"),
+    [
+        ("promt_lookup", "did you mean 'prompt_lookup'"),
+        ({"name": "prompt_lookup", "max_matching_ngram_size": 0}, "max_matching_ngram_size"),
+        (5, "drafter should be a name"),
+        (ClassifierFree(), "drafter"),
+    ],
+)
+def test_no_drafter_is_refused_by_name(drafter, message):
+    with pytest.raises(L2DError, match=message):
+        generate(shared_lm(), speculate=2, drafter=drafter)
+
+
+def test_a_drafter_without_guesses_is_refused():
+    with pytest.raises(ConfigError, match=r"'prompt_lookup' guesses nothing with speculate='off'"):
+        generate(shared_lm(), drafter="prompt_lookup")
+
+
+def test_auto_guesses_further_where_guesses_are_free():
+    counts = [Guesses(None, 3, 0.25, cost).count(30) for cost in (0.0, 1.0)]
+    assert counts[0] > counts[1] > 0
 
 
 def test_a_row_gains_whatever_its_batch_mates_do():

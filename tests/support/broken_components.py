@@ -6,12 +6,12 @@ from typing import ClassVar, Literal
 import torch
 from masked_diffusion import Masked, MaskedSpace
 from pydantic import ConfigDict, Field
-from toy_components import Circle, Doubling, Forward, Halfway, HalfwayLaw, Projected, ProjectedSpace, Sharpen
+from toy_components import Again, Circle, Doubling, Forward, Halfway, HalfwayLaw, Projected, ProjectedSpace, Sharpen
 
 from l2d_framework.guidance import Guidance
 from l2d_framework.parametrization import Parametrization, ParametrizationConfig
 from l2d_framework.solver import Solver
-from l2d_framework.testing import common, guidance, parametrizations, schedules, solvers
+from l2d_framework.testing import common, drafters, guidance, parametrizations, schedules, solvers
 from l2d_framework.types import Prediction
 
 
@@ -511,4 +511,38 @@ GUIDANCE = [
     (guidance.check_guidance_obeys_requested_scales, Idle(), "changes nothing at all"),
 ]
 
-BROKEN = [*COMMON, *SCHEDULES, *PARAMETRIZATIONS, *SOLVERS, *GUIDANCE]
+
+class Halves(Again):
+    def draft(self, ahead, count):
+        return super().draft(ahead, count) / 2
+
+
+class OneTooMany(Again):
+    def draft(self, ahead, count):
+        return super().draft(ahead, count + 1)
+
+
+class Beyond(Again):
+    def draft(self, ahead, count):
+        return super().draft(ahead, count) + 100
+
+
+class PicksMore(Again):
+    def draft(self, ahead, count):
+        return torch.stack([ahead.pick(ahead.language_model()) for _ in range(count + 1)], 1)[:, :count]
+
+
+class OfAll(Again):
+    def draft(self, ahead, count):
+        return super().draft(ahead, count).amax(0, keepdim=True).expand(len(ahead.tokens), -1)
+
+
+DRAFTERS = [
+    (drafters.check_drafter_guesses_tokens, Halves(), "is int64"),
+    (drafters.check_drafter_guesses_tokens, OneTooMany(), "at most 1 tokens are wanted"),
+    (drafters.check_drafter_guesses_tokens, Beyond(), "not all among"),
+    (drafters.check_drafter_guesses_tokens, PicksMore(), "More tokens were picked"),
+    (drafters.check_drafter_is_rowwise, OfAll(), "must not depend on others"),
+]
+
+BROKEN = [*COMMON, *SCHEDULES, *PARAMETRIZATIONS, *SOLVERS, *GUIDANCE, *DRAFTERS]

@@ -71,7 +71,7 @@ Toy.module = toys.ProjectedSpace
 
 TOYS = plugin(
     "toys",
-    [toys.Circle, Toy, toys.Forward, toys.Doubling, toys.Sharpen, toys.Beside, toys.Canvas],
+    [toys.Circle, Toy, toys.Forward, toys.Doubling, toys.Sharpen, toys.Beside, toys.Canvas, toys.Again],
     {
         "toy-default": {"solver": {"name": "forward"}, "num_inference_steps": 7, "estimate": {"temperature": 0.5}},
         "toy-adaptive": {"solver": {"name": "doubling", "max_evaluations": 99}, "num_inference_steps": None},

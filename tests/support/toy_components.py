@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from l2d_framework.backbone import Backbone, BackboneConfig
 from l2d_framework.diffusion.rng import categorical
+from l2d_framework.drafter import Drafter
 from l2d_framework.errors import ConfigError, EvaluationBudgetError
 from l2d_framework.guidance import Guidance
 from l2d_framework.parametrization import Parametrization, ParametrizationConfig
@@ -352,6 +353,15 @@ def appended(layout: Layout, tokens: Tensor) -> Layout:
     return Layout(torch.cat([layout.tokens, tokens], 1), torch.cat([layout.blocks, torch.zeros_like(tokens)], 1))
 
 
+class Again(Drafter):
+    """The last token of each row, again and again."""
+
+    name: Literal["again"] = "again"
+
+    def draft(self, ahead, count):
+        return torch.stack([tokens[-1] for tokens in ahead.tokens])[:, None].expand(-1, count)
+
+
 CORRECT: list[Any] = [
     Circle(),
     Halfway(),
@@ -363,5 +373,6 @@ CORRECT: list[Any] = [
     Beside(),
     Beside(num_classes=2, carry=True),
     Canvas(),
+    Again(),
     *masked_diffusion.TOYS,
 ]

@@ -12,6 +12,7 @@ from l2d_framework.testing import (
     backbones,
     checks_for,
     common,
+    drafters,
     guidance,
     parametrizations,
     parametrize_with_checks,
@@ -20,7 +21,7 @@ from l2d_framework.testing import (
 )
 
 BROKEN = [*BROKEN_COMPONENTS, *BROKEN_BACKBONES]
-MODULES = [common, schedules, parametrizations, backbones, solvers, guidance]
+MODULES = [common, schedules, parametrizations, backbones, solvers, guidance, drafters]
 LAWS = {law for module in MODULES for name, law in vars(module).items() if name.startswith("check_")}
 
 

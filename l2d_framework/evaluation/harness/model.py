@@ -26,10 +26,8 @@ from l2d_framework.evaluation.harness.scorer import MAIN, METHODS, MIXTURE, PSEU
 from l2d_framework.evaluation.harness.start_up import steps
 from l2d_framework.evaluation.harness.tasks import check_sentence_data, data_sources, named_tasks, route
 from l2d_framework.evaluation.search.search import check_search, split_options
-from l2d_framework.generation import arguments
 from l2d_framework.generation.chat_template import TEMPLATE_DATE, render
 from l2d_framework.generation.prompts import encode_text
-from l2d_framework.generation.speculation import Guesses
 from l2d_framework.models.diffusion_lm import DiffusionLM
 from l2d_framework.models.placement import Placement
 from l2d_framework.models.unloaded import CLASS, HINT, UnloadedModel, tokenizer_fingerprint
@@ -63,8 +61,8 @@ class L2DLM(HFLM):  # type: ignore[misc]
         **options: `base`, `dtype` and `revision` of the checkpoint; `device_map`, `max_memory` and `offload_folder`, as
             of `l2d.load`; `scoring` (mixture, main or pseudo),
             `noise_samples` and `pseudo_times` of log-likelihoods; fields of the `sampling` section, `class_name` and
-            `guidance_scale`; `merge`, `speculate` and `graph` of `generate`; those of token search, `search` and
-            `search_*`; `batch_size`, `device`, `max_length` and others of lm_eval's `hf`.
+            `guidance_scale`; `merge`, `speculate`, `drafter` and `graph` of `generate`; those of token search, `search`
+            and `search_*`; `batch_size`, `device`, `max_length` and others of lm_eval's `hf`.
     """
 
     def __init__(self, pretrained: str | None = None, **options: Any) -> None:
@@ -79,10 +77,7 @@ class L2DLM(HFLM):  # type: ignore[misc]
         self.options = diffusing(options)
         self.settings = self.source.sampling(self.options)
         self.running = {name: options[name] for name in RUNNING if name in options}
-        guesses = arguments.request(**self.running).guesses
-        Guesses.of(
-            self.source.empty, guesses, self.settings, block_size=self.source.parts.block_size, has_observer=False
-        )
+        self.source.check_running(self.running, self.settings)
         self.searching, _ = split_options(options)
         self.search = check_search(self.searching)
         if self.search and self.source.is_block:

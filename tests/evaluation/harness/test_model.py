@@ -299,6 +299,7 @@ def test_generation_options_are_refused_before_weights_load(opened, options, hin
         ({"scoring": "mian"}, "main"),
         ({"noise_samples": 0}, "above 0"),
         ({"parallelize": True}, "Unknown model argument"),
+        ({"drafter": "prompt_lookup"}, "guesses nothing with speculate='off'"),
     ],
 )
 def test_model_options_are_refused(opened, options, hint):

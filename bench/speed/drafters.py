@@ -1,0 +1,118 @@
+"""What a drafter is worth on texts that copy and on others: `python bench/speed/drafters.py MODEL [--device cuda]`.
+
+A pretrained language model goes on with a text that repeats itself and with one that does not, with L2D over it that is
+not trained: its path moves the language model's states a little, so that some guesses are wrong. Every round measures
+every case once, ratios are medians over rounds, and on a CPU seconds are those of the process.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import typer
+from gpu import Bench
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from l2d_framework.training.run_record import environment
+
+LIST = (
+    "apples 12, pears 7, plums 31, grapes 5, lemons 18, cherries 44, oranges 9, figs 3, dates 27, melons 2, "
+    "peaches 15, berries 60, kiwis 21, mangos 6"
+)
+TASKS = {
+    "copy": f"Stock of the shop: {LIST}.\n\nThe same list once more, for the other shop: apples 12, pears 7,",
+    "invent": "Once upon a time there was a fisherman who",
+}
+CASES: dict[str, dict[str, Any]] = {
+    "off": {"speculate": "off"},
+    "main path, 4": {"speculate": 4},
+    "prompt_lookup, 4": {"speculate": 4, "drafter": "prompt_lookup"},
+}
+
+
+class Pretrained(Bench):
+    """A pretrained language model and one prompt for it; `size` is where it lies."""
+
+    asked = ""
+
+    @cached_property
+    def lm(self) -> Any:
+        """The language model."""
+        return AutoModelForCausalLM.from_pretrained(self.size, dtype=self.dtype).to(self.device).eval()
+
+    def tokens(self, rows: int, length: int | None = None) -> Tensor:
+        """The prompt, several times over.
+
+        Args:
+            rows: how often.
+            length: without meaning here.
+
+        Returns:
+            Ids, (rows, S).
+        """
+        ids = AutoTokenizer.from_pretrained(self.size)(self.asked).input_ids
+        return torch.tensor([ids] * rows, device=self.device)
+
+
+def compare(bench: Pretrained, task: str, scale: float, steps: int) -> None:
+    """Every drafter on one task.
+
+    Args:
+        bench: what is measured.
+        task: one of `TASKS`.
+        scale: how far the diffusion path moves the language model's states.
+        steps: evaluations of a token.
+    """
+    bench.asked = TASKS[task]
+    bench.agree(scale)
+    options = {"estimate": {"mode": "argmax"}, "num_inference_steps": steps}
+    shares: dict[str, float] = {}
+    answers: dict[str, list[int]] = {}
+
+    def run(name: str) -> int:
+        made = bench.answer(1, **options, **CASES[name])
+        guessed, right = bench.last.guesses
+        shares[name], answers[name] = right / max(guessed, 1), bench.last.answers[0].tolist()
+        return made
+
+    title = f"{task}, scale {scale:g}, {steps} evaluations"
+    bench.ask(title, {name: partial(run, name) for name in CASES}, right=shares, evaluations=steps, scale=scale)
+    bench.questions[title]["answers_are_equal"] = len(set(map(tuple, answers.values()))) == 1
+    bench.keep()
+    print("  share of guesses that are right", shares)
+
+
+def main(
+    model: Annotated[str, typer.Argument(help="Folder or hub id of a language model.")],
+    device: Annotated[Literal["cpu", "cuda"], typer.Option(help="Where to run.")] = "cpu",
+    rounds: Annotated[int, typer.Option(min=1, help="Samples of every case.")] = 3,
+    new_tokens: Annotated[int, typer.Option(min=2, help="Tokens of an answer.")] = 48,
+    steps: Annotated[list[int] | None, typer.Option(help="Evaluations of a token; 3 and 15 if absent.")] = None,
+    scales: Annotated[list[float] | None, typer.Option(help="Of the diffusion path; 0 and 3,000 if absent.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Result file; bench/results/drafters_DEVICE.json if absent.")] = None,
+) -> None:
+    """Measure, print, and write the result file after each question."""
+    torch.set_num_threads(1)
+    bench = Pretrained(torch.device(device), model, 0, new_tokens, rounds)
+    out = out or Path(__file__).parents[1] / "results" / f"drafters_{device}.json"
+    settings = {"model": Path(model).name, "tasks": TASKS, "new_tokens": new_tokens, "rounds": rounds}
+    unit = "cpu" if device == "cpu" else "wall"
+    card = {"device": device, "seconds_are": unit, "settings": settings, **environment(1)}
+
+    def keep() -> None:
+        out.write_text(json.dumps(card | {"questions": bench.questions}, indent=1) + "\n", encoding="utf-8")
+
+    bench.keep = keep
+    for count in steps or (3, 15):
+        for scale in scales or (0.0, 3000.0):
+            for task in TASKS:
+                compare(bench, task, scale, count)
+
+
+if __name__ == "__main__":
+    typer.run(main)
