@@ -115,8 +115,10 @@ class Measurement:
     """The three trained models in the folder of a demo, and the questions they answer."""
 
     def __init__(self, folder: Path, data: Data) -> None:
-        self._folder, self._parts = folder, (data.held_out_new, data.held_out_old)
+        self._folder = folder
         self._tokenizer: PreTrainedTokenizerBase = open_tokenizer(folder / BASE)
+        parts = (data.held_out_new, data.held_out_old)
+        self._parts = [(questions, self._batches(questions)) for questions in parts]
         self._models = {name: _open(name, folder / name) for name in (BASE, LORA, L2D)}
 
     def outcomes(self, after_each: Callable[[], None]) -> list[Outcome]:
@@ -177,17 +179,20 @@ class Measurement:
         return torch.tensor(encode_prompts(self._tokenizer, [question.prompt for question in questions]))
 
     def _sheets(self, model: Any, sampling: dict[str, Any]) -> list[Sheet]:
-        return [self._sheet(questions, model, sampling) for questions in self._parts]
+        return [self._sheet(*part, model, sampling) for part in self._parts]
 
-    def _sheet(self, questions: list[Question], model: Any, sampling: dict[str, Any]) -> Sheet:
+    def _batches(self, questions: list[Question]) -> list[Tensor]:
+        # Operations of one and of two words make prompts of two lengths.
+        groups = groupby(questions, lambda question: len(question.operation.split()))
+        return [prompts for _, group in groups for prompts in self._encode(list(group)).split(_BATCH)]
+
+    def _sheet(self, questions: list[Question], batches: list[Tensor], model: Any, sampling: dict[str, Any]) -> Sheet:
         answers: list[str] = []
         evaluations: list[int] = []
-        # Operations of one and of two words make prompts of two lengths.
-        for _, same_length in groupby(questions, lambda question: len(question.operation.split())):
-            for prompts in self._encode(list(same_length)).split(_BATCH):
-                tokens, spent = _answer(model, prompts, sampling)
-                answers += self._texts(tokens.tolist())
-                evaluations += spent.tolist()
+        for prompts in batches:
+            tokens, spent = _answer(model, prompts, sampling)
+            answers += self._texts(tokens.tolist())
+            evaluations += spent.tolist()
         return Sheet(questions, answers, evaluations)
 
 

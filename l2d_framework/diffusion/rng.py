@@ -9,10 +9,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.random.bit_generator import ISeedSequence
 from torch import Tensor
+from typing_extensions import override
 
 _BLOCK = 32
 
@@ -24,7 +27,18 @@ def stream_key(*parts: int | str) -> bytes:
 
 def keyed_generator(*parts: int | str) -> np.random.Generator:
     """Philox generator at the start of the stream that `parts` name."""
-    return np.random.Generator(np.random.Philox(key=int.from_bytes(stream_key(*parts), "little")))
+    return np.random.Generator(np.random.Philox(_Key(stream_key(*parts))))
+
+
+class _Key(ISeedSequence):
+    """Hands a key on as it is; beside an argument `key`, numpy would ask the system for entropy, which takes longer."""
+
+    def __init__(self, key: bytes) -> None:
+        self._key = key
+
+    @override
+    def generate_state(self, n_words: int, dtype: Any = np.uint32) -> Any:
+        return np.frombuffer(self._key, "<u8").astype(dtype)
 
 
 def request_keys(prompts: Sequence[Sequence[int]]) -> list[str]:
