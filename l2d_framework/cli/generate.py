@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from l2d_framework.cli import common
-from l2d_framework.cli.completion import names
+from l2d_framework.cli.completion import names, values
 from l2d_framework.errors import ConfigError
 
 
@@ -63,7 +63,11 @@ def generate(
         ),
     ] = "auto",
     speculate: Annotated[
-        str, typer.Option(help="Tokens the language model guesses ahead, to be denoised at once; or auto, or off.")
+        str,
+        typer.Option(
+            help="Tokens the language model guesses ahead, to be denoised at once; or auto, or off.",
+            autocompletion=values("auto", "off"),
+        ),
     ] = "off",
     graph: Annotated[bool, typer.Option(help="Let an NVIDIA GPU replay the steps of a token from a graph.")] = True,
 ) -> None:

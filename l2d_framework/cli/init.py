@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple, TypeVar
 
 import typer
 
+from l2d_framework.cli.completion import names
 from l2d_framework.cli.meter import Meter
 from l2d_framework.errors import ConfigError, L2DError, suggest
 
@@ -44,7 +45,10 @@ def init(
     run_file: Annotated[Path, typer.Argument(metavar="[RUN.yaml]", help="Run file to write.")] = Path("run.yaml"),
     base: Annotated[str | None, typer.Option(help="Language model to start from: folder or hub id.")] = None,
     data: Annotated[str | None, typer.Option(help="Training data: file, folder or hub id.")] = None,
-    method: Annotated[str | None, typer.Option(help="Method, such as l2d; `l2d plugins` lists them.")] = None,
+    method: Annotated[
+        str | None,
+        typer.Option(help="Method, such as l2d; `l2d plugins` lists them.", autocompletion=names("method")),
+    ] = None,
     budget: Annotated[str | None, typer.Option(help="Such as '3 epochs' or '1000 updates'.")] = None,
     output_dir: Annotated[str | None, typer.Option(help="New folder for the model.")] = None,
 ) -> None:
