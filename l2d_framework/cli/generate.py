@@ -101,7 +101,7 @@ def generate(
 
     check_class_early(model, class_name)
 
-    from l2d_framework.cli.answer_file import show_answers
+    from l2d_framework.cli.answer_file import check_answer_file, show_answers
     from l2d_framework.cli.generate_session import Session, read_prompts
 
     named = read_prompts(prompt or [], file, chat=chat)
@@ -131,7 +131,7 @@ def generate(
         from l2d_framework.tracing import check_trace_file
 
         check_trace_file(trace)
-    common.check_file(out, "--out")
+    check_answer_file(out, asked)
     if infill:
         session.check_infilling(infill)
     # Without prompts there will be a conversation: find out now whether this tokenizer can hold one.

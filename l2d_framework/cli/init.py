@@ -81,7 +81,8 @@ def init(
     question = f"Method ({', '.join(methods)})"
     method = _answer("--method", question, method, fitting, default=next(iter(methods), None))
     amount, unit = _answer("--budget", "Budget ('3 epochs' or '1000 updates')", budget, _budget, default="1 epoch")
-    name = f"{Path(base).name}-{method}".lower()
+    folder = Path(base).expanduser()
+    name = f"{(folder if folder.name.strip('.') else folder.resolve()).name}-{method}".lower()
     output_dir = _answer("--output-dir", "New folder for the model", output_dir, _folder, default=name)
     draft.write(run_file, Answers(base, data, method, amount, unit, output_dir))
 
@@ -125,6 +126,8 @@ def _budget(text: str) -> tuple[float, str]:
     parts = _BUDGET.fullmatch(text.strip())
     if parts is None or float(parts[1]) <= 0:
         raise ConfigError(f"A budget must read like '3 epochs' or '1000 updates', got {text!r}.")
+    if parts[2] == "update" and not float(parts[1]).is_integer():
+        raise ConfigError(f"Updates are whole, got {text!r}. Give a whole number, or a part of an epoch.")
     return float(parts[1]), parts[2]
 
 
@@ -236,7 +239,7 @@ def _text(answers: Answers, seen: Preview, context: int | None, *, trains_base: 
         lines.append("  pack: true  # texts are joined and cut, so that nothing of them is lost")
     lines += [
         "training:",
-        f"  epochs: {answers.amount:g}" if answers.unit == "epoch" else f"  max_steps: {max(int(answers.amount), 1)}",
+        f"  epochs: {answers.amount:g}" if answers.unit == "epoch" else f"  max_steps: {int(answers.amount)}",
         f"  batch_size: {8 if is_small else 32}  # sequences of an update",
         "  micro_batch_size: auto  # as many at a time as memory allows",
         f"  learning_rate: {'1.0e-5' if trains_base else '1.0e-4'}  # "
