@@ -27,7 +27,8 @@ def stream_key(*parts: int | str) -> bytes:
 
 def keyed_generator(*parts: int | str) -> np.random.Generator:
     """Philox generator at the start of the stream that `parts` name."""
-    return np.random.Generator(np.random.Philox(_Key(stream_key(*parts))))
+    key: Any = _Key(stream_key(*parts))  # an interface that numpy takes and its annotations do not name
+    return np.random.Generator(np.random.Philox(key))
 
 
 class _Key(ISeedSequence):
