@@ -160,7 +160,7 @@ def _examples(layout: Layout, rule: NoiseRule, purpose: str) -> list[_Example]:
             keyed_generator(*key, purpose),
             rule.draws,
         )
-        for row, key in enumerate(rule.keys)
+        for row, key in zip(range(len(blocks)), rule.keys, strict=True)
     ]
 
 
