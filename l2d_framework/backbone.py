@@ -64,6 +64,11 @@ def stacked(model: nn.Module) -> list[tuple[nn.Module]]:
     return found
 
 
+def is_offloaded(model: nn.Module) -> bool:
+    """Whether some weights, but not all as in a model of shapes, are there only while a module that has them runs."""
+    return len({parameter.is_meta for parameter in model.parameters()}) == 2
+
+
 class Backbone(nn.Module, ABC, Generic[C]):
     """The network: owns the embedding table, time and class conditioning, cache, visibility and label shift.
 
@@ -245,6 +250,8 @@ class Backbone(nn.Module, ABC, Generic[C]):
 
     def units(self) -> Sequence[Sequence[nn.Module]]:
         """Modules whose weights are gathered together, and only while one of them runs, where processes share them.
+
+        So are layers that wait in the host's memory or on the disk brought to the device that computes.
 
         A unit's weights are read in the `forward` of its modules and nowhere else, and by no module of another unit. Of
         several modules in one, all but the last run without gradients. What is in no unit, such as embeddings, stays

@@ -15,6 +15,7 @@ EXIT_CODES = {
     3: "training diverged: a loss, a gradient or a weight is no number any more",
     4: "what was to be written could not be written, such as to a full disk",
     5: "another process is at work in the same output folder",
+    6: "a data source stopped answering; what was trained until then is saved",
     130: "interrupted by Ctrl-C",
     138: "interrupted by SIGUSR1, by which Slurm announces the end of a job's time",
     143: "interrupted by SIGTERM",
@@ -39,6 +40,12 @@ class PluginError(L2DError, ValueError):
 
 class DataError(L2DError, ValueError):
     """A data source, column or example cannot be used."""
+
+
+class UnreachableError(DataError):
+    """A data source does not answer any more, such as one behind a network."""
+
+    exit_code = 6
 
 
 class CheckpointError(L2DError, ValueError):

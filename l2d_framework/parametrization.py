@@ -158,19 +158,23 @@ class Parametrization(nn.Module, ABC):
         """
         return schedule.interpolate(self.encode(tokens, table), self.prior_scale * noise, t)
 
-    def refine(self, logits: Tensor, x: Tensor, t: Tensor, schedule: NoiseLaw, table: Tensor) -> Tensor:
+    @property
+    def refines(self) -> bool:
+        """Whether `refine` changes anything; where it does, generation holds the logits of a whole block."""
+        return type(self).refine is not Parametrization.refine
+
+    def refine(self, logits: Tensor, x: Tensor, t: Tensor, schedule: NoiseLaw, codebook: Tensor) -> Tensor:
         """Logits after what the state itself says of its token; the network then learns the rest.
 
         A token that the corruption left as it was is so never mistaken, in the loss, between evaluations or in the
-        read-out. In training no gradient reaches state or table through this, only the logits. A space that overrides
-        it holds the logits of a whole block in generation.
+        read-out. In training no gradient reaches state or codebook through this, only the logits.
 
         Args:
             logits: of some positions, (B, n, V), float32.
             x: their states, (B, n, D), float32.
             t: their times, (B, n), float32.
             schedule: the noise law.
-            table: the backbone's embedding table, (V, H).
+            codebook: what `codebook` returned.
 
         Returns:
             (B, n, V), float32; the logits as they are unless a space knows better.
@@ -190,7 +194,7 @@ class Parametrization(nn.Module, ABC):
         return logits
 
     def codebook(self, table: Tensor) -> Tensor:
-        """Whatever `estimate` needs that depends on weights only; computed once per generation.
+        """Whatever `estimate` and `refine` need that depends on weights only; computed once per generation.
 
         Args:
             table: the backbone's embedding table, (V, H).

@@ -9,7 +9,7 @@ import shutil
 import signal
 import tempfile
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +28,17 @@ os.environ.pop("L2D_PLUGINS", None)
 
 import shared_folders
 import torch
+import torch.utils.collect_env
 from safetensors.torch import load_file, save_file
 from tiny_models import tiny_lm as build_lm
 from tiny_models import tiny_tokenizer as build_tokenizer
 
 # Shells start what is to run in the background with this signal ignored, which tests send themselves.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+# lm_eval asks it in every evaluation, and it asks pip and compilers.
+torch.utils.collect_env.get_pretty_env_info = cache(torch.utils.collect_env.get_pretty_env_info)
 
 
 def pytest_unconfigure() -> None:
@@ -44,9 +49,23 @@ def pytest_collection_finish() -> None:
     # Millions of objects of libraries and tests live to the end; looking through them again and again takes minutes.
     gc.collect()
     gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
+
+
+BEFORE_OTHERS = {
+    "test_trainer_processes.py",
+    "test_start_up.py",
+    "test_demo.py",
+    "test_smollm2_profile.py",
+    "test_own_profiles.py",
+    "test_offline_tasks.py",
+    "test_meter.py",
+}
+"""Files with tests or fixtures of ten seconds and more: at the end, one worker would wait for the other."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name not in BEFORE_OTHERS)
     if torch.cuda.is_available():
         return
     for item in items:

@@ -11,7 +11,7 @@ from l2d_bench.protocols.alpaca_eval import write_outputs
 from l2d_framework.cli.generate_session import read_prompts
 from l2d_framework.errors import DataError
 from l2d_framework.evaluation.text.samples import Columns, read_golds, read_samples
-from l2d_framework.lines import read_lines, read_objects
+from l2d_framework.lines import read_lines, read_objects, spans
 from l2d_framework.training.data.sources import first_columns, json_lines
 
 # What str.splitlines takes for the end of a line, beside the two that are one.
@@ -36,9 +36,22 @@ def test_lines_end_at_line_feeds_only_and_begin_after_the_mark(tmp_path, packed,
     assert list(read_lines(path)) == [(step * i + 1, text) for i, text in enumerate(TEXTS)]
 
 
+@pytest.mark.parametrize("end", ["\n", "\r\n"], ids=["unix", "windows"])
+@pytest.mark.parametrize("mark", [False, True], ids=["bare", "marked"])
+def test_stretches_of_a_file_have_its_lines_once_and_in_order(tmp_path, mark, end):
+    path = tmp_path / "a.txt"
+    content = end.join(TEXTS).encode("utf-8-sig" if mark else "utf-8")
+    path.write_bytes(content)
+    for size in range(1, len(content) + 1):
+        parts = spans(path, size)
+        assert len(parts) == -(-len(content) // size)
+        assert [text for part in parts for _, text in read_lines(path, part)] == TEXTS
+    assert spans(tmp_path / "b.txt.gz", 1) == spans(tmp_path / "none.txt", 1) == [None]
+
+
 READERS = {
     "objects": lambda path: [row["text"] for _, row in read_objects(path)],
-    "training": lambda path: [row["text"] for row in json_lines([path, path], ("text",))][: len(TEXTS)],
+    "training": lambda path: [row["text"] for row in json_lines([(path, None), (path, None)], ("text",))][: len(TEXTS)],
     "prompts": lambda path: list(read_prompts([], path, chat=False).values()),
     "samples": lambda path: [sample.text for sample in read_samples(path, Columns(prefix="none"))],
     "golds": lambda path: read_golds(path, "text"),

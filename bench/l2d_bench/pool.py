@@ -23,6 +23,7 @@ _PAUSE = 0.2
 """Seconds between two reports of progress."""
 _PATIENCE = 10.0
 """Seconds for a process to end by itself."""
+_PROCESSES = multiprocessing.get_context("spawn")
 
 
 class Event(NamedTuple):
@@ -155,12 +156,11 @@ class _Worker:
     """
 
     def __init__(self, surroundings: Surroundings) -> None:
-        context = multiprocessing.get_context("spawn")
-        self.pipe, theirs = context.Pipe()
+        self.pipe, theirs = _PROCESSES.Pipe()
         # Torch and OpenMP read these when they are imported, in the process that is started here.
         with _environment("OMP_NUM_THREADS", str(surroundings.threads)):
             # No daemon, since those may not start processes of their own, as data loaders do.
-            self.process = context.Process(target=_serve, args=(theirs, surroundings))
+            self.process = _PROCESSES.Process(target=_serve, args=(theirs, surroundings))
             self.process.start()
         theirs.close()
         self.key: str | None = None

@@ -33,6 +33,14 @@ Device = Annotated[
     str | None,
     typer.Option(help="Such as cuda; the GPU when there is one.", autocompletion=values("cpu", "cuda", "mps")),
 ]
+DeviceMap = Annotated[
+    str | None,
+    typer.Option(
+        help='For a model larger than the device: auto, or JSON such as {"model.layers.0": "disk"}.',
+        autocompletion=values("auto"),
+    ),
+]
+OffloadFolder = Annotated[Path | None, typer.Option(help="Where layers on the disk are kept meanwhile.")]
 Settings = Annotated[
     list[str] | None,
     typer.Option("--set", help="Other sampling setting, such as estimate.mode=argmax.", autocompletion=sampling_keys),

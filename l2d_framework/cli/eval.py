@@ -8,7 +8,7 @@ import logging
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -17,10 +17,7 @@ from l2d_framework.cli.common import Device
 from l2d_framework.errors import ConfigError, PluginError
 from l2d_framework.evaluation.harness.command import run
 from l2d_framework.evaluation.harness.start_up import steps
-from l2d_framework.evaluation.tables import terminal
-
-if TYPE_CHECKING:
-    from rich.table import Table
+from l2d_framework.evaluation.tables import Fitting, terminal
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
@@ -107,7 +104,7 @@ def _numbers(name: str, text: str, least: float | None = None) -> list[float]:
     return numbers
 
 
-def _tables(out: Path, chosen: dict[str, Any]) -> Iterator[Table]:
+def _tables(out: Path, chosen: dict[str, Any]) -> Iterator[Fitting]:
     measured = json.loads(out.read_text(encoding="utf-8"))
     for task, where in measured["identity"]["tasks"].items():
         rows = [row for row in measured["rows"] if row["task"] == task]

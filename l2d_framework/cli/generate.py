@@ -56,6 +56,8 @@ def generate(
     base: common.Base = None,
     dtype: common.Dtype = None,
     device: common.Device = None,
+    device_map: common.DeviceMap = None,
+    offload_folder: common.OffloadFolder = None,
     merge: Annotated[
         Literal["auto", "always", "never"],
         typer.Option(
@@ -126,6 +128,7 @@ def generate(
         samples=num_return_sequences,
         running={"merge": merge, "graph": graph, "speculate": int(speculate) if speculate.isdecimal() else speculate},
         is_watched=trace is not None,
+        placing={"device_map": device_map, "offload_folder": offload_folder},
     )
     if trace is not None:
         from l2d_framework.tracing import check_trace_file

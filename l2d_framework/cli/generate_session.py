@@ -25,6 +25,7 @@ from l2d_framework.generation.prompts import Prompt, check_length, encode_prompt
 from l2d_framework.generation.speculation import Guesses
 from l2d_framework.lines import read_lines, read_objects
 from l2d_framework.models.diffusion_lm import DiffusionLM
+from l2d_framework.models.placement import Placement
 from l2d_framework.models.unloaded import CLASS, SCALE, UnloadedModel
 
 if TYPE_CHECKING:
@@ -84,6 +85,7 @@ class Session:
         samples: int,
         running: dict[str, Any],
         is_watched: bool,
+        placing: dict[str, Any],
     ) -> None:
         check_dtype(dtype)
         if options.get("temperature", 1.0) <= 0:
@@ -93,7 +95,7 @@ class Session:
             )
         decoding_options(options | ({"stop_strings": list(stop)} if stop else {}))
         self.options, self.class_name, self.stop, self.samples = options, class_name, list(stop), samples
-        self.model = model = UnloadedModel(path, base=base, dtype=dtype)
+        self.model = model = UnloadedModel(path, base=base, dtype=dtype, placement=Placement.of(**placing))
         self.settings = settings = model.sampling({**sampling, CLASS: class_name, SCALE: guidance_scale})
         model.check_class(settings, is_named=class_name is not None, where="Add --class NAME.")
         self.sampling, self.scale, self.running = sampling, guidance_scale, running
@@ -114,7 +116,9 @@ class Session:
         """Load the weights."""
         quieten()
         with Meter(f"loading {self.model.path}"):
-            self.lm = self.model.load(check_device(device))
+            # A map may name the device.
+            is_mapped = device is None and self.model.placement is not None
+            self.lm = self.model.load(None if is_mapped else check_device(device))
 
     def check_infilling(self, texts: Sequence[str]) -> None:
         """Refuse texts with gaps that this model cannot fill; needs no weights."""

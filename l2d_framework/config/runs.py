@@ -176,5 +176,9 @@ def _check_training(data: DataSection | None, training: TrainingSection) -> None
         return
     if data.streaming and training.max_steps is None:
         raise ValueError("data.streaming has no known length; set training.max_steps")
+    if training.batch_size % data.shards:
+        raise ValueError(
+            f"training.batch_size {training.batch_size} is no multiple of data.shards {data.shards}; change one"
+        )
     if training.eval_steps and not data.eval and not data.eval_fraction:
         raise ValueError(f"training.eval_steps is {training.eval_steps} but nothing is held out; set data.eval")

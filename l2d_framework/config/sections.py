@@ -203,7 +203,11 @@ class DataSection(Section):
     shuffle_seed: int | None = Field(default=None, ge=0)
     """Seed of the data order; the run's `seed` when None."""
     shuffle_buffer: int = Field(default=10_000, ge=1)
-    """Examples held in memory to shuffle a stream; raise it where neighbouring rows are alike."""
+    """Examples held in memory to shuffle a stream; raise it where neighbouring rows are alike. Half of them are
+    shuffled while the other half is read."""
+    shards: int = Field(default=1, ge=1)
+    """Parts in which a stream is read side by side, each for its share of every batch. With as many as there are
+    processes, each reads and encodes nothing but its own; decides the result like a seed, whatever the processes."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -213,6 +217,8 @@ class DataSection(Section):
             raise ValueError(f"turns {self.turns!r} supervises one answer and supervise 'all' every token; keep one")
         if self.masking is not None and self.supervise == "all":
             raise ValueError("masking decides what is supervised, so supervise 'all' has no meaning; remove one")
+        if self.shards > 1 and not self.streaming:
+            raise ValueError(f"shards {self.shards} divides a stream; set streaming: true, or leave it out")
         return self
 
 

@@ -48,7 +48,12 @@ class Diffusion(nn.Module):
         """Forget the codebook if weights of the state space have changed without a trace, as some optimizers do it."""
         sums = [float(weight.sum(dtype=torch.float64)) for weight in self.parametrization.parameters()]
         if sums != self._sums:
-            self._codebook, self._sums = None, sums
+            self._sums = sums
+            self.forget_codebook()
+
+    def forget_codebook(self) -> None:
+        """Have the codebook made again when it is next asked for."""
+        self._codebook = None
 
     def own_parameters(self) -> dict[str, nn.Parameter]:
         """What training changes and checkpoints store; the language model's own only if the backbone trains it."""
@@ -82,11 +87,11 @@ class Diffusion(nn.Module):
     @property
     def refines(self) -> bool:
         """Whether the state space has something to say about logits."""
-        return type(self.parametrization).refine is not Parametrization.refine
+        return self.parametrization.refines
 
     def refine(self, logits: Tensor, x: Tensor, t: Tensor) -> Tensor:
         """Logits of some positions, (B, n, V), float32, after what their states say of their tokens."""
-        return self.parametrization.refine(logits, x.detach(), t, self.schedule, self.backbone.table().detach())
+        return self.parametrization.refine(logits, x.detach(), t, self.schedule, self.codebook())
 
     def answer(self, query: Query) -> Logits:
         """Predict without guidance, a few positions at a time unless the state space refines all logits."""

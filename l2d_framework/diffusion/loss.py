@@ -68,6 +68,8 @@ def denoising_loss(
 
     Source: arXiv:2501.15781, Eq. 4; arXiv:2502.13917, Eq. 3 and 6.
     """
+    if diffusion.refines:
+        diffusion.forget_codebook()  # its weights may have changed without a trace since the last update
     query = _query(diffusion, layout, draws, classes)
     is_shown = bool(draws.conditioned.any())
     if is_shown or (in_step and diffusion.parametrization.uses_previous):

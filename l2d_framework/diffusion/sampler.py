@@ -10,12 +10,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from l2d_framework.backbone import is_offloaded
 from l2d_framework.diffusion.diffusion import Diffusion
 from l2d_framework.diffusion.early_stop import Settled
 from l2d_framework.diffusion.logits import Logits
 from l2d_framework.diffusion.ode import Observer, Streams, TokenODE
 from l2d_framework.diffusion.rng import TokenStreams
 from l2d_framework.diffusion.sampling import Sampling, plan
+from l2d_framework.errors import ConfigError
 from l2d_framework.parametrization import Parametrization
 from l2d_framework.solver import Solver
 from l2d_framework.types import Context, Layout, Query
@@ -79,6 +81,10 @@ class Sampler:
     ) -> Sampler:
         """A sampler with the sampling's estimate options; `merge`: if there is memory, in any case, or not at all."""
         if sampling.num_inference_steps != 0:
+            if is_offloaded(diffusion.backbone):
+                if merge == "always":
+                    raise ConfigError("merge='always' needs all weights at once, but some lie elsewhere. Leave it out.")
+                merge = "never"
             diffusion.backbone.merge(merge)
             diffusion.check_codebook()
         return cls(diffusion, sampling, diffusion.parametrization.with_estimate(sampling.estimate), observer)

@@ -87,6 +87,7 @@ class _Path:
         with torch.no_grad():
             x = space.prior(solves.random)
             self._x = x.to(torch.float32 if x.device.type == "mps" else space.state_dtype)
+            diffusion.forget_codebook()  # as in `denoising_loss`
             self._codebook = diffusion.codebook()
         self._previous: Tensor | None = None
         self._carried: Tensor | None = None

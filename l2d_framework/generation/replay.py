@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from l2d_framework.backbone import Backbone
+from l2d_framework.backbone import Backbone, is_offloaded
 from l2d_framework.diffusion.ode import NotAhead
 from l2d_framework.diffusion.rng import TokenStreams
 from l2d_framework.diffusion.sampler import Block, Denoised, Sampler
@@ -143,6 +143,8 @@ class Replayed(Rows):
         """Rows to be replayed, where device and backbone can; `most` is how many slots they may fill."""
         lm: Any = rows.backbone.lm
         if lm.device.type not in GRAPHS or len(set(getattr(lm, "hf_device_map", {}).values())) > 1:
+            return rows
+        if is_offloaded(rows.backbone):  # weights come and go, which no graph can
             return rows
         if repr(rows.sampler.sampling.guidance) in _REFUSED.get(rows.backbone, ()):
             return rows

@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
@@ -53,6 +54,7 @@ from l2d_framework.models.manifest import (
     sealed,
 )
 from l2d_framework.models.origin import Origin
+from l2d_framework.models.placement import DeviceMap, Placement, Plan, check_whole
 from l2d_framework.opening import open_model, reading
 from l2d_framework.registry import registry
 
@@ -148,6 +150,7 @@ def save(model: DiffusionLM, folder: str | Path, *, notes: str = "", dtype: torc
         notes: markdown to append to the model card.
         dtype: of the weights in the files; as they are when None.
     """
+    check_whole(model, "Saving")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     stage = Path(tempfile.mkdtemp(prefix=".l2d-", dir=folder))
@@ -264,6 +267,9 @@ def load(
     device: str | torch.device | None = None,
     revision: str | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    device_map: DeviceMap | None = None,
+    max_memory: Mapping[int | str, int | str] | None = None,
+    offload_folder: str | Path | None = None,
 ) -> DiffusionLM:
     """Load a checkpoint; its base model is named in the manifest and must have the recorded fingerprint.
 
@@ -274,6 +280,10 @@ def load(
         device: where to put the model; the CPU when None.
         revision: of a hub checkpoint.
         tokenizer: the base model's, where it has been read already; a large vocabulary takes most of a second.
+        device_map: for a model that is larger than the device: `auto`, or where modules of the language model lie, as
+            in transformers: the device that computes, `cpu` or `disk`. Layers elsewhere come in when they run.
+        max_memory: most memory of a device for `auto`, in bytes or as `10GiB`; what is free when None.
+        offload_folder: where layers on the disk are kept while the model lives.
 
     Returns:
         The model in evaluation mode. Its own weights have the type they are trained in, whatever the files' type, so
@@ -282,6 +292,7 @@ def load(
     Raises:
         CheckpointError: if the checkpoint is damaged or belongs to another base model.
     """
+    placement = Placement.of(device_map, max_memory, offload_folder)
     folder = fetch(str(path), revision)
     manifest = read_manifest(folder)
     chosen = None if dtype is None else str(dtype).removeprefix("torch.")
@@ -298,12 +309,16 @@ def load(
     with reading(f"what {str(folder / MANIFEST)!r} describes"):
         parts = components(manifest)
         parts.backbone.check(config, parts.block_size)
+        plan = Plan.onto(device)
+        if placement is not None:
+            empty = empty_language_model(config, reference.attn_implementation, dtype=reference.dtype)
+            plan = placement.plan(assemble(parts, empty), device)
         model = assemble(parts, load_language_model(reference))
     _load_own(model, folder)
     recorded = manifest["model"] and validated(ModelSection, manifest["model"], "model")
     model.origin = recorded_origin(manifest, recorded if is_inside else reference, here)
     model.tokenizer = tokenizer or load_tokenizer(reference)
-    return model.to(device or "cpu").eval()
+    return plan.apply(model.eval())
 
 
 def components(manifest: dict[str, Any]) -> SimpleNamespace:

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from threading import Lock
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from transformers import (
 )
 from transformers.generation.stopping_criteria import StopStringCriteria
 from transformers.generation.streamers import BaseStreamer
+from typing_extensions import override
 
 from l2d_framework.backbone import Backbone
 from l2d_framework.blame import naming_plugins
@@ -44,6 +45,7 @@ from l2d_framework.generation.prompts import (
 )
 from l2d_framework.generation.results import Generation, Infilled, html_table
 from l2d_framework.models.origin import Origin
+from l2d_framework.models.placement import check_whole
 from l2d_framework.parametrization import Parametrization
 from l2d_framework.schedule import NoiseLaw
 from l2d_framework.types import Layout
@@ -75,6 +77,12 @@ class DiffusionLM(Diffusion):
     def device(self) -> torch.device:
         """Where the language model's weights are."""
         return self.backbone.lm.device
+
+    @override
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        check_whole(self, "Moving or casting a model")
+        moved: Self = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # of torch
+        return moved
 
     def _facts(self) -> dict[str, str]:
         """What it is, for readers."""

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from importlib.metadata import version
 from typing import Any, cast
 
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from l2d_framework.backbone import Backbone
@@ -17,10 +18,11 @@ from l2d_framework.config import DiffusionRun, SamplingSection
 from l2d_framework.config.parsing import parse_run
 from l2d_framework.diffusion.sampling import check_block_size, check_sampling
 from l2d_framework.errors import CheckpointError, ConfigError
-from l2d_framework.models.checkpoint import build_model, components, load
+from l2d_framework.models.checkpoint import assemble, build_model, components, load
 from l2d_framework.models.diffusion_lm import DiffusionLM
 from l2d_framework.models.labels import MANIFEST
 from l2d_framework.models.manifest import base_reference, read_manifest, recorded_origin
+from l2d_framework.models.placement import Placement, Plan
 from l2d_framework.registry import registry
 
 CLASS, HINT, SCALE = "class_name", "class_hint", "guidance_scale"
@@ -39,9 +41,15 @@ class UnloadedModel:
     """What a checkpoint is made of, or a plain language model, which serves where no evaluation is asked for."""
 
     def __init__(
-        self, path: str, *, base: str | None = None, dtype: str | None = None, revision: str | None = None
+        self,
+        path: str,
+        *,
+        base: str | None = None,
+        dtype: str | None = None,
+        revision: str | None = None,
+        placement: Placement | None = None,
     ) -> None:
-        self.path, self.base, self.dtype, self.revision = path, base, dtype, revision
+        self.path, self.base, self.dtype, self.revision, self.placement = path, base, dtype, revision, placement
         folder = fetch(path, revision)
         self._run: DiffusionRun | None = None
         if (folder / MANIFEST).is_file() or not any(folder.glob("*config.json")):
@@ -57,7 +65,8 @@ class UnloadedModel:
         self.parts = components(self.manifest)
         self.lm_config = load_config(self.reference)
         lm = empty_language_model(self.lm_config, self.reference.attn_implementation)
-        self.empty: Backbone = self.parts.backbone.build(lm).in_blocks(self.parts.block_size)
+        with torch.device(lm.device):  # or matrices of random numbers would be drawn and dropped
+            self.empty: Backbone = self.parts.backbone.build(lm).in_blocks(self.parts.block_size)
         self.classes = list(self.origin.classes)
         self._ignored: set[str] = set()
         tokenizer = load_tokenizer(self.reference)
@@ -127,18 +136,20 @@ class UnloadedModel:
         except ConfigError as error:
             raise ConfigError(f"{error} The classes are {self.classes}. {where}") from error
 
+    def plan(self, device: Any) -> Plan:
+        """Where everything will lie; the map of a placement may name the device that computes, if None is given."""
+        if self.placement is None:
+            return Plan.onto(device)
+        lm = empty_language_model(self.lm_config, self.reference.attn_implementation, dtype=self.reference.dtype)
+        return self.placement.plan(assemble(self.parts, lm), device)
+
     def load(self, device: Any) -> DiffusionLM:
         """Load the weights."""
+        plan = self.plan(device)
         if self._run is not None:
-            return build_model(self._run).to(device).eval()
-        return load(
-            self.path,
-            base=self.base,
-            dtype=self.dtype,
-            device=device,
-            revision=self.revision,
-            tokenizer=self.tokenizer,
-        )
+            return plan.apply(build_model(self._run).eval())
+        model = load(self.path, base=self.base, dtype=self.dtype, revision=self.revision, tokenizer=self.tokenizer)
+        return plan.apply(model)
 
     def identity(self) -> dict[str, Any]:
         """What tells this model from others, JSON-ready: fingerprints, components, versions of package and plugins."""

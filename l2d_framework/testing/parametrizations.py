@@ -56,7 +56,7 @@ class _Case:
         return self.space.embed(x, t, _SCHEDULE, self.table, previous)
 
     def refine(self, x: Tensor, t: Tensor) -> Tensor:
-        return self.space.refine(self.logits, x, t, _SCHEDULE, self.table)
+        return self.space.refine(self.logits, x, t, _SCHEDULE, self.space.codebook(self.table))
 
 
 def _of_case(check: Callable[[_Case], None]) -> Check:
@@ -182,7 +182,7 @@ def check_corruption_is_tokenwise(case: _Case) -> None:
 
 
 def _refines(space: Parametrization) -> bool:
-    return type(space).refine is not Parametrization.refine
+    return space.refines
 
 
 @law.where(_refines)
@@ -201,7 +201,7 @@ def check_refinement_is_tokenwise(case: _Case) -> None:
     """A token's logits depend on its own state and time, and on nothing else."""
     x = case.corrupt(case.t)
     together = case.refine(x, case.t)
-    alone = case.space.refine(case.logits[_ONE], x[_ONE], case.t[_ONE], _SCHEDULE, case.table)
+    alone = case.space.refine(case.logits[_ONE], x[_ONE], case.t[_ONE], _SCHEDULE, case.space.codebook(case.table))
     ensure_close(together[_ONE], alone, "a token's logits must not depend on its batch mates")
 
 

@@ -30,7 +30,15 @@ def tiny_llama(seed: int = 0, *, vocab_size: int = 37, layers: int = 2) -> PreTr
     Returns:
         A float32 model on the CPU, in evaluation mode, that takes up to 128 tokens.
     """
-    config = LlamaConfig(
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        lm: PreTrainedModel = LlamaForCausalLM(_llama_config(vocab_size, layers))
+    lm.eval()
+    return lm
+
+
+def _llama_config(vocab_size: int = 37, layers: int = 2) -> LlamaConfig:
+    return LlamaConfig(
         vocab_size=vocab_size,
         hidden_size=_HIDDEN_SIZE,
         intermediate_size=48,
@@ -44,11 +52,6 @@ def tiny_llama(seed: int = 0, *, vocab_size: int = 37, layers: int = 2) -> PreTr
         eos_token_id=2,
         pad_token_id=0,
     )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        lm: PreTrainedModel = LlamaForCausalLM(config)
-    lm.eval()
-    return lm
 
 
 @dataclass(frozen=True)
@@ -102,7 +105,7 @@ def known_layout(padding: int = 0) -> Layout:
 
 def block_sizes(config: BackboneConfig) -> list[int | None]:
     """Block sizes out of 1, 2 and None that a backbone serves."""
-    lm_config, served = tiny_llama().config, []
+    lm_config, served = _llama_config(), []
     for size in (1, 2, None):
         try:
             config.check(lm_config, size)

@@ -18,6 +18,7 @@ from l2d_framework.diffusion.trajectory import trajectory_loss
 from l2d_framework.errors import ConfigError
 from l2d_framework.models import checkpoint
 from l2d_framework.models.diffusion_lm import DiffusionLM
+from l2d_framework.models.placement import check_whole
 from l2d_framework.training import sharding
 from l2d_framework.training.data.collate import IGNORED
 from l2d_framework.types import Layout
@@ -68,6 +69,7 @@ class Denoiser(Learner):
 
     def __init__(self, model: DiffusionLM, training: TrainingSection, seed: int) -> None:
         super().__init__()
+        check_whole(model, "Training")
         self.model = model
         self._training, self._seed = training, seed
         if model.backbone.carries and training.unroll is None:

@@ -9,7 +9,7 @@ import subprocess
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
-from functools import partial
+from functools import cache, partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -76,8 +76,13 @@ def _versions() -> dict[str, str]:
     versions = {"python": platform.python_version()}
     for name in dict.fromkeys([_DISTRIBUTION, *plugins, *required]):
         with suppress(metadata.PackageNotFoundError):  # an extra that is not installed
-            versions[name] = metadata.version(name)
+            versions[name] = _version(name)
     return versions
+
+
+@cache
+def _version(name: str) -> str:
+    return metadata.version(name)
 
 
 def _commit() -> str | None:

@@ -135,14 +135,16 @@ class Job(TrainerCallback):
             trainer.interruption = interruption
             trainer.train(resume_from_checkpoint=str(found[0]) if found[0] else None)
             signum = trainer.heard()
+        if (failure := trainer.failure) is not None:
+            raise type(failure)(f"{failure} Training ended {self._farewell(trainer.state)}") from failure
         if signum:
-            raise Interrupted(signum, self._farewell(signum, trainer.state) if self.writes else "")
+            raise Interrupted(signum, f"{name_of(signum)} {self._farewell(trainer.state)}" if self.writes else "")
         trainer.check_weights()
 
-    def _farewell(self, signum: int, state: TrainerState) -> str:
+    def _farewell(self, state: TrainerState) -> str:
         left = output_dir.checkpoints(self.output)
         saved = f"saved {str(left[-1])!r}; the same command goes on from there" if left else "nothing is saved"
-        return f"{name_of(signum)} after update {state.global_step} of {state.max_steps}: {saved}."
+        return f"after update {state.global_step} of {state.max_steps}: {saved}."
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: D102 -- transformers'
         self._measure()

@@ -7,15 +7,20 @@ carries its `ordinal`, its place in the sequence: the update it belongs to is or
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Mapping
 from functools import lru_cache
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
+from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
 from l2d_framework.diffusion.rng import keyed_generator
-from l2d_framework.errors import DataError
+from l2d_framework.errors import L2DError
+from l2d_framework.training.data.collate import Collator
+from l2d_framework.training.data.stream import Place, Stream
 
 PADDING = -1
 """Index of an example that only fills up the last batch of an evaluation."""
@@ -52,25 +57,64 @@ def _permutation(seed: int, epoch: int, count: int) -> Any:
     return keyed_generator(seed, epoch, "order").permutation(count).astype(np.int64)
 
 
-class RunStream(IterableDataset[dict[str, Any]]):
-    """Every example of a run from a stream, which starts again when it ends."""
+class Portion(NamedTuple):
+    """What a process has of an update that is read from a stream, or why there is nothing."""
 
-    def __init__(self, rows: Any, total: int) -> None:
-        self._rows, self._total = rows, total
+    batch: dict[str, Tensor] | None
+    places: Mapping[int, Place]
+    """Where each shard goes on behind it."""
+    failure: L2DError | None = None
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        epoch, seen = 0, 0
-        while seen < self._total:
-            self._rows.set_epoch(epoch)
-            before = seen
-            for row in self._rows:
-                yield {**row, "epoch": epoch, "ordinal": seen}
-                seen += 1
-                if seen == self._total:
-                    return
-            if seen == before:
-                raise DataError(f"The training stream ended without an example in epoch {epoch}. Check data.train.")
-            epoch += 1
+
+class RunStream(IterableDataset[Portion]):
+    """What a process has of every update of a run from a stream, which starts again when it ends.
+
+    Each shard gives as many neighbouring rows of an update, so only those that the process has rows of are read.
+    """
+
+    def __init__(self, stream: Stream, collate: Collator, *, updates: int, batch_size: int, rows: range) -> None:
+        self._stream, self._collate, self._updates, self._batch_size = stream, collate, updates, batch_size
+        self._rows = rows
+        self._run = batch_size // stream.shards
+        """Neighbouring rows of one shard."""
+        self.shards = sorted({row // self._run for row in rows})
+        self.begun, self.places = 0, dict[int, Place]()
+        """Update to begin with, and where each shard goes on behind the last one; the trainer keeps them."""
+
+    def __iter__(self) -> Iterator[Portion]:
+        places = {shard: self.places.get(shard, Place()) for shard in self.shards}
+        shards = {shard: self._stream.rows(shard, place) for shard, place in places.items()}
+        try:
+            # Checkpoints from before places were kept are read from the start.
+            for update in range(self.begun if self.places else 0, self._updates):
+                rows = []
+                for row in range(self.shards[0] * self._run, (self.shards[-1] + 1) * self._run):
+                    example, places[row // self._run] = next(shards[row // self._run])
+                    if row in self._rows:
+                        epoch = places[row // self._run].epoch
+                        rows.append({**example, "epoch": epoch, "ordinal": update * self._batch_size + row})
+                if update >= self.begun:
+                    yield Portion(self._collate(rows), dict(places))
+        except L2DError as error:
+            # Raised here, in a worker perhaps, it would end a run that can still save what it has.
+            yield Portion(None, {}, error)
+
+    def write(self, folder: Path) -> None:
+        """Write into a checkpoint where shards go on; each by one process."""
+        for shard, place in self.places.items():
+            if shard * self._run in self._rows:
+                (folder / _file(shard)).write_text(json.dumps(place.as_json()), encoding="utf-8")
+
+    def resume(self, folder: Path, update: int) -> None:
+        """Go on with an update, where a checkpoint says."""
+        self.begun = update
+        for shard in self.shards:
+            if (path := folder / _file(shard)).is_file():
+                self.places[shard] = Place.of_json(json.loads(path.read_text(encoding="utf-8")))
+
+
+def _file(shard: int) -> str:
+    return f"stream-{shard}.json"
 
 
 class HeldOut(Dataset[dict[str, Any]]):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
 from pathlib import Path
@@ -13,9 +13,11 @@ from typing import Any, NamedTuple
 
 import torch
 import transformers
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import DataLoader
 from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from transformers.trainer_utils import IntervalStrategy
@@ -24,18 +26,19 @@ from typing_extensions import override
 from l2d_framework.backbone import stacked
 from l2d_framework.config import TrainingSection
 from l2d_framework.config.sections import Updates
-from l2d_framework.errors import DivergedError, OutputError
+from l2d_framework.errors import DataError, DivergedError, L2DError, OutputError
 from l2d_framework.opening import open_model
 from l2d_framework.training import sharding
 from l2d_framework.training.arguments import learning_rate, total_steps
 from l2d_framework.training.data.collate import IGNORED, Collator
 from l2d_framework.training.data.prepare import PreparedData
+from l2d_framework.training.data.stream import Place, Stream
 from l2d_framework.training.interruption import Interruption
 from l2d_framework.training.learner import Learner
 from l2d_framework.training.metrics import LossMeter, Stopwatch, peak_memory
 from l2d_framework.training.micro_batches import MicroBatches
 from l2d_framework.training.output_dir import BEST, DIVERGED, checkpoints, kept, remove, seal
-from l2d_framework.training.samplers import PADDING, HeldOut, RunOrder, RunStream
+from l2d_framework.training.samplers import PADDING, HeldOut, Portion, RunOrder, RunStream
 from l2d_framework.writing import staged
 
 _LOGGER = logging.getLogger(__name__)
@@ -52,6 +55,10 @@ class ResumableTrainer(transformers.Trainer):
     interruption: Interruption | None = None
     ended_by = 0
     """Signal that ended training before its last update, or 0."""
+    failure: L2DError | None = None
+    """Why there was nothing to read for an update, which ended training before it."""
+    _saved = 0
+    # Update of the last checkpoint.
     _skipped_in_a_row = 0
     _updates = _skipped = 0
     # Both since the last log.
@@ -182,6 +189,7 @@ class ResumableTrainer(transformers.Trainer):
         target = self.output / f"checkpoint-{self.state.global_step}"
         with self._staged(target) as folder:
             self._write_state(folder)
+        self._saved = self.state.global_step
         if self.args.should_save:
             # Behind this one are damaged ones that were passed over.
             known = checkpoints(self.output)
@@ -195,11 +203,15 @@ class ResumableTrainer(transformers.Trainer):
         self.save_model(str(folder), _internal_call=True)
         self._save_optimizer_and_scheduler(str(folder))
         self._save_rng_state(str(folder))
+        self._save_place(folder)
         if self.args.should_save:
             self.state.save_to_json(str(folder / "trainer_state.json"))
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             seal(folder)
+
+    def _save_place(self, folder: Path) -> None:
+        """Write where the data go on, unless the update tells it."""
 
     def whole(self) -> AbstractContextManager[None]:
         """Let the process that writes see all that is trained, whatever the shares; every process must enter."""
@@ -327,22 +339,27 @@ class TokenTrainer(ResumableTrainer):
         arguments.save_steps = training.save_steps or steps
         arguments.eval_steps = training.eval_steps or steps
         arguments.eval_strategy = IntervalStrategy("no" if data.eval is None else "steps")
-        total = steps * training.batch_size
-        is_stream = not hasattr(data.train, "__len__")
-        if is_stream:
-            # A second worker would read the stream a second time.
-            arguments.dataloader_num_workers = min(arguments.dataloader_num_workers, 1)
-        order = RunStream(data.train, total) if is_stream else RunOrder(data.train, data.order_seed, total)
+        order: Any
+        if isinstance(data.train, Stream):
+            share = training.batch_size // arguments.world_size
+            rows = range(arguments.process_index * share, (arguments.process_index + 1) * share)
+            order = RunStream(data.train, collate, updates=steps, batch_size=training.batch_size, rows=rows)
+            # It goes on by itself.
+            arguments.ignore_data_skip = True
+        else:
+            order = RunOrder(data.train, data.order_seed, steps * training.batch_size)
+        self._stream = order if isinstance(order, RunStream) else None
+        self._ahead: Mapping[int, Place] = {}
         multiple = arguments.per_device_eval_batch_size * arguments.world_size if arguments.world_size > 1 else 1
         self.training, self.learner, self.output = training, learner, Path(str(arguments.output_dir))
-        self._rows = None if is_stream else len(data.train)
+        self._rows = None if self._stream else len(data.train)
         super().__init__(
             learner,
             arguments,
             data_collator=collate,
             train_dataset=order,
             eval_dataset=None if data.eval is None else HeldOut(data.eval, multiple),
-            callbacks=[Boundaries(lambda: self.ended_by, self._observe), *callbacks],
+            callbacks=[Boundaries(lambda: self.ended_by, self._end_update, self._is_unsaved_failure), *callbacks],
         )
         self.remove_callback(PrinterCallback)
         self.model_accepts_loss_kwargs = self.loss_is_scaled_for_ga = True
@@ -383,6 +400,21 @@ class TokenTrainer(ResumableTrainer):
     @override
     def _share_of_rate(self, step: int, steps: int) -> float:
         return learning_rate(self.training, step, steps) / self.training.learning_rate
+
+    @override
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """Batches of this process; those of a stream are divided already."""
+        if self._stream is None:
+            return super().get_train_dataloader()
+        return DataLoader(
+            self._stream,
+            batch_size=None,
+            # A second one would read the stream a second time.
+            num_workers=min(self.args.dataloader_num_workers, 1),
+            pin_memory=self.args.dataloader_pin_memory,
+            # Beginning again must not draw from the numbers of the run.
+            generator=torch.Generator(),
+        )
 
     @override
     def training_step(
@@ -438,17 +470,45 @@ class TokenTrainer(ResumableTrainer):
 
     @override
     def get_batch_samples(
-        self, epoch_iterator: Iterator[dict[str, Tensor]], num_batches: int, device: torch.device
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[dict[str, Tensor]], Tensor]:
-        """What this process has of an update, and the number of supervised tokens in it over all processes."""
+        """What this process has of an update, and the number of supervised tokens in it over all processes.
+
+        Nothing, if a process has nothing; training then ends.
+        """
         self._stopwatch.start()
-        batches = list(islice(epoch_iterator, num_batches))
+        if self._stream is None:
+            portions = [Portion(batch, {}) for batch in islice(epoch_iterator, num_batches)]
+        else:
+            portions = [self._read(epoch_iterator)]
+        batches = [portion.batch for portion in portions if portion.batch is not None]
+        counts = [torch.stack([(batch["labels"] != IGNORED).sum(), (batch["blocks"] >= 0).sum()]) for batch in batches]
+        failed = torch.tensor(not batches, device=device)
+        tokens = torch.stack(counts).sum(0).to(device) if counts else torch.zeros(2, dtype=torch.int64, device=device)
+        tokens = self.accelerator.reduce(torch.cat([tokens, failed[None]]))
+        if self._stream is not None:
+            if tokens[2]:
+                failures = gather_object([portions[0].failure])
+                self.failure = next(failure for failure in failures if failure is not None)
+                self.control.should_training_stop = True
+                return [], tokens[0]
+            self._ahead = portions[0].places
         self._begin(batches)
-        counts = [[(batch["labels"] != IGNORED).sum(), (batch["blocks"] >= 0).sum()] for batch in batches]
-        tokens = torch.stack([torch.stack(pair) for pair in counts]).sum(0).to(device)
-        tokens = self.accelerator.reduce(tokens)
-        self._tokens = self._tokens.to(device) + tokens
+        self._tokens = self._tokens.to(device) + tokens[:2]
         return batches, tokens[0]
+
+    @staticmethod
+    def _read(portions: Iterator[Portion]) -> Portion:
+        try:
+            return next(portions)
+        except RuntimeError as error:
+            # torch's words where a worker was killed, such as by a system that is out of memory.
+            if not str(error).startswith("DataLoader worker"):
+                raise
+            return Portion(None, {}, DataError(f"The process that reads the stream has ended: {error}"))
+
+    def _is_unsaved_failure(self) -> bool:
+        return self.failure is not None and self.state.global_step > self._saved
 
     @override
     def compute_loss(
@@ -507,13 +567,19 @@ class TokenTrainer(ResumableTrainer):
             self._micro.slots = 0
             logs["padding"] = 1 - tokens / slots if slots else 0.0
             logs["peak_memory"] = peak_memory(self.args.device)
-        if self._rows is not None:
-            self.state.epoch = self.state.global_step * self.training.batch_size / self._rows
+        # Of a stream, whose length is not known, the whole run.
+        rows = self._rows or self.state.max_steps * self.training.batch_size
+        self.state.epoch = self.state.global_step * self.training.batch_size / rows
         super().log(logs)
 
     @override
     def _write_weights(self, folder: Path) -> None:
         self.learner.checkpoint(folder)
+
+    @override
+    def _save_place(self, folder: Path) -> None:
+        if self._stream is not None:
+            self._stream.write(folder)
 
     @override
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
@@ -527,12 +593,18 @@ class TokenTrainer(ResumableTrainer):
     @override
     def _read_weights(self, folder: Path) -> None:
         self.learner.restore(folder)
-        for entry in TrainerState.load_from_json(str(folder / "trainer_state.json")).log_history:
+        state = TrainerState.load_from_json(str(folder / "trainer_state.json"))
+        self._saved = state.global_step
+        if self._stream is not None:
+            self._stream.resume(folder, state.global_step)
+        for entry in state.log_history:
             self._said = entry.get("micro_batch_size", self._said)
         if self._micro.halves and self._said is not None:
             self._micro.size = min(self._micro.size, self._said)
 
-    def _observe(self) -> None:
+    def _end_update(self) -> None:
+        if self._stream is not None:
+            self._stream.places = dict(self._ahead)
         # Once an update, so that neither micro-batches nor processes change what is learned from it.
         if self._heard:
             padded = self.accelerator.pad_across_processes(torch.cat(self._heard), pad_index=-1)
@@ -548,8 +620,13 @@ class Boundaries(TrainerCallback):
     So its losses are the means over the same updates.
     """
 
-    def __init__(self, ended_by: Callable[[], int], after_update: Callable[[], None] = lambda: None) -> None:
-        self._ended_by, self._after_update = ended_by, after_update
+    def __init__(
+        self,
+        ended_by: Callable[[], int],
+        after_update: Callable[[], None] = lambda: None,
+        is_unsaved_failure: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self._ended_by, self._after_update, self._is_unsaved_failure = ended_by, after_update, is_unsaved_failure
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Log before saving and at the end."""
@@ -557,3 +634,8 @@ class Boundaries(TrainerCallback):
         if self._ended_by():
             control.should_save = control.should_training_stop = True
         control.should_log |= control.should_save or control.should_training_stop
+
+    def on_epoch_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Save and log where there was nothing to read for a further update."""
+        if self._is_unsaved_failure():
+            control.should_save = control.should_log = True

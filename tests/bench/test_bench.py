@@ -4,8 +4,6 @@ import json
 import math
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -14,10 +12,14 @@ from typing import Any
 import pytest
 import yaml
 from bench_jobs import Save, Touch
+from forks import CONTEXT, Fork
 from tiny_runs import diffusion_run, language_model_run, write_base, write_sums
 from typer.testing import CliRunner
 
 pytest.importorskip("lm_eval")
+
+import lm_eval
+from lm_eval.tasks import TaskManager
 
 from l2d_bench import pool
 from l2d_bench.bench import Bench
@@ -28,11 +30,19 @@ from l2d_bench.plan import NO_DATA, NOT_RERUN
 from l2d_bench.pool import Event, Surroundings, run_jobs
 from l2d_framework.cli import app
 from l2d_framework.errors import ConfigError
+from l2d_framework.evaluation.harness import run as harness
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 
 HERE = Surroundings(workers=0)
+BENCH = """
+import forks
+from l2d_bench import pool
+from l2d_framework.cli import main
+pool._PROCESSES = forks.CONTEXT
+main()
+"""
 COLUMNS = ["sums", "other", "both", "missing", "parameters"]
 
 
@@ -145,6 +155,12 @@ def done(events: list[Event]) -> list[str]:
     return [event.key for event in events if event.kind == "done"]
 
 
+@pytest.fixture
+def forked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processes of the benchmark have their imports for free."""
+    monkeypatch.setattr(pool, "_PROCESSES", CONTEXT)
+
+
 @pytest.fixture(scope="module")
 def finished(scene: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Bench, list[Event]]:
     """Both tables, run once in this process."""
@@ -190,7 +206,6 @@ def test_goes_on_at_the_missing_row(scene, finished):
 
 def test_a_cell_is_what_lm_eval_says(finished):
     from lm_eval import simple_evaluate
-    from lm_eval.tasks import TaskManager
 
     from l2d_framework.evaluation.harness.model import L2DLM
 
@@ -270,8 +285,6 @@ def test_a_result_of_other_settings_is_another_result(scene, finished):
     assert more and all(key.startswith("sums-") for key in more)
     text = (scene / "sums_task.yaml").read_text()
     (scene / "sums_task.yaml").write_text(text.replace("doc_to_text: prompt", 'doc_to_text: "{{prompt}} "'))
-    from l2d_framework.evaluation.harness import run as harness
-
     harness._index.cache_clear()
     try:
         assert not any(key in known for key in plan(scene, bench.out, "second").jobs if key.startswith("sums-"))
@@ -298,23 +311,25 @@ def test_a_result_of_other_settings_is_another_result(scene, finished):
         (lambda p: p["models"]["tuned"].update(set={"model.base": "data:nothing/x"}), "makes no data 'nothing'"),
     ],
 )
-def test_mistakes_are_found_before_anything_is_trained(scene, tmp_path, change, message):
+def test_mistakes_are_found_before_anything_is_trained(scene, tmp_path, monkeypatch, change, message):
+    # All of lm_eval's tasks take ten seconds to read.
+    few = TaskManager(include_path=str(Path(lm_eval.__file__).parent / "tasks" / "gsm8k"), include_defaults=False)
+    index = harness._index
+    monkeypatch.setattr(harness, "_index", lambda *a, has_defaults=False, **o: few if has_defaults else index(*a, **o))
     with pytest.raises(ConfigError) as caught:
         plan(scene, tmp_path, "table", profile=changed(scene, "wrong", change))
     assert message in str(caught.value)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_run_killed_in_the_middle_goes_on_where_it_was(scene, finished, tmp_path):
+def test_a_run_killed_in_the_middle_goes_on_where_it_was(scene, finished, tmp_path, monkeypatch):
     bench, _ = finished
-    command = [sys.executable, "-m", "l2d_framework.cli", "bench", str(scene / "second.yaml")]
-    command += ["--profile", str(scene / "profile.yaml"), "--out", str(tmp_path), "--workers", "1"]
-    killed = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=scene)
-    deadline = time.monotonic() + 120
-    while not list(tmp_path.glob("results/*.json")) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    killed.kill()
-    killed.wait()
+    arguments = ["bench", "second.yaml", "--profile", "profile.yaml", "--out", tmp_path, "--workers", 1]
+    monkeypatch.chdir(scene)
+    with Fork(tmp_path, BENCH, *arguments) as killed:
+        while not list(tmp_path.glob("results/*.json")):
+            assert killed.process.is_alive(), killed.printed()
+            time.sleep(0.05)
     before = {path.name: path.read_bytes() for path in tmp_path.glob("results/*.json")}
     assert before
     # What the killed one had, and an uninterrupted run of the same profile in another folder, give the same numbers.
@@ -346,6 +361,7 @@ def test_a_figure_shows_columns_of_its_table(scene, tmp_path):
         plan(scene, tmp_path, "pictured")
 
 
+@pytest.mark.usefixtures("forked")
 def test_an_interrupted_run_writes_what_there_is(scene, tmp_path, monkeypatch):
     arguments = ["bench", str(scene / "second.yaml"), "--workers", "1"]
     arguments += ["--profile", str(scene / "profile.yaml"), "--out", str(tmp_path)]
@@ -371,6 +387,7 @@ def test_an_interrupted_run_writes_what_there_is(scene, tmp_path, monkeypatch):
     assert "not run yet" in (tmp_path / "second.md").read_text()
 
 
+@pytest.mark.usefixtures("forked")
 def test_a_job_that_saves_when_it_is_ended_is_waited_for(tmp_path, monkeypatch):
     monkeypatch.setattr(pool, "_PATIENCE", 0.1)
     jobs = {name: Save(name, name, tmp_path / name, ()) for name in ("one", "two")}
@@ -424,6 +441,7 @@ def test_an_output_folder_may_be_called_like_a_profile(tmp_path, monkeypatch):
     assert isinstance(answer.exception, ConfigError) and "did you mean 'tiny'" in str(answer.exception)
 
 
+@pytest.mark.usefixtures("forked")
 def test_a_process_that_dies_fails_its_job_only(tmp_path):
     jobs: dict[str, Job] = {
         "dies": Touch("dies", "die", tmp_path / "dies", (), code=3),

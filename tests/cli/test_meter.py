@@ -94,13 +94,30 @@ def test_generating_says_how_many_prompts_are_answered_and_tokens_written(hasty,
     save(build_model(parse_run({name: run[name] for name in run.keys() - {"data"}})), tmp_path / "checkpoint")
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("1+1=\n2+2=\n3+3=\n")
-    code, out, err = l2d(
-        "generate", tmp_path / "checkpoint", "--file", prompts, "--batch-size", 1, "--max-new-tokens", 30
-    )
+    quick = ("--batch-size", 1, "--max-new-tokens", 30, "--num-inference-steps", 3)
+    code, out, err = l2d("generate", tmp_path / "checkpoint", "--file", prompts, *quick)
     assert code == 0
     lines = [line for line in err.splitlines() if line.startswith("generating")]
     assert any("  2/3 prompts  " in line and " tokens  " in line and " tokens/s  " in line for line in lines)
     assert "tokens/s" not in out
+
+
+# Forked from a process that has imported much of what takes long, and no library that a command quietens.
+FORKS = """
+import os, sys
+import pandas, scipy.stats, torch._inductor.decomposition, torch.distributed.tensor
+from l2d_framework.cli import main
+
+for number, options in enumerate(([], ["--verbose"])):
+    if os.fork() == 0:
+        os.environ["HF_DATASETS_CACHE"] += str(number)
+        sys.argv = ["l2d", *options, "train", f"run{number}.yaml"]
+        sys.exit(main())
+    if os.wait()[1]:
+        sys.exit(f"{options} failed")
+    for stream in (sys.stdout, sys.stderr):
+        print("\\f", end="", file=stream, flush=True)
+"""
 
 
 @pytest.fixture(scope="module")
@@ -108,18 +125,17 @@ def trained(tmp_path_factory):
     """What `l2d train` and `l2d --verbose train` write to standard output and standard error."""
     folder = tmp_path_factory.mktemp("runs")
     base, data = write_base(folder / "base"), write_sums(folder / "sums.jsonl")
-    written = {}
-    for options in ((), ("--verbose",)):
-        run = diffusion_run(base, data, folder / f"out{len(options)}", logging_steps=3, max_steps=3)
-        file = folder / "run.yaml"
-        file.write_text(yaml.safe_dump(json.loads(json.dumps(run))))
-        quiet = ("TRANSFORMERS_VERBOSITY", "HF_DATASETS_DISABLE_PROGRESS_BARS", "L2D_VERBOSE")
-        environment = {name: value for name, value in os.environ.items() if name not in quiet}
-        environment["HF_DATASETS_CACHE"] = str(folder / f"cache{len(options)}")
-        command = [sys.executable, "-m", "l2d_framework.cli", *options, "train", str(file)]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-        written[options] = (done.stdout, done.stderr)
-    return written
+    for number in (0, 1):
+        run = diffusion_run(base, data, folder / f"out{number}", logging_steps=3, max_steps=3)
+        (folder / f"run{number}.yaml").write_text(yaml.safe_dump(json.loads(json.dumps(run))))
+    kept_quiet_by = ("TRANSFORMERS_VERBOSITY", "HF_DATASETS_DISABLE_PROGRESS_BARS", "L2D_VERBOSE")
+    environment = {name: value for name, value in os.environ.items() if name not in kept_quiet_by}
+    environment["HF_DATASETS_CACHE"] = str(folder / "cache")
+    command = [sys.executable, "-c", FORKS]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (quiet_out, loud_out, _), (quiet_err, loud_err, _) = done.stdout.split("\f"), done.stderr.split("\f")
+    return {(): (quiet_out, quiet_err), ("--verbose",): (loud_out, loud_err)}
 
 
 def test_libraries_are_quiet_unless_they_are_asked(trained):

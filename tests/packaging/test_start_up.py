@@ -58,7 +58,7 @@ atexit.register(report)
 def run(program: str) -> tuple[subprocess.CompletedProcess[str], float]:
     """Result of a program and the processor seconds it used."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=250, check=False)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     return result, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
@@ -118,16 +118,46 @@ def fully_trained(tmp_path_factory):
     return folder
 
 
+FORKED = """
+import json, os, resource
+os.environ["L2D_PLUGINS"] = ""
+import rich.console
+from l2d_framework.cli import config, generate, main
+from l2d_framework.config import parsing, reference, reward
+
+for arguments in json.loads(sys.argv[1]):
+    before = resource.getrusage(resource.RUSAGE_SELF)
+    if (child := os.fork()) == 0:
+        sys.argv = ["l2d", *arguments]
+        main()
+    _, status, used = os.wait4(child, 0)
+    seconds = sum(usage.ru_utime + usage.ru_stime for usage in (before, used))
+    print(json.dumps([os.waitstatus_to_exitcode(status), seconds]), flush=True)
+    print("\\f", end="", file=sys.stderr, flush=True)
+atexit.unregister(report)
+"""
+
+
+@pytest.fixture(scope="module")
+def refused(fully_trained):
+    """By arguments with a mistake: exit code, processor seconds and standard error of a process of their own."""
+    program = [sys.executable, "-c", REPORT + FORKED, json.dumps(MISTAKES)]
+    result = subprocess.run(program, cwd=fully_trained, capture_output=True, text=True, timeout=250, check=True)
+    numbers = [json.loads(line) for line in result.stdout.splitlines() if line.startswith("[")]
+    found = zip(numbers, result.stderr.split("\f"), strict=False)
+    return {arguments: (*pair, text) for arguments, (pair, text) in zip(MISTAKES, found, strict=True)}
+
+
 @pytest.mark.parametrize("arguments", MISTAKES, ids=" ".join)
 def test_a_wrong_name_is_refused_in_the_same_words_before_torch_is_imported(
-    arguments, fully_trained, monkeypatch, capsys
+    arguments, refused, fully_trained, monkeypatch, capsys
 ):
     monkeypatch.chdir(fully_trained)
-    soon, cost = run(REPORT + "import os; os.environ['L2D_PLUGINS'] = ''\n" + command(*arguments))
-    assert soon.returncode == 2, soon.stderr
-    assert heavy(soon) == set()
-    assert cost < 2
-    message = soon.stderr.partition("HEAVY")[0]
+    code, seconds, text = refused[arguments]
+    assert code == 2, text
+    message, _, modules = text.partition("HEAVY ")
+    assert modules.strip() == "[]"
+    assert seconds < 2
     assert message.startswith("Error: ")
     # The other path: what plugins declare is not asked, so that loading them tells.
     monkeypatch.setattr(declared(), "knows_all", False)
@@ -207,7 +237,7 @@ def test_every_option_with_known_values_offers_them(name):
 
 KNOWN = {
     *("solver", "adaptive_solver", "guidance", "preset", "method", "reader"),
-    *("dtype", "device", "shard", "merge", "speculate", "set_", "overrides", "names"),
+    *("dtype", "device", "device_map", "shard", "merge", "speculate", "set_", "overrides", "names"),
 }
 """Parameters of commands whose values are known without looking at the user's files."""
 
@@ -229,18 +259,6 @@ def test_listing_plugins_imports_no_model_of_transformers(monkeypatch):
     assert heavy(result) == {"torch", "transformers", "numpy", "huggingface_hub", "l2d_plugins"}
 
 
-def test_without_adapter_training_or_data_nothing_is_imported_for_them(fully_trained, monkeypatch):
-    monkeypatch.setenv("L2D_PLUGINS", "")
-    monkeypatch.chdir(fully_trained)
-    check = command("config", "check", "run.json")
-    generate = command("generate", "model", "--prompt", "Hello", "--max-new-tokens", "2", "--num-inference-steps", "3")
-    result, _ = run(f"{REPORT}\ntry:\n    {check}\nexcept SystemExit as end:\n    assert not end.code\n{generate}")
-    found = heavy(result)
-    assert "transformers.modeling_utils" in found
-    theirs = heavy(run(REPORT + "import transformers.generation.utils")[0])  # old releases need scikit-learn there
-    assert not (found - theirs) & {"peft", *TRAINING}
-
-
 PLAIN = """
 from transformers import AutoModelForCausalLM, AutoTokenizer
 tokenizer, model = (auto.from_pretrained("base") for auto in (AutoTokenizer, AutoModelForCausalLM))
@@ -250,21 +268,34 @@ LARGE = {"torch", "transformers", "numpy", "scipy", "sympy", "accelerate", "hugg
 LISTING = "import atexit, sys; atexit.register(lambda: print('MODULES', *sys.modules, file=sys.stderr))"
 
 
-def imported(program: str) -> set[str]:
-    """Modules of large libraries that a program imported."""
-    result, _ = run(f"{LISTING}\n{program}")
-    assert result.returncode == 0, result.stderr
-    names = result.stderr.partition("MODULES ")[2].split()
-    return {name for name in names if name.partition(".")[0] in LARGE}
+@pytest.fixture(scope="module")
+def imported(fully_trained):
+    """Modules that transformers imports to generate, and that `l2d` does to check a run file and to generate."""
+    check = command("config", "check", "run.json")
+    generate = command("generate", "model", "--prompt", "Hello", "--max-new-tokens", "2", "--num-inference-steps", "3")
+    ours = f"try:\n    {check}\nexcept SystemExit as end:\n    assert not end.code\n{generate}"
+    found = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("L2D_PLUGINS", "")
+        patch.chdir(fully_trained)
+        for program in (PLAIN, ours):
+            result, _ = run(f"{LISTING}\n{program}")
+            assert result.returncode == 0, result.stderr
+            found.append(set(result.stderr.partition("MODULES ")[2].split()))
+    return found
 
 
-def test_generating_imports_of_the_large_libraries_what_transformers_does_by_itself(fully_trained, monkeypatch):
-    monkeypatch.setenv("L2D_PLUGINS", "")
-    monkeypatch.chdir(fully_trained)
-    arguments = ("--prompt", "Hello", "--max-new-tokens", "2", "--num-inference-steps", "3")
-    plain = imported(PLAIN)
-    assert {"torch", "transformers.modeling_utils"} <= plain
-    assert imported(command("generate", "model", *arguments)) - plain <= {"transformers.generation.streamers"}
+def test_without_adapter_training_or_data_nothing_is_imported_for_them(imported):
+    theirs, ours = imported
+    assert "transformers.modeling_utils" in ours
+    assert "peft" not in ours
+    assert not (ours - theirs) & TRAINING  # old releases of transformers need scikit-learn
+
+
+def test_generating_imports_of_the_large_libraries_what_transformers_does_by_itself(imported):
+    theirs, ours = ({name for name in found if name.partition(".")[0] in LARGE} for found in imported)
+    assert {"torch", "transformers.modeling_utils"} <= theirs
+    assert ours - theirs <= {"transformers.generation.streamers"}
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from diffusion_models import diffusion_lm, fresh_lm, own_gradients, random_tokens, supervised, training_loss
 from pydantic import ValidationError
+from torch.distributions import Independent, Normal
 from torch.nn import functional
 
 from l2d_framework.diffusion.rng import TokenStreams
@@ -110,6 +111,26 @@ def test_weights_start_xavier_uniform_and_biases_zero():
         else:
             bound = math.sqrt(6 / sum(weight.shape))
             assert 0.8 * bound < float(weight.detach().abs().max()) <= bound
+
+
+@pytest.mark.parametrize("t", [0.0, 0.5, 0.99])
+def test_a_skip_adds_the_likelihood_of_the_state_under_each_token(table, t):
+    skipping = EmbeddingConfig(size=D, prior_scale=SIGMA, bayes_skip=True).build(V, H)
+    codebook, logits = skipping.codebook(table).detach(), torch.randn(3, 4, V)
+    x = t * codebook[torch.randint(V, (3, 4))] + (1 - t) * SIGMA * torch.randn(3, 4, D)
+    likelihoods = Independent(Normal(t * codebook.double(), (1 - t) * SIGMA), 1).log_prob(x[..., None, :].double())
+    found = skipping.refine(logits, x, times(value=t), Linear(), codebook)
+    torch.testing.assert_close(found.softmax(-1).double(), (logits + likelihoods).softmax(-1), atol=1e-5, rtol=1e-4)
+
+
+def test_a_skip_follows_weights_that_change_without_a_trace():
+    model, layout = diffusion_lm(space={"bayes_skip": True}), supervised(random_tokens(2, 8))
+    training_loss(model, layout)
+    with torch.no_grad():
+        model.parametrization.vocabulary.weight.data.normal_(generator=torch.Generator().manual_seed(0))
+    found = training_loss(model, layout).total
+    model.forget_codebook()
+    assert torch.equal(found, training_loss(model, layout).total)
 
 
 @pytest.mark.parametrize("mode", ["sample", "average", "argmax"])

@@ -297,6 +297,7 @@ def test_training_remembers_no_modulation_but_the_gates(checkpointing):
     backbone.gradient_checkpointing = checkpointing
     whole = {(*layout.tokens[:, 3:].shape, head[-1].out_features) for head in backbone.conditioning.layers}
     kept = []
+    gc.collect()  # what other tests have left
 
     def keep(tensor):
         kept.append(tensor.untyped_storage().nbytes() // tensor.element_size())

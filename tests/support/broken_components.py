@@ -273,13 +273,13 @@ class Deaf(ProjectedSpace):
 
 
 class Stubborn(MaskedSpace):
-    def refine(self, logits, x, t, schedule, table):
-        return super().refine(logits, -1 - 0 * x, t, schedule, table)
+    def refine(self, logits, x, t, schedule, codebook):
+        return super().refine(logits, -1 - 0 * x, t, schedule, codebook)
 
 
 class Gossip(MaskedSpace):
-    def refine(self, logits, x, t, schedule, table):
-        return super().refine(logits - logits.mean((0, 1)), x, t, schedule, table)
+    def refine(self, logits, x, t, schedule, codebook):
+        return super().refine(logits - logits.mean((0, 1)), x, t, schedule, codebook)
 
 
 class Undeclared(ProjectedSpace):

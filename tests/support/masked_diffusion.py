@@ -67,7 +67,7 @@ class MaskedSpace(Parametrization):
         ids = x[..., 0].round().long()
         return torch.where(ids[..., None] < 0, self.mask, table[ids.clamp_min(0)])
 
-    def refine(self, logits, x, t, schedule, table):
+    def refine(self, logits, x, t, schedule, codebook):
         ids = x[..., :1].round().long()
         known = torch.full_like(logits, -1e4).scatter(-1, ids.clamp_min(0), 0.0)
         return torch.where(ids < 0, logits, known)

@@ -1,8 +1,8 @@
 """What several processes do in one launch, since each takes seconds to start: `torchrun process_jobs.py JOBS.json`.
 
-Jobs are, in this order: `faults`, runs of which one process spoils something; `plain`, runs whose weights are whole in
-each process; `mixed`, a run in shares that ends before its fourth update; `shares`, a run file in shares, by the
-command.
+Jobs are, in this order: `faults`, runs of which one process spoils something; `short`, runs of which one process is
+short of memory; `plain`, runs whose weights are whole in each process; `mixed`, a run in shares that ends before its
+fourth update; `shares`, a run file in shares, by the command.
 """
 
 import json
@@ -18,10 +18,11 @@ from transformers import TrainerCallback
 
 from l2d_framework import cli
 from l2d_framework.config import parse_run
+from l2d_framework.training.data import sources, stream
 from l2d_framework.training.learner import Denoiser
 from l2d_framework.training.run import train_runs
 
-_FORWARD = Denoiser.forward
+_FORWARD, _READ = Denoiser.forward, sources.read_objects
 
 
 class Fault(TrainerCallback):
@@ -32,9 +33,15 @@ class Fault(TrainerCallback):
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         here = args.process_index == 1 and state.global_step == 2
-        Denoiser.forward = _spoilt if here and self.name != "signal" else _FORWARD  # type: ignore[method-assign]
+        Denoiser.forward = _spoilt if here and self.name in ("skip", "stop") else _FORWARD  # type: ignore[method-assign]
         if here and self.name == "signal":
             os.kill(os.getpid(), signal.SIGTERM)
+        if here and self.name == "lost":
+            stream.WAITS, sources.read_objects = (0.0,), _lost
+
+
+def _lost(*_: Any) -> Any:
+    raise ConnectionError("the network is down")
 
 
 def _spoilt(self: Denoiser, **batch: Any) -> Any:
@@ -42,6 +49,12 @@ def _spoilt(self: Denoiser, **batch: Any) -> Any:
     # The loss of one process only, and no gradient of any.
     outputs["loss"] = outputs["loss"] + outputs["loss"].detach() * float("inf") if self.training else outputs["loss"]
     return outputs
+
+
+def _limited(self: Denoiser, **batch: Any) -> Any:
+    if self.training and os.environ["RANK"] == "1" and len(batch["index"]) > 1:
+        raise RuntimeError("CUDA out of memory. Tried to allocate 1 GiB.")
+    return _FORWARD(self, **batch)
 
 
 class Shares(TrainerCallback):
@@ -84,6 +97,11 @@ def main() -> None:
         except (Exception, KeyboardInterrupt) as error:
             ended = error.exit_code  # type: ignore[union-attr]
         (file.parent / f"{name}_{rank}").write_text(str(ended))
+    sources.read_objects = _READ
+    Denoiser.forward = _limited  # type: ignore[method-assign]
+    for run in jobs.get("short", []):
+        train_runs([parse_run(run)])
+    Denoiser.forward = _FORWARD  # type: ignore[method-assign]
     for run in jobs.get("plain", []):
         train_runs([parse_run(run)])
     # From here on as if accelerate's launcher had been told to use FSDP2.

@@ -14,6 +14,7 @@ BUILT_IN = {(kind, name): found for kind in OURS.kinds() for name, found in OURS
 VARIANTS = [
     ("schedule", "linear", {"times": "cosmap", "minimum_noise": 0.1, "velocity_scaling": "edm"}),
     ("parametrization", "embedding", {"size": 16, "estimate": {"mode": "argmax"}, "self_conditioning": "add"}),
+    ("parametrization", "embedding", {"bayes_skip": True}),
     ("parametrization", "embedding", {"estimate": {"mode": "average", "renormalize": True}}),
     ("parametrization", "embedding", {"estimate": {"temperature": {"name": "constant", "value": 0.7}}}),
     ("backbone", "two_stream", {"num_classes": 3, "rank": 4, "targets": ["q_proj", "up_proj"]}),

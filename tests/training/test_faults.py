@@ -14,12 +14,14 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny_runs
 import torch
+from forks import Fork
 from safetensors.torch import load_file, save_file
 from torch.optim import Optimizer
 from transformers import TrainerCallback
@@ -297,27 +299,23 @@ with locked(Path(sys.argv[1])):
 
 
 @contextmanager
-def holder(output: Path) -> Iterator[subprocess.Popen[str]]:
-    """A process that holds an output folder."""
-    with subprocess.Popen([sys.executable, "-c", HOLD, str(output)], stdout=subprocess.PIPE, text=True) as process:
-        try:
-            assert process.stdout is not None
-            assert process.stdout.readline() == "held\n"
-            yield process
-        finally:
-            process.kill()
+def holder(folder: Path, name: str) -> Iterator[BaseProcess]:
+    """A process that holds the output folder of this name."""
+    with Fork(folder, HOLD, folder / name) as fork:
+        fork.prints("held")
+        yield fork.process
 
 
 def test_a_folder_in_which_another_process_trains_is_refused_by_name_and_free_once_that_is_dead(folder: Path) -> None:
     runs = [fields(folder, kind, max_steps=1) for kind in ("full", "reward")]
-    with holder(folder / "out") as process:
+    with holder(folder, "out") as process:
         for run in runs:
             for overwrite in (False, True):
                 text = rf"in use by process {process.pid} on '{socket.gethostname()}', since 20\d\d-"
                 with pytest.raises(BusyError, match=text):
                     train(run, overwrite=overwrite)
         process.kill()  # it cannot take back its lock
-        process.wait()
+        process.join()
     assert (folder / "out" / folder_lock.HOLDER).is_file()
     assert train(runs[0])["finished"]
     assert not folder_lock.FILES & {path.name for path in (folder / "out").iterdir()}
@@ -341,12 +339,12 @@ def test_a_lock_that_children_of_a_dead_process_still_hold_is_waited_for(folder:
 
 
 def test_what_stands_above_a_folder_in_use_is_not_moved_aside(folder: Path) -> None:
-    with holder(folder / "demo" / "l2d") as process:
+    with holder(folder, "demo/l2d") as process:
         with pytest.raises(BusyError, match=str(process.pid)):
             output_dir.move_aside(folder / "demo")
         assert (folder / "demo" / "l2d" / folder_lock.LOCK).is_file()
         process.kill()
-        process.wait()
+        process.join()
     assert output_dir.move_aside(folder / "demo") == folder / "demo.old-1"
     assert not list((folder / "demo.old-1").rglob("*lock*"))
 
@@ -628,20 +626,12 @@ def test_the_command_line_ends_with_the_code_of_the_signal_and_says_how_to_go_on
     if kind:
         (folder / "run.json").write_text(json.dumps(fields(folder, kind, save_steps=None)))
         arguments = [str(folder / "run.json")]
-    environment = {**os.environ, "WAIT": str(wait), "GRACE": "1" if wait > 1 else "60", "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        [sys.executable, "-W", "ignore", "-c", PROGRAM, command, *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment,
-    )
-    assert process.stdout is not None
-    while "waiting" not in process.stdout.readline():
-        assert process.poll() is None
-    process.send_signal(signum)
-    _, errors = process.communicate(timeout=100)
-    assert process.returncode == code, errors
+    environ = {"WAIT": str(wait), "GRACE": "1" if wait > 1 else "60"}
+    with Fork(folder, PROGRAM, command, *arguments, **environ) as fork:
+        fork.prints("waiting")
+        os.kill(fork.process.pid or 0, signum)
+        ended, (_, errors) = fork.ended(), fork.printed()
+    assert ended == code, errors
     assert "Traceback" not in errors
     saved = [path.name for path in sorted((folder / "out").rglob("checkpoint-*"))]
     if wait > 1:

@@ -1,7 +1,3 @@
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,26 +12,6 @@ from l2d_framework.models import checkpoint
 from l2d_framework.training.learner import Denoiser
 from l2d_framework.training.micro_batches import MicroBatches
 from l2d_framework.training.run import train_runs
-
-SHORT_OF_MEMORY = """
-import json, sys
-import torch
-from l2d_framework.config import parse_run
-from l2d_framework.training.learner import Denoiser
-from l2d_framework.training.run import train_runs
-
-forward = Denoiser.forward
-
-def limited(self, **batch):
-    if self.training and torch.distributed.get_rank() == 1 and len(batch["index"]) > 1:
-        raise RuntimeError("CUDA out of memory. Tried to allocate 1 GiB.")
-    return forward(self, **batch)
-
-Denoiser.forward = limited
-for run in json.loads(sys.argv[1]):
-    train_runs([parse_run(run)])
-torch.distributed.destroy_process_group()
-"""
 
 SLOW = {"learning_rate": 1e-3}
 """Adam moves weights whose gradients are mere rounding as far as any other."""
@@ -181,24 +157,3 @@ def test_parts_hold_every_row_once_without_common_padding(by_length: bool) -> No
         assert part["blocks"].shape[1] == lengths[part["index"]].max()
         assert torch.equal((part["blocks"] >= 0).sum(1), lengths[part["index"]])
     assert micro.slots == (9 * 3 + 4 * 3 + 1 if by_length else 9 * 3 + 9 * 3 + 5)
-
-
-def test_processes_agree_on_the_size_when_one_of_them_is_short_of_memory(tmp_path: Path) -> None:
-    base, sums = tiny_runs.write_base(tmp_path / "base"), tiny_runs.write_sums(tmp_path / "sums.jsonl", 14)
-    options = {"max_steps": 3, "batch_size": 8}
-    methods = {"l2d": tiny_runs.diffusion_run, "tess": tiny_runs.tess_run}
-    runs = [make(base, sums, tmp_path / name, micro_batch_size="auto", **options) for name, make in methods.items()]
-    launch = ["torch.distributed.run", "--standalone", "--local-addr=127.0.0.1", "--nproc-per-node=2"]
-    script = tmp_path / "short.py"
-    script.write_text(SHORT_OF_MEMORY)
-    command = [sys.executable, "-m", *launch, str(script), json.dumps(runs)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    ran = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300, env=environment)
-    assert ran.returncode == 0, ran.stderr[-3000:]
-    for name, make in methods.items():
-        card = json.loads((tmp_path / name / "run.json").read_text())
-        assert card["result"]["micro_batch_size"] == 1
-        train_runs([parse_run(make(base, sums, tmp_path / f"{name}_alone", **options))])
-        found, wanted = tiny_runs.losses(tmp_path / name), tiny_runs.losses(tmp_path / f"{name}_alone")
-        for step, losses in wanted.items():
-            assert found[step] == pytest.approx(losses, abs=1e-5)

@@ -20,7 +20,7 @@ from l2d_framework.training.data.prepare import prepare
 from l2d_framework.training.learner import Denoiser
 from l2d_framework.training.metrics import BINS, LossMeter
 from l2d_framework.training.run import train_runs
-from l2d_framework.training.samplers import HeldOut, RunOrder, RunStream
+from l2d_framework.training.samplers import HeldOut, RunOrder
 from l2d_framework.training.trainer import TokenTrainer
 from l2d_framework.types import Layout
 
@@ -55,15 +55,6 @@ def test_every_epoch_of_the_order_is_another_permutation() -> None:
     assert [{row["epoch"] for row in epoch} for epoch in epochs] == [{0}, {1}, {2}]
     assert len({tuple(row["index"] for row in epoch) for epoch in epochs}) > 1
     assert [RunOrder(rows, seed=1, total=99)[i] for i in range(15)] == list(itertools.chain(*epochs))
-
-
-def test_a_stream_starts_again_when_it_ends_and_gives_the_total() -> None:
-    class Rows(list[dict[str, int]]):
-        def set_epoch(self, epoch: int) -> None:
-            self.epoch = epoch
-
-    seen = [(row["epoch"], row["index"]) for row in RunStream(Rows([{"index": 0}, {"index": 1}]), total=5)]
-    assert seen == [(0, 0), (0, 1), (1, 0), (1, 1), (2, 0)]
 
 
 def test_bins_and_mean_of_the_meter_agree(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,7 @@ from l2d_framework.training.run import train_runs
 
 LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"]
 METHODS = {"l2d": tiny_runs.diffusion_run, "tess": tiny_runs.tess_run}
+LARGE = {"max_steps": 3, "batch_size": 8}
 
 
 def stages(folder: Path, kind: str, **training: Any) -> dict[str, dict[str, Any]]:
@@ -30,12 +31,23 @@ def stages(folder: Path, kind: str, **training: Any) -> dict[str, dict[str, Any]
     return runs
 
 
+def stream(folder: Path, output: str) -> dict[str, Any]:
+    """A run over a stream of which each of two processes reads one of two files."""
+    quick = {"max_steps": 4, "save_steps": None, "eval_steps": None}
+    run = tiny_runs.diffusion_run(folder / "base", folder / "part-*.jsonl", folder / output, **quick)
+    run["data"] |= {"streaming": True, "shards": 2, "shuffle_buffer": 4, "eval_fraction": 0.0}
+    return run
+
+
 @pytest.fixture(scope="module")
 def launched(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """Folder of what one and two processes trained, and what the latter printed."""
     folder = tmp_path_factory.mktemp("processes")
     base, sums = tiny_runs.write_base(folder / "base"), tiny_runs.write_sums(folder / "sums.jsonl", 14)
-    for run in stages(folder, "one").values():
+    rows = sums.read_text().splitlines(keepends=True)
+    for part in (0, 1):
+        (folder / f"part-{part}.jsonl").write_text("".join(rows[part::2]))
+    for run in [*stages(folder, "one").values(), stream(folder, "one/stream")]:
         train_runs([parse_run(run)])
     mixed = stages(folder, "mixed", save_steps=1)["l2d"]
     with pytest.raises(KeyboardInterrupt):
@@ -44,13 +56,16 @@ def launched(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     faults = {
         name: tiny_runs.diffusion_run(base, sums, folder / "out" / name, **small, non_finite=what)
         for name, what in (("skip", "skip"), ("stop", "stop"), ("signal", "stop"))
-    }
+    } | {"lost": stream(folder, "out/lost")}
     # Each process takes one sequence at a time: two micro-batches per update, unlike the single process.
-    plain = list(stages(folder, "two", micro_batch_size=1).values())
+    plain = [*stages(folder, "two", micro_batch_size=1).values(), stream(folder, "two/stream")]
     (folder / "run.json").write_text(
         json.dumps({"stages": list(stages(folder, "shares", micro_batch_size=1).values())})
     )
-    jobs = {"faults": faults, "plain": plain, "mixed": mixed, "shares": str(folder / "run.json")}
+    short = [
+        make(base, sums, folder / "short" / name, micro_batch_size="auto", **LARGE) for name, make in METHODS.items()
+    ]
+    jobs = {"faults": faults, "short": short, "plain": plain, "mixed": mixed, "shares": str(folder / "run.json")}
     (folder / "jobs.json").write_text(json.dumps(jobs))
     ran = subprocess.run(
         [*LAUNCH, "--nproc-per-node=2", str(process_jobs.__file__), str(folder / "jobs.json")],
@@ -61,7 +76,8 @@ def launched(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert ran.returncode == 0, ran.stderr[-3000:]
-    train_runs([parse_run(mixed)])
+    for run in (mixed, faults["lost"]):
+        train_runs([parse_run(run)])
     return folder, ran.stdout
 
 
@@ -85,6 +101,15 @@ def test_two_processes_train_like_one_with_whole_weights_and_with_shares(launche
     heard = one["schedule._extra_state"]
     assert heard.any()
     assert_close(two["schedule._extra_state"], heard, rtol=1e-4, atol=1e-4)
+
+
+def test_processes_that_read_a_shard_each_train_like_one_and_one_goes_on_where_a_source_was_lost(launched):
+    folder, _ = launched
+    for found in ("two/stream", "out/lost"):
+        assert_same_losses(folder / found, folder / "one" / "stream")
+    kept = [path.name for path in (folder / "out" / "lost").glob("checkpoint-3/stream-*")]
+    assert sorted(kept) == ["stream-0.json", "stream-1.json"]
+    assert json.loads((folder / "out" / "lost" / "run.json").read_text())["sessions"] == 2
 
 
 def test_the_command_publishes_whole_models_of_shares(launched):
@@ -114,12 +139,25 @@ def test_a_checkpoint_of_one_process_goes_on_in_shares_and_again_in_one_process(
 def test_processes_agree_on_what_is_left_out_on_divergence_and_on_a_signal_that_one_of_them_has_got(launched):
     folder, _ = launched
     ended = {
-        name: [int((folder / f"{name}_{rank}").read_text()) for rank in (0, 1)] for name in ("skip", "stop", "signal")
+        name: [int((folder / f"{name}_{rank}").read_text()) for rank in (0, 1)]
+        for name in ("skip", "stop", "signal", "lost")
     }
-    assert ended == {"skip": [0, 0], "stop": [3, 3], "signal": [143, 143]}
+    assert ended == {"skip": [0, 0], "stop": [3, 3], "signal": [143, 143], "lost": [6, 6]}
     out = folder / "out"
     assert json.loads((out / "skip" / "run.json").read_text())["result"]["skipped_updates"] == 1
     assert {path.name for path in (out / "stop" / "diverged").iterdir()} == {
         *("batches_0.pt", "batches_1.pt", "checkpoint-2", "what.txt")
     }
     assert [path.name for path in out.glob("signal/checkpoint-*")] == ["checkpoint-3"]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_processes_agree_on_the_size_when_one_of_them_is_short_of_memory(launched, tmp_path, name):
+    folder, _ = launched
+    card = json.loads((folder / "short" / name / "run.json").read_text())
+    assert card["result"]["micro_batch_size"] == 1
+    run = METHODS[name](folder / "base", folder / "sums.jsonl", tmp_path / "alone", **LARGE)
+    train_runs([parse_run(run)])
+    found, wanted = tiny_runs.losses(folder / "short" / name), tiny_runs.losses(tmp_path / "alone")
+    for step, losses in wanted.items():
+        assert found[step] == pytest.approx(losses, abs=1e-5)

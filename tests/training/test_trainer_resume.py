@@ -1,20 +1,24 @@
+import errno
+import itertools
 import json
 import os
 import signal
-import subprocess
-import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny_runs
 import torch
+from forks import Fork
 from transformers import TrainerCallback
 
 from l2d_framework.config import parse_run
-from l2d_framework.errors import CheckpointError, ConfigError
+from l2d_framework.errors import CheckpointError, ConfigError, UnreachableError
 from l2d_framework.models import checkpoint
 from l2d_framework.training import output_dir
+from l2d_framework.training.data import sources
 from l2d_framework.training.run import train_runs
 
 KILLED = """
@@ -84,10 +88,10 @@ def assert_same(output: Path, whole: Path) -> None:
 
 def test_a_run_killed_between_and_within_checkpoints_resumes_with_the_same_losses(folder: Path, whole: Path) -> None:
     run = fields(folder, "killed")
-    # Both processes are forked from one, which has paid for the imports.
-    command = [sys.executable, "-W", "ignore", "-c", KILLED, json.dumps(run)]
-    found = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert found.stdout.split() == [str(-signal.SIGKILL)] * 2, found.stderr
+    with Fork(folder, KILLED, json.dumps(run)) as fork:
+        fork.ended()
+    out, errors = fork.printed()
+    assert out.split() == [str(-signal.SIGKILL)] * 2, errors
     assert [path.name for path in output_dir.checkpoints(folder / "killed")] == ["checkpoint-3"]
     assert (folder / "killed" / "checkpoint-6.writing").is_dir()
     card = train(run)
@@ -128,20 +132,56 @@ def test_a_run_along_its_own_trajectory_resumes_and_is_loaded_with_what_it_carri
     assert checkpoint.load(folder / "unrolled").own_parameters()["backbone.carried"].any()
 
 
+def streamed(folder: Path, name: str, **training: Any) -> dict[str, Any]:
+    run = fields(folder, name, eval_steps=None, max_steps=6, **training)
+    run["data"] |= {"streaming": True, "eval_fraction": 0.0, "shuffle_buffer": 4}
+    return run
+
+
+@pytest.fixture(scope="module")
+def stream(folder: Path) -> Path:
+    train(streamed(folder, "stream"))
+    return folder / "stream"
+
+
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_stream_resumes_with_the_same_losses(folder: Path, workers: int) -> None:
-    def stream(name: str) -> dict[str, Any]:
-        run = fields(folder, name, eval_steps=None, dataloader_workers=workers, max_steps=6)
-        run["data"] |= {"streaming": True, "eval_fraction": 0.0, "shuffle_buffer": 4}
-        return run
-
-    train(stream(f"stream_{workers}"))
-    run = stream(f"stream_stopped_{workers}")
+def test_a_stream_resumes_with_the_same_losses_and_without_reading_again_what_was_read(
+    folder: Path, stream: Path, workers: int
+) -> None:
+    run = streamed(folder, f"stream_{workers}", dataloader_workers=workers)
     with pytest.raises(KeyboardInterrupt):
         train(run, tiny_runs.Stop(5))
+    place = json.loads((folder / f"stream_{workers}" / "checkpoint-3" / "stream-0.json").read_text())
+    assert place["epoch"] * 14 + place["first"] + place["taken"] == 12
+    assert place["taken"] <= 2
     train(run)
-    assert_same(folder / f"stream_stopped_{workers}", folder / f"stream_{workers}")
+    assert_same(folder / f"stream_{workers}", stream)
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_stream_whose_source_is_lost_saves_and_goes_on_as_if_nothing_had_been(
+    folder: Path, stream: Path, workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = streamed(folder, f"lost_{workers}", dataloader_workers=workers, save_steps=None)
+    read, times = sources.read_objects, itertools.count()
+
+    def lose(*options: Any) -> Iterator[Any]:
+        # At the beginning of the second epoch; four times it is opened to look at it.
+        if next(times) > 4:
+            raise OSError(errno.ESTALE, "Stale file handle")
+        yield from read(*options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sources, "read_objects", lose)
+        patch.setattr(time, "sleep", lambda seconds: None)
+        words = r"sums.jsonl' .* 5 new tries: OSError: .*Stale file handle\. Training ended after update (\d) of 6: "
+        with pytest.raises(UnreachableError, match=rf"{words}saved .*checkpoint-\1'; the same command") as lost:
+            train(run)
+    assert lost.value.exit_code == 6
+    train(run)
+    assert_same(folder / f"lost_{workers}", stream)
 
 
 def test_workers_change_no_loss(folder: Path, whole: Path) -> None:

@@ -20,7 +20,7 @@ from l2d_framework.evaluation.code.metric import serve
 from l2d_framework.evaluation.harness import scorer
 from l2d_framework.evaluation.harness.cost import Meter, report
 from l2d_framework.evaluation.harness.generator import Generator
-from l2d_framework.evaluation.harness.options import PASSED, RUNNING, check_model_options, diffusing
+from l2d_framework.evaluation.harness.options import PASSED, PLACING, RUNNING, check_model_options, diffusing
 from l2d_framework.evaluation.harness.requests import Answers, content
 from l2d_framework.evaluation.harness.scorer import MAIN, METHODS, MIXTURE, PSEUDO
 from l2d_framework.evaluation.harness.start_up import steps
@@ -31,6 +31,7 @@ from l2d_framework.generation.chat_template import TEMPLATE_DATE, render
 from l2d_framework.generation.prompts import encode_text
 from l2d_framework.generation.speculation import Guesses
 from l2d_framework.models.diffusion_lm import DiffusionLM
+from l2d_framework.models.placement import Placement
 from l2d_framework.models.unloaded import CLASS, HINT, UnloadedModel, tokenizer_fingerprint
 from l2d_framework.opening import open_tokenizer
 
@@ -59,7 +60,8 @@ class L2DLM(HFLM):  # type: ignore[misc]
 
     Args:
         pretrained: checkpoint folder or hub id; `L2D_PRETRAINED` when None.
-        **options: `base`, `dtype` and `revision` of the checkpoint; `scoring` (mixture, main or pseudo),
+        **options: `base`, `dtype` and `revision` of the checkpoint; `device_map`, `max_memory` and `offload_folder`, as
+            of `l2d.load`; `scoring` (mixture, main or pseudo),
             `noise_samples` and `pseudo_times` of log-likelihoods; fields of the `sampling` section, `class_name` and
             `guidance_scale`; `merge`, `speculate` and `graph` of `generate`; those of token search, `search` and
             `search_*`; `batch_size`, `device`, `max_length` and others of lm_eval's `hf`.
@@ -71,9 +73,9 @@ class L2DLM(HFLM):  # type: ignore[misc]
         pretrained = pretrained or os.environ.get(steps.PRETRAINED)
         if not pretrained:
             raise ConfigError(steps.MISSING)
-        self.source = UnloadedModel(
-            str(pretrained), base=options.get("base"), dtype=options.get("dtype"), revision=options.get("revision")
-        )
+        placement = Placement.of(*(options.get(name) for name in PLACING))
+        names = ("base", "dtype", "revision")
+        self.source = UnloadedModel(str(pretrained), **{name: options.get(name) for name in names}, placement=placement)
         self.options = diffusing(options)
         self.settings = self.source.sampling(self.options)
         self.running = {name: options[name] for name in RUNNING if name in options}
@@ -98,6 +100,8 @@ class L2DLM(HFLM):  # type: ignore[misc]
         self._diffusion: DiffusionLM | None = None
         passed = {name: options[name] for name in PASSED if name in options}
         passed["chat_template_args"] = {"date_string": TEMPLATE_DATE, **(passed.get("chat_template_args") or {})}
+        if placement is not None:
+            passed["device"] = str(self.source.plan(passed.get("device")).main)
         passed.setdefault("device", "cuda" if torch.cuda.is_available() else "cpu")
         super().__init__(str(pretrained), revision=options.get("revision") or "main", **passed)
         if hasattr(self, "accelerator"):

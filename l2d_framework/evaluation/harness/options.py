@@ -27,7 +27,10 @@ PASSED = (
 RUNNING = tuple(arguments.Running.model_fields)
 """How to run, for `--model_args`: changes no answer but by rounding."""
 
-_OWN = ("pretrained", "base", "dtype", "revision", "scoring", "noise_samples", "pseudo_times")
+PLACING = ("device_map", "max_memory", "offload_folder")
+"""Where layers lie, for models larger than a device."""
+
+_OWN = ("pretrained", "base", "dtype", "revision", "scoring", "noise_samples", "pseudo_times", *PLACING)
 
 
 def check_model_options(options: Mapping[str, Any]) -> None:

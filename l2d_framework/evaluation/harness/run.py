@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -55,9 +56,24 @@ class Answered:
     details: dict[str, Any]  # what the adapter says of itself, cost and data among it; versions of tasks
 
 
+_NAME = re.compile(rb"""^(?:task|group): *["']?([^\s"']+)""", re.MULTILINE)
+
+
 @cache
-def _index(folder: Path | None, *, has_defaults: bool) -> TaskManager:
-    return TaskManager(include_path=[str(place) for place in _folders(folder)], include_defaults=has_defaults)
+def _index(folder: Path | None, *, near: Path | None = None, has_defaults: bool = False) -> TaskManager:
+    # What comes later wins.
+    places = [*([] if near is None else [near]), *_folders(folder)]
+    return TaskManager(include_path=[str(place) for place in places], include_defaults=has_defaults)
+
+
+@cache
+def _places() -> dict[str, set[Path]]:
+    """By name, the folders of lm_eval in which a file is a task or group of this name."""
+    found: dict[str, set[Path]] = {}
+    for path in Path(lm_eval.__file__).parent.glob("tasks/**/*.yaml"):
+        for name in _NAME.findall(path.read_bytes()):
+            found.setdefault(name.decode(), set()).add(path.parent)
+    return found
 
 
 def _folders(folder: Path | None) -> list[Path]:
@@ -65,10 +81,14 @@ def _folders(folder: Path | None) -> list[Path]:
 
 
 def task_manager(name: str, folder: Path | None = None) -> TaskManager:
-    """An index in which a task can be found: that of folders where it is enough, since all 14,000 take seconds."""
-    small = _index(folder, has_defaults=False)
-    if name in small.task_index and all("task" in config for config in _configs(name, small)):
+    """An index in which a task can be found: of few folders where that is enough, since all 14,000 take seconds."""
+    small = _index(folder)
+    if all("task" in config for config in _configs(name, small)):
         return small
+    if len(places := _places().get(name, set())) == 1:
+        small = _index(folder, near=next(iter(places)))
+        if all("task" in config for config in _configs(name, small, has_tags=False)):
+            return small
     return _index(folder, has_defaults=True)
 
 
@@ -159,10 +179,10 @@ def check_task(name: str, folder: Path | None = None) -> list[str]:
     return sorted(missing)
 
 
-def _configs(name: str, manager: TaskManager) -> Iterator[dict[str, Any]]:
-    """Settings of the tasks below a name; an empty one for each that the index lacks."""
+def _configs(name: str, manager: TaskManager, *, has_tags: bool = True) -> Iterator[dict[str, Any]]:
+    """Settings of the tasks below a name; an empty one for each that the index lacks, or may lack by its tag."""
     entry = manager.task_index.get(name)
-    if entry is None:
+    if entry is None or (entry.yaml_path is None and not has_tags):
         yield {}
     elif entry.yaml_path is None:
         for task in sorted(entry.tags):
@@ -173,7 +193,7 @@ def _configs(name: str, manager: TaskManager) -> Iterator[dict[str, Any]]:
         for child in entry.cfg["task"]:
             changes = {} if isinstance(child, str) else child
             below = child if isinstance(child, str) else str(child.get("task"))
-            yield from ({**config, **changes} for config in _configs(below, manager))
+            yield from ({**config, **changes} for config in _configs(below, manager, has_tags=has_tags))
 
 
 def task_identity(name: str, folder: Path | None = None) -> str:

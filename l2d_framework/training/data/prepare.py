@@ -26,16 +26,8 @@ from l2d_framework.training.data.encode import (
     split_example,
 )
 from l2d_framework.training.data.sources import Opened, describe, load_sources, open_first
+from l2d_framework.training.data.stream import BATCH, ENCODED, START, Stream, packed, unbatched
 
-_ENCODED = datasets.Features(
-    {
-        "input_ids": datasets.List(datasets.Value("int32")),
-        "supervised": datasets.List(datasets.Value("bool")),
-        "class_id": datasets.Value("int64"),
-    }
-)
-_NUMBERED = datasets.Features({**_ENCODED, "index": datasets.Value("int64")})
-_STREAM_BATCH = 32
 _FIRST_ROWS = 200
 _LOGGER = logging.getLogger(__name__)
 
@@ -49,7 +41,7 @@ class PreparedData:
     """
 
     train: Any
-    """A `Dataset`, or an `IterableDataset` when streaming; so is `eval`."""
+    """A `Dataset`, or when streaming a `Stream`; so is `eval`."""
     eval: Any | None
     card: dict[str, Any]
     order_seed: int
@@ -76,15 +68,20 @@ def prepare(
         )
     order_seed = seed if section.shuffle_seed is None else section.shuffle_seed
     weights = [one.source.weight for one in opened["train"]]
-    splits = {"train": _finish(_mix(train, weights, order_seed), section)}
+    mixed = {"train": _mix(train, weights, order_seed)}
     if held_out:
-        splits["eval"] = _finish(_mix(held_out, [1.0] * len(held_out), order_seed), section)
-    for which, data in splits.items():
-        if not section.streaming and not len(data):
+        mixed["eval"] = _mix(held_out, [1.0] * len(held_out), order_seed)
+    splits: dict[str, Any] = {}
+    for which, data in mixed.items():
+        if section.streaming:
+            # Streams come in the order of their files, which sorts many data sets by topic.
+            buffer, shards = (section.shuffle_buffer, section.shards) if which == "train" else (1, 1)
+            name, length = _names(opened[which], data, shards), section.max_length if section.pack else None
+            splits[which] = Stream(data, name, length, buffer=buffer, seed=order_seed, shards=shards)
+            continue
+        splits[which] = _finish(data, section)
+        if not len(splits[which]):
             raise DataError(f"No row is left for {which}: check data.eval_fraction, data.drop_unsupervised and limits.")
-    if section.streaming:
-        # Streams come in the order of their files, which sorts many data sets by topic.
-        splits["train"] = splits["train"].shuffle(seed=order_seed, buffer_size=section.shuffle_buffer)
     card = {
         "sources": {which: [one.card for one in ones] for which, ones in opened.items()},
         "splits": {which: _count(data, is_masked=section.masking is not None) for which, data in splits.items()},
@@ -176,7 +173,7 @@ class _Encoder:
         return cls(opened.columns, encoding, describe(opened.source), float(section.drop_unsupervised), streams)
 
     def __call__(self, batch: Any, indices: list[int]) -> dict[str, list[Any]]:
-        encoded: dict[str, list[Any]] = {name: [] for name in _ENCODED}
+        encoded: dict[str, list[Any]] = {name: [] for name in ENCODED}
         names = list(batch)
         encoding = self.encoding.reading(batch, self.columns)
         for index, values in zip(indices, zip(*(batch[name] for name in names), strict=True), strict=True):
@@ -231,11 +228,11 @@ class _Encoder:
 
 def _encode(opened: Opened, section: DataSection, encoding: Encoding) -> Any:
     encoder = _Encoder.of(opened, section, encoding, streams=section.streaming)
-    options: dict[str, Any] = {"batched": True, "with_indices": True, "features": _ENCODED}
+    options: dict[str, Any] = {"batched": True, "with_indices": True, "features": ENCODED}
     # `features` of a stream may be unknown, so its columns are named by a row.
     options["remove_columns"] = list(next(iter(opened.data)))
     if section.streaming:
-        data = opened.data.map(encoder, batch_size=_STREAM_BATCH, **options)
+        data = opened.data.map(encoder, batch_size=BATCH, **options)
         left = next(iter(data), None) is not None
         opened.card["dropped"] = None
     else:
@@ -286,49 +283,27 @@ def _mix(parts: list[Any], weights: list[float], seed: int) -> Any:
 
 
 def _finish(data: Any, section: DataSection) -> Any:
-    length = section.max_length if section.pack else None
-    if isinstance(data, datasets.Dataset):
-        if length is not None and len(data):
-            known = {"fingerprint": Hasher.hash([data._fingerprint, _packed, length]), "features": _ENCODED}
-            data = datasets.Dataset.from_generator(_packed, gen_kwargs={"rows": data, "length": length}, **known)
-        return data.add_column("index", np.arange(len(data)))
-    # One shard, so that numbers stay unique when processes and workers share the stream.
-    options = {"stream": data, "length": length}
-    return datasets.IterableDataset.from_generator(_numbered, features=_NUMBERED, gen_kwargs=options)
+    if section.pack and len(data):
+        options = {"rows": data, "length": section.max_length}
+        known = {"fingerprint": Hasher.hash([data._fingerprint, packed, section.max_length]), "features": ENCODED}
+        data = datasets.Dataset.from_generator(_packed, gen_kwargs=options, **known)
+    return data.add_column("index", np.arange(len(data)))
 
 
-def _rows(data: Any) -> Iterator[dict[str, Any]]:
-    # `iter` instead of iterating: inside a worker process the latter would skip shards a second time.
-    for batch in data.iter(batch_size=_STREAM_BATCH):
-        for ids, supervised, class_id in zip(*(batch[name] for name in _ENCODED), strict=True):
-            # Arrays, because a shuffle buffer of lists would take eight times the memory.
-            yield {
-                "input_ids": np.asarray(ids, np.int32),
-                "supervised": np.asarray(supervised, np.bool_),
-                "class_id": class_id,
-            }
+def _names(opened: list[Opened], data: Any, shards: int) -> str:
+    """Names of a stream's sources; refused if these cannot be divided so."""
+    names = " or ".join(describe(one.source) for one in opened)
+    if shards > data.num_shards:
+        raise DataError(
+            f"data.shards is {shards}, but {names} can be read in {data.num_shards} parts only: files, and stretches "
+            "of large ones that hold JSON lines. Lower it, or divide the data into more files."
+        )
+    return names
 
 
 def _packed(rows: Any, length: int) -> Iterator[dict[str, Any]]:
-    ids, supervised = np.empty(0, np.int32), np.empty(0, np.bool_)
-    for row in _rows(rows):
-        ids = np.concatenate([ids, row["input_ids"]])
-        supervised = np.concatenate([supervised, row["supervised"]])
-        while len(ids) >= length:
-            yield from _chunk(ids[:length], supervised[:length])
-            ids, supervised = ids[length:], supervised[length:]
-    yield from _chunk(ids, supervised)
-
-
-def _chunk(ids: Any, supervised: Any) -> Iterator[dict[str, Any]]:
-    supervised = supervised & (np.arange(len(ids)) > 0)
-    if supervised.any():
-        yield {"input_ids": ids, "supervised": supervised, "class_id": -1}
-
-
-def _numbered(stream: Any, length: int | None) -> Iterator[dict[str, Any]]:
-    rows = _rows(stream) if length is None else _packed(stream, length)
-    yield from ({**row, "index": index} for index, row in enumerate(rows))
+    examples = (one for batch in rows.iter(batch_size=BATCH) for one in unbatched(batch, START))
+    yield from (row for row, *_ in packed(examples, length))
 
 
 def _count(data: Any, *, is_masked: bool) -> dict[str, int | None]:

@@ -20,12 +20,13 @@ from huggingface_hub import constants as hub
 
 from l2d_framework.config import DataSection, DataSource, RowSource
 from l2d_framework.errors import DataError, suggest
-from l2d_framework.lines import COMPRESSIONS, read_lines, read_objects
+from l2d_framework.lines import COMPRESSIONS, Span, read_lines, read_objects, spans
 from l2d_framework.training.data.encode import FIELDS, Columns, Format
 
 _LOADERS = dict.fromkeys((".json", ".jsonl", ".ndjson"), "json")
 _LOADERS |= {".parquet": "parquet", ".txt": "text", ".csv": "csv", ".arrow": "arrow"}
 _HASHED_ROWS = 1000
+_STRETCH = 2**26  # bytes
 _END = 2**16
 _OTHER_SPLIT = re.compile(r"(?<![a-z])(test|testing|dev|val|valid|validation|eval|evaluation)(?![a-z])")
 
@@ -81,7 +82,9 @@ def load_rows(source: RowSource, *, streaming: bool = False) -> tuple[Any, list[
     with _blaming(source, streaming=streaming):
         is_whole = source.split == "train" and loader == "json" and files
         if streaming and is_whole and (columns := first_columns(files[0])):
-            options = {"files": files, "columns": columns}
+            # In shards, so that `datasets` goes on in the middle of a large file, and divides it.
+            stretches = [(file, span) for file in files for span in spans(file, _STRETCH)]
+            options = {"stretches": stretches, "columns": columns}
             return datasets.IterableDataset.from_generator(json_lines, gen_kwargs=options), list(columns), files
         data = datasets.load_dataset(
             loader,
@@ -104,11 +107,11 @@ def first_columns(file: str) -> tuple[str, ...]:
     return tuple(first) if isinstance(first, dict) else ()
 
 
-def json_lines(files: list[str], columns: tuple[str, ...]) -> Iterator[dict[str, Any]]:
-    """Rows of some files, one after the other, as values by column; None where a row lacks it."""
+def json_lines(stretches: list[tuple[str, Span | None]], columns: tuple[str, ...]) -> Iterator[dict[str, Any]]:
+    """Rows of some files or stretches of them, one after the other, as values by column; None where a row lacks it."""
     # `datasets` gives all files the types that it finds in the first rows, which the metadata of corpora contradict.
-    for file in files:
-        for _, row in read_objects(file):
+    for file, span in stretches:
+        for _, row in read_objects(file, span):
             yield {name: row.get(name) for name in columns}
 
 

@@ -227,19 +227,28 @@ class MainPath:
     def find_branches(self) -> list[tuple[Branch, Branch]]:
         """(attention, MLP) branch of every layer, from one forward pass over two tokens."""
         tokens = torch.zeros(1, 2, dtype=torch.int64, device=self.lm.device)
+        # One stands for all that are built alike; a pass through a deep model takes long where there are no weights.
+        kinds = [str(layer) for layer in self.layers]
+        first = {kind: self.layers[kinds.index(kind)] for kind in kinds}
+        decoder: Any = self.decoder
+        decoder.layers = nn.ModuleList(first.values())
         with torch.no_grad():
             # Without a cache transformers looks for packed sequences, which needs values that the meta device has not.
             cache = DynamicCache()
             try:
-                return find_branches(
-                    self.layers,
-                    lambda: self.decoder(input_ids=tokens, **{self._cache_name: cache}),
+                found = find_branches(
+                    decoder.layers,
+                    lambda: decoder(input_ids=tokens, **{self._cache_name: cache}),
                     advice(self.lm.config.model_type, PROVEN),
                 )
             except UnsupportedModelError:
                 raise
             except _FAILURES as error:
                 raise self._refusal(f"it cannot be run on two tokens ({type(error).__name__}: {error})") from error
+            finally:
+                decoder.layers = self.layers
+        branches = dict(zip(first, found, strict=True))
+        return [branches[kind] for kind in kinds]
 
     def read(self, layout: Layout) -> MainContext:
         """Run over a batch of prompts; rows padded on the left or nothing but padding, or all rows on the right."""

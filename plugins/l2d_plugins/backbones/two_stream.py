@@ -140,7 +140,8 @@ class TwoStream(Backbone[MainContext]):
             r=self.config.rank,
             lora_alpha=self.config.alpha,  # type: ignore[arg-type]  # peft divides by the rank, so a float is fine
             target_modules=targets,
-            init_lora_weights="gaussian",
+            # Drawn on the meta device, numbers that are none take longest of all.
+            init_lora_weights=self.table().device.type != "meta" and "gaussian",
         )
 
     @override

@@ -17,6 +17,7 @@ from l2d_framework.schedule import NoiseLaw
 from l2d_framework.types import Random, Stride
 
 _TINY = 1e-30
+_SHARPEST = 1e-4
 _ROWS = 16384
 
 
@@ -100,6 +101,11 @@ class EmbeddingConfig(ParametrizationConfig):
     added through a linear map that starts at zero. `training.self_conditioning` is the share of examples that show it.
 
     Source: LangFlow, arXiv:2604.11748; Chen et al. 2022, arXiv:2208.04202."""
+    bayes_skip: bool = False
+    """Whether the log-likelihood of the state under each token is added to the logits, which Bayes' rule does with a
+    prediction from everything but the state, so that the network only learns the rest.
+
+    Source: LangFlow, arXiv:2604.11748."""
     estimate: EmbeddingEstimate = EmbeddingEstimate()
     """How logits become the clean state that a solver moves towards; `sampling.estimate` changes it for one request."""
 
@@ -164,6 +170,21 @@ class Embedding(Parametrization):
         else:
             expected = _expected(previous, table) if previous.shape[-1] == len(table) else previous
         return h + functional.linear(self._project(expected).to(h.dtype), self.previous)
+
+    @property
+    @override
+    def refines(self) -> bool:
+        return self.config.bayes_skip
+
+    @override
+    def refine(self, logits: Tensor, x: Tensor, t: Tensor, schedule: NoiseLaw, codebook: Tensor) -> Tensor:
+        if not self.refines:
+            return logits
+        # log N(x; alpha e, variance) of embeddings e, all of which have the same norm.
+        variance = ((schedule.sigma(t) * self.prior_scale) ** 2).clamp_min(_SHARPEST)
+        scaled = x * (schedule.alpha(t) / variance)[..., None]
+        with torch.autocast(x.device.type, enabled=False):
+            return logits + functional.linear(scaled.float(), codebook)
 
     @override
     def remember(self, logits: Tensor, table: Tensor) -> Tensor:

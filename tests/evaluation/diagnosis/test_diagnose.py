@@ -6,7 +6,7 @@ from itertools import pairwise
 import pytest
 import torch
 from bayes_networks import bayes_lm, rows_from
-from diffusion_models import random_tokens, shared_lm, shared_tess
+from diffusion_models import fresh_lm, random_tokens, shared_lm, shared_tess
 from toy_components import Circle, Projected
 
 from l2d_framework.diffusion.logits import dense
@@ -89,6 +89,13 @@ def test_the_combination_itself_has_its_own_cross_entropy(schedule):
     found = diagnose(model, rows_from(model.backbone.better, 20, 9), settings(model), batch_size=20)
     assert curve(found, "network") == pytest.approx(curve(found, "combination"), abs=1e-5)
     assert abs(found["gain"][FIRST]["value"]) < NEGLIGIBLE / 10
+
+
+def test_a_skip_makes_an_untrained_network_the_combination_itself():
+    model = fresh_lm(space={"bayes_skip": True})
+    found = diagnose(model, rows_of(9, 7), settings(model), batch_size=2)
+    assert curve(found, "network") == pytest.approx(curve(found, "combination"), abs=1e-4)
+    assert curve(found, "network")[-1] < curve(found, "network")[0] - 1
 
 
 def test_with_the_exact_prior_the_combination_never_loses_with_t():

@@ -6,7 +6,7 @@ import torch
 
 from l2d_framework.training.data.collate import IGNORED, Collator
 from l2d_framework.training.data.masking import Masker, prefix_mask, span_mask
-from l2d_framework.training.samplers import HeldOut, RunOrder, RunStream
+from l2d_framework.training.samplers import HeldOut, RunOrder
 
 OBJECTIVES = ("t5", "aggressive_t5", "prefix")
 LENGTH, ROWS, BATCH, TOTAL = 256, 10, 4, 48
@@ -123,15 +123,6 @@ def test_a_resumed_order_masks_its_rest_as_the_whole_one():
     order = in_order()
     whole, rest = masks(order, BATCH), masks(order[20:], 2)
     assert rest == {key: whole[key] for key in rest}
-
-
-def test_a_stream_numbers_its_examples_like_a_map():
-    class Stream(list):
-        def set_epoch(self, epoch):
-            pass
-
-    streamed = list(RunStream(Stream(rows()), TOTAL))
-    assert [row["ordinal"] for row in streamed] == [row["ordinal"] for row in in_order()] == list(range(TOTAL))
 
 
 def test_an_update_has_one_objective_and_all_come_up_equally_often():

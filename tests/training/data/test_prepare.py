@@ -5,8 +5,6 @@ from pathlib import Path
 
 import datasets
 import pytest
-from datasets.distributed import split_dataset_by_node
-from torch.utils.data import DataLoader
 
 from l2d_framework.config import DataSection
 from l2d_framework.errors import DataError
@@ -255,22 +253,9 @@ def test_a_stream_holds_the_rows_and_numbers_of_the_map_in_another_order(tokeniz
     assert streamed != rows
     assert sorted(streamed, key=lambda row: row["index"]) == rows
     assert list(stream) == streamed
-    stream.set_epoch(1)
-    again = list(stream)
+    again = list(stream.epoch(1))
     assert again != streamed
     assert sorted(again, key=lambda row: row["index"]) == rows
-
-
-def test_processes_and_workers_share_a_stream_without_loss_or_repetition(tokenizer):
-    parts = [write(f"{i}.jsonl", TEXTS[i::4]) for i in range(4)]
-    stream = prepare(section({"path": "?.jsonl"}, streaming=True), tokenizer).train
-    assert len(parts) == 4
-    expected = sorted((row["index"], row["input_ids"]) for row in stream)
-    assert [index for index, _ in expected] == list(range(len(TEXTS)))
-    shares = [split_dataset_by_node(stream, rank=rank, world_size=2) for rank in (0, 1)]
-    assert sorted((row["index"], row["input_ids"]) for share in shares for row in share) == expected
-    with_workers = DataLoader(stream, batch_size=None, num_workers=2)
-    assert sorted((row["index"], row["input_ids"]) for row in with_workers) == expected
 
 
 @pytest.mark.parametrize("streaming", [False, True], ids=["map", "stream"])
@@ -440,15 +425,14 @@ def test_examples_without_a_supervised_token_are_left_out_and_counted_up_to_a_sh
         prepare(bad, tokenizer)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_stream_stops_at_the_same_share_once_it_has_seen_enough(tokenizer, workers, caplog):
+def test_a_stream_stops_at_the_same_share_once_it_has_seen_enough(tokenizer, caplog):
     rows = [LONG if i % 20 == 19 else PAIRS[i % 40] for i in range(400)]
     data = prepare(section(write("a.jsonl", rows), max_length=40, streaming=True), tokenizer).train
-    assert len(list(DataLoader(data, batch_size=None, num_workers=workers))) == 380
+    assert len(list(data)) == 380
     rows[250:262] = [LONG] * 12
     data = prepare(section(write("b.jsonl", rows), max_length=40, streaming=True), tokenizer).train
     with pytest.raises(DataError, match=r"Example \d+ of 'b.jsonl'.*allows a share of 0.05"):
-        list(DataLoader(data, batch_size=None, num_workers=workers))
+        list(data)
     assert "left out 1 of 20 examples" in caplog.text
 
 
