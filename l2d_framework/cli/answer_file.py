@@ -14,7 +14,7 @@ import typer
 
 from l2d_framework.cli.common import check_file
 from l2d_framework.config.files import parse_json
-from l2d_framework.errors import ConfigError, OutputError
+from l2d_framework.errors import ConfigError, L2DError, OutputError
 from l2d_framework.writing import write_whole
 
 Row = dict[str, Any]
@@ -143,6 +143,24 @@ def _rename(file: Path, new: Path) -> None:
 def part_of(output: Path) -> Path:
     """Where the rows of a file are until all are known."""
     return output.with_name(f"{output.name}.part")
+
+
+def check_answer_file(output: Path | None, asked: Sequence[Row]) -> None:
+    """Refuse a file that is there already, and say of one with an answer to each of `asked` that it is finished."""
+    if output is not None and output.is_file() and _answers(output, asked):
+        raise ConfigError(
+            f"{str(output)!r} is finished: it has answers to all of these {len(asked)}. Name another --out for others, "
+            "or move it elsewhere."
+        )
+    check_file(output, "--out")
+
+
+def _answers(output: Path, asked: Sequence[Row]) -> bool:
+    try:
+        rows = [parse_json(line, str(output)) for line in output.read_text(encoding="utf-8").split("\n")[:-1]]
+        return all(row.pop("answers") for row in rows) and rows == [*asked]
+    except (OSError, ValueError, AttributeError, LookupError, TypeError, L2DError):
+        return False
 
 
 def show_answers(names: Iterable[str], rows: Sequence[Row]) -> None:

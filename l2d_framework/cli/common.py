@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 
 from l2d_framework.cli import VERBOSE
-from l2d_framework.cli.completion import run_keys, sampling_keys
+from l2d_framework.cli.completion import run_keys, sampling_keys, values
 from l2d_framework.errors import ConfigError
 from l2d_framework.evaluation import plots, tables
 from l2d_framework.writing import write_whole
@@ -25,11 +25,20 @@ Overrides = Annotated[
     ),
 ]
 Base = Annotated[str | None, typer.Option(help="Where the base model lies now, if it has moved.")]
-Dtype = Annotated[str | None, typer.Option(help="Of the weights: float32, bfloat16 or float16.")]
-Device = Annotated[str | None, typer.Option(help="Such as cuda; the GPU when there is one.")]
+_DTYPES = ("float32", "bfloat16", "float16")
+Dtype = Annotated[
+    str | None, typer.Option(help="Of the weights: float32, bfloat16 or float16.", autocompletion=values(*_DTYPES))
+]
+Device = Annotated[
+    str | None,
+    typer.Option(help="Such as cuda; the GPU when there is one.", autocompletion=values("cpu", "cuda", "mps")),
+]
 DeviceMap = Annotated[
     str | None,
-    typer.Option(help='For a model larger than the device: auto, or JSON such as {"model.layers.0": "disk"}.'),
+    typer.Option(
+        help='For a model larger than the device: auto, or JSON such as {"model.layers.0": "disk"}.',
+        autocompletion=values("auto"),
+    ),
 ]
 OffloadFolder = Annotated[Path | None, typer.Option(help="Where layers on the disk are kept meanwhile.")]
 Settings = Annotated[
@@ -40,7 +49,7 @@ Settings = Annotated[
 
 def check_dtype(dtype: str | None) -> None:
     """Refuse a type of weights that there is not."""
-    if dtype not in (None, "float32", "bfloat16", "float16"):
+    if dtype not in (None, *_DTYPES):
         raise ConfigError(f"--dtype must be float32, bfloat16 or float16, got {dtype!r}.")
 
 

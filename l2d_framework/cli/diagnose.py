@@ -34,7 +34,8 @@ def diagnose(
     adaptive_solver: Annotated[
         str,
         typer.Option(
-            help="Adaptive solver whose evaluations are counted; `none` for none.", autocompletion=names("solver")
+            help="Adaptive solver whose evaluations are counted; `none` for none.",
+            autocompletion=names("solver", "none"),
         ),
     ] = "fehlberg2",
     set_: common.Settings = None,

@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
+from l2d_framework.cli.completion import values
 from l2d_framework.errors import ConfigError
 from l2d_framework.evaluation.tables import terminal
 
@@ -29,8 +30,8 @@ Devices = Annotated[int | None, typer.Option(min=1, help="Of a dry run: devices,
 Shard = Annotated[
     str | None,
     typer.Option(
-        help="Of a dry run, what devices divide: none (DDP), optimizer (ZeRO 1), gradients (ZeRO 2) or full (ZeRO 3, "
-        "FSDP). [none]"
+        help="Of a dry run, what devices divide: none (DDP), gradients (ZeRO 2) or full (ZeRO 3, FSDP). [none]",
+        autocompletion=values(*_SHARDS),
     ),
 ]
 TokensPerSecond = Annotated[

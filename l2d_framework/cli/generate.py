@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from l2d_framework.cli import common
-from l2d_framework.cli.completion import names
+from l2d_framework.cli.completion import names, values
 from l2d_framework.errors import ConfigError
 from l2d_framework.registry import declared
 
@@ -66,7 +66,11 @@ def generate(
         ),
     ] = "auto",
     speculate: Annotated[
-        str, typer.Option(help="Tokens that are guessed ahead, to be denoised at once; or auto, or off.")
+        str,
+        typer.Option(
+            help="Tokens that are guessed ahead, to be denoised at once; or auto, or off.",
+            autocompletion=values("auto", "off"),
+        ),
     ] = "off",
     drafter: Annotated[
         str | None,
@@ -108,7 +112,7 @@ def generate(
 
     check_class_early(model, class_name)
 
-    from l2d_framework.cli.answer_file import show_answers
+    from l2d_framework.cli.answer_file import check_answer_file, show_answers
     from l2d_framework.cli.generate_session import Session, read_prompts
 
     named = read_prompts(prompt or [], file, chat=chat)
@@ -144,7 +148,7 @@ def generate(
         from l2d_framework.tracing import check_trace_file
 
         check_trace_file(trace)
-    common.check_file(out, "--out")
+    check_answer_file(out, asked)
     if infill:
         session.check_infilling(infill)
     # Without prompts there will be a conversation: find out now whether this tokenizer can hold one.

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from l2d_framework.cli.completion import help_names
 from l2d_framework.errors import ConfigError, suggest
 
 if TYPE_CHECKING:
@@ -50,7 +51,9 @@ class Place:
 def help_(
     names: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[NAME]...", help="Such as training.draws_per_token, or solver midpoint."),
+        typer.Argument(
+            metavar="[NAME]...", help="Such as training.draws_per_token, or solver midpoint.", autocompletion=help_names
+        ),
     ] = None,
 ) -> None:
     """Explain an option of run files: what it does, its type, default, allowed values and source."""

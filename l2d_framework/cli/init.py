@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple, TypeVar
 
 import typer
 
+from l2d_framework.cli.completion import names
 from l2d_framework.cli.meter import Meter
 from l2d_framework.errors import ConfigError, L2DError, suggest
 
@@ -44,7 +45,10 @@ def init(
     run_file: Annotated[Path, typer.Argument(metavar="[RUN.yaml]", help="Run file to write.")] = Path("run.yaml"),
     base: Annotated[str | None, typer.Option(help="Language model to start from: folder or hub id.")] = None,
     data: Annotated[str | None, typer.Option(help="Training data: file, folder or hub id.")] = None,
-    method: Annotated[str | None, typer.Option(help="Method, such as l2d; `l2d plugins` lists them.")] = None,
+    method: Annotated[
+        str | None,
+        typer.Option(help="Method, such as l2d; `l2d plugins` lists them.", autocompletion=names("method")),
+    ] = None,
     budget: Annotated[str | None, typer.Option(help="Such as '3 epochs' or '1000 updates'.")] = None,
     output_dir: Annotated[str | None, typer.Option(help="New folder for the model.")] = None,
 ) -> None:
@@ -77,7 +81,8 @@ def init(
     question = f"Method ({', '.join(methods)})"
     method = _answer("--method", question, method, fitting, default=next(iter(methods), None))
     amount, unit = _answer("--budget", "Budget ('3 epochs' or '1000 updates')", budget, _budget, default="1 epoch")
-    name = f"{Path(base).name}-{method}".lower()
+    folder = Path(base).expanduser()
+    name = f"{(folder if folder.name.strip('.') else folder.resolve()).name}-{method}".lower()
     output_dir = _answer("--output-dir", "New folder for the model", output_dir, _folder, default=name)
     draft.write(run_file, Answers(base, data, method, amount, unit, output_dir))
 
@@ -121,6 +126,8 @@ def _budget(text: str) -> tuple[float, str]:
     parts = _BUDGET.fullmatch(text.strip())
     if parts is None or float(parts[1]) <= 0:
         raise ConfigError(f"A budget must read like '3 epochs' or '1000 updates', got {text!r}.")
+    if parts[2] == "update" and not float(parts[1]).is_integer():
+        raise ConfigError(f"Updates are whole, got {text!r}. Give a whole number, or a part of an epoch.")
     return float(parts[1]), parts[2]
 
 
@@ -232,7 +239,7 @@ def _text(answers: Answers, seen: Preview, context: int | None, *, trains_base: 
         lines.append("  pack: true  # texts are joined and cut, so that nothing of them is lost")
     lines += [
         "training:",
-        f"  epochs: {answers.amount:g}" if answers.unit == "epoch" else f"  max_steps: {max(int(answers.amount), 1)}",
+        f"  epochs: {answers.amount:g}" if answers.unit == "epoch" else f"  max_steps: {int(answers.amount)}",
         f"  batch_size: {8 if is_small else 32}  # sequences of an update",
         "  micro_batch_size: auto  # as many at a time as memory allows",
         f"  learning_rate: {'1.0e-5' if trains_base else '1.0e-4'}  # "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from functools import cache
+from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Annotated, Any, Union, cast
 
 from pydantic import ConfigDict, Field, SerializeAsAny
@@ -13,7 +14,7 @@ from l2d_framework.component import Component, merged
 from l2d_framework.config.sections import Section, optional, specialised
 from l2d_framework.config.validation import refuse_unknown, validated
 from l2d_framework.errors import ConfigError, L2DError, shown
-from l2d_framework.registry import Registry, declared, registry
+from l2d_framework.registry import INTERFACES, Registry, declared, registry
 
 if TYPE_CHECKING:
     from l2d_framework.guidance import Guidance
@@ -62,13 +63,20 @@ class SamplingSection(Section):
 
         A preset among the options replaces this section except for its seed and, unless the preset has its own, its
         guidance. A solver among them leaves what belongs to the steps of the one before, where it cannot use it.
+        Instances are taken as they are, so that no plugin need offer their classes.
         """
         user = _request(user)
         data = self.model_dump(mode="json")
         if user.get("preset") is not None:
             kept = {name: data[name] for name in ("guidance", "seed")}
             data = merged(kept, registry().preset(user["preset"]))
-        return complete(parse_sampling(_laid_over(data, user)), parametrization)
+        found = _laid_over(data, user)
+        made: dict[str, Any] = {}
+        if _has_instances(found["solver"]):
+            made["solver"], found["solver"] = found["solver"], self.solver.to_json()
+        if _has_instances(found["guidance"]):
+            made["guidance"] = [_made("guidance", entry) for entry in found.pop("guidance")]
+        return complete(parse_sampling(found).model_copy(update=made), parametrization)
 
 
 @cache
@@ -115,7 +123,7 @@ def component_of(kind: str, value: Any) -> Any:
     """A component that is given as itself, as its section or by its name; None where that is given."""
     if value is None or (isinstance(value, Component) and value.kind == kind):
         return value
-    section = _component_data(value)
+    section = _component_data(kind, value)
     if not isinstance(section, Mapping):
         raise ConfigError(f"{kind} should be a name, a section or a component of this kind, got {shown(value)}.")
     return registry().create(kind, section)
@@ -178,7 +186,7 @@ def _laid_over(settings: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[
     """Settings with changes; one that names another solver drops what was said of the steps of the one before."""
     # Evaluations of a fixed grid are not the budget of a solver that chooses its steps, nor the other way round; such a
     # solver has no grid on which patience could count, and not all can end at time 1.
-    before, solver = _solver(settings.get("solver")), _solver(changes.get("solver"))
+    before, solver = (_solver(section.get("solver")) for section in (settings, changes))
     unfit: list[str] = []
     if before and solver and before.component_name() != solver.component_name():
         unfit += ["num_inference_steps"] if before.is_adaptive != solver.is_adaptive else []
@@ -190,18 +198,24 @@ def _laid_over(settings: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[
 def _solver(section: Any) -> Solver | None:
     """The solver of a section; None where it is missing or wrong, which whoever validates it will say."""
     try:
-        return cast(Solver, registry().create("solver", section)) if isinstance(section, Mapping) else None
+        return cast(Solver, _made("solver", section)) if isinstance(section, Component | Mapping) else None
     except L2DError:
         return None
+
+
+def _made(kind: str, section: Any) -> Component:
+    return section if isinstance(section, Component) else registry().create(kind, section)
 
 
 def _request(user: Mapping[str, Any]) -> dict[str, Any]:
     options = dict(user)
     if "solver" in options:
-        options["solver"] = _component_data(options["solver"])
+        options["solver"] = _component_data("solver", options["solver"])
     if isinstance(options.get("guidance"), list | tuple):
-        options["guidance"] = [_component_data(entry) for entry in options["guidance"]]
+        options["guidance"] = [_component_data("guidance", entry) for entry in options["guidance"]]
     for name, value in options.items():
+        if _has_instances(value):
+            continue
         # Numbers and arrays of numpy and torch turn into Python's own.
         try:
             options[name] = json.loads(json.dumps(value, default=lambda number: number.tolist()))
@@ -214,7 +228,11 @@ def _request(user: Mapping[str, Any]) -> dict[str, Any]:
     return options
 
 
-def _component_data(value: Any) -> Any:
-    if isinstance(value, Component):
-        return value.to_json()
+def _has_instances(value: Any) -> bool:
+    return any(isinstance(entry, Component) for entry in (value if isinstance(value, list) else [value]))
+
+
+def _component_data(kind: str, value: Any) -> Any:
+    if isinstance(value, Component) and not isinstance(value, resolve_name(INTERFACES[kind])):
+        return value.to_json()  # of another kind, as whoever validates it will say
     return {"name": value} if isinstance(value, str) else value

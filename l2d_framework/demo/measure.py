@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -39,6 +41,7 @@ WAYS: list[tuple[str, str | None, dict[str, Any]]] = [
 """Stage, solver and sampling of every way of answering."""
 
 _BATCH = 500
+_AT_ONCE = min(2, os.cpu_count() or 1)
 _SHOWN = 3
 
 Marks = NDArray[np.bool_]
@@ -115,17 +118,17 @@ class Measurement:
     """The three trained models in the folder of a demo, and the questions they answer."""
 
     def __init__(self, folder: Path, data: Data) -> None:
-        self._folder, self._parts = folder, (data.held_out_new, data.held_out_old)
+        self._folder = folder
         self._tokenizer: PreTrainedTokenizerBase = open_tokenizer(folder / BASE)
+        parts = (data.held_out_new, data.held_out_old)
+        self._parts = [(questions, self._batches(questions)) for questions in parts]
         self._models = {name: _open(name, folder / name) for name in (BASE, LORA, L2D)}
 
     def outcomes(self, after_each: Callable[[], None]) -> list[Outcome]:
         """Let all models answer all held-out questions: base, LoRA, L2D at one evaluation, then with each solver."""
-        outcomes = []
-        for name, solver, sampling in WAYS:
-            outcomes.append(Outcome(name, solver, *self._sheets(self._models[name], sampling)))
-            after_each()
-        return outcomes
+        asked = [(self._models[name], sampling) for name, _, sampling in WAYS]
+        sheets = self._sheets(asked, after_each)
+        return [Outcome(name, solver, *pair) for (name, solver, _), pair in zip(WAYS, sheets, strict=True)]
 
     def learning(self, outcomes: list[Outcome], after_each: Callable[[], None]) -> dict[str, list[Milestone]]:
         """What LoRA and L2D could after each checkpoint, from the base model to their outcomes."""
@@ -137,11 +140,9 @@ class Measurement:
             *before, last = sorted(
                 (int(path.name.rpartition("-")[2]), path) for path in checkpoints(self._folder / name)
             )
-            milestones = [Milestone(0, base.new, base.old)]
-            for updates, path in before:
-                milestones.append(Milestone(updates, *self._sheets(_open(name, path), how)))
-                after_each()
-            learning[name] = [*milestones, Milestone(last[0], end.new, end.old)]
+            sheets = self._sheets([(_open(name, path), how) for _, path in before], after_each)
+            milestones = [Milestone(updates, *pair) for (updates, _), pair in zip(before, sheets, strict=True)]
+            learning[name] = [Milestone(0, base.new, base.old), *milestones, Milestone(last[0], end.new, end.old)]
         return learning
 
     def denoisings(self, outcomes: list[Outcome]) -> list[Denoising]:
@@ -176,18 +177,27 @@ class Measurement:
     def _encode(self, questions: list[Question]) -> Tensor:
         return torch.tensor(encode_prompts(self._tokenizer, [question.prompt for question in questions]))
 
-    def _sheets(self, model: Any, sampling: dict[str, Any]) -> list[Sheet]:
-        return [self._sheet(questions, model, sampling) for questions in self._parts]
+    def _sheets(self, asked: list[tuple[Any, dict[str, Any]]], after_each: Callable[[], None]) -> list[list[Sheet]]:
+        """Answers of models to both kinds of questions, each computed on one core and as many at once as there are."""
+        sheets = []
+        with ThreadPoolExecutor(_AT_ONCE, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            for pair in pool.map(lambda way: [self._sheet(*part, *way) for part in self._parts], asked):
+                sheets.append(pair)
+                after_each()
+        return sheets
 
-    def _sheet(self, questions: list[Question], model: Any, sampling: dict[str, Any]) -> Sheet:
+    def _batches(self, questions: list[Question]) -> list[Tensor]:
+        # Operations of one and of two words make prompts of two lengths.
+        groups = groupby(questions, lambda question: len(question.operation.split()))
+        return [prompts for _, group in groups for prompts in self._encode(list(group)).split(_BATCH)]
+
+    def _sheet(self, questions: list[Question], batches: list[Tensor], model: Any, sampling: dict[str, Any]) -> Sheet:
         answers: list[str] = []
         evaluations: list[int] = []
-        # Operations of one and of two words make prompts of two lengths.
-        for _, same_length in groupby(questions, lambda question: len(question.operation.split())):
-            for prompts in self._encode(list(same_length)).split(_BATCH):
-                tokens, spent = _answer(model, prompts, sampling)
-                answers += self._texts(tokens.tolist())
-                evaluations += spent.tolist()
+        for prompts in batches:
+            tokens, spent = _answer(model, prompts, sampling)
+            answers += self._texts(tokens.tolist())
+            evaluations += spent.tolist()
         return Sheet(questions, answers, evaluations)
 
 

@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -143,24 +143,35 @@ class Demo:
     ) -> None:
         """Train what is not trained yet; with `beside` LoRA in a process of its own, while this one trains L2D."""
         base, _, l2d = runs
-        train_runs([base], callbacks=callbacks)
         is_open = not (read_card(self.folder / LORA) or {}).get("finished")
-        with self._training(LORA) if beside and is_open else nullcontext():
+        with self._training(LORA) if beside and is_open else nullcontext(lambda: None) as begin:
+            train_runs([base], callbacks=callbacks)
+            begin()
             train_runs([l2d], callbacks=callbacks)
         # What the other process did not finish is finished here, where its error is seen.
         train_runs(runs, callbacks=callbacks)
 
     @contextmanager
-    def _training(self, name: str) -> Iterator[None]:
-        code = "import sys; from l2d_framework.demo.run import train_stage; train_stage(*sys.argv[1:])"
+    def _training(self, name: str) -> Iterator[Callable[[], None]]:
+        """Start a process that imports what it needs, and trains a stage once the function this yields is called."""
+        imported = "import sys; from l2d_framework.demo.run import train_stage"
+        code = f"{imported}; sys.stdin.read(1) and train_stage(*sys.argv[1:])"
         command = [sys.executable, "-P", "-c", code, str(self.folder / _RUN_FILE), name]
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        silent: Any = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, bufsize=0, **silent)
+        told: Any = process.stdin
+
+        def begin() -> None:
+            with suppress(BrokenPipeError):  # it has ended already
+                told.write(b"\n")
+
         try:
-            yield
+            yield begin
         except BaseException:
             process.terminate()  # it saves a checkpoint
             raise
         finally:
+            told.close()
             process.wait()
 
     def measure(self, after_each: Callable[[], None]) -> Results:

@@ -144,25 +144,36 @@ def draw(diffusion: Diffusion, layout: Layout, rule: NoiseRule) -> Draws:
 
 
 def _examples(layout: Layout, rule: NoiseRule, purpose: str) -> list[_Example]:
+    blocks = layout.blocks.cpu().numpy()
+    rows, places = np.nonzero(blocks >= 1)
+    # Blocks of all rows at once, since numpy takes as long to find those of one.
+    names = rows * (blocks.max() + 1) + blocks[rows, places]
+    found, block = np.unique(names, return_inverse=True)
+    borders = np.arange(len(blocks) + 1)
+    ends = np.searchsorted(rows, borders)
+    firsts = np.searchsorted(found, borders * (blocks.max() + 1))
     return [
-        _Example(blocks, keyed_generator(*key, purpose), rule.draws)
-        for blocks, key in zip(layout.blocks.cpu().numpy(), rule.keys, strict=True)
+        _Example(
+            places[ends[row] : ends[row + 1]],
+            block[ends[row] : ends[row + 1]] - firsts[row],
+            int(firsts[row + 1] - firsts[row]),
+            keyed_generator(*key, purpose),
+            rule.draws,
+        )
+        for row, key in zip(range(len(blocks)), rule.keys, strict=True)
     ]
 
 
 class _Example:
-    """Supervised positions of one example and its own random numbers."""
+    """Supervised positions of one example, the block of each, and its own random numbers."""
 
-    def __init__(self, blocks: Any, random: np.random.Generator, draws: int) -> None:
-        where = np.flatnonzero(blocks >= 1)
-        self.random, self._draws = random, draws
-        self._numbers, self._block = np.unique(blocks[where], return_inverse=True)
+    def __init__(self, where: Any, block: Any, blocks: int, random: np.random.Generator, draws: int) -> None:
+        self.random, self._shape, self._block = random, (draws, blocks), block
         self.positions = np.concatenate([where] * draws)
 
     def uniform(self) -> Any:
         """A number per position; tokens of one block share theirs."""
-        numbers = self.random.random((self._draws, len(self._numbers)), dtype=np.float32)
-        return numbers[:, self._block].reshape(-1)
+        return self.random.random(self._shape, dtype=np.float32)[:, self._block].reshape(-1)
 
 
 class ExampleStreams:
@@ -188,16 +199,15 @@ class ExampleStreams:
     def kept(self, rule: NoiseRule) -> Tensor:
         """Where a class label is kept, (B, L), bool, by the next numbers."""
         drops = [e.random.random(len(e.positions) if rule.dropout_per == "token" else 1) for e in self._examples]
-        pairs = zip(drops, self._examples, strict=True)
-        return self.stack([np.broadcast_to(drop >= rule.class_dropout, len(e.positions)) for drop, e in pairs])
+        return self.stack([drop >= rule.class_dropout for drop in drops])
 
     def stack(self, parts: list[Any]) -> Tensor:
-        """One row of values for each example, (B, L, ...)."""
-        out = np.zeros((len(parts), self._width, *parts[0].shape[1:]), dtype=parts[0].dtype)
-        for i, part in enumerate(parts):
-            out[i, : len(part)] = part
-            out[i, len(part) :] = part[-1:]  # no backbone is asked about a slot it could not answer for
-        return torch.from_numpy(out).to(self.device)
+        """One row of values for each example, (B, L, ...), which its last value fills up."""
+        lengths = np.array([[len(part)] for part in parts])
+        ends = lengths.cumsum(0)
+        # No backbone is asked about a slot it could not answer for.
+        index = np.minimum(ends - lengths + np.arange(self._width), ends - 1)
+        return torch.from_numpy(np.concatenate(parts)[index]).to(self.device)
 
     def uniform(self) -> Tensor:
         """Next number of every position, (B, L)."""

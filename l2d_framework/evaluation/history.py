@@ -102,6 +102,8 @@ def draw_histories(histories: Mapping[str, History], path: Path) -> None:
     rate.set_title("learning rate")
     for axes, label in ((loss, "update"), (times, "t (0 noise, 1 data)"), (rate, "update"), (held_out, "update")):
         _frame(axes, label, "" if axes is rate else f"nats per {units}")
+        if axes is not times:
+            axes.locator_params(axis="x", integer=True, min_n_ticks=1)
     picture: Any = loss.figure
     plots.legend_below(picture, columns=3)
     plots.save(picture, path)

@@ -23,6 +23,9 @@ Prompt = str | Sequence[Message]
 
 _SHIPPED = Path(__file__).parent / "chat_templates"
 
+_TOGETHER = 32
+"""Texts in one call of a tokenizer."""
+
 EXCHANGE: tuple[Message, ...] = ({"role": "user", "content": "Yes?"}, {"role": "assistant", "content": "Indeed"})
 """A conversation by which a chat template shows how it ends an answer."""
 
@@ -82,8 +85,19 @@ def opening(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 def encode_text(tokenizer: PreTrainedTokenizerBase, text: str, *, front: Sequence[int] | None = None) -> list[int]:
     """Ids of a text that something follows, not doubling what stands in front anyway (`front`: what `opening` gave)."""
-    front = list(opening(tokenizer) if front is None else front)
-    ids: list[int] = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    return opened(opening(tokenizer) if front is None else front, tokens_of(tokenizer, [text])[0])
+
+
+def tokens_of(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+    """Ids of texts by themselves."""
+    # A call for each would take ten times as long, one for all of many long texts much memory.
+    parts = (list(texts[start : start + _TOGETHER]) for start in range(0, len(texts), _TOGETHER))
+    return [list(ids) for part in parts for ids in tokenizer(part, add_special_tokens=False)["input_ids"]]
+
+
+def opened(front: Sequence[int], ids: Sequence[int]) -> list[int]:
+    """Ids behind those of `front`, of which they may have the last already."""
+    front, ids = list(front), list(ids)
     missing = next(n for n in range(len(front) + 1) if front[n:] == ids[: len(front) - n])
     return [*front[:missing], *ids]
 
@@ -137,7 +151,7 @@ def encode_prompts(
         raise ConfigError("This model has no tokenizer, so it takes token ids only. Save one in the base folder.")
     if not prompts:
         raise ConfigError("There is no prompt. Give at least one.")
-    batch = []
+    texts = []
     for number, prompt in enumerate(prompts):
         where = f"Prompt {number}" if names is None else names[number]
         if not isinstance(prompt, str) and chat_template is None and tokenizer.chat_template is None:
@@ -147,17 +161,20 @@ def encode_prompts(
             )
         try:
             if isinstance(prompt, str):
-                tokens = encode_text(tokenizer, check_text(prompt))
+                texts.append(check_text(prompt))
             else:
                 template = chat_template or str(tokenizer.get_chat_template())
                 messages = check_conversation(prompt)
                 text, _ = render(template, messages, tokenizer.special_tokens_map, add_generation_prompt=True)
-                tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
+                texts.append(text)
         except DataError as error:
             raise ConfigError(f"{where}: {error}") from error
-        if not tokens:
+    front, batch = opening(tokenizer), []
+    for number, (prompt, ids) in enumerate(zip(prompts, tokens_of(tokenizer, texts), strict=True)):
+        batch.append(opened(front, ids) if isinstance(prompt, str) else list(ids))
+        if not batch[-1]:
+            where = f"Prompt {number}" if names is None else names[number]
             raise ConfigError(f"{where} is empty. Give at least one token, such as the tokenizer's BOS.")
-        batch.append(list(tokens))
     return batch
 
 

@@ -52,7 +52,8 @@ def train_runs(
     for run in token_runs:
         arguments = make_arguments(run.training, output_folder(run), seed=run.seed)
         with Job(run, arguments, overwrite=overwrite, accept_changed_data=accept_changed_data) as job:
-            cards.append(_train(run, job, callbacks(run)))
+            # A progress report of a run that is finished would never end.
+            cards.append(job.card if job.is_finished else _train(run, job, callbacks(run)))
     return cards
 
 
@@ -99,8 +100,6 @@ def _ready(runs: Sequence[Run]) -> list[TokenRun]:
 
 
 def _train(run: TokenRun, job: Job, callbacks: Sequence[TrainerCallback]) -> dict[str, Any]:
-    if job.is_finished:
-        return job.card
     if isinstance(run, LanguageModelRun):
         check_language_model(run)
     else:

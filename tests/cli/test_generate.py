@@ -428,6 +428,10 @@ def test_where_every_answer_is_known_no_weights_are_loaded(model, tmp_path, monk
     monkeypatch.setattr(checkpoint, "load_language_model", lambda *_: pytest.fail("weights were loaded"))
     assert len(lines(*arguments)) == 2
     assert [json.loads(line)["prompt"] for line in (tmp_path / "a.jsonl").read_text().splitlines()] == ["a", "b"]
+    with pytest.raises(L2DError, match=r"a\.jsonl' is finished: it has answers to all of these 2\. Name another --out"):
+        raise run(*arguments).exception
+    with pytest.raises(L2DError, match=r"a\.jsonl' exists\. Name another --out"):
+        raise run(*arguments, "--prompt", "c").exception
 
 
 def test_two_processes_never_answer_into_one_file(model, tmp_path):

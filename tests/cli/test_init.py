@@ -83,7 +83,9 @@ def test_lengths_decide_what_is_cut_and_joined_and_rows_what_is_held_out(l2d, an
 
 
 def test_what_is_not_given_is_asked(l2d, answers, tmp_path, monkeypatch):
-    typed = [str(answers["--base"]), "many.jsonl", "tess", "7 updates", ""]
+    # The folder for the model is named after the base, however that is written.
+    (answers["--base"] / "inner").mkdir()
+    typed = [f"{answers['--base']}/inner/..", "many.jsonl", "tess", "7 updates", ""]
     monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(typed) + "\n"))
     code, _, err = l2d("init")
     assert code == 0, err
@@ -137,6 +139,7 @@ def test_without_an_answer_the_option_is_named(l2d, answers, tmp_path, monkeypat
     [
         ({"--budget": "a lot"}, "'3 epochs' or '1000 updates', got 'a lot'"),
         ({"--budget": "0 epochs"}, "got '0 epochs'"),
+        ({"--budget": "1.5 updates"}, "Updates are whole, got '1.5 updates'"),
         ({"--method": "l2dd"}, "did you mean 'l2d'"),
         ({"--data": "nowhere.jsonl"}, "nowhere.jsonl"),
         ({"--base": "./nowhere"}, "nowhere"),

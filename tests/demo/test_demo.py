@@ -1,5 +1,6 @@
 """The demo: its task, its statistics, its words, and a run from end to end that is too short to learn."""
 
+import io
 import json
 import shutil
 from collections.abc import Callable, Iterator
@@ -317,7 +318,7 @@ def test_denoising_starts_at_the_base_models_probabilities_and_ends_with_the_dat
 def test_a_finished_demo_is_not_trained_again(finished):
     runs = Demo(finished.folder, QUICK, 0).prepare()
     before = [read_card(finished.folder / name) for name in ("base", "lora", "l2d")]
-    assert train_runs(runs) == before
+    assert train_runs(runs, callbacks=lambda run: pytest.fail("nobody need hear of it")) == before
 
 
 def test_lora_is_trained_by_a_process_beside_that_ends_with_this_one(finished, monkeypatch):
@@ -326,6 +327,7 @@ def test_lora_is_trained_by_a_process_beside_that_ends_with_this_one(finished, m
     class Process:
         def __init__(self, command, **_):
             commands.append(command)
+            self.stdin = SimpleNamespace(write=lambda text: seen.append("told"), close=lambda: None)
 
         def terminate(self):
             seen.append("terminated")
@@ -339,15 +341,16 @@ def test_lora_is_trained_by_a_process_beside_that_ends_with_this_one(finished, m
     with monkeypatch.context() as patched:
         patched.setattr("l2d_framework.demo.run.read_card", lambda folder: None)
         demo.train(demo.prepare(), lambda run: (), beside=True)
-    assert seen == ["waited"]
+    assert seen == ["told", "waited"]
     (command,) = commands
     assert command[-1] == "lora"
     with monkeypatch.context() as patched:
         patched.setattr("sys.argv", ["-c", *command[-2:]])
+        patched.setattr("sys.stdin", io.StringIO("\n"))
         exec(command[command.index("-c") + 1])  # nothing is left to train
     with pytest.raises(KeyboardInterrupt), demo._training("lora"):
         raise KeyboardInterrupt
-    assert seen[1:] == ["terminated", "waited"]
+    assert seen[2:] == ["terminated", "waited"]
 
 
 def test_a_demo_in_a_folder_with_another_seed_is_refused(finished):

@@ -4,7 +4,7 @@ import contextlib
 import json
 import re
 import warnings
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -12,6 +12,7 @@ import torch
 from diffusion_models import diffusion_lm, shared_lm, shared_tess
 from transformers import GenerationConfig, LogitsProcessor, WatermarkingConfig
 from transformers.generation.streamers import BaseStreamer
+from typing_extensions import override
 
 from l2d_framework.config import SamplingSection, default_sampling
 from l2d_framework.config.sampling import with_preset
@@ -19,6 +20,7 @@ from l2d_framework.diffusion.sampling import check_sampling
 from l2d_framework.errors import ConfigError, L2DError
 from l2d_framework.generation.arguments import _UNSERVED, _WITHOUT_EFFECT, DecodingOptions, check_gapped
 from l2d_framework.generation.prompts import Encoded, pad_left
+from l2d_framework.guidance import Guidance
 from l2d_framework.registry import registry
 from l2d_framework.types import Layout
 from l2d_plugins.guidance.classifier_free import ClassifierFree
@@ -99,6 +101,33 @@ def test_the_readmes_adaptive_solver_generates_under_the_papers_preset():
     lm.origin = type(lm.origin)(sampling=requested("l2d-paper"))
     found = lm.generate(torch.tensor([[9, 30, 71]]), solver="fehlberg2", max_new_tokens=2, eos_token_id=None)
     assert int(found.evaluations.max()) > 15
+
+
+class Mine(SOLVERS["midpoint"]):
+    """No plugin offers it, and it has the name of one that a plugin does."""
+
+
+class Watched(Guidance):
+    name: Literal["watched"] = "watched"
+
+    @override
+    def __call__(self, predict, query, space):
+        return predict(query)
+
+
+def test_instances_are_taken_as_they_are_though_no_plugin_offers_their_classes():
+    own, mixed = Mine(), [Watched(), {"name": "classifier_free", "scale": 2.0}]
+    found = requested("l2d-paper", solver=own, guidance=mixed)
+    assert found.solver is own
+    assert found.guidance[0] is mixed[0]
+    assert found.guidance[1:] == requested("l2d-paper", guidance=mixed[1:]).guidance
+    assert found.num_inference_steps == 15
+    asked = {"max_new_tokens": 2, "num_inference_steps": 5}
+    lm = shared_lm()
+    ours, theirs = (lm.generate(torch.tensor([[9, 30]]), solver=s, **asked) for s in (own, "midpoint"))
+    assert torch.equal(ours.sequences, theirs.sequences)
+    with pytest.raises(ConfigError, match="watched"):
+        requested("l2d-paper", solver=Watched())
 
 
 class Swallow(BaseStreamer):

@@ -6,11 +6,15 @@ import statistics
 import subprocess
 import sys
 from ast import literal_eval
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
+import typer
 from diffusion_models import SPACE
 from tiny_models import tiny_lm, tiny_tokenizer
 
+import l2d_framework.cli
 from l2d_framework.cli import main
 from l2d_framework.config import parse_run
 from l2d_framework.models.checkpoint import build_model, save
@@ -175,21 +179,67 @@ def test_built_in_plugins_declare_what_they_offer(monkeypatch):
 def test_what_an_option_completes_to_costs_no_torch(monkeypatch):
     monkeypatch.setenv("L2D_PLUGINS", "")
 
-    def offered(line: str) -> list[str]:
-        monkeypatch.setenv("_L2D_COMPLETE", "complete_bash")
-        monkeypatch.setenv("COMP_WORDS", line)
-        monkeypatch.setenv("COMP_CWORD", str(line.count(" ")))
-        result, _ = run(REPORT + command())
-        assert heavy(result) == set()
-        return result.stdout.split()
+    result, _ = run(f"{REPORT}\nlines = {[*COMPLETED]}\n{COMPLETE}")
+    assert heavy(result) == set()
+    offers = [part.split() for part in result.stdout.split("|")[1:]]
+    assert dict(zip(COMPLETED, offers, strict=True)) == COMPLETED
 
-    assert "midpoint" in offered("l2d generate MODEL --solver ")
-    assert offered("l2d generate MODEL --preset l2d-release-") == ["l2d-release-coding"]
-    assert offered("l2d generate MODEL --guidance c") == ["classifier_free"]
-    assert offered("l2d generate MODEL --set num") == ["num_inference_steps="]
-    assert offered("l2d convert FOLDER OUT --from l2d") == ["l2d-reference"]
-    assert offered("l2d train run.json training.max_s") == ["training.max_steps="]
-    assert offered("l2d config check run.json data.train.0.pa") == ["data.train.0.path="]
+
+COMPLETED = {
+    "l2d generate MODEL --solver mid": ["midpoint"],
+    "l2d generate MODEL --preset l2d-release-": ["l2d-release-coding"],
+    "l2d generate MODEL --guidance c": ["classifier_free"],
+    "l2d generate MODEL --set num": ["num_inference_steps="],
+    "l2d generate MODEL --merge a": ["auto", "always"],
+    "l2d generate MODEL --speculate ": ["auto", "off"],
+    "l2d diagnose MODEL --adaptive-solver no": ["none"],
+    "l2d convert FOLDER OUT --from l2d": ["l2d-reference"],
+    "l2d init --method l2d-s": ["l2d-steps"],
+    "l2d train run.json training.max_s": ["training.max_steps="],
+    "l2d config check run.json data.train.0.pa": ["data.train.0.path="],
+    "l2d help tra": ["training"],
+    "l2d help training.dra": ["training.draws_per_token"],
+    "l2d help data train pa": ["path"],
+    "l2d help masking obj": ["objectives"],
+    "l2d help solver mid": ["midpoint"],
+    "l2d help sampling.solver.mid": ["sampling.solver.midpoint"],
+}
+"""What shells offer behind a line."""
+
+COMPLETE = """
+import os
+from l2d_framework.cli import main
+os.environ["_L2D_COMPLETE"] = "complete_bash"
+sys.argv = ["l2d"]
+for line in lines:
+    print("|")
+    os.environ.update(COMP_WORDS=line, COMP_CWORD=str(line.count(" ")))
+    try:
+        main()
+    except SystemExit:
+        pass
+"""
+
+
+@pytest.mark.parametrize("name", l2d_framework.cli.COMMANDS)
+def test_every_option_with_known_values_offers_them(name):
+    def options(command: Any, context: Any) -> Iterator[Any]:
+        for parameter in command.params:
+            yield context, parameter
+        for inner in getattr(command, "commands", {}).values():
+            yield from options(inner, typer.Context(inner, parent=context))
+
+    command = l2d_framework.cli._load(name)
+    for context, parameter in options(command, typer.Context(command)):
+        offered = [item for item in parameter.shell_complete(context, "") if item.type == "plain"]
+        assert bool(offered) == (parameter.name in KNOWN), parameter.name
+
+
+KNOWN = {
+    *("solver", "adaptive_solver", "guidance", "preset", "method", "reader"),
+    *("dtype", "device", "device_map", "shard", "merge", "speculate", "set_", "overrides", "names"),
+}
+"""Parameters of commands whose values are known without looking at the user's files."""
 
 
 def test_the_report_sees_torch():

@@ -175,10 +175,11 @@ class _Encoder:
     def __call__(self, batch: Any, indices: list[int]) -> dict[str, list[Any]]:
         encoded: dict[str, list[Any]] = {name: [] for name in ENCODED}
         names = list(batch)
+        encoding = self.encoding.reading(batch, self.columns)
         for index, values in zip(indices, zip(*(batch[name] for name in names), strict=True), strict=True):
             example = dict(zip(names, values, strict=True))
             try:
-                for row in self._rows(example, index):
+                for row in self._rows(example, index, encoding):
                     if self.streams and self._passes_over(row, example):
                         continue
                     for name, value in row.items():
@@ -189,10 +190,10 @@ class _Encoder:
                 raise type(error)(f"Example {index} of {self.where}: {error}") from error
         return encoded
 
-    def _rows(self, example: dict[str, Any], index: int) -> Iterator[dict[str, Any]]:
-        for row in split_example(example, self.columns, self.encoding):
+    def _rows(self, example: dict[str, Any], index: int, encoding: Encoding) -> Iterator[dict[str, Any]]:
+        for row in split_example(example, self.columns, encoding):
             try:
-                yield encode_example(row, self.columns, self.encoding)
+                yield encode_example(row, self.columns, encoding)
             except NothingSupervisedError:
                 yield {"input_ids": [], "supervised": [], "class_id": index}
 
