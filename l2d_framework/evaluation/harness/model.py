@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import lm_eval.models  # noqa: F401 -- the table of models fills itself only while it is empty, so before we are in it
@@ -15,7 +15,7 @@ from lm_eval.models.utils import resolve_max_length
 from typing_extensions import override
 
 from l2d_framework.config import SamplingSection
-from l2d_framework.errors import ConfigError, DataError
+from l2d_framework.errors import ConfigError, DataError, L2DError
 from l2d_framework.evaluation.code.metric import serve
 from l2d_framework.evaluation.harness import scorer
 from l2d_framework.evaluation.harness.cost import Meter, report
@@ -33,6 +33,7 @@ from l2d_framework.generation.speculation import Guesses
 from l2d_framework.models.diffusion_lm import DiffusionLM
 from l2d_framework.models.unloaded import CLASS, HINT, UnloadedModel, tokenizer_fingerprint
 from l2d_framework.opening import open_tokenizer
+from l2d_framework.training.peers import Peers
 
 _LOGGER = logging.getLogger(__name__)
 _AUTO_ON_CPU = 8
@@ -100,9 +101,14 @@ class L2DLM(HFLM):  # type: ignore[misc]
         passed["chat_template_args"] = {"date_string": TEMPLATE_DATE, **(passed.get("chat_template_args") or {})}
         passed.setdefault("device", "cuda" if torch.cuda.is_available() else "cpu")
         super().__init__(str(pretrained), revision=options.get("revision") or "main", **passed)
+        self.process, self.processes = 0, 1
         if hasattr(self, "accelerator"):
-            # HFLM takes note of its processes only where there are several GPUs.
-            self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
+            self.process, self.processes = self.accelerator.process_index, self.accelerator.num_processes
+            # lm_eval would deal out documents: then their random examples, the order of scores and with it the errors
+            # that it draws were others. So each process gets all requests and answers a share of them, as where
+            # weights are in shares; there lm_eval goes by LOCAL_RANK, which must be one on all machines together.
+            self._rank, self._world_size = 0, 1
+            os.environ["LOCAL_RANK"] = str(self.process)
 
     def _scoring(self, wanted: Any) -> str | None:
         empty, steps = self.source.empty, self.settings.num_inference_steps
@@ -203,8 +209,9 @@ class L2DLM(HFLM):  # type: ignore[misc]
     @override
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         self._notice(requests)
-        answers = self.generator.answer_all(requests, quiet=disable_tqdm)
-        self._count("generation")
+        with Peers.of_this_run():
+            answers = self.generator.answer_all(requests, quiet=disable_tqdm or self.process != 0)
+            self._count("generation")
         return answers
 
     @override
@@ -229,29 +236,32 @@ class L2DLM(HFLM):  # type: ignore[misc]
             )
         if self.scoring != MAIN:
             self.check_class(self.settings, self.options)
-        scores = self._remembered(kind, requests, compute, quiet)
-        self._count("scoring")
+        with Peers.of_this_run():
+            scores = self._remembered(kind, requests, compute, quiet or self.process != 0)
+            self._count("scoring")
         return scores
 
     def _remembered(self, kind: str, requests: Sequence[Any], compute: Any, quiet: bool) -> list[Any]:
-        # Processes wait for each other inside rolling likelihoods, so each must take part.
-        if self.world_size > 1 and kind == "loglikelihood_rolling":
-            return list(compute(requests, disable_tqdm=quiet))
         by_name = {content(request.args): request for request in requests}
-        kept = {name: self.answers.find(kind, request.args) for name, request in by_name.items()}
-        rest = [name for name, answer in kept.items() if answer is None]
-        if rest:
-            kept |= zip(rest, compute([by_name[name] for name in rest], disable_tqdm=quiet), strict=True)
+        found = {name: self.answers.find(kind, request.args) for name, request in by_name.items()}
+        kept = self.pooled({name: answer for name, answer in found.items() if answer is not None})
+        # Answers to one question are scored together; some tasks have nothing but answers.
+        rest = {name: r.args[0] or r.args[-1] for name, r in by_name.items() if name not in kept}
+        share = self.share(rest.values())
+        mine = [name for name, question in rest.items() if question in share]
+        answers = compute([by_name[name] for name in mine], disable_tqdm=quiet) if mine else []
+        kept |= self.pooled(dict(zip(mine, answers, strict=True)))
         return [kept[content(request.args)] for request in requests]
 
     def _loglikelihood_tokens(
         self, requests: Sequence[Any], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
         self.diffusion  # noqa: B018 -- loads the weights
+        quiet = disable_tqdm or self.process != 0
         if self.scoring == MAIN:
-            plain: list[tuple[float, bool]] = super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)
+            plain: list[tuple[float, bool]] = super()._loglikelihood_tokens(requests, quiet, override_bs)
             return plain
-        return scorer.score(self, requests, quiet=disable_tqdm, batch_size=override_bs)
+        return scorer.score(self, requests, quiet=quiet, batch_size=override_bs)
 
     def _detect_batch_size(self, requests: Any = None, pos: int = 0) -> int:
         # HFLM asks before whole texts and before scoring by the language model alone.
@@ -280,11 +290,26 @@ class L2DLM(HFLM):  # type: ignore[misc]
 
     def gather(self, value: Any) -> list[Any]:
         """A value of every process, in the order of ranks."""
-        if self.world_size == 1:
+        if self.processes == 1:
             return [value]
-        values = [None] * self.world_size
-        torch.distributed.all_gather_object(values, value)
+        values = [None] * self.processes
+        try:
+            torch.distributed.all_gather_object(values, value)
+        except RuntimeError as error:
+            raise L2DError(
+                f"Another of the {self.processes} processes has ended, so process {self.process} ends, too. Start the "
+                "same command again; with --use_cache it goes on from the answers so far."
+            ) from error
         return values
+
+    def pooled(self, values: dict[Any, Any]) -> dict[Any, Any]:
+        """Entries of this process and of all others."""
+        return {name: value for part in self.gather(values) for name, value in part.items()}
+
+    def share(self, questions: Iterable[str]) -> set[str]:
+        """Those of the questions that this process answers; short and long ones are dealt out evenly."""
+        ordered = sorted(set(questions), key=lambda question: (-len(question), question))
+        return set(ordered[self.process :: self.processes])
 
     def _notice(self, requests: Sequence[Any]) -> None:
         names = {str(request.task_name) for request in requests} - self._tasks.keys()
@@ -298,7 +323,7 @@ class L2DLM(HFLM):  # type: ignore[misc]
         for name, source in sources.items():
             folders.setdefault(source["local_folder"], []).append(name)
         for folder, served in folders.items():
-            if folder and self.rank == 0:
+            if folder and self.process == 0:
                 _LOGGER.warning("Data of %s come from %s, not from the hub.", ", ".join(served), folder)
 
     def _count(self, name: str) -> None:
