@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import lm_eval.models  # noqa: F401 -- the table of models fills itself only while it is empty, so before we are in it
@@ -209,10 +210,8 @@ class L2DLM(HFLM):  # type: ignore[misc]
     @override
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         self._notice(requests)
-        with Peers.of_this_run():
-            answers = self.generator.answer_all(requests, quiet=disable_tqdm or self.process != 0)
-            self._count("generation")
-        return answers
+        with self._answering("generation"):
+            return self.generator.answer_all(requests, quiet=disable_tqdm or self.process != 0)
 
     @override
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
@@ -236,10 +235,8 @@ class L2DLM(HFLM):  # type: ignore[misc]
             )
         if self.scoring != MAIN:
             self.check_class(self.settings, self.options)
-        with Peers.of_this_run():
-            scores = self._remembered(kind, requests, compute, quiet or self.process != 0)
-            self._count("scoring")
-        return scores
+        with self._answering("scoring"):
+            return self._remembered(kind, requests, compute, quiet or self.process != 0)
 
     def _remembered(self, kind: str, requests: Sequence[Any], compute: Any, quiet: bool) -> list[Any]:
         by_name = {content(request.args): request for request in requests}
@@ -326,8 +323,17 @@ class L2DLM(HFLM):  # type: ignore[misc]
             if folder and self.process == 0:
                 _LOGGER.warning("Data of %s come from %s, not from the hub.", ", ".join(served), folder)
 
-    def _count(self, name: str) -> None:
-        self._everywhere[name] = self.gather(self.meters[name])
+    @contextmanager
+    def _answering(self, name: str) -> Iterator[None]:
+        """Work with the other processes, end with them, and know what all have spent."""
+        try:
+            with Peers.of_this_run():
+                yield
+                self._everywhere[name] = self.gather(self.meters[name])
+        except KeyboardInterrupt:
+            if self.answers.file is not None:
+                _LOGGER.warning("The answers so far are in %s. The same command goes on from them.", self.answers.file)
+            raise
 
     def largest_batch(self, attempt: Callable[[int], Any]) -> int:
         """Largest batch for which memory is enough."""

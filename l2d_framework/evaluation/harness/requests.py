@@ -44,6 +44,7 @@ class Answers:
 
     def __init__(self, store: Any, identity: dict[str, Any]) -> None:
         self._store: Any = None
+        self.file = None if store is None else str(store.filename)
         if store is None:
             return
         recorded = store.get(IDENTITY)
