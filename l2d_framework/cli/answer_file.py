@@ -16,7 +16,7 @@ import typer
 
 from l2d_framework.cli.common import check_file
 from l2d_framework.config.files import parse_json
-from l2d_framework.errors import ConfigError, OutputError
+from l2d_framework.errors import ConfigError, L2DError, OutputError
 from l2d_framework.writing import write_whole
 
 Row = dict[str, Any]
@@ -65,7 +65,7 @@ class AnswerFile:
             self._read_parts(self._output)
             self._file = self._open.enter_context(part.open("a", encoding="utf-8"))
             if self._processes > 1:
-                _meet()  # before any writes, so that all have read the same and deal out the same
+                _meet(self._output, self._processes)
             self._open = self._open.pop_all()
         self._share = self.missing[self._process :: self._processes]
         if self._known and self._process == 0:
@@ -193,13 +193,22 @@ def _parts_of(output: Path) -> list[Path]:
     return sorted(path for path in found if re.fullmatch(r"\.part\d*", path.name.removeprefix(output.name)))
 
 
-def _meet() -> None:
-    """Wait for the other processes."""
+def _meet(output: Path, processes: int) -> None:
+    """Wait for the other processes before any writes, so that all have read the same and deal out the same."""
     import torch.distributed as dist
 
-    dist.init_process_group("gloo")
-    dist.barrier()
-    dist.destroy_process_group()
+    try:
+        dist.init_process_group("gloo")
+        dist.barrier()
+        unseen = [part for n in range(processes) if not (part := part_of(output, n)).exists()]
+        dist.barrier()
+        dist.destroy_process_group()
+    except RuntimeError as error:
+        raise L2DError(
+            f"The {processes} processes did not meet, or one has ended ({error}). Start them again."
+        ) from error
+    if unseen:
+        raise ConfigError(f"{str(unseen[0])!r} is not seen here. Name an --out that lies where all machines see it.")
 
 
 def show_answers(names: Iterable[str], rows: Sequence[Row]) -> None:

@@ -4,18 +4,22 @@ import itertools
 import random
 
 import pytest
+import torch
 
 from l2d_framework.cli import answer_file
-from l2d_framework.cli.answer_file import AnswerFile
-from l2d_framework.errors import ConfigError, OutputError
+from l2d_framework.cli.answer_file import AnswerFile, part_of
+from l2d_framework.errors import ConfigError, L2DError, OutputError
 
+MEET = answer_file._meet
 ASKED = [{"prompt": text} for text in ("a", "ü", "a", "b\n", "c")]
 
 
 @pytest.fixture(autouse=True)
 def unlaunched(monkeypatch):
     """Processes are objects of this one, all entered before any of them writes."""
-    monkeypatch.setattr(answer_file, "_meet", lambda: None)
+    for name in ("init_process_group", "barrier", "destroy_process_group"):
+        monkeypatch.setattr(torch.distributed, name, lambda *_: None)
+    monkeypatch.setattr(answer_file, "_meet", lambda *_: None)
 
 
 def answer(file, most=None):
@@ -114,6 +118,21 @@ def test_two_that_end_at_once_write_one_file_and_another_file_there_is_left_alon
         end(second, None if content == whole else KeyboardInterrupt)
         assert output.read_bytes() == content
         assert (tmp_path / f"{output.name}.part").exists() == (content != whole)
+
+
+def test_machines_that_do_not_see_each_other_s_files_are_told_before_anything_is_answered(tmp_path, monkeypatch):
+    part_of(tmp_path / "a.jsonl").touch()
+    with pytest.raises(ConfigError, match=r"a\.jsonl\.part1' is not seen here. Name an --out that lies where all"):
+        MEET(tmp_path / "a.jsonl", 2)
+    part_of(tmp_path / "a.jsonl", 1).touch()
+    MEET(tmp_path / "a.jsonl", 2)
+
+    def closed():
+        raise RuntimeError("Connection closed by peer")
+
+    monkeypatch.setattr(torch.distributed, "barrier", closed)
+    with pytest.raises(L2DError, match=r"2 processes did not meet, or one has ended.*closed by peer"):
+        MEET(tmp_path / "a.jsonl", 2)
 
 
 def test_a_part_of_something_else_is_refused_and_kept_whoever_finds_it(tmp_path):

@@ -1,8 +1,8 @@
 """What several processes do in one launch, since each takes seconds to start: `torchrun process_jobs.py JOBS.json`.
 
-Jobs are, in this order: `answers`, arguments of `l2d generate` and of an evaluation; `faults`, runs of which one process
-spoils something; `plain`, runs whose weights are whole in each process; `mixed`, a run in shares that ends before its
-fourth update; `shares`, a run file in shares, by the command.
+Jobs are, in this order: `answers`, arguments of `l2d generate` and of an evaluation; `faults`, runs of which one
+process spoils something; `plain`, runs whose weights are whole in each process; `mixed`, a run in shares that ends
+before its fourth update; `shares`, a run file in shares, by the command.
 """
 
 import json

@@ -63,11 +63,11 @@ class Generator:
                 answered[key] = kept[0]
                 self.lm.meters["generation"].add(kept[1])
         done = self.lm.pooled(answered)
-        waiting: dict[str, dict[Any, Any]] = {}
-        for kind in plans:
-            rest = {key: args for key, args in asked.items() if key[1] == kind and key not in done}
-            share = self.lm.share(text for text, _, _ in rest)
-            waiting[kind] = {key: args for key, args in rest.items() if key[0] in share}
+        share = self.lm.share(key[0] for key in asked if key not in done)
+        waiting: dict[str, dict[Any, Any]] = {kind: {} for kind in plans}
+        for key, args in asked.items():
+            if key not in done and key[0] in share:
+                waiting[key[1]][key] = args
         bar = tqdm(total=sum(map(len, waiting.values())), disable=quiet, desc="Generating")
         for kind, group in waiting.items():
 
