@@ -105,9 +105,9 @@ class L2DLM(HFLM):  # type: ignore[misc]
         self.process, self.processes = 0, 1
         if hasattr(self, "accelerator"):
             self.process, self.processes = self.accelerator.process_index, self.accelerator.num_processes
-            # lm_eval would deal out documents: then their random examples, the order of scores and with it the errors
-            # that it draws were others. So each process gets all requests and answers a share of them, as where
-            # weights are in shares; there lm_eval goes by LOCAL_RANK, which must be one on all machines together.
+            # lm_eval deals documents out by rank; the examples it draws for them, the order of scores and the errors it
+            # draws from these then depend on the number of processes. So each gets all requests and answers a share, as
+            # with tensor parallelism, where lm_eval has LOCAL_RANK 0 print: on several machines one process only.
             self._rank, self._world_size = 0, 1
             os.environ["LOCAL_RANK"] = str(self.process)
 

@@ -127,7 +127,7 @@ def known(cache: Path) -> int:
 @pytest.mark.timeout(600)
 @pytest.mark.filterwarnings("ignore")  # of lm_eval
 def test_where_one_of_two_processes_dies_the_same_command_goes_on_to_the_results_of_one(folders, tmp_path):
-    model, tasks = folders["l2d"], write_tasks(tmp_path / "tasks", rows=22, tokens=16)
+    model, tasks = folders["l2d"], write_tasks(tmp_path / "tasks", rows=14, tokens=8)
     evaluate = (
         "-m", "l2d_framework.cli", "eval", "--tasks", "sums,choice", "--include_path", tasks, "--log_samples",
         "--model_args", f"pretrained={model},num_inference_steps=3,noise_samples=1", "--batch_size", "1",
@@ -142,13 +142,14 @@ def test_where_one_of_two_processes_dies_the_same_command_goes_on_to_the_results
     results, answers = process_jobs.evaluated(str(tasks), str(model))
     found, logged = outcome(tmp_path / "two")
     assert found["results"] == results
-    assert sorted(str(resps) for rows in logged.values() for _, resps in rows) == sorted(str(r) for _, r in answers)
+    texts = [resps for name, rows in logged.items() if "sums" in name for _, resps in rows]
+    assert texts == [resps for _, resps in answers if isinstance(resps[0][0], str)]
     # Each answer once, and in each cache by what it knows its model.
-    assert before < sum(map(known, caches)) == 2 * 22 + 2 + 2
+    assert before < sum(map(known, caches)) == 2 * 14 + 2 + 2
 
     prompts, part = tmp_path / "prompts.txt", tmp_path / "two.jsonl.part1"
-    prompts.write_text("Hello\nAnother one\n" * 12)
-    ask = ("generate", model, "--file", prompts, "--do-sample", "--max-new-tokens", "40", "--num-inference-steps", "3")
+    prompts.write_text("Hello\nAnother one\n" * 8)
+    ask = ("generate", model, "--file", prompts, "--do-sample", "--max-new-tokens", "20", "--num-inference-steps", "3")
     ask = (*ask, "--batch-size", "1", "--out")
     two = ("-m", "l2d_framework.cli", *ask, tmp_path / "two.jsonl")
     said = killed(*two, cwd=tmp_path, when=lambda: part.exists() and part.stat().st_size > 0)
