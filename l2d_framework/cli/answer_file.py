@@ -195,14 +195,13 @@ def _parts_of(output: Path) -> list[Path]:
 
 def _meet(output: Path, processes: int) -> None:
     """Wait for the other processes before any writes, so that all have read the same and deal out the same."""
-    import torch.distributed as dist
+    from accelerate import PartialState
 
     try:
-        dist.init_process_group("gloo")
-        dist.barrier()
+        state = PartialState(cpu=True)
+        state.wait_for_everyone()
         unseen = [part for n in range(processes) if not (part := part_of(output, n)).exists()]
-        dist.barrier()
-        dist.destroy_process_group()
+        state.wait_for_everyone()
     except RuntimeError as error:
         raise L2DError(
             f"The {processes} processes did not meet, or one has ended ({error}). Start them again."

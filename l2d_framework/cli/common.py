@@ -51,13 +51,9 @@ def check_device(device: str | None) -> str:
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and place()[1] > 1:
-        number, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
-        if number >= count:
-            raise ConfigError(
-                f"There are more processes on this machine than GPUs, which are {count}. Start {count}, or say with "
-                "--device what all of them are to use, such as cuda:0 or cpu."
-            )
-        device = f"cuda:{number}"
+        from l2d_framework.training.peers import own_gpu
+
+        device = own_gpu()
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:

@@ -4,7 +4,7 @@ import itertools
 import random
 
 import pytest
-import torch
+from accelerate import PartialState
 
 from l2d_framework.cli import answer_file
 from l2d_framework.cli.answer_file import AnswerFile, part_of
@@ -17,8 +17,6 @@ ASKED = [{"prompt": text} for text in ("a", "ü", "a", "b\n", "c")]
 @pytest.fixture(autouse=True)
 def unlaunched(monkeypatch):
     """Processes are objects of this one, all entered before any of them writes."""
-    for name in ("init_process_group", "barrier", "destroy_process_group"):
-        monkeypatch.setattr(torch.distributed, name, lambda *_: None)
     monkeypatch.setattr(answer_file, "_meet", lambda *_: None)
 
 
@@ -121,16 +119,18 @@ def test_two_that_end_at_once_write_one_file_and_another_file_there_is_left_alon
 
 
 def test_machines_that_do_not_see_each_other_s_files_are_told_before_anything_is_answered(tmp_path, monkeypatch):
+    monkeypatch.setattr(PartialState, "__init__", lambda *_, **__: None)
+    monkeypatch.setattr(PartialState, "wait_for_everyone", lambda _: None)
     part_of(tmp_path / "a.jsonl").touch()
     with pytest.raises(ConfigError, match=r"a\.jsonl\.part1' is not seen here. Name an --out that lies where all"):
         MEET(tmp_path / "a.jsonl", 2)
     part_of(tmp_path / "a.jsonl", 1).touch()
     MEET(tmp_path / "a.jsonl", 2)
 
-    def closed():
+    def closed(_):
         raise RuntimeError("Connection closed by peer")
 
-    monkeypatch.setattr(torch.distributed, "barrier", closed)
+    monkeypatch.setattr(PartialState, "wait_for_everyone", closed)
     with pytest.raises(L2DError, match=r"2 processes did not meet, or one has ended.*closed by peer"):
         MEET(tmp_path / "a.jsonl", 2)
 

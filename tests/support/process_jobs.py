@@ -74,17 +74,20 @@ class Shares(TrainerCallback):
         self.found["most gathered"] = max(self.gathered)
 
 
-def evaluated(tasks: str, model: str) -> Any:
-    """Results and answers of all tasks in a folder; None but in the first process."""
+def evaluated(tasks: str, model: str) -> tuple[Any, int]:
+    """Results and answers of all tasks in a folder, None but in the first process; the tokens that this one wrote."""
     import lm_eval.tasks
 
+    from l2d_framework.evaluation.harness.model import L2DLM
+
     manager = lm_eval.tasks.TaskManager(include_path=tasks, include_defaults=False)
-    options = {"pretrained": model, "num_inference_steps": 3, "noise_samples": 1, "device": "cpu", "batch_size": 1}
-    found = lm_eval.simple_evaluate("l2d", model_args=options, tasks=manager.all_tasks, task_manager=manager)
+    lm = L2DLM(model, num_inference_steps=3, noise_samples=1, device="cpu", batch_size=1)
+    found = lm_eval.simple_evaluate(lm, tasks=manager.all_tasks, task_manager=manager)
+    written = lm.meters["generation"].evaluations.total()
     if found is None:
-        return None
+        return None, written
     answers = [[one["arguments"], one["resps"]] for rows in found["samples"].values() for one in rows]
-    return json.loads(json.dumps([found["results"], answers]))
+    return json.loads(json.dumps([found["results"], answers])), written
 
 
 def main() -> None:

@@ -89,7 +89,10 @@ def test_two_processes_answer_and_evaluate_like_one(launched):
     assert (folder / "two.jsonl").read_bytes() == (folder / "alone.jsonl").read_bytes()
     assert not list(folder.glob("*.part*"))
     found = [json.loads((folder / f"evaluated_{rank}.json").read_text()) for rank in (0, 1)]
-    assert found == [process_jobs.evaluated(**evaluation(folder)), None]
+    results, written = process_jobs.evaluated(**evaluation(folder))
+    assert [one for one, _ in found] == [results, None]
+    shares = [share for _, share in found]
+    assert min(shares) > 0 and sum(shares) == written
 
 
 def assert_same_losses(found: Path, wanted: Path) -> None:

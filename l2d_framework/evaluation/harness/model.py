@@ -6,11 +6,12 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import lm_eval.models  # noqa: F401 -- the table of models fills itself only while it is empty, so before we are in it
 import torch
-from accelerate import find_executable_batch_size
+from accelerate import PartialState, find_executable_batch_size
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import resolve_max_length
 from typing_extensions import override
@@ -34,9 +35,11 @@ from l2d_framework.generation.speculation import Guesses
 from l2d_framework.models.diffusion_lm import DiffusionLM
 from l2d_framework.models.unloaded import CLASS, HINT, UnloadedModel, tokenizer_fingerprint
 from l2d_framework.opening import open_tokenizer
-from l2d_framework.training.peers import Peers
+from l2d_framework.training.peers import Peers, own_gpu
 
 _LOGGER = logging.getLogger(__name__)
+_PATIENCE = timedelta(weeks=52)
+"""How long a process waits for the answers of others, as in HFLM; an error of theirs ends it at once."""
 _AUTO_ON_CPU = 8
 """Batch size `auto` where memory that runs out ends the process instead of raising an error."""
 
@@ -101,6 +104,12 @@ class L2DLM(HFLM):  # type: ignore[misc]
         passed = {name: options[name] for name in PASSED if name in options}
         passed["chat_template_args"] = {"date_string": TEMPLATE_DATE, **(passed.get("chat_template_args") or {})}
         passed.setdefault("device", "cuda" if torch.cuda.is_available() else "cpu")
+        if "LOCAL_RANK" in os.environ:  # by which accelerate knows that it was launched
+            if passed["device"] == "cpu":
+                # Which accelerate would be told of by an option of its own, that starts one process only.
+                PartialState(cpu=True, timeout=_PATIENCE)
+            else:
+                own_gpu()
         super().__init__(str(pretrained), revision=options.get("revision") or "main", **passed)
         self.process, self.processes = 0, 1
         if hasattr(self, "accelerator"):
@@ -151,6 +160,11 @@ class L2DLM(HFLM):  # type: ignore[misc]
             self._diffusion = self.source.load(self.device)
             self._model = self._diffusion.backbone.lm
         return self._diffusion
+
+    @property
+    @override
+    def model(self) -> Any:
+        return self._model  # of which no launcher's library has wrapped anything
 
     @property
     @override

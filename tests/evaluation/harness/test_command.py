@@ -139,7 +139,7 @@ def test_where_one_of_two_processes_dies_the_same_command_goes_on_to_the_results
     again = python(*LAUNCH, *evaluate, cwd=tmp_path, CUDA_VISIBLE_DEVICES="")
     assert again.returncode == 0, again.stderr
     assert again.stdout.count("exact_match") == 1
-    results, answers = process_jobs.evaluated(str(tasks), str(model))
+    (results, answers), _ = process_jobs.evaluated(str(tasks), str(model))
     found, logged = outcome(tmp_path / "two")
     assert found["results"] == results
     texts = [resps for name, rows in logged.items() if "sums" in name for _, resps in rows]
