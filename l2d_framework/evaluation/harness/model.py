@@ -105,11 +105,10 @@ class L2DLM(HFLM):  # type: ignore[misc]
         passed["chat_template_args"] = {"date_string": TEMPLATE_DATE, **(passed.get("chat_template_args") or {})}
         passed.setdefault("device", "cuda" if torch.cuda.is_available() else "cpu")
         if "LOCAL_RANK" in os.environ:  # by which accelerate knows that it was launched
-            if passed["device"] == "cpu":
-                # Which accelerate would be told of by an option of its own, that starts one process only.
-                PartialState(cpu=True, timeout=_PATIENCE)
-            else:
+            if torch.cuda.is_available() and passed["device"] != "cpu":
                 own_gpu()
+            else:  # where accelerate would leave each alone, for its option --cpu starts one process only
+                PartialState(cpu=True, timeout=_PATIENCE)
         super().__init__(str(pretrained), revision=options.get("revision") or "main", **passed)
         self.process, self.processes = 0, 1
         if hasattr(self, "accelerator"):
