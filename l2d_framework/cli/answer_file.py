@@ -132,10 +132,12 @@ class AnswerFile:
                 self._file.close()
             if kind is None:
                 self._end(self._output)
-            elif part.exists() and part.stat().st_size:
-                typer.echo(f"The answers so far are in {part}. The same command goes on from them.", err=True)
-            else:
-                part.unlink(missing_ok=True)
+                return
+            with suppress(FileNotFoundError):  # others have written the file meanwhile
+                if not part.stat().st_size:
+                    part.unlink()
+            if parts := ", ".join(map(str, _parts_of(self._output, only_with_rows=True))):
+                typer.echo(f"The answers so far are in {parts}. The same command goes on from them.", err=True)
 
     def _end(self, output: Path) -> None:
         """Write the file, or leave that to the process that ends last."""
@@ -187,10 +189,15 @@ def part_of(output: Path, process: int = 0) -> Path:
     return output.with_name(f"{output.name}.part{process or ''}")
 
 
-def _parts_of(output: Path) -> list[Path]:
+def _parts_of(output: Path, *, only_with_rows: bool = False) -> list[Path]:
     """The parts that there are, also of more processes than now."""
-    found = output.parent.glob(f"{glob.escape(output.name)}.part*")
-    return sorted(path for path in found if re.fullmatch(r"\.part\d*", path.name.removeprefix(output.name)))
+    found = []
+    for path in sorted(output.parent.glob(f"{glob.escape(output.name)}.part*")):
+        with suppress(FileNotFoundError):  # its process has just removed it
+            has_rows = path.stat().st_size > 0
+            if re.fullmatch(r"\.part\d*", path.name.removeprefix(output.name)) and (has_rows or not only_with_rows):
+                found.append(path)
+    return found
 
 
 def _meet(output: Path, processes: int) -> None:

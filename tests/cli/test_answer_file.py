@@ -77,18 +77,24 @@ def test_any_number_of_processes_goes_on_from_any_other(tmp_path, capsys, whole,
     assert [path.name for path in tmp_path.iterdir()] == [output.name]
 
 
-def test_one_process_that_fails_leaves_what_the_others_have_written(tmp_path, whole):
+def test_one_process_that_fails_leaves_what_the_others_have_written(tmp_path, capsys, whole):
     output = tmp_path / "a.jsonl"
     first, second = entered(output, 2)
     answer(second, 1)
+    end(first, KeyboardInterrupt)  # which has none, and says where those of the other are
+    assert f"The answers so far are in {output}.part1. The same command" in capsys.readouterr().err
+    end(second, KeyboardInterrupt)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl.part1"]
+    first, second = entered(output, 2)
+    assert [file.missing for file in (first, second)] == [[0, 3], [2, 4]]
     end(second, KeyboardInterrupt)
     answer(first)
     end(first)
     assert not output.exists() and not first.has_all
     files = entered(output, 2)
-    assert [file.missing for file in files] == [[3], []]
-    answer(files[0])
+    assert [file.missing for file in files] == [[2], [4]]
     for file in files:
+        answer(file)
         end(file)
     assert output.read_bytes() == whole
 
