@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -26,16 +28,28 @@ class AnswerFile:
     """A JSONL file, if one is named, with a row for each of `asked`, which has the fields of the row but `answers`.
 
     Until the last row is known, it has the name of a part. A row is in there as soon as it is known, so an interruption
-    loses none, and whoever asks the same again, as `identity` says it, goes on from them.
+    loses none, and whoever asks the same again, as `identity` says it, goes on from them. Of several processes each has
+    a part of its own, and the last one to end makes them one file; `place` says which of how many this one is.
     """
 
-    def __init__(self, output: Path | None, asked: Sequence[Row], identity: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        output: Path | None,
+        asked: Sequence[Row],
+        identity: Mapping[str, Any] | None = None,
+        *,
+        place: tuple[int, int] = (0, 1),
+    ) -> None:
         self._output, self._asked = output, asked
+        self._process, self._processes = place
+        self.has_all = True
+        """Whether this process knows every row in the end, and has written the file if there is one."""
         described = json.dumps([identity, asked], sort_keys=True, ensure_ascii=False, default=str)
         self._request = hashlib.sha256(described.encode(errors="backslashreplace")).hexdigest()[:16]
         # With which every row of the part begins, so that half a row is known as well.
         self._mark = json.dumps({_REQUEST: self._request}).removesuffix("}").encode()
         self._known: dict[int, Row] = {}
+        self._share: Sequence[int] = range(len(asked))
         self._open = ExitStack()
 
     def __enter__(self) -> Self:
@@ -44,20 +58,29 @@ class AnswerFile:
         check_file(self._output, "--out")
         from l2d_framework.training.folder_lock import locked_file
 
+        part = part_of(self._output, self._process)
         with self._open:
-            self._open.enter_context(locked_file(self._output, "--out"))
+            self._open.enter_context(locked_file(part if self._process else self._output, "--out"))
             check_file(self._output, "--out")  # another process may have had it until now
-            self._read(part := part_of(self._output))
+            self._read_parts(self._output)
             self._file = self._open.enter_context(part.open("a", encoding="utf-8"))
+            if self._processes > 1:
+                _meet(self._output, self._processes)
             self._open = self._open.pop_all()
-        if self._known:
+        self._share = self.missing[self._process :: self._processes]
+        if self._known and self._process == 0:
             typer.echo(f"Going on from {part}: {len(self._known)} of {len(self._asked)} are answered.", err=True)
         return self
 
-    def _read(self, part: Path) -> None:
-        if not part.exists():
+    def _read_parts(self, output: Path) -> None:
+        for part in _parts_of(output):
+            self._read(part, is_own=part == part_of(output, self._process))
+
+    def _read(self, part: Path, *, is_own: bool) -> None:
+        try:
+            content = part.read_bytes()
+        except FileNotFoundError:  # the process that ended last has just removed it
             return
-        content = part.read_bytes()
         whole = content[: content.rfind(b"\n") + 1]
         try:
             rows = [parse_json(line, str(part)) for line in whole.decode("utf-8").split("\n")[:-1]]
@@ -72,14 +95,14 @@ class AnswerFile:
                 "another version. Give the command that began it again to go on with it, move it elsewhere, or name "
                 "another --out."
             )
-        self._known = known
-        if whole != content:  # a row that was being written
+        self._known |= known
+        if is_own and whole != content:  # a row that was being written
             write_whole(part, whole)
 
     @property
     def missing(self) -> list[int]:
-        """Numbers of the rows that are not known."""
-        return [number for number in range(len(self._asked)) if number not in self._known]
+        """Numbers of the rows that are not known and that this process is to find."""
+        return [number for number in self._share if number not in self._known]
 
     @property
     def rows(self) -> list[Row]:
@@ -97,23 +120,40 @@ class AnswerFile:
         except OSError as error:
             raise OutputError(
                 f"{str(self._output)!r} could not be written: {error.strerror}. Earlier answers are in "
-                f"{str(part_of(self._output))!r}; the same command goes on from them."
+                f"{str(part_of(self._output, self._process))!r}; the same command goes on from them."
             ) from error
 
     def __exit__(self, kind: object, *_: object) -> None:
         if self._output is None:
             return
-        part = part_of(self._output)
+        part = part_of(self._output, self._process)
         with self._open:
             with suppress(OSError):  # what could not be written before cannot now
                 self._file.close()
             if kind is None:
-                self._publish(self._output)
-                part.unlink()
-            elif part.stat().st_size:
-                typer.echo(f"The answers so far are in {part}. The same command goes on from them.", err=True)
-            else:
-                part.unlink()
+                self._end(self._output)
+                return
+            with suppress(FileNotFoundError):  # others have written the file meanwhile
+                if not part.stat().st_size:
+                    part.unlink()
+            if parts := ", ".join(map(str, _parts_of(self._output, only_with_rows=True))):
+                typer.echo(f"The answers so far are in {parts}. The same command goes on from them.", err=True)
+
+    def _end(self, output: Path) -> None:
+        """Write the file, or leave that to the process that ends last."""
+        if self._processes > 1:
+            self._read_parts(output)
+            self.has_all = len(self._known) == len(self._asked)
+        if self.has_all:
+            self._publish(output)
+            for part in _parts_of(output):
+                part.unlink(missing_ok=True)
+        elif not output.exists():
+            typer.echo(
+                f"Process {self._process} has given its answers. The last of the {self._processes} processes to end "
+                f"writes {output}; if one of them fails, the same command goes on.",
+                err=True,
+            )
 
     def _publish(self, output: Path) -> None:
         """Write all rows under their name, unless somebody else has taken it meanwhile."""
@@ -122,8 +162,12 @@ class AnswerFile:
         try:
             _rename(whole, output)
         except FileExistsError as error:
+            if self._processes > 1 and output.read_bytes() == whole.read_bytes():  # two have ended last
+                self.has_all = False
+                return
+            parts = ", ".join(repr(str(part)) for part in _parts_of(output))
             raise OutputError(
-                f"{str(output)!r} was made by somebody else meanwhile. The answers are in {str(part_of(output))!r}."
+                f"{str(output)!r} was made by somebody else meanwhile. The answers are in {parts}."
             ) from error
         finally:
             whole.unlink(missing_ok=True)
@@ -140,9 +184,37 @@ def _rename(file: Path, new: Path) -> None:
         os.replace(file, new)
 
 
-def part_of(output: Path) -> Path:
-    """Where the rows of a file are until all are known."""
-    return output.with_name(f"{output.name}.part")
+def part_of(output: Path, process: int = 0) -> Path:
+    """Where the rows of a file are that a process has found, until all are known."""
+    return output.with_name(f"{output.name}.part{process or ''}")
+
+
+def _parts_of(output: Path, *, only_with_rows: bool = False) -> list[Path]:
+    """The parts that there are, also of more processes than now."""
+    found = []
+    for path in sorted(output.parent.glob(f"{glob.escape(output.name)}.part*")):
+        with suppress(FileNotFoundError):  # its process has just removed it
+            has_rows = path.stat().st_size > 0
+            if re.fullmatch(r"\.part\d*", path.name.removeprefix(output.name)) and (has_rows or not only_with_rows):
+                found.append(path)
+    return found
+
+
+def _meet(output: Path, processes: int) -> None:
+    """Wait for the other processes before any writes, so that all have read the same and deal out the same."""
+    from accelerate import PartialState
+
+    try:
+        state = PartialState(cpu=True)
+        state.wait_for_everyone()
+        unseen = [part for n in range(processes) if not (part := part_of(output, n)).exists()]
+        state.wait_for_everyone()
+    except RuntimeError as error:
+        raise L2DError(
+            f"The {processes} processes did not meet, or one has ended ({error}). Start them again."
+        ) from error
+    if unseen:
+        raise ConfigError(f"{str(unseen[0])!r} is not seen here. Name an --out that lies where all machines see it.")
 
 
 def check_answer_file(output: Path | None, asked: Sequence[Row]) -> None:

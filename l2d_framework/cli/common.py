@@ -53,11 +53,21 @@ def check_dtype(dtype: str | None) -> None:
         raise ConfigError(f"--dtype must be float32, bfloat16 or float16, got {dtype!r}.")
 
 
+def place() -> tuple[int, int]:
+    """Number of this process, and how many work together, as the launcher of accelerate or torch says."""
+    is_launched = "LOCAL_RANK" in os.environ  # by which accelerate knows, too
+    return (int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])) if is_launched else (0, 1)
+
+
 def check_device(device: str | None) -> str:
-    """The device, or for None the GPU where there is one; refused if it cannot be used."""
+    """The device, or for None the GPU where there is one, of several processes each its own; refused if unusable."""
     import torch
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cuda" and place()[1] > 1:
+        from l2d_framework.training.peers import own_gpu
+
+        device = own_gpu()
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:

@@ -80,7 +80,10 @@ def generate(
     ] = None,
     graph: Annotated[bool, typer.Option(help="Let an NVIDIA GPU replay the steps of a token from a graph.")] = True,
 ) -> None:
-    """Generate text with a trained model."""
+    """Generate text with a trained model.
+
+    Under `accelerate launch -m l2d_framework.cli generate` several processes share the prompts of a file out.
+    """
     chosen = common.sampling(
         set_,
         solver,
@@ -105,6 +108,14 @@ def generate(
         raise ConfigError("--trace shows network evaluations, and with --num-inference-steps 0 there are none.")
     if not do_sample and any(value is not None for value in (temperature, top_p, top_k)):
         raise ConfigError("--temperature, --top-p and --top-k shape a draw. Add --do-sample, or leave them out.")
+    processes = common.place()[1]
+    if processes > 1 and (stream or trace is not None or not (has_prompts or infill)):
+        raise ConfigError(
+            f"--stream, --trace and a talk show what one process does, but {processes} were started. Start "
+            "`l2d generate` without accelerate or torchrun."
+        )
+    if processes > 1 and out is None:
+        raise ConfigError(f"The answers of {processes} processes meet in a file. Name it with --out, or start one.")
     if (stream or not (has_prompts or infill)) and num_return_sequences > 1:
         raise ConfigError(f"One answer at a time can be shown, got --num-return-sequences {num_return_sequences}.")
 
@@ -166,5 +177,5 @@ def generate(
                 answers.write(0, [session.answer_one(prompts[0], stream=stream, trace=trace)])
             else:
                 session.answer_all(prompts, encoded, answers, batch_size=batch_size)
-    if not stream or infill:
+    if answers.has_all and (not stream or infill):
         show_answers(list(named) or [f"Text {number}" for number in range(len(asked))], answers.rows)

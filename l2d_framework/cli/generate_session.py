@@ -12,7 +12,7 @@ from fsspec.utils import infer_compression
 from transformers import GenerationConfig, StoppingCriteriaList
 
 from l2d_framework.cli.answer_file import AnswerFile
-from l2d_framework.cli.common import check_device, check_dtype, quieten
+from l2d_framework.cli.common import check_device, check_dtype, place, quieten
 from l2d_framework.cli.meter import Meter
 from l2d_framework.cli.watching import Drafts, Printer, Watch, cut
 from l2d_framework.diffusion.ode import Evaluation, Observer
@@ -127,7 +127,8 @@ class Session:
         """The file for answers to what was asked; one that was begun knows by the session whether it may go on."""
         chosen = {"options": self.options, "class": self.class_name, "stop": self.stop, "samples": self.samples}
         settings = self.settings.model_dump(mode="json")
-        return AnswerFile(output, asked, {} if output is None else {**self.model.identity(), **chosen, **settings})
+        identity = {} if output is None else {**self.model.identity(), **chosen, **settings}
+        return AnswerFile(output, asked, identity, place=place())
 
     def infill(
         self, texts: Sequence[str], file: AnswerFile, *, stream: bool = False, trace: Path | None = None

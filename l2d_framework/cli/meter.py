@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from threading import Event, Thread
@@ -35,7 +36,8 @@ class Meter:
         self._lines = Thread(target=self._write_lines, daemon=True)
         console = Console(stderr=True)
         self._bar: Progress | None = None
-        if console.is_terminal:
+        self._speaks = os.environ.get("RANK", "0") == "0"  # for all processes, whose lines would mix
+        if console.is_terminal and self._speaks:
             columns = (SpinnerColumn(), BarColumn(bar_width=16), _Text(self), TimeElapsedColumn())
             self._bar = Progress(*columns, console=console, transient=True)
 
@@ -82,7 +84,8 @@ class Meter:
 
     def _write_lines(self) -> None:
         while not self._over.wait(SECONDS):
-            typer.echo(f"{self}  {self.seconds:,.0f} s", err=True)
+            if self._speaks:
+                typer.echo(f"{self}  {self.seconds:,.0f} s", err=True)
 
 
 class _Text(ProgressColumn):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from contextlib import ExitStack
 from typing import Any
@@ -20,8 +19,7 @@ class Reporter(TrainerCallback):
 
     def __init__(self, title: str) -> None:
         self._preparing = ExitStack()
-        if os.environ.get("RANK", "0") == "0":
-            self._preparing.enter_context(Meter(f"{title}  preparing"))
+        self._preparing.enter_context(Meter(f"{title}  preparing"))
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: D102 -- transformers'
         self._preparing.close()

@@ -11,12 +11,26 @@ from contextlib import suppress
 from types import TracebackType
 from typing import Any, Self
 
+import torch
 import torch.distributed as dist
+
+from l2d_framework.errors import ConfigError
 
 POLL, GRACE = 5.0, 15.0
 """Seconds between two looks, and for a process to end by itself, as where all have met the same error."""
 _COUNT = itertools.count()
 # Runs of this process, which are those of the others, too.
+
+
+def own_gpu() -> str:
+    """The GPU of this process, which has the number of the process on its machine; refused if there is none."""
+    number, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+    if number >= count:
+        raise ConfigError(
+            f"There are more processes on this machine than GPUs, which are {count}. Start {count}, or choose "
+            "--device cpu."
+        )
+    return f"cuda:{number}"
 
 
 def _end(text: str) -> None:

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from l2d_framework.cli import app
 from l2d_framework.cli.answer_file import AnswerFile
+from l2d_framework.cli.common import check_device
 from l2d_framework.cli.watching import Drafts, Printer, Watch
 from l2d_framework.config import parse_run
 from l2d_framework.diffusion.ode import Evaluation
@@ -440,6 +441,39 @@ def test_two_processes_never_answer_into_one_file(model, tmp_path):
         pytest.raises(BusyError, match=r"--out .*a\.jsonl' is in use by process"),
     ):
         raise run(model, "--prompt", "a", *FAST, "--out", tmp_path / "a.jsonl").exception
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--prompt", "a", "--stream"), "show what one process does, but 2 were started"),
+        (("--prompt", "a", "--out", "a.jsonl", "--trace", "a.html"), "show what one process does"),
+        (("--chat",), "a talk show what one process does.*without accelerate or torchrun"),
+        (("--prompt", "a"), "answers of 2 processes meet in a file. Name it with --out"),
+    ],
+)
+def test_several_processes_show_nothing_as_it_comes(model, no_weights, monkeypatch, arguments, message):
+    for name, value in (("LOCAL_RANK", "0"), ("RANK", "1"), ("WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=message):
+        raise run(model, *arguments, *FAST).exception
+
+
+def test_each_of_several_processes_has_the_gpu_of_its_number_on_its_machine(monkeypatch):
+    for name, value in (("LOCAL_RANK", "1"), ("RANK", "3"), ("WORLD_SIZE", "4")):
+        monkeypatch.setenv(name, value)
+    used = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch, "empty", lambda *_, device: used.append(device))
+    assert (
+        [check_device(name) for name in (None, "cuda", "cuda:0", "cpu")]
+        == used
+        == ["cuda:1", "cuda:1", "cuda:0", "cpu"]
+    )
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(ConfigError, match=r"more processes on this machine than GPUs, which are 2\. Start 2"):
+        check_device(None)
 
 
 def test_a_full_disk_while_answers_are_written_is_named(model, tmp_path):

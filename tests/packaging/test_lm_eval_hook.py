@@ -119,8 +119,8 @@ def test_the_real_command_in_a_clean_environment(new_environment, wheel, reposit
 
 
 LAUNCH = (
-    "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision",
-    "no", "--dynamo_backend", "no",
+    "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
+    "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0",
 )  # fmt: skip
 
 
@@ -150,7 +150,8 @@ def test_models_are_evaluated_by_the_real_command(new_environment, wheel, datase
         found = subprocess.run(
             [environment.python, *arguments],
             cwd=datasets_dir,
-            env=os.environ | {"PYTHONSAFEPATH": "1", "L2D_PRETRAINED": str(tmp_path / "l2d")},
+            env=os.environ
+            | {"PYTHONSAFEPATH": "1", "L2D_PRETRAINED": str(tmp_path / "l2d"), "CUDA_VISIBLE_DEVICES": ""},
             capture_output=True,
             text=True,
             timeout=120,

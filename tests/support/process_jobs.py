@@ -1,8 +1,9 @@
 """What several processes do in one launch, since each takes seconds to start: `torchrun process_jobs.py JOBS.json`.
 
-Jobs are, in this order: `faults`, runs of which one process spoils something; `short`, runs of which one process is
-short of memory; `plain`, runs whose weights are whole in each process; `mixed`, a run in shares that ends before its
-fourth update; `shares`, a run file in shares, by the command.
+Jobs are, in this order: `answers`, arguments of `l2d generate` and of an evaluation; `faults`, runs of which one
+process spoils something; `short`, runs of which one process is short of memory; `plain`, runs whose weights are whole
+in each process; `mixed`, a run in shares that ends before its fourth update; `shares`, a run file in shares, by the
+command.
 """
 
 import json
@@ -87,9 +88,30 @@ class Shares(TrainerCallback):
         self.found["most gathered"] = max(self.gathered)
 
 
+def evaluated(tasks: str, model: str) -> tuple[Any, int]:
+    """Results and answers of all tasks in a folder, None but in the first process; the tokens that this one wrote."""
+    import lm_eval.tasks
+
+    from l2d_framework.evaluation.harness.model import L2DLM
+
+    manager = lm_eval.tasks.TaskManager(include_path=tasks, include_defaults=False)
+    lm = L2DLM(model, num_inference_steps=3, noise_samples=1, device="cpu", batch_size=1)
+    found = lm_eval.simple_evaluate(lm, tasks=manager.all_tasks, task_manager=manager)
+    written = lm.meters["generation"].evaluations.total()
+    if found is None:
+        return None, written
+    answers = [[one["arguments"], one["resps"]] for rows in found["samples"].values() for one in rows]
+    return json.loads(json.dumps([found["results"], answers])), written
+
+
 def main() -> None:
     file = Path(sys.argv[1])
     jobs, rank = json.loads(file.read_text(encoding="utf-8")), os.environ["RANK"]
+    if "answers" in jobs:
+        asked, evaluation = jobs["answers"]
+        cli.app(["generate", *asked], standalone_mode=False)
+        if evaluation is not None:
+            (file.parent / f"evaluated_{rank}.json").write_text(json.dumps(evaluated(**evaluation)))
     for name, run in jobs.get("faults", {}).items():
         try:
             train_runs([parse_run(run)], callbacks=lambda _, name=name: [Fault(name)])

@@ -38,6 +38,36 @@ def write_sums(path: Path, count: int = 22) -> Path:
     return path
 
 
+def write_tasks(folder: Path, *, rows: int = 3, tokens: int = 4) -> Path:
+    """Folder with tasks of lm_eval whose examples are drawn: `sums`, which asks twice, and `choice` of one row."""
+    folder.mkdir(exist_ok=True)
+    write_sums(folder / "shown.jsonl", 7)
+    write_sums(folder / "asked.jsonl", rows)
+    write_sums(folder / "one.jsonl", 1)
+    for name, file, rest in (("sums", "asked", _SUMS % tokens), ("choice", "one", _CHOICE)):
+        data = f"{{train: {folder}/shown.jsonl, test: {folder}/{file}.jsonl}}"
+        (folder / f"{name}.yaml").write_text(
+            f"task: {name}\ndataset_path: json\ndataset_kwargs: {{data_files: {data}}}\n"
+            f"training_split: train\ntest_split: test\nnum_fewshot: 2\ndoc_to_text: '{{{{prompt}}}}'\n{rest}"
+        )
+    return folder
+
+
+_SUMS = r"""
+output_type: generate_until
+repeats: 2
+doc_to_target: '{{completion}}'
+generation_kwargs: {until: ["\n"], max_gen_toks: %d, do_sample: true, temperature: 1.0}
+metric_list: [{metric: exact_match}]
+"""
+_CHOICE = """
+output_type: multiple_choice
+doc_to_target: 0
+doc_to_choice: ['{{completion}}', none]
+metric_list: [{metric: acc}]
+"""
+
+
 def diffusion_run(base: Path, data: Path, output: Path, **training: Any) -> dict[str, Any]:
     """Fields of a small L2D run; `training` overrides its training section."""
     return {

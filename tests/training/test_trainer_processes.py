@@ -1,3 +1,4 @@
+import importlib.util
 import json
 import os
 import subprocess
@@ -10,8 +11,10 @@ import pytest
 import tiny_runs
 from safetensors.torch import load_file
 from torch.testing import assert_close
+from typer.testing import CliRunner
 
 import l2d_framework as l2d
+from l2d_framework import cli
 from l2d_framework.config import parse_run
 from l2d_framework.training.run import train_runs
 
@@ -65,7 +68,9 @@ def launched(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     short = [
         make(base, sums, folder / "short" / name, micro_batch_size="auto", **LARGE) for name, make in METHODS.items()
     ]
-    jobs = {"faults": faults, "short": short, "plain": plain, "mixed": mixed, "shares": str(folder / "run.json")}
+    answers = [generation(folder, "two"), evaluation(folder) if importlib.util.find_spec("lm_eval") else None]
+    jobs = {"answers": answers, "faults": faults, "short": short, "plain": plain, "mixed": mixed}
+    jobs["shares"] = str(folder / "run.json")
     (folder / "jobs.json").write_text(json.dumps(jobs))
     ran = subprocess.run(
         [*LAUNCH, "--nproc-per-node=2", str(process_jobs.__file__), str(folder / "jobs.json")],
@@ -79,6 +84,32 @@ def launched(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     for run in (mixed, faults["lost"]):
         train_runs([parse_run(run)])
     return folder, ran.stdout
+
+
+def generation(folder: Path, name: str) -> list[str]:
+    """Arguments of `l2d generate` that answer prompts, some of them the same."""
+    prompts = [word for sum_ in ("1+1=", "2+12=", "1+1=", "3+30=", "1+1=") for word in ("--prompt", sum_)]
+    how = ("--num-inference-steps", "3", "--max-new-tokens", "4", "--do-sample", "--batch-size", "1")
+    return [str(folder / "one" / "l2d"), *prompts, *how, "--out", str(folder / f"{name}.jsonl")]
+
+
+def evaluation(folder: Path) -> dict[str, str]:
+    return {"tasks": str(tiny_runs.write_tasks(folder / "tasks")), "model": str(folder / "one" / "l2d")}
+
+
+@pytest.mark.filterwarnings("ignore")  # of lm_eval
+def test_two_processes_answer_and_evaluate_like_one(launched):
+    folder, printed = launched
+    pytest.importorskip("lm_eval")
+    alone = CliRunner().invoke(cli.app, ["generate", *generation(folder, "alone")])
+    assert printed.startswith(alone.stdout) and printed.count("==> Prompt 0") == 1
+    assert (folder / "two.jsonl").read_bytes() == (folder / "alone.jsonl").read_bytes()
+    assert not list(folder.glob("*.part*"))
+    found = [json.loads((folder / f"evaluated_{rank}.json").read_text()) for rank in (0, 1)]
+    results, written = process_jobs.evaluated(**evaluation(folder))
+    assert [one for one, _ in found] == [results, None]
+    shares = [share for _, share in found]
+    assert min(shares) > 0 and sum(shares) == written
 
 
 def assert_same_losses(found: Path, wanted: Path) -> None:

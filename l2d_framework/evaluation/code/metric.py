@@ -49,7 +49,11 @@ class CodeEval:
         pairs = list(zip(predictions, references, strict=True))
         programs = [(candidate, tests) for candidates, tests in pairs for candidate in candidates]
         sandbox = SANDBOX if timeout == SANDBOX.limits.seconds else Sandbox(Limits(seconds=timeout))
-        answers = iter(sandbox.run_all(programs, workers=num_workers or _processors(), bar=_progress()))
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            outcomes = sandbox.run_all(programs, workers=num_workers or _processors(), bar=_progress())
+        else:  # of processes that evaluate together, only the first one's scores count
+            outcomes = ["not run"] * len(programs)
+        answers = iter(outcomes)
         results: dict[int, list[tuple[int, dict[str, Any]]]] = {
             task: [
                 (number, {"task_id": task, "passed": answer == "passed", "result": answer, "completion_id": number})
@@ -67,9 +71,8 @@ class CodeEval:
 
 
 def _processors() -> int:
-    """Those that this process may use, shared with the others of a data-parallel run; more would run into timeouts."""
-    mine = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, mine // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    """Those that this process may use; more programs at a time would run into timeouts."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @cache

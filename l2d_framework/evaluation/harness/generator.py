@@ -52,29 +52,33 @@ class Generator:
 
     def answer_all(self, requests: Sequence[Any], *, quiet: bool) -> list[str]:
         """A text per request."""
-        numbers = occurrences(requests, self.lm.gather)
+        numbers = occurrences(requests)
         kinds = [content(request.args[1]) for request in requests]
         plans = {kind: self.plan(request.args[1]) for kind, request in zip(kinds, requests, strict=True)}
         keys = [(r.args[0], kind, number) for r, kind, number in zip(requests, kinds, numbers, strict=True)]
-        done: dict[Any, str] = {}
-        waiting: dict[str, dict[Any, Any]] = {kind: {} for kind in plans}
-        for request, key in zip(requests, keys, strict=True):
-            kept = self.lm.answers.find("generate_until", request.args, key[2])
-            if kept is None:
-                waiting[key[1]][key] = request.args
-            elif key not in done:
-                done[key] = kept[0]
+        asked = {key: request.args for request, key in zip(requests, keys, strict=True)}
+        answered: dict[Any, str] = {}
+        for key, args in asked.items():
+            if (kept := self.lm.answers.find("generate_until", args, key[2])) is not None:
+                answered[key] = kept[0]
                 self.lm.meters["generation"].add(kept[1])
-        bar = tqdm(total=sum(map(len, waiting.values())), disable=quiet or self.lm.rank != 0, desc="Generating")
+        done = self.lm.pooled(answered)
+        share = self.lm.share(key[0] for key in asked if key not in done)
+        waiting: dict[str, dict[Any, Any]] = {kind: {} for kind in plans}
+        for key, args in asked.items():
+            if key not in done and key[0] in share:
+                waiting[key[1]][key] = args
+        bar = tqdm(total=sum(map(len, waiting.values())), disable=quiet, desc="Generating")
         for kind, group in waiting.items():
 
             def tell(key: Any, text: str, evaluations: list[int], group: dict[Any, Any] = group) -> None:
-                done[key] = text
+                answered[key] = text
                 self.lm.answers.keep("generate_until", group[key], (text, evaluations), key[2])
                 bar.update()
 
             self._generate(plans[kind], list(group), tell)
         bar.close()
+        done |= self.lm.pooled(answered)
         return [done[key] for key in keys]
 
     def plan(self, generation: Mapping[str, Any]) -> Plan:
@@ -153,7 +157,7 @@ class Generator:
         seconds = time.perf_counter() - began
         if not is_probe:
             meter.time(sum(lengths), seconds)
-            if meter.beside_plain is None and self.lm.rank == 0 and output.evaluations.any():
+            if meter.beside_plain is None and self.lm.process == 0 and output.evaluations.any():
                 plain = self._plain_seconds(batch, samples, size, max(lengths[:size]))
                 meter.beside_plain = (seconds / sum(lengths), plain)
         rows = zip(output.answers.tolist(), output.evaluations.tolist(), lengths, strict=True)

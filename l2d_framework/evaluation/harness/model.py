@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import lm_eval.models  # noqa: F401 -- the table of models fills itself only while it is empty, so before we are in it
 import torch
-from accelerate import find_executable_batch_size
+from accelerate import PartialState, find_executable_batch_size
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import resolve_max_length
 from typing_extensions import override
 
 from l2d_framework.config import SamplingSection
-from l2d_framework.errors import ConfigError, DataError
+from l2d_framework.errors import ConfigError, DataError, L2DError
 from l2d_framework.evaluation.code.metric import serve
 from l2d_framework.evaluation.harness import scorer
 from l2d_framework.evaluation.harness.cost import Meter, report
@@ -32,8 +34,11 @@ from l2d_framework.models.diffusion_lm import DiffusionLM
 from l2d_framework.models.placement import Placement
 from l2d_framework.models.unloaded import CLASS, HINT, UnloadedModel, tokenizer_fingerprint
 from l2d_framework.opening import open_tokenizer
+from l2d_framework.training.peers import Peers, own_gpu
 
 _LOGGER = logging.getLogger(__name__)
+_PATIENCE = timedelta(weeks=52)
+"""How long a process waits for the answers of others, as in HFLM; an error of theirs ends it at once."""
 _AUTO_ON_CPU = 8
 """Batch size `auto` where memory that runs out ends the process instead of raising an error."""
 
@@ -98,10 +103,20 @@ class L2DLM(HFLM):  # type: ignore[misc]
         if placement is not None:
             passed["device"] = str(self.source.plan(passed.get("device")).main)
         passed.setdefault("device", "cuda" if torch.cuda.is_available() else "cpu")
+        if "LOCAL_RANK" in os.environ:  # by which accelerate knows that it was launched
+            if torch.cuda.is_available() and passed["device"] != "cpu":
+                own_gpu()
+            else:  # where accelerate would leave each alone, for its option --cpu starts one process only
+                PartialState(cpu=True, timeout=_PATIENCE)
         super().__init__(str(pretrained), revision=options.get("revision") or "main", **passed)
+        self.process, self.processes = 0, 1
         if hasattr(self, "accelerator"):
-            # HFLM takes note of its processes only where there are several GPUs.
-            self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
+            self.process, self.processes = self.accelerator.process_index, self.accelerator.num_processes
+            # lm_eval deals documents out by rank; the examples it draws for them, the order of scores and the errors it
+            # draws from these then depend on the number of processes. So each gets all requests and answers a share, as
+            # with tensor parallelism, where lm_eval has LOCAL_RANK 0 print: on several machines one process only.
+            self._rank, self._world_size = 0, 1
+            os.environ["LOCAL_RANK"] = str(self.process)
 
     def _scoring(self, wanted: Any) -> str | None:
         empty, steps = self.source.empty, self.settings.num_inference_steps
@@ -143,6 +158,11 @@ class L2DLM(HFLM):  # type: ignore[misc]
             self._diffusion = self.source.load(self.device)
             self._model = self._diffusion.backbone.lm
         return self._diffusion
+
+    @property
+    @override
+    def model(self) -> Any:
+        return self._model  # of which no launcher's library has wrapped anything
 
     @property
     @override
@@ -202,9 +222,8 @@ class L2DLM(HFLM):  # type: ignore[misc]
     @override
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         self._notice(requests)
-        answers = self.generator.answer_all(requests, quiet=disable_tqdm)
-        self._count("generation")
-        return answers
+        with self._answering("generation"):
+            return self.generator.answer_all(requests, quiet=disable_tqdm or self.process != 0)
 
     @override
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
@@ -228,29 +247,30 @@ class L2DLM(HFLM):  # type: ignore[misc]
             )
         if self.scoring != MAIN:
             self.check_class(self.settings, self.options)
-        scores = self._remembered(kind, requests, compute, quiet)
-        self._count("scoring")
-        return scores
+        with self._answering("scoring"):
+            return self._remembered(kind, requests, compute, quiet or self.process != 0)
 
     def _remembered(self, kind: str, requests: Sequence[Any], compute: Any, quiet: bool) -> list[Any]:
-        # Processes wait for each other inside rolling likelihoods, so each must take part.
-        if self.world_size > 1 and kind == "loglikelihood_rolling":
-            return list(compute(requests, disable_tqdm=quiet))
         by_name = {content(request.args): request for request in requests}
-        kept = {name: self.answers.find(kind, request.args) for name, request in by_name.items()}
-        rest = [name for name, answer in kept.items() if answer is None]
-        if rest:
-            kept |= zip(rest, compute([by_name[name] for name in rest], disable_tqdm=quiet), strict=True)
+        found = {name: self.answers.find(kind, request.args) for name, request in by_name.items()}
+        kept = self.pooled({name: answer for name, answer in found.items() if answer is not None})
+        # Answers to one question are scored together; some tasks have nothing but answers.
+        rest = {name: r.args[0] or r.args[-1] for name, r in by_name.items() if name not in kept}
+        share = self.share(rest.values())
+        mine = [name for name, question in rest.items() if question in share]
+        answers = compute([by_name[name] for name in mine], disable_tqdm=quiet) if mine else []
+        kept |= self.pooled(dict(zip(mine, answers, strict=True)))
         return [kept[content(request.args)] for request in requests]
 
     def _loglikelihood_tokens(
         self, requests: Sequence[Any], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
         self.diffusion  # noqa: B018 -- loads the weights
+        quiet = disable_tqdm or self.process != 0
         if self.scoring == MAIN:
-            plain: list[tuple[float, bool]] = super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)
+            plain: list[tuple[float, bool]] = super()._loglikelihood_tokens(requests, quiet, override_bs)
             return plain
-        return scorer.score(self, requests, quiet=disable_tqdm, batch_size=override_bs)
+        return scorer.score(self, requests, quiet=quiet, batch_size=override_bs)
 
     def _detect_batch_size(self, requests: Any = None, pos: int = 0) -> int:
         # HFLM asks before whole texts and before scoring by the language model alone.
@@ -279,11 +299,26 @@ class L2DLM(HFLM):  # type: ignore[misc]
 
     def gather(self, value: Any) -> list[Any]:
         """A value of every process, in the order of ranks."""
-        if self.world_size == 1:
+        if self.processes == 1:
             return [value]
-        values = [None] * self.world_size
-        torch.distributed.all_gather_object(values, value)
+        values = [None] * self.processes
+        try:
+            torch.distributed.all_gather_object(values, value)
+        except RuntimeError as error:
+            raise L2DError(
+                f"Another of the {self.processes} processes has ended, so process {self.process} ends, too. Start the "
+                "same command again; with --use_cache it goes on from the answers so far."
+            ) from error
         return values
+
+    def pooled(self, values: dict[Any, Any]) -> dict[Any, Any]:
+        """Entries of this process and of all others."""
+        return {name: value for part in self.gather(values) for name, value in part.items()}
+
+    def share(self, questions: Iterable[str]) -> set[str]:
+        """Those of the questions that this process answers; short and long ones are dealt out evenly."""
+        ordered = sorted(set(questions), key=lambda question: (-len(question), question))
+        return set(ordered[self.process :: self.processes])
 
     def _notice(self, requests: Sequence[Any]) -> None:
         names = {str(request.task_name) for request in requests} - self._tasks.keys()
@@ -297,11 +332,20 @@ class L2DLM(HFLM):  # type: ignore[misc]
         for name, source in sources.items():
             folders.setdefault(source["local_folder"], []).append(name)
         for folder, served in folders.items():
-            if folder and self.rank == 0:
+            if folder and self.process == 0:
                 _LOGGER.warning("Data of %s come from %s, not from the hub.", ", ".join(served), folder)
 
-    def _count(self, name: str) -> None:
-        self._everywhere[name] = self.gather(self.meters[name])
+    @contextmanager
+    def _answering(self, name: str) -> Iterator[None]:
+        """Work with the other processes, end with them, and know what all have spent."""
+        try:
+            with Peers.of_this_run():
+                yield
+                self._everywhere[name] = self.gather(self.meters[name])
+        except KeyboardInterrupt:
+            if self.answers.file is not None:
+                _LOGGER.warning("The answers so far are in %s. The same command goes on from them.", self.answers.file)
+            raise
 
     def largest_batch(self, attempt: Callable[[int], Any]) -> int:
         """Largest batch for which memory is enough."""

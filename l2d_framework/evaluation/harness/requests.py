@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from l2d_framework.diffusion.rng import request_keys
@@ -19,25 +19,15 @@ def content(arguments: Any) -> str:
     return hashlib.sha256(json.dumps(arguments, default=str).encode()).hexdigest()
 
 
-def occurrences(requests: Sequence[Any], gather: Callable[[Any], list[Any]]) -> list[int]:
-    """How often the same question was asked before, whatever the order of requests and the number of processes.
-
-    Each process has the documents of its rank, with all repeats of each. The harness pads the shorter lists with
-    requests once more; those get the numbers they had before. `gather` collects an object of every process.
-    """
-    keys = [(content(request.args), _place(request)) for request in requests]
-    asked: Counter[Any] = Counter()
-    within = []
-    for request, key in zip(requests, keys, strict=True):
-        within.append(asked[key] % request.repeats if request.repeats else asked[key])
-        asked[key] += 1
-    repeats = {key: request.repeats or asked[key] for request, key in zip(requests, keys, strict=True)}
-    everywhere = {key: count for part in gather(repeats) for key, count in part.items()}
-    first, total = {}, Counter[str]()
-    for name, place in sorted(everywhere):
-        first[name, place] = total[name]
-        total[name] += everywhere[name, place]
-    return [first[key] + count for key, count in zip(keys, within, strict=True)]
+def occurrences(requests: Sequence[Any]) -> list[int]:
+    """How often the same question was asked before in the order of tasks and documents, whatever that of requests."""
+    asked: Counter[str] = Counter()
+    numbers = [0] * len(requests)
+    for place in sorted(range(len(requests)), key=lambda place: _place(requests[place])):
+        name = content(requests[place].args)
+        numbers[place] = asked[name]
+        asked[name] += 1
+    return numbers
 
 
 def noise_key(tokens: Sequence[int], occurrence: int) -> str:
@@ -54,6 +44,7 @@ class Answers:
 
     def __init__(self, store: Any, identity: dict[str, Any]) -> None:
         self._store: Any = None
+        self.file = None if store is None else str(store.filename)
         if store is None:
             return
         recorded = store.get(IDENTITY)

@@ -258,7 +258,7 @@ def score(
     longest = max((job for job, _ in order), key=lambda job: len(job.text(lm.max_length)), default=None)
     size = 1 if longest is None else _batch_size(lm, scorer, longest, batch_size)
     results: dict[int, tuple[float, bool]] = {}
-    bar = tqdm(total=len(requests), disable=quiet or lm.rank != 0, desc="Scoring")
+    bar = tqdm(total=len(requests), disable=quiet, desc="Scoring")
     began = time.perf_counter()
     together = [list(run) for _, run in groupby(order, lambda entry: scorer.prefixes.get(entry[0].context[:SHARED]))]
     for chunk in (run[start : start + size] for run in together for start in range(0, len(run), size)):

@@ -66,6 +66,15 @@ def test_programs_are_counted_by_problem(agreed):
     assert CodeEval().compute(predictions=[], references=[], k=[1]) == ({}, {})
 
 
+def test_of_several_processes_the_first_alone_runs_programs(monkeypatch):
+    monkeypatch.setenv(CONSENT, "1")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(Sandbox, "run", lambda *_: pytest.fail("a program ran"))
+    scores, results = CodeEval().compute(predictions=[[GOOD, BAD]], references=[TESTS], k=[1])
+    assert scores == {"pass@1": 0} and len(results[0]) == 2
+    assert not passes("x = 1")
+
+
 def test_the_time_limit_is_kept(agreed):
     slow = "import time\ntime.sleep(0.7)"
     assert passes(slow) and not passes(slow, timeout=0.3)

@@ -3,14 +3,21 @@
 import dataclasses
 import json
 import os
+import sqlite3
 import subprocess
 import sys
+import time
+from collections.abc import Callable
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
+import process_jobs
+import psutil
 import pytest
 from diffusion_models import diffusion_lm, tess_lm
 from tiny_models import tiny_lm, tiny_tokenizer
+from tiny_runs import write_tasks
 from typer.testing import CliRunner
 
 pytest.importorskip("lm_eval")
@@ -87,45 +94,71 @@ def test_real_tasks_run_offline_and_say_where_their_data_lie(folders, datasets_d
     assert "not from the hub" in result.stderr
 
 
+LAUNCH = (
+    "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
+    "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0",
+)  # fmt: skip
+
+
+def killed(*arguments: str | Path, cwd: Path, when: Callable[[], bool]) -> str:
+    """What two processes say on standard error of which the second is killed in the midst of its work."""
+    environ = {**os.environ, "PYTHONSAFEPATH": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, *LAUNCH, *map(str, arguments)]
+    with subprocess.Popen(command, cwd=cwd, env=environ, stderr=subprocess.PIPE, text=True) as launched:
+        while not when():
+            assert launched.poll() is None
+            time.sleep(0.02)
+        children = psutil.Process(launched.pid).children(recursive=True)
+        (second,) = [child for child in children if child.environ().get("RANK") == "1"]
+        second.kill()
+        _, said = launched.communicate(timeout=120)
+        assert launched.returncode != 0
+        return said
+
+
+def known(cache: Path) -> int:
+    """How many answers a cache of lm_eval holds."""
+    with suppress(sqlite3.OperationalError), closing(sqlite3.connect(f"file:{cache}?mode=ro", uri=True)) as opened:
+        return int(opened.execute("select count(*) from unnamed").fetchone()[0])
+    return 0
+
+
 @pytest.mark.slow
-def test_two_processes_answer_as_one(folders, datasets_dir, tmp_path):
-    options = (
-        "--model", "l2d", "--tasks", "gsm8k,arc_easy", "--limit", "5", "--num_fewshot", "0", "--log_samples",
-        "--gen_kwargs", "max_gen_toks=6,do_sample=true,temperature=1.0", "--batch_size", "2",
-        "--model_args", f"pretrained={folders['l2d']},num_inference_steps=3,noise_samples=2",
+@pytest.mark.timeout(600)
+@pytest.mark.filterwarnings("ignore")  # of lm_eval
+def test_where_one_of_two_processes_dies_the_same_command_goes_on_to_the_results_of_one(folders, tmp_path):
+    model, tasks = folders["l2d"], write_tasks(tmp_path / "tasks", rows=14, tokens=8)
+    evaluate = (
+        "-m", "l2d_framework.cli", "eval", "--tasks", "sums,choice", "--include_path", tasks, "--log_samples",
+        "--model_args", f"pretrained={model},num_inference_steps=3,noise_samples=1", "--batch_size", "1",
+        "--output_path", tmp_path / "two", "--use_cache", tmp_path / "cache",
     )  # fmt: skip
-    launch = (
-        "-m",
-        "accelerate.commands.launch",
-        "--cpu",
-        "--num_processes",
-        "2",
-        "--num_machines",
-        "1",
-        "--mixed_precision",
-        "no",
-        "--dynamo_backend",
-        "no",
-    )
-    one = python(*MODULE, *options, "--output_path", tmp_path / "one", cwd=datasets_dir)
-    two = python(*launch, *MODULE, *options, "--output_path", tmp_path / "two", cwd=datasets_dir)
-    assert one.returncode == 0, one.stderr
-    assert two.returncode == 0, two.stderr
-    (alone, answers), (together, same) = outcome(tmp_path / "one"), outcome(tmp_path / "two")
-    assert together["results"].keys() == alone["results"].keys()
-    assert answers.keys() == same.keys() and len(answers) == 2
-    for task, rows in answers.items():
-        assert len(rows) >= 5
-        for (document, first), (other, second) in zip(rows, same[task], strict=True):
-            assert document == other
-            if "gsm8k" in task:
-                assert first[0][0] == second[0][0]
-            else:
-                scores = [[float(choice[0][0]) for choice in found] for found in (first, second)]
-                assert scores[0] == pytest.approx(scores[1], abs=1e-4)
-    counts = [found["config"]["l2d"]["cost"]["generation"]["tokens"] for found in (alone, together)]
-    # The shorter list is filled up with a request whose answer is already known.
-    assert counts[0] == counts[1]
+    caches = [tmp_path / f"cache_rank{rank}.db" for rank in (0, 1)]
+    assert "same command" in killed(*evaluate, cwd=tmp_path, when=lambda: known(caches[1]) > 2)
+    before = sum(map(known, caches))
+    again = python(*LAUNCH, *evaluate, cwd=tmp_path, CUDA_VISIBLE_DEVICES="")
+    assert again.returncode == 0, again.stderr
+    assert again.stdout.count("exact_match") == 1
+    (results, answers), _ = process_jobs.evaluated(str(tasks), str(model))
+    found, logged = outcome(tmp_path / "two")
+    assert found["results"] == results
+    texts = [resps for name, rows in logged.items() if "sums" in name for _, resps in rows]
+    assert texts == [resps for _, resps in answers if isinstance(resps[0][0], str)]
+    # Each answer once, and in each cache by what it knows its model.
+    assert before < sum(map(known, caches)) == 2 * 14 + 2 + 2
+
+    prompts, part = tmp_path / "prompts.txt", tmp_path / "two.jsonl.part1"
+    prompts.write_text("Hello\nAnother one\n" * 8)
+    ask = ("generate", model, "--file", prompts, "--do-sample", "--max-new-tokens", "20", "--num-inference-steps", "3")
+    ask = (*ask, "--batch-size", "1", "--out")
+    two = ("-m", "l2d_framework.cli", *ask, tmp_path / "two.jsonl")
+    said = killed(*two, cwd=tmp_path, when=lambda: part.exists() and part.stat().st_size > 0)
+    assert "The same command goes on" in said
+    again = python(*LAUNCH, *two, cwd=tmp_path, CUDA_VISIBLE_DEVICES="")
+    assert again.returncode == 0, again.stderr
+    assert "Going on from" in again.stderr
+    assert CliRunner().invoke(app, [*map(str, ask), str(tmp_path / "one.jsonl")]).exit_code == 0
+    assert (tmp_path / "two.jsonl").read_bytes() == (tmp_path / "one.jsonl").read_bytes()
 
 
 def test_a_missing_checkpoint_is_noticed_from_the_command_line(monkeypatch):

@@ -454,23 +454,14 @@ def test_results_say_what_was_used_and_what_it_cost(opened):
     assert found["cost"]["scoring"]["evaluations_per_token_mean"] == 10
 
 
-def test_numbers_of_repeats_do_not_depend_on_processes():
+def test_repeats_are_numbered_by_document_whatever_the_order_of_requests():
     def request(text: str, document: int, repeats: int) -> Any:
         return SimpleNamespace(args=(text, {}), task_name="task", doc_id=document, idx=0, repeats=repeats)
 
     documents = [request("same", 0, 2), request("other", 1, 2), request("same", 2, 2), request("same", 3, 2)]
     whole = [one for one in documents for _ in range(2)]
-    alone = occurrences(whole, lambda part: [part])
-    assert alone == [0, 1, 0, 1, 2, 3, 4, 5]
-    shares = [documents[0::2], documents[1::2]]
-    # The second process is one request short and asks its last one again.
-    lists = [[one for one in share for _ in range(2)] for share in shares]
-    lists[1] += [documents[3]] * 2
-    sent: list[Any] = []
-    for part in lists:
-        occurrences(part, lambda repeats: [sent.append(repeats) or repeats])
-    assert occurrences(lists[0], lambda _: sent) == [0, 1, 2, 3]
-    assert occurrences(lists[1], lambda _: sent) == [0, 1, 4, 5, 4, 5]
+    assert occurrences(whole) == [0, 1, 0, 1, 2, 3, 4, 5]
+    assert occurrences(whole[::-1]) == [4, 5, 2, 3, 0, 1, 0, 1]
 
 
 @pytest.fixture(scope="module")

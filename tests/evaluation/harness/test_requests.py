@@ -2,6 +2,10 @@
 
 import dataclasses
 import shutil
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +84,44 @@ def test_resumed_is_uninterrupted(folder, tmp_path, monkeypatch, sampled):
     assert len(count) == 7  # of twelve answers, five were kept, the last in the middle of a question's repeats
     assert caching.loglikelihood(choices()) == scores
     assert resumed.get_model_info()["l2d"]["cost"]["generation"]["tokens"] > 0
+
+
+def together(caches: list[Any], ask: Callable[[Any], Any]) -> list[Any]:
+    """What each of several processes answers, here threads that exchange values as processes do."""
+    slots, barrier = [None] * len(caches), threading.Barrier(len(caches), timeout=60)
+
+    def gather(number: int, value: Any) -> list[Any]:
+        slots[number] = value
+        barrier.wait()
+        values = list(slots)
+        barrier.wait()
+        return values
+
+    for number, cache in enumerate(caches):
+        cache.lm.process, cache.lm.processes, cache.lm.gather = number, len(caches), partial(gather, number)
+    with ThreadPoolExecutor(len(caches)) as pool:
+        return list(pool.map(ask, caches))
+
+
+def test_several_processes_answer_as_one_and_none_asks_what_another_knows(folder, tmp_path):
+    texts = [Instance("loglikelihood_rolling", {}, ("a text",), 0, metadata=("task", 0, 1))]
+    ask: list[Callable[[Any], Any]] = [
+        lambda model: model.generate_until(generation(do_sample=True, temperature=1.0)),
+        lambda model: model.loglikelihood(choices()),
+        lambda model: model.loglikelihood_rolling(texts),
+    ]
+    alone, processes = cached(folder, tmp_path / "alone.db", batch_size=1)[1], 3
+    wanted = [one(alone) for one in ask]
+    for attempt in range(2):
+        caches = [cached(folder, tmp_path / f"{n}.db", batch_size=1)[1] for n in range(processes)]
+        models = [cache.lm for cache in caches]
+        for one, answer in zip(ask, wanted, strict=True):
+            assert together(caches, one) == [answer] * processes
+        assert sum(model._diffusion is not None for model in models) == (0 if attempt else processes)
+        costs = [model.get_model_info()["l2d"]["cost"]["generation"]["tokens"] for model in (alone.lm, *models)]
+        assert len(set(costs)) == 1
+        for cache in caches:
+            cache.dbdict.close()
 
 
 def test_what_is_known_needs_no_weights(folder, tmp_path):
