@@ -56,7 +56,7 @@ class Size(NamedTuple):
         return make_data(seed, base=self.base, new=self.new, answers=self.answers)
 
 
-FULL = Size(base=40_000, new=100_000, base_updates=800, updates=3000, checkpoints=6, answers=2000)
+FULL = Size(base=40_000, new=100_000, base_updates=800, updates=2250, checkpoints=6, answers=2000)
 QUICK = Size(base=600, new=300, base_updates=10, updates=10, checkpoints=2, answers=100)
 """Enough to see that everything works, far too little to learn anything."""
 
