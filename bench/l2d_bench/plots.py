@@ -127,20 +127,22 @@ def _detail(filled: Filled, number: int, name: str, detail: str) -> float:
 
 def _curves(filled: Filled, figure: Figure) -> list[Any]:
     plan = filled.plan
-    found: dict[str, list[tuple[str, int, list[list[float]]]]] = {}
+    found: dict[tuple[str, str], list[tuple[str, int, list[list[float]]]]] = {}
     for number, row in enumerate(plan.rows):
         seen: set[str] = set()
         for name in plan.columns:
-            for seed, key in enumerate(filled.cells[number, name].jobs):
+            cell = plan.cells[number, name]
+            for seed, key in enumerate(cell.jobs):
                 for curve, points in filled.outcomes[key].curves.items() if key in filled.outcomes else ():
                     if (mark := f"{key} {curve}") not in seen:
                         seen.add(mark)
-                        found.setdefault(curve, []).append((row.label, seed, points))
+                        measure = str(cell.column.measure) if cell.column else ""
+                        found.setdefault((curve, measure), []).append((row.label, seed, points))
 
-    def panel(curve: str) -> Any:
+    def panel(lines: list[tuple[str, int, list[list[float]]]], curve: str) -> Any:
         def paint(axes: Any) -> None:
-            labels = list(dict.fromkeys(label for label, _, _ in found[curve]))
-            for label, seed, points in found[curve]:
+            labels = list(dict.fromkeys(label for label, _, _ in lines))
+            for label, seed, points in lines:
                 x, y = zip(*points, strict=True)
                 index = labels.index(label)
                 shown = label if seed == 0 else None
@@ -148,12 +150,16 @@ def _curves(filled: Filled, figure: Figure) -> list[Any]:
                 line = ("-", "--", ":")[index // len(_COLOURS) % 3]  # where colours come again
                 axes.plot(x, y, line, lw=1.3, alpha=alpha, color=_COLOURS[index % len(_COLOURS)], label=shown)
             if figure.log_x:
-                _log_axis(axes, sorted({x for _, _, points in found[curve] for x, _ in points}))
+                _log_axis(axes, sorted({x for _, _, points in lines for x, _ in points}))
             _label(axes, figure, curve)
 
         return paint
 
-    return [(curve.replace("_", " "), panel(curve)) for curve in found]
+    curves = [curve for curve, _ in found]
+    return [
+        (f"{curve.replace('_', ' ')}{f', {measure}' if curves.count(curve) > 1 else ''}", panel(lines, curve))
+        for (curve, measure), lines in sorted(found.items(), key=lambda one: curves.index(one[0][0]))
+    ]
 
 
 def _heatmaps(filled: Filled, figure: Figure) -> list[Any]:
