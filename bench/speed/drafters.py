@@ -16,8 +16,9 @@ import torch
 import typer
 from gpu import Bench
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
+from l2d_framework.opening import open_model, open_tokenizer
 from l2d_framework.training.run_record import environment
 
 LIST = (
@@ -43,7 +44,8 @@ class Pretrained(Bench):
     @cached_property
     def lm(self) -> Any:
         """The language model."""
-        return AutoModelForCausalLM.from_pretrained(self.size, dtype=self.dtype).to(self.device).eval()
+        lm: Any = open_model(AutoModelForCausalLM, self.size, dtype=self.dtype)[0]
+        return lm.to(self.device).eval()
 
     def tokens(self, rows: int, length: int | None = None) -> Tensor:
         """The prompt, several times over.
@@ -55,7 +57,7 @@ class Pretrained(Bench):
         Returns:
             Ids, (rows, S).
         """
-        ids = AutoTokenizer.from_pretrained(self.size)(self.asked).input_ids
+        ids = open_tokenizer(self.size)(self.asked).input_ids
         return torch.tensor([ids] * rows, device=self.device)
 
 

@@ -237,7 +237,7 @@ def test_every_option_with_known_values_offers_them(name):
 
 KNOWN = {
     *("solver", "adaptive_solver", "guidance", "preset", "method", "reader"),
-    *("dtype", "device", "device_map", "shard", "merge", "speculate", "set_", "overrides", "names"),
+    *("dtype", "device", "device_map", "shard", "merge", "speculate", "drafter", "set_", "overrides", "names"),
 }
 """Parameters of commands whose values are known without looking at the user's files."""
 
