@@ -64,11 +64,6 @@ def stacked(model: nn.Module) -> list[tuple[nn.Module]]:
     return found
 
 
-def is_offloaded(model: nn.Module) -> bool:
-    """Whether some weights, but not all as in a model of shapes, are there only while a module that has them runs."""
-    return len({parameter.is_meta for parameter in model.parameters()}) == 2
-
-
 class Backbone(nn.Module, ABC, Generic[C]):
     """The network: owns the embedding table, time and class conditioning, cache, visibility and label shift.
 
@@ -95,6 +90,8 @@ class Backbone(nn.Module, ABC, Generic[C]):
     """True when `carry` is served: each evaluation of a solve then goes on from the hidden states of the one before."""
     sees_later: bool = False
     """True when a noisy position sees known tokens that come after it, so that gaps in a text can be filled."""
+    is_offloaded: bool = False
+    """True when some layers lie elsewhere until they run; set where a model is loaded so."""
     block_size: int | None = None
     """Tokens denoised together, None for one block per sequence; set by `in_blocks`."""
 

@@ -55,7 +55,8 @@ def check_dtype(dtype: str | None) -> None:
 
 def place() -> tuple[int, int]:
     """Number of this process, and how many work together, as the launcher of accelerate or torch says."""
-    is_launched = "LOCAL_RANK" in os.environ  # by which accelerate knows, too
+    # Accelerate knows by the first; some launchers set nothing else.
+    is_launched = {"LOCAL_RANK", "RANK", "WORLD_SIZE"} <= os.environ.keys()
     return (int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])) if is_launched else (0, 1)
 
 

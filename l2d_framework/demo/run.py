@@ -182,9 +182,9 @@ class Demo:
         cards = {name: read_card(self.folder / name) or {} for name in (BASE, LORA, L2D)}
         return Results(outcomes, learning, measurement.denoisings(outcomes), cards)
 
-    def commands(self) -> list[str]:
-        """What to try next, for where the demo was started."""
-        program = "l2d" if shutil.which("l2d") else str(Path(sys.executable).with_name("l2d"))
+    def commands(self, program: str | None = None) -> list[str]:
+        """What to try next, for where the demo was started, with a program that is found there unless one is named."""
+        program = program or ("l2d" if shutil.which("l2d") else str(Path(sys.executable).with_name("l2d")))
         prompt = self.data.held_out_new[0].prompt
         generate = f'{program} generate {self._name / L2D} --prompt "{prompt}" --max-new-tokens 1'
         return [generate, f"{generate} --num-inference-steps 1"]
@@ -192,7 +192,7 @@ class Demo:
     def write(self, results: Results) -> list[str]:
         """Write report, numbers and, with matplotlib, pictures; returns the names of the files."""
         numbers = json.dumps(to_json(results), indent=2, ensure_ascii=False) + "\n"
-        texts = {"report.md": markdown(results, self.data, self.commands()), "results.json": numbers}
+        texts = {"report.md": markdown(results, self.data, self.commands("l2d")), "results.json": numbers}
         for name, text in texts.items():
             write_whole(self.folder / name, text)
         if not can_plot():

@@ -10,7 +10,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from l2d_framework.backbone import is_offloaded
 from l2d_framework.diffusion.diffusion import Diffusion
 from l2d_framework.diffusion.early_stop import Settled
 from l2d_framework.diffusion.logits import Logits
@@ -81,7 +80,7 @@ class Sampler:
     ) -> Sampler:
         """A sampler with the sampling's estimate options; `merge`: if there is memory, in any case, or not at all."""
         if sampling.num_inference_steps != 0:
-            if is_offloaded(diffusion.backbone):
+            if diffusion.backbone.is_offloaded:
                 if merge == "always":
                     raise ConfigError("merge='always' needs all weights at once, but some lie elsewhere. Leave it out.")
                 merge = "never"

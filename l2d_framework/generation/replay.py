@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from l2d_framework.backbone import Backbone, is_offloaded
+from l2d_framework.backbone import Backbone
 from l2d_framework.diffusion.ode import NotAhead
 from l2d_framework.diffusion.rng import TokenStreams
 from l2d_framework.diffusion.sampler import Block, Denoised, Sampler
@@ -144,7 +144,7 @@ class Replayed(Rows):
         lm: Any = rows.backbone.lm
         if lm.device.type not in GRAPHS or len(set(getattr(lm, "hf_device_map", {}).values())) > 1:
             return rows
-        if is_offloaded(rows.backbone):  # weights come and go, which no graph can
+        if rows.backbone.is_offloaded:  # weights come and go, which no graph can
             return rows
         if repr(rows.sampler.sampling.guidance) in _REFUSED.get(rows.backbone, ()):
             return rows

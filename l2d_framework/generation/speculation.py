@@ -27,6 +27,8 @@ _FIRST = 0.7
 """Share of right guesses that is assumed before there were any."""
 _MEMORY = 0.9
 """How much of that share an earlier round still counts after a later one."""
+_RETURN = 0.02
+"""How far it returns to what is assumed with every token that was not guessed."""
 
 
 class MainPath(Drafter):
@@ -189,6 +191,8 @@ class Guesses:
         wanted = self.wanted
         if wanted is None:
             wanted = max(range(_MOST + 1), key=self._rate)
+            if not wanted:  # what comes later may be easier to guess
+                self._share += _RETURN * (_FIRST - self._share)
         return max(0, min(wanted, room))
 
     def _rate(self, count: int) -> float:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from l2d_framework.backbone import Backbone, is_offloaded
+from l2d_framework.backbone import Backbone
 from l2d_framework.errors import ConfigError, shown, suggest
 from l2d_framework.writing import in_bytes
 
@@ -70,11 +70,12 @@ class Placement:
                 if value is not None:
                     raise ConfigError(f"{name} is for models with a device_map. Give one, or leave {name} out.")
             return None
-        if isinstance(device_map, str) and device_map.lstrip().startswith("{"):
-            try:
-                device_map = json.loads(device_map)
-            except ValueError as error:
-                raise ConfigError(f"device_map is no JSON: {error}; got {shown(device_map)}.") from error
+        device_map, max_memory = _parsed("device_map", device_map), _parsed("max_memory", max_memory)
+        if max_memory is not None:
+            if not isinstance(max_memory, Mapping):
+                raise ConfigError(f"max_memory should name devices, such as {{0: '10GiB'}}; got {shown(max_memory)}.")
+            # JSON has no other names than strings.
+            max_memory = {int(n) if isinstance(n, str) and n.isdecimal() else n: x for n, x in max_memory.items()}
         return cls(device_map, max_memory, offload_folder)
 
     def plan(self, empty: DiffusionLM, device: str | torch.device | None) -> Plan:
@@ -126,7 +127,7 @@ class Placement:
                 f"device_map names {computing}, but one device computes, and layers that do not fit wait on 'cpu' or "
                 "'disk'. Name one of them."
             )
-        main = computing[0] if computing else HOST
+        main = computing[0] if computing else HOST if given else str(_computing())
 
         def place(name: str) -> str:
             parents = [name.rsplit(".", n)[0] for n in range(name.count(".") + 1)]
@@ -146,8 +147,7 @@ class Placement:
     ) -> tuple[torch.device, list[str]]:
         from accelerate.utils import get_max_memory
 
-        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        main = torch.device(_device(device or accelerator or HOST))
+        main = torch.device(_device(device or _computing()))
         asked = None if self.max_memory is None else dict(self.max_memory)
         try:
             limits: dict[Any, int] = get_max_memory(asked)
@@ -198,6 +198,7 @@ class Plan:
         """Put a model that was loaded into the host's memory where the plan says."""
         if not any(self.places):
             return model.to(self.main)
+        model.backbone.is_offloaded = True
         units = _layers(model.backbone)
         folder = _folder(model, self.folder) if DISK in self.places else None
         for number, (unit, place) in enumerate(zip(units, self.places, strict=True)):
@@ -205,6 +206,22 @@ class Plan:
                 _Away(unit, self.main, None if place == HOST or folder is None else folder / str(number))
         nn.Module._apply(model, lambda x: x if x.is_meta else x.to(self.main))
         return model
+
+
+def _parsed(name: str, value: Any) -> Any:
+    """What a text that is JSON says, as from a command line; anything else as it is."""
+    if not (isinstance(value, str) and value.lstrip().startswith("{")):
+        return value
+    try:
+        return json.loads(value)
+    except ValueError as error:
+        raise ConfigError(f"{name} is no JSON: {error}; got {shown(value)}.") from error
+
+
+def _computing() -> torch.device:
+    """The device that computes where nobody names one."""
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return torch.device(_device(found or HOST))
 
 
 def _layers(backbone: Backbone) -> list[Sequence[nn.Module]]:
@@ -319,9 +336,9 @@ def _device(name: Any) -> str:
     return str(device)
 
 
-def check_whole(model: nn.Module, what: str) -> None:
+def check_whole(model: DiffusionLM, what: str) -> None:
     """Refuse what reads all weights of a model of which some lie elsewhere."""
-    if is_offloaded(model):
+    if model.backbone.is_offloaded:
         raise ConfigError(
             f"{what} needs all weights at once, but some lie elsewhere. Load the model without device_map."
         )

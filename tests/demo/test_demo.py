@@ -293,7 +293,9 @@ def test_a_demo_measures_its_finetunings_at_every_checkpoint_from_the_base_model
 
 
 def test_at_one_evaluation_the_diffusion_model_is_the_base_model(finished):
-    assert "200 of 200 questions." in (finished.folder / "report.md").read_text()
+    report = (finished.folder / "report.md").read_text()
+    assert "200 of 200 questions." in report
+    assert "\nl2d generate" in report  # whoever reads it elsewhere has another path
 
 
 def test_the_demos_checkpoint_loads_and_answers(finished):

@@ -276,6 +276,14 @@ def test_other_values_are_refused_by_name(speculate):
         generate(shared_lm(), speculate=speculate)
 
 
+def test_auto_tries_again_after_a_while():
+    guesses = Guesses(None, 3, 0.25, 1.0)
+    while guesses.count(8):
+        guesses.learn(4, [0])
+    waits = next(number for number in range(1, 1000) if guesses.count(8))
+    assert waits > 5
+
+
 def test_auto_guesses_further_where_guesses_are_right():
     def most(scale):
         model, lengths = near(scale=scale), []
@@ -285,7 +293,7 @@ def test_auto_guesses_further_where_guesses_are_right():
         middle = len(lengths) // 2
         return max(lengths[middle : middle + 8])
 
-    assert most(0.0) > most(3.0) == 1
+    assert most(0.0) > 2 >= most(3.0)  # a single guess now and then
 
 
 def test_a_watermark_that_remembers_is_written_token_by_token():

@@ -152,6 +152,8 @@ def test_what_needs_all_weights_is_refused(folder, tmp_path):
         ({"device_map": "auto", "max_memory": {"cpu": "170KiB"}}, "layers are to lie on the disk"),
         ({"device_map": "auto", "max_memory": {"cpu": "1KiB"}}, "Embeddings, head and one layer take .* Raise max_mem"),
         ({"device_map": "auto", "max_memory": {"cpu": "lots"}}, "max_memory is .*'lots'.* cannot be read"),
+        ({"device_map": "auto", "max_memory": "10GiB"}, "should name devices, such as .*; got '10GiB'"),
+        ({"device_map": "auto", "max_memory": '{"cpu": 1'}, "max_memory is no JSON"),
         ({"device_map": "auto", "max_memory": {"disk": 1}}, "Leave 'disk' out"),
         ({"device_map": {"": "cpu"}, "max_memory": {"cpu": 1}}, "max_memory is for device_map='auto'"),
         ({"max_memory": {"cpu": 1}}, "max_memory is for models with a device_map"),
