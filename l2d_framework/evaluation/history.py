@@ -87,7 +87,7 @@ def draw_histories(histories: Mapping[str, History], path: Path) -> None:
         smooth = smoothed(points)
         if len(smooth) < len(points):
             loss.plot(*_xy(points), color=colour, alpha=0.25, linewidth=0.8)
-        loss.plot(*_xy(smooth), color=colour, linewidth=1.6, label=name)
+        loss.plot(*_xy(smooth), color=colour, linewidth=1.6, marker=_marker(smooth), markersize=4, label=name)
         measured = history.curve("eval_loss")
         loss.plot(*_xy(measured), color=colour, linestyle="--", marker="o", markersize=3)
         held_out.plot(*_xy(measured), color=colour, marker="o", markersize=4)
@@ -95,7 +95,8 @@ def draw_histories(histories: Mapping[str, History], path: Path) -> None:
         if by_time:
             places.add(where)
             times.plot(*_xy(by_time), color=colour, marker="o", markersize=4, label=name)
-        rate.plot(*_xy(history.curve("learning_rate")), color=colour, linewidth=1.6)
+        rates = history.curve("learning_rate")
+        rate.plot(*_xy(rates), color=colour, linewidth=1.6, marker=_marker(rates), markersize=4)
     times.set_title(f"last loss by t, {' or '.join(sorted(places))}" if places else "loss by t")
     loss.set_title("loss (dashed: held out)")
     held_out.set_title("held-out loss")
@@ -118,6 +119,11 @@ def smoothed(points: Points) -> Points:
 
 def _xy(points: list[Any]) -> tuple[list[float], list[float]]:
     return [x for x, _ in points], [y for _, y in points]
+
+
+def _marker(points: Points) -> str:
+    # A line of one point cannot be seen.
+    return "o" if len(points) == 1 else ""
 
 
 def _frame(axes: Axes, x: str, y: str) -> None:

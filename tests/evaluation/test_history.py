@@ -102,3 +102,15 @@ def l2d_plot(tmp_path, monkeypatch):
         return drawn[-1].axes
 
     return draw
+
+
+def test_a_log_of_one_line_can_be_seen(tmp_path):
+    image = pytest.importorskip("matplotlib.image")
+    from l2d_framework.evaluation.plots import COLOURS
+
+    draw_histories({"run": History([{"step": 2, "loss": 4.0, "learning_rate": 1e-4}], "token")}, tmp_path / "a.png")
+    pixels = image.imread(tmp_path / "a.png")[..., :3]
+    wanted = [int(COLOURS[0][i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    height, width = pixels.shape[0] // 2, pixels.shape[1] // 2
+    for panel in (pixels[:height, :width], pixels[height : -height // 4, :width]):
+        assert (abs(panel - wanted).max(-1) < 0.02).sum() > 10
