@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import multiprocessing
 import os
 import socket
 from collections.abc import Iterator
@@ -20,7 +21,7 @@ from l2d_framework.training.run_record import now
 LOCK, HOLDER = ".lock", ".lock.json"
 FILES = {LOCK, HOLDER}
 _PATIENCE = 15.0
-"""Seconds for the children of a dead process, such as workers that load data, to end after it and give up its lock."""
+"""Seconds for the children of a dead process, such as those that load data or train for it, to end after it."""
 _LOGGER = logging.getLogger(__name__)
 
 
@@ -59,7 +60,9 @@ def _held(target: Path, place: Path, holder: Path, option: str) -> Iterator[None
     lock = FileLock(place)
     with _said(target, option):
         _acquire(lock, holder, f"{option} {str(target)!r}")
-        facts = {"pid": os.getpid(), "host": socket.gethostname(), "since": now()}
+        parent = multiprocessing.parent_process()
+        pids = {"pid": os.getpid(), "parent": None if parent is None else parent.pid}
+        facts = {**pids, "host": socket.gethostname(), "since": now()}
         holder.write_text(json.dumps(facts) + "\n", encoding="utf-8")
     try:
         yield
@@ -91,11 +94,11 @@ def _acquire(lock: FileLock, holder: Path, what: str) -> None:
         _LOGGER.warning("%s lies where there are no locks: see to it that only one process writes to it.", what)
     except Timeout:
         known = _read(holder)
-        if known.get("host") == socket.gethostname() and not psutil.pid_exists(int(known["pid"])):
+        if known.get("host") == socket.gethostname() and any(map(_has_ended, known["pids"])):
             with suppress(Timeout):
                 lock.acquire(timeout=_PATIENCE)
                 return
-        who = f"process {known['pid']} on {known['host']!r}, since {known['since']}" if known else "another process"
+        who = f"process {known['pids'][0]} on {known['host']!r}, since {known['since']}" if known else "another process"
         option = what.partition(" ")[0]
         raise BusyError(
             f"{what} is in use by {who}. Wait until it has ended, end it, or choose another {option}."
@@ -105,6 +108,14 @@ def _acquire(lock: FileLock, holder: Path, what: str) -> None:
 def _read(holder: Path) -> dict[str, Any]:
     try:
         found = json.loads(holder.read_text(encoding="utf-8"))
-        return {"pid": int(found["pid"]), "host": str(found["host"]), "since": str(found["since"])}
-    except (OSError, ValueError, KeyError, TypeError):  # it has not written it yet
+        pids = [int(pid) for pid in (found["pid"], found.get("parent")) if pid is not None]
+        return {"pids": pids, "host": str(found["host"]), "since": str(found["since"])}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # it has not written it yet
         return {}
+
+
+def _has_ended(pid: int) -> bool:
+    try:
+        return bool(psutil.Process(pid).status() == psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return True

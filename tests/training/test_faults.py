@@ -321,19 +321,21 @@ def test_a_folder_in_which_another_process_trains_is_refused_by_name_and_free_on
     assert not folder_lock.FILES & {path.name for path in (folder / "out").iterdir()}
 
 
-def test_a_lock_that_children_of_a_dead_process_still_hold_is_waited_for(folder: Path) -> None:
+@pytest.mark.parametrize("is_child", [False, True], ids=["its own", "of its child"])
+def test_a_lock_that_children_of_a_dead_process_still_hold_is_waited_for(folder: Path, is_child: bool) -> None:
     # As older releases of filelock leave it to forked workers.
     source = "import fcntl, sys, time; fcntl.flock(open(sys.argv[1], 'w'), fcntl.LOCK_EX); print(); time.sleep(1)"
     output = folder / "out"
     output.mkdir()
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
-    holder = {"pid": dead.pid, "host": socket.gethostname(), "since": "now"}
-    (output / folder_lock.HOLDER).write_text(json.dumps(holder))
     command = [sys.executable, "-c", source, str(output / folder_lock.LOCK)]
     with subprocess.Popen(command, stdout=subprocess.PIPE) as child:
         assert child.stdout is not None
         child.stdout.readline()
+        pids = {"pid": child.pid, "parent": dead.pid} if is_child else {"pid": dead.pid, "parent": None}
+        facts = {**pids, "host": socket.gethostname(), "since": "now"}
+        (output / folder_lock.HOLDER).write_text(json.dumps(facts))
         with folder_lock.locked(output):
             assert child.wait() == 0
 
