@@ -103,7 +103,7 @@ def test_the_real_command_in_a_clean_environment(new_environment, wheel, reposit
     options = ("--tasks", "gsm8k,mmlu_pro")
     began = time.monotonic()
     missing = environment.run(LM_EVAL, "--model", "l2d", *options, L2D_PRETRAINED="")
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 20
     assert missing.returncode == 2
     assert "pretrained=PATH" in missing.stderr and "L2D_PRETRAINED" in missing.stderr
     for arguments in ((LM_EVAL,), ("-m", "lm_eval")):
