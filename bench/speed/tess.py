@@ -416,7 +416,14 @@ def main(
     behind = {f"backbone, {LENGTH} noised behind {PROMPT:,}": prompt_cases()}
     rows |= measure({**behind, f"{ANSWERS} answers of {ANSWER} tokens": answer_cases(model(SHAPE))}, rounds)
     result = summarize(rows, unit="cpu", memory={}, targets=targets)
-    settings = {"model": SHAPE, "wider_model": WIDER, "model_for_memory": WIDE, "steps_for_memory": STEPS, "rounds": rounds, "run": RUN}
+    settings = {
+        "model": SHAPE,
+        "wider_model": WIDER,
+        "model_for_memory": WIDE,
+        "steps_for_memory": STEPS,
+        "rounds": rounds,
+        "run": RUN,
+    }
     card = {"device": "cpu", "seconds_are": "cpu", "settings": settings, **environment(1), **result}
     card |= {"memory": held, "picking": picking(min(rounds, 5))}
     console = Console()

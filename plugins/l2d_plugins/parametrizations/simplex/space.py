@@ -14,6 +14,7 @@ from l2d_framework.diffusion.rng import categorical
 from l2d_framework.parametrization import Parametrization, ParametrizationConfig
 from l2d_framework.schedule import NoiseLaw
 from l2d_framework.types import Random
+from l2d_plugins.parametrizations.simplex.fused import fused_embedding
 from l2d_plugins.parametrizations.simplex.state import WideState
 
 _CANDIDATES = 256
@@ -121,7 +122,7 @@ def expected_embedding(x: Tensor, table: Tensor, previous: Tensor | None = None,
     """Embeddings expected under softmax(x) mixed with a previous prediction, (B, L, H), in `table`'s type.
 
     All that a network reads of a state goes through here, and of one kept as tokens and seeds no other function needs
-    the numbers. They are made a few positions at a time; a kernel that made them on the fly would replace this one.
+    the numbers. They are made a few positions at a time, or on the fly where a kernel can do that.
 
     Args:
         x: states, (B, L, V); a `WideState` or dense.
@@ -142,6 +143,9 @@ def expected_embedding(x: Tensor, table: Tensor, previous: Tensor | None = None,
 
 
 def _expected(x: Tensor, table: Tensor, previous: Tensor | None, mix: str) -> Tensor:
+    fused = _fused(x, table, previous, mix)
+    if fused is not None:
+        return fused
     now = x.softmax(-1)
     if mix == "none":
         return now.to(table.dtype) @ table
@@ -153,6 +157,19 @@ def _expected(x: Tensor, table: Tensor, previous: Tensor | None, mix: str) -> Te
     else:
         both = _mixed(now, now.new_zeros(1, 1, 1).expand(now.shape), mix).to(table.dtype) @ table
     return 0.5 * both if mix == "mean" else both
+
+
+def _fused(x: Tensor, table: Tensor, previous: Tensor | None, mix: str) -> Tensor | None:
+    """What `_expected` returns, without the state's numbers, where a kernel can do that."""
+    now = fused_embedding(x, table) if mix in ("mean", "sum", "none") else None
+    if now is None or mix == "none":
+        return now
+    if previous is None:
+        before = table.mean(0)
+    else:
+        is_logits = previous.shape[-1] == x.shape[-1]
+        before = previous.float().softmax(-1).to(table.dtype) @ table if is_logits else previous.to(table.dtype)
+    return 0.5 * (now + before) if mix == "mean" else now + before
 
 
 def _mixed(now: Tensor, previous: Tensor, mix: str) -> Tensor:
