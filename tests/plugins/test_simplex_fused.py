@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from l2d_framework.diffusion.logits import dense
+from l2d_framework.training.shapes import Shape
 from l2d_plugins.parametrizations.simplex import fused, state
 from l2d_plugins.parametrizations.simplex.fused import fused_embedding
 from l2d_plugins.parametrizations.simplex.space import expected_embedding
@@ -116,12 +117,26 @@ def test_the_kernel_gives_what_the_plain_way_gives(mix, device, monkeypatch):
         torch.testing.assert_close(one, expected_embedding(x, weights, previous, mix), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("device", ["stand-in"], indirect=True)
+def test_the_kernel_works_in_the_type_of_autocast(device, monkeypatch):
+    x, weights = states(device)["both"], table(device)
+    with torch.autocast(device.type, torch.bfloat16):
+        found = expected_embedding(x, weights)
+        monkeypatch.setattr(fused, "_is_on_gpu", lambda table: False)
+        wanted = expected_embedding(x, weights)
+    assert found.dtype == wanted.dtype == torch.bfloat16
+    torch.testing.assert_close(found, wanted, rtol=2e-2, atol=2e-2)
+
+
 def test_other_states_and_a_gradient_of_the_table_take_the_plain_way(monkeypatch):
     stand_in(monkeypatch, lambda *_: pytest.fail("asked"))
     monkeypatch.setattr(fused, "_is_right", lambda *_: True)
     cpu = torch.device("cpu")
     both, weights = states(cpu)["both"], table(cpu)
     assert fused_embedding(both, weights) is None  # on a CPU
+    monkeypatch.setattr(fused, "find_spec", lambda name: "installed")
+    shape = Shape(torch.empty(V, H, device="meta"), torch.device("cuda"))
+    assert shape.is_cuda and fused_embedding(both, shape) is None  # in a dry run
     monkeypatch.setattr(fused, "_is_on_gpu", lambda table: True)
     assert fused_embedding(dense(both), weights) is None
     assert fused_embedding(both + WideState.normal(torch.ones(B, L, dtype=torch.int64), V, cpu), weights) is None

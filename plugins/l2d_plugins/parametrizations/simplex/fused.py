@@ -16,6 +16,8 @@ from l2d_plugins.parametrizations.simplex.state import WideState
 def fused_embedding(x: Tensor, table: Tensor) -> Tensor | None:
     """softmax(x) @ table, (B, L, H), of a state kept as one noise and one token, where a kernel has shown that it can.
 
+    In the type that the product has elsewhere, under autocast, too.
+
     Args:
         x: states, (B, L, V).
         table: embeddings, (V, H).
@@ -25,6 +27,8 @@ def fused_embedding(x: Tensor, table: Tensor) -> Tensor | None:
     """
     if not isinstance(x, WideState) or not _is_on_gpu(table) or (table.requires_grad and torch.is_grad_enabled()):
         return None
+    if torch.is_autocast_enabled(table.device.type):
+        table = table.to(torch.get_autocast_dtype(table.device.type))
     atoms = x.atoms()
     return _launched(atoms, table) if atoms and _is_right(table.device, len(table), table.dtype) else None
 
