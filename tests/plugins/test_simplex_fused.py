@@ -1,5 +1,7 @@
 """Expected embeddings without the simplex: a kernel that draws the noise itself gives what the plain way gives."""
 
+import os
+import subprocess
 import sys
 from types import ModuleType
 
@@ -64,7 +66,7 @@ def device(request, monkeypatch):
             return torch.device("cuda")
     else:
         stand_in(monkeypatch, expected)
-    monkeypatch.setattr(fused, "_is_on_gpu", lambda table: True)
+    monkeypatch.setattr(fused, "_has_kernel", lambda table: True)
     monkeypatch.setattr(state, "_fill", filled)
     return torch.device("cpu")
 
@@ -112,9 +114,32 @@ def test_the_kernel_gives_what_the_plain_way_gives(mix, device, monkeypatch):
     asked = [(x, previous) for x in states(device).values() for previous in before]
     found = [expected_embedding(x, weights, previous, mix) for x, previous in asked]
     assert fused_embedding(asked[0][0], weights) is not None
-    monkeypatch.setattr(fused, "_is_on_gpu", lambda table: False)
+    monkeypatch.setattr(fused, "_has_kernel", lambda table: False)
     for one, (x, previous) in zip(found, asked, strict=True):
         torch.testing.assert_close(one, expected_embedding(x, weights, previous, mix), rtol=1e-4, atol=1e-5)
+
+
+COMPILED = """
+import triton
+from triton.backends.compiler import GPUTarget
+from l2d_plugins.parametrizations.simplex import kernel
+
+for dtype, precision, capability in (("fp32", "ieee", 80), ("bf16", "tf32", 90)):
+    given = {name: "*i64" for name in ("seeds", "ids")} | {name: "*fp32" for name in ("scales", "heights")}
+    given |= {name: "*" + dtype for name in ("table", "out")}
+    given |= {name: "i32" for name in ("count", "size", "width", "stride")}
+    fixed = {"PRECISION": precision, "ROWS": kernel._ROWS, "PLACES": kernel._PLACES, "COLUMNS": kernel._COLUMNS}
+    source = triton.compiler.ASTSource(kernel._expected, given | dict.fromkeys(fixed, "constexpr"), fixed)
+    made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 8})
+    assert made.asm["cubin"]
+"""
+
+
+def test_the_kernel_compiles_for_gpus_that_need_not_be_here(tmp_path):
+    # The interpreter forgives what a compiler does not, such as a name that only the body of a loop knows.
+    pytest.importorskip("triton")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    subprocess.run([sys.executable, "-c", COMPILED], env={**environment, "TRITON_CACHE_DIR": str(tmp_path)}, check=True)
 
 
 @pytest.mark.parametrize("device", ["stand-in"], indirect=True)
@@ -122,7 +147,7 @@ def test_the_kernel_works_in_the_type_of_autocast(device, monkeypatch):
     x, weights = states(device)["both"], table(device)
     with torch.autocast(device.type, torch.bfloat16):
         found = expected_embedding(x, weights)
-        monkeypatch.setattr(fused, "_is_on_gpu", lambda table: False)
+        monkeypatch.setattr(fused, "_has_kernel", lambda table: False)
         wanted = expected_embedding(x, weights)
     assert found.dtype == wanted.dtype == torch.bfloat16
     torch.testing.assert_close(found, wanted, rtol=2e-2, atol=2e-2)
@@ -137,7 +162,7 @@ def test_other_states_and_a_gradient_of_the_table_take_the_plain_way(monkeypatch
     monkeypatch.setattr(fused, "find_spec", lambda name: "installed")
     shape = Shape(torch.empty(V, H, device="meta"), torch.device("cuda"))
     assert shape.is_cuda and fused_embedding(both, shape) is None  # in a dry run
-    monkeypatch.setattr(fused, "_is_on_gpu", lambda table: True)
+    monkeypatch.setattr(fused, "_has_kernel", lambda table: True)
     assert fused_embedding(dense(both), weights) is None
     assert fused_embedding(both + WideState.normal(torch.ones(B, L, dtype=torch.int64), V, cpu), weights) is None
     assert fused_embedding(both, weights.requires_grad_()) is None

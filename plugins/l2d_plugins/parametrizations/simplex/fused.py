@@ -25,7 +25,7 @@ def fused_embedding(x: Tensor, table: Tensor) -> Tensor | None:
     Returns:
         None on other devices, of other states, and where the table is to get a gradient.
     """
-    if not isinstance(x, WideState) or not _is_on_gpu(table) or (table.requires_grad and torch.is_grad_enabled()):
+    if not isinstance(x, WideState) or not _has_kernel(table) or (table.requires_grad and torch.is_grad_enabled()):
         return None
     if torch.is_autocast_enabled(table.device.type):
         table = table.to(torch.get_autocast_dtype(table.device.type))
@@ -41,7 +41,7 @@ def _launched(atoms: tuple[Tensor, ...], table: Tensor) -> Tensor:
         return expected(seeds, scales, ids, heights, table.contiguous()).view(*atoms[0].shape, -1)
 
 
-def _is_on_gpu(table: Tensor) -> bool:
+def _has_kernel(table: Tensor) -> bool:
     # Shares of a table, or shapes of a dry run, have no memory of their own.
     return table.is_cuda and type(table.data) is Tensor and find_spec("triton") is not None
 

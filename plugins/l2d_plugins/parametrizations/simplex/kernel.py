@@ -5,8 +5,6 @@ on CUDA from the same seed: place i of a tensor with no more places than the GPU
 of Philox's subsequence i (`distribution_elementwise_grid_stride_kernel` of ATen, and `curand_normal4`).
 """
 
-from __future__ import annotations
-
 import torch
 import triton
 import triton.language as tl
@@ -100,4 +98,4 @@ def _expected(  # type: ignore[no-untyped-def]
         sums = sums * shrink[:, None] + tl.dot(mass.to(values.dtype), values, input_precision=PRECISION)
         top = new
     found = out + row[:, None].to(tl.int64) * width + column[None, :]
-    tl.store(found, (sums / total[:, None]).to(values.dtype), mask=is_row[:, None] & is_column[None, :])
+    tl.store(found, sums / total[:, None], mask=is_row[:, None] & is_column[None, :])
