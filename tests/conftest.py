@@ -25,6 +25,8 @@ os.environ.update(
 )
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.pop("L2D_PLUGINS", None)
+if not Path("/dev/nvidiactl").exists():
+    os.environ["TRITON_INTERPRET"] = "1"  # Triton's kernels, where it is installed, then run on the CPU
 
 import shared_folders
 import torch

@@ -51,6 +51,7 @@ SHAPE: dict[str, Any] = {
     "tie_word_embeddings": False,
     "max_position_embeddings": 4096,
 }
+WIDER = {**SHAPE, "hidden_size": 1024, "intermediate_size": 4096}
 WIDE = {**SHAPE, "vocab_size": 128_000, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
 LENGTH, NOISED, CALLS = 128, (128, 96), 3
 LIMITS = {"argmax": 1.3, "nucleus 0.99": 1.15, "nucleus 0.99, confident": 1.15}
@@ -64,7 +65,7 @@ ESTIMATES: dict[str, dict[str, Any]] = {
 }
 """A random model's nucleus has most of the vocabulary; at a low temperature it has a few tokens, as late steps do."""
 PARTS = ("backbone", "lm_head", "vocabulary x embedding")
-OTHERS = ("noise and softmax of the state", "softmax of the prediction", "likeliest tokens")
+OTHERS = ("noise of the state", "noise and softmax of the state", "softmax of the prediction", "likeliest tokens")
 """What a step does besides, of which the floor has nothing."""
 FLOOR = "floor: their sum"
 
@@ -147,9 +148,10 @@ class Steps:
             PARTS[0]: lambda: backbone.features(self.hidden, t, self.positions, self.context, None),
             PARTS[1]: lambda: backbone.head(self.hidden),
             PARTS[2]: lambda: self.mixed @ table,
-            OTHERS[0]: lambda: self.noise.softmax(-1),
-            OTHERS[1]: lambda: self.mixed.softmax(-1),
-            OTHERS[2]: lambda: top_token(self.mixed),
+            OTHERS[0]: self.noise.dense,
+            OTHERS[1]: lambda: self.noise.softmax(-1),
+            OTHERS[2]: lambda: self.mixed.softmax(-1),
+            OTHERS[3]: lambda: top_token(self.mixed),
         }
         return timed(work[name])
 
@@ -196,6 +198,16 @@ def step_cases(reward: str | None) -> dict[str, dict[str, Callable[[], Sample]]]
             guidance = {"name": "reward_gradient", "model": reward}
             group["argmax, reward guidance"] = partial(steps.step, ESTIMATES["argmax"], guidance)
     return found
+
+
+def wider_cases() -> dict[str, Callable[[], Sample]]:
+    """A step of a wider model, of which what a step does besides its floor is a smaller share.
+
+    Returns:
+        Functions that measure once, by name.
+    """
+    steps = Steps(model(WIDER), LENGTH, LENGTH)
+    return {**{name: partial(steps.part, name) for name in PARTS}, "argmax": partial(steps.step, ESTIMATES["argmax"])}
 
 
 def prompt_cases() -> dict[str, Callable[[], Sample]]:
@@ -394,7 +406,8 @@ def main(
         config = LlamaConfig(**SHAPE, num_labels=1, pad_token_id=0)
         LlamaForSequenceClassification(config).save_pretrained(reward)
     samples = measure(step_cases(None if reward is None else str(reward)), rounds)
-    rows = {group: with_floor(row) for group, row in samples.items()}
+    wider = measure({f"{LENGTH} of {LENGTH} noised, width {WIDER['hidden_size']:,}": wider_cases()}, rounds)
+    rows = {group: with_floor(row) for group, row in (samples | wider).items()}
     targets = [(group, "argmax", "cost", LIMITS["argmax"]) for group in rows]
     for group, row in samples.items():
         beside = f"{group}, beside argmax"
@@ -403,7 +416,14 @@ def main(
     behind = {f"backbone, {LENGTH} noised behind {PROMPT:,}": prompt_cases()}
     rows |= measure({**behind, f"{ANSWERS} answers of {ANSWER} tokens": answer_cases(model(SHAPE))}, rounds)
     result = summarize(rows, unit="cpu", memory={}, targets=targets)
-    settings = {"model": SHAPE, "model_for_memory": WIDE, "steps_for_memory": STEPS, "rounds": rounds, "run": RUN}
+    settings = {
+        "model": SHAPE,
+        "wider_model": WIDER,
+        "model_for_memory": WIDE,
+        "steps_for_memory": STEPS,
+        "rounds": rounds,
+        "run": RUN,
+    }
     card = {"device": "cpu", "seconds_are": "cpu", "settings": settings, **environment(1), **result}
     card |= {"memory": held, "picking": picking(min(rounds, 5))}
     console = Console()

@@ -36,6 +36,7 @@ EXTRAS = {
     "tensorboard": "`report_to: [tensorboard]` in run files",
     "zstd": "training texts in .zst files",
     "gguf": "`model.gguf_file` in run files",
+    "kernels": "the loss of training in one kernel, on NVIDIA GPUs",
     "bench": "`l2d bench` and the papers' tasks",
     "torchao": "bases whose weights it quantized",
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -145,7 +146,8 @@ def chunked_cross_entropy(
 ) -> tuple[Tensor, Tensor]:
     """Cross-entropy without ever holding the logits of more than `chunk` positions.
 
-    The gradient of each chunk is taken at once, so that no logits are kept or computed twice, and in their own memory.
+    The gradient of each chunk is taken at once, so that no logits are kept or computed twice, and in their own memory:
+    on CUDA by one kernel of liger-kernel where that is installed.
 
     Args:
         head: maps (1, n, H) to logits (1, n, V).
@@ -186,6 +188,30 @@ def _exponentials(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     return (total.log() + behind)[:, 0], total
 
 
+def _slopes(logits: Tensor, targets: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Cross-entropies, (n,), of logits, (n, V), and gradients of their weighted sum, in the memory of the logits."""
+    if _has_kernel(logits):
+        each, slope = _in_one_kernel(logits, targets)
+        return each, slope if weights is None else slope.mul_(weights[:, None])
+    each, total = _exponentials(logits, targets)
+    weight = torch.ones_like(total) if weights is None else weights[:, None]
+    return each, logits.mul_(weight / total).scatter_add_(-1, targets[:, None], -weight)
+
+
+def _has_kernel(logits: Tensor) -> bool:
+    # What only says that it is on a GPU, as the shapes of a dry run do, has no memory to write to.
+    return type(logits) is Tensor and logits.is_cuda and find_spec("liger_kernel") is not None
+
+
+def _in_one_kernel(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """What `_slopes` returns of weights of one, from liger-kernel, which does it for every head in two passes."""
+    from liger_kernel.ops.cross_entropy import cross_entropy_forward
+
+    # No weights of classes, no token ignored, neither z-loss nor smoothing, no soft cap but the head's own.
+    each, *_, slope = cross_entropy_forward(logits.requires_grad_(), targets, None, -100, 0.0, 0.0, "none", None, False)
+    return each, slope.detach()
+
+
 class _Chunked(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -204,10 +230,8 @@ class _Chunked(torch.autograd.Function):
             with torch.enable_grad():
                 leaf = features[part].detach().clone().requires_grad_()  # lest a head hand it on to be written over
                 made = logits(part, leaf)
-            slope = made.detach()  # a second copy of the logits would be the largest tensor of all
-            each[part], total = _exponentials(slope, targets[part])
-            weight = torch.ones_like(total) if weights is None else weights[part, None]
-            slope.mul_(weight / total).scatter_add_(-1, targets[part, None], -weight)
+            # A second copy of the logits would be the largest tensor of all.
+            each[part], slope = _slopes(made.detach(), targets[part], None if weights is None else weights[part])
             found = torch.autograd.grad(made, [leaf, *parameters], slope, allow_unused=True)
             gradient[part] = found[0]
             for sum_, piece in zip(own, found[1:], strict=True):

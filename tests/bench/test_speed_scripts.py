@@ -48,6 +48,11 @@ def noise(overhead: ModuleType) -> Iterator[ModuleType]:
 
 
 @pytest.fixture(scope="module")
+def kernels(blocks: ModuleType) -> Iterator[ModuleType]:
+    yield from _script("fused")
+
+
+@pytest.fixture(scope="module")
 def batching(speed: ModuleType, blocks: ModuleType) -> Iterator[ModuleType]:
     yield from _script("batching")
 
@@ -227,10 +232,12 @@ def test_a_step_is_measured_with_all_or_some_of_the_canvas_noised(speed_tess):
         assert all(sample.wall > 0 for sample in samples)
 
 
-def test_cases_about_prompts_and_answers_are_measured(speed_tess, monkeypatch):
+def test_cases_about_prompts_answers_and_wider_models_are_measured(speed_tess, monkeypatch):
     monkeypatch.setattr(speed_tess, "SHAPE", {**speed_tess.SHAPE, **TINY})
     monkeypatch.setattr(speed_tess, "CALLS", 1)
+    monkeypatch.setattr(speed_tess, "WIDER", speed_tess.SHAPE)
     cases = speed_tess.prompt_cases() | speed_tess.answer_cases(speed_tess.model(speed_tess.SHAPE))
+    cases |= speed_tess.wider_cases()
     assert all(run().cpu > 0 for run in cases.values())
 
 
@@ -335,6 +342,13 @@ def test_noise_on_a_device_is_numpys_philox(noise, monkeypatch, tmp_path):
     monkeypatch.setattr(noise, "SIZES", (8,))
     noise.main(device="cpu", rounds=1, out=tmp_path / "noise.json")
     assert json.loads((tmp_path / "noise.json").read_text())["cases"]["D 8, batch 64"]["ratio"] > 0
+
+
+def test_what_kernels_save_is_measured_beside_the_plain_way(kernels, tmp_path):
+    kernels.main(device="cpu", size="tiny", rounds=1, out=tmp_path / "fused.json")
+    cases = json.loads((tmp_path / "fused.json").read_text())["cases"]
+    assert len(cases) == 2
+    assert all(case["difference"] == 0 and len(case["samples"]["kernel"]) == 1 for case in cases.values())
 
 
 def test_drafters_are_measured_by_the_text_and_the_evaluations(drafters, monkeypatch, tmp_path):

@@ -1,5 +1,8 @@
 """The denoising loss: what is drawn for an example, and what becomes of it."""
 
+import sys
+from types import ModuleType
+
 import pytest
 import torch
 import toy_components as toys
@@ -17,9 +20,11 @@ from diffusion_models import (
 from torch import nn
 from torch.nn import functional
 
+from l2d_framework.diffusion import loss
 from l2d_framework.diffusion.loss import chunked_cross_entropy, denoising_loss
 from l2d_framework.diffusion.training_noise import NoiseRule, draw
 from l2d_framework.models.diffusion_lm import DiffusionLM
+from l2d_framework.training.shapes import Shape
 from l2d_framework.types import Layout
 from l2d_plugins.schedules.linear import Linear
 
@@ -252,6 +257,50 @@ def test_weights_and_refined_logits_count_in_the_sum_and_its_gradients_whatever_
         close(one, other, 1e-5)
     with torch.no_grad():
         close(chunked_cross_entropy(head, features, targets, **options)[0], total)
+
+
+def written_over(logits, target, weight, ignore_index, z, smoothing, reduction, softcap, return_z_loss):
+    """What liger-kernel's function of that name does with these arguments."""
+    assert (weight, z, smoothing, softcap, return_z_loss) == (None, 0, 0, None, False) and logits.requires_grad
+    losses = functional.cross_entropy(logits.detach(), target, ignore_index=ignore_index, reduction=reduction)
+    logits.data = logits.detach().softmax(-1) - functional.one_hot(target, logits.shape[-1])
+    return losses, None, None, logits
+
+
+@pytest.fixture(params=["stand-in", "liger-kernel"])
+def fused_kernel(request, monkeypatch):
+    if request.param == "liger-kernel":
+        pytest.importorskip("liger_kernel")
+    else:
+        module = ModuleType("liger_kernel.ops.cross_entropy")
+        module.cross_entropy_forward = written_over
+        for name in ("liger_kernel", "liger_kernel.ops", module.__name__):
+            monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setattr(loss, "_has_kernel", lambda logits: True)
+
+
+@pytest.mark.parametrize("weighted", [True, False])
+def test_the_fused_kernel_gives_the_losses_and_gradients_of_the_plain_way(head, weighted, fused_kernel, monkeypatch):
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    head.to(device)
+    features, targets = torch.randn(11, 6, device=device, requires_grad=True), torch.randint(50, (11,), device=device)
+    options = {"chunk": 4, "weights": torch.rand(11, device=device) if weighted else None}
+
+    def found():
+        total, losses = chunked_cross_entropy(head, features, targets, **options)
+        return [total.detach(), losses, *torch.autograd.grad(3 * total, [features, *head.parameters()])]
+
+    fused = found()
+    monkeypatch.setattr(loss, "_has_kernel", lambda logits: False)
+    for one, other in zip(fused, found(), strict=True):
+        close(one, other, 1e-5)
+
+
+def test_no_kernel_is_asked_on_a_cpu_or_about_shapes_without_numbers(monkeypatch):
+    monkeypatch.setattr(loss, "find_spec", lambda name: "installed")
+    shape = Shape(torch.empty(2, 3, device="meta"), torch.device("cuda"))
+    assert shape.is_cuda
+    assert not loss._has_kernel(shape) and not loss._has_kernel(torch.empty(2, 3))
 
 
 class Late(Linear):

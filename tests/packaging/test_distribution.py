@@ -114,10 +114,11 @@ def test_every_dependency_has_a_tested_version(repository):
     assert {re.split(r"[\[>]", requirement)[0] for requirement in required} - {"l2d-bench"} <= tested
 
 
-def test_extra_all_is_every_extra_but_three(repository):
-    # MAUVE is under the GPL, torchao slows every start of transformers, and the benchmarks are not for everybody.
+def test_extra_all_is_every_extra_but_four(repository):
+    # MAUVE is under the GPL, torchao slows every start of transformers, the benchmarks are not for everybody, and the
+    # kernels are for machines with a GPU.
     extras = tomllib.loads((repository / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    everything = ",".join(name for name in extras if name not in ("all", "text-metrics", "torchao", "bench"))
+    everything = ",".join(name for name in extras if name not in ("all", "text-metrics", "torchao", "kernels", "bench"))
     assert extras["all"] == [f"l2d-framework[{everything}]"]
 
 

@@ -14,8 +14,10 @@ from l2d_framework.diffusion.rng import categorical
 from l2d_framework.parametrization import Parametrization, ParametrizationConfig
 from l2d_framework.schedule import NoiseLaw
 from l2d_framework.types import Random
+from l2d_plugins.parametrizations.simplex.fused import fused_embedding
 from l2d_plugins.parametrizations.simplex.state import WideState
 
+_LINEAR = "mean", "sum", "none"
 _CANDIDATES = 256
 _MARGIN = 1e-5
 
@@ -121,7 +123,7 @@ def expected_embedding(x: Tensor, table: Tensor, previous: Tensor | None = None,
     """Embeddings expected under softmax(x) mixed with a previous prediction, (B, L, H), in `table`'s type.
 
     All that a network reads of a state goes through here, and of one kept as tokens and seeds no other function needs
-    the numbers. They are made a few positions at a time; a kernel that made them on the fly would replace this one.
+    the numbers. They are made a few positions at a time, or on the fly where a kernel can do that.
 
     Args:
         x: states, (B, L, V); a `WideState` or dense.
@@ -134,25 +136,39 @@ def expected_embedding(x: Tensor, table: Tensor, previous: Tensor | None = None,
         The embeddings.
     """
     rows, length, size = x.shape
-    parts = [
-        _expected(x[:, part], table, None if previous is None else previous[:, part], mix)
-        for part in pieces(rows, length, size)
-    ]
+    now = fused_embedding(x, table) if mix in _LINEAR else None
+    parts = []
+    for part in pieces(rows, length, size):
+        before = None if previous is None else previous[:, part]
+        if now is None:
+            parts.append(_expected(x[:, part], table, before, mix))
+        else:
+            parts.append(_beside(now[:, part], table, before, mix))
     return torch.cat(parts, 1)
 
 
 def _expected(x: Tensor, table: Tensor, previous: Tensor | None, mix: str) -> Tensor:
     now = x.softmax(-1)
-    if mix == "none":
-        return now.to(table.dtype) @ table
-    if previous is not None and previous.shape[-1] == x.shape[-1]:
+    if previous is not None and previous.shape[-1] == x.shape[-1] and mix != "none":
         both = _mixed(now, previous, mix).to(table.dtype) @ table
-    elif mix in ("mean", "sum"):
-        before = table.mean(0) if previous is None else previous
-        both = now.to(table.dtype) @ table + before.to(table.dtype)
+    elif mix in _LINEAR:
+        return _beside(now.to(table.dtype) @ table, table, previous, mix)
     else:
         both = _mixed(now, now.new_zeros(1, 1, 1).expand(now.shape), mix).to(table.dtype) @ table
     return 0.5 * both if mix == "mean" else both
+
+
+def _beside(now: Tensor, table: Tensor, previous: Tensor | None, mix: str) -> Tensor:
+    """What `_expected` returns of a state whose expected embeddings alone, (B, L, H), are known."""
+    if mix == "none":
+        return now
+    if previous is None:
+        before = table.mean(0)
+    elif previous.shape[-1] == len(table):
+        before = previous.float().softmax(-1).to(table.dtype) @ table
+    else:
+        before = previous.to(table.dtype)
+    return 0.5 * (now + before) if mix == "mean" else now + before
 
 
 def _mixed(now: Tensor, previous: Tensor, mix: str) -> Tensor:

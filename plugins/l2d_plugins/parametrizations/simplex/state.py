@@ -63,6 +63,13 @@ class WideState(Tensor):
         """All its numbers, (B, L, D), float32."""
         return self._filled(lambda place, state: place.add_(state.level[..., None]))
 
+    def atoms(self) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
+        """Seeds, their weights, tokens and theirs, each (B, L), of a state of at most one noise and one token."""
+        found = {type(atom): (atom.ids, weight) for atom, weight in self.parts}
+        nothing = torch.zeros_like(self.level, dtype=torch.int64), torch.zeros_like(self.level)
+        single = *found.get(_Normals, nothing), *found.get(_Tokens, nothing)
+        return single if len(found) == len(self.parts) else None
+
     def _softmax(self) -> Tensor:
         # No level: what all components share does not change their softmax.
         return self._filled(lambda place, _: torch.softmax(place, -1, out=place))
