@@ -113,9 +113,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(
-    ("name", "processes"), [("ddp.yaml", 2), ("fsdp2.yaml", 2), ("fsdp2_keep.yaml", 2), ("fsdp2.yaml", 4)]
+    ("name", "processes"),
+    [*(("ddp.yaml", 2), ("fsdp2.yaml", 2), ("fsdp2_keep.yaml", 2), ("fsdp2.yaml", 4)), ("zero1.yaml", 2), ("zero2.yaml", 2)],
 )
 def test_every_kind_of_training_gives_the_losses_of_one_process_under_each_configuration(folder, name, processes):
+    if name.startswith("zero"):
+        pytest.importorskip("deepspeed")
     which = f"{Path(name).stem}-{processes}"
     runs = every_kind(folder, which)
     launch(with_accelerate(name, processes), folder / f"{which}.json", runs)
