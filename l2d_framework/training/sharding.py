@@ -53,8 +53,8 @@ def check(training: Updates) -> None:
             "divided over all processes, and with FSDP2 so are weights."
         )
     if zero.is_asked_for():
-        zero.check(training)
         check_micro_batch(training)
+        zero.check(training)
     if not is_asked_for():
         return
     version = os.environ.get("FSDP_VERSION", "1")
@@ -75,7 +75,7 @@ def check_micro_batch(training: Updates) -> None:
     """Refuse a micro-batch whose size is still to be found out."""
     if training.micro_batch_size == "auto":
         raise ConfigError(
-            "training.micro_batch_size is 'auto', but where weights are in shares a process that is out of memory "
+            "training.micro_batch_size is 'auto', but where anything is in shares a process that is out of memory "
             "would leave the others waiting for its share. Set a number."
         )
 

@@ -26,8 +26,6 @@ OLDEST = "0.19.8"
 """Oldest DeepSpeed that was run. Others may take steps whose gradients are no numbers, also in float32."""
 
 _ASKED = "ACCELERATE_USE_DEEPSPEED"
-_STAGE = "ACCELERATE_DEEPSPEED_ZERO_STAGE"
-_CLIPPING = "ACCELERATE_GRADIENT_CLIPPING"
 _UNSERVED = {
     "ACCELERATE_DEEPSPEED_CONFIG_FILE": ("deepspeed_config_file", "Name zero_stage under deepspeed_config instead"),
     "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": ("offload_optimizer_device", "Set it to none"),
@@ -45,17 +43,17 @@ def check(training: Updates) -> None:
     stage = _stage()
     if stage == "3":
         raise ConfigError(
-            "zero_stage is 3 in accelerate's configuration, which is not supported: DeepSpeed gathers a weight for the "
-            "one module that it is found in, but in a diffusion path several modules run with the same weights. Launch "
-            "with FSDP2 (fsdp2.yaml), which shares out the same, or set it to 1 or 2."
+            "zero_stage is 3 in accelerate's configuration, which is not supported: DeepSpeed gathers a weight for one "
+            "module, but a diffusion path runs several modules with the same weights. Launch with FSDP2 (fsdp2.yaml), "
+            "which shares out the same, or set it to 1 or 2."
         )
     if stage not in ("1", "2"):
         raise ConfigError(f"zero_stage is {stage} in accelerate's configuration. Set it to 1 or 2.")
     for variable, (name, advice) in _UNSERVED.items():
         if (value := os.environ.get(variable, "none")).lower() != "none":
             raise ConfigError(f"{name} is {value!r} in accelerate's configuration, which is not supported. {advice}.")
-    clipping = os.environ.get(_CLIPPING, "auto")
-    if clipping not in ("auto", "none") and float(clipping) != training.max_grad_norm:
+    clipping = os.environ.get("ACCELERATE_GRADIENT_CLIPPING", "none")
+    if clipping not in ("none", "auto", str(training.max_grad_norm)):
         raise ConfigError(
             f"gradient_clipping is {clipping} in accelerate's configuration, but training.max_grad_norm is "
             f"{training.max_grad_norm}. Leave it out there: the run file says where gradients are clipped."
@@ -72,7 +70,7 @@ def check(training: Updates) -> None:
 
 
 def _stage() -> str:
-    return os.environ.get(_STAGE, "2")
+    return os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
 
 
 @contextmanager
@@ -118,7 +116,7 @@ def adopt(accelerator: Accelerator, max_grad_norm: float) -> bool:
             engine.backward(loss * sound)
 
         @contextmanager
-        def no_sync(_: nn.Module) -> Iterator[None]:
+        def no_sync(*_: Any, **__: Any) -> Iterator[None]:
             engine.set_gradient_accumulation_boundary(False)
             yield
             engine.set_gradient_accumulation_boundary(True)
@@ -161,7 +159,9 @@ class ZeroOptimizer(AcceleratedOptimizer):  # type: ignore[misc]  # accelerate h
         ]
         state = {
             number: {
-                name: value.to("cpu", copy=True) if name == "step" else safe_get_full_optimizer_state(parameter, name).cpu()
+                name: value.to("cpu", copy=True)
+                if name == "step"
+                else safe_get_full_optimizer_state(parameter, name).cpu()
                 for name, value in known.items()
             }
             for number, parameter in enumerate(parameter for group in self._groups for parameter in group)

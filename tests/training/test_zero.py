@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ import process_jobs
 import pytest
 import tiny_runs
 
-from l2d_framework.config import parse_run
+from l2d_framework.config import TrainingSection, parse_run
+from l2d_framework.errors import ConfigError
 from l2d_framework.training import zero
 from l2d_framework.training.run import train_runs
 
@@ -28,6 +30,21 @@ def test_only_the_frameworks_below_do_not_see_what_the_launcher_asks_for(monkeyp
     with zero.unseen():
         pass
     assert "ACCELERATE_USE_DEEPSPEED" not in os.environ
+
+
+@pytest.mark.parametrize("found", ["", "0.18.4"])
+def test_a_deepspeed_that_is_missing_or_too_old_is_refused(monkeypatch: pytest.MonkeyPatch, found: str) -> None:
+    def version(_: str) -> str:
+        if not found:
+            raise PackageNotFoundError
+        return found
+
+    monkeypatch.setattr(zero, "version", version)
+    message = f"of which {found or 'nothing'} is installed. Install deepspeed>={zero.OLDEST}, or launch with FSDP2"
+    with pytest.raises(ConfigError, match=message):
+        zero.check(TrainingSection())
+    monkeypatch.setattr(zero, "version", lambda _: zero.OLDEST)
+    zero.check(TrainingSection())
 
 
 @pytest.mark.slow
@@ -59,6 +76,9 @@ def test_processes_leave_out_stop_and_go_on_whatever_the_layout_before_and_after
     ended = {name: [int((tmp_path / f"{name}_{rank}").read_text()) for rank in (0, 1)] for name in faults}
     assert ended == {"skip": [0, 0], "stop": [3, 3], "signal": [143, 143]}
     assert json.loads((tmp_path / "skip" / "run.json").read_text())["result"]["skipped_updates"] == 1
+    own = [int((tmp_path / f"moments_{rank}").read_text()) for rank in (0, 1)]
+    trained = json.loads((tmp_path / "begun" / "run.json").read_text())["parameters"]["trainable"]
+    assert trained <= sum(own) <= trained + 32 and max(own) < 0.6 * trained  # filled up so that they are equal
     train_runs([parse_run(faults["signal"])])  # in one process
     wanted = tiny_runs.losses(tmp_path / "one")
     for name in ("begun", "signal"):
