@@ -1,4 +1,4 @@
-"""Optimizer states and gradients in shares as DeepSpeed makes them (ZeRO stages 1 and 2), where the launcher asks for it.
+"""Optimizer states and gradients in shares as DeepSpeed makes them: ZeRO stages 1 and 2, where the launcher asks.
 
 Of DeepSpeed only the engine is used. For accelerate and transformers the run is one of plain data parallelism, so the
 run file alone says how large batches are, where gradients are clipped and in what is computed.
@@ -64,8 +64,8 @@ def check(training: Updates) -> None:
         found = ""
     if not found or Version(found) < Version(OLDEST):
         raise ConfigError(
-            f"The launcher asks for DeepSpeed, of which {found or 'nothing'} is installed. Install deepspeed>={OLDEST}, "
-            "or launch with FSDP2 (fsdp2_keep.yaml)."
+            f"The launcher asks for DeepSpeed, of which {found or 'nothing'} is installed. Install "
+            f"deepspeed>={OLDEST}, or launch with FSDP2 (fsdp2_keep.yaml)."
         )
 
 
@@ -157,16 +157,16 @@ class ZeroOptimizer(AcceleratedOptimizer):  # type: ignore[misc]  # accelerate h
             group | {"params": [next(numbers) for _ in parameters]}
             for group, parameters in zip(inner.param_groups, self._groups, strict=True)
         ]
+
+        def whole(parameter: nn.Parameter, name: str) -> Tensor:
+            found: Tensor = known[name] if name == "step" else safe_get_full_optimizer_state(parameter, name)
+            return found.to("cpu", copy=True)  # each parameter counts its own steps
+
+        parameters = [parameter for group in self._groups for parameter in group]
         state = {
-            number: {
-                name: value.to("cpu", copy=True)
-                if name == "step"
-                else safe_get_full_optimizer_state(parameter, name).cpu()
-                for name, value in known.items()
-            }
-            for number, parameter in enumerate(parameter for group in self._groups for parameter in group)
+            number: {name: whole(parameter, name) for name in known} for number, parameter in enumerate(parameters)
         }
-        return {"state": state if known else {}, "param_groups": groups}
+        return {"state": state, "param_groups": groups}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -225,7 +225,7 @@ ZERO = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "
         (
             {**ZERO, "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"},
             {},
-            "zero_stage is 3 .*Launch with FSDP2.*or set it to 1 or 2",
+            "zero_stage is 3 .*Launch with FSDP2.*or set it to 1",
         ),
         ({**ZERO, "ACCELERATE_DEEPSPEED_ZERO_STAGE": "0"}, {}, "zero_stage is 0 .*Set it to 1 or 2"),
         ({**ZERO, "ACCELERATE_DEEPSPEED_CONFIG_FILE": "ds.json"}, {}, "config_file is 'ds.json' .*Name zero_stage"),

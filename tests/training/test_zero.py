@@ -22,9 +22,8 @@ LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--loca
 
 def test_only_the_frameworks_below_do_not_see_what_the_launcher_asks_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    with pytest.raises(KeyError), zero.unseen():
+    with zero.unseen():
         assert not zero.is_asked_for()
-        raise KeyError
     assert zero.is_asked_for()
     monkeypatch.delenv("ACCELERATE_USE_DEEPSPEED")
     with zero.unseen():
