@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from transformers import TrainingArguments
@@ -12,7 +12,9 @@ from transformers import TrainingArguments
 from l2d_framework.config import TrainingSection
 from l2d_framework.config.sections import Updates
 from l2d_framework.errors import ConfigError
-from l2d_framework.training import sharding
+from l2d_framework.training import sharding, zero
+
+Arguments = TypeVar("Arguments", bound=TrainingArguments)
 
 
 def make_arguments(training: TrainingSection, output: Path, *, seed: int) -> TrainingArguments:
@@ -20,8 +22,11 @@ def make_arguments(training: TrainingSection, output: Path, *, seed: int) -> Tra
 
     What this package does itself, such as the learning rate, is left at transformers' defaults.
     """
-    arguments = TrainingArguments(
-        **common_arguments(training, output, seed),
+    arguments = fill(
+        TrainingArguments,
+        training,
+        output,
+        seed,
         save_strategy="steps",
         metric_for_best_model="eval_loss",
         greater_is_better=False,
@@ -38,23 +43,25 @@ def make_arguments(training: TrainingSection, output: Path, *, seed: int) -> Tra
     return arguments
 
 
-def common_arguments(training: Updates, output: Path, seed: int) -> dict[str, Any]:
-    """Arguments of every kind of training; refuses what cannot be trained as the launcher asks."""
+def fill(kind: type[Arguments], training: Updates, output: Path, seed: int, **own: Any) -> Arguments:
+    """Arguments of some kind of training; refuses what cannot be trained as the launcher asks."""
     sharding.check(training)
-    return {
-        "output_dir": str(output),
-        "run_name": output.name,  # what trackers call it
-        "seed": seed,
-        "use_cpu": not torch.accelerator.is_available(),
-        "bf16": training.bf16,
-        "max_grad_norm": training.max_grad_norm,
-        "logging_steps": training.logging_steps,
-        "logging_nan_inf_filter": False,
-        "report_to": training.report_to or "none",
-        "dataloader_pin_memory": torch.cuda.is_available(),
-        "disable_tqdm": True,
-        "ddp_timeout": 24 * 3600,  # the other processes wait while the first one tokenizes
-    }
+    with zero.unseen():
+        return kind(
+            output_dir=str(output),
+            run_name=output.name,  # what trackers call it
+            seed=seed,
+            use_cpu=not torch.accelerator.is_available(),
+            bf16=training.bf16,
+            max_grad_norm=training.max_grad_norm,
+            logging_steps=training.logging_steps,
+            logging_nan_inf_filter=False,
+            report_to=training.report_to or "none",
+            dataloader_pin_memory=torch.cuda.is_available(),
+            disable_tqdm=True,
+            ddp_timeout=24 * 3600,  # the other processes wait while the first one tokenizes
+            **own,
+        )
 
 
 def divide_batch(arguments: TrainingArguments, training: Updates) -> None:

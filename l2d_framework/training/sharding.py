@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 
 from l2d_framework.config.sections import Updates
 from l2d_framework.errors import ConfigError
+from l2d_framework.training import zero
 
 Units = Callable[[nn.Module], Sequence[Sequence[nn.Module]]]
 """Modules of a model whose weights are gathered together, as in `Backbone.units`."""
@@ -46,17 +47,14 @@ def check(training: Updates) -> None:
             f"mixed_precision is {precision!r} in accelerate's configuration, but training.bf16 is "
             f"{str(training.bf16).lower()}. Set it to 'no' there: the run file says in what is computed."
         )
-    if _is_true("ACCELERATE_USE_DEEPSPEED"):
-        raise ConfigError(
-            "Training under DeepSpeed is not supported: it takes the step inside its backward pass, before an update "
-            "that is no number can be left out, and its checkpoints fit one number of processes. Launch with FSDP2, "
-            "which shares out the same: fsdp_reshard_after_forward true is ZeRO stage 3, false stage 2."
-        )
     if _is_true("ACCELERATE_USE_PARALLELISM_CONFIG"):
         raise ConfigError(
             "accelerate's configuration has a parallelism_config, which is not supported. Remove it: batches are "
             "divided over all processes, and with FSDP2 so are weights."
         )
+    if zero.is_asked_for():
+        check_micro_batch(training)
+        zero.check(training)
     if not is_asked_for():
         return
     version = os.environ.get("FSDP_VERSION", "1")
@@ -77,7 +75,7 @@ def check_micro_batch(training: Updates) -> None:
     """Refuse a micro-batch whose size is still to be found out."""
     if training.micro_batch_size == "auto":
         raise ConfigError(
-            "training.micro_batch_size is 'auto', but where weights are in shares a process that is out of memory "
+            "training.micro_batch_size is 'auto', but where anything is in shares a process that is out of memory "
             "would leave the others waiting for its share. Set a number."
         )
 
@@ -216,6 +214,8 @@ def whole(model: nn.Module, *, reads: bool) -> Iterator[None]:
 def whole_state(optimizer: Optimizer) -> dict[str, Any]:
     """An optimizer's state as one process alone would have it; every process must ask."""
     state = optimizer.state_dict()
+    if isinstance(optimizer, zero.ZeroOptimizer):
+        return state
     return state | {
         "state": {
             number: {
@@ -228,6 +228,9 @@ def whole_state(optimizer: Optimizer) -> dict[str, Any]:
 
 def load_state(optimizer: Optimizer, state: dict[str, Any]) -> None:
     """Take this process's share of a state that `whole_state` or one process alone has written."""
+    if isinstance(optimizer, zero.ZeroOptimizer):
+        optimizer.load_state_dict(state)
+        return
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     shares = {
         number: {name: _share_like(value, parameters[number]) for name, value in known.items()}

@@ -28,7 +28,7 @@ from l2d_framework.config import TrainingSection
 from l2d_framework.config.sections import Updates
 from l2d_framework.errors import DataError, DivergedError, L2DError, OutputError
 from l2d_framework.opening import open_model
-from l2d_framework.training import sharding
+from l2d_framework.training import sharding, zero
 from l2d_framework.training.arguments import learning_rate, total_steps
 from l2d_framework.training.data.collate import IGNORED, Collator
 from l2d_framework.training.data.prepare import PreparedData
@@ -73,8 +73,10 @@ class ResumableTrainer(transformers.Trainer):
 
     @override
     def create_accelerator_and_postprocess(self) -> None:
-        super().create_accelerator_and_postprocess()
+        with zero.unseen():
+            super().create_accelerator_and_postprocess()
         self.is_fsdp_enabled = sharding.adopt(self.accelerator, self._units)
+        self._in_shares = zero.adopt(self.accelerator, self.training.max_grad_norm) or self.is_fsdp_enabled
 
     @override
     def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> LambdaLR:
@@ -246,7 +248,7 @@ class ResumableTrainer(transformers.Trainer):
 
     @override
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if not self.is_fsdp_enabled:
+        if not self._in_shares:
             return super()._save_optimizer_and_scheduler(output_dir)
         optimizer, scheduler = self._stateful()
         state = sharding.whole_state(optimizer)
@@ -256,7 +258,7 @@ class ResumableTrainer(transformers.Trainer):
 
     @override
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if not self.is_fsdp_enabled or checkpoint is None:
+        if not self._in_shares or checkpoint is None:
             return super()._load_optimizer_and_scheduler(checkpoint)
         states = [torch.load(Path(checkpoint) / name, map_location="cpu") for name in (OPTIMIZER_NAME, SCHEDULER_NAME)]
         optimizer, scheduler = self._stateful()

@@ -88,6 +88,17 @@ class Shares(TrainerCallback):
         self.found["most gathered"] = max(self.gathered)
 
 
+class Moments(TrainerCallback):
+    """Writes how many numbers a process has of the running means of gradients."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        means = [known["exp_avg"].numel() for known in kwargs["optimizer"].state.values()]
+        self.file.write_text(str(sum(means)))
+
+
 def evaluated(tasks: str, model: str) -> tuple[Any, int]:
     """Results and answers of all tasks in a folder, None but in the first process; the tokens that this one wrote."""
     import lm_eval.tasks
@@ -125,7 +136,7 @@ def main() -> None:
         train_runs([parse_run(run)])
     Denoiser.forward = _FORWARD  # type: ignore[method-assign]
     for run in jobs.get("plain", []):
-        train_runs([parse_run(run)])
+        train_runs([parse_run(run)], callbacks=lambda _: [Moments(file.parent / f"moments_{rank}")])
     # From here on as if accelerate's launcher had been told to use FSDP2.
     os.environ.update(ACCELERATE_USE_FSDP="true", FSDP_VERSION="2")
     if "mixed" in jobs:

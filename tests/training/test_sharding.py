@@ -25,6 +25,8 @@ from l2d_framework.training.run import train_runs
 
 LAUNCH = Path(l2d_framework.__file__).parent / "launch"
 QUICK = {"max_steps": 4, "save_steps": 4, "eval_steps": 2}
+FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+ZERO2 = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}
 
 
 def launch(command: list[str], run_file: Path, stages: list[dict[str, Any]], **environment: str) -> None:
@@ -113,9 +115,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(
-    ("name", "processes"), [("ddp.yaml", 2), ("fsdp2.yaml", 2), ("fsdp2_keep.yaml", 2), ("fsdp2.yaml", 4)]
+    ("name", "processes"),
+    [
+        *(("ddp.yaml", 2), ("fsdp2.yaml", 2), ("fsdp2_keep.yaml", 2), ("fsdp2.yaml", 4)),
+        ("zero1.yaml", 2),
+        ("zero2.yaml", 2),
+    ],
 )
 def test_every_kind_of_training_gives_the_losses_of_one_process_under_each_configuration(folder, name, processes):
+    if name.startswith("zero"):
+        pytest.importorskip("deepspeed")
     which = f"{Path(name).stem}-{processes}"
     runs = every_kind(folder, which)
     launch(with_accelerate(name, processes), folder / f"{which}.json", runs)
@@ -135,8 +144,14 @@ def test_every_kind_of_training_gives_the_losses_of_one_process_under_each_confi
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("data", [{}, {"max_length": 64, "pad_to": 64}], ids=["as_trl", "as_guided"])
-def test_reward_training_in_shares_gives_the_losses_of_one_process(folder, data):
+@pytest.mark.parametrize(
+    ("data", "shares"),
+    [({}, FSDP2), ({"max_length": 64, "pad_to": 64}, FSDP2), ({}, ZERO2)],
+    ids=["as_trl", "as_guided", "zero"],
+)
+def test_reward_training_in_shares_gives_the_losses_of_one_process(folder, tmp_path, data, shares):
+    if shares is ZERO2:
+        pytest.importorskip("deepspeed")
     draw = [
         {"prompt": f"q{n}", "chosen": f"good {'x' * (n % 3)}", "rejected": f"bad {'x' * (n % 4)}"} for n in range(24)
     ]
@@ -149,12 +164,10 @@ def test_reward_training_in_shares_gives_the_losses_of_one_process(folder, data)
             "model": {"base": str(folder / "base")},
             "data": {"train": [{"path": str(folder / "pairs.jsonl")}], "eval_fraction": 0.3, "max_length": 64, **data},
             "training": training,
-            "output_dir": str(folder / f"{which}-{len(data)}"),
+            "output_dir": str(tmp_path / which),
         }
 
-    train_reward(parse_run(run("reward_one", 2)))
+    train_reward(parse_run(run("one", 2)))
     command = ["torch.distributed.run", "--standalone", "--local-addr=127.0.0.1", "--nproc-per-node=2"]
-    shares = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
-    launch(command, folder / "reward.json", [run("reward_two", 1)], **shares)
-    one, two = (losses(folder / f"reward_{which}-{len(data)}") for which in ("one", "two"))
-    assert two == pytest.approx(one, rel=1e-5)
+    launch(command, tmp_path / "run.json", [run("two", 1)], **shares)
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)

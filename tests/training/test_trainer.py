@@ -216,12 +216,22 @@ def test_a_batch_that_does_not_divide_is_refused(tmp_path: Path, monkeypatch: py
 
 
 SHARES = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+ZERO = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}
 
 
 @pytest.mark.parametrize(
     ("variables", "training", "message"),
     [
-        ({"ACCELERATE_USE_DEEPSPEED": "true"}, {}, "DeepSpeed is not supported.*Launch with FSDP2"),
+        (
+            {**ZERO, "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"},
+            {},
+            "zero_stage is 3 .*Launch with FSDP2.*or set it to 1",
+        ),
+        ({**ZERO, "ACCELERATE_DEEPSPEED_ZERO_STAGE": "0"}, {}, "zero_stage is 0 .*Set it to 1 or 2"),
+        ({**ZERO, "ACCELERATE_DEEPSPEED_CONFIG_FILE": "ds.json"}, {}, "config_file is 'ds.json' .*Name zero_stage"),
+        ({**ZERO, "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "cpu"}, {}, "optimizer_device is 'cpu'.*to none"),
+        ({**ZERO, "ACCELERATE_GRADIENT_CLIPPING": "0.5"}, {}, "clipping is 0.5 .*max_grad_norm is 1.0. Leave it out"),
+        (ZERO, {"micro_batch_size": "auto"}, "micro_batch_size is 'auto'.*Set a number"),
         ({"ACCELERATE_USE_PARALLELISM_CONFIG": "true"}, {}, "a parallelism_config, .*Remove it"),
         ({"ACCELERATE_MIXED_PRECISION": "bf16"}, {}, "'bf16' in accelerate's.*training.bf16 is false. Set it to 'no'"),
         ({"ACCELERATE_MIXED_PRECISION": "fp16"}, {"bf16": True}, "'fp16' in accelerate's.*training.bf16 is true"),
