@@ -26,7 +26,7 @@ from typing_extensions import override
 from l2d_framework.backbone import stacked
 from l2d_framework.config import TrainingSection
 from l2d_framework.config.sections import Updates
-from l2d_framework.errors import DataError, DivergedError, L2DError, OutputError
+from l2d_framework.errors import DataError, DivergedError, Interrupted, L2DError, OutputError
 from l2d_framework.opening import open_model
 from l2d_framework.training import sharding
 from l2d_framework.training.arguments import learning_rate, total_steps
@@ -350,6 +350,7 @@ class TokenTrainer(ResumableTrainer):
             order = RunOrder(data.train, data.order_seed, steps * training.batch_size)
         self._stream = order if isinstance(order, RunStream) else None
         self._ahead: Mapping[int, Place] = {}
+        self._is_out_of_data = False
         multiple = arguments.per_device_eval_batch_size * arguments.world_size if arguments.world_size > 1 else 1
         self.training, self.learner, self.output = training, learner, Path(str(arguments.output_dir))
         self._rows = None if self._stream else len(data.train)
@@ -359,7 +360,7 @@ class TokenTrainer(ResumableTrainer):
             data_collator=collate,
             train_dataset=order,
             eval_dataset=None if data.eval is None else HeldOut(data.eval, multiple),
-            callbacks=[Boundaries(lambda: self.ended_by, self._end_update, self._is_unsaved_failure), *callbacks],
+            callbacks=[Boundaries(lambda: self.ended_by, self._end_update, self._is_unsaved_end), *callbacks],
         )
         self.remove_callback(PrinterCallback)
         self.model_accepts_loss_kwargs = self.loss_is_scaled_for_ga = True
@@ -489,26 +490,29 @@ class TokenTrainer(ResumableTrainer):
         if self._stream is not None:
             if tokens[2]:
                 failures = gather_object([portions[0].failure])
-                self.failure = next(failure for failure in failures if failure is not None)
-                self.control.should_training_stop = True
+                # None where a signal came while it was waited for.
+                self.failure = next((failure for failure in failures if failure is not None), None)
+                self._is_out_of_data = self.control.should_training_stop = True
                 return [], tokens[0]
             self._ahead = portions[0].places
         self._begin(batches)
         self._tokens = self._tokens.to(device) + tokens[:2]
         return batches, tokens[0]
 
-    @staticmethod
-    def _read(portions: Iterator[Portion]) -> Portion:
+    def _read(self, portions: Iterator[Portion]) -> Portion:
         try:
-            return next(portions)
+            with self.interruption.reading() if self.interruption else nullcontext():
+                return next(portions)
+        except Interrupted:
+            return Portion(None, {})
         except RuntimeError as error:
             # torch's words where a worker was killed, such as by a system that is out of memory.
             if not str(error).startswith("DataLoader worker"):
                 raise
             return Portion(None, {}, DataError(f"The process that reads the stream has ended: {error}"))
 
-    def _is_unsaved_failure(self) -> bool:
-        return self.failure is not None and self.state.global_step > self._saved
+    def _is_unsaved_end(self) -> bool:
+        return self._is_out_of_data and self.state.global_step > self._saved
 
     @override
     def compute_loss(
@@ -624,9 +628,9 @@ class Boundaries(TrainerCallback):
         self,
         ended_by: Callable[[], int],
         after_update: Callable[[], None] = lambda: None,
-        is_unsaved_failure: Callable[[], bool] = lambda: False,
+        is_unsaved_end: Callable[[], bool] = lambda: False,
     ) -> None:
-        self._ended_by, self._after_update, self._is_unsaved_failure = ended_by, after_update, is_unsaved_failure
+        self._ended_by, self._after_update, self._is_unsaved_end = ended_by, after_update, is_unsaved_end
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Log before saving and at the end."""
@@ -637,5 +641,5 @@ class Boundaries(TrainerCallback):
 
     def on_epoch_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Save and log where there was nothing to read for a further update."""
-        if self._is_unsaved_failure():
+        if self._is_unsaved_end():
             control.should_save = control.should_log = True
