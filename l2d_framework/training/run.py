@@ -32,7 +32,7 @@ from l2d_framework.training.language_model import (
 from l2d_framework.training.learner import Denoiser, Learner
 from l2d_framework.training.run_record import model_card_table
 from l2d_framework.training.run_state import Job, base_tokenizer, output_folder
-from l2d_framework.training.trainer import TokenTrainer
+from l2d_framework.training.token_trainer import TokenTrainer
 from l2d_framework.writing import staged
 
 
