@@ -28,7 +28,7 @@ from l2d_framework.training.trainer import ResumableTrainer
 _LOGGER = logging.getLogger(__name__)
 
 
-class Job(TrainerCallback):
+class RunState(TrainerCallback):
     """A run, how it is launched, and its card: the contents of its `run.json`, kept up to date should it be killed.
 
     While it is entered, no other process can train in its output folder.
