@@ -55,19 +55,13 @@ class Bench:
         """Make the data and check every run, so that nothing is trained in front of a mistake.
 
         Raises:
-            ConfigError: if a run cannot be trained, or the folder cannot be written.
+            ConfigError: if a run cannot be trained.
         """
         import torch
 
         from l2d_framework.config import check_runs
         from l2d_framework.config.parsing import parse_run
 
-        try:
-            self.out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ConfigError(
-                f"{str(self.out)!r} cannot be written ({error.strerror}). Choose another --out."
-            ) from error
         jobs = self.jobs
         pending = unfinished(jobs)
         if pending and self.device == "cuda" and not torch.cuda.is_available():

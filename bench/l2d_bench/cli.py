@@ -86,6 +86,7 @@ def bench(
     from l2d_bench.bench import Bench
     from l2d_bench.files import profile_names, table_ids
     from l2d_bench.pool import Surroundings, quieten
+    from l2d_framework.training.folder_lock import locked
 
     console = Console()
     if listed:
@@ -110,22 +111,23 @@ def bench(
         return
     quieten(made.profile.threads)
     surroundings = Surroundings(workers, made.profile.threads, made.device, Path.cwd(), out / "logs")
-    failures: dict[str, str] = {}
-    code = 0
-    over = _Alarm(None if minutes is None else 60 * minutes - (time.monotonic() - start))
-    # `timeout` and batch systems end a process by this signal.
-    signal.signal(signal.SIGTERM, interrupt)
-    try:
-        with over:
-            made.prepare()
-            failures = _run(console, made, surroundings)
-    except KeyboardInterrupt as stop:
-        what = "The time is over" if over.has_struck else "Interrupted"
-        console.print(f"{what}; the tables hold what there is. The same command goes on.")
-        code = 0 if over.has_struck else getattr(stop, "exit_code", _INTERRUPTED)
-    has_failed = _finish(console, made, failures, _facts(surroundings, time.monotonic() - start))
-    if code or has_failed:
-        raise typer.Exit(code or 1)
+    with locked(out, "--out"):
+        failures: dict[str, str] = {}
+        code = 0
+        over = _Alarm(None if minutes is None else 60 * minutes - (time.monotonic() - start))
+        # `timeout` and batch systems end a process by this signal.
+        signal.signal(signal.SIGTERM, interrupt)
+        try:
+            with over:
+                made.prepare()
+                failures = _run(console, made, surroundings)
+        except KeyboardInterrupt as stop:
+            what = "The time is over" if over.has_struck else "Interrupted"
+            console.print(f"{what}; the tables hold what there is. The same command goes on.")
+            code = 0 if over.has_struck else getattr(stop, "exit_code", _INTERRUPTED)
+        has_failed = _finish(console, made, failures, _facts(surroundings, time.monotonic() - start))
+        if code or has_failed:
+            raise typer.Exit(code or 1)
 
 
 class _Alarm:

@@ -145,13 +145,13 @@ class Resolver:
             named = parse_run(replaced(raw, lambda found: self._name(found, seed)))
         except ConfigError as error:
             raise ConfigError(f"models.{key}, from {model.run}, cannot be used:\n{error}") from error
-        job = f"model-{key}-s{seed}-{digest(named.model_dump(mode='json'))}"
-        output = self._out / "models" / job.removeprefix("model-")
+        job_key = f"model-{key}-s{seed}-{digest(named.model_dump(mode='json'))}"
+        output = self._out / "models" / job_key.removeprefix("model-")
         filled = replaced(raw, lambda found: self._place(found, seed)) | {"output_dir": str(output)}
-        self.jobs[job] = ModelJob(job, f"train {key}, seed {seed}", output, needs, filled)
-        self._models[key, seed] = job
+        self.jobs[job_key] = ModelJob(job_key, f"train {key}, seed {seed}", output, needs, filled)
+        self._models[key, seed] = job_key
         self._open.pop()
-        return job
+        return job_key
 
     def measure_job(self, row: Row, name: str, seed: int) -> str:
         """Key of the job that measures a row in a column.
@@ -189,8 +189,8 @@ class Resolver:
             # In float32 it changes no answer.
             **({} if self._profile.dtype == "float32" else {"batch_size": batch_size}),
         }
-        job = f"{column.measure}-{key}-s{seed}-{digest(identity)}"
-        if job not in self.jobs:
+        job_key = f"{column.measure}-{key}-s{seed}-{digest(identity)}"
+        if job_key not in self.jobs:
             subject = {
                 "path": self._place(Reference("model", key), seed),
                 "options": replaced(options, lambda found: self._place(found, seed)),
@@ -202,9 +202,11 @@ class Resolver:
             measured = replaced(section, lambda found: self._place(found, seed))
             own = row.options | row.column_options.get(name, {})
             words = "".join(f", {option} {value}" for option, value in own.items())
-            title, output = f"{column.measure} of {key}{words}, seed {seed}", self._out / "results" / f"{job}.json"
-            self.jobs[job] = MeasureJob(job, title, output, tuple(dict.fromkeys(needs)), measured, subject, identity)
-        return job
+            title, output = f"{column.measure} of {key}{words}, seed {seed}", self._out / "results" / f"{job_key}.json"
+            self.jobs[job_key] = MeasureJob(
+                job_key, title, output, tuple(dict.fromkeys(needs)), measured, subject, identity
+            )
+        return job_key
 
     @property
     def device(self) -> str:
@@ -238,9 +240,11 @@ class Resolver:
         needs = self._needs(section, seed, f"data.{key}")
         named = replaced(section, lambda found: self._name(found, seed))
         filled = replaced(section, lambda found: self._place(found, seed))
-        job = f"data-{key}-{digest([named, make_maker(section).code()])}"
-        self.jobs[job] = DataJob(job, f"make {key}", self._out / "data" / job.removeprefix("data-"), needs, filled)
-        return job
+        job_key = f"data-{key}-{digest([named, make_maker(section).code()])}"
+        self.jobs[job_key] = DataJob(
+            job_key, f"make {key}", self._out / "data" / job_key.removeprefix("data-"), needs, filled
+        )
+        return job_key
 
     def _name(self, found: Reference, seed: int) -> str:
         """What names an entry wherever it lies."""

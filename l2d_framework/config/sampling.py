@@ -66,25 +66,35 @@ class SamplingSection(Section):
         Instances are taken as they are, so that no plugin need offer their classes.
         """
         user = _request(user)
-        data = self.model_dump(mode="json")
+        own = data = self.model_dump(mode="json")
         if user.get("preset") is not None:
-            kept = {name: data[name] for name in ("guidance", "seed")}
+            kept = {name: own[name] for name in ("guidance", "seed")}
             data = merged(kept, registry().preset(user["preset"]))
         found = _laid_over(data, user)
+        # What nobody asks to change stays the same object.
+        found |= {name: getattr(self, name) for name in ("solver", "guidance") if found[name] is own[name]}
         made: dict[str, Any] = {}
         if _has_instances(found["solver"]):
-            made["solver"], found["solver"] = found["solver"], self.solver.to_json()
+            made["solver"], found["solver"] = found["solver"], None
         if _has_instances(found["guidance"]):
             made["guidance"] = [_made("guidance", entry) for entry in found.pop("guidance")]
-        return complete(parse_sampling(found).model_copy(update=made), parametrization)
+        kind = _open_type(registry()) if "solver" in made else sampling_type(registry())
+        changed = self.model_copy(update=dict(validated(kind, found, "sampling")) | made)
+        return complete(changed, parametrization)
 
 
 @cache
 def sampling_type(plugins: Registry | None) -> type[SamplingSection]:
     """Sampling section whose solver and guidance are unions over plugins, or anything while none are loaded."""
-    guidance: Any = list[component_type(plugins, "guidance")]  # type: ignore[misc]
-    solver = component_type(plugins, "solver")
+    guidance: Any = list[SerializeAsAny[component_type(plugins, "guidance")]]  # type: ignore[misc]
+    solver: Any = SerializeAsAny[component_type(plugins, "solver")]  # type: ignore[misc]
     return specialised(SamplingSection, solver=(solver, ...), guidance=(guidance, Field(default_factory=list)))
+
+
+@cache
+def _open_type(plugins: Registry) -> type[SamplingSection]:
+    """Sampling section that says nothing of its solver."""
+    return specialised(sampling_type(plugins), solver=(None, ...))
 
 
 def component_type(plugins: Registry | None, kind: str) -> Any:
@@ -213,6 +223,8 @@ def _request(user: Mapping[str, Any]) -> dict[str, Any]:
         options["solver"] = _component_data("solver", options["solver"])
     if isinstance(options.get("guidance"), list | tuple):
         options["guidance"] = [_component_data("guidance", entry) for entry in options["guidance"]]
+    elif isinstance(options.get("guidance"), Component):
+        raise ConfigError(f"sampling.guidance: should be a list, got {options['guidance']!r}; put it into one")
     for name, value in options.items():
         if _has_instances(value):
             continue

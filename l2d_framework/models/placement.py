@@ -1,7 +1,6 @@
 """Layers that lie in the host's memory or on the disk until they run, for models larger than the device that computes.
 
-Hooks bring weights in and drop them again. They stand around the units of a backbone, whose weights are read nowhere
-else.
+Weights are brought in and dropped again around the calls of a backbone's units, and are read nowhere else.
 """
 
 from __future__ import annotations
@@ -11,7 +10,8 @@ import os
 import shutil
 import tempfile
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -257,23 +257,33 @@ class _Away:
         for module, mine in zip(unit, slots, strict=True):
             places = [(owner, name, numbers[id(weight)]) for owner, name, weight in mine]
             self._put(self._absent, places)
-            module.register_forward_pre_hook(partial(self._bring, places))
-            module.register_forward_hook(partial(self._drop, places), always_call=True)
+            _run_in(partial(self._here, places), module)
 
-    def _bring(self, places: list[_Place], *_: Any) -> None:
-        self._running.acquire()  # until `_drop`: another thread would take them away
-        numbers = {number for *_, number in places}
-        here = {number: self._stored[number] for number in numbers}
-        self._put({n: _like(self._absent[n], x.detach().to(self._device)) for n, x in here.items()}, places)
-
-    def _drop(self, places: list[_Place], *_: Any) -> None:
-        self._put(self._absent, places)
-        self._running.release()
+    @contextmanager
+    def _here(self, places: list[_Place]) -> Iterator[None]:
+        with self._running:  # another thread would take them away
+            try:
+                here = {n: self._stored[n].detach().to(self._device) for n in {number for *_, number in places}}
+                self._put({n: _like(self._absent[n], values) for n, values in here.items()}, places)
+                yield
+            finally:
+                self._put(self._absent, places)
 
     @staticmethod
     def _put(weights: Any, places: list[_Place]) -> None:
         for owner, name, number in places:
             owner[name] = weights[number]
+
+
+def _run_in(context: Callable[[], AbstractContextManager[None]], module: nn.Module) -> None:
+    """Run a module, and its copies, in a context; a subclass of its own, since Ctrl-C passes hooks by."""
+    kind: Any = type(module)
+
+    def call(self: nn.Module, *inputs: Any, **named: Any) -> Any:
+        with context():
+            return kind.__call__(self, *inputs, **named)
+
+    module.__class__ = type(kind.__name__, (kind,), {"__call__": call})
 
 
 _Place = tuple[dict[str, Any], str, int]

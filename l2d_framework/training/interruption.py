@@ -6,6 +6,8 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any, Self
 
@@ -26,7 +28,7 @@ class Interruption:
         """The signal; 0 while there was none."""
         self._before: dict[int, Any] = {}
         self._timer: threading.Timer | None = None
-        self._is_updating = False
+        self._is_updating = self._is_reading = False
         self._process = os.getpid()
 
     def __enter__(self) -> Self:
@@ -54,6 +56,21 @@ class Interruption:
             self._timer.cancel()
             self._timer = None
 
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """Wait for what an update is made of; a signal, also one from before, ends that at once.
+
+        Raises:
+            Interrupted: by the signal.
+        """
+        self._is_reading = True
+        try:
+            if self.signum:
+                raise Interrupted(self.signum)
+            yield
+        finally:
+            self._is_reading = False
+
     def _wait(self) -> None:
         if self._timer is None:
             self._timer = threading.Timer(GRACE, self._end)
@@ -71,6 +88,9 @@ class Interruption:
         self.signum = signum
         if self._is_updating:
             self._wait()
+        if self._is_reading:
+            _say(f"{name_of(signum)}: saving.")
+            raise Interrupted(signum)
         again = ", Ctrl-C once more ends at once" if signum == signal.SIGINT else ""
         _say(f"{name_of(signum)}: saving when this update has ended{again}.")
 

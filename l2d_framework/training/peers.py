@@ -13,6 +13,7 @@ from typing import Any, Self
 
 import torch
 import torch.distributed as dist
+from accelerate.state import PartialState, is_initialized
 
 from l2d_framework.errors import ConfigError
 
@@ -24,7 +25,9 @@ _COUNT = itertools.count()
 
 def own_gpu() -> str:
     """The GPU of this process, which has the number of the process on its machine; refused if there is none."""
-    number, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+    # Once lm_eval serves several processes, LOCAL_RANK is the number of this one among all.
+    number = PartialState().local_process_index if is_initialized() else int(os.environ["LOCAL_RANK"])
+    count = torch.cuda.device_count()
     if number >= count:
         raise ConfigError(
             f"There are more processes on this machine than GPUs, which are {count}. Start {count}, or choose "

@@ -31,8 +31,8 @@ from l2d_framework.training.language_model import (
 )
 from l2d_framework.training.learner import Denoiser, Learner
 from l2d_framework.training.run_record import model_card_table
-from l2d_framework.training.run_state import Job, base_tokenizer, output_folder
-from l2d_framework.training.trainer import TokenTrainer
+from l2d_framework.training.run_state import RunState, base_tokenizer, output_folder
+from l2d_framework.training.token_trainer import TokenTrainer
 from l2d_framework.writing import staged
 
 
@@ -51,9 +51,9 @@ def train_runs(
     cards = []
     for run in token_runs:
         arguments = make_arguments(run.training, output_folder(run), seed=run.seed)
-        with Job(run, arguments, overwrite=overwrite, accept_changed_data=accept_changed_data) as job:
+        with RunState(run, arguments, overwrite=overwrite, accept_changed_data=accept_changed_data) as state:
             # A progress report of a run that is finished would never end.
-            cards.append(job.card if job.is_finished else _train(run, job, callbacks(run)))
+            cards.append(state.card if state.is_finished else _train(run, state, callbacks(run)))
     return cards
 
 
@@ -99,37 +99,37 @@ def _ready(runs: Sequence[Run]) -> list[TokenRun]:
     return ready
 
 
-def _train(run: TokenRun, job: Job, callbacks: Sequence[TrainerCallback]) -> dict[str, Any]:
+def _train(run: TokenRun, state: RunState, callbacks: Sequence[TrainerCallback]) -> dict[str, Any]:
     if isinstance(run, LanguageModelRun):
         check_language_model(run)
     else:
         Denoiser.check(run)
     assert run.data is not None  # `_ready` has refused runs without
-    saved = job.output / "tokenizer"
-    with job.arguments.main_process_first(local=True, desc="preparing data"):
+    saved = state.output / "tokenizer"
+    with state.arguments.main_process_first(local=True, desc="preparing data"):
         tokenizer, data = _read(run, run.data, saved)
-    job.start(data.card, {"run": run.seed, "order": data.order_seed})
-    if job.writes and run.model is None and not saved.is_dir():
-        with staged(saved, advice=output_dir.kept(job.output)) as folder:
+    state.start(data.card, {"run": run.seed, "order": data.order_seed})
+    if state.writes and run.model is None and not saved.is_dir():
+        with staged(saved, advice=output_dir.kept(state.output)) as folder:
             tokenizer.save_pretrained(folder)
     learner = _learner(run, tokenizer, data.ends)
-    job.describe(learner.parameters(), learner.model.origin.fingerprint if isinstance(learner, Denoiser) else None)
+    state.describe(learner.parameters(), learner.model.origin.fingerprint if isinstance(learner, Denoiser) else None)
     trainer = TokenTrainer(
         learner,
-        job.arguments,
+        state.arguments,
         training=run.training,
         data=data,
         collate=collator(run, run.data, pad_id(tokenizer), data.order_seed),
-        callbacks=[job, *callbacks],
+        callbacks=[state, *callbacks],
     )
-    job.train(trainer)
+    state.train(trainer)
 
     def write(folder: Path) -> None:
-        learner.save(folder, model_card_table(job.card))
+        learner.save(folder, model_card_table(state.card))
         trainer.state.save_to_json(str(folder / "trainer_state.json"))
 
     with trainer.whole():
-        return job.finish(_result(trainer.state), write)
+        return state.finish(_result(trainer.state), write)
 
 
 def _read(run: TokenRun, section: DataSection, saved: Path) -> tuple[PreTrainedTokenizerBase, PreparedData]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -27,7 +28,7 @@ from l2d_framework.training.trainer import ResumableTrainer
 _LOGGER = logging.getLogger(__name__)
 
 
-class Job(TrainerCallback):
+class RunState(TrainerCallback):
     """A run, how it is launched, and its card: the contents of its `run.json`, kept up to date should it be killed.
 
     While it is entered, no other process can train in its output folder.
@@ -35,6 +36,8 @@ class Job(TrainerCallback):
 
     def __init__(self, run: Run, arguments: TrainingArguments, *, overwrite: bool, accept_changed_data: bool) -> None:
         self.run, self.arguments, self.output = run, arguments, output_folder(run)
+        # What trackers record of a run: its file, not transformers' arguments, most of which do not hold here.
+        arguments.to_dict = partial(dict, run.model_dump(mode="json"))  # type: ignore[method-assign]
         self.writes = arguments.process_index == 0
         self.card: dict[str, Any] = {}
         self._overwrite, self._accepts = overwrite, accept_changed_data

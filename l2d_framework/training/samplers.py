@@ -58,7 +58,7 @@ def _permutation(seed: int, epoch: int, count: int) -> Any:
 
 
 class Portion(NamedTuple):
-    """What a process has of an update that is read from a stream, or why there is nothing."""
+    """What a process has of an update that is read from a stream, or why there is nothing, but for a signal."""
 
     batch: dict[str, Tensor] | None
     places: Mapping[int, Place]

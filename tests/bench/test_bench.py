@@ -29,8 +29,9 @@ from l2d_bench.jobs import Job, MeasureJob, ModelJob, make_maker
 from l2d_bench.plan import NO_DATA, NOT_RERUN
 from l2d_bench.pool import Event, Surroundings, run_jobs
 from l2d_framework.cli import app
-from l2d_framework.errors import ConfigError
+from l2d_framework.errors import BusyError, ConfigError
 from l2d_framework.evaluation.harness import run as harness
+from l2d_framework.training.folder_lock import locked
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
@@ -464,6 +465,16 @@ def test_missing_data_are_no_data(scene, tmp_path):
     assert bench.jobs == {}
     cells = bench.fill({})[0].cells
     assert {cells[number, "sums"].text for number in range(3)} == {"training data nobody/has_this cannot be reached"}
+
+
+def test_a_second_start_in_one_folder_is_refused_before_anything_is_done(scene, tmp_path, monkeypatch):
+    monkeypatch.chdir(scene)
+    arguments = ["bench", str(scene / "second.yaml"), "--profile", str(scene / "profile.yaml"), "--out", str(tmp_path)]
+    with locked(tmp_path, "--out"):
+        before = set(tmp_path.iterdir())
+        result = CliRunner().invoke(app, arguments)
+        assert isinstance(result.exception, BusyError) and "is in use by process" in str(result.exception)
+        assert set(tmp_path.iterdir()) == before
 
 
 def test_the_command_writes_table_numbers_and_picture(scene, finished, monkeypatch):

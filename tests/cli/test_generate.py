@@ -8,6 +8,7 @@ import signal
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState, PartialState
 from diffusion_models import NETWORK, SPACE
 from tiny_models import tiny_lm, tiny_tokenizer
 from typer.testing import CliRunner
@@ -474,6 +475,11 @@ def test_each_of_several_processes_has_the_gpu_of_its_number_on_its_machine(monk
     monkeypatch.setenv("LOCAL_RANK", "2")
     with pytest.raises(ConfigError, match=r"more processes on this machine than GPUs, which are 2\. Start 2"):
         check_device(None)
+    # As a model of lm_eval leaves it on the second machine; accelerate has kept what the launcher said.
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.setattr(AcceleratorState, "_shared_state", {"is": "there"})
+    monkeypatch.setattr(PartialState, "_shared_state", {"local_process_index": 1})
+    assert check_device(None) == "cuda:1"
 
 
 def test_a_full_disk_while_answers_are_written_is_named(model, tmp_path):

@@ -107,6 +107,10 @@ class Mine(SOLVERS["midpoint"]):
     """No plugin offers it, and it has the name of one that a plugin does."""
 
 
+class Unknown(Mine):
+    name: Literal["unknown"] = "unknown"
+
+
 class Watched(Guidance):
     name: Literal["watched"] = "watched"
 
@@ -115,19 +119,24 @@ class Watched(Guidance):
         return predict(query)
 
 
-def test_instances_are_taken_as_they_are_though_no_plugin_offers_their_classes():
-    own, mixed = Mine(), [Watched(), {"name": "classifier_free", "scale": 2.0}]
+@pytest.mark.parametrize("own", [Mine(), Unknown()])
+def test_instances_are_taken_as_they_are_though_no_plugin_offers_their_classes(own):
+    mixed = [Watched(), {"name": "classifier_free", "scale": 2.0}]
     found = requested("l2d-paper", solver=own, guidance=mixed)
     assert found.solver is own
     assert found.guidance[0] is mixed[0]
     assert found.guidance[1:] == requested("l2d-paper", guidance=mixed[1:]).guidance
     assert found.num_inference_steps == 15
+    later = found.resolve(SPACE, {"seed": 3})
+    assert later.solver is own and later == found.model_copy(update={"seed": 3})
     asked = {"max_new_tokens": 2, "num_inference_steps": 5}
     lm = shared_lm()
     ours, theirs = (lm.generate(torch.tensor([[9, 30]]), solver=s, **asked) for s in (own, "midpoint"))
     assert torch.equal(ours.sequences, theirs.sequences)
     with pytest.raises(ConfigError, match="watched"):
         requested("l2d-paper", solver=Watched())
+    with pytest.raises(ConfigError, match="guidance: should be a list, got Watched"):
+        requested("l2d-paper", guidance=Watched())
 
 
 class Swallow(BaseStreamer):

@@ -106,23 +106,24 @@ def test_the_command_takes_a_map(folder):
 
 def test_threads_and_errors_leave_weights_where_they_lie(folder, whole):
     model = load(folder, "l2d", ALL)
+    for error in (ArithmeticError, KeyboardInterrupt):
 
-    def fail(*_):
-        raise ArithmeticError
+        def fail(*_, error=error):
+            raise error
 
-    with pytest.raises(ArithmeticError):
-        model.generate(PROMPTS, max_new_tokens=1, observer=fail)
-    hook = model.backbone.lm.model.layers[1].mlp.register_forward_hook(fail)
-    with pytest.raises(ArithmeticError):
-        model.generate(PROMPTS, max_new_tokens=1)
-    hook.remove()
-    assert away(model) == {"0", "1", "2"}
+        with pytest.raises(error):
+            model.generate(PROMPTS, max_new_tokens=1, observer=fail)
+        hook = model.backbone.lm.model.layers[1].mlp.register_forward_hook(fail)
+        with pytest.raises(error):
+            model.generate(PROMPTS, max_new_tokens=1)
+        hook.remove()
+        assert away(model) == {"0", "1", "2"}
     found = []
-    threads = [Thread(target=lambda: found.append(model.generate(PROMPTS, **FEW))) for _ in range(2)]
+    threads = [Thread(target=lambda: found.append(model.generate(PROMPTS, **FEW)), daemon=True) for _ in range(2)]
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join()
+        thread.join(60)
     wanted = whole["l2d"].generate(PROMPTS, **FEW).sequences
     assert [bool(torch.equal(one.sequences, wanted)) for one in found] == [True, True]
 

@@ -99,19 +99,23 @@ def test_licence_is_in_the_wheel(wheel):
     assert "License-Expression: Apache-2.0" in wheel.read("l2d_framework-0.1.0.dist-info/METADATA").decode()
 
 
-def test_every_dependency_has_a_lower_bound(repository):
+def required(repository: Path) -> list[str]:
+    """Dependencies of the project and of its extras."""
     project = tomllib.loads((repository / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    for requirement in [*project["dependencies"], *(item for name in extras if name != "all" for item in extras[name])]:
-        assert ">=" in requirement
+    return [*project["dependencies"], *(item for name in extras if name != "all" for item in extras[name])]
+
+
+def test_every_dependency_has_a_lower_bound_that_is_in_the_oldest_set(repository):
+    bounds = [re.match(r"([\w-]+).*?>=([\w.]+)", requirement).groups() for requirement in required(repository)]
+    floors = subprocess.check_output([sys.executable, repository / ".ci" / "floors.py"], text=True).split()
+    assert sorted(floors) == sorted(f"{name}=={bound}" for name, bound in bounds)
 
 
 def test_every_dependency_has_a_tested_version(repository):
-    project = tomllib.loads((repository / "pyproject.toml").read_text())["project"]
-    extras = project["optional-dependencies"]
-    required = [*project["dependencies"], *(item for name in extras if name != "all" for item in extras[name])]
     tested = {line.split("==")[0] for line in (repository / "constraints.txt").read_text().splitlines() if "==" in line}
-    assert {re.split(r"[\[>]", requirement)[0] for requirement in required} - {"l2d-bench"} <= tested
+    names = {re.split(r"[\[>]", requirement)[0] for requirement in required(repository)}
+    assert names - {"l2d-bench"} <= tested
 
 
 def test_extra_all_is_every_extra_but_four(repository):

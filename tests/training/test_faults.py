@@ -42,6 +42,7 @@ from l2d_framework.training import folder_lock, interruption, output_dir, traine
 from l2d_framework.training.interruption import Interruption
 from l2d_framework.training.reward.run import train_reward
 from l2d_framework.training.run import train_runs
+from l2d_framework.training.token_trainer import TokenTrainer
 from l2d_framework.writing import staged
 
 ALL = ["l2d", "reward", "tess", "full", "lora"]
@@ -531,7 +532,7 @@ def test_after_the_update_a_signal_waits_for_what_is_measured_and_saved(
     killed: list[int] = []
     monkeypatch.setattr(interruption, "GRACE", 0.5)
     monkeypatch.setattr(Interruption, "_end", lambda self: killed.append(self.signum))
-    evaluate, seal = trainer.TokenTrainer.evaluate, trainer.seal
+    evaluate, seal = TokenTrainer.evaluate, trainer.seal
 
     def measured(self: Any, *arguments: Any, **options: Any) -> Any:
         time.sleep(1.0)
@@ -543,7 +544,7 @@ def test_after_the_update_a_signal_waits_for_what_is_measured_and_saved(
             time.sleep(1.0)
         seal(path)
 
-    monkeypatch.setattr(trainer.TokenTrainer, "evaluate", measured)
+    monkeypatch.setattr(TokenTrainer, "evaluate", measured)
     monkeypatch.setattr(trainer, "seal", sealed)
     every = {"eval_steps": 3, "save_steps": None} if what == "measuring" else {"save_steps": 3}
     with pytest.raises(Interrupted, match="saved"):
@@ -684,6 +685,7 @@ import json, os, random, signal, sys, threading, time
 from l2d_framework.config import parse_run
 from l2d_framework.training.reward.run import train_reward
 from l2d_framework.training.run import train_runs
+from l2d_framework.training.token_trainer import TokenTrainer
 from l2d_framework.writing import staged
 
 run, wanted, draw, kills, inside, number = json.loads(sys.argv[1]), int(sys.argv[2]), random.Random(0), 0, 0, 0

@@ -47,7 +47,11 @@ def by_step(rows: list[dict[str, Any]]) -> dict[tuple[str, int], float]:
     }
 
 
-def test_tensorboard_gets_every_loss_those_by_t_included(train):
+def run_file(output: Path) -> Any:
+    return json.loads((output / "run.json").read_text())["config"]
+
+
+def test_tensorboard_gets_the_run_file_and_every_loss_those_by_t_included(train):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     output = train("tensorboard")
@@ -55,9 +59,11 @@ def test_tensorboard_gets_every_loss_those_by_t_included(train):
     events = EventAccumulator(str(file)).Reload()
     found = {(tag, event.step): event.value for tag in events.Tags()["scalars"] for event in events.Scalars(tag)}
     assert {place: found[place] for place in logged(output)} == pytest.approx(logged(output), rel=1e-5)
+    (text,) = events.Tensors("args/text_summary")[0].tensor_proto.string_val
+    assert json.loads(text) == run_file(output)
 
 
-def test_wandb_offline_gets_every_loss_under_the_name_of_the_run(train, monkeypatch, tmp_path):
+def test_wandb_offline_gets_the_run_file_and_every_loss_under_the_name_of_the_run(train, monkeypatch, tmp_path):
     wandb = pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
@@ -65,6 +71,7 @@ def test_wandb_offline_gets_every_loss_under_the_name_of_the_run(train, monkeypa
     monkeypatch.setattr(wandb.Run, "log", lambda run, row, **named: (rows.append(row), log(run, row, **named)))
     output = train("wandb")
     assert wandb.run.name == output.name
+    assert dict(wandb.run.config) == run_file(output)
     wandb.finish()
     assert by_step(rows) == pytest.approx(logged(output))
     assert list((tmp_path / "wandb").glob("offline-run-*/run-*.wandb"))

@@ -21,7 +21,7 @@ from l2d_framework.training.learner import Denoiser
 from l2d_framework.training.metrics import BINS, LossMeter
 from l2d_framework.training.run import train_runs
 from l2d_framework.training.samplers import HeldOut, RunOrder
-from l2d_framework.training.trainer import TokenTrainer
+from l2d_framework.training.token_trainer import TokenTrainer
 from l2d_framework.types import Layout
 
 

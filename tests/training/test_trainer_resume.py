@@ -15,7 +15,7 @@ from forks import Fork
 from transformers import TrainerCallback
 
 from l2d_framework.config import parse_run
-from l2d_framework.errors import CheckpointError, ConfigError, UnreachableError
+from l2d_framework.errors import CheckpointError, ConfigError, Interrupted, UnreachableError
 from l2d_framework.models import checkpoint
 from l2d_framework.training import output_dir
 from l2d_framework.training.data import sources
@@ -160,12 +160,14 @@ def test_a_stream_resumes_with_the_same_losses_and_without_reading_again_what_wa
 
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+@pytest.mark.parametrize("is_ended", [False, True], ids=["for good", "when a signal comes"])
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_stream_whose_source_is_lost_saves_and_goes_on_as_if_nothing_had_been(
-    folder: Path, stream: Path, workers: int, monkeypatch: pytest.MonkeyPatch
+    folder: Path, stream: Path, workers: int, is_ended: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = streamed(folder, f"lost_{workers}", dataloader_workers=workers, save_steps=None)
+    run = streamed(folder, f"lost_{workers}_{is_ended}", dataloader_workers=workers, save_steps=None)
     read, times = sources.read_objects, itertools.count()
+    trainer, signals, sleep = os.getpid(), [signal.SIGTERM], time.sleep
 
     def lose(*options: Any) -> Iterator[Any]:
         # At the beginning of the second epoch; four times it is opened to look at it.
@@ -173,15 +175,23 @@ def test_a_stream_whose_source_is_lost_saves_and_goes_on_as_if_nothing_had_been(
             raise OSError(errno.ESTALE, "Stale file handle")
         yield from read(*options)
 
+    def wait(seconds: float) -> None:
+        if is_ended and signals:
+            sleep(0.3 * workers)  # until what the worker has read before is learnt
+            os.kill(trainer, signals.pop())
+            sleep(0.3)
+
+    words = "SIGTERM" if is_ended else r"sums.jsonl' .* 5 new tries: OSError: .*Stale file handle\. Training ended"
+    error = Interrupted if is_ended else UnreachableError
     with monkeypatch.context() as patch:
         patch.setattr(sources, "read_objects", lose)
-        patch.setattr(time, "sleep", lambda seconds: None)
-        words = r"sums.jsonl' .* 5 new tries: OSError: .*Stale file handle\. Training ended after update (\d) of 6: "
-        with pytest.raises(UnreachableError, match=rf"{words}saved .*checkpoint-\1'; the same command") as lost:
+        patch.setattr(time, "sleep", wait)
+        words += r" after update (\d) of 6: saved .*checkpoint-\1'; the same command"
+        with pytest.raises(error, match=words) as lost:
             train(run)
-    assert lost.value.exit_code == 6
+    assert lost.value.exit_code == (143 if is_ended else 6)
     train(run)
-    assert_same(folder / f"lost_{workers}", stream)
+    assert_same(Path(run["output_dir"]), stream)
 
 
 def test_workers_change_no_loss(folder: Path, whole: Path) -> None:

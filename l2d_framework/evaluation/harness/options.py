@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers import GenerationConfig
 
+from l2d_framework.component import Component
 from l2d_framework.config import SamplingSection
 from l2d_framework.errors import ConfigError, suggest
 from l2d_framework.evaluation.search.search import OPTIONS as SEARCHING
@@ -46,7 +47,7 @@ def check_model_options(options: Mapping[str, Any]) -> None:
 def diffusing(options: Mapping[str, Any]) -> dict[str, Any]:
     """The options of diffusion among others; a single guidance as a list of one."""
     chosen = {name: value for name, value in options.items() if name in DIFFUSING}
-    if isinstance(chosen.get("guidance"), (str, Mapping)):
+    if isinstance(chosen.get("guidance"), (str, Mapping, Component)):
         chosen["guidance"] = [chosen["guidance"]]
     return chosen
 

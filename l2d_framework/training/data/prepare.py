@@ -295,8 +295,8 @@ def _names(opened: list[Opened], data: Any, shards: int) -> str:
     names = " or ".join(describe(one.source) for one in opened)
     if shards > data.num_shards:
         raise DataError(
-            f"data.shards is {shards}, but {names} can be read in {data.num_shards} parts only: files, and stretches "
-            "of large ones that hold JSON lines. Lower it, or divide the data into more files."
+            f"data.shards is {shards}, but {names} can be read in {data.num_shards} parts only: files, stretches of "
+            "large ones that hold JSON lines, and row groups of parquet. Lower it, or divide the data into more files."
         )
     return names
 

@@ -94,7 +94,11 @@ def load_rows(source: RowSource, *, streaming: bool = False) -> tuple[Any, list[
             revision=source.revision,
             streaming=streaming,
         )
-        return data, list(next(iter(data))), files
+        present = list(next(iter(data)))
+        if streaming and (files or Path(source.path).expanduser().is_dir()):
+            # Parquet by row group, for the same reasons. Each file is asked for its own, so not where that is far away.
+            data = data.reshard()
+        return data, present, files
 
 
 def first_columns(file: str) -> tuple[str, ...]:

@@ -24,7 +24,7 @@ from l2d_framework.models.checkpoint import save_language_model
 from l2d_framework.opening import open_model
 from l2d_framework.training import output_dir
 from l2d_framework.training.reward.data import prepare_pairs
-from l2d_framework.training.run_state import Job, base_tokenizer, output_folder
+from l2d_framework.training.run_state import RunState, base_tokenizer, output_folder
 from l2d_framework.training.sharding import round_to
 
 PAD = "[PAD]"
@@ -59,36 +59,36 @@ def train_reward(
     from l2d_framework.training.reward.trainer import make_reward_arguments
 
     arguments = make_reward_arguments(run, output_folder(run))
-    with Job(run, arguments, overwrite=overwrite, accept_changed_data=accept_changed_data) as job:
-        return job.card if job.is_finished else _train(run, job, callbacks)
+    with RunState(run, arguments, overwrite=overwrite, accept_changed_data=accept_changed_data) as state:
+        return state.card if state.is_finished else _train(run, state, callbacks)
 
 
-def _train(run: RewardRun, job: Job, callbacks: Sequence[TrainerCallback]) -> dict[str, Any]:
+def _train(run: RewardRun, state: RunState, callbacks: Sequence[TrainerCallback]) -> dict[str, Any]:
     from l2d_framework.training.reward.trainer import PairTrainer
 
-    arguments: Any = job.arguments
+    arguments: Any = state.arguments
     tokenizer = padding_tokenizer(run)
     with arguments.main_process_first(local=True, desc="preparing data"):
         pairs = prepare_pairs(run, tokenizer)
-    job.start(pairs.card, {"run": run.seed})
+    state.start(pairs.card, {"run": run.seed})
     model: Any = load_reward_model(run, tokenizer)
     dtype = model.dtype
-    job.describe(model.parameters(), fingerprint(run.model))
+    state.describe(model.parameters(), fingerprint(run.model))
     trainer = PairTrainer(
-        model.float(), arguments, run=run, pairs=pairs, tokenizer=tokenizer, callbacks=[job, *callbacks]
+        model.float(), arguments, run=run, pairs=pairs, tokenizer=tokenizer, callbacks=[state, *callbacks]
     )
-    job.train(trainer)
+    state.train(trainer)
     # What is measured is what is saved.
     round_to(model, dtype)
     held_out = None if pairs.eval is None else trainer.evaluate()
 
     def write(folder: Path) -> None:
         save_language_model(model, tokenizer, folder, dtype)
-        (folder / "README.md").write_text(_model_card(job.card), encoding="utf-8")
+        (folder / "README.md").write_text(_model_card(state.card), encoding="utf-8")
         trainer.state.save_to_json(str(folder / "trainer_state.json"))
 
     with trainer.whole():
-        return job.finish(_result(trainer.state, held_out), write)
+        return state.finish(_result(trainer.state, held_out), write)
 
 
 def check_ready(runs: Sequence[Run], *, overwrite: bool = False) -> list[RewardRun]:

@@ -7,7 +7,8 @@ import pytest
 pytest.importorskip("lm_eval")
 
 from l2d_framework.errors import ConfigError
-from l2d_framework.evaluation.harness.options import read_plan
+from l2d_framework.evaluation.harness.options import diffusing, read_plan
+from l2d_framework.registry import registry
 
 WRONG: list[tuple[str, Any]] = [
     *(("max_gen_toks", value) for value in (0, -1, 1.5, "x", True)),
@@ -34,3 +35,8 @@ def test_options_without_an_effect_are_left_out_and_others_kept():
     plan = read_plan({"num_beams": 1, "use_cache": True, "do_sample": 1, "temperature": 0.5, "top_k": 3}, 256, "</s>")
     assert plan.decoding == {"do_sample": True, "temperature": 0.5, "top_k": 3}
     assert read_plan({"max_gen_toks": "12", "until": "."}, 256, "</s>").count == 12
+
+
+@pytest.mark.parametrize("one", ["mine", {"name": "mine"}, registry().create("guidance", {"name": "classifier_free"})])
+def test_a_single_guidance_is_a_list_of_one(one):
+    assert diffusing({"guidance": one, "until": []}) == {"guidance": [one]}

@@ -5,6 +5,7 @@ import itertools
 import json
 from types import SimpleNamespace
 
+import pyarrow.parquet
 import pytest
 from datasets.exceptions import DatasetGenerationError
 from tiny_models import tiny_tokenizer
@@ -18,7 +19,7 @@ from l2d_framework.training.data.prepare import prepare
 from l2d_framework.training.data.stream import BATCH, Place
 from l2d_framework.training.samplers import RunStream
 
-BUFFER, ROWS, STRETCH = 32, 640, 2000
+BUFFER, ROWS, STRETCH, GROUP = 32, 640, 2000, 20
 SECTIONS = {
     "rows": {},
     "packed": {"pack": True, "max_length": 24},
@@ -26,6 +27,7 @@ SECTIONS = {
     "mixture": {"train": [{"path": "a.jsonl", "weight": 3.0}, {"path": "b.jsonl", "limit": 100}]},
     "joined": {"train": [{"path": "a.jsonl"}, {"path": "b.jsonl", "exclude": {"kind": ["odd"]}}]},
     "text": {"train": [{"path": "c.txt"}]},
+    "parquet": {"train": [{"path": "d.parquet"}], "shards": 2},
     "shards": {"shards": 2},
 }
 
@@ -44,6 +46,8 @@ def files(tmp_path, monkeypatch):
         rows = [{"text": f"{name} {i} says {i * i}", "kind": "odd" if i % 2 else "even"} for i in range(ROWS)]
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "c.txt").write_text("".join(f"c {i}\n" for i in range(ROWS)))
+    table = pyarrow.table({"text": [f"d {i} says {i * i}" for i in range(ROWS)]})
+    pyarrow.parquet.write_table(table, tmp_path / "d.parquet", row_group_size=GROUP)
     reads = []
 
     def counted(file, span):
@@ -86,6 +90,19 @@ def test_going_on_reads_no_more_of_the_source_than_a_stretch_and_the_buffer(toke
     assert plain(row) == plain(whole[ROWS - 59][0])
     in_a_stretch = STRETCH // len('{"text": "a 1 says 1"}')
     assert len(files) <= in_a_stretch + BUFFER + 2 * BATCH < ROWS / 3
+
+
+def test_going_on_in_a_parquet_file_reads_none_of_the_row_groups_far_before(tokenizer, tmp_path):
+    data = made(tokenizer, train=[{"path": "d.parquet"}])
+    whole = list(itertools.islice(data.rows(), ROWS))
+    file = tmp_path / "d.parquet"
+    middle = pyarrow.parquet.read_metadata(file).row_group(ROWS // GROUP // 2).column(0).dictionary_page_offset
+    content = file.read_bytes()
+    file.write_bytes(content[:4] + bytes(middle - 4) + content[middle:])
+    row, _ = next(data.rows(place=whole[ROWS - 60][1]))
+    assert plain(row) == plain(whole[ROWS - 59][0])
+    with pytest.raises(DataError):
+        next(data.rows())
 
 
 @pytest.mark.parametrize(("count", "shards"), [(2, 2), (2, 1), (4, 2), (1, 4)])
