@@ -184,8 +184,8 @@ class Backbone(nn.Module, ABC, Generic[C]):
             most: tokens there will be room for at last, in a copy of this copy.
 
         Returns:
-            A context whose tensors `extend` changes where they are, by one token at a time and without the host waiting
-            or counting; None where the backbone has no such thing for `most` tokens, which is the default.
+            A context whose tensors `extend` changes where they are, by one token at a time; neither that nor `select`
+            makes the host wait or count. None where the backbone has no such thing for `most` tokens, the default.
         """
         return None
 

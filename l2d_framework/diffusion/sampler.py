@@ -98,8 +98,16 @@ class Sampler:
         found.check()
         return found
 
-    def solve(self, block: Block) -> Denoised:
-        """Solve the block and read it out; with a solver of a fixed grid, the host waits for nothing."""
+    def solve(self, block: Block, ode: Callable[..., TokenODE] = TokenODE) -> Denoised:
+        """Solve the block and read it out; with a solver of a fixed grid, the host waits for nothing.
+
+        Args:
+            block: tokens to denoise.
+            ode: makes the equation of them.
+
+        Returns:
+            What became of the block.
+        """
         diffusion, sampling, positions = self.diffusion, self.sampling, block.positions
         backbone, space = diffusion.backbone, self.parametrization
         if sampling.num_inference_steps == 0:
@@ -109,7 +117,7 @@ class Sampler:
         solver, times = self._plan
         x = space.prior(block.streams("prior"))
         x = x.to(torch.float32 if x.device.type == "mps" else space.state_dtype)
-        problem = TokenODE(
+        problem = ode(
             diffusion,
             Query(
                 x=x,
