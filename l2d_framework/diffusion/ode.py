@@ -50,7 +50,7 @@ class Streams:
 
 
 class NotAhead(Exception):
-    """Something asks for the sequence so far, numbers on the host or that of the evaluation, and none is known ahead."""
+    """Something asks for the sequence so far, for numbers on the host or for an evaluation's, none known ahead."""
 
 
 _BY_ROW = ("x", "t", "positions", "condition", "previous", "guidance_scale")
