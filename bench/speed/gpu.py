@@ -165,6 +165,16 @@ def evaluations(bench: Bench) -> None:
         bench.ask(f"evaluations, {count}", cases, evaluations=count)
 
 
+def adaptive(bench: Bench, rows: int) -> None:
+    """Time per token where every row chooses its steps, with as many evaluations as that takes."""
+    solve = partial(bench.answer, rows, solver="fehlberg2", num_inference_steps=None)
+    cases: Cases = {PLAIN: partial(bench.plain, rows), "L2D": partial(solve, graph=False)}
+    if bench.device.type == "cuda":
+        cases["L2D, graph"] = solve
+    solve(max_new_tokens=2)
+    bench.ask(f"adaptive, batch {rows}", cases, evaluations=float(bench.last.evaluations.float().mean()))
+
+
 def contexts(bench: Bench) -> None:
     """Time per token against the length of the prompt."""
     for length in (128, 512, 2048):
@@ -203,6 +213,8 @@ def parts(bench: Bench) -> Iterator[Callable[[], None]]:
     yield partial(ways, bench, 1)
     yield partial(speculation, bench)
     yield partial(evaluations, bench)
+    yield partial(adaptive, bench, 1)
+    yield partial(adaptive, bench, 8)
     yield partial(ways, bench, 8)
     yield partial(samples, bench)
     yield partial(contexts, bench)

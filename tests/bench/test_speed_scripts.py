@@ -276,11 +276,12 @@ def test_figures_of_decoding_are_kept_question_by_question_and_drawn(decoding, t
         def question():
             if number:
                 assert len(json.loads(kept.read_text())["questions"]) == number
-            if number == 3:
+            if number == 4:
                 raise torch.OutOfMemoryError("Out of memory. Tried to allocate")
             [
                 lambda: decoding.same_tokens(bench),
                 lambda: decoding.ways(bench, 2),
+                lambda: decoding.adaptive(bench, 2),
                 lambda: bench.ask("evaluations, 3", {decoding.PLAIN: lambda: 1, "L2D": lambda: 1}, evaluations=3),
             ][number]()
 
@@ -288,11 +289,12 @@ def test_figures_of_decoding_are_kept_question_by_question_and_drawn(decoding, t
 
     bench = decoding.Bench(torch.device("cpu"), "tiny", 4, 2, 1)
     monkeypatch.setattr(decoding, "Bench", lambda *_: bench)
-    monkeypatch.setattr(decoding, "parts", lambda _: map(asked, range(4)))
+    monkeypatch.setattr(decoding, "parts", lambda _: map(asked, range(5)))
     decoding.main(device="cpu", size="tiny", minutes=5, rounds=1, prompt=4, new_tokens=2, out=kept)
     questions = json.loads(kept.read_text())["questions"]
     assert set(questions["share of equal tokens"].values()) == {1.0}
     assert questions["decode, batch 2"]["cases"][decoding.PLAIN]["cost"] == 1
+    assert questions["adaptive, batch 2"]["evaluations"] >= 4
     assert questions["out of memory"] == ["Out of memory"]
     assert kept.with_suffix(".png").stat().st_size > 1000
 
