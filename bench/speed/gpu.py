@@ -175,6 +175,13 @@ def adaptive(bench: Bench, rows: int) -> None:
     bench.ask(f"adaptive, batch {rows}", cases, evaluations=float(bench.last.evaluations.float().mean()))
 
 
+def compiled(bench: Bench, rows: int) -> None:
+    """Time per token with layers that torch.compile has made, in graphs where the device has them."""
+    cases: Cases = {PLAIN: partial(bench.plain, rows), "L2D": partial(bench.answer, rows)}
+    cases["L2D, compiled"] = partial(bench.answer, rows, compile=True)
+    bench.ask(f"compiled, batch {rows}", cases, batch=rows)
+
+
 def contexts(bench: Bench) -> None:
     """Time per token against the length of the prompt."""
     for length in (128, 512, 2048):
@@ -213,11 +220,13 @@ def parts(bench: Bench) -> Iterator[Callable[[], None]]:
     yield partial(ways, bench, 1)
     yield partial(speculation, bench)
     yield partial(evaluations, bench)
+    yield partial(compiled, bench, 1)
     yield partial(adaptive, bench, 1)
     yield partial(adaptive, bench, 8)
     yield partial(ways, bench, 8)
     yield partial(samples, bench)
     yield partial(contexts, bench)
+    yield partial(compiled, bench, 8)
     yield partial(ways, bench, 32)
 
 

@@ -191,11 +191,12 @@ class _Loop:
         self.real = [len(self.prompts[row]) for row in self.first]
         self.classes = None if requests.classes is None else repeat(requests.classes)
         self.scales = None if requests.guidance_scale is None else repeat(requests.guidance_scale)
-        self.denoise = Sampler.of(diffusion, sampling, observer, merge=requests.running.merge)
-        self.drafter = requests.running.drafter or MainPath()
+        running = requests.running
+        self.denoise = Sampler.of(diffusion, sampling, observer, merge=running.merge, compile=running.compile)
+        self.drafter = running.drafter or MainPath()
         self.guesses = Guesses.of(
             diffusion.backbone,
-            requests.running,
+            running,
             sampling,
             block_size=diffusion.block_size,
             has_observer=observer is not None,
