@@ -26,6 +26,7 @@ def generate(model, **options):
     return model.generate(pad_left([[9, 30, 71, 100, 42], [55, 44]]), **options)
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # torch's own, where it compiles
 @pytest.mark.parametrize("compiler", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_layers_compiled_once_for_all_say_what_they_do_as_they_are(compiler, monkeypatch):
     monkeypatch.setattr(compiling, "COMPILER", compiler)
