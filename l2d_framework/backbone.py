@@ -84,6 +84,8 @@ class Backbone(nn.Module, ABC, Generic[C]):
     """True when `rewind` is served, so that tokens may be guessed ahead and taken back."""
     joins: ClassVar[bool] = False
     """True when `join` is served, so that waiting prompts can take the places of rows that have ended."""
+    compiles: ClassVar[bool] = False
+    """True when `compile_layers` is served."""
     trains_lm: ClassVar[bool] = False
     """True when the language model's own weights are what is trained; a checkpoint then holds all of them."""
     carries: bool = False
@@ -184,8 +186,8 @@ class Backbone(nn.Module, ABC, Generic[C]):
             most: tokens there will be room for at last, in a copy of this copy.
 
         Returns:
-            A context whose tensors `extend` changes where they are, by one token at a time and without the host waiting
-            or counting; None where the backbone has no such thing for `most` tokens, which is the default.
+            A context whose tensors `extend` changes where they are, by one token at a time; neither that nor `select`
+            makes the host wait or count. None where the backbone has no such thing for `most` tokens, the default.
         """
         return None
 
@@ -283,6 +285,20 @@ class Backbone(nn.Module, ABC, Generic[C]):
         Args:
             how: if there is plenty of memory, in any case, or not at all, and what was made is given up.
         """
+
+    def compile_layers(self, wanted: bool) -> None:
+        """Run layers as torch.compile makes them, or as they are, where no gradients are recorded.
+
+        Called before every generation. Hidden states may differ by rounding.
+
+        Args:
+            wanted: whether they are to be compiled, which happens when they first run.
+
+        Raises:
+            TypeError: if they are, and the backbone does not declare `compiles`.
+        """
+        if wanted:
+            raise TypeError(f"{type(self).__name__} compiles no layers.")
 
     def peft_adapter(self) -> tuple[PeftConfig, dict[str, Tensor]] | None:
         """Adapter weights under the names they would have in a PEFT folder of the language model.

@@ -165,6 +165,23 @@ def evaluations(bench: Bench) -> None:
         bench.ask(f"evaluations, {count}", cases, evaluations=count)
 
 
+def adaptive(bench: Bench, rows: int) -> None:
+    """Time per token where every row chooses its steps, with as many evaluations as that takes."""
+    solve = partial(bench.answer, rows, solver="fehlberg2", num_inference_steps=None)
+    cases: Cases = {PLAIN: partial(bench.plain, rows), "L2D": partial(solve, graph=False)}
+    if bench.device.type == "cuda":
+        cases["L2D, graph"] = solve
+    solve(max_new_tokens=2)
+    bench.ask(f"adaptive, batch {rows}", cases, evaluations=float(bench.last.evaluations.float().mean()))
+
+
+def compiled(bench: Bench, rows: int) -> None:
+    """Time per token with layers that torch.compile has made, in graphs where the device has them."""
+    cases: Cases = {PLAIN: partial(bench.plain, rows), "L2D": partial(bench.answer, rows)}
+    cases["L2D, compiled"] = partial(bench.answer, rows, compile=True)
+    bench.ask(f"compiled, batch {rows}", cases, batch=rows)
+
+
 def contexts(bench: Bench) -> None:
     """Time per token against the length of the prompt."""
     for length in (128, 512, 2048):
@@ -203,9 +220,13 @@ def parts(bench: Bench) -> Iterator[Callable[[], None]]:
     yield partial(ways, bench, 1)
     yield partial(speculation, bench)
     yield partial(evaluations, bench)
+    yield partial(compiled, bench, 1)
+    yield partial(adaptive, bench, 1)
+    yield partial(adaptive, bench, 8)
     yield partial(ways, bench, 8)
     yield partial(samples, bench)
     yield partial(contexts, bench)
+    yield partial(compiled, bench, 8)
     yield partial(ways, bench, 32)
 
 

@@ -79,6 +79,9 @@ def generate(
         ),
     ] = None,
     graph: Annotated[bool, typer.Option(help="Let an NVIDIA GPU replay the steps of a token from a graph.")] = True,
+    compile_: Annotated[
+        bool, typer.Option("--compile", help="Run layers as torch.compile makes them: slow at first, then faster.")
+    ] = False,
 ) -> None:
     """Generate text with a trained model.
 
@@ -149,6 +152,7 @@ def generate(
         running={
             "merge": merge,
             "graph": graph,
+            "compile": compile_,
             "speculate": int(speculate) if speculate.isdecimal() else speculate,
             "drafter": drafter,
         },

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -50,7 +50,54 @@ class Streams:
 
 
 class NotAhead(Exception):
-    """Something asks for the sequence so far, or for numbers on the host, and they are not known ahead."""
+    """Something asks for the sequence so far, for numbers on the host or for an evaluation's, none known ahead."""
+
+
+_BY_ROW = ("x", "t", "positions", "condition", "previous", "guidance_scale")
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What an evaluation depends on beside its random numbers, about the tokens asked about."""
+
+    query: Query
+    ahead: Tensor | None  # time of the estimate's temperature, (B', L'); None at the read-out, which moves no more
+    carried: list[Tensor]  # hidden states that each question of a guidance goes on from, (B', L', H)
+    count: int | None  # evaluations before this one; None where it is to be the same whatever that is
+
+    @property
+    def by_row(self) -> list[Tensor | None]:
+        """Everything that has rows, the context aside."""
+        return [*(getattr(self.query, name) for name in _BY_ROW), self.ahead, *self.carried]
+
+    def with_rows(self, values: list[Any], context: Context) -> Asked:
+        """The same with other rows in the order of `by_row`, whatever the count."""
+        fields, (ahead, *carried) = values[: len(_BY_ROW)], values[len(_BY_ROW) :]
+        query = self.query.replace(context=context, **dict(zip(_BY_ROW, fields, strict=True)))
+        return Asked(query, ahead, carried, None)
+
+
+@dataclass(frozen=True)
+class Answered:
+    """What an evaluation made, about the tokens asked about."""
+
+    logits: Logits
+    clean: Tensor  # state to move towards, (B', L', D); empty at the read-out
+    memory: Tensor | None  # what is remembered of the logits, (B', L', M)
+    tokens: Tensor | None  # the likeliest, (B', L'), where somebody looks at them
+    hidden: list[Tensor]  # states that go on, by question, (B', L', H)
+    unsound: dict[int, Tensor]  # rows with a NaN, (B',), by guidance
+
+    def select(self, rows: Tensor) -> Answered:
+        """A copy of some rows, (B'',)."""
+        return Answered(
+            replace(self.logits, values=self.logits.values[rows]),
+            self.clean[rows] if len(self.clean) else self.clean,
+            None if self.memory is None else self.memory[rows],
+            None if self.tokens is None else self.tokens[rows],
+            [state[rows] for state in self.hidden],
+            {guidance: found[rows] for guidance, found in self.unsound.items()},
+        )
 
 
 class TokenODE(Problem):
@@ -83,8 +130,10 @@ class TokenODE(Problem):
         self._rows: Tensor | None = None
         self._context = query.context
         self._early_stop = None if patience is None else EarlyStop(patience, len(query.positions))
+        self._token_count = query.positions.numel()
         self._count = 0
         self._moves: tuple[Solver, list[float], int] | None = None
+        self._known: list[float] | None = None  # the only times that come again, where a solver chooses its own
         self._unsound: dict[int, Tensor] = {}
         # Evaluations of the network spent on each token, (B, L); and by name one (B,) per evaluation.
         self.evaluations = torch.zeros_like(query.positions)
@@ -93,6 +142,7 @@ class TokenODE(Problem):
     def solve(self, solver: Solver, x: Tensor, times: list[float]) -> Tensor:
         """State at times[-1] from that at times[0], (B, L, D); estimates learn how far each move leads."""
         self._moves = None if solver.is_adaptive else (solver, times, self._count)
+        self._known = times if solver.is_adaptive else None
         return solver.solve(self, x, times)
 
     def _stride(self) -> Stride:
@@ -134,7 +184,8 @@ class TokenODE(Problem):
         return self._evaluate_going(self._at(x, t), None)[0]
 
     def _at(self, x: Tensor, t: Time) -> Query:
-        shared = None if isinstance(t, Tensor) else float(t)
+        is_shared = not isinstance(t, Tensor) and (self._known is None or t in self._known)
+        shared = float(t) if is_shared else None
         return self._query.replace(x=x.float(), t=as_time(t, x).float(), shared_time=shared, previous=self._previous)
 
     def _evaluate_going(self, query: Query, ahead: Tensor | None) -> tuple[Logits, Tensor]:
@@ -152,12 +203,30 @@ class TokenODE(Problem):
         """Logits, and the clean state at the temperature of `ahead`; the read-out moves no more and gets none."""
         if self._streams.repeat:
             self._streams.estimate.rewind()
-        space = _Space(self, query.t if ahead is None else ahead, random, self._count)
-        answer, clean = self._predict(query, space, random)
-        if self._observer is not None:
-            self._observer(Evaluation(query.positions, query.t, query.x, answer.values, ahead is None))
+        carried = [random.take(state) for state in self._carried]
+        found = self._answer(Asked(query, ahead, carried, self._count), random)
         self._count += 1
         random.count(self.evaluations, None if self._early_stop is None else self._early_stop.going)
+        if found.memory is not None:
+            self._previous = random.keep(found.memory, self._previous)
+        for number, state in enumerate(found.hidden):
+            earlier = self._carried[number] if number < len(self._carried) else None
+            self._carried[number : number + 1] = [random.keep(state, earlier)]
+        for guidance, rows in found.unsound.items():
+            unsound = random.spread(rows, False)
+            self._unsound[guidance] = self._unsound.get(guidance, unsound) | unsound
+        if found.tokens is None or self._early_stop is None:
+            return found.logits, found.clean
+        return self._early_stop.add(found.logits, found.tokens, is_last=ahead is None), found.clean
+
+    def _answer(self, asked: Asked, random: Selection) -> Answered:
+        """The network's answer and what follows from it; of this block it changes nothing but metrics."""
+        query, ahead = asked.query, asked.ahead
+        space = _Space(self, query.t if ahead is None else ahead, random, asked.count)
+        network, unsound = _Network(self._diffusion, asked.carried), dict[int, Tensor]()
+        answer, clean = self._predict(query, network, space, unsound)
+        if self._observer is not None:
+            self._observer(Evaluation(query.positions, query.t, query.x, answer.values, ahead is None))
         estimates, memory, tokens = [], [], []
         draws = Sliced(space.branch())
         for part, logits in answer.parts():
@@ -170,30 +239,30 @@ class TokenODE(Problem):
                 )
             if self._early_stop is not None:
                 tokens.append(top_token(logits))
-        if memory:
-            self._previous = random.keep(_joined(memory), self._previous)
-        if self._early_stop is not None:
-            answer = self._early_stop.add(answer, torch.cat(tokens, 1), is_last=ahead is None)
-        return answer, clean if clean is not None else _joined(estimates) if estimates else query.t.new_empty(0)
+        if clean is None:
+            clean = _joined(estimates) if estimates else query.t.new_empty(0)
+        remembered = _joined(memory) if memory else None
+        return Answered(answer, clean, remembered, torch.cat(tokens, 1) if tokens else None, network.hidden, unsound)
 
-    def _predict(self, query: Query, space: _Space, random: Selection) -> tuple[Logits, Tensor | None]:
+    def _predict(
+        self, query: Query, network: _Network, space: _Space, unsound: dict[int, Tensor]
+    ) -> tuple[Logits, Tensor | None]:
         """The guided answer and what the guidance moves towards, if it says so.
 
         Without guidance or observer nobody needs the logits of more than a few positions at once.
         """
         size = self._diffusion.backbone.vocab_size
-        network = _Network(self._diffusion, self._carried, random)
         # Of the whole block: what is kept of rows must not change its kind when others are left out.
-        if not self._guidance and self._observer is None and self._query.positions.numel() * size > CHUNK:
+        if not self._guidance and self._observer is None and self._token_count * size > CHUNK:
             return network.answer(query), None
         predict: Predict = network
         for guidance in self._guidance:
-            predict = _Guided(predict, guidance, space, self)
+            predict = _Guided(predict, guidance, space, self, unsound)
         prediction = predict(query)
         return Logits(prediction.logits, size), prediction.clean
 
-    def check_guided(self, guidance: Guidance, query: Query, found: Any) -> None:
-        """Refuse a guided prediction of another shape or type, and note whether there is a NaN."""
+    def check_guided(self, guidance: Guidance, query: Query, found: Any) -> Tensor:
+        """Refuse a guided prediction of another shape or type; rows in which there is a NaN, (B',), bool."""
         rows = tuple(query.positions.shape)
         wanted = {"logits": (*rows, self._diffusion.backbone.vocab_size), "clean": (*rows, query.x.shape[-1])}
         for name, shape in wanted.items():
@@ -203,11 +272,9 @@ class TokenODE(Problem):
             if not isinstance(value, Tensor) or tuple(value.shape) != shape or not value.is_floating_point():
                 got = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
                 raise PluginError(f"{described(guidance)} returned {name} of {got} instead of float {shape}.")
-        # Read once a block, since asking the device would make the host wait at every evaluation.
-        unsound = found.logits.isnan().flatten(1).any(1)
-        if len(unsound) != len(self.evaluations):
-            unsound = unsound.any().expand(len(self.evaluations))
-        self._unsound[id(guidance)] = self._unsound.get(id(guidance), unsound) | unsound
+        # Looked at once a block, since asking the device would make the host wait at every evaluation.
+        unsound: Tensor = found.logits.isnan().flatten(1).any(1)
+        return unsound
 
     def check_sound(self, rows: Tensor | None = None) -> None:
         """Refuse guided logits that were NaN, in some rows or any, naming the innermost guidance that returned one."""
@@ -236,10 +303,16 @@ def _joined(parts: list[Tensor]) -> Tensor:
 class _Space:
     """The state space at one evaluation, as guidance sees it."""
 
-    def __init__(self, problem: TokenODE, ahead: Tensor, random: Selection, evaluation: int) -> None:
-        self._problem, self._ahead, self._random, self.evaluation = problem, ahead, random, evaluation
+    def __init__(self, problem: TokenODE, ahead: Tensor, random: Selection, evaluation: int | None) -> None:
+        self._problem, self._ahead, self._random, self._evaluation = problem, ahead, random, evaluation
         self._estimates = 0
         self._recorded: set[str] = set()
+
+    @property
+    def evaluation(self) -> int:
+        if self._evaluation is None:
+            raise NotAhead
+        return self._evaluation
 
     @property
     def layout(self) -> Layout:
@@ -276,12 +349,12 @@ class _Network:
     """The network at one evaluation; where it carries hidden states, each question goes on from an earlier answer.
 
     The n-th question of an evaluation goes on from the n-th of the one before, so that every branch of a guidance
-    has a state of its own. `carried` are the states of the whole block by branch, (B, L, H), and is kept up to date.
+    has a state of its own: `carried` are those of the evaluation before, `hidden` those of this one.
     """
 
-    def __init__(self, diffusion: Diffusion, carried: list[Tensor], random: Selection) -> None:
-        self._diffusion, self._carried, self._random = diffusion, carried, random
-        self._asked = 0
+    def __init__(self, diffusion: Diffusion, carried: list[Tensor]) -> None:
+        self._diffusion, self._carried = diffusion, carried
+        self.hidden: list[Tensor] = []
 
     def __call__(self, query: Query) -> Prediction:
         found: Prediction = self._diffusion(self._resumed([query])[0])
@@ -302,20 +375,14 @@ class _Network:
     def _resumed(self, queries: list[Query]) -> list[Query]:
         if not self._carried:
             return queries
-        earlier = [self._random.take(state) for state in self._carried[self._asked : self._asked + len(queries)]]
+        asked = len(self.hidden)
+        earlier = self._carried[asked : asked + len(queries)]
         # A branch that was not asked about before has no state yet.
-        earlier += [torch.zeros_like(self._random.take(self._carried[0]))] * (len(queries) - len(earlier))
+        earlier = earlier + [torch.zeros_like(self._carried[0])] * (len(queries) - len(earlier))
         return [query.replace(carried=state) for query, state in zip(queries, earlier, strict=True)]
 
     def _keep(self, hidden: list[Tensor | None]) -> None:
-        for state in hidden:
-            if state is None:
-                continue
-            if self._asked < len(self._carried):
-                self._carried[self._asked] = self._random.keep(state, self._carried[self._asked])
-            else:
-                self._carried.append(self._random.keep(state, None))
-            self._asked += 1
+        self.hidden += [state for state in hidden if state is not None]
 
 
 @dataclass(frozen=True)
@@ -324,10 +391,12 @@ class _Guided:
     guidance: Guidance
     space: Space
     problem: TokenODE
+    unsound: dict[int, Tensor]
 
     def __call__(self, query: Query) -> Prediction:
         found = self.guidance(self.predict, query, self.space)
-        self.problem.check_guided(self.guidance, query, found)
+        unsound, name = self.problem.check_guided(self.guidance, query, found), id(self.guidance)
+        self.unsound[name] = self.unsound.get(name, unsound) | unsound
         return found
 
     def together(self, queries: list[Query]) -> list[Prediction]:

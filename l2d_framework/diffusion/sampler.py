@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from l2d_framework.backbone import Backbone
 from l2d_framework.diffusion.diffusion import Diffusion
 from l2d_framework.diffusion.early_stop import Settled
 from l2d_framework.diffusion.logits import Logits
@@ -60,6 +61,15 @@ class Denoised:
         )
 
 
+def check_compile(backbone: Backbone, wanted: bool) -> None:
+    """Refuse to compile what cannot be; needs no weights."""
+    if wanted and not backbone.compiles:
+        name = backbone.config.component_name()
+        raise ConfigError(f"compile=True compiles layers, and backbone {name!r} has none for it. Leave it out.")
+    if wanted and backbone.is_offloaded:
+        raise ConfigError("compile=True needs all layers in one place, but some lie elsewhere. Leave it out.")
+
+
 @dataclass(frozen=True)
 class Sampler:
     """A model with the settings of a request; the parametrization has the request's estimate options."""
@@ -77,14 +87,31 @@ class Sampler:
         observer: Observer | None = None,
         *,
         merge: Literal["auto", "always", "never"] = "auto",
+        compile: bool = False,
     ) -> Sampler:
-        """A sampler with the sampling's estimate options; `merge`: if there is memory, in any case, or not at all."""
+        """A sampler with the sampling's estimate options.
+
+        Args:
+            diffusion: the model.
+            sampling: the settings.
+            observer: called after every evaluation.
+            merge: fold adapters if there is memory, in any case, or not at all.
+            compile: run layers as torch.compile makes them.
+
+        Returns:
+            The sampler.
+
+        Raises:
+            ConfigError: if the model cannot be run so.
+        """
         if sampling.num_inference_steps != 0:
             if diffusion.backbone.is_offloaded:
                 if merge == "always":
                     raise ConfigError("merge='always' needs all weights at once, but some lie elsewhere. Leave it out.")
                 merge = "never"
+            check_compile(diffusion.backbone, compile)
             diffusion.backbone.merge(merge)
+            diffusion.backbone.compile_layers(compile)
             diffusion.check_codebook()
         return cls(diffusion, sampling, diffusion.parametrization.with_estimate(sampling.estimate), observer)
 
@@ -98,8 +125,16 @@ class Sampler:
         found.check()
         return found
 
-    def solve(self, block: Block) -> Denoised:
-        """Solve the block and read it out; with a solver of a fixed grid, the host waits for nothing."""
+    def solve(self, block: Block, ode: Callable[..., TokenODE] = TokenODE) -> Denoised:
+        """Solve the block and read it out; with a solver of a fixed grid, the host waits for nothing.
+
+        Args:
+            block: tokens to denoise.
+            ode: makes the equation of them.
+
+        Returns:
+            What became of the block.
+        """
         diffusion, sampling, positions = self.diffusion, self.sampling, block.positions
         backbone, space = diffusion.backbone, self.parametrization
         if sampling.num_inference_steps == 0:
@@ -109,7 +144,7 @@ class Sampler:
         solver, times = self._plan
         x = space.prior(block.streams("prior"))
         x = x.to(torch.float32 if x.device.type == "mps" else space.state_dtype)
-        problem = TokenODE(
+        problem = ode(
             diffusion,
             Query(
                 x=x,

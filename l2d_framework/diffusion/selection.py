@@ -107,11 +107,11 @@ class Selection:
         """Values of the rows asked about, (B', ...), from those of all, (B, ...)."""
         return values if self.places is None else values[self.places[0][:, 0]]
 
-    def spread(self, values: Tensor) -> Tensor:
-        """Values of the rows asked about, (B',), float32, among those of all, (B,), NaN where nothing was asked."""
+    def spread(self, values: Tensor, rest: float = torch.nan) -> Tensor:
+        """Values of the rows asked about, (B',), among those of all, (B,), with `rest` where nothing was asked."""
         if self.active is None or self.places is None:
             return values
-        out = torch.full((len(self.active),), torch.nan, device=values.device)
+        out = values.new_full((len(self.active),), rest)
         out[self.places[0][:, 0]] = values
         return out
 

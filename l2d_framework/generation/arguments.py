@@ -72,6 +72,7 @@ class Running(_Arguments):
     speculate: Literal["auto", "off"] | Annotated[int, Strict(), Field(ge=1, le=1_000)] = "off"
     drafter: Drafter | None = None
     graph: Flag = True
+    compile: Flag = False
 
     @property
     def guesses(self) -> int | None:

@@ -25,6 +25,7 @@ from l2d_framework.generation.arguments import Running
 from l2d_framework.generation.prefix import Prefix
 from l2d_framework.generation.prompts import Encoded
 from l2d_framework.generation.replay import Replayed, Rows
+from l2d_framework.generation.replay_evaluations import ReplayedEvaluations
 from l2d_framework.generation.results import Generation
 from l2d_framework.generation.sequences import Sequences
 from l2d_framework.generation.speculation import Guesses, LookAhead, MainPath
@@ -190,11 +191,12 @@ class _Loop:
         self.real = [len(self.prompts[row]) for row in self.first]
         self.classes = None if requests.classes is None else repeat(requests.classes)
         self.scales = None if requests.guidance_scale is None else repeat(requests.guidance_scale)
-        self.denoise = Sampler.of(diffusion, sampling, observer, merge=requests.running.merge)
-        self.drafter = requests.running.drafter or MainPath()
+        running = requests.running
+        self.denoise = Sampler.of(diffusion, sampling, observer, merge=running.merge, compile=running.compile)
+        self.drafter = running.drafter or MainPath()
         self.guesses = Guesses.of(
             diffusion.backbone,
-            requests.running,
+            running,
             sampling,
             block_size=diffusion.block_size,
             has_observer=observer is not None,
@@ -323,7 +325,8 @@ class _Loop:
                 pending = texts.ids[texts.places(rows, -1 if ahead else -length)]
             if is_graphed and type(self.path) is Rows and rows:
                 more = texts.limit - min(texts.ends[row] for row in rows)
-                self.path = Replayed.of(self.path, self.path.slots + more)
+                kind = ReplayedEvaluations if self.sampling.solver.is_adaptive else Replayed
+                self.path = kind.of(self.path, self.path.slots + more)
         if streamer is not None:
             streamer.end()
         return texts, cost, kept.sum(1), self.metrics
@@ -361,13 +364,12 @@ class _Loop:
 
     @property
     def _is_steady(self) -> bool:
-        """Whether every token takes the same steps, at which nobody looks on."""
+        """Whether every token takes the same steps or those of its solver, at which nobody looks on."""
         sampling = self.sampling
         return not (
             self.denoise.observer
             or self.guesses.wanted != 0
             or sampling.patience is not None
-            or sampling.solver.is_adaptive
             or sampling.num_inference_steps == 0
         )
 

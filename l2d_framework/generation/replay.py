@@ -21,6 +21,7 @@ from l2d_framework.backbone import Backbone
 from l2d_framework.diffusion.ode import NotAhead
 from l2d_framework.diffusion.rng import TokenStreams
 from l2d_framework.diffusion.sampler import Block, Denoised, Sampler
+from l2d_framework.diffusion.selection import Selection
 from l2d_framework.types import Context
 
 
@@ -162,16 +163,22 @@ class Replayed(Rows):
 
     def _begin(self, context: Context) -> None:
         self.context = context
+        self._tokens: Tensor | None = None  # the last ones, (B, 1), where those of every token stand
         self._alive: Tensor | None = None
-        self._graph: Graph | None = GRAPHS[self.backbone.lm.device.type](self.backbone.lm.device)
+        self._graph: Graph | None = self.new_graph()
         self._tape: _Tape | None = None
+
+    def new_graph(self) -> Graph:
+        """A graph of the device."""
+        device = self.backbone.lm.device
+        return GRAPHS[device.type](device)
 
     @override
     def keep(self, rows: Tensor) -> None:
         alive = rows if self._alive is None else self._alive[rows]
         if self._graph is None:
             super().keep(rows)
-        elif self._tape is None or 2 * len(alive) <= len(self._tape.tokens):
+        elif self._tokens is None or 2 * len(alive) <= len(self._tokens):
             self._begin(self.context.select(alive))
         else:
             self._alive = alive
@@ -191,19 +198,46 @@ class Replayed(Rows):
         if self._graph is None:
             return super().denoise(tokens, ask)
         self.slots += 1
-        block = ask(False)
-        if self._tape is None:
-            # The first token is not captured: it shows which numbers are drawn, and makes what is made once.
-            self._tape = _Tape(tokens, block)
-            try:
-                found = self._work(self._tape)
-            except NotAhead:
-                self._graph = None
-                return self.sampler(replace(ask(True), context=self.context))
-        else:
-            found = self._again(self._graph, self._tape, tokens, block)
+        try:
+            found = self._replay(tokens, ask(False))
+        except NotAhead:
+            self._stop()
+            found = self.sampler.solve(replace(ask(True), context=self.context))
         found.check()
         return found
+
+    def _replay(self, tokens: Tensor, block: Block) -> Denoised:
+        if self._tokens is None:
+            # The first token is not captured: it shows which numbers are drawn, and makes what is made once.
+            self._tokens = tokens.clone()
+            self._tape = _Tape(block)
+            return self._work(self._tape)
+        assert self._tape is not None
+        put(self._tokens, tokens, self._alive)
+        tape, alive = self._tape, self._alive
+        tape.fill(block, alive)
+        found: Denoised = self._captured(self._graph, lambda: self._work(tape))
+        if self._graph is None:
+            self._stop()
+        return found if alive is None else found.select(alive)
+
+    def _captured(self, graph: Graph | None, work: Callable[[], Any]) -> Any:
+        """Work done by a graph, or plainly where it has none or cannot be captured, which is the end of all graphs."""
+        if graph is None or self._graph is None:
+            return work()
+        try:
+            return graph(work)
+        except RuntimeError as error:
+            warnings.warn(f"Tokens are not replayed from a graph, since {error}", UserWarning, stacklevel=2)
+            _REFUSED.setdefault(self.backbone, set()).add(repr(self.sampler.sampling.guidance))
+            self._graph = None
+            return work()
+
+    def _stop(self) -> None:
+        """Go on without graphs, and with the rows that go on alone."""
+        self._graph = None
+        if self._alive is not None:
+            self.context, self._alive = self.context.select(self._alive), None
 
     def _widen(self) -> None:
         """More room, of the rows that go on."""
@@ -216,24 +250,19 @@ class Replayed(Rows):
         else:
             self._begin(wider)
 
-    def _again(self, graph: Graph, tape: _Tape, tokens: Tensor, block: Block) -> Denoised:
-        tape.fill(tokens, block, self._alive)
-        alive = self._alive
-        try:
-            found: Denoised = graph(lambda: self._work(tape))
-        except RuntimeError as error:
-            warnings.warn(f"Tokens are not replayed from a graph, since {error}", UserWarning, stacklevel=2)
-            _REFUSED.setdefault(self.backbone, set()).add(repr(self.sampler.sampling.guidance))
-            tape.rewind()
-            found = self._work(tape)
-            self._graph = None
-            if alive is not None:
-                self.context, self._alive = self.context.select(alive), None
-        return found if alive is None else found.select(alive)
-
     def _work(self, tape: _Tape) -> Denoised:
-        self.context = self.backbone.extend(self.context, tape.tokens)
+        assert self._tokens is not None
+        tape.numbers.rewind()
+        self.context = self.backbone.extend(self.context, self._tokens)
         return self.sampler.solve(_TapedBlock(**vars(tape.block) | {"context": self.context}, tape=tape))
+
+
+def put(old: Tensor, new: Tensor, rows: Tensor | None) -> None:
+    """Copy values to some rows, or all."""
+    if rows is None:
+        old.copy_(new)
+    else:
+        old[rows] = new
 
 
 GRAPHS: dict[str, Callable[[torch.device], Graph]] = {"cuda": CudaGraph}
@@ -250,44 +279,56 @@ _STEP = 256
 class _Draw:
     purpose: str
     branch: int
-    how: Callable[[TokenStreams], Tensor]
+    how: Callable[[Any], Tensor]
     numbers: Tensor
+
+
+class Numbers:
+    """Random numbers in tensors that stay where they are.
+
+    Args:
+        room: makes such a tensor, with the first numbers in it.
+    """
+
+    def __init__(self, room: Callable[[Tensor], Tensor]) -> None:
+        self._room = room
+        self._draws: list[_Draw] = []
+        self._next: int | None = None
+
+    def fill(self, streams: Callable[[str], TokenStreams | Selection], rows: Tensor | None) -> None:
+        """Put in new ones of some rows, or all, from the streams of each purpose."""
+        known = {purpose: streams(purpose) for purpose in {draw.purpose for draw in self._draws}}
+        for draw in self._draws:
+            put(draw.numbers, draw.how(known[draw.purpose].branch(draw.branch)), rows)
+
+    def rewind(self) -> None:
+        """Hand out the numbers from the first on, once it is known which are asked for."""
+        self._next = 0 if self._draws else None
+
+    def draw(
+        self, purpose: str, branch: int, streams: TokenStreams | Selection, how: Callable[[Any], Tensor]
+    ) -> Tensor:
+        """The next numbers: new ones the first time, from then on those that `fill` has put in."""
+        if self._next is None:
+            self._draws.append(_Draw(purpose, branch, how, self._room(how(streams))))
+            return self._draws[-1].numbers
+        self._next += 1
+        return self._draws[self._next - 1].numbers
 
 
 class _Tape:
     """What changes from token to token, in tensors that stay where they are."""
 
-    def __init__(self, tokens: Tensor, block: Block) -> None:
-        self.tokens = tokens.clone()
+    def __init__(self, block: Block) -> None:
         # Without what the backbone remembers, which is that of the work and would be held twice.
         nothing: Any = None
         self.block = replace(block, layout=None, context=nothing, positions=block.positions.clone())
-        self._draws: list[_Draw] = []
-        self._next: int | None = None
+        self.numbers = Numbers(Tensor.clone)
 
-    def fill(self, tokens: Tensor, block: Block, alive: Tensor | None) -> None:
+    def fill(self, block: Block, alive: Tensor | None) -> None:
         """Put in what belongs to the next token of the rows that go on."""
-        streams = {draw.purpose: block.streams(draw.purpose) for draw in self._draws}
-        pairs = [(self.tokens, tokens), (self.block.positions, block.positions)]
-        pairs += [(draw.numbers, draw.how(streams[draw.purpose].branch(draw.branch))) for draw in self._draws]
-        for old, new in pairs:
-            if alive is None:
-                old.copy_(new)
-            else:
-                old[alive] = new
-        self.rewind()
-
-    def rewind(self) -> None:
-        """Hand out the numbers from the first on."""
-        self._next = 0
-
-    def draw(self, purpose: str, branch: int, streams: TokenStreams, how: Callable[[TokenStreams], Tensor]) -> Tensor:
-        """The next numbers: new ones the first time, from then on those that `fill` has put in."""
-        if self._next is None:
-            self._draws.append(_Draw(purpose, branch, how, how(streams).clone()))
-            return self._draws[-1].numbers
-        self._next += 1
-        return self._draws[self._next - 1].numbers
+        put(self.block.positions, block.positions, alive)
+        self.numbers.fill(block.streams, alive)
 
 
 @dataclass(frozen=True)
@@ -297,27 +338,29 @@ class _TapedBlock(Block):
     @override
     def streams(self, purpose: str) -> TokenStreams:
         assert self.tape is not None
-        return _TapedStreams(self.tape, purpose, 0, super().streams(purpose))
+        return TapedStreams(self.tape.numbers, purpose, 0, super().streams(purpose))
 
 
-class _TapedStreams(TokenStreams):
-    """Random streams whose numbers are those on a tape."""
+class TapedStreams(TokenStreams):
+    """Random streams whose numbers stay where they are."""
 
-    def __init__(self, tape: _Tape, purpose: str, number: int, streams: TokenStreams) -> None:
-        self._tape, self._purpose, self._number, self._streams = tape, purpose, number, streams
+    def __init__(self, numbers: Numbers, purpose: str, number: int, streams: TokenStreams | Selection) -> None:
+        self._numbers, self._purpose, self._number, self._streams = numbers, purpose, number, streams
         self.device = streams.device
 
     @override
     def branch(self, number: int) -> TokenStreams:
-        return self if not number else _TapedStreams(self._tape, self._purpose, number, self._streams.branch(number))
+        if not number:
+            return self
+        return TapedStreams(self._numbers, self._purpose, number, self._streams.branch(number))
 
     @override
     def uniform(self, active: Tensor | None = None) -> Tensor:
-        return self._tape.draw(self._purpose, self._number, self._streams, TokenStreams.uniform)
+        return self._numbers.draw(self._purpose, self._number, self._streams, lambda streams: streams.uniform())
 
     @override
     def normal(self, size: int) -> Tensor:
-        return self._tape.draw(self._purpose, self._number, self._streams, lambda streams: streams.normal(size))
+        return self._numbers.draw(self._purpose, self._number, self._streams, lambda streams: streams.normal(size))
 
     @override
     def seeds(self) -> Tensor:

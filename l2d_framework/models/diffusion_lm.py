@@ -151,6 +151,7 @@ class DiffusionLM(Diffusion):
         speculate: Literal["auto", "off"] | int = "off",
         drafter: Drafter | Mapping[str, Any] | str | None = None,
         graph: bool = True,
+        compile: bool = False,
         **options: Any,
     ) -> Generation:
         """Answer prompts.
@@ -186,6 +187,8 @@ class DiffusionLM(Diffusion):
                 rounding. Processors are asked about guesses, too, so they must depend on tokens and scores alone.
             drafter: who guesses them, by name, as a section or a component; the language model when None.
             graph: let an NVIDIA GPU replay a token's evaluations from a CUDA graph, where they can be captured.
+            compile: run layers as torch.compile makes them, which takes a while at first and where the number of
+                prompts changes; pays for long answers. Refused by backbones that have no layers for it.
             **options: as above.
 
         Returns:
@@ -205,6 +208,7 @@ class DiffusionLM(Diffusion):
             speculate=speculate,
             drafter=component_of("drafter", drafter),
             graph=graph,
+            compile=compile,
         )
         arguments.check_parts(logits_processor, stopping_criteria, streamer, observer=observer, on_answer=on_answer)
         arguments.check_prompts(prompts, self.backbone.vocab_size)

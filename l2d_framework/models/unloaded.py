@@ -17,6 +17,7 @@ from l2d_framework.base_model import empty_language_model, fetch, fingerprint, l
 from l2d_framework.config import DiffusionRun, SamplingSection
 from l2d_framework.config.parsing import parse_run
 from l2d_framework.config.sampling import component_of
+from l2d_framework.diffusion.sampler import check_compile
 from l2d_framework.diffusion.sampling import check_block_size, check_sampling
 from l2d_framework.errors import CheckpointError, ConfigError
 from l2d_framework.generation import arguments
@@ -143,6 +144,7 @@ class UnloadedModel:
         """Refuse a way to run requests that there is not, or with which answers could come out differently."""
         request = arguments.request(**{**running, "drafter": component_of("drafter", running.get("drafter"))})
         Guesses.of(self.empty, request, settings, block_size=self.parts.block_size, has_observer=is_watched)
+        check_compile(self.empty, request.compile)
 
     def plan(self, device: Any) -> Plan:
         """Where everything will lie; the map of a placement may name the device that computes, if None is given."""

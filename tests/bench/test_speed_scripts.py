@@ -17,6 +17,7 @@ from tiny_models import tiny_lm, tiny_tokenizer
 
 from l2d_framework.config import check_runs, load_run
 from l2d_framework.diffusion.rng import keyed_generator, stream_key
+from l2d_plugins.backbones import compiling
 
 FAMILIES = {"Qwen": "qwen2", "istral": "mistral", "roberta": "roberta"}
 RUNS = sorted((Path(__file__).parents[2] / "bench" / "runs").glob("*.yaml"))
@@ -283,11 +284,13 @@ def test_figures_of_decoding_are_kept_question_by_question_and_drawn(decoding, t
         def question():
             if number:
                 assert len(json.loads(kept.read_text())["questions"]) == number
-            if number == 3:
+            if number == 5:
                 raise torch.OutOfMemoryError("Out of memory. Tried to allocate")
             [
                 lambda: decoding.same_tokens(bench),
                 lambda: decoding.ways(bench, 2),
+                lambda: decoding.adaptive(bench, 2),
+                lambda: decoding.compiled(bench, 2),
                 lambda: bench.ask("evaluations, 3", {decoding.PLAIN: lambda: 1, "L2D": lambda: 1}, evaluations=3),
             ][number]()
 
@@ -295,11 +298,14 @@ def test_figures_of_decoding_are_kept_question_by_question_and_drawn(decoding, t
 
     bench = decoding.Bench(torch.device("cpu"), "tiny", 4, 2, 1)
     monkeypatch.setattr(decoding, "Bench", lambda *_: bench)
-    monkeypatch.setattr(decoding, "parts", lambda _: map(asked, range(4)))
+    monkeypatch.setattr(compiling, "_compiled", lambda backend: compiling.run)
+    monkeypatch.setattr(decoding, "parts", lambda _: map(asked, range(6)))
     decoding.main(device="cpu", size="tiny", minutes=5, rounds=1, prompt=4, new_tokens=2, out=kept)
     questions = json.loads(kept.read_text())["questions"]
     assert set(questions["share of equal tokens"].values()) == {1.0}
     assert questions["decode, batch 2"]["cases"][decoding.PLAIN]["cost"] == 1
+    assert questions["adaptive, batch 2"]["evaluations"] >= 4
+    assert questions["compiled, batch 2"]["cases"]["L2D, compiled"]["cost"] > 0
     assert questions["out of memory"] == ["Out of memory"]
     assert kept.with_suffix(".png").stat().st_size > 1000
 

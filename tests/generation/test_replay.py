@@ -14,9 +14,11 @@ from fake_plugins import installed, plugin
 from tape_graph import TapeGraph
 from tiny_models import tiny_lm
 
+from l2d_framework.diffusion.ode import TokenODE
 from l2d_framework.errors import PluginError
-from l2d_framework.generation import replay
+from l2d_framework.generation import replay, replay_evaluations
 from l2d_framework.generation.prompts import pad_left
+from l2d_framework.generation.replay_evaluations import ReplayedEvaluations
 from l2d_framework.guidance import Guidance
 from l2d_framework.hooks import GROUP
 from l2d_framework.types import Prediction
@@ -24,6 +26,13 @@ from l2d_plugins.guidance.classifier_free import ClassifierFree
 
 PROMPTS = [[9, 30, 71, 100, 42, 17, 201], [55, 44], [120, 9, 8, 7], [55, 44, 200, 13, 99]]
 FULL_ATTENTION = ["llama", "qwen2", "qwen3", "smollm3", "phi3", "olmo2"]
+ADAPTIVE = {
+    "solver": {"name": "fehlberg2", "rtol": 1e-3, "atol": 1e-3},
+    "num_inference_steps": None,
+    "max_new_tokens": 4,
+}
+AGAIN = ADAPTIVE | {"prompts": PROMPTS[:2], "max_new_tokens": 6}
+"""Solves of which the same row is the last, token after token."""
 ENDING = {"eos_token_id": [*range(60, 72)], "do_sample": True, "max_new_tokens": 24}
 
 
@@ -71,15 +80,50 @@ def test_replayed_tokens_are_those_of_the_plain_path(family, graphs):
         {"num_return_sequences": 2, "repetition_penalty": 1.3},
         {"num_inference_steps": 1},
         ENDING,
+        ADAPTIVE,
+        {**ADAPTIVE, "estimate": {"mode": "average"}},
+        ADAPTIVE | {"solver": {"name": "torchdiffeq_adaptive", "method": "adaptive_heun", "rtol": 0.5, "atol": 0.5}},
+        ADAPTIVE | ENDING | {"max_new_tokens": 8, "eos_token_id": [*range(40, 100)]},
     ],
 )
 def test_they_are_with_every_option(options, graphs):
     check_replays(shared_lm(), graphs, **options)
 
 
-def test_they_are_with_classes_and_guidance(graphs):
+@pytest.mark.parametrize("options", [ENDING, {**ADAPTIVE, "guidance_scale": [1.5, 0.5, 1.5, 2.0]}])
+def test_they_are_with_classes_and_guidance(options, graphs):
     model = shared_lm(classes=("a", "b"))
-    check_replays(model, graphs, classes=["a", None, "b", "a"], guidance=[ClassifierFree(scale=1.5)], **ENDING)
+    check_replays(model, graphs, classes=["a", None, "b", "a"], guidance=[ClassifierFree(scale=1.5)], **options)
+
+
+@pytest.mark.parametrize("remembers", [{"space": {"self_conditioning": "add"}}, {"carry": True}])
+def test_they_are_where_an_evaluation_goes_on_from_the_one_before(remembers, graphs):
+    check_replays(diffusion_lm(**remembers), graphs, **ADAPTIVE)
+
+
+def test_a_replayed_slope_is_that_of_the_same_work_done_anew(monkeypatch):
+    slopes = {}
+    for kind in (TapeGraph, lambda: lambda work: work()):
+        seen = slopes[kind] = []
+        velocity = TokenODE.velocity
+
+        def noted(*args, velocity=velocity, seen=seen, **options):
+            seen.append(velocity(*args, **options))
+            return seen[-1]
+
+        with monkeypatch.context() as patch:
+            patch.setattr(TokenODE, "velocity", noted)
+            patch.setitem(replay.GRAPHS, "cpu", lambda device, kind=kind: kind())
+            found = generate(shared_lm(), **ADAPTIVE)
+    assert len(found.evaluations.unique()) > 1
+    assert all(torch.equal(*pair) for pair in zip(*slopes.values(), strict=True))
+
+
+def test_evaluations_are_captured_once_for_each_power_of_two_of_rows(graphs):
+    prompts = [*PROMPTS, *([number] for number in (3, 4, 5))]
+    generate(shared_lm(), prompts, **ADAPTIVE | {"max_new_tokens": 8})
+    # The language model's step; both ends of a solve; between them 8, 4, 2 rows and one, of which 3 are copied.
+    assert sum(graph.made is not None for graph in graphs) == 1 + 2 + 4 + 3
 
 
 def test_they_are_over_a_model_that_takes_masks_of_numbers(graphs):
@@ -97,7 +141,6 @@ def test_rows_that_have_ended_run_along_until_half_of_them_have(graphs):
 @pytest.mark.parametrize(
     "options",
     [
-        {"solver": "fehlberg2", "num_inference_steps": None, "max_new_tokens": 3},
         {"patience": 2},
         {"num_inference_steps": 0},
         {"speculate": 2},
@@ -125,24 +168,51 @@ class Asking(Guidance):
         return Prediction(plain.logits * (1.5 if float(plain.logits.sum()) > 0 else 1.0))
 
 
-@pytest.mark.parametrize(("guidance", "warned"), [(toys.Recalling, 0), (Asking, 1)])
-def test_a_guidance_that_cannot_be_captured_is_served_without(guidance, warned, graphs):
+class Counting(Guidance):
+    """Does more at later evaluations."""
+
+    name: Literal["counting"] = "counting"
+
+    def __call__(self, predict, query, space):
+        plain = predict(query)
+        return Prediction(plain.logits * (1 + 0.5 * space.evaluation))
+
+
+@pytest.mark.parametrize(
+    ("guidance", "warned", "solve"),
+    [(toys.Recalling, 0, {}), (Asking, 1, {}), (Counting, 0, ADAPTIVE), (Asking, 1, ADAPTIVE)],
+)
+def test_a_guidance_that_cannot_be_captured_is_served_without(guidance, warned, solve, graphs):
     model = shared_lm()
     with (
         installed(*entry_points(group=GROUP), plugin("more", [guidance])),
         warnings.catch_warnings(record=True) as seen,
     ):
         warnings.simplefilter("always")
-        found = generate(model, guidance=[guidance()])
+        found = generate(model, guidance=[guidance(scale=1 + len(solve))], **solve)
         assert len([w for w in seen if "not replayed" in str(w.message)]) == warned
-        wanted = generate(model, guidance=[guidance()], graph=False)
+        wanted = generate(model, guidance=[guidance(scale=1 + len(solve))], graph=False, **solve)
     assert torch.equal(found.sequences, wanted.sequences)
 
 
-def test_a_replay_of_other_numbers_would_be_noticed(graphs, monkeypatch):
-    monkeypatch.setattr(replay._Tape, "fill", lambda self, *_: setattr(self, "_next", 0))
+@pytest.mark.parametrize(
+    ("kind", "name", "wrong", "options"),
+    [
+        (replay._Tape, "fill", lambda *_: None, {}),
+        (replay_evaluations._Evaluation, "fill", lambda *_: None, ADAPTIVE),
+        (replay_evaluations._Part, "is_stale", property(lambda part: part.context is None, lambda *_: None), AGAIN),
+        (
+            ReplayedEvaluations,
+            "_part",
+            lambda self, size, _: self.context.select(self._tokens[:size, 0] * 0),
+            AGAIN,
+        ),
+    ],
+)
+def test_a_replay_of_other_numbers_would_be_noticed(kind, name, wrong, options, graphs, monkeypatch):
+    monkeypatch.setattr(kind, name, wrong)
     with pytest.raises(AssertionError):
-        check_replays(shared_lm(), graphs)
+        check_replays(shared_lm(), graphs, **options)
 
 
 def test_room_for_an_answer_is_made_in_steps(graphs, monkeypatch):
@@ -168,11 +238,12 @@ def undone(monkeypatch):
     monkeypatch.setitem(replay.GRAPHS, "cpu", lambda device: lambda work: work())
 
 
-def test_nothing_is_left_of_keys_and_values(undone):
+@pytest.mark.parametrize("options", [{}, ADAPTIVE])
+def test_nothing_is_left_of_keys_and_values(options, undone):
     gc.collect()
     gc.disable()
     try:
-        generate(shared_lm())
+        generate(shared_lm(), **options)
         assert not [kept for kept in gc.get_objects() if type(kept).__name__ == "_Slots"]
     finally:
         gc.enable()
@@ -188,10 +259,11 @@ class Breaking(Guidance):
         return Prediction(plain.logits.masked_fill((query.positions > 11)[..., None], torch.nan))
 
 
-def test_a_guidance_that_breaks_is_named_though_rows_have_ended(undone):
+@pytest.mark.parametrize("options", [{}, {**ADAPTIVE, "max_new_tokens": 8}])
+def test_a_guidance_that_breaks_is_named_though_rows_have_ended(options, undone):
     ends = {"eos_token_id": generate(shared_lm()).answers[0, 1].tolist()}
     with (
         installed(*entry_points(group=GROUP), plugin("more", [Breaking])),
         pytest.raises(PluginError, match="breaking"),
     ):
-        generate(shared_lm(), guidance=[Breaking()], **ends)
+        generate(shared_lm(), guidance=[Breaking()], **ends, **options)

@@ -3,9 +3,11 @@ import sys
 
 import pytest
 import torch
+from diffusion_models import shared_lm
 from odes import Ode, decay, measured_order, pendulum, times
 
 from l2d_framework.errors import ConfigError, EvaluationBudgetError, L2DError
+from l2d_plugins.backbones.conditioning import Conditioning
 from l2d_plugins.solvers import l2d_components as core_components
 from l2d_plugins.solvers_rk import TorchDiffEqAdaptive, TorchDiffEqFixed, l2d_components
 
@@ -157,3 +159,12 @@ def test_a_grid_of_one_time_moves_nothing():
     ode = Ode(decay(RATES))
     assert torch.equal(TorchDiffEqAdaptive().solve(ode, STARTS, [0.0]), STARTS)
     assert ode.visits == []
+
+
+def test_a_time_that_never_comes_again_leaves_no_table(monkeypatch):
+    tabled, table = [], Conditioning.table
+    monkeypatch.setattr(Conditioning, "table", lambda self, t: tabled.append(t) or table(self, t))
+    loose = {"name": "torchdiffeq_adaptive", "method": "adaptive_heun", "rtol": 0.5, "atol": 0.5}
+    prompt = torch.tensor([[5, 9, 7]])
+    shared_lm().generate(prompt, solver=loose, num_inference_steps=None, max_new_tokens=2, eos_token_id=None)
+    assert tabled == [1 - 1 / shared_lm().parametrization.prior_scale]

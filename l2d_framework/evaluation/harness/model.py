@@ -66,8 +66,8 @@ class L2DLM(HFLM):  # type: ignore[misc]
         **options: `base`, `dtype` and `revision` of the checkpoint; `device_map`, `max_memory` and `offload_folder`, as
             of `l2d.load`; `scoring` (mixture, main or pseudo),
             `noise_samples` and `pseudo_times` of log-likelihoods; fields of the `sampling` section, `class_name` and
-            `guidance_scale`; `merge`, `speculate`, `drafter` and `graph` of `generate`; those of token search, `search`
-            and `search_*`; `batch_size`, `device`, `max_length` and others of lm_eval's `hf`.
+            `guidance_scale`; `merge`, `speculate`, `drafter`, `graph` and `compile` of `generate`; those of token
+            search, `search` and `search_*`; `batch_size`, `device`, `max_length` and others of lm_eval's `hf`.
     """
 
     def __init__(self, pretrained: str | None = None, **options: Any) -> None:

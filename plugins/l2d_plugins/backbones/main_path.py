@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -69,20 +69,23 @@ class MainContext(Context):
         return self.hidden.gather(1, index.expand(-1, -1, self.hidden.shape[-1]))
 
     @override
-    def select(self, rows: Tensor) -> MainContext:
+    def select(self, rows: Tensor) -> Self:
+        return self._select(rows, _changed(self.cache, lambda values: values[rows]))
+
+    def _select(self, rows: Tensor, cache: DynamicCache, **changes: Any) -> Self:
         batch = self.hidden.shape[0]
-        cache = _changed(self.cache, lambda values: values[rows])
+        # Layers share what they are given, and share what is made of it.
+        values = {id(value): value for kwargs in self.kwargs for value in kwargs.values()}
         keys = MainKeys(cache)
+        chosen = {key: keys if isinstance(v, MainKeys) else _pick(v, rows, batch) for key, v in values.items()}
         return replace(
             self,
             cache=cache,
             hidden=self.hidden[rows],
-            kwargs=[
-                {name: keys if isinstance(v, MainKeys) else _pick(v, rows, batch) for name, v in kwargs.items()}
-                for kwargs in self.kwargs
-            ],
+            kwargs=[{name: chosen[id(value)] for name, value in kwargs.items()} for kwargs in self.kwargs],
             present=None if self.present is None else self.present[rows],
             real=self.real[rows],
+            **changes,
         )
 
 
@@ -126,19 +129,9 @@ class FixedContext(MainContext):
         return torch.zeros_like(positions)
 
     @override
-    def select(self, rows: Tensor) -> FixedContext:
-        assert self.present is not None
+    def select(self, rows: Tensor) -> Self:
         slot = self.slot.clone()
-        cache = _changed(self.cache, lambda values: values[rows], slot)
-        return replace(
-            self,
-            cache=cache,
-            hidden=self.hidden[:0],
-            kwargs=[],
-            present=self.present[rows],
-            real=self.real[rows],
-            slot=slot,
-        )
+        return self._select(rows, _changed(self.cache, lambda values: values[rows], slot), slot=slot)
 
 
 class _Slots(DynamicLayer):

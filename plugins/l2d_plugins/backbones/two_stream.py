@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from peft.tuners.lora import LoraLayer
     from transformers import PreTrainedModel
 
+    from l2d_plugins.backbones.compiling import Compiled
+
 ADAPTER = "diffusion"
 _EPSILON = 1e-6
 
@@ -90,6 +92,7 @@ class TwoStream(Backbone[MainContext]):
     independent_positions: ClassVar[bool] = True
     rewinds: ClassVar[bool] = True
     joins: ClassVar[bool] = True
+    compiles: ClassVar[bool] = True
 
     config: TwoStreamConfig
 
@@ -97,6 +100,8 @@ class TwoStream(Backbone[MainContext]):
         super().__init__()
         self.config = config
         self.gradient_checkpointing = False
+        self._compiled: Compiled | None = None
+        self._is_compiled = False
         lm.requires_grad_(False)
         self.lm = lm.eval()
         self.main = MainPath(lm)
@@ -214,21 +219,26 @@ class TwoStream(Backbone[MainContext]):
         is_mixed = weight.dtype == torch.float32 != y.dtype
         mixed = torch.autocast(y.device.type, dtype=y.dtype) if is_mixed else nullcontext()
 
-        def run(layer: nn.Module, y: Tensor, modulation: Any, kwargs: dict[str, Any]) -> Tensor:
+        compiled = self._compiled if self._is_compiled and not torch.is_grad_enabled() else None
+
+        def run(number: int, y: Tensor, modulation: Any, kwargs: dict[str, Any]) -> Tensor:
             modulation = modulation() if callable(modulation) else modulation
+            layer = self.shadows[number]
             with mixed:
+                if compiled is not None:
+                    return compiled(layer, y, modulation, kwargs, number)
                 return layer(y, modulation, kwargs)  # type: ignore[no-any-return]
 
         gathered: dict[tuple[int, int], dict[str, Any]] = {}
-        for layer, modulation, captured in zip(self.shadows, modulations, context.kwargs, strict=True):
+        for number, (modulation, captured) in enumerate(zip(modulations, context.kwargs, strict=True)):
             kind = (id(captured.get("attention_mask")), id(captured.get("position_embeddings")))
             if kind not in gathered:
                 gathered[kind] = gather_kwargs(captured, index, context.length)
             kwargs = gathered[kind]
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                y = checkpoint(run, layer, y, modulation, kwargs, use_reentrant=False)
+                y = checkpoint(run, number, y, modulation, kwargs, use_reentrant=False)
             else:
-                y = run(layer, y, modulation, kwargs)
+                y = run(number, y, modulation, kwargs)
         change: Tensor = (weight * y.to(weight.dtype)).to(main.dtype)
         return main + change.masked_fill((t == 0)[..., None], 0)
 
@@ -269,6 +279,14 @@ class TwoStream(Backbone[MainContext]):
     @override
     def merge(self, how: Literal["auto", "always", "never"] = "auto") -> None:
         fold(self.shadows, self.lm.dtype, how)
+
+    @override
+    def compile_layers(self, wanted: bool) -> None:
+        if wanted and self._compiled is None:
+            from l2d_plugins.backbones.compiling import Compiled
+
+            self._compiled = Compiled()
+        self._is_compiled = wanted
 
 
 def _target_names(layer: nn.Module, targets: tuple[str, ...] | None) -> list[str]:
