@@ -14,8 +14,8 @@ from l2d_framework.evaluation import plots
 _COLOURS = plots.COLOURS
 _MARKERS = "osD^vPX"
 _ACROSS = 3
-_LETTERS = 64
-"""Of a title, above one panel."""
+_LETTERS = 14
+"""Of a title, per inch."""
 
 
 def draw(filled: Filled, profile: ProfileFile, path: Path) -> bool:
@@ -35,13 +35,14 @@ def draw(filled: Filled, profile: ProfileFile, path: Path) -> bool:
     if not panels:
         return False
     across = min(_ACROSS, len(panels))
-    axes = plots.panels(len(panels), across, (4.6, 3.3), below=0.6, dpi=130)
+    width = 4.6 if across > 1 else 8.0  # inches; a single panel leaves the legend no room
+    axes = plots.panels(len(panels), across, (width, 3.3), below=0.6, dpi=130)
     for place, (name, paint) in zip(axes, panels, strict=True):
         paint(place)
         place.set_title(name, fontsize=10)
     canvas: Any = axes[0].figure
     plots.legend_below(canvas, columns=3, fontsize=8)
-    title = wrap(f"{filled.plan.table.title} — {profile.title}", _LETTERS * across)
+    title = wrap(f"{filled.plan.table.title} — {profile.title}", int(_LETTERS * width * across))
     canvas.suptitle("\n".join(title), fontsize=10)
     path.parent.mkdir(parents=True, exist_ok=True)
     plots.save(canvas, path)
@@ -134,7 +135,8 @@ def _curves(filled: Filled, figure: Figure) -> list[Any]:
             cell = plan.cells[number, name]
             for seed, key in enumerate(cell.jobs):
                 for curve, points in filled.outcomes[key].curves.items() if key in filled.outcomes else ():
-                    if (mark := f"{key} {curve}") not in seen:
+                    is_wanted = figure.curves is None or curve in figure.curves
+                    if is_wanted and (mark := f"{key} {curve}") not in seen:
                         seen.add(mark)
                         measure = str(cell.column.measure) if cell.column else ""
                         found.setdefault((curve, measure), []).append((row.label, seed, points))

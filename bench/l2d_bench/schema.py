@@ -63,6 +63,8 @@ class Figure(Section):
     detail: str | None = None
     """With `bars`: a second panel with this detail of each measurement, such as `evaluations_per_token`."""
     log_x: bool = False
+    curves: list[str] | None = None
+    """With `curves`: which of them, such as `accuracy`; all when None."""
 
 
 class TableFile(Section):

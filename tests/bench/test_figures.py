@@ -17,3 +17,4 @@ def test_curves_of_two_measures_have_panels_of_their_own():
     )
     panels = [name for name, _ in _curves(filled, Figure(kind="curves"))]
     assert panels == ["accuracy, steps", "accuracy, choices", "per token"]
+    assert [name for name, _ in _curves(filled, Figure(kind="curves", curves=["per_token"]))] == ["per token"]

@@ -1,36 +1,49 @@
-"""Questions that take one look-up after another: where does one arrive after so many hops?"""
+"""Questions that take one look-up after another: where does the chain end that begins here?"""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
+from string import ascii_lowercase
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from l2d_bench.data.makers import Maker
 from l2d_bench.data.rows import Row, write_rows
 
 
 class HopQuestions(Maker):
-    """Rows of a map of numbers, each to another, and hops along it: `, 3 5 , 5 0 , 0 3 ; 2 from 3 = 0`.
+    """Rows of chains of letters, each to the next and the last to itself: `, c a , a a , b c ; 2 from b = a`.
 
     Every hop looks up what the one before has found, so that no network of a fixed depth answers any number of them in
-    one pass. `base.jsonl` has all hops of one in every row, as texts; `new.jsonl` questions of one hop up to the most,
-    as prompts with completions, and `held_out_N.jsonl` those of N hops, of other maps.
+    one pass; who hops too often stays at the end. `base.jsonl` has single hops, several in every row, as texts;
+    `new.jsonl` asks for the ends of chains, which are the answers after the most hops, as prompts with completions, and
+    `held_out_N.jsonl` does where the end is N hops away, on other chains. Guessing one of the ends is right once in
+    `chains`.
     """
 
     kind: Literal["hops"] = "hops"
     seed: int = 0
-    places: int = Field(default=8, gt=1)
-    """Numbers of a map."""
+    chains: int = Field(default=3, gt=1)
+    """Chains of a row, all of `most` + 1 letters."""
     most: int = Field(default=4, gt=1)
-    """Largest number of hops of a question."""
+    """Largest number of hops to an end."""
+    asked: int = Field(default=8, gt=0)
+    """Single hops in a row of the base."""
     base_rows: int = Field(default=40_000, gt=0)
     new_questions: int = Field(default=40_000, gt=0)
     answers: int = Field(default=500, gt=0)
     """Held-out questions of each number of hops."""
+
+    @model_validator(mode="after")
+    def _has_letters(self) -> Self:
+        places = self.chains * (self.most + 1)
+        if places > len(ascii_lowercase):
+            raise ValueError(f"chains {self.chains} of {self.most + 1} letters need {places} of 26; lower one")
+        if self.asked > places:
+            raise ValueError(f"asked {self.asked} exceeds the {places} letters of a row; lower it")
+        return self
 
     def make(self, folder: Path) -> None:
         """Write the files.
@@ -38,9 +51,8 @@ class HopQuestions(Maker):
         Args:
             folder: exists and is empty.
         """
-        source = _Maps(self.seed, self.places)
-        base = (source.text() for _ in range(self.base_rows))
-        write_rows(folder / "base.jsonl", [{"text": text} for text in base])
+        source = _Maps(self.seed, self.chains, self.most)
+        write_rows(folder / "base.jsonl", [{"text": source.text(self.asked)} for _ in range(self.base_rows)])
         new = [source.question(1 + number % self.most) for number in range(self.new_questions)]
         write_rows(folder / "new.jsonl", new)
         for hops in range(1, self.most + 1):
@@ -48,33 +60,34 @@ class HopQuestions(Maker):
 
 
 class _Maps:
-    """A source of maps that never shows one twice."""
+    """A source of chains that never shows the same twice."""
 
-    def __init__(self, seed: int, places: int) -> None:
-        self._random, self._places = random.Random(seed), places
+    def __init__(self, seed: int, chains: int, most: int) -> None:
+        self._random, self._chains, self._length = random.Random(seed), chains, most + 1
         self._shown: set[str] = set()
 
-    def _map(self) -> tuple[list[int], str]:
-        """A cycle through all places, so that no hop leads back early, and its text in random order."""
+    def _map(self) -> tuple[list[list[str]], str]:
+        """Chains, from their beginnings to their ends, and their hops in random order."""
         while True:
-            cycle = self._random.sample(range(self._places), self._places)
-            pairs = [(place, cycle[(i + 1) % self._places]) for i, place in enumerate(cycle)]
+            places = self._chains * self._length
+            letters = self._random.sample(ascii_lowercase[:places], places)
+            chains = [letters[start : start + self._length] for start in range(0, places, self._length)]
+            pairs = [pair for chain in chains for pair in zip(chain, [*chain[1:], chain[-1]], strict=True)]
             self._random.shuffle(pairs)
             text = "".join(f" , {a} {b}" for a, b in pairs) + " ;"
             if text not in self._shown:
                 self._shown.add(text)
-                return [to for _, to in sorted(pairs)], text
+                return chains, text
 
-    def text(self) -> str:
-        """A map, and all hops of one in random order."""
-        to, text = self._map()
-        starts: Iterator[int] = iter(self._random.sample(range(self._places), self._places))
-        return text + "".join(f" 1 from {start} = {to[start]} ;" for start in starts)
+    def text(self, asked: int) -> str:
+        """Chains, and so many of their single hops in random order."""
+        chains, text = self._map()
+        hops = [(a, b) for chain in chains for a, b in zip(chain, [*chain[1:], chain[-1]], strict=True)]
+        return text + "".join(f" 1 from {a} = {b} ;" for a, b in self._random.sample(hops, asked))
 
     def question(self, hops: int) -> Row:
-        """A question of another map."""
-        to, text = self._map()
-        here = start = self._random.randrange(self._places)
-        for _ in range(hops):
-            here = to[here]
-        return {"prompt": f"{text} {hops} from {start} =", "completion": f" {here}"}
+        """The end of a chain that is so many hops away, of other chains."""
+        chains, text = self._map()
+        chain = self._random.choice(chains)
+        start = chain[self._length - 1 - hops]
+        return {"prompt": f"{text} {self._length - 1} from {start} =", "completion": f" {chain[-1]}"}
