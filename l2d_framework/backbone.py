@@ -289,7 +289,7 @@ class Backbone(nn.Module, ABC, Generic[C]):
     def compile_layers(self, wanted: bool) -> None:
         """Run layers as torch.compile makes them, or as they are, where no gradients are recorded.
 
-        Called before every generation. Hidden states may differ by rounding.
+        Called before every generation, and shared by those at the same time. Hidden states may differ by rounding.
 
         Args:
             wanted: whether they are to be compiled, which happens when they first run.

@@ -192,6 +192,29 @@ def test_what_a_guidance_returns_is_sound_or_refused_with_its_name(what, way, mo
         WAYS[way]()
 
 
+class Twice(Guidance):
+    """Asks about every row twice."""
+
+    name: Literal["twice"] = "twice"
+
+    def __call__(self, predict, query, space):
+        rows = torch.arange(len(query.positions)).repeat(2)
+        part = {name: getattr(query, name)[rows] for name in ("x", "t", "positions")}
+        found = predict(query.replace(context=query.context.select(rows), **part)).logits
+        return Prediction(found[: len(rows) // 2])
+
+
+@pytest.mark.parametrize("how", [HOW, {"solver": "fehlberg2", "max_new_tokens": 2, "eos_token_id": None}])
+def test_a_guidance_may_ask_about_more_rows_than_there_are(how, monkeypatch):
+    ids = torch.cat([IDS, IDS.flip(1)])
+    monkeypatch.setattr(Returns, "answer", lambda found, query: found)
+    guided = shared_lm().generate(ids, guidance=[{"name": "returns"}, Twice()], **how)
+    assert torch.equal(guided.sequences, shared_lm().generate(ids, **how).sequences)
+    monkeypatch.setattr(Returns, "answer", lambda found, query: Prediction(found.logits * float("nan")))
+    with pytest.raises(PluginError, match=r"guidance 'returns' .* NaN"):
+        shared_lm().generate(ids, guidance=[{"name": "returns"}, Twice()], **how)
+
+
 def test_a_sound_guidance_is_taken(monkeypatch):
     monkeypatch.setattr(Returns, "answer", lambda found, query: found)
     for way in WAYS.values():

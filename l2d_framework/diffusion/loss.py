@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from importlib.util import find_spec
 from typing import Any
 
@@ -200,7 +202,7 @@ def _slopes(logits: Tensor, targets: Tensor, weights: Tensor | None) -> tuple[Te
 
 def _has_kernel(logits: Tensor) -> bool:
     # What only says that it is on a GPU, as the shapes of a dry run do, has no memory to write to.
-    return type(logits) is Tensor and logits.is_cuda and find_spec("liger_kernel") is not None
+    return type(logits) is Tensor and logits.is_cuda and _is_right(logits.device)
 
 
 def _in_one_kernel(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -209,7 +211,31 @@ def _in_one_kernel(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
 
     # No weights of classes, no token ignored, neither z-loss nor smoothing, no soft cap but the head's own.
     each, *_, slope = cross_entropy_forward(logits.requires_grad_(), targets, None, -100, 0.0, 0.0, "none", None, False)
-    return each, slope.detach()
+    slope = slope.detach()
+    slope[:0].zero_()  # autograd does not see what a kernel writes, and would read logits that are no more
+    return each, slope
+
+
+@cache
+def _is_right(device: torch.device) -> bool:
+    """Whether liger-kernel is installed and gives what the plain way does; its function is not a public one."""
+    if find_spec("liger_kernel") is None:
+        return False
+    logits, targets = torch.linspace(-2, 3, 24, device=device).view(3, 8), torch.tensor([1, 0, 7], device=device)
+    each, total = _exponentials(wanted := logits.clone(), targets)
+    wanted.div_(total).scatter_add_(-1, targets[:, None], -torch.ones_like(total))
+    try:
+        with torch.no_grad():
+            found = _in_one_kernel(logits, targets)
+        is_close = torch.allclose(found[0], each, atol=1e-4) and torch.allclose(found[1], wanted, atol=1e-4)
+        reason = "" if is_close else "it differs from what torch computes"
+    except Exception as error:  # whatever another release, compilers and drivers raise
+        reason = f"{type(error).__name__}: {error}"
+    if reason:
+        what = f"liger-kernel's cross-entropy is not used on {device}: {reason}."
+        advice = "Training is the same, and takes longer; l2d-framework[kernels] has the release that was tried."
+        warnings.warn(f"{what} {advice}", UserWarning, stacklevel=2)
+    return not reason
 
 
 class _Chunked(torch.autograd.Function):

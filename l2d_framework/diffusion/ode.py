@@ -50,7 +50,7 @@ class Streams:
 
 
 class NotAhead(Exception):
-    """Something asks for the sequence so far, for numbers on the host or for an evaluation's, none known ahead."""
+    """Something is asked for that is not known ahead: the sequence, numbers on the host, which evaluation it is."""
 
 
 _BY_ROW = ("x", "t", "positions", "condition", "previous", "guidance_scale")
@@ -257,7 +257,7 @@ class TokenODE(Problem):
             return network.answer(query), None
         predict: Predict = network
         for guidance in self._guidance:
-            predict = _Guided(predict, guidance, space, self, unsound)
+            predict = _Guided(predict, guidance, space, self, len(query.positions), unsound)
         prediction = predict(query)
         return Logits(prediction.logits, size), prediction.clean
 
@@ -391,11 +391,14 @@ class _Guided:
     guidance: Guidance
     space: Space
     problem: TokenODE
+    rows: int  # of the evaluation; a guidance may ask about others
     unsound: dict[int, Tensor]
 
     def __call__(self, query: Query) -> Prediction:
         found = self.guidance(self.predict, query, self.space)
         unsound, name = self.problem.check_guided(self.guidance, query, found), id(self.guidance)
+        if len(unsound) != self.rows:
+            unsound = unsound.any().expand(self.rows)
         self.unsound[name] = self.unsound.get(name, unsound) | unsound
         return found
 

@@ -276,7 +276,7 @@ class _Away:
 
 
 def _run_in(context: Callable[[], AbstractContextManager[None]], module: nn.Module) -> None:
-    """Run a module, and its copies, in a context; a subclass of its own, since Ctrl-C passes hooks by."""
+    """Run a module in a context, by a subclass of its own, since Ctrl-C passes hooks by."""
     kind: Any = type(module)
 
     def call(self: nn.Module, *inputs: Any, **named: Any) -> Any:

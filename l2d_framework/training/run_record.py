@@ -74,7 +74,7 @@ def _versions() -> dict[str, str]:
     required = [re.split(r"[^\w.-]", text, maxsplit=1)[0] for text in metadata.requires(_DISTRIBUTION) or []]
     plugins = [point.dist.name for point in metadata.entry_points(group=GROUP) if point.dist]
     versions = {"python": platform.python_version()}
-    for name in dict.fromkeys([_DISTRIBUTION, *plugins, *required]):
+    for name in dict.fromkeys([_DISTRIBUTION, *plugins, *required, "deepspeed"]):
         with suppress(metadata.PackageNotFoundError):  # an extra that is not installed
             versions[name] = _version(name)
     return versions

@@ -53,6 +53,8 @@ def check(training: Updates) -> None:
             "divided over all processes, and with FSDP2 so are weights."
         )
     if zero.is_asked_for():
+        if is_asked_for():
+            raise ConfigError("The launcher asks for FSDP and for DeepSpeed. Choose one in accelerate's configuration.")
         check_micro_batch(training)
         zero.check(training)
     if not is_asked_for():

@@ -15,15 +15,16 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
-from packaging.version import Version
+from packaging.specifiers import SpecifierSet
 from torch import Tensor, nn
 from typing_extensions import override
 
 from l2d_framework.config.sections import Updates
 from l2d_framework.errors import ConfigError
 
-OLDEST = "0.19.8"
-"""Oldest DeepSpeed that was run. Others may take steps whose gradients are no numbers, also in float32."""
+TRIED = SpecifierSet(">=0.19.8,<0.20")
+"""Releases of DeepSpeed. Older ones may take steps whose gradients are no numbers, also in float32; three names that
+`ZeroOptimizer` uses are no public ones."""
 
 _ASKED = "ACCELERATE_USE_DEEPSPEED"
 _UNSERVED = {
@@ -53,7 +54,7 @@ def check(training: Updates) -> None:
         if (value := os.environ.get(variable, "none")).lower() != "none":
             raise ConfigError(f"{name} is {value!r} in accelerate's configuration, which is not supported. {advice}.")
     clipping = os.environ.get("ACCELERATE_GRADIENT_CLIPPING", "none")
-    if clipping not in ("none", "auto", str(training.max_grad_norm)):
+    if clipping not in ("none", "auto") and float(clipping) != training.max_grad_norm:
         raise ConfigError(
             f"gradient_clipping is {clipping} in accelerate's configuration, but training.max_grad_norm is "
             f"{training.max_grad_norm}. Leave it out there: the run file says where gradients are clipped."
@@ -62,10 +63,10 @@ def check(training: Updates) -> None:
         found = version("deepspeed")
     except PackageNotFoundError:
         found = ""
-    if not found or Version(found) < Version(OLDEST):
+    if not found or found not in TRIED:
         raise ConfigError(
             f"The launcher asks for DeepSpeed, of which {found or 'nothing'} is installed. Install "
-            f"deepspeed>={OLDEST}, or launch with FSDP2 (fsdp2_keep.yaml)."
+            f"'deepspeed{TRIED}', or launch with FSDP2 (fsdp2_keep.yaml)."
         )
 
 
@@ -118,8 +119,10 @@ def adopt(accelerator: Accelerator, max_grad_norm: float) -> bool:
         @contextmanager
         def no_sync(*_: Any, **__: Any) -> Iterator[None]:
             engine.set_gradient_accumulation_boundary(False)
-            yield
-            engine.set_gradient_accumulation_boundary(True)
+            try:
+                yield
+            finally:
+                engine.set_gradient_accumulation_boundary(True)
 
         def step(*_: Any) -> Any:
             # Clips, and takes the step if the norm is a number; there is no norm before.

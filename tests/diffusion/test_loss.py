@@ -1,6 +1,7 @@
 """The denoising loss: what is drawn for an example, and what becomes of it."""
 
 import sys
+from contextlib import nullcontext
 from types import ModuleType
 
 import pytest
@@ -267,15 +268,19 @@ def written_over(logits, target, weight, ignore_index, z, smoothing, reduction, 
     return losses, None, None, logits
 
 
+def stand_in(monkeypatch, function):
+    module = ModuleType("liger_kernel.ops.cross_entropy")
+    module.cross_entropy_forward = function
+    for name in ("liger_kernel", "liger_kernel.ops", module.__name__):
+        monkeypatch.setitem(sys.modules, name, module)
+
+
 @pytest.fixture(params=["stand-in", "liger-kernel"])
 def fused_kernel(request, monkeypatch):
     if request.param == "liger-kernel":
         pytest.importorskip("liger_kernel")
     else:
-        module = ModuleType("liger_kernel.ops.cross_entropy")
-        module.cross_entropy_forward = written_over
-        for name in ("liger_kernel", "liger_kernel.ops", module.__name__):
-            monkeypatch.setitem(sys.modules, name, module)
+        stand_in(monkeypatch, written_over)
     monkeypatch.setattr(loss, "_has_kernel", lambda logits: True)
 
 
@@ -301,6 +306,34 @@ def test_no_kernel_is_asked_on_a_cpu_or_about_shapes_without_numbers(monkeypatch
     shape = Shape(torch.empty(2, 3, device="meta"), torch.device("cuda"))
     assert shape.is_cuda
     assert not loss._has_kernel(shape) and not loss._has_kernel(torch.empty(2, 3))
+
+
+@pytest.mark.parametrize(
+    ("function", "warning"),
+    [
+        (written_over, None),
+        (lambda logits, target, *_: (logits.sum(-1), logits), "it differs from what torch computes"),
+        (lambda logits, target: None, "TypeError: .*arguments"),
+    ],
+)
+def test_a_kernel_that_is_another_or_wrong_is_said_and_not_used(function, warning, monkeypatch):
+    monkeypatch.setattr(loss, "find_spec", lambda name: "installed")
+    stand_in(monkeypatch, function)
+    is_right = loss._is_right.__wrapped__
+    with nullcontext() if warning is None else pytest.warns(UserWarning, match=f"cross-entropy is not used.*{warning}"):
+        assert is_right(torch.device("cpu")) == (warning is None)
+    monkeypatch.setattr(loss, "find_spec", lambda name: None)
+    assert not is_right(torch.device("cpu"))
+
+
+def test_a_head_that_needs_logits_which_a_kernel_has_written_over_is_refused(fused_kernel):
+    class Capped(nn.Module):
+        def forward(self, features):
+            return torch.tanh(features)
+
+    features = torch.randn(3, 6, requires_grad=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        chunked_cross_entropy(Capped(), features, torch.tensor([1, 0, 5]), chunk=4)
 
 
 class Late(Linear):

@@ -233,6 +233,7 @@ ZERO = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "
         ({**ZERO, "ACCELERATE_GRADIENT_CLIPPING": "0.5"}, {}, "clipping is 0.5 .*max_grad_norm is 1.0. Leave it out"),
         (ZERO, {"micro_batch_size": "auto"}, "micro_batch_size is 'auto'.*Set a number"),
         ({"ACCELERATE_USE_PARALLELISM_CONFIG": "true"}, {}, "a parallelism_config, .*Remove it"),
+        ({"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_USE_FSDP": "true"}, {}, "FSDP and for DeepSpeed. Choose one"),
         ({"ACCELERATE_MIXED_PRECISION": "bf16"}, {}, "'bf16' in accelerate's.*training.bf16 is false. Set it to 'no'"),
         ({"ACCELERATE_MIXED_PRECISION": "fp16"}, {"bf16": True}, "'fp16' in accelerate's.*training.bf16 is true"),
         ({**SHARES, "FSDP_VERSION": "1"}, {}, "fsdp_version is 1.*Set it to 2"),

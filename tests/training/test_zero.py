@@ -31,19 +31,21 @@ def test_only_the_frameworks_below_do_not_see_what_the_launcher_asks_for(monkeyp
     assert "ACCELERATE_USE_DEEPSPEED" not in os.environ
 
 
-@pytest.mark.parametrize("found", ["", "0.18.4"])
-def test_a_deepspeed_that_is_missing_or_too_old_is_refused(monkeypatch: pytest.MonkeyPatch, found: str) -> None:
+@pytest.mark.parametrize("found", ["", "0.18.4", "0.20.0"])
+def test_a_deepspeed_that_is_missing_or_was_not_tried_is_refused(monkeypatch: pytest.MonkeyPatch, found: str) -> None:
     def version(_: str) -> str:
         if not found:
             raise PackageNotFoundError
         return found
 
     monkeypatch.setattr(zero, "version", version)
-    message = f"of which {found or 'nothing'} is installed. Install deepspeed>={zero.OLDEST}, or launch with FSDP2"
+    message = f"of which {found or 'nothing'} is installed. Install 'deepspeed.*', or launch with FSDP2"
     with pytest.raises(ConfigError, match=message):
         zero.check(TrainingSection())
-    monkeypatch.setattr(zero, "version", lambda _: zero.OLDEST)
+    monkeypatch.setattr(zero, "version", lambda _: "0.19.8")
     zero.check(TrainingSection())
+    monkeypatch.setenv("ACCELERATE_GRADIENT_CLIPPING", "1")
+    zero.check(TrainingSection(max_grad_norm=1.0))
 
 
 @pytest.mark.slow
