@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from l2d_bench.schema import ProfileFile
 
 _ALL = "all"
+_EVERY = 10.0
+"""Seconds between two lines of progress where there is no terminal."""
 _INTERRUPTED = 130
 """Exit code that shells give to what Ctrl-C ended."""
 
@@ -232,14 +234,19 @@ def _run(console: Console, made: Bench, surroundings: Surroundings) -> dict[str,
         whole = bar.add_task("all jobs", total=len(jobs), completed=done, facts="")
         open_tasks: dict[str, TaskID] = {}
         began: dict[str, float] = {}
+        said = time.monotonic()
 
         def notify(event: Event) -> None:
+            nonlocal said
             title = jobs[event.key].title
             if event.kind == "started":
                 began[event.key] = time.monotonic()
                 open_tasks[event.key] = bar.add_task(title, total=None, facts="")
             elif event.kind == "running":
                 bar.update(open_tasks[event.key], completed=event.done, total=event.total, facts=event.text)
+                if not console.is_terminal and time.monotonic() - said > _EVERY:
+                    said = time.monotonic()
+                    console.print(f"{title}: {event.done}/{event.total} {event.text}".rstrip(), highlight=False)
             else:
                 bar.advance(whole)
                 if event.key in open_tasks:

@@ -13,6 +13,7 @@ import pytest
 import yaml
 from bench_jobs import Save, Touch
 from forks import CONTEXT, Fork
+from rich.console import Console
 from tiny_runs import diffusion_run, language_model_run, write_base, write_sums
 from typer.testing import CliRunner
 
@@ -21,6 +22,7 @@ pytest.importorskip("lm_eval")
 import lm_eval
 from lm_eval.tasks import TaskManager
 
+from l2d_bench import cli as bench_cli
 from l2d_bench import pool
 from l2d_bench.bench import Bench
 from l2d_bench.cells import FAILED
@@ -404,6 +406,21 @@ def test_a_job_that_saves_when_it_is_ended_is_waited_for(tmp_path, monkeypatch):
         run_jobs(jobs, Surroundings(workers=2, logs=tmp_path / "logs"), lambda event: None)
     thread.join()
     assert all((tmp_path / name).is_file() for name in jobs)
+
+
+def test_without_a_terminal_a_long_job_says_how_far_it_is(scene, tmp_path, monkeypatch, capsys):
+    made = plan(scene, tmp_path, "second")
+    key = next(iter(made.jobs))
+
+    def work(_: object, __: object, notify: Any) -> dict[str, str]:
+        for event in (Event("started", key), Event("running", key, 3, 8, "loss 1.5"), Event("done", key)):
+            notify(event)
+        return {}
+
+    monkeypatch.setattr(pool, "run_jobs", work)
+    monkeypatch.setattr(bench_cli, "_EVERY", -1.0)
+    bench_cli._run(Console(), made, Surroundings(0))
+    assert "3/8 loss 1.5" in capsys.readouterr().out
 
 
 def test_when_the_time_is_over_who_listens_to_sigterm_hears_of_it(scene, tmp_path, monkeypatch):

@@ -464,6 +464,7 @@ def test_each_of_several_processes_has_the_gpu_of_its_number_on_its_machine(monk
     for name, value in (("LOCAL_RANK", "1"), ("RANK", "3"), ("WORLD_SIZE", "4")):
         monkeypatch.setenv(name, value)
     used = []
+    monkeypatch.setattr(AcceleratorState, "_shared_state", {})
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch, "empty", lambda *_, device: used.append(device))

@@ -138,5 +138,5 @@ def test_devices_share_a_batch_that_they_must_be_able_to_divide(folder):
 
 def test_weights_in_shares_want_a_micro_batch_whose_size_is_known(folder):
     run = parse_run(token_run(folder, "l2d", batch_size=12, micro_batch_size="auto"))
-    with pytest.raises(ConfigError, match="micro_batch_size is 'auto', but where weights are in shares"):
+    with pytest.raises(ConfigError, match="micro_batch_size is 'auto', but where anything is in shares"):
         dry_run([run], Machine(2, "full"))

@@ -68,6 +68,7 @@ class Scorer:
     limit: int  # most tokens a text may have
     label: int | None = None  # id of the class of all texts
     merge: Literal["auto", "always", "never"] = "auto"  # as in `generate`
+    compile: bool = False  # as in `generate`
     evaluations: list[int] = field(default_factory=list)  # filled: spent on each scored token, over all noises
     prefixes: dict[tuple[int, ...], Prefix] = field(default_factory=dict)  # of questions, by their first tokens
 
@@ -170,7 +171,8 @@ class Scorer:
         places = torch.tensor(positions, device=layout.tokens.device)
         label = None if self.label is None else torch.full_like(places, self.label)
         block = Block(positions=places, layout=layout, context=context, keys=keys, condition=label)
-        output = Sampler.of(self.model, self.sampling.model_copy(update={"patience": None}), merge=self.merge)(block)
+        sampling = self.sampling.model_copy(update={"patience": None})
+        output = Sampler.of(self.model, sampling, merge=self.merge, compile=self.compile)(block)
         shape = (len(jobs), len(offsets[0]), len(samples))
         spent = output.evaluations.view(shape).sum(-1).tolist()
         for row, counts in zip(offsets, spent, strict=True):
@@ -288,6 +290,7 @@ def _scorer(lm: L2DLM, **changes: Any) -> Scorer:
         limit=lm.max_length,
         label=None if label is None else lm.source.classes.index(label),
         merge=lm.running.get("merge", "auto"),
+        compile=lm.running.get("compile", False),
     )
 
 

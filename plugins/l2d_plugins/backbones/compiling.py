@@ -29,7 +29,9 @@ class _LayerKeys:
 
 
 class Compiled:
-    """Runs layers as torch.compile makes them, once for all that are built alike, however long the text is.
+    """Runs layers as torch.compile makes them, once for all that are built alike and for every length of text.
+
+    One row and several, masks and none, and a folded adapter are forms of their own.
 
     Where that fails, which is said once, they run as they are.
     """
@@ -49,7 +51,8 @@ class Compiled:
             except TorchDynamoException as error:
                 self._has_failed = True
                 why = " ".join(str(error).split("\n")[:2])
-                warnings.warn(f"Layers are not compiled, since that fails: {why}", UserWarning, stacklevel=2)
+                advice = "inductor needs a C++ compiler, or Triton on a GPU. Leave compile out if it cannot be had."
+                warnings.warn(f"Layers are not compiled, since that fails: {why} {advice}", UserWarning, stacklevel=2)
         return run(layer, y, modulation, kwargs)
 
 
@@ -60,4 +63,7 @@ def run(layer: nn.Module, y: Tensor, modulation: Tensor, kwargs: dict[str, Any])
 
 @cache
 def _compiled(backend: str) -> Callable[..., Tensor]:
+    # Of all models of a process, with masks and without, of one row and of several: torch's 8 forms are soon used up,
+    # and then it compiles no more without a word.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
     return torch.compile(run, backend=backend, dynamic=True)

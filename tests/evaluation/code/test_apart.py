@@ -6,7 +6,7 @@ from l2d_framework.evaluation.code.sandbox import Limits, Sandbox
 
 VALUES = [
     *("None", "True", "-7", "2**70", "-(10**5000)", "1.5", "-0.0", "float('inf')", "1e-320", "2 - 3j", "'a\\ud800\\n'"),
-    *("b'\\x00a'", "bytearray(b'ab')", "[]", "[1, [2, (3,)]]", "()", "(1, 'a')", "{1, 'a'}", "frozenset({2})"),
+    *("b'\\x00a'", "bytearray(b'ab')", "[]", "[1, [2, (3,)]]", "()", "(1, 'a')", "{1, 2}", "frozenset({2})"),
     *("{'a': [1], 2: None, (1, 2): {}}", "range(2, 9, 3)", "slice(1, None)", "int", "ValueError"),
     *("collections.Counter('abca')", "collections.deque([1, 2])", "collections.OrderedDict(b=1, a=2)"),
     *("fractions.Fraction(1, 3)", "decimal.Decimal('1.10')", "datetime.date(2024, 2, 29)", "datetime.time(1, 2, 3, 4)"),

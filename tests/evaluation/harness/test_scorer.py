@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from diffusion_models import tess_lm
+from diffusion_models import fresh_lm, tess_lm
 
 from l2d_framework.diffusion.loss import Draws, denoising_loss
 from l2d_framework.diffusion.rng import TokenStreams
@@ -31,3 +31,13 @@ def test_the_pseudo_likelihood_is_minus_the_training_loss_of_the_same_blocks(siz
     )
     layout = Layout(torch.tensor([[*job.context, *job.answers[0]]]), torch.tensor([[0, 0, 0, *blocks]]))
     assert score == pytest.approx(-float(denoising_loss(model, layout, draws).total.detach()), abs=1e-4)
+
+
+def test_layers_are_compiled_for_scores_as_for_answers(monkeypatch):
+    model, wanted = fresh_lm(), []
+    monkeypatch.setattr(model.backbone, "compile_layers", wanted.append)
+    for compiled in (True, False):
+        scorer = Scorer(model, model.sampling(), samples=1, times=1, limit=50, compile=compiled)
+        scorer.mixture([Job((5, 6, 7), [(8, 9)])])
+        assert wanted and all(flag == compiled for flag in wanted)
+        wanted.clear()
