@@ -158,6 +158,7 @@ def generate(
         },
         is_watched=trace is not None,
         placing={"device_map": device_map, "offload_folder": offload_folder},
+        device=device,
     )
     if trace is not None:
         from l2d_framework.tracing import check_trace_file
@@ -169,12 +170,12 @@ def generate(
     # Without prompts there will be a conversation: find out now whether this tokenizer can hold one.
     encoded = session.encode(prompts or [[{"role": "user", "content": "?"}]], list(named) or None) if not infill else []
     if not asked:
-        session.load(device)
+        session.load()
         session.talk()
         return
     with session.file(out, asked) as answers:
         if answers.missing or stream or trace is not None:
-            session.load(device)
+            session.load()
             if infill:
                 session.infill(infill, answers, stream=stream, trace=trace)
             elif stream or trace is not None:

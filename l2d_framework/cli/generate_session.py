@@ -85,6 +85,7 @@ class Session:
         running: dict[str, Any],
         is_watched: bool,
         placing: dict[str, Any],
+        device: str | None,
     ) -> None:
         check_dtype(dtype)
         if options.get("temperature", 1.0) <= 0:
@@ -94,12 +95,15 @@ class Session:
             )
         decoding_options(options | ({"stop_strings": list(stop)} if stop else {}))
         self.options, self.class_name, self.stop, self.samples = options, class_name, list(stop), samples
-        self.model = model = UnloadedModel(path, base=base, dtype=dtype, placement=Placement.of(**placing))
+        placement = Placement.of(**placing)
+        # A map may name the device.
+        self.device = None if device is None and placement is not None else check_device(device)
+        self.model = model = UnloadedModel(path, base=base, dtype=dtype, placement=placement)
         self.settings = settings = model.sampling({**sampling, CLASS: class_name, SCALE: guidance_scale})
         model.check_class(settings, is_named=class_name is not None, where="Add --class NAME.")
         self.sampling, self.scale, self.running = sampling, guidance_scale, running
         self.tokenizer = model.tokenizer
-        model.check_running(running, settings, is_watched=is_watched)
+        model.check_running(running, settings, device=self.device, is_watched=is_watched)
         self.is_whole = (settings.block_size or model.parts.block_size) != 1
         self.lm: DiffusionLM | None = None
 
@@ -110,13 +114,11 @@ class Session:
         check_length([len(tokens) for tokens in batch], config, self.model.lm_config, names=names)
         return batch
 
-    def load(self, device: str | None) -> None:
+    def load(self) -> None:
         """Load the weights."""
         quieten()
         with Meter(f"loading {self.model.path}"):
-            # A map may name the device.
-            is_mapped = device is None and self.model.placement is not None
-            self.lm = self.model.load(None if is_mapped else check_device(device))
+            self.lm = self.model.load(self.device)
 
     def check_infilling(self, texts: Sequence[str]) -> None:
         """Refuse texts with gaps that this model cannot fill; needs no weights."""

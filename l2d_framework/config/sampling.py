@@ -70,7 +70,7 @@ class SamplingSection(Section):
         if user.get("preset") is not None:
             kept = {name: own[name] for name in ("guidance", "seed")}
             data = merged(kept, registry().preset(user["preset"]))
-        found = _laid_over(data, user)
+        found = _laid_over(data, user, self.solver if data is own else None)
         # What nobody asks to change stays the same object.
         found |= {name: getattr(self, name) for name in ("solver", "guidance") if found[name] is own[name]}
         made: dict[str, Any] = {}
@@ -192,11 +192,13 @@ def complete(sampling: SamplingSection, parametrization: ParametrizationConfig) 
     return sampling.model_copy(update={"estimate": estimate})
 
 
-def _laid_over(settings: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+def _laid_over(
+    settings: Mapping[str, Any], changes: Mapping[str, Any], solver_before: Solver | None = None
+) -> dict[str, Any]:
     """Settings with changes; one that names another solver drops what was said of the steps of the one before."""
     # Evaluations of a fixed grid are not the budget of a solver that chooses its steps, nor the other way round; such a
     # solver has no grid on which patience could count, and not all can end at time 1.
-    before, solver = (_solver(section.get("solver")) for section in (settings, changes))
+    before, solver = (_solver(one) for one in (solver_before or settings.get("solver"), changes.get("solver")))
     unfit: list[str] = []
     if before and solver and before.component_name() != solver.component_name():
         unfit += ["num_inference_steps"] if before.is_adaptive != solver.is_adaptive else []

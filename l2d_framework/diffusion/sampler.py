@@ -61,12 +61,14 @@ class Denoised:
         )
 
 
-def check_compile(backbone: Backbone, wanted: bool) -> None:
-    """Refuse to compile what cannot be; needs no weights."""
-    if wanted and not backbone.compiles:
+def check_running(backbone: Backbone, *, merge: str, compile: bool) -> None:
+    """Refuse to merge or compile what cannot be; needs no weights."""
+    if backbone.is_offloaded and merge == "always":
+        raise ConfigError("merge='always' needs all weights at once, but some lie elsewhere. Leave it out.")
+    if compile and not backbone.compiles:
         name = backbone.config.component_name()
         raise ConfigError(f"compile=True compiles layers, and backbone {name!r} has none for it. Leave it out.")
-    if wanted and backbone.is_offloaded:
+    if compile and backbone.is_offloaded:
         raise ConfigError("compile=True needs all layers in one place, but some lie elsewhere. Leave it out.")
 
 
@@ -105,12 +107,8 @@ class Sampler:
             ConfigError: if the model cannot be run so.
         """
         if sampling.num_inference_steps != 0:
-            if diffusion.backbone.is_offloaded:
-                if merge == "always":
-                    raise ConfigError("merge='always' needs all weights at once, but some lie elsewhere. Leave it out.")
-                merge = "never"
-            check_compile(diffusion.backbone, compile)
-            diffusion.backbone.merge(merge)
+            check_running(diffusion.backbone, merge=merge, compile=compile)
+            diffusion.backbone.merge("never" if diffusion.backbone.is_offloaded else merge)
             diffusion.backbone.compile_layers(compile)
             diffusion.check_codebook()
         return cls(diffusion, sampling, diffusion.parametrization.with_estimate(sampling.estimate), observer)

@@ -147,7 +147,7 @@ class Replayed(Rows):
             return rows
         if rows.backbone.is_offloaded:  # weights come and go, which no graph can
             return rows
-        if repr(rows.sampler.sampling.guidance) in _REFUSED.get(rows.backbone, ()):
+        if (cls, repr(rows.sampler.sampling.guidance)) in _REFUSED.get(rows.backbone, ()):
             return rows
         room = min(most, rows.slots + _STEP)
         try:
@@ -222,14 +222,15 @@ class Replayed(Rows):
         return found if alive is None else found.select(alive)
 
     def _captured(self, graph: Graph | None, work: Callable[[], Any]) -> Any:
-        """Work done by a graph, or plainly where it has none or cannot be captured, which is the end of all graphs."""
+        """Work done by a graph, or plainly where it has none or cannot be captured, which ends its graphs."""
         if graph is None or self._graph is None:
             return work()
         try:
             return graph(work)
         except RuntimeError as error:
             warnings.warn(f"Tokens are not replayed from a graph, since {error}", UserWarning, stacklevel=2)
-            _REFUSED.setdefault(self.backbone, set()).add(repr(self.sampler.sampling.guidance))
+            if not isinstance(error, torch.OutOfMemoryError):  # which may well pass
+                _REFUSED.setdefault(self.backbone, set()).add((type(self), repr(self.sampler.sampling.guidance)))
             self._graph = None
             return work()
 
@@ -268,8 +269,8 @@ def put(old: Tensor, new: Tensor, rows: Tensor | None) -> None:
 GRAPHS: dict[str, Callable[[torch.device], Graph]] = {"cuda": CudaGraph}
 """How work is captured, by type of device."""
 
-_REFUSED: WeakKeyDictionary[Backbone, set[str]] = WeakKeyDictionary()
-"""Guidances with which a network could not be captured."""
+_REFUSED: WeakKeyDictionary[Backbone, set[tuple[type[Rows], str]]] = WeakKeyDictionary()
+"""Kinds of rows and guidances with which a network could not be captured."""
 
 _STEP = 256
 """Slots for which there is room at first, beyond those that are filled."""

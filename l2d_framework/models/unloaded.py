@@ -17,7 +17,7 @@ from l2d_framework.base_model import empty_language_model, fetch, fingerprint, l
 from l2d_framework.config import DiffusionRun, SamplingSection
 from l2d_framework.config.parsing import parse_run
 from l2d_framework.config.sampling import component_of
-from l2d_framework.diffusion.sampler import check_compile
+from l2d_framework.diffusion.sampler import check_running
 from l2d_framework.diffusion.sampling import check_block_size, check_sampling
 from l2d_framework.errors import CheckpointError, ConfigError
 from l2d_framework.generation import arguments
@@ -140,11 +140,15 @@ class UnloadedModel:
         except ConfigError as error:
             raise ConfigError(f"{error} The classes are {self.classes}. {where}") from error
 
-    def check_running(self, running: Mapping[str, Any], settings: SamplingSection, *, is_watched: bool = False) -> None:
+    def check_running(
+        self, running: Mapping[str, Any], settings: SamplingSection, *, device: Any = None, is_watched: bool = False
+    ) -> None:
         """Refuse a way to run requests that there is not, or with which answers could come out differently."""
         request = arguments.request(**{**running, "drafter": component_of("drafter", running.get("drafter"))})
         Guesses.of(self.empty, request, settings, block_size=self.parts.block_size, has_observer=is_watched)
-        check_compile(self.empty, request.compile)
+        if settings.num_inference_steps != 0:
+            self.empty.is_offloaded = self.placement is not None and any(self.plan(device).places)
+            check_running(self.empty, merge=request.merge, compile=request.compile)
 
     def plan(self, device: Any) -> Plan:
         """Where everything will lie; the map of a placement may name the device that computes, if None is given."""

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
 from l2d_framework.diffusion.rng import keyed_generator
-from l2d_framework.errors import L2DError
+from l2d_framework.errors import CheckpointError, L2DError
 from l2d_framework.training.data.collate import Collator
 from l2d_framework.training.data.stream import Place, Stream
 
@@ -103,14 +103,24 @@ class RunStream(IterableDataset[Portion]):
         """Write into a checkpoint where shards go on; each by one process."""
         for shard, place in self.places.items():
             if shard * self._run in self._rows:
-                (folder / _file(shard)).write_text(json.dumps(place.as_json()), encoding="utf-8")
+                (folder / _file(shard)).write_text(
+                    json.dumps(place.as_json() | {"parts": self._stream.parts}), encoding="utf-8"
+                )
 
     def resume(self, folder: Path, update: int) -> None:
         """Go on with an update, where a checkpoint says."""
         self.begun = update
         for shard in self.shards:
             if (path := folder / _file(shard)).is_file():
-                self.places[shard] = Place.of_json(json.loads(path.read_text(encoding="utf-8")))
+                fields = json.loads(path.read_text(encoding="utf-8"))
+                parts, known = fields.pop("parts", None), list(self._stream.parts)
+                if parts != known and (parts is not None or self._stream.has_row_groups):
+                    raise CheckpointError(
+                        f"{str(path)!r} counts parts of {self._stream.name}, which were {parts or 'files'} and are "
+                        f"{known} now, so it tells no place in them. Restore the files, or begin anew with --overwrite "
+                        "or another output_dir."
+                    )
+                self.places[shard] = Place.of_json(fields)
 
 
 def _file(shard: int) -> str:

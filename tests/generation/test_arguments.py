@@ -133,6 +133,13 @@ def test_instances_are_taken_as_they_are_though_no_plugin_offers_their_classes(o
     lm = shared_lm()
     ours, theirs = (lm.generate(torch.tensor([[9, 30]]), solver=s, **asked) for s in (own, "midpoint"))
     assert torch.equal(ours.sequences, theirs.sequences)
+
+
+@pytest.mark.parametrize("own", [Mine(), Unknown()])
+def test_an_instance_leaves_to_the_next_solver_what_one_that_a_plugin_offers_leaves(own):
+    found = requested("l2d-paper", solver=own, patience=3)
+    assert found.resolve(SPACE, {"solver": "fehlberg2"}) == requested("l2d-paper", solver="fehlberg2")
+    assert found.resolve(SPACE, {"solver": "euler"}) == requested("l2d-paper", solver="euler", patience=3)
     with pytest.raises(ConfigError, match="watched"):
         requested("l2d-paper", solver=Watched())
     with pytest.raises(ConfigError, match="guidance: should be a list, got Watched"):

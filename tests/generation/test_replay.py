@@ -205,6 +205,22 @@ def test_a_replay_of_other_numbers_would_be_noticed(kind, name, wrong, options, 
         check_replays(shared_lm(), graphs, **options)
 
 
+@pytest.mark.parametrize("error", [RuntimeError("unknown"), torch.OutOfMemoryError("full")], ids=repr)
+def test_a_failed_capture_is_remembered_of_its_kind_of_rows_alone_and_unless_memory_was_out(error, graphs, monkeypatch):
+    def fail(work):
+        raise error
+
+    model = diffusion_lm()
+    with monkeypatch.context() as patch:
+        patch.setitem(replay.GRAPHS, "cpu", lambda device: fail)
+        with pytest.warns(UserWarning, match="not replayed"):
+            generate(model, **ADAPTIVE)
+    check_replays(model, graphs)
+    graphs.clear()
+    generate(model, **ADAPTIVE)
+    assert bool(graphs) is isinstance(error, torch.OutOfMemoryError)
+
+
 def test_room_for_an_answer_is_made_in_steps(graphs, monkeypatch):
     monkeypatch.setattr(replay, "_STEP", 3)
     check_replays(shared_lm(), graphs, max_new_tokens=30)

@@ -170,6 +170,24 @@ def test_a_map_that_cannot_be_is_refused_before_weights_load(folder, monkeypatch
         checkpoint.load(folder / "l2d", **options)
 
 
+@pytest.mark.parametrize(
+    ("option", "running"), [("--compile", {"compile": True}), ("--merge=always", {"merge": "always"})]
+)
+def test_a_way_to_run_that_a_map_rules_out_is_refused_before_weights_load(folder, monkeypatch, option, running):
+    path, away_folder = str(folder / "l2d"), str(folder / "away")
+    ask = ["generate", path, "--prompt", "1+1=", "--max-new-tokens", "3", "--offload-folder", away_folder, option]
+    ask += ["--device-map", json.dumps(ALL)]
+    # Without evaluations neither is asked of the layers, and the same holds for the command and in Python.
+    plain = {"num_inference_steps": 0, "max_new_tokens": 3}
+    load(folder, "l2d", ALL).generate(["1+1="], **plain, **running)
+    assert CliRunner().invoke(app, [*ask, "--num-inference-steps", "0"], catch_exceptions=False).exit_code == 0
+    monkeypatch.setattr(checkpoint, "load_language_model", lambda *_: pytest.fail("weights were loaded"))
+    with pytest.raises(ConfigError, match="but some lie elsewhere"):
+        L2DLM(path, device_map=ALL, offload_folder=away_folder, **running)
+    with pytest.raises(ConfigError, match="but some lie elsewhere"):
+        CliRunner().invoke(app, ask, catch_exceptions=False)
+
+
 def test_several_processes_are_refused(folder, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match="device_map is for one process, and 2 were launched"):

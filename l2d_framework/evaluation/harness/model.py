@@ -82,7 +82,7 @@ class L2DLM(HFLM):  # type: ignore[misc]
         self.options = diffusing(options)
         self.settings = self.source.sampling(self.options)
         self.running = {name: options[name] for name in RUNNING if name in options}
-        self.source.check_running(self.running, self.settings)
+        self.source.check_running(self.running, self.settings, device=options.get("device"))
         self.searching, _ = split_options(options)
         self.search = check_search(self.searching)
         if self.search and self.source.is_block:

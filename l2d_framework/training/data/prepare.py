@@ -77,7 +77,13 @@ def prepare(
             # Streams come in the order of their files, which sorts many data sets by topic.
             buffer, shards = (section.shuffle_buffer, section.shards) if which == "train" else (1, 1)
             name, length = _names(opened[which], data, shards), section.max_length if section.pack else None
-            splits[which] = Stream(data, name, length, buffer=buffer, seed=order_seed, shards=shards)
+            found: dict[str, Any] = {
+                "parts": [one.data.num_shards for one in opened[which]],
+                "has_row_groups": any(
+                    one.card["local"] and one.data.builder_name == "parquet" for one in opened[which]
+                ),
+            }
+            splits[which] = Stream(data, name, length, buffer=buffer, seed=order_seed, shards=shards, **found)
             continue
         splits[which] = _finish(data, section)
         if not len(splits[which]):

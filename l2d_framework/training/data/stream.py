@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import takewhile
 from typing import Any, NamedTuple, Self
@@ -99,6 +99,10 @@ class Stream:
     seed: int
     shards: int = 1
     """Parts that are read side by side."""
+    parts: Sequence[int] = ()
+    """In how many each source can be read; places in it are counted by them."""
+    has_row_groups: bool = False
+    """Whether such parts are row groups, which checkpoints of before counted as files."""
 
     def __iter__(self) -> Iterator[Row]:
         return self.epoch(0)

@@ -3,6 +3,7 @@
 import errno
 import itertools
 import json
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pyarrow.parquet
@@ -13,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from l2d_framework import lines
 from l2d_framework.config import DataSection, LanguageModelRun
-from l2d_framework.errors import DataError, UnreachableError
+from l2d_framework.errors import CheckpointError, DataError, UnreachableError
 from l2d_framework.training.data import sources, stream
 from l2d_framework.training.data.prepare import prepare
 from l2d_framework.training.data.stream import BATCH, Place
@@ -103,6 +104,24 @@ def test_going_on_in_a_parquet_file_reads_none_of_the_row_groups_far_before(toke
     assert plain(row) == plain(whole[ROWS - 59][0])
     with pytest.raises(DataError):
         next(data.rows())
+
+
+@pytest.mark.parametrize(("name", "refused"), [("parquet", True), ("shards", False)])
+def test_a_place_counted_in_other_parts_is_refused(tokenizer, tmp_path, name, refused):
+    def run():
+        return RunStream(made(tokenizer, **SECTIONS[name]), list, updates=9, batch_size=8, rows=range(8))
+
+    before, file = run(), tmp_path / "stream-0.json"
+    before.places = next(iter(before)).places
+    before.write(tmp_path)
+    again = run()
+    again.resume(tmp_path, 1)
+    assert again.places[0] == Place.of_json({k: v for k, v in json.loads(file.read_text()).items() if k != "parts"})
+    fields = json.loads(file.read_text())
+    for changed, wrong in ((fields | {"parts": [7]}, True), ({k: fields[k] for k in {*fields} - {"parts"}}, refused)):
+        file.write_text(json.dumps(changed))
+        with pytest.raises(CheckpointError, match=r"--overwrite or another output_dir") if wrong else nullcontext():
+            run().resume(tmp_path, 1)
 
 
 @pytest.mark.parametrize(("count", "shards"), [(2, 2), (2, 1), (4, 2), (1, 4)])
