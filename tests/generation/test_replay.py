@@ -205,10 +205,10 @@ def test_a_replay_of_other_numbers_would_be_noticed(kind, name, wrong, options, 
         check_replays(shared_lm(), graphs, **options)
 
 
-@pytest.mark.parametrize("error", [RuntimeError("unknown"), torch.OutOfMemoryError("full")], ids=repr)
+@pytest.mark.parametrize("error", [RuntimeError, torch.OutOfMemoryError])
 def test_a_failed_capture_is_remembered_of_its_kind_of_rows_alone_and_unless_memory_was_out(error, graphs, monkeypatch):
     def fail(work):
-        raise error
+        raise error  # made anew, since an error keeps what was at work
 
     model = diffusion_lm()
     with monkeypatch.context() as patch:
@@ -218,7 +218,7 @@ def test_a_failed_capture_is_remembered_of_its_kind_of_rows_alone_and_unless_mem
     check_replays(model, graphs)
     graphs.clear()
     generate(model, **ADAPTIVE)
-    assert bool(graphs) is isinstance(error, torch.OutOfMemoryError)
+    assert bool(graphs) is (error is torch.OutOfMemoryError)
 
 
 def test_room_for_an_answer_is_made_in_steps(graphs, monkeypatch):
