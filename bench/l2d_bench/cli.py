@@ -236,6 +236,9 @@ def _run(console: Console, made: Bench, surroundings: Surroundings) -> dict[str,
         began: dict[str, float] = {}
         said = time.monotonic()
 
+        def say(text: str) -> None:
+            console.print(text, highlight=False, markup=False, soft_wrap=True)
+
         def notify(event: Event) -> None:
             nonlocal said
             title = jobs[event.key].title
@@ -246,14 +249,14 @@ def _run(console: Console, made: Bench, surroundings: Surroundings) -> dict[str,
                 bar.update(open_tasks[event.key], completed=event.done, total=event.total, facts=event.text)
                 if not console.is_terminal and time.monotonic() - said > _EVERY:
                     said = time.monotonic()
-                    console.print(f"{title}: {event.done}/{event.total} {event.text}".rstrip(), highlight=False)
+                    say(f"{title}: {event.done}/{event.total} {event.text}".rstrip())
             else:
                 bar.advance(whole)
                 if event.key in open_tasks:
                     bar.remove_task(open_tasks.pop(event.key))
                 seconds = time.monotonic() - began.get(event.key, time.monotonic())
                 text = f"failed: {event.text}" if event.kind == "failed" else f"done in {seconds:.0f} s"
-                console.print(f"{title}: {text}", highlight=False, markup=False, soft_wrap=True)
+                say(f"{title}: {text}")
 
         return run_jobs(jobs, surroundings, notify)
 

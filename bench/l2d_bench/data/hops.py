@@ -72,7 +72,7 @@ class _Maps:
             places = self._chains * self._length
             letters = self._random.sample(ascii_lowercase[:places], places)
             chains = [letters[start : start + self._length] for start in range(0, places, self._length)]
-            pairs = [pair for chain in chains for pair in zip(chain, [*chain[1:], chain[-1]], strict=True)]
+            pairs = _single_hops(chains)
             self._random.shuffle(pairs)
             text = "".join(f" , {a} {b}" for a, b in pairs) + " ;"
             if text not in self._shown:
@@ -82,8 +82,7 @@ class _Maps:
     def text(self, asked: int) -> str:
         """Chains, and so many of their single hops in random order."""
         chains, text = self._map()
-        hops = [(a, b) for chain in chains for a, b in zip(chain, [*chain[1:], chain[-1]], strict=True)]
-        return text + "".join(f" 1 from {a} = {b} ;" for a, b in self._random.sample(hops, asked))
+        return text + "".join(f" 1 from {a} = {b} ;" for a, b in self._random.sample(_single_hops(chains), asked))
 
     def question(self, hops: int) -> Row:
         """The end of a chain that is so many hops away, of other chains."""
@@ -91,3 +90,7 @@ class _Maps:
         chain = self._random.choice(chains)
         start = chain[self._length - 1 - hops]
         return {"prompt": f"{text} {self._length - 1} from {start} =", "completion": f" {chain[-1]}"}
+
+
+def _single_hops(chains: list[list[str]]) -> list[tuple[str, str]]:
+    return [hop for chain in chains for hop in zip(chain, [*chain[1:], chain[-1]], strict=True)]
