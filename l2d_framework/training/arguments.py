@@ -22,7 +22,7 @@ def make_arguments(training: TrainingSection, output: Path, *, seed: int) -> Tra
 
     What this package does itself, such as the learning rate, is left at transformers' defaults.
     """
-    arguments = fill(
+    arguments = arguments_of(
         TrainingArguments,
         training,
         output,
@@ -43,7 +43,7 @@ def make_arguments(training: TrainingSection, output: Path, *, seed: int) -> Tra
     return arguments
 
 
-def fill(kind: type[Arguments], training: Updates, output: Path, seed: int, **own: Any) -> Arguments:
+def arguments_of(kind: type[Arguments], training: Updates, output: Path, seed: int, **own: Any) -> Arguments:
     """Arguments of some kind of training; refuses what cannot be trained as the launcher asks."""
     sharding.check(training)
     with zero.unseen():

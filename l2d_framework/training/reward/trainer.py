@@ -21,7 +21,7 @@ from typing_extensions import override
 
 from l2d_framework.config import RewardRun
 from l2d_framework.config.reward import RewardTraining
-from l2d_framework.training.arguments import divide_batch, fill
+from l2d_framework.training.arguments import arguments_of, divide_batch
 from l2d_framework.training.reward.data import Pairs
 from l2d_framework.training.reward.inputs import as_guided
 from l2d_framework.training.trainer import Boundaries, ResumableTrainer
@@ -33,7 +33,7 @@ def make_reward_arguments(run: RewardRun, output: Path) -> RewardConfig:
     with warnings.catch_warnings():
         # TRL still sets the older name, and transformers before 5.23 knows no other.
         warnings.filterwarnings("ignore", "`gradient_checkpointing` is deprecated", FutureWarning)
-        arguments = fill(
+        arguments = arguments_of(
             RewardConfig,
             training,
             output,
