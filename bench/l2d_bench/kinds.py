@@ -12,6 +12,7 @@ from l2d_bench.data.templated import TemplatedRows
 from l2d_bench.data.tess_data import TessTexts
 from l2d_bench.measures.agreement import AgreementMeasure
 from l2d_bench.measures.base import Measure
+from l2d_bench.measures.cost import CostMeasure
 from l2d_bench.measures.diagnosis import DiagnosisMeasure
 from l2d_bench.measures.held_out import HeldOutMeasure
 from l2d_bench.measures.loss import LossMeasure
@@ -27,6 +28,7 @@ from l2d_bench.measures.trace import TraceMeasure
 KINDS: dict[str, type[Measure]] = {
     "task": TaskMeasure,
     "parameters": ParametersMeasure,
+    "cost": CostMeasure,
     "questions": QuestionsMeasure,
     "text": TextMeasure,
     "reward": RewardMeasure,

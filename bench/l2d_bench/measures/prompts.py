@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -104,8 +105,31 @@ class Answerer:
             found += [answer.text for answer in self._batch(ids, length)]
         return found
 
-    def _batch(self, prompts: list[Prompt] | Tensor, room: int) -> list[Answer]:
-        made = self.lm.generate(prompts, max_new_tokens=room, do_sample=False, **self.options)
+    def timed(self, prompts: Sequence[Prompt], length: int, rounds: int) -> tuple[list[float], int]:
+        """Answer prompts together, `length` tokens each, once for nothing and then `rounds` times.
+
+        Args:
+            prompts: texts or conversations.
+            length: tokens of an answer, whatever would end it.
+            rounds: how often.
+
+        Returns:
+            Tokens per second of wall clock of each round; the most bytes allocated meanwhile, 0 without a GPU.
+        """
+        import torch
+
+        on_gpu = self.lm.device.type == "cuda"
+        speeds = []
+        for _ in range(rounds + 1):
+            if on_gpu:
+                torch.cuda.reset_peak_memory_stats(self.lm.device)
+            start = time.perf_counter()
+            self._batch(list(prompts), length, min_new_tokens=length)  # its answers are on the host
+            speeds.append(len(prompts) * length / (time.perf_counter() - start))
+        return speeds[1:], torch.cuda.max_memory_allocated(self.lm.device) if on_gpu else 0
+
+    def _batch(self, prompts: list[Prompt] | Tensor, room: int, **decoding: Any) -> list[Answer]:
+        made = self.lm.generate(prompts, max_new_tokens=room, do_sample=False, **decoding, **self.options)
         rows = zip(made.answers.tolist(), made.lengths.tolist(), made.evaluations.tolist(), strict=True)
         return [
             Answer(
