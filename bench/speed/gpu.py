@@ -1,4 +1,4 @@
-"""All figures of decoding speed in one unattended run: `python bench/speed/gpu.py [--minutes 8] [--device cuda]`.
+"""All figures of speed in one unattended run: `python bench/speed/gpu.py [--minutes 8] [--device cuda]`.
 
 Random weights, smallest questions first, the result file written after each, so that a run that is cut short keeps what
 it has. Within a question every round measures every case once, so that a busy machine slows all of them alike; ratios
@@ -8,17 +8,19 @@ are medians over rounds. On a CPU, seconds are those of the process, not of the 
 from __future__ import annotations
 
 import json
+import math
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import torch
 import typer
-from l2d import PLAIN, RUN, l2d_over
+from l2d import EVALUATIONS, LORA, PLAIN, RUN, diffusion_loss, l2d_over, language_model_loss, train
+from l2d import Bench as Training
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -46,6 +48,7 @@ class Bench:
     prompt: int
     new_tokens: int
     rounds: int
+    vocabulary: int | None = None  # instead of the size's own
     questions: dict[str, Any] = field(default_factory=dict)
     keep: Callable[[], None] = lambda: None  # called after each answer
 
@@ -60,13 +63,27 @@ class Bench:
         torch.manual_seed(0)
         heads, groups = HEADS[self.size]
         shape = {**SIZES[self.size], "num_attention_heads": heads, "num_key_value_heads": groups}
-        lm: Any = LlamaForCausalLM(LlamaConfig(**shape, tie_word_embeddings=True, max_position_embeddings=4096))
+        shape["vocab_size"] = self.vocabulary or shape["vocab_size"]
+        with self.device:  # where a billion random numbers take no time
+            lm: Any = LlamaForCausalLM(LlamaConfig(**shape, tie_word_embeddings=True, max_position_embeddings=4096))
         return lm.to(self.device, self.dtype).eval()
 
     @cached_property
     def diffusion(self) -> DiffusionLM:
         """L2D over it, nothing of which is zero, lest somebody profits from it."""
         return l2d_over(self.lm, self.dtype).eval()
+
+    @cached_property
+    def training(self) -> Training:
+        """LoRA and L2D in training, over copies of the language model's weights."""
+        found = Training(str(self.device))
+        found.lm = self.lm
+        return found
+
+    def floor(self, evaluations: int, rows: int = 1) -> float | None:
+        """Milliseconds a token that reading the weights takes at least; None while the bandwidth is unknown."""
+        known = self.questions.get("bandwidth")
+        return None if known is None else (1 + evaluations) * known["ms_per_pass"] / rows
 
     def agree(self, scale: float) -> None:
         """Let the diffusion path move the language model's states by so many times of what it would."""
@@ -108,18 +125,24 @@ class Bench:
     def ask(self, name: str, cases: Cases, **facts: Any) -> None:
         """Measure cases in turns, after one round that does not count, and keep the answer."""
         samples: dict[str, list[float]] = {case: [] for case in cases}
+        peaks: dict[str, float] = {}
         for number in range(self.rounds + 1):
             for case, run in cases.items():
+                if self.device.type == "cuda":
+                    torch.cuda.reset_peak_memory_stats()
                 begun = self.seconds()
                 made = run()
                 spent = (self.seconds() - begun) / made
                 if number:
                     samples[case].append(spent)
+                if self.device.type == "cuda":
+                    peaks[case] = torch.cuda.max_memory_allocated() / 2**30
         reference = next(iter(samples.values()))
         rows = {
             case: {
                 "ms_per_token": 1e3 * statistics.median(spent),
                 "cost": statistics.median(a / b for a, b in zip(spent, reference, strict=True)),
+                "peak_gib": peaks.get(case),
                 "samples": spent,
             }
             for case, spent in samples.items()
@@ -144,6 +167,22 @@ def same_tokens(bench: Bench) -> None:
     print("share of equal tokens", equal)
 
 
+def bandwidth(bench: Bench) -> None:
+    """What a token must take at least: all weights read once by the language model, and once for each evaluation."""
+    source = torch.ones(2**28 if bench.device.type == "cuda" else 2**25, device=bench.device)
+    target, spent = torch.empty_like(source), []
+    for _ in range(bench.rounds + 1):
+        begun = bench.seconds()
+        target.copy_(source)
+        spent.append(bench.seconds() - begun)
+    rate = 2 * source.nbytes / statistics.median(spent[1:])  # read and written
+    weights = sum(weight.nbytes for weight in bench.lm.parameters())
+    floor = 1e3 * weights / rate
+    facts = {"bytes_per_second": rate, "bytes_of_weights": weights, "ms_per_pass": floor}
+    bench.questions["bandwidth"] = facts
+    print(f"bandwidth {rate / 1e9:,.0f} GB/s, a pass over {weights / 1e9:.2f} GB takes at least {floor:.2f} ms")
+
+
 def ways(bench: Bench, rows: int) -> None:
     """Plain generation, and L2D with one thing after the other."""
     cases: Cases = {
@@ -155,14 +194,14 @@ def ways(bench: Bench, rows: int) -> None:
     if bench.device.type == "cuda":
         for mode in ("argmax", "sample"):
             cases[f"L2D, {mode}, graph"] = partial(bench.answer, rows, estimate={"mode": mode})
-    bench.ask(f"decode, batch {rows}", cases, batch=rows)
+    bench.ask(f"batch, {rows}", cases, batch=rows, floor=bench.floor(EVALUATIONS, rows))
 
 
 def evaluations(bench: Bench) -> None:
     """Time per token against the number of evaluations."""
     for count in (1, 3, 7, 15, 31):
         cases: Cases = {PLAIN: partial(bench.plain, 1), "L2D": partial(bench.answer, 1, num_inference_steps=count)}
-        bench.ask(f"evaluations, {count}", cases, evaluations=count)
+        bench.ask(f"evaluations, {count}", cases, evaluations=count, floor=bench.floor(count))
 
 
 def adaptive(bench: Bench, rows: int) -> None:
@@ -179,7 +218,7 @@ def compiled(bench: Bench, rows: int) -> None:
     """Time per token with layers that torch.compile has made, in graphs where the device has them."""
     cases: Cases = {PLAIN: partial(bench.plain, rows), "L2D": partial(bench.answer, rows)}
     cases["L2D, compiled"] = partial(bench.answer, rows, compile=True)
-    bench.ask(f"compiled, batch {rows}", cases, batch=rows)
+    bench.ask(f"compiled, batch {rows}", cases)
 
 
 def contexts(bench: Bench) -> None:
@@ -189,6 +228,40 @@ def contexts(bench: Bench) -> None:
         bench.ask(f"context, {length}", cases, context=length)
 
 
+def vocabularies(bench: Bench) -> None:
+    """Time per token against the size of the vocabulary."""
+    own = SIZES[bench.size]["vocab_size"]
+    for size in (own // 4, own // 2, own, 2 * own):
+        other = replace(bench, vocabulary=size)
+        cases: Cases = {PLAIN: partial(other.plain, 1), "L2D": partial(other.answer, 1)}
+        other.ask(f"vocabulary, {size}", cases, vocabulary=size)
+
+
+def updates(bench: Bench, length: int, share: float) -> Cases:
+    """Updates of eight sequences each, the last tokens of which are supervised."""
+    supervised = max(1, int(share * length))
+
+    def update(trained: str, loss: Callable[[Training, Any, int], Tensor]) -> int:
+        own = bench.training
+        own.rows, own.sequence = 8, length
+        train(own, trained, loss, supervised)
+        return own.rows * length
+
+    return {LORA: partial(update, "lora", language_model_loss), "L2D": partial(update, "trained", diffusion_loss)}
+
+
+def lengths(bench: Bench) -> None:
+    """Training with all tokens supervised against the length of sequences."""
+    for length in (bench.prompt // 2, bench.prompt, 2 * bench.prompt, 4 * bench.prompt):
+        bench.ask(f"length, {length}", updates(bench, length, 1.0), length=length)
+
+
+def shares(bench: Bench) -> None:
+    """Training against the share of supervised tokens."""
+    for share in (1.0, 0.5, 0.25, 0.1):
+        bench.ask(f"supervised, {share}", updates(bench, 2 * bench.prompt, share), supervised=share)
+
+
 def speculation(bench: Bench) -> None:
     """Time per token where the language model guesses ahead, against how often it is right."""
     for scale in (0.0, 3.0, 6.0, 40.0):
@@ -196,7 +269,7 @@ def speculation(bench: Bench) -> None:
         cases: Cases = {"off": partial(bench.answer, 1, do_sample=True, graph=False)}
         for count in (2, 4, 8, "auto"):
             cases[f"{count}"] = partial(bench.answer, 1, do_sample=True, speculate=count)
-        name = f"speculation, scale {scale:g}"
+        name = f"agreement, scale {scale:g}"
         bench.answer(1, do_sample=True, speculate=1, max_new_tokens=4 * bench.new_tokens)
         made, right = bench.last.guesses
         print(f"agreement {right / max(made, 1):.2f}")
@@ -216,6 +289,7 @@ def samples(bench: Bench) -> None:
 
 def parts(bench: Bench) -> Iterator[Callable[[], None]]:
     """Questions, the most valuable first."""
+    yield partial(bandwidth, bench)
     yield partial(same_tokens, bench)
     yield partial(ways, bench, 1)
     yield partial(speculation, bench)
@@ -225,39 +299,90 @@ def parts(bench: Bench) -> Iterator[Callable[[], None]]:
     yield partial(adaptive, bench, 8)
     yield partial(ways, bench, 8)
     yield partial(samples, bench)
+    yield partial(shares, bench)
     yield partial(contexts, bench)
     yield partial(compiled, bench, 8)
     yield partial(ways, bench, 32)
+    yield partial(lengths, bench)
+    yield partial(vocabularies, bench)
+
+
+Number = Callable[[dict[str, Any]], float | None]
+
+
+def _time(case: dict[str, Any]) -> float:
+    return float(case["ms_per_token"])
+
+
+def _speed(case: dict[str, Any]) -> float:
+    return 1e3 / float(case["ms_per_token"])
+
+
+def _gain(case: dict[str, Any]) -> float:
+    return 1 / float(case["cost"])
+
+
+def _peak(case: dict[str, Any]) -> float | None:
+    return None if case["peak_gib"] is None else float(case["peak_gib"])
+
+
+class Panel(NamedTuple):
+    """One picture: a number of some cases against a fact of their questions, whose names begin with that fact."""
+
+    fact: str
+    x: str
+    y: str
+    number: Number
+    cases: Sequence[str] = (PLAIN, "L2D")
+
+    def lines(self, questions: dict[str, Any]) -> dict[str, list[tuple[float, float]]]:
+        """Points of every case that has at least two, and of the floor of time."""
+        chosen = [part for name, part in questions.items() if name.startswith(self.fact)]
+        found: dict[str, list[tuple[float, float]]] = {"floor": []}
+        for part in sorted(chosen, key=lambda part: float(part[self.fact])):
+            if self.number is _time and part.get("floor"):
+                found["floor"].append((part[self.fact], part["floor"]))
+            for case in (case for case in self.cases if case in part["cases"]):
+                if (number := self.number(part["cases"][case])) is not None:
+                    found.setdefault(case, []).append((part[self.fact], number))
+        return {case: points for case, points in found.items() if len(points) > 1}
+
+
+_TRAINED = (LORA, "L2D")
+_ANSWERED = (PLAIN, "L2D, argmax", "L2D, sampled", "L2D, argmax, graph", "L2D, sample, graph")
+_MS, _GIB = "ms per token", "peak memory, GiB"
+PANELS = (
+    Panel("evaluations", "evaluations per token", _MS, _time),
+    Panel("agreement", "share of guesses that are right", "times faster", _gain, ("2", "4", "8", "auto")),
+    Panel("batch", "answers at once", _MS, _time, _ANSWERED),
+    Panel("context", "tokens of the prompt", _MS, _time),
+    Panel("vocabulary", "tokens of the vocabulary", _MS, _time),
+    Panel("length", "tokens of a sequence", "trained tokens per second", _speed, _TRAINED),
+    Panel("supervised", "share of tokens that are supervised", "trained tokens per second", _speed, _TRAINED),
+    Panel("batch", "answers at once", _GIB, _peak, _ANSWERED),
+    Panel("context", "tokens of the prompt", _GIB, _peak),
+    Panel("length", "tokens of a sequence", _GIB, _peak, _TRAINED),
+)
 
 
 def draw(questions: dict[str, Any], out: Path) -> None:
-    """Time per token against evaluations, and the gain of guesses against agreement."""
+    """What was measured, a panel for each of the questions that were answered."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    counted = [part for name, part in questions.items() if name.startswith("evaluations")]
-    for case in (PLAIN, "L2D"):
-        left.plot(
-            [part["evaluations"] for part in counted],
-            [part["cases"][case]["ms_per_token"] for part in counted],
-            marker="o",
-            label=case,
-        )
-    left.set(xlabel="evaluations per token", ylabel="ms per token", xlim=(0, None), ylim=(0, None))
-    left.set_xticks([part["evaluations"] for part in counted])
-    left.legend()
-    guessed = [part for name, part in questions.items() if name.startswith("speculation") and "agreement" in part]
-    for case in ("2", "4", "8", "auto"):
-        right.plot(
-            [part["agreement"] for part in guessed],
-            [1 / part["cases"][case]["cost"] for part in guessed],
-            marker="o",
-            label=case if case == "auto" else f"{case} guesses",
-        )
-    right.axhline(1, color="grey", linewidth=0.8)
-    right.set(xlabel="share of guesses that are right", ylabel="times faster than one by one")
-    right.legend()
+    shown = [(panel, lines) for panel in PANELS if (lines := panel.lines(questions))]
+    rows = math.ceil(len(shown) / 3)
+    if not rows:
+        return
+    figure = Figure(figsize=(13, 3.6 * rows), layout="constrained")
+    places = figure.subplots(rows, 3, squeeze=False).flat
+    for (panel, lines), axes in zip(shown, places, strict=False):
+        for case, points in lines.items():
+            style = {"color": "grey", "linestyle": "dashed"} if case == "floor" else {"marker": "o"}
+            axes.plot(*zip(*points, strict=True), label=f"{case} guesses" if case.isdigit() else case, **style)
+        axes.set(xlabel=panel.x, ylabel=panel.y, ylim=(0, None))
+        axes.legend(fontsize="small")
+    for axes in list(places):
+        axes.remove()
     figure.savefig(out, dpi=150)
 
 

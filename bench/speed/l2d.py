@@ -119,11 +119,16 @@ class Bench:
 
     Args:
         device: where to run; in bfloat16 on a GPU.
+
+    Attributes:
+        rows: sequences of an update.
+        sequence: tokens of each.
     """
 
     def __init__(self, device: str) -> None:
         self.device = torch.device(device)
         self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
+        self.rows, self.sequence = 1, SEQUENCE
 
     def seconds(self) -> tuple[float, float]:
         """CPU and wall seconds, once the device has done all its work."""
@@ -159,7 +164,7 @@ class Bench:
     def tokens(self, rows: int, columns: int) -> Tensor:
         """Random token ids, (rows, columns)."""
         generator = torch.Generator().manual_seed(rows)
-        return torch.randint(0, SHAPE["vocab_size"], (rows, columns), generator=generator).to(self.device)
+        return torch.randint(0, self.lm.config.vocab_size, (rows, columns), generator=generator).to(self.device)
 
 
 class _Clock(StoppingCriteria):
@@ -190,8 +195,18 @@ def _decode(bench: Bench, model: str, batch: int, **options: Any) -> Sample:
     return Sample(cpu, wall, first[0] - start)
 
 
-def _train(bench: Bench, trained: str, loss: Callable[[Bench, Any, int], Tensor], supervised: int) -> Sample:
-    """Seconds per token of the sequence, optimizer included."""
+def train(bench: Bench, trained: str, loss: Callable[[Bench, Any, int], Tensor], supervised: int) -> Sample:
+    """An update, whose last `supervised` tokens of every sequence count.
+
+    Args:
+        bench: the models.
+        trained: attribute of the bench with model and optimizer.
+        loss: of bench, model and `supervised`.
+        supervised: tokens.
+
+    Returns:
+        Seconds per token of the sequences, optimizer included.
+    """
     model, optimizer = getattr(bench, trained)
     start = bench.seconds()
     with torch.autocast(bench.device.type, torch.bfloat16, enabled=bench.dtype is torch.bfloat16):
@@ -200,16 +215,16 @@ def _train(bench: Bench, trained: str, loss: Callable[[Bench, Any, int], Tensor]
     torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0)
     optimizer.step()
     optimizer.zero_grad()
-    cpu, wall = ((b - a) / SEQUENCE for a, b in zip(start, bench.seconds(), strict=True))
+    cpu, wall = ((b - a) / (bench.rows * bench.sequence) for a, b in zip(start, bench.seconds(), strict=True))
     return Sample(cpu, wall)
 
 
 def diffusion_loss(bench: Bench, model: DiffusionLM, supervised: int) -> Tensor:
-    """L2D's loss of one sequence whose last `supervised` tokens count."""
-    tokens = bench.tokens(1, SEQUENCE)
-    blocks = torch.arange(SEQUENCE, device=bench.device) - (SEQUENCE - 1 - min(supervised, SEQUENCE - 1))
-    layout = Layout(tokens, blocks.clamp_min(0)[None])
-    losses = denoising_loss(model, layout, draw(model, layout, NoiseRule(keys=[(0,)])))
+    """L2D's loss of sequences whose last `supervised` tokens count."""
+    tokens, last = bench.tokens(bench.rows, bench.sequence), bench.sequence - 1
+    blocks = torch.arange(bench.sequence, device=bench.device) - (last - min(supervised, last))
+    layout = Layout(tokens, blocks.clamp_min(0).expand_as(tokens))
+    losses = denoising_loss(model, layout, draw(model, layout, NoiseRule(keys=[(row,) for row in range(bench.rows)])))
     return losses.total / losses.count
 
 
@@ -224,18 +239,18 @@ def frugal_diffusion_loss(bench: Bench, model: DiffusionLM, supervised: int) -> 
 
 def language_model_loss(bench: Bench, model: Any, supervised: int) -> Tensor:
     """The plain loss as transformers computes it: logits everywhere, labels of -100 where nothing counts."""
-    tokens = bench.tokens(1, SEQUENCE)
+    tokens = bench.tokens(bench.rows, bench.sequence)
     labels = tokens.clone()
-    labels[:, : SEQUENCE - supervised] = -100
+    labels[:, : bench.sequence - supervised] = -100
     return model(input_ids=tokens, labels=labels).loss  # type: ignore[no-any-return]
 
 
 def sparse_language_model_loss(bench: Bench, model: Any, supervised: int) -> Tensor:
     """The plain loss with the vocabulary head at supervised positions only, which transformers leaves to its users."""
-    tokens = bench.tokens(1, SEQUENCE)
-    keep = torch.arange(SEQUENCE - supervised - 1, SEQUENCE - 1, device=bench.device)
-    logits = model(input_ids=tokens, logits_to_keep=keep).logits[0]
-    return nn.functional.cross_entropy(logits.float(), tokens[0, keep + 1])
+    tokens, last = bench.tokens(bench.rows, bench.sequence), bench.sequence - 1
+    keep = torch.arange(last - supervised, last, device=bench.device)
+    logits = model(input_ids=tokens, logits_to_keep=keep).logits
+    return nn.functional.cross_entropy(logits.float().flatten(0, 1), tokens[:, keep + 1].flatten())
 
 
 Cases = dict[str, dict[str, Callable[[], Sample]]]
@@ -260,10 +275,10 @@ def cases(bench: Bench) -> Cases:
                 group[f"{name}, {mode}"] = partial(_decode, bench, "diffusion", batch, **options)
     for share, supervised in ((100, SEQUENCE), (25, SEQUENCE // 4)):
         group = found[f"train, {share} % supervised"] = {}
-        group[LORA] = partial(_train, bench, "lora", language_model_loss, supervised)
-        group["LoRA, head there only"] = partial(_train, bench, "lora", sparse_language_model_loss, supervised)
-        group["L2D"] = partial(_train, bench, "trained", diffusion_loss, supervised)
-        group["L2D, gradient checkpointing"] = partial(_train, bench, "trained", frugal_diffusion_loss, supervised)
+        group[LORA] = partial(train, bench, "lora", language_model_loss, supervised)
+        group["LoRA, head there only"] = partial(train, bench, "lora", sparse_language_model_loss, supervised)
+        group["L2D"] = partial(train, bench, "trained", diffusion_loss, supervised)
+        group["L2D, gradient checkpointing"] = partial(train, bench, "trained", frugal_diffusion_loss, supervised)
     return found
 
 
