@@ -17,7 +17,7 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 from l2d_framework.blame import naming_plugins
 from l2d_framework.config import SamplingSection
 from l2d_framework.diffusion.rng import TokenStreams
-from l2d_framework.diffusion.sampler import Block, Sampler
+from l2d_framework.diffusion.sampler import Block, Sampler, get_ready
 from l2d_framework.errors import ConfigError
 from l2d_framework.evaluation.harness.options import shortest
 from l2d_framework.evaluation.harness.requests import noise_key
@@ -189,6 +189,7 @@ class Scorer:
         each score goes whether every token is the most likely one at every time.
         """
         model, device = self.model, self.model.device
+        get_ready(model, merge=self.merge, compile=self.compile)
         answers = [job.answers[0] for job in jobs]
         longest = max(map(len, answers))
         cut = [job.context[-(self.limit - len(a)) :] for job, a in zip(jobs, answers, strict=True)]
@@ -221,6 +222,7 @@ class Scorer:
                     context=context,
                     condition=label,
                     shared_time=time,
+                    compiled=self.compile,
                 )
                 logits = model(query).logits.log_softmax(-1)
                 chosen = logits.gather(2, padded[..., None])[..., 0]

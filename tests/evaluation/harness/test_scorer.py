@@ -33,11 +33,15 @@ def test_the_pseudo_likelihood_is_minus_the_training_loss_of_the_same_blocks(siz
     assert score == pytest.approx(-float(denoising_loss(model, layout, draws).total.detach()), abs=1e-4)
 
 
-def test_layers_are_compiled_for_scores_as_for_answers(monkeypatch):
-    model, wanted = fresh_lm(), []
-    monkeypatch.setattr(model.backbone, "compile_layers", wanted.append)
+@pytest.mark.parametrize("method", ["mixture", "pseudo"])
+def test_layers_are_compiled_for_scores_as_for_answers(method, monkeypatch):
+    model, asked = fresh_lm(), []
+    features = model.backbone.features
+    monkeypatch.setattr(
+        model.backbone, "features", lambda *a, compiled=False, **k: asked.append(compiled) or features(*a, **k)
+    )
     for compiled in (True, False):
         scorer = Scorer(model, model.sampling(), samples=1, times=1, limit=50, compile=compiled)
-        scorer.mixture([Job((5, 6, 7), [(8, 9)])])
-        assert wanted and all(flag == compiled for flag in wanted)
-        wanted.clear()
+        getattr(scorer, method)([Job((5, 6, 7), [(8, 9)])])
+        assert asked and set(asked) == {compiled}
+        asked.clear()
