@@ -44,6 +44,13 @@ def test_layers_compiled_once_for_all_say_what_they_do_as_they_are(compiler, mon
     assert counts == [1, 1]
 
 
+def test_that_layers_are_compiled_is_said_once_and_only_then(caplog):
+    compiling._compiled.cache_clear()
+    for compiled, said in ((False, 0), (True, 1), (True, 1)):
+        generate(shared_lm(), compile=compiled, max_new_tokens=1)
+        assert len([one for one in caplog.messages if "compiled" in one]) == said
+
+
 def test_requests_at_the_same_time_are_each_compiled_or_not_as_they_ask(monkeypatch):
     model, asked = shared_lm(), []
     monkeypatch.setattr(
