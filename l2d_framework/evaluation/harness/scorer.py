@@ -186,8 +186,9 @@ class Scorer:
         """Minus the denoising loss of each answer, as training measures it, at fixed times and noises.
 
         score = mean over t in {1/2T, 3/2T, ...} and over noises of sum_i log p(y_i | x_t, t, question), where x_t is
-        the answer under noise, block by block. Noise depends on the question, the position and the sample alone. With
-        each score goes whether every token is the most likely one at every time.
+        the answer under noise, block by block. Noise depends on the question, the position and the sample alone. A
+        backbone that carries hidden states goes on from those at the time before. With each score goes whether every
+        token is the most likely one at every time.
         """
         model, device = self.model, self.model.device
         get_ready(model, merge=self.merge, compile=self.compile)
@@ -212,6 +213,7 @@ class Scorer:
                 [(self.sampling.seed, name, start + j, sample, "pseudo") for j in row]
                 for (name, start), row in zip(names, offsets.tolist(), strict=True)
             ]
+            carried: Tensor | None = None
             for number in range(self.times):
                 noise = model.parametrization.noise(TokenStreams(keys, device))
                 time = (number + 0.5) / self.times
@@ -222,10 +224,12 @@ class Scorer:
                     positions=encoded.input_ids.shape[1] + offsets,
                     context=context,
                     condition=label,
+                    carried=carried,
                     shared_time=time,
                     compiled=self.compile,
                 )
-                logits = model(query).logits.log_softmax(-1)
+                found = model(query)
+                logits, carried = found.logits.log_softmax(-1), found.hidden
                 chosen = logits.gather(2, padded[..., None])[..., 0]
                 scores += chosen.masked_fill(~own, 0).sum(1)
                 greedy &= ((logits.argmax(-1) == padded) | ~own).all(1)

@@ -33,6 +33,27 @@ def test_the_pseudo_likelihood_is_minus_the_training_loss_of_the_same_blocks(siz
     assert score == pytest.approx(-float(denoising_loss(model, layout, draws).total.detach()), abs=1e-4)
 
 
+def test_each_time_of_the_pseudo_likelihood_goes_on_from_the_hidden_states_of_the_one_before(monkeypatch):
+    model = tess_lm()
+    scorer = Scorer(model, model.origin.sampling, samples=2, times=3, limit=50)
+    question, shown, left = ScoredQuestion((5, 6, 7), [(8, 9)]), [], []
+    ((plain, _),) = scorer.pseudo([question])[0]
+    ask = model.features
+
+    def features(query):
+        shown.append(query.carried)
+        left.append(ask(query))
+        return left[-1]
+
+    monkeypatch.setattr(model.backbone, "carries", True)
+    monkeypatch.setattr(model.backbone, "carry", lambda hidden: 0.5 * hidden)
+    monkeypatch.setattr(model, "features", features)
+    ((score, _),) = scorer.pseudo([question])[0]
+    assert abs(score - plain) > 1e-3
+    for number, state in enumerate(shown):
+        assert state is (left[number - 1] if number % 3 else None)
+
+
 @pytest.mark.parametrize("method", ["mixture", "pseudo"])
 def test_layers_are_compiled_for_scores_as_for_answers(method, monkeypatch):
     model, asked = fresh_lm(), []
