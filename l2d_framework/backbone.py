@@ -85,7 +85,8 @@ class Backbone(nn.Module, ABC, Generic[C]):
     joins: ClassVar[bool] = False
     """True when `join` is served, so that waiting prompts can take the places of rows that have ended."""
     compiles: ClassVar[bool] = False
-    """True when `compile_layers` is served."""
+    """True when `features` takes `compiled=True` and then runs layers as torch.compile makes them, where no gradients
+    are recorded; hidden states may differ by rounding. Nothing of it is kept for questions without it."""
     trains_lm: ClassVar[bool] = False
     """True when the language model's own weights are what is trained; a checkpoint then holds all of them."""
     carries: bool = False
@@ -285,20 +286,6 @@ class Backbone(nn.Module, ABC, Generic[C]):
         Args:
             how: if there is plenty of memory, in any case, or not at all, and what was made is given up.
         """
-
-    def compile_layers(self, wanted: bool) -> None:
-        """Run layers as torch.compile makes them, or as they are, where no gradients are recorded.
-
-        Called before every generation, and shared by those at the same time. Hidden states may differ by rounding.
-
-        Args:
-            wanted: whether they are to be compiled, which happens when they first run.
-
-        Raises:
-            TypeError: if they are, and the backbone does not declare `compiles`.
-        """
-        if wanted:
-            raise TypeError(f"{type(self).__name__} compiles no layers.")
 
     def peft_adapter(self) -> tuple[PeftConfig, dict[str, Tensor]] | None:
         """Adapter weights under the names they would have in a PEFT folder of the language model.

@@ -80,6 +80,7 @@ class Query:
             declares `carries`; None at the first, which means the same as zeros.
         shared_time: the time as a number when all entries of `t` are equal and it is known on the host, else None.
         guidance_scale: scale per position that overrides the guidance's own, (B, L), float32, or None.
+        compiled: run layers as torch.compile makes them, where the backbone declares `compiles`.
     """
 
     x: Tensor
@@ -91,6 +92,7 @@ class Query:
     carried: Tensor | None = None
     shared_time: float | None = None
     guidance_scale: Tensor | None = None
+    compiled: bool = False
 
     def replace(self, **changes: Any) -> Query:
         """Copy with some fields changed.

@@ -289,7 +289,7 @@ def test_a_preset_replaces_the_section_but_seed_and_guidance():
         ({"num_steps": 3}, "sampling.num_steps: unknown field, got 3; did you mean 'num_inference_steps'"),
         ({"solver": "forwad"}, "sampling.solver: Unknown solver 'forwad'; did you mean 'forward'"),
         ({"solver": 3}, "sampling.solver: should be a section with a name, got 3"),
-        ({"guidance": "sharpen"}, "sampling.guidance: should be a section with a name"),
+        ({"guidance": "sharpen"}, "sampling.guidance: should be a list, got .sharpen."),
         ({"estimate": {"temp": 1}}, "estimate.temp"),
         ({"preset": "toy-guide"}, "Unknown preset 'toy-guide'; did you mean 'toy-guided'"),
         ({"num_inference_steps": None}, "num_inference_steps: solver 'forward' needs a number"),

@@ -74,6 +74,8 @@ class SamplingSection(Section):
         # What nobody asks to change stays the same object.
         found |= {name: getattr(self, name) for name in ("solver", "guidance") if found[name] is own[name]}
         made: dict[str, Any] = {}
+        if data is own and isinstance(found["solver"], dict) and found["solver"]["name"] == own["solver"]["name"]:
+            found["solver"] = validated(type(self.solver), found["solver"], "sampling.solver")
         if _has_instances(found["solver"]):
             made["solver"], found["solver"] = found["solver"], None
         if _has_instances(found["guidance"]):
@@ -225,8 +227,8 @@ def _request(user: Mapping[str, Any]) -> dict[str, Any]:
         options["solver"] = _component_data("solver", options["solver"])
     if isinstance(options.get("guidance"), list | tuple):
         options["guidance"] = [_component_data("guidance", entry) for entry in options["guidance"]]
-    elif isinstance(options.get("guidance"), Component):
-        raise ConfigError(f"sampling.guidance: should be a list, got {options['guidance']!r}; put it into one")
+    elif isinstance(options.get("guidance"), Component | type | str | Mapping):
+        raise ConfigError(f"sampling.guidance: should be a list, got {shown(options['guidance'])}; put it into one")
     for name, value in options.items():
         if _has_instances(value):
             continue
@@ -247,6 +249,8 @@ def _has_instances(value: Any) -> bool:
 
 
 def _component_data(kind: str, value: Any) -> Any:
+    if isinstance(value, type) and issubclass(value, Component):
+        raise ConfigError(f"{kind} should be a component, got the class {value.__name__}; pass {value.__name__}(...)")
     if isinstance(value, Component) and not isinstance(value, resolve_name(INTERFACES[kind])):
-        return value.to_json()  # of another kind, as whoever validates it will say
+        raise ConfigError(f"{kind} should be a component of this kind, got {shown(value)}, a {value.kind or 'section'}")
     return {"name": value} if isinstance(value, str) else value

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -73,8 +75,10 @@ class Diffusion(nn.Module):
         h = self.parametrization.embed(query.x, query.t, self.schedule, self.backbone.table(), query.previous)
         if query.carried is not None:
             h = h + self.backbone.carry(query.carried)
+        # Handed over only where it is asked for, so that a backbone which compiles nothing need not know of it.
+        compiled: dict[str, Any] = {"compiled": True} if query.compiled else {}
         return self.backbone.features(
-            h, query.t, query.positions, query.context, query.condition, shared_time=query.shared_time
+            h, query.t, query.positions, query.context, query.condition, shared_time=query.shared_time, **compiled
         )
 
     def forward(self, query: Query) -> Prediction:

@@ -72,6 +72,14 @@ def check_running(backbone: Backbone, *, merge: str, compile: bool) -> None:
         raise ConfigError("compile=True needs all layers in one place, but some lie elsewhere. Leave it out.")
 
 
+def get_ready(diffusion: Diffusion, *, merge: Literal["auto", "always", "never"], compile: bool) -> None:
+    """Make what saves time when a model is run so, unless that cannot be."""
+    backbone = diffusion.backbone
+    check_running(backbone, merge=merge, compile=compile)
+    backbone.merge("never" if backbone.is_offloaded else merge)
+    diffusion.check_codebook()
+
+
 @dataclass(frozen=True)
 class Sampler:
     """A model with the settings of a request; the parametrization has the request's estimate options."""
@@ -80,6 +88,7 @@ class Sampler:
     sampling: Sampling
     parametrization: Parametrization
     observer: Observer | None = None
+    compile: bool = False
 
     @classmethod
     def of(
@@ -107,11 +116,8 @@ class Sampler:
             ConfigError: if the model cannot be run so.
         """
         if sampling.num_inference_steps != 0:
-            check_running(diffusion.backbone, merge=merge, compile=compile)
-            diffusion.backbone.merge("never" if diffusion.backbone.is_offloaded else merge)
-            diffusion.backbone.compile_layers(compile)
-            diffusion.check_codebook()
-        return cls(diffusion, sampling, diffusion.parametrization.with_estimate(sampling.estimate), observer)
+            get_ready(diffusion, merge=merge, compile=compile)
+        return cls(diffusion, sampling, diffusion.parametrization.with_estimate(sampling.estimate), observer, compile)
 
     @cached_property
     def _plan(self) -> tuple[Solver, list[float]]:
@@ -151,6 +157,7 @@ class Sampler:
                 context=block.context,
                 condition=block.condition,
                 guidance_scale=block.guidance_scale,
+                compiled=self.compile,
             ),
             guidance=sampling.guidance,
             parametrization=space,

@@ -147,7 +147,7 @@ class Replayed(Rows):
             return rows
         if rows.backbone.is_offloaded:  # weights come and go, which no graph can
             return rows
-        if (cls, repr(rows.sampler.sampling.guidance)) in _REFUSED.get(rows.backbone, ()):
+        if cls.kind(rows.sampler) in _REFUSED.get(rows.backbone, ()):
             return rows
         room = min(most, rows.slots + _STEP)
         try:
@@ -155,6 +155,11 @@ class Replayed(Rows):
         except torch.OutOfMemoryError:
             return rows
         return rows if context is None else cls(rows, context, room, most)
+
+    @classmethod
+    def kind(cls, sampler: Sampler) -> tuple[Any, ...]:
+        """What decides whether such rows can be captured."""
+        return cls, repr(sampler.sampling.guidance), sampler.compile
 
     @property
     @override
@@ -230,7 +235,7 @@ class Replayed(Rows):
         except RuntimeError as error:
             warnings.warn(f"Tokens are not replayed from a graph, since {error}", UserWarning, stacklevel=2)
             if not isinstance(error, torch.OutOfMemoryError):  # which may well pass
-                _REFUSED.setdefault(self.backbone, set()).add((type(self), repr(self.sampler.sampling.guidance)))
+                _REFUSED.setdefault(self.backbone, set()).add(self.kind(self.sampler))
             self._graph = None
             return work()
 
@@ -269,8 +274,8 @@ def put(old: Tensor, new: Tensor, rows: Tensor | None) -> None:
 GRAPHS: dict[str, Callable[[torch.device], Graph]] = {"cuda": CudaGraph}
 """How work is captured, by type of device."""
 
-_REFUSED: WeakKeyDictionary[Backbone, set[tuple[type[Rows], str]]] = WeakKeyDictionary()
-"""Kinds of rows and guidances with which a network could not be captured."""
+_REFUSED: WeakKeyDictionary[Backbone, set[tuple[Any, ...]]] = WeakKeyDictionary()
+"""Kinds of rows that could not be captured, of each network."""
 
 _STEP = 256
 """Slots for which there is room at first, beyond those that are filled."""

@@ -17,7 +17,7 @@ from pathlib import Path
 from threading import RLock
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from l2d_framework.errors import ConfigError, PluginError
+from l2d_framework.errors import ConfigError, PluginError, suggest
 from l2d_framework.hooks import EXTENSIONS, GROUP
 from l2d_framework.registry.modules import untouched_modules
 from l2d_framework.registry.offers import (
@@ -43,6 +43,10 @@ T = TypeVar("T")
 BUILTIN_DISTRIBUTION = "l2d-framework"
 ALLOW_LIST = "L2D_PLUGINS"
 """Environment variable with the comma-separated entry points to load besides the built-in ones; empty for none."""
+
+
+_AS_OBJECTS = ("solver", "guidance", "drafter")
+"""Kinds that a request takes as objects."""
 
 
 @dataclass(frozen=True)
@@ -249,6 +253,9 @@ class Registry:
             lines.append(f"Broken plugin {Source(plugin, broken.distribution, broken.version)}: {broken.error}")
         if self.disabled:
             lines.append(f"Disabled by {ALLOW_LIST}: {', '.join(map(str, self.disabled))}.")
+        if len(lines) == 1 and not suggest(name, known):
+            also = "; in Python, `generate` takes an object of its class, too" if kind in _AS_OBJECTS else ""
+            lines = [f"{lines[0]} Install the plugin that offers it{also}."]
         raise PluginError("\n".join(lines))
 
 

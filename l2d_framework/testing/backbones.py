@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from warnings import catch_warnings, simplefilter
 
 import torch
 from torch import Tensor, nn
@@ -318,6 +319,22 @@ def check_backbone_merge_changes_nothing(config: BackboneConfig) -> None:
         backbone.merge("always")
         ensure_close(backbone.head(scene.ask(backbone)), before, "folding must not change the logits")
     ensure(all(torch.equal(now, then) for now, then in weights), "merge changes a weight of the language model.")
+
+
+@law.where(lambda backbone: backbone.compiles)
+def check_backbone_compiles_for_one_question(config: BackboneConfig) -> None:
+    """Compiled layers say what they say as they are, and run only for the question that asks for them."""
+    for _, backbone, scene in noisy_scenes(config):
+        wanted = scene.ask(backbone)
+        with torch.compiler.set_stance("force_eager"), catch_warnings():  # which needs no compiler
+            simplefilter("ignore", DeprecationWarning)  # of torch, where it brings its compiler in
+            ensure_close(scene.ask(backbone, compiled=True), wanted, "compiled layers must say what they say otherwise")
+        with torch.compiler.set_stance("fail_on_recompile"):
+            try:
+                again = scene.ask(backbone)
+            except RuntimeError as error:
+                raise AssertionError("Layers are compiled for a question that does not ask for it.") from error
+        ensure_close(again, wanted, "a question before must not matter")
 
 
 @law.where(lambda backbone: backbone.identity_at_zero)

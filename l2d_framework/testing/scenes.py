@@ -76,11 +76,12 @@ class Scene:
         """Times halfway, (B, L)."""
         return torch.full(self.positions.shape, 0.5)
 
-    def ask(self, backbone: Backbone, *, context: Any = None, shared_time: float | None = None, **other: Any) -> Tensor:
+    def ask(self, backbone: Backbone, *, context: Any = None, **other: Any) -> Tensor:
         """Features about the places, (B, L, H); the layout is read where no context is given."""
-        context = backbone.read(other.get("layout", self.layout)) if context is None else context
-        h, t = other.get("h", self.h), other.get("t", self.t)
-        return backbone.features(h, t, self.positions, context, other.get("condition"), shared_time=shared_time)
+        context = backbone.read(other.pop("layout", self.layout)) if context is None else context
+        asked = {"h": self.h, "t": self.t, "condition": None, **other}
+        h, t, condition = (asked.pop(name) for name in ("h", "t", "condition"))
+        return backbone.features(h, t, self.positions, context, condition, **asked)
 
 
 def noisy_scenes(

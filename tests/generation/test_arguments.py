@@ -17,12 +17,13 @@ from typing_extensions import override
 from l2d_framework.config import SamplingSection, default_sampling
 from l2d_framework.config.sampling import with_preset
 from l2d_framework.diffusion.sampling import check_sampling
-from l2d_framework.errors import ConfigError, L2DError
+from l2d_framework.errors import ConfigError, L2DError, PluginError
 from l2d_framework.generation.arguments import _UNSERVED, _WITHOUT_EFFECT, DecodingOptions, check_gapped
 from l2d_framework.generation.prompts import Encoded, pad_left
 from l2d_framework.guidance import Guidance
 from l2d_framework.registry import registry
 from l2d_framework.types import Layout
+from l2d_plugins.drafters.prompt_lookup import PromptLookup
 from l2d_plugins.guidance.classifier_free import ClassifierFree
 from l2d_plugins.parametrizations.embedding import EmbeddingConfig
 from l2d_plugins.solvers.runge_kutta import Euler
@@ -140,10 +141,48 @@ def test_an_instance_leaves_to_the_next_solver_what_one_that_a_plugin_offers_lea
     found = requested("l2d-paper", solver=own, patience=3)
     assert found.resolve(SPACE, {"solver": "fehlberg2"}) == requested("l2d-paper", solver="fehlberg2")
     assert found.resolve(SPACE, {"solver": "euler"}) == requested("l2d-paper", solver="euler", patience=3)
-    with pytest.raises(ConfigError, match="watched"):
-        requested("l2d-paper", solver=Watched())
-    with pytest.raises(ConfigError, match="guidance: should be a list, got Watched"):
-        requested("l2d-paper", guidance=Watched())
+
+
+class Stepping(SOLVERS["fehlberg2"]):
+    name: Literal["stepping"] = "stepping"
+
+
+def test_fields_are_laid_over_an_instance_that_no_plugin_offers():
+    model = requested("l2d-adaptive", solver=Stepping(atol=0.5))
+    changed = model.resolve(SPACE, {"solver": {"rtol": 0.25}})
+    assert changed.solver == Stepping(atol=0.5, rtol=0.25)
+    assert changed == model.model_copy(update={"solver": changed.solver})
+    with pytest.raises(ConfigError, match=r"^sampling.solver.rtoll: unknown field, got 1; did you mean 'rtol'"):
+        model.resolve(SPACE, {"solver": {"rtoll": 1}})
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"solver": Stepping}, r"^solver should be .* got the class Stepping; pass Stepping\(\.\.\.\)"),
+        ({"guidance": [Watched]}, r"^guidance should be .* got the class Watched; pass Watched\(\.\.\.\)"),
+        ({"drafter": PromptLookup}, r"^drafter should be .* got the class PromptLookup; pass PromptLookup\("),
+        ({"solver": Watched()}, r"^solver should be a component of this kind, got Watched\(.*, a guidance"),
+        ({"drafter": Watched()}, r"^drafter should be a component of this kind, got Watched\(.*, a guidance"),
+        *(
+            ({"guidance": one}, r"guidance: should be a list, got .*watched.*; put it into one")
+            for one in (Watched(), "watched", {"name": "watched"})
+        ),
+        *(
+            (options, r"Unknown .* 'mine'.* Install the plugin .*`generate` takes an object of its class, too")
+            for options in (
+                {"solver": "mine"},
+                {"solver": {"name": "mine", "rtol": 0.5}},
+                {"guidance": ["mine"]},
+                {"drafter": "mine"},
+            )
+        ),
+        ({"preset": "mine"}, "Unknown preset 'mine'.* Install the plugin that offers it.$"),
+    ],
+)
+def test_what_is_no_component_is_refused_with_what_to_give_instead(options, said):
+    with pytest.raises((ConfigError, PluginError), match=said):
+        shared_lm().generate(torch.tensor([[9, 30]]), max_new_tokens=1, **{"speculate": 2, **options})
 
 
 class Swallow(BaseStreamer):

@@ -21,6 +21,7 @@ from l2d_framework.generation.prompts import pad_left
 from l2d_framework.guidance import Guidance
 from l2d_framework.hooks import GROUP
 from l2d_framework.types import Prediction
+from l2d_plugins.backbones import compiling
 from l2d_plugins.guidance.classifier_free import ClassifierFree
 
 PROMPTS = [[9, 30, 71, 100, 42, 17, 201], [55, 44], [120, 9, 8, 7], [55, 44, 200, 13, 99]]
@@ -219,6 +220,22 @@ def test_a_failed_capture_is_remembered_of_its_kind_of_rows_alone_and_unless_mem
     graphs.clear()
     generate(model, **ADAPTIVE)
     assert bool(graphs) is (error is torch.OutOfMemoryError)
+
+
+def test_a_failed_capture_of_compiled_layers_says_nothing_of_layers_as_they_are(graphs, monkeypatch):
+    def fail(work):
+        raise RuntimeError
+
+    monkeypatch.setattr(compiling.Compiled, "__call__", lambda _, *given: compiling.run(*given[:4]))
+    model = diffusion_lm()
+    with monkeypatch.context() as patch:
+        patch.setitem(replay.GRAPHS, "cpu", lambda device: fail)
+        with pytest.warns(UserWarning, match="not replayed"):
+            generate(model, compile=True)
+    generate(model, compile=True)
+    assert not graphs
+    generate(model)
+    assert graphs
 
 
 def test_room_for_an_answer_is_made_in_steps(graphs, monkeypatch):

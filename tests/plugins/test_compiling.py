@@ -44,6 +44,33 @@ def test_layers_compiled_once_for_all_say_what_they_do_as_they_are(compiler, mon
     assert counts == [1, 1]
 
 
+def test_that_layers_are_compiled_is_said_once_and_only_then(caplog):
+    compiling._compiled.cache_clear()
+    for compiled, said in ((False, 0), (True, 1), (True, 1)):
+        generate(shared_lm(), compile=compiled, max_new_tokens=1)
+        assert len([one for one in caplog.messages if "compiled" in one]) == said
+
+
+def test_requests_at_the_same_time_are_each_compiled_or_not_as_they_ask(monkeypatch):
+    model, asked = shared_lm(), []
+    monkeypatch.setattr(
+        compiling.Compiled, "__call__", lambda self, *given: asked.append(True) or compiling.run(*given[:4])
+    )
+
+    def look(evaluation):
+        """Between the evaluations of a request without, another one with compiled layers is answered."""
+        asked.clear()
+        generate(model, compile=True, max_new_tokens=1)
+        assert asked
+        asked.clear()
+
+    generate(model, observer=look, max_new_tokens=2)
+    assert not asked
+    generate(model, compile=True, observer=lambda _: generate(model, max_new_tokens=1))
+    # Every evaluation of every token but those at t = 0, though another request came between.
+    assert len(asked) == 4 * 2 * len(model.backbone.shadows)
+
+
 def test_they_are_captured_in_a_graph(monkeypatch):
     graphs, wanted = [], generate(shared_lm(), graph=False)
     monkeypatch.setitem(replay.GRAPHS, "cpu", lambda device: graphs.append(TapeGraph()) or graphs[-1])

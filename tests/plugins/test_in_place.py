@@ -1,14 +1,18 @@
 """The in-place backbone over every family it serves; what holds over a Llama alone is in the conformance kit."""
 
 import warnings
+from copy import copy
+from functools import cache
 
 import pytest
 import torch
 from diffusion_models import BIDIRECTIONAL, own_gradients, random_tokens, shared_tess, tess_lm, training_loss
 from pydantic import ValidationError
-from tiny_models import MASKED, tiny_lm
+from tiny_models import MASKED, SIZES, tiny_lm
 from torch.nn import functional
-from transformers import T5Config
+from transformers import AutoModelForMaskedLM, ModernBertConfig, T5Config
+from transformers.masking_utils import create_sliding_window_causal_mask
+from transformers.models.mistral import modeling_mistral
 
 from l2d_framework.errors import ConfigError, UnsupportedModelError
 from l2d_framework.generation.infill import check_infilling
@@ -20,6 +24,24 @@ LENGTH, ASKED = 9, [3, 4, 6, 8]
 
 families = pytest.mark.parametrize("family", BIDIRECTIONAL)
 few = pytest.mark.parametrize("family", ["llama", "roberta"])
+
+WINDOWS = {
+    "mistral": {"sliding_window": 3},
+    "phi3": {"sliding_window": 3},
+    "qwen2": {"use_sliding_window": True, "max_window_layers": 0, "sliding_window": 3},
+}
+"""Of every layer."""
+LOCAL_AND_GLOBAL = {
+    "qwen2": {"use_sliding_window": True, "max_window_layers": 1, "sliding_window": 3},
+    "olmo3": {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 3},
+}
+"""Windows of some layers."""
+
+
+@cache
+def wide(family):
+    """The model without the window that is its family's in tests."""
+    return tess_lm(tiny_lm(family, **({"sliding_window": None} if family == "mistral" else {}))).backbone
 
 
 def layout(tokens=None, *, padding=(0, 0, 0), asked=ASKED):
@@ -60,7 +82,7 @@ def of_transformers(backbone, where, mask):
 
 @families
 def test_a_change_of_the_last_token_reaches_the_first_output(family):
-    backbone = shared_tess(family).backbone
+    backbone = wide(family)
     tokens, asked = random_tokens(1, LENGTH), [1]
     changed = tokens.clone()
     changed[:, -1] += 1
@@ -83,19 +105,71 @@ def test_with_causal_attention_no_later_token_is_seen_and_every_earlier_one_is(f
 
 @families
 def test_logits_of_the_slots_asked_about_are_those_of_the_whole_text(family):
-    backbone, where = shared_tess(family).backbone, layout()
+    backbone, where = wide(family), layout()
     seen = torch.ones_like(where.tokens) if family in MASKED else torch.zeros(3, 1, LENGTH, LENGTH)
     whole = of_transformers(backbone, where, seen)
     close(logits(backbone, where), whole[:, [place - backbone.shift for place in ASKED]])
 
 
-@pytest.mark.parametrize("family", [name for name in BIDIRECTIONAL if name not in MASKED])
-def test_causal_attention_is_that_of_the_pretrained_model(family):
-    options = {"sliding_window": None} if family == "mistral" else {}
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [*((name, {}) for name in BIDIRECTIONAL if name not in MASKED), *WINDOWS.items(), *LOCAL_AND_GLOBAL.items()],
+)
+def test_causal_attention_is_that_of_the_pretrained_model(family, options):
     backbone = tess_lm(tiny_lm(family, **options), attention="causal").backbone
     where = layout()
     whole = of_transformers(backbone, where, torch.ones_like(where.tokens))
     close(logits(backbone, where), whole[:, [place - 1 for place in ASKED]])
+
+
+@pytest.mark.parametrize("padding", [0, 2])
+@pytest.mark.parametrize("attention", ["bidirectional", "causal"])
+@pytest.mark.parametrize("family", WINDOWS)
+def test_layers_of_a_window_see_as_far_to_either_side_as_they_see_back(family, attention, padding):
+    backbone = tess_lm(tiny_lm(family, **WINDOWS[family]), attention=attention).backbone
+    tokens, asked, speaks = random_tokens(1, 14), [7], 6
+    base = logits(backbone, layout(tokens, padding=(padding,), asked=asked), asked=asked)
+    for changed in (place for place in range(padding, 14) if place != asked[0]):
+        other = tokens.clone()
+        other[:, changed] += 1
+        effect = (logits(backbone, layout(other, padding=(padding,), asked=asked), asked=asked) - base).abs().max()
+        # Two layers, which see two tokens to a side each.
+        is_seen = abs(changed - speaks) <= 4 and (changed <= speaks or attention == "bidirectional")
+        assert effect > 1e-5 if is_seen else effect == 0, changed
+
+
+@pytest.mark.parametrize(("family", "options"), [*WINDOWS.items(), *LOCAL_AND_GLOBAL.items()])
+def test_a_window_as_long_as_the_canvas_is_none(family, options):
+    where = layout()
+    none = {"use_sliding_window": False} if family == "qwen2" else {"sliding_window": 4096}
+    found = [
+        logits(tess_lm(tiny_lm(family, **options | window)).backbone, where)
+        for window in (none, {"sliding_window": LENGTH}, {})
+    ]
+    assert torch.equal(found[1], found[0])
+    assert not torch.equal(found[2], found[0])
+
+
+def test_a_masked_model_sees_the_window_that_it_was_pretrained_with():
+    options = {**SIZES, "cls_token_id": 1, "sep_token_id": 2, "initializer_range": 0.3}
+    config = ModernBertConfig(**options, local_attention=4, global_attn_every_n_layers=2)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        backbone = InPlaceConfig().build(AutoModelForMaskedLM.from_config(config).eval())
+    where = layout()
+    whole = of_transformers(backbone, where, None)
+    close(logits(backbone, where), whole[:, ASKED])
+
+
+def test_a_window_that_no_mask_of_ours_tells_is_refused(monkeypatch):
+    def wider(config, *given, **named):
+        config = copy(config)
+        config.sliding_window += 1
+        return create_sliding_window_causal_mask(config, *given, **named)
+
+    monkeypatch.setattr(modeling_mistral, "create_sliding_window_causal_mask", wider)
+    with pytest.raises(UnsupportedModelError, match="its layers see a window of 4 tokens in a way of their own"):
+        InPlaceConfig().build(tiny_lm("mistral"))
 
 
 @families
@@ -124,7 +198,7 @@ def attended(monkeypatch):
 
 @families
 def test_a_canvas_without_padding_needs_no_mask_and_says_what_it_says_with_one(family, monkeypatch):
-    backbone = shared_tess(family).backbone
+    backbone = wide(family)
     canvases = {"whole": layout(), "longer": layout(asked=[3, 4, 6]), "padded": layout(padding=(0, 2, 1))}
     for name, where in canvases.items():
         asked = [3, 4, 6, LENGTH, LENGTH + 1] if name == "longer" else ASKED

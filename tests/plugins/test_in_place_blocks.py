@@ -4,6 +4,7 @@ import pytest
 import torch
 from diffusion_models import BIDIRECTIONAL, own_gradients, random_tokens, tess_lm, training_loss
 from tiny_models import MASKED, tiny_lm
+from transformers import DynamicCache
 
 from l2d_framework.config import check_runs, parse_run
 from l2d_framework.diffusion.loss import denoising_loss
@@ -18,8 +19,10 @@ from l2d_framework.training.data.collate import number_blocks
 from l2d_framework.types import Layout
 from l2d_plugins.backbones.blocks import BlockContext
 from l2d_plugins.backbones.in_place import InPlace, InPlaceConfig
+from l2d_plugins.twins import cache_name
 
 KNOWN, LENGTH = 3, 11
+WINDOWED = {"olmo3": {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 4}}
 
 families = pytest.mark.parametrize("family", BIDIRECTIONAL)
 kinds = pytest.mark.parametrize(
@@ -62,10 +65,12 @@ def close(found, wanted, tolerance=1e-5):
 
 
 @pytest.mark.parametrize(
-    ("family", "size"), [*((family, 4) for family in BIDIRECTIONAL), *(("llama", n) for n in (1, 3, 16))]
+    ("family", "size"),
+    [*((family, 4) for family in BIDIRECTIONAL), ("olmo3", 4), *(("llama", n) for n in (1, 3, 16))],
 )
 def test_kept_keys_and_values_give_what_one_pass_over_all_tokens_gives(family, size):
-    backbone, where = tess_lm(family, block_size=size).backbone, layout(size)
+    backbone = tess_lm(tiny_lm(family, **WINDOWED.get(family, {})), block_size=size).backbone
+    where = layout(size)
     joint = features(backbone, where)
     with torch.no_grad():
         context = backbone.read(where)
@@ -170,13 +175,15 @@ def test_a_text_read_again_has_the_keys_and_values_of_one_that_was_extended(fami
                 close(new[1, :, 2:], old[1, :, 2:])
 
 
-@pytest.mark.parametrize("family", [family for family in BIDIRECTIONAL if family not in MASKED])
+@pytest.mark.parametrize("family", [*(family for family in BIDIRECTIONAL if family not in MASKED), "olmo3"])
 def test_known_tokens_are_read_as_the_language_model_was_pretrained_to(family):
-    # As elsewhere in this backbone, its masks know no sliding window.
-    window = {"sliding_window": None} if family == "mistral" else {}
-    backbone, tokens = tess_lm(tiny_lm(family, **window), block_size=4).backbone, random_tokens(2, LENGTH)
+    backbone, tokens = (
+        tess_lm(tiny_lm(family, **WINDOWED.get(family, {})), block_size=4).backbone,
+        random_tokens(2, LENGTH),
+    )
     with torch.no_grad():
-        wanted = backbone.lm(tokens, use_cache=True).past_key_values
+        wanted = DynamicCache()  # made so, it keeps what no window sees any more
+        backbone.lm(tokens, **{cache_name(backbone.lm): wanted})
         found = backbone.read(Layout(tokens, torch.zeros_like(tokens))).keys
     assert len(found) == len(wanted.layers)
     for (key, value), layer in zip(found, wanted.layers, strict=True):

@@ -157,6 +157,24 @@ def test_a_noisy_position_feels_the_tokens_before_it_and_no_other(family):
     assert (effect[4:] > 1e-4).all()
 
 
+@pytest.mark.parametrize("first", [14, 6, 1])
+def test_a_noisy_position_feels_what_the_windows_of_all_layers_reach(tiny_lm, first):
+    model, length = diffusion_lm(tiny_lm("mistral", sliding_window=3)), 14
+    texts, position = random_tokens(1, length).repeat(length, 1), torch.full((length, 1), length)
+    texts[range(length), range(length)] += 1
+    generator = torch.Generator().manual_seed(5)
+    h = torch.randn(1, 1, 32, generator=generator).expand(length, 1, -1)
+    with torch.no_grad():
+        context = model.backbone.read(all_known(texts[:, :first]))
+        for place in range(first, length):
+            context = model.backbone.extend(context, texts[:, place : place + 1])
+        found = model.backbone.features(h, torch.full((length, 1), 0.5), position, context, None)[:, 0]
+    moved = (found - found[0]).abs().amax(-1)
+    # Two layers, which see two tokens back each; the noisy one stands where the last known one is.
+    assert (moved[-5:] > 1e-4).all()
+    assert moved[:-5].max() < 1e-6
+
+
 @families
 @variants
 def test_every_own_weight_learns_but_the_bias_that_cancels_and_the_language_model_does_not(family, variant):

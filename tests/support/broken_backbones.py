@@ -204,6 +204,21 @@ class MergesIntoModel(BesideNetwork):
         self.norm = lm.lm_head.weight.norm().detach()
 
 
+class CompilesEverAfter(BesideNetwork):
+    """Goes on with what one question asked for."""
+
+    was_asked = False
+
+    def features(self, h, t, positions, context, condition, *, shared_time=None, compiled=False):
+        self.was_asked |= compiled
+        return super().features(h, t, positions, context, condition, compiled=self.was_asked)
+
+
+class CompilesAnother(BesideNetwork):
+    def features(self, h, t, positions, context, condition, *, shared_time=None, compiled=False):
+        return super().features(h, t * (1 + compiled), positions, context, condition)
+
+
 class AlmostZero(BesideNetwork):
     def features(self, h, t, positions, context, condition, *, shared_time=None):
         return super().features(h, t + 1e-5, positions, context, condition)
@@ -309,6 +324,8 @@ BROKEN = [
     (backbones.check_backbone_uses_classes, beside(Classless, num_classes=2), "Class 0 of 2 changes nothing"),
     (backbones.check_backbone_merge_changes_nothing, beside(MergesAway), "must not change the logits"),
     (backbones.check_backbone_merge_changes_nothing, beside(MergesIntoModel), "a weight of the language model"),
+    (backbones.check_backbone_compiles_for_one_question, beside(CompilesAnother), "must say what they say otherwise"),
+    (backbones.check_backbone_compiles_for_one_question, beside(CompilesEverAfter), "a question that does not ask"),
     (backbones.check_backbone_is_the_language_model_at_zero, beside(AlmostZero), "Logits at t = 0 differ"),
     (backbones.check_backbone_is_the_language_model_at_zero, beside(ZeroForAll), "its neighbours are at another time"),
     (backbones.check_backbone_leaves_the_language_model, beside(Intrusive), "own logits changed"),

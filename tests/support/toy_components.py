@@ -232,6 +232,7 @@ class BesideNetwork(Backbone):
     independent_positions: ClassVar[bool] = True
     rewinds: ClassVar[bool] = True
     joins: ClassVar[bool] = True
+    compiles: ClassVar[bool] = True
 
     def __init__(self, config, lm):
         super().__init__()
@@ -278,12 +279,15 @@ class BesideNetwork(Backbone):
     def main(self, context, positions):
         return context.hidden.gather(1, (positions - 1)[..., None].expand(-1, -1, self.hidden_size))
 
-    def features(self, h, t, positions, context, condition, *, shared_time=None):
+    def features(self, h, t, positions, context, condition, *, shared_time=None, compiled=False):
         main = self.main(context, positions)
         label = torch.full_like(positions, -1) if condition is None else condition
         label = torch.where(label < 0, self.config.num_classes, label)
-        change = 30 * self.gate * torch.tanh(self.mix(h + main) + 10 * self.classes(label)) * t[..., None]
-        return main + change
+        change = torch.compile(self.change, backend="eager") if compiled else self.change
+        return main + change(h + main, t, label)
+
+    def change(self, h, t, label):
+        return 30 * self.gate * torch.tanh(self.mix(h) + 10 * self.classes(label)) * t[..., None]
 
     def plain(self, positions, context):
         return self.main(context, positions)

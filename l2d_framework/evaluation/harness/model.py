@@ -42,6 +42,9 @@ _PATIENCE = timedelta(weeks=52)
 _AUTO_ON_CPU = 8
 """Batch size `auto` where memory that runs out ends the process instead of raising an error."""
 
+_PIECE = "loglikelihood_piece"
+"""What a piece of a text that fits into the model is called among the answers."""
+
 _GOES_ON = "<|this turn goes on|> "
 
 _HEADLINES = ("solver", "num_inference_steps", "guidance", "seed", CLASS)
@@ -265,12 +268,23 @@ class L2DLM(HFLM):  # type: ignore[misc]
     def _loglikelihood_tokens(
         self, requests: Sequence[Any], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
+        # Pieces of whole texts have no words by which to be kept, and lm_eval keeps texts when it has read all of them.
+        found: list[Any] = [self.answers.find(_PIECE, piece) if text is None else None for text, *piece in requests]
+        rest = [request for request, known in zip(requests, found, strict=True) if known is None]
+        scores = iter(self._score(rest, disable_tqdm or self.process != 0, override_bs) if rest else ())
+        for number, (text, *piece) in enumerate(requests):
+            if found[number] is None:
+                found[number] = next(scores)
+                if text is None:
+                    self.answers.keep(_PIECE, piece, found[number])
+        return found
+
+    def _score(self, requests: Sequence[Any], quiet: bool, batch_size: int | None) -> list[tuple[float, bool]]:
         self.diffusion  # noqa: B018 -- loads the weights
-        quiet = disable_tqdm or self.process != 0
         if self.scoring == MAIN:
-            plain: list[tuple[float, bool]] = super()._loglikelihood_tokens(requests, quiet, override_bs)
+            plain: list[tuple[float, bool]] = super()._loglikelihood_tokens(requests, quiet, batch_size)
             return plain
-        return scorer.score(self, requests, quiet=quiet, batch_size=override_bs)
+        return scorer.score(self, requests, quiet=quiet, batch_size=batch_size)
 
     def _detect_batch_size(self, requests: Any = None, pos: int = 0) -> int:
         # HFLM asks before whole texts and before scoring by the language model alone.

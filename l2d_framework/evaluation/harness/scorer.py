@@ -17,7 +17,7 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 from l2d_framework.blame import naming_plugins
 from l2d_framework.config import SamplingSection
 from l2d_framework.diffusion.rng import TokenStreams
-from l2d_framework.diffusion.sampler import Block, Sampler
+from l2d_framework.diffusion.sampler import Block, Sampler, get_ready
 from l2d_framework.errors import ConfigError
 from l2d_framework.evaluation.harness.options import shortest
 from l2d_framework.evaluation.harness.requests import noise_key
@@ -46,8 +46,8 @@ _LOGITS = 2**25
 
 
 @dataclass(frozen=True)
-class Job:
-    """Answers to one question that differ in nothing but their last token."""
+class ScoredQuestion:
+    """What comes before, and answers to it that differ in nothing but their last token."""
 
     context: tuple[int, ...]
     answers: list[tuple[int, ...]]
@@ -73,7 +73,7 @@ class Scorer:
     prefixes: dict[tuple[int, ...], Prefix] = field(default_factory=dict)  # of questions, by their first tokens
 
     @torch.no_grad()
-    def mixture(self, jobs: Sequence[Job]) -> list[list[tuple[float, bool]]]:
+    def mixture(self, questions: Sequence[ScoredQuestion]) -> list[list[tuple[float, bool]]]:
         """log p(answer | question) with p(token | text before) = mean over noises of softmax(logits).
 
         Every position is a block of its own that reads the true tokens before it, so all are solved together. Noise
@@ -81,12 +81,12 @@ class Scorer:
         logarithm goes whether every token is the averaged distribution's most likely one.
         """
         device = self.model.device
-        layout, context, starts = self._read(jobs)
-        lengths = [len(job.answers[0]) for job in jobs]
+        layout, context, starts = self._read(questions)
+        lengths = [len(question.answers[0]) for question in questions]
         # A batch-coupled solver sees one token and one noise at a time.
         coupled = self.sampling.solver.batch_coupled
         groups = [[k] for k in range(self.samples)] if coupled else [list(range(self.samples))]
-        step = 1 if coupled else max(1, _LOGITS // (len(jobs) * self.samples * self.model.backbone.vocab_size))
+        step = 1 if coupled else max(1, _LOGITS // (len(questions) * self.samples * self.model.backbone.vocab_size))
         likely: list[Tensor] = []
         given: list[Tensor] = []
         last: dict[int, Tensor] = {}
@@ -94,9 +94,10 @@ class Scorer:
             # Shorter answers ask about their last token again.
             offsets = [[min(j, n - 1) for j in range(first, min(first + step, max(lengths)))] for n in lengths]
             asked = [[start + j for j in row] for start, row in zip(starts, offsets, strict=True)]
-            parts = [self._logarithms(jobs, offsets, asked, layout, context, group) for group in groups]
+            parts = [self._logarithms(questions, offsets, asked, layout, context, group) for group in groups]
             average = torch.cat(parts, 2).logsumexp(2) - math.log(self.samples)
-            targets = torch.tensor([[job.answers[0][j] for j in row] for job, row in zip(jobs, offsets, strict=True)])
+            rows = zip(questions, offsets, strict=True)
+            targets = torch.tensor([[question.answers[0][j] for j in row] for question, row in rows])
             given.append(average.gather(2, targets.to(device)[..., None])[..., 0])
             likely.append(average.argmax(-1))
             last |= {i: average[i, n - 1 - first] for i, n in enumerate(lengths) if first < n <= first + step}
@@ -104,36 +105,36 @@ class Scorer:
         return [
             [
                 (sum(chosen[: n - 1]) + float(last[i][a[-1]]), (*best[: n - 1], int(last[i].argmax())) == a)
-                for a in job.answers
+                for a in question.answers
             ]
-            for i, (job, n, chosen, best) in enumerate(zip(jobs, lengths, *before, strict=True))
+            for i, (question, n, chosen, best) in enumerate(zip(questions, lengths, *before, strict=True))
         ]
 
-    def _read(self, jobs: Sequence[Job]) -> tuple[Layout, Context, list[int]]:
+    def _read(self, questions: Sequence[ScoredQuestion]) -> tuple[Layout, Context, list[int]]:
         """All texts, what the backbone has read of them, and the slots where their answers start.
 
         Questions with several answers are read once, and so is what all questions begin with, where that is possible.
         """
         backbone, device = self.model.backbone, self.model.device
-        texts, rests = [job.text(self.limit) for job in jobs], [list(job.answers[0][:-1]) for job in jobs]
-        questions = [tuple(text[: len(text) - len(rest)]) for text, rest in zip(texts, rests, strict=True)]
-        each = list(dict.fromkeys(questions))
+        texts, rests = [one.text(self.limit) for one in questions], [list(one.answers[0][:-1]) for one in questions]
+        prompts = [tuple(text[: len(text) - len(rest)]) for text, rest in zip(texts, rests, strict=True)]
+        each = list(dict.fromkeys(prompts))
         prefix = self._prefix(each)
-        if prefix is None and (len(each) == len(jobs) or not backbone.rewinds or min(map(len, each)) == 1):
+        if prefix is None and (len(each) == len(questions) or not backbone.rewinds or min(map(len, each)) == 1):
             encoded = pad_left(texts)
             layout = Layout(encoded.input_ids.to(device), encoded.attention_mask.to(device) - 1)
             return layout, backbone.read(layout), [layout.tokens.shape[1] - len(rest) for rest in rests]
         if prefix is None:
-            encoded = pad_left([question[:-1] for question in each])
+            encoded = pad_left([prompt[:-1] for prompt in each])
             layout = Layout(encoded.input_ids.to(device), encoded.attention_mask.to(device) - 1)
             context, slots = backbone.read(layout), layout.tokens.shape[1]
         else:
             context, slots = prefix.read(each)
-        if len(each) < len(jobs):
-            context = context.select(torch.tensor([each.index(question) for question in questions], device=device))
-        ends = [torch.tensor([question[-1], *rest]) for question, rest in zip(questions, rests, strict=True)]
+        if len(each) < len(questions):
+            context = context.select(torch.tensor([each.index(prompt) for prompt in prompts], device=device))
+        ends = [torch.tensor([prompt[-1], *rest]) for prompt, rest in zip(prompts, rests, strict=True)]
         end = pad_sequence(ends, batch_first=True).to(device)
-        encoded = pad_left(questions)
+        encoded = pad_left(prompts)
         own = pad_sequence(
             [torch.zeros(len(rest) + 1, dtype=torch.int64) for rest in rests], batch_first=True, padding_value=-1
         )
@@ -141,13 +142,13 @@ class Scorer:
             torch.cat([encoded.input_ids[:, :-1].to(device), end], 1),
             torch.cat([encoded.attention_mask[:, :-1] - 1, own], 1).to(device),
         )
-        return layout, backbone.extend(context, end), [slots + 1] * len(jobs)
+        return layout, backbone.extend(context, end), [slots + 1] * len(questions)
 
-    def _prefix(self, questions: Sequence[tuple[int, ...]]) -> Prefix | None:
+    def _prefix(self, prompts: Sequence[tuple[int, ...]]) -> Prefix | None:
         """What all questions begin with."""
-        known = self.prefixes.get(questions[0][:SHARED])
-        if known is None or not all(map(known.begins, questions)):
-            return Prefix.of(self.model.backbone, questions)
+        known = self.prefixes.get(prompts[0][:SHARED])
+        if known is None or not all(map(known.begins, prompts)):
+            return Prefix.of(self.model.backbone, prompts)
         for prefix in self.prefixes.values():
             if prefix is not known:
                 prefix.forget()
@@ -155,7 +156,7 @@ class Scorer:
 
     def _logarithms(
         self,
-        jobs: Sequence[Job],
+        questions: Sequence[ScoredQuestion],
         offsets: list[list[int]],
         slots: list[list[int]],
         layout: Layout,
@@ -164,8 +165,8 @@ class Scorer:
     ) -> Tensor:
         """Log-probabilities of the tokens `offsets` into each answer, in some slots, (B, L, K, V)."""
         positions, keys = [], []
-        for job, row, where in zip(jobs, offsets, slots, strict=True):
-            name, start = noise_key(job.context, 0), len(job.context)
+        for question, row, where in zip(questions, offsets, slots, strict=True):
+            name, start = noise_key(question.context, 0), len(question.context)
             positions.append([slot for slot in where for _ in samples])
             keys.append([(self.sampling.seed, name, start + j, k) for j in row for k in samples])
         places = torch.tensor(positions, device=layout.tokens.device)
@@ -173,7 +174,7 @@ class Scorer:
         block = Block(positions=places, layout=layout, context=context, keys=keys, condition=label)
         sampling = self.sampling.model_copy(update={"patience": None})
         output = Sampler.of(self.model, sampling, merge=self.merge, compile=self.compile)(block)
-        shape = (len(jobs), len(offsets[0]), len(samples))
+        shape = (len(questions), len(offsets[0]), len(samples))
         spent = output.evaluations.view(shape).sum(-1).tolist()
         for row, counts in zip(offsets, spent, strict=True):
             self.evaluations.extend(n for j, n in enumerate(counts) if j == 0 or row[j] != row[j - 1])
@@ -181,17 +182,19 @@ class Scorer:
         return logits.view(*shape, -1).log_softmax(-1)
 
     @torch.no_grad()
-    def pseudo(self, jobs: Sequence[Job]) -> list[list[tuple[float, bool]]]:
+    def pseudo(self, questions: Sequence[ScoredQuestion]) -> list[list[tuple[float, bool]]]:
         """Minus the denoising loss of each answer, as training measures it, at fixed times and noises.
 
         score = mean over t in {1/2T, 3/2T, ...} and over noises of sum_i log p(y_i | x_t, t, question), where x_t is
-        the answer under noise, block by block. Noise depends on the question, the position and the sample alone. With
-        each score goes whether every token is the most likely one at every time.
+        the answer under noise, block by block. Noise depends on the question, the position and the sample alone. A
+        backbone that carries hidden states goes on from those at the time before. With each score goes whether every
+        token is the most likely one at every time.
         """
         model, device = self.model, self.model.device
-        answers = [job.answers[0] for job in jobs]
+        get_ready(model, merge=self.merge, compile=self.compile)
+        answers = [question.answers[0] for question in questions]
         longest = max(map(len, answers))
-        cut = [job.context[-(self.limit - len(a)) :] for job, a in zip(jobs, answers, strict=True)]
+        cut = [question.context[-(self.limit - len(a)) :] for question, a in zip(questions, answers, strict=True)]
         encoded = pad_left(cut)
         # Shorter answers repeat their last token, state and all, which is one slot for the network.
         places, last = torch.arange(longest), torch.tensor([[len(a) - 1] for a in answers])
@@ -202,14 +205,15 @@ class Scorer:
         blocks = torch.where(own, number_blocks(own, model.block_size), -1)
         context = model.backbone.read(Layout(torch.cat([ids, padded], 1), torch.cat([mask - 1, blocks], 1)))
         label = None if self.label is None else torch.full_like(padded, self.label)
-        scores = torch.zeros(len(jobs), device=device)
-        greedy = torch.ones(len(jobs), dtype=torch.bool, device=device)
-        names = [(noise_key(job.context, 0), len(job.context)) for job in jobs]
+        scores = torch.zeros(len(questions), device=device)
+        greedy = torch.ones(len(questions), dtype=torch.bool, device=device)
+        names = [(noise_key(question.context, 0), len(question.context)) for question in questions]
         for sample in range(self.samples):
             keys = [
                 [(self.sampling.seed, name, start + j, sample, "pseudo") for j in row]
                 for (name, start), row in zip(names, offsets.tolist(), strict=True)
             ]
+            carried: Tensor | None = None
             for number in range(self.times):
                 noise = model.parametrization.noise(TokenStreams(keys, device))
                 time = (number + 0.5) / self.times
@@ -220,9 +224,12 @@ class Scorer:
                     positions=encoded.input_ids.shape[1] + offsets,
                     context=context,
                     condition=label,
+                    carried=carried,
                     shared_time=time,
+                    compiled=self.compile,
                 )
-                logits = model(query).logits.log_softmax(-1)
+                found = model(query)
+                logits, carried = found.logits.log_softmax(-1), found.hidden
                 chosen = logits.gather(2, padded[..., None])[..., 0]
                 scores += chosen.masked_fill(~own, 0).sum(1)
                 greedy &= ((logits.argmax(-1) == padded) | ~own).all(1)
@@ -235,7 +242,7 @@ def score(
     lm: L2DLM, requests: Sequence[Any], *, quiet: bool, batch_size: int | None = None
 ) -> list[tuple[float, bool]]:
     """Score of each triple of texts, tokens of the question and tokens of the answer."""
-    jobs: dict[Any, tuple[Job, list[int]]] = {}
+    questions: dict[Any, tuple[ScoredQuestion, list[int]]] = {}
     # The mixture reads all but the last token, which is how pieces of a long text fill the context.
     most = lm.max_length if lm.scoring == MIXTURE else lm.max_length - 1
     for number, (_, context, answer) in enumerate(requests):
@@ -243,28 +250,29 @@ def score(
             raise ConfigError(f"An answer of {len(answer)} tokens exceeds the model's context, {lm.max_length}.")
         # What comes before the last token is the same text, so one evaluation serves several last tokens.
         shared = tuple(answer[:-1]) if lm.scoring == MIXTURE else tuple(answer)
-        job, numbers = jobs.setdefault((tuple(context), shared), (Job(tuple(context), []), []))
-        if lm.scoring == MIXTURE or not job.answers:
-            job.answers.append(tuple(answer))
+        question, numbers = questions.setdefault((tuple(context), shared), (ScoredQuestion(tuple(context), []), []))
+        if lm.scoring == MIXTURE or not question.answers:
+            question.answers.append(tuple(answer))
         numbers.append(number)
     # Questions that begin alike stand side by side, and all in the order of the longest text.
-    groups: dict[Any, list[tuple[Job, list[int]]]] = {}
-    for entry in sorted(jobs.values(), key=lambda entry: (-len(entry[0].text(lm.max_length)), entry[0].context)):
+    groups: dict[Any, list[tuple[ScoredQuestion, list[int]]]] = {}
+    for entry in sorted(questions.values(), key=lambda entry: (-len(entry[0].text(lm.max_length)), entry[0].context)):
         groups.setdefault(entry[0].context[:SHARED], []).append(entry)
     order = [entry for group in groups.values() for entry in sorted(group, key=_place)]
     scorer = _scorer(lm)
     for start, group in groups.items():
-        prefix = Prefix.of(lm.diffusion.backbone, list(dict.fromkeys(job.context for job, _ in group)))
+        prefix = Prefix.of(lm.diffusion.backbone, list(dict.fromkeys(question.context for question, _ in group)))
         if prefix is not None:
             scorer.prefixes[start] = prefix
-    longest = max((job for job, _ in order), key=lambda job: len(job.text(lm.max_length)), default=None)
+    longest = max((question for question, _ in order), key=lambda one: len(one.text(lm.max_length)), default=None)
     size = 1 if longest is None else _batch_size(lm, scorer, longest, batch_size)
     results: dict[int, tuple[float, bool]] = {}
     bar = tqdm(total=len(requests), disable=quiet, desc="Scoring")
     began = time.perf_counter()
     together = [list(run) for _, run in groupby(order, lambda entry: scorer.prefixes.get(entry[0].context[:SHARED]))]
     for chunk in (run[start : start + size] for run in together for start in range(0, len(run), size)):
-        for (_, numbers), scores in zip(chunk, _scores_of(lm, scorer, [job for job, _ in chunk]), strict=True):
+        found = _scores_of(lm, scorer, [question for question, _ in chunk])
+        for (_, numbers), scores in zip(chunk, found, strict=True):
             for number, value in zip(numbers, scores * (len(numbers) // len(scores)), strict=True):
                 results[number] = value
                 if requests[number][0] is not None:
@@ -276,7 +284,7 @@ def score(
     return [results[number] for number in range(len(requests))]
 
 
-def _place(entry: tuple[Job, list[int]]) -> tuple[int, tuple[int, ...]]:
+def _place(entry: tuple[ScoredQuestion, list[int]]) -> tuple[int, tuple[int, ...]]:
     return -len(entry[0].context), entry[0].context
 
 
@@ -295,11 +303,11 @@ def _scorer(lm: L2DLM, **changes: Any) -> Scorer:
 
 
 @naming_plugins()
-def _scores_of(lm: L2DLM, scorer: Scorer, jobs: list[Job]) -> list[list[tuple[float, bool]]]:
-    return scorer.mixture(jobs) if lm.scoring == MIXTURE else scorer.pseudo(jobs)
+def _scores_of(lm: L2DLM, scorer: Scorer, questions: list[ScoredQuestion]) -> list[list[tuple[float, bool]]]:
+    return scorer.mixture(questions) if lm.scoring == MIXTURE else scorer.pseudo(questions)
 
 
-def _batch_size(lm: L2DLM, scorer: Scorer, longest: Job, wanted: int | None) -> int:
+def _batch_size(lm: L2DLM, scorer: Scorer, longest: ScoredQuestion, wanted: int | None) -> int:
     if scorer.sampling.solver.batch_coupled:
         return 1
     if wanted or lm.batch_size != "auto":
@@ -310,5 +318,5 @@ def _batch_size(lm: L2DLM, scorer: Scorer, longest: Job, wanted: int | None) -> 
 
 def largest_batch(lm: L2DLM) -> int:
     """Largest batch of the longest texts for which memory is enough."""
-    job = Job((1,), [(1,) * (lm.max_length - 1)])
-    return lm.largest_batch(lambda n: _scores_of(lm, _scorer(lm, **shortest(lm.settings)), [job] * n))
+    question = ScoredQuestion((1,), [(1,) * (lm.max_length - 1)])
+    return lm.largest_batch(lambda n: _scores_of(lm, _scorer(lm, **shortest(lm.settings)), [question] * n))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Callable
 from functools import cache
@@ -15,6 +16,8 @@ from l2d_plugins.backbones.shadow import MainKeys
 
 COMPILER = "inductor"
 """torch's name of who compiles."""
+
+_LOGGER = logging.getLogger(__name__)
 
 
 class _LayerKeys:
@@ -63,6 +66,10 @@ def run(layer: nn.Module, y: Tensor, modulation: Tensor, kwargs: dict[str, Any])
 
 @cache
 def _compiled(backend: str) -> Callable[..., Tensor]:
+    _LOGGER.warning(
+        "Layers are compiled as they first run, which takes tens of seconds and comes again where one prompt becomes "
+        "several."
+    )
     # Of all models of a process, with masks and without, of one row and of several: torch's 8 forms are soon used up,
     # and then it compiles no more without a word.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)

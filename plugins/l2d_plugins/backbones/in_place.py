@@ -31,7 +31,8 @@ class InPlaceConfig(BackboneConfig):
     """A causal or masked language model whose own weights learn to denoise (arXiv:2502.13917, section 3.2).
 
     Noisy positions enter as embeddings plus a time embedding, known ones as their plain embeddings. Padding is never
-    seen; pads that are to be learnt, as the authors do, are tokens like any other (`data.padding`).
+    seen; pads that are to be learnt, as the authors do, are tokens like any other (`data.padding`). Layers of a sliding
+    window see as far to either side as they were pretrained to see back.
 
     With `block_size` null, known and noisy tokens see each other, and every evaluation reads all of them. With a number
     the text grows in blocks (arXiv:2503.09573): known tokens see earlier ones, so that each is read once; noisy
@@ -150,7 +151,12 @@ class InPlace(Backbone[InPlaceContext | BlockContext]):
             self.classes = nn.Embedding(config.num_classes + 1, self.hidden_size)
             nn.init.zeros_(self.classes.weight)
         self._keeps_keys = False
+        self._reach: int | None = None  # how far the layers of a sliding window see; None where there are none
+        self._is_windowed_throughout = False
         self._needs_no_mask = not is_meta and self._self_test()
+        base: Any = lm.base_model
+        if not is_meta and getattr(base.config, "sliding_window", None) is not None:
+            self._find_window()
 
     @property
     def gradient_checkpointing(self) -> bool:
@@ -243,7 +249,8 @@ class InPlace(Backbone[InPlaceContext | BlockContext]):
             total = visible.shape[1]
             allowed = allowed & torch.ones(total, total, dtype=torch.bool, device=visible.device).tril()
         places = (visible.cumsum(-1) - 1).clamp_min(0)
-        return self._run(inputs, None if is_full and self._needs_no_mask else allowed, places)
+        needs_mask = not (is_full and self._needs_no_mask) or self._is_narrow(visible.shape[1])
+        return self._run(inputs, allowed if needs_mask else None, places)
 
     def _beside(self, noisy: Tensor, positions: Tensor, context: BlockContext) -> Tensor:
         """Hidden states about positions whose noisy inputs, (B, L, H), stand beside the clean tokens."""
@@ -251,26 +258,36 @@ class InPlace(Backbone[InPlaceContext | BlockContext]):
         edges = beside.slots[:, positions.shape[1] :]
         inputs = torch.cat([noisy.to(context.embedded.dtype), _take(context.embedded, edges)], 1)
         seen, places = beside.seen(context, is_causal=self.is_causal), context.places(beside.slots)
+        known = context.embedded.shape[1]
+        before = context.places(torch.arange(known, device=positions.device).expand(len(positions), -1))
         if context.keys is None:
-            known = context.embedded.shape[1]
             clean = functional.pad(context.seen(known), (0, inputs.shape[1]))
-            slots = torch.arange(known, device=positions.device).expand(len(positions), -1)
-            places = torch.cat([context.places(slots), places], 1)
+            places = torch.cat([before, places], 1)
             hidden = self._run(torch.cat([context.embedded, inputs], 1), torch.cat([clean, seen], 1), places)[:, known:]
         else:
-            hidden = self._run(inputs, seen, places, Reader(context.keys))
+            hidden = self._run(inputs, seen, places, Reader(context.keys), before)
         return _take(hidden, beside.source.clamp_min(0)).masked_fill(beside.source[..., None] < 0, 0)
 
     def _read(self, context: BlockContext, count: int) -> BlockContext:
         """The context with keys and values of its last tokens, too."""
-        slots = torch.arange(context.embedded.shape[1], device=context.blocks.device)[-count:]
+        slots = torch.arange(context.embedded.shape[1], device=context.blocks.device)
         places = context.places(slots.expand(len(context.blocks), -1))
         reader = Reader(context.keys)
-        self._run(context.embedded[:, -count:], context.seen(count), places, reader)
+        self._run(context.embedded[:, -count:], context.seen(count), places[:, -count:], reader, places[:, :-count])
         return replace(context, keys=reader.keys())
 
-    def _run(self, inputs: Tensor, allowed: Tensor | None, places: Tensor, reader: Reader | None = None) -> Tensor:
-        """Last hidden states of inputs that see what is allowed, (B, n or 1, keys), or without a mask everything."""
+    def _run(
+        self,
+        inputs: Tensor,
+        allowed: Tensor | None,
+        places: Tensor,
+        reader: Reader | None = None,
+        before: Tensor | None = None,
+    ) -> Tensor:
+        """Last hidden states of inputs that see what is allowed, (B, n or 1, keys), or without a mask everything.
+
+        Inputs stand at `places`, and what the reader has read at those `before`, (B, keys - n).
+        """
         body = self._body[0]
         given: dict[str, Any] = {} if reader is None else {cache_name(body): reader}
         if allowed is None:
@@ -278,12 +295,61 @@ class InPlace(Backbone[InPlaceContext | BlockContext]):
             if not _is_masked(self.lm.config):  # whose attention tells its kernel so itself
                 given["is_causal"] = False
         else:
-            mask = torch.zeros(*allowed.shape, dtype=inputs.dtype, device=inputs.device)
-            # A mask of our own: transformers would make a causal one, or see one where there is padding.
-            # Finite in every type it may be cast to: a row that sees nothing must not become NaN.
-            mask = mask.masked_fill(~allowed, torch.finfo(torch.float16).min)[:, None]
-            given["attention_mask"] = mask.expand(-1, -1, inputs.shape[1], -1)
+            keys = places if before is None else torch.cat([before, places], 1)
+            given["attention_mask"] = self._masks(allowed, places, keys, inputs.dtype)
         return run_body(body, inputs_embeds=inputs, position_ids=places + self._first_position, **given)
+
+    def _is_narrow(self, keys: int) -> bool:
+        """Whether some layers may not see all of so many keys."""
+        return self._reach is not None and keys > self._reach + 1
+
+    def _masks(self, allowed: Tensor, places: Tensor, keys: Tensor, dtype: torch.dtype) -> Any:
+        """Masks of our own: transformers would make causal ones, or see one where there is padding.
+
+        Layers of a sliding window see as far to either side as they were pretrained to see back, measured in tokens.
+        """
+
+        def mask(allowed: Tensor) -> Tensor:
+            made = torch.zeros(*allowed.shape, dtype=dtype, device=allowed.device)
+            # Finite in every type it may be cast to: a row that sees nothing must not become NaN.
+            made = made.masked_fill(~allowed, torch.finfo(torch.float16).min)[:, None]
+            return made.expand(-1, -1, places.shape[1], -1)
+
+        if not self._is_narrow(keys.shape[1]):
+            return mask(allowed)
+        assert self._reach is not None
+        near = (places[..., None] - keys[:, None]).abs() <= self._reach
+        narrow = mask(allowed & near)
+        if self._is_windowed_throughout:
+            return narrow
+        body: Any = self._body[0]
+        wide = mask(allowed)
+        return {kind: narrow if kind == "sliding_attention" else wide for kind in body.config.layer_types}
+
+    @torch.no_grad()
+    def _find_window(self) -> None:
+        """Find out which layers see a window, by what the model itself makes of a short one; refuse what cannot be."""
+        body: Any = self._body[0]
+        window, short = body.config.sliding_window, copy.copy(body.config)
+        short.sliding_window = 2
+        places = torch.arange(5, device=self.lm.device)[None]
+        embedded = self.lm.get_input_embeddings()(places % self.vocab_size)
+        # Models that read both ways count the window to one side without the token itself.
+        is_masked = _is_masked(self.lm.config)
+        allowed = torch.ones(1, 5, 5, dtype=torch.bool, device=places.device)
+        wanted = run_body(twin(body, config=short), inputs_embeds=embedded, position_ids=places + self._first_position)
+        found: dict[tuple[int | None, bool], float] = {}
+        for reach, throughout in ((None, False), (1 + is_masked, True), (1 + is_masked, False)):
+            self._reach, self._is_windowed_throughout = reach, throughout
+            try:
+                made = self._run(embedded, allowed if is_masked else allowed.tril(), places)
+            except (RuntimeError, TypeError, AttributeError, LookupError, ValueError):
+                continue
+            found[reach, throughout] = float((made - wanted).norm() / wanted.norm())
+        (reach, self._is_windowed_throughout), off = min(found.items(), key=lambda item: item[1])
+        if not off <= (1e-5 if wanted.dtype == torch.float32 else 0.02):
+            raise self._refusal(f"its layers see a window of {window} tokens in a way of their own")
+        self._reach = None if reach is None else window - (not is_masked)
 
     @torch.no_grad()
     def _self_test(self) -> bool:

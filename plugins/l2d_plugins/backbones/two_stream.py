@@ -101,7 +101,6 @@ class TwoStream(Backbone[MainContext]):
         self.config = config
         self.gradient_checkpointing = False
         self._compiled: Compiled | None = None
-        self._is_compiled = False
         lm.requires_grad_(False)
         self.lm = lm.eval()
         self.main = MainPath(lm)
@@ -202,6 +201,7 @@ class TwoStream(Backbone[MainContext]):
         condition: Tensor | None,
         *,
         shared_time: float | None = None,
+        compiled: bool = False,
     ) -> Tensor:
         # The diffusion token about position i sits at input position i - 1: it has that position's rotary angle and
         # causal row and reads the main path's keys and values up to it. Where t is 0 the sum, made before the final
@@ -219,14 +219,14 @@ class TwoStream(Backbone[MainContext]):
         is_mixed = weight.dtype == torch.float32 != y.dtype
         mixed = torch.autocast(y.device.type, dtype=y.dtype) if is_mixed else nullcontext()
 
-        compiled = self._compiled if self._is_compiled and not torch.is_grad_enabled() else None
+        call = self._compiler() if compiled and not torch.is_grad_enabled() else None
 
         def run(number: int, y: Tensor, modulation: Any, kwargs: dict[str, Any]) -> Tensor:
             modulation = modulation() if callable(modulation) else modulation
             layer = self.shadows[number]
             with mixed:
-                if compiled is not None:
-                    return compiled(layer, y, modulation, kwargs, number)
+                if call is not None:
+                    return call(layer, y, modulation, kwargs, number)
                 return layer(y, modulation, kwargs)  # type: ignore[no-any-return]
 
         gathered: dict[tuple[int, int], dict[str, Any]] = {}
@@ -280,13 +280,12 @@ class TwoStream(Backbone[MainContext]):
     def merge(self, how: Literal["auto", "always", "never"] = "auto") -> None:
         fold(self.shadows, self.lm.dtype, how)
 
-    @override
-    def compile_layers(self, wanted: bool) -> None:
-        if wanted and self._compiled is None:
+    def _compiler(self) -> Compiled:
+        if self._compiled is None:
             from l2d_plugins.backbones.compiling import Compiled
 
             self._compiled = Compiled()
-        self._is_compiled = wanted
+        return self._compiled
 
 
 def _target_names(layer: nn.Module, targets: tuple[str, ...] | None) -> list[str]:

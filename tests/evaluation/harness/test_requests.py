@@ -91,6 +91,35 @@ def test_resumed_is_uninterrupted(folder, tmp_path, monkeypatch, sampled):
     assert resumed.get_model_info()["l2d"]["cost"]["generation"]["tokens"] > 0
 
 
+@pytest.mark.parametrize("scoring", ["mixture", "main"])
+def test_a_long_text_goes_on_where_it_was_left(folder, tmp_path, monkeypatch, scoring):
+    texts = [
+        Instance("loglikelihood_rolling", {}, (letter * 300,), 0, metadata=("task", n, 1))
+        for n, letter in enumerate("ab")
+    ]
+    whole = cached(folder, tmp_path / "whole.db", scoring=scoring)[1].loglikelihood_rolling(texts)
+    model, caching = cached(folder, tmp_path / "part.db", scoring=scoring)
+    asked, score = [], L2DLM._score
+
+    def interrupted(self: L2DLM, requests: Any, *options: Any) -> Any:
+        asked.append(len(requests))
+        if self is model and len(asked) == 3:
+            raise KeyboardInterrupt
+        return score(self, requests, *options)
+
+    monkeypatch.setattr(L2DLM, "_score", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        caching.loglikelihood_rolling(texts)
+    assert asked == [2, 2, 2]  # of six pieces
+    caching.dbdict.close()
+    asked.clear()
+    caching = cached(folder, tmp_path / "part.db", scoring=scoring)[1]
+    assert caching.loglikelihood_rolling(texts) == pytest.approx(whole, abs=1e-4)
+    assert asked == [2]
+    assert caching.loglikelihood_rolling(texts) == pytest.approx(whole, abs=1e-4)
+    assert asked == [2]
+
+
 def together(caches: list[Any], ask: Callable[[Any], Any]) -> list[Any]:
     """What each of several processes answers, here threads that exchange values as processes do."""
     slots, barrier = [None] * len(caches), threading.Barrier(len(caches), timeout=60)
