@@ -59,12 +59,13 @@ def _agree(case: Case, compute: Callable[[Case], Tensor], wanted: Tensor, *, the
     """In float64 we are as far from the authors' float32 as that rounds, in float32 as far from float64 as this does.
 
     The first half holds the formulas and is the same number on every machine; the second holds the precision and
-    depends on the processor's kernels. Their sum bounds the distance between the two programs.
+    depends on the processor's kernels: another maker's round up to twice as far. Their sum bounds the distance between
+    the two programs.
     """
     with torch.no_grad():
         exact, found = case.exactly(compute), compute(case)
     _close(exact, wanted, theirs)
-    _close(found, exact, ours)
+    _close(found, exact, 2 * ours)
 
 
 def _everywhere(case: Case) -> Tensor:
