@@ -68,12 +68,13 @@ class RunState(TrainerCallback):
     @property
     def is_finished(self) -> bool:
         """Whether an earlier start has finished the run."""
-        return bool(self.card.get("finished"))
+        return output_dir.is_done(self.card, self.run.model_dump(mode="json"))
 
-    def start(self, data: dict[str, Any], seeds: dict[str, int]) -> None:
-        """Begin the card, and make the output folder this run's."""
+    def start(self, data: dict[str, Any], seeds: dict[str, int], steps: int) -> None:
+        """Begin the card, and make the output folder this run's, which is to make so many updates in all."""
         before = self.card
         changes = self._changes(before, data)
+        continued = self._continued(before, steps)
         self.card = {
             "finished": False,
             "kind": self.run.kind,
@@ -87,6 +88,7 @@ class RunState(TrainerCallback):
             "seconds": before.get("seconds", 0.0),
             "peak_memory": before.get("peak_memory", 0),
             **({"accepted_changes": changes} if changes else {}),
+            **({"continued": continued} if continued else {}),
             **({"base_fingerprint": mark} if (mark := before.get("base_fingerprint")) else {}),
         }
         wait()
@@ -110,6 +112,28 @@ class RunState(TrainerCallback):
             )
         # After which checkpoint is known once the newest one that is whole has been found.
         return [*accepted, {"at": now(), "changes": found, "data_before": before["data"]}]
+
+    def _continued(self, before: dict[str, Any], steps: int) -> list[dict[str, Any]]:
+        """How often, and with what, a run has been given another number of updates."""
+        earlier: list[dict[str, Any]] = list(before.get("continued", []))
+        if not before:
+            return earlier
+        output_dir.check_budget(self.output, before, steps)
+        made = output_dir.updates_made(self.output, before)
+        changes = output_dir.budget_changes(before, self.run.model_dump(mode="json"))
+        if not (changes and 0 < made < steps):
+            return earlier
+        if self.writes:
+            _LOGGER.warning(
+                "%r has made %s updates and goes on from %s to %s (%s). From there its learning rate is that of a run "
+                "of %s: where decay or warm-up depend on their number, the updates before had other rates than those "
+                "of a run of %s from the start.%s",
+                *(str(self.output), f"{made:,}", output_dir.checkpoints(self.output)[-1].name),
+                *(f"{steps:,}", "; ".join(changes), f"{steps:,}", f"{steps:,}"),
+                " The model that is there stays until the new one is whole." if before.get("finished") else "",
+            )
+        published = {name: before[name] for name in ("ended", "result") if name in before}
+        return [*earlier, {"at": now(), "changes": changes, "updates": made, **published}]
 
     def describe(self, parameters: Iterable[nn.Parameter], base_fingerprint: str | None) -> None:
         """Put a model on the card, unless it is over another base than before or has no room on the disk."""
