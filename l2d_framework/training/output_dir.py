@@ -18,8 +18,10 @@ from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any
 
-from l2d_framework.config import parse_run
+from l2d_framework.base_model import fingerprint
+from l2d_framework.config import ModelSection, parse_run
 from l2d_framework.config.files import parse_json, read_text
+from l2d_framework.config.validation import validated
 from l2d_framework.errors import CheckpointError, ConfigError, L2DError, OutputError
 from l2d_framework.training import folder_lock
 from l2d_framework.writing import REPLACED, WRITING, in_bytes, naming_what_fails, size_of
@@ -37,6 +39,8 @@ _UNHEARD = {
 }
 _FREE = {"output_dir", "training.non_finite", "training.skip_limit"} | {_STEPS, _EPOCHS} | _UNHEARD
 """Options that change nothing of what a run has learned so far."""
+_PLACES = {"model.base", "model.revision", "model.adapter"}
+"""Where a language model lies, which may have moved."""
 
 
 def writing(target: Path, stage: Path) -> AbstractContextManager[None]:
@@ -195,7 +199,7 @@ def check_free(output: Path, config: dict[str, Any]) -> dict[str, Any] | None:
     ours, theirs = _flat(config), _flat(_recorded(card))
     keys = sorted((ours.keys() | theirs.keys()) - _FREE)
     differing = [key for key in keys if ours.get(key) != theirs.get(key)]
-    if not differing:
+    if not differing or (_PLACES.issuperset(differing) and _is_same_base(card, config)):
         if (steps := config["training"]["max_steps"]) is not None and not is_done(card, config):
             check_budget(output, card, steps)
         return card
@@ -206,6 +210,14 @@ def check_free(output: Path, config: dict[str, Any]) -> dict[str, Any] | None:
         f"output_dir {str(output)!r} holds a run with another configuration ({shown}). "
         "Choose another output_dir, or use --overwrite, which moves it aside."
     )
+
+
+def _is_same_base(card: Mapping[str, Any], config: dict[str, Any]) -> bool:
+    """Whether a model that lies elsewhere than before is the one that a run was begun over."""
+    try:
+        return bool(card.get("base_fingerprint") == fingerprint(validated(ModelSection, config["model"], "model")))
+    except ConfigError:  # an earlier stage is still to make it
+        return False
 
 
 def is_done(card: Mapping[str, Any], config: Mapping[str, Any]) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerState
 
-from l2d_framework.base_model import load_config
+from l2d_framework.base_model import fingerprint, load_config
 from l2d_framework.config import DataSection, DiffusionRun, LanguageModelRun, RewardRun, Run, TokenRun, check_runs
 from l2d_framework.config.checks import language_model_config, stage_before
 from l2d_framework.errors import ConfigError
@@ -128,7 +128,11 @@ def _train(run: TokenRun, state: RunState, callbacks: Sequence[TrainerCallback])
         with staged(saved, advice=output_dir.kept(state.output)) as folder:
             tokenizer.save_pretrained(folder)
     learner = _learner(run, tokenizer, data.ends)
-    state.describe(learner.parameters(), learner.model.origin.fingerprint if isinstance(learner, Denoiser) else None)
+    if isinstance(learner, Denoiser):
+        mark = learner.model.origin.fingerprint
+    else:
+        mark = None if run.model is None else fingerprint(run.model)
+    state.describe(learner.parameters(), mark)
     trainer = TokenTrainer(
         learner,
         state.arguments,
