@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import secrets
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from functools import partial
@@ -13,6 +14,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from torch import nn
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerState, TrainingArguments
+from transformers.integrations.integration_utils import TensorBoardCallback
 
 from l2d_framework.base_model import check_vocabulary, load_config, load_tokenizer
 from l2d_framework.config import ModelSection, Run, config_hash
@@ -23,6 +25,7 @@ from l2d_framework.training.interruption import Interruption, name_of
 from l2d_framework.training.metrics import Stopwatch, peak_memory
 from l2d_framework.training.peers import Peers
 from l2d_framework.training.run_record import changed_data, environment, now
+from l2d_framework.training.trackers import Curves, open_wandb
 from l2d_framework.training.trainer import ResumableTrainer
 
 _LOGGER = logging.getLogger(__name__)
@@ -90,6 +93,7 @@ class RunState(TrainerCallback):
             **({"accepted_changes": changes} if changes else {}),
             **({"continued": continued} if continued else {}),
             **({"base_fingerprint": mark} if (mark := before.get("base_fingerprint")) else {}),
+            **({"wandb": before.get("wandb", secrets.token_hex(4))} if self._reports_to("wandb") else {}),
         }
         wait()
         if self.writes:
@@ -158,6 +162,7 @@ class RunState(TrainerCallback):
         broadcast_object_list(found)
         for change in self.card.get("accepted_changes", []):
             change.setdefault("after", found[0] and found[0].name)
+        self._open_trackers(trainer)
         with Interruption() as interruption:
             trainer.interruption = interruption
             trainer.train(resume_from_checkpoint=str(found[0]) if found[0] else None)
@@ -167,6 +172,16 @@ class RunState(TrainerCallback):
         if signum:
             raise Interrupted(signum, f"{name_of(signum)} {self._farewell(trainer.state)}" if self.writes else "")
         trainer.check_weights()
+
+    def _reports_to(self, tracker: str) -> bool:
+        return tracker in self.run.training.report_to
+
+    def _open_trackers(self, trainer: ResumableTrainer) -> None:
+        if self._reports_to("tensorboard"):
+            trainer.remove_callback(TensorBoardCallback)
+            trainer.add_callback(Curves)
+        if self._reports_to("wandb") and self.writes:
+            open_wandb(str(self.arguments.run_name), self.card["wandb"], self._open)
 
     def _farewell(self, state: TrainerState) -> str:
         left = output_dir.checkpoints(self.output)
