@@ -241,7 +241,7 @@ class ResumableTrainer(transformers.Trainer):
         if not self._in_shares:
             return super()._save_optimizer_and_scheduler(output_dir)
         optimizer, scheduler = self._stateful()
-        state = sharding.whole_state(optimizer)
+        state = sharding.whole_state(optimizer, reads=self.args.should_save)
         if self.args.should_save:
             torch.save(state, Path(output_dir) / OPTIMIZER_NAME)
             torch.save(scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
@@ -251,10 +251,9 @@ class ResumableTrainer(transformers.Trainer):
         if checkpoint is None:
             return
         if self._in_shares:
-            files = [Path(checkpoint) / name for name in (OPTIMIZER_NAME, SCHEDULER_NAME)]
-            states = [torch.load(file, map_location="cpu") for file in files]
-            sharding.load_state(self._stateful()[0], states[0])
-            self._stateful()[1].load_state_dict(states[1])
+            optimizer, scheduler = self._stateful()
+            sharding.load_state(optimizer, Path(checkpoint) / OPTIMIZER_NAME)
+            scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME))
         else:
             super()._load_optimizer_and_scheduler(checkpoint)
         optimizer, scheduler = self._stateful()
