@@ -123,7 +123,7 @@ def locate(reference: BaseReference, *, weights: bool = True) -> tuple[Path, Pat
     if not (folder / "config.json").is_file() and (folder / LANGUAGE_MODEL / "config.json").is_file():
         folder = folder / LANGUAGE_MODEL
     if not (folder / "config.json").is_file():
-        raise ConfigError(
+        raise MissingModelError(
             f"{str(folder)!r} holds no config.json, so it is no transformers model. "
             f"{gguf_hint(folder) or 'Check model.base.'}"
         )

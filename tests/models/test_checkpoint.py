@@ -198,6 +198,12 @@ def test_a_base_that_has_moved_is_found_where_the_user_says(saved, base, tmp_pat
 def test_a_base_that_is_gone_is_asked_for_by_the_option_that_names_it(saved, base, tmp_path):
     base.rename(tmp_path / "moved")
     try:
+        base.mkdir()
+        for opened in (load, UnloadedModel):
+            # A relative path, such as '.', may be a folder of something else.
+            with pytest.raises(ConfigError, match=r"holds no config\.json.*/out' was trained over it\. .* now: `base`"):
+                opened(str(saved))
+        base.rmdir()
         for opened in (load, UnloadedModel):
             with pytest.raises(ConfigError, match=r"There is no folder .*/out' was trained over it\. .* now: `base`"):
                 opened(str(saved))
