@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.quantizers.auto import AutoHfQuantizer
 from transformers.utils.import_utils import is_gguf_available
 
-from l2d_framework.errors import CheckpointError, ConfigError
+from l2d_framework.errors import CheckpointError, ConfigError, MissingModelError
 from l2d_framework.opening import (
     adapter_base,
     new_model,
@@ -67,7 +67,7 @@ def fetch(path: str, revision: str | None = None, *, gguf_file: str | None = Non
             f"{path!r} is a file. Set model.base to its folder and model.gguf_file to {Path(path).name!r}."
         )
     if Path(path).is_absolute() or path.startswith((".", "~")) or path.count("/") > 1:
-        raise ConfigError(
+        raise MissingModelError(
             f"There is no folder {path!r}. Give the path of a model folder, or a hub id such as org/name."
         )
     wanted = "*.safetensors" if gguf_file is None else gguf_file
@@ -79,7 +79,7 @@ def fetch(path: str, revision: str | None = None, *, gguf_file: str | None = Non
             folder = Path(snapshot_download(path, revision=revision, allow_patterns=[*_FILES, "*.bin"]))
         return folder
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise ConfigError(
+        raise MissingModelError(
             f"{path!r} is neither a folder here nor a hub repository that can be reached ({type(error).__name__}). "
             "Check the spelling, or download it first and give the folder."
         ) from error
@@ -92,14 +92,20 @@ def locate(reference: BaseReference, *, weights: bool = True) -> tuple[Path, Pat
     weights = weights or gguf_file is not None
     folder = fetch(reference.base, reference.revision, gguf_file=gguf_file, weights=weights)
     adapter = None if reference.adapter is None else fetch(reference.adapter)
-    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+    if is_adapter(folder):
         if adapter is not None:
             raise ConfigError(
                 f"model.base {reference.base!r} is itself a PEFT adapter, so model.adapter {reference.adapter!r} would "
                 "be a second one. Merge one of them first."
             )
         adapter = fetch(reference.base, reference.revision)
-        folder = fetch(adapter_base(folder), gguf_file=gguf_file, weights=weights)
+        try:
+            folder = fetch(adapter_base(folder), gguf_file=gguf_file, weights=weights)
+        except MissingModelError as error:
+            raise ConfigError(
+                f"{error} The PEFT adapter {str(adapter)!r} was trained on it: write where it lies now into its "
+                "adapter_config.json, as base_model_name_or_path."
+            ) from error
     if gguf_file is not None:
         if not (folder / gguf_file).is_file():
             raise ConfigError(f"model.gguf_file: {str(folder)!r} has no file {gguf_file!r}. {gguf_hint(folder)}")
@@ -117,11 +123,16 @@ def locate(reference: BaseReference, *, weights: bool = True) -> tuple[Path, Pat
     if not (folder / "config.json").is_file() and (folder / LANGUAGE_MODEL / "config.json").is_file():
         folder = folder / LANGUAGE_MODEL
     if not (folder / "config.json").is_file():
-        raise ConfigError(
+        raise MissingModelError(
             f"{str(folder)!r} holds no config.json, so it is no transformers model. "
             f"{gguf_hint(folder) or 'Check model.base.'}"
         )
     return folder, adapter
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder holds a PEFT adapter without a language model."""
+    return (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file()
 
 
 def gguf_hint(folder: Path) -> str:

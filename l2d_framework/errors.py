@@ -34,6 +34,10 @@ class ConfigError(L2DError, ValueError):
     """A run file, option or argument is wrong; raised before any weights are loaded."""
 
 
+class MissingModelError(ConfigError):
+    """Where a language model is looked for there is none."""
+
+
 class PluginError(L2DError, ValueError):
     """A component is unknown, broken, clashes with another or lacks its extra."""
 

@@ -22,6 +22,7 @@ from l2d_framework.base_model import (
 from l2d_framework.config import ModelSection, parse_run
 from l2d_framework.errors import CheckpointError, ConfigError
 from l2d_framework.models.checkpoint import build_model, load, save
+from l2d_framework.models.unloaded import UnloadedModel
 
 
 @pytest.fixture
@@ -39,6 +40,12 @@ def finetuned(base, tmp_path):
     model.save_pretrained(tmp_path / "lora")
     model.merge_and_unload().save_pretrained(tmp_path / "merged")
     return tmp_path / "lora", tmp_path / "merged"
+
+
+def point(lora, base):
+    """Have an adapter say that it was trained over a folder."""
+    config = json.loads((lora / "adapter_config.json").read_text()) | {"base_model_name_or_path": str(base)}
+    (lora / "adapter_config.json").write_text(json.dumps(config))
 
 
 def section(folder, **fields):
@@ -254,8 +261,29 @@ def test_diffusion_over_a_lora_is_saved_and_loaded(base, finetuned, tmp_path, ho
     wanted = logits_at(model, 0.5)
     save(model, tmp_path / "out")
     assert torch.equal(logits_at(load(tmp_path / "out"), 0.5), wanted)
-    with pytest.raises(CheckpointError, match="Pass the right model as `base`"):
-        load(tmp_path / "out", base=str(base))
+    if how == "folder":
+        with pytest.raises(CheckpointError, match="Pass the right model as `base`"):
+            load(tmp_path / "out", base=str(base))
+    moved = base.rename(tmp_path / "moved")
+    if how == "folder":
+        with pytest.raises(ConfigError, match=r"no folder .* The PEFT adapter '.*lora' was trained on it: write where"):
+            load(tmp_path / "out")
+        point(lora, moved)
+        assert torch.equal(logits_at(load(tmp_path / "out"), 0.5), wanted)
+        moved = lora.rename(tmp_path / "elsewhere")
+    assert torch.equal(logits_at(load(tmp_path / "out", base=str(moved)), 0.5), wanted)
+
+
+def test_an_adapter_is_opened_over_a_base_that_has_moved(base, finetuned, tmp_path):
+    lora, merged = finetuned
+    moved = base.rename(tmp_path / "moved")
+    with pytest.raises(ConfigError, match=r"no folder .* The PEFT adapter '.*lora' was trained on it: write where"):
+        UnloadedModel(str(lora))
+    lm = UnloadedModel(str(lora), base=str(moved)).load("cpu").backbone.lm
+    wanted = load_language_model(section(merged)).state_dict()
+    assert all(torch.equal(value, wanted[name]) for name, value in lm.state_dict().items())
+    with pytest.raises(ConfigError, match=r"is a whole language model, got base='.*'\. Leave base out"):
+        UnloadedModel(str(merged), base=str(moved))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -375,6 +375,9 @@ def test_an_adapter_folder_stands_for_its_base(saved_tiny_lm, tmp_path):
     check_runs([diffusion(model={"base": str(adapter)})])
     with pytest.raises(ConfigError, match="is itself an adapter"):
         check_runs([diffusion(model={"base": str(adapter), "adapter": str(adapter)})])
+    (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "/gone"}))
+    with pytest.raises(ConfigError, match=r"no such folder, got '/gone'; .* PEFT adapter '.*adapter' .* write where"):
+        check_runs([diffusion(model={"base": str(adapter)})])
 
 
 # Values and schema

@@ -6,6 +6,8 @@ import json
 import os
 import platform
 import shutil
+import sys
+import sysconfig
 import tempfile
 import threading
 import time
@@ -13,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -57,7 +60,7 @@ class Finding:
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON, for programs.")] = False,
 ) -> None:
-    """Examine versions, devices, memory, disk, the sandbox, the hub, plugins and extras; exit code 1 for a problem."""
+    """Examine versions, devices, compilers, room, sandbox, hub, plugins and extras; exit code 1 for a problem."""
     found = list(findings())
     is_well = all(finding.status != "problem" for finding in found)
     if as_json:
@@ -136,6 +139,27 @@ def _devices(area: str) -> Iterator[Finding]:
         yield Finding(area, "gpu", "problem", f"there is a driver, but torch, {built}, finds no device", advice)
     else:
         yield Finding(area, "gpu", "note", "none", "Small models train on a CPU; larger ones take days.")
+
+
+def _compile(area: str) -> Iterator[Finding]:
+    import torch
+
+    # Of what torch.compile makes, kernels are C++ on a CPU and Triton's on a GPU, which builds C around each.
+    has_gpu = torch.cuda.is_available()
+    own = os.environ.get("CC" if has_gpu else "CXX")
+    usual = ["gcc", "clang"] if has_gpu else [{"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")]
+    names = [own] if own else usual
+    found = next(filter(shutil.which, names), None)
+    lacking = ["Triton"] if has_gpu and find_spec("triton") is None else []
+    if found is None:
+        lacking.append(f"C{'' if has_gpu else '++'} compiler ({' or '.join(names)})")
+    if sys.platform == "linux" and not Path(sysconfig.get_path("include"), "Python.h").is_file():
+        lacking.append("header files of Python")
+    if lacking:
+        advice = "Install it (on Debian g++ and python3-dev), or leave `compile` out: layers then run as they are."
+        yield Finding(area, "compile", "note", f"cannot be used: no {', no '.join(lacking)}", advice)
+    else:
+        yield Finding(area, "compile", "ok", f"can be used, with {'Triton and ' if has_gpu else ''}{found}")
 
 
 def _room(area: str) -> Iterator[Finding]:
@@ -248,6 +272,7 @@ def _extras(area: str) -> Iterator[Finding]:
 _AREAS: dict[str, Callable[[str], Iterator[Finding]]] = {
     "versions": _versions,
     "devices": _devices,
+    "compilers": _compile,
     "memory and disk": _room,
     "sandbox": _sandbox,
     "hub": _hub,

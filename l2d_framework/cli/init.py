@@ -81,8 +81,7 @@ def init(
     question = f"Method ({', '.join(methods)})"
     method = _answer("--method", question, method, fitting, default=next(iter(methods), None))
     amount, unit = _answer("--budget", "Budget ('3 epochs' or '1000 updates')", budget, _budget, default="1 epoch")
-    folder = Path(base).expanduser()
-    name = f"{(folder if folder.name.strip('.') else folder.resolve()).name}-{method}".lower()
+    name = f"{Path(base).name}-{method}".lower()
     output_dir = _answer("--output-dir", "New folder for the model", output_dir, _folder, default=name)
     draft.write(run_file, Answers(base, data, method, amount, unit, output_dir))
 
@@ -152,7 +151,8 @@ class Draft:
 
             model = validated(ModelSection, {"base": base}, "model")
             self._tokenizer, self._context = base_tokenizer(model), context_length(load_config(model))
-        return base
+        # Elsewhere a path of dots would be another folder.
+        return base if Path(base).name.strip(".") else str(Path(base).resolve())
 
     def look_at_data(self, data: str) -> str:
         """Read the first rows."""

@@ -25,6 +25,12 @@ AcceptChangedData = Annotated[
 ]
 
 
+_NEXT = (
+    "To begin anew, add --overwrite, which moves the folder aside, or name another output_dir. To go on from where it "
+    "ended, raise training.max_steps or training.epochs."
+)
+
+
 def train(
     run_file: RunFile,
     overrides: Overrides = None,
@@ -136,11 +142,12 @@ def _leave() -> bool:
 
 def _finished(runs: Sequence[Run], *, overwrite: bool) -> set[Path]:
     """Output folders of runs that have finished before, and will not be trained again."""
-    from l2d_framework.training.output_dir import read_card
+    from l2d_framework.training.output_dir import is_done, read_card
     from l2d_framework.training.run_state import output_folder
 
-    folders = {output_folder(run) for run in runs if run.output_dir is not None and not overwrite}
-    return {folder for folder in folders if folder.is_dir() and (read_card(folder) or {}).get("finished")}
+    begun = {output_folder(run): run for run in runs if run.output_dir is not None and not overwrite}
+    cards = {folder: read_card(folder) for folder in begun}
+    return {folder for folder, card in cards.items() if card and is_done(card, begun[folder].model_dump(mode="json"))}
 
 
 def _show(
@@ -150,21 +157,9 @@ def _show(
 
     memory = ("peak memory", f"{card['result']['peak_memory'] / 2**30:.2f} GiB")
     if output_folder(run) in finished:
-        text = f"{run.output_dir} had finished before, at {card['ended']}, so nothing was trained now. {_next(run)}"
+        text = f"{run.output_dir} had finished before, at {card['ended']}, so nothing was trained now. {_NEXT}"
         console.print(text, soft_wrap=True, highlight=False, markup=False)
     console.print(terminal([*rows, memory], f"{run.output_dir}, finished {card['ended']}"))
-
-
-def _next(run: Run) -> str:
-    """What to do after a run that has finished."""
-    from l2d_framework.base_model import LANGUAGE_MODEL
-    from l2d_framework.training.run_state import output_folder
-
-    anew = "To begin anew, add --overwrite, which moves the folder aside, or name another output_dir."
-    if run.kind == "language_model" or (output_folder(run) / LANGUAGE_MODEL).is_dir():
-        return f"{anew} To train it further, begin a run that has it as model.base, and an output_dir of its own."
-    # What is learnt over a frozen language model is no language model to start from.
-    return f"{anew} For more updates do so with more training.max_steps or training.epochs."
 
 
 def _training_rows(card: dict[str, Any]) -> Iterator[Sequence[str]]:

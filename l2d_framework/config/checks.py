@@ -195,8 +195,16 @@ def _saved_config(model: ModelSection) -> Any:
                     f"model.adapter: {base!r} is itself an adapter, got also {adapter!r}; merge one first"
                 )
             _check_adapter(base, "model.base")
-            below = {"base": adapter_base(folder), "revision": None, "adapter": base}
-            return _saved_config(model.model_copy(update=below))
+            named = adapter_base(folder)
+            try:
+                return _saved_config(model.model_copy(update={"base": named, "revision": None, "adapter": base}))
+            except ConfigError as error:
+                if Path(named).is_dir():
+                    raise
+                raise ConfigError(
+                    f"{error}. The PEFT adapter {base!r} was trained on it: write where it lies now into its "
+                    "adapter_config.json, as base_model_name_or_path"
+                ) from error
         if not (folder / "config.json").exists() and (folder / LANGUAGE_MODEL).is_dir():
             return _saved_config(model.model_copy(update={"base": str(folder / LANGUAGE_MODEL)}))
         for needed in (("config.json",), _WEIGHTS) if model.gguf_file is None else ():
@@ -206,7 +214,9 @@ def _saved_config(model: ModelSection) -> Any:
                     f"{gguf_hint(folder)}".rstrip()
                 )
     elif _looks_local(base) or not _HUB_ID.fullmatch(base):
-        raise ConfigError(f"model.base: no such folder, got {base!r}; name a folder or a hub id such as 'org/model'")
+        raise ConfigError(
+            f"model.base: no such folder, got {base!r}; name where it lies, or a hub id such as 'org/model'"
+        )
     try:
         if folder.is_dir() and (adapter is None or adapter_is_here):
             config = load_config(model)

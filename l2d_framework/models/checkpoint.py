@@ -49,6 +49,7 @@ from l2d_framework.models.manifest import (
     file_hash,
     holds_language_model,
     opened_files,
+    opening_base,
     read_manifest,
     recorded_origin,
     sealed,
@@ -298,7 +299,8 @@ def load(
     chosen = None if dtype is None else str(dtype).removeprefix("torch.")
     reference = base_reference(folder, manifest, base=base, dtype=chosen)
     is_inside = holds_language_model(manifest)
-    here = manifest["fingerprint"] if is_inside else fingerprint(reference)
+    with opening_base(folder, base):
+        here = manifest["fingerprint"] if is_inside else fingerprint(reference)
     # A model put together by hand has read no base files, so it could record no fingerprint.
     if manifest["fingerprint"] not in (None, here):
         raise CheckpointError(

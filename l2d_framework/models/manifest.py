@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field, ValidationError
 
-from l2d_framework.base_model import LANGUAGE_MODEL
+from l2d_framework.base_model import LANGUAGE_MODEL, is_adapter
 from l2d_framework.config import ModelSection, parse_sampling
 from l2d_framework.config.files import parse_json, read_text
 from l2d_framework.config.sections import Section
 from l2d_framework.config.validation import validated
-from l2d_framework.errors import CheckpointError
+from l2d_framework.errors import CheckpointError, MissingModelError
 from l2d_framework.models.labels import MANIFEST
 from l2d_framework.models.origin import Origin
 
@@ -163,7 +164,7 @@ def _is_as_saved(path: Path, digest: str) -> bool:
 def base_reference(
     folder: str | Path, manifest: dict[str, Any], *, base: str | None = None, dtype: str | None = None
 ) -> ModelSection:
-    """Where the language model of a checkpoint lies: inside it, or where its manifest or else `base` says."""
+    """Where the language model of a checkpoint lies: inside it, or where `base` or else its manifest says."""
     fields: dict[str, Any] = manifest["model"] or {}
     if holds_language_model(manifest):
         if base is not None:
@@ -171,10 +172,26 @@ def base_reference(
         attention = fields.get("attn_implementation", "sdpa")
         fields = {"base": str(Path(folder) / LANGUAGE_MODEL), "attn_implementation": attention}
     elif base is not None:
-        fields = fields | {"base": base, "revision": None, "adapter": None}
+        fields = fields | {"base": base, "revision": None}
+        if is_adapter(Path(base)):  # the one that was merged, where it lies now
+            fields |= {"adapter": None}
     elif not fields:
         raise CheckpointError("This checkpoint names no base model. Pass its folder or hub id as `base`.")
     return validated(ModelSection, fields if dtype is None else fields | {"dtype": dtype}, "model")
+
+
+@contextmanager
+def opening_base(folder: str | Path, base: str | None) -> Iterator[None]:
+    """Say of a language model that is not where a checkpoint tells, unless by `base`, how to name where it lies now."""
+    try:
+        yield
+    except MissingModelError as error:
+        if base is not None:
+            raise
+        raise MissingModelError(
+            f"{error} {str(folder)!r} was trained over it. Name where it lies now: `base` of `l2d.load` and of "
+            "lm_eval's --model_args, --base of other commands."
+        ) from error
 
 
 def recorded_origin(manifest: Mapping[str, Any], model: ModelSection | None, fingerprint: str | None) -> Origin:

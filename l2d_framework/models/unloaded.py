@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from l2d_framework.backbone import Backbone
-from l2d_framework.base_model import empty_language_model, fetch, fingerprint, load_config, load_tokenizer
+from l2d_framework.base_model import empty_language_model, fetch, fingerprint, is_adapter, load_config, load_tokenizer
 from l2d_framework.config import DiffusionRun, SamplingSection
 from l2d_framework.config.parsing import parse_run
 from l2d_framework.config.sampling import component_of
@@ -25,7 +25,7 @@ from l2d_framework.generation.speculation import Guesses
 from l2d_framework.models.checkpoint import assemble, build_model, components, load
 from l2d_framework.models.diffusion_lm import DiffusionLM
 from l2d_framework.models.labels import MANIFEST
-from l2d_framework.models.manifest import base_reference, read_manifest, recorded_origin
+from l2d_framework.models.manifest import base_reference, opening_base, read_manifest, recorded_origin
 from l2d_framework.models.placement import Placement, Plan
 from l2d_framework.registry import registry
 
@@ -60,14 +60,18 @@ class UnloadedModel:
             self.manifest = read_manifest(folder)
             self.reference = base_reference(folder, self.manifest, base=base, dtype=dtype)
         else:
-            fields = {"base": path, "revision": revision} | ({} if dtype is None else {"dtype": dtype})
+            if base is not None and not is_adapter(folder):
+                raise ConfigError(f"{path!r} is a whole language model, got base={base!r}. Leave base out.")
+            fields = {"base": path, "revision": revision} if base is None else {"base": base, "adapter": str(folder)}
+            fields |= {} if dtype is None else {"dtype": dtype}
             self._run = cast(DiffusionRun, parse_run({"model": fields, **_UNTRAINED}))
             self.reference = self._run.model
             fields = self._run.model_dump(mode="json", include={*_UNTRAINED, "block_size", "classes", "sampling"})
             self.manifest = fields | {"fingerprint": None, "chat_template": None, "ends": None, "files": {}}
         self.origin = recorded_origin(self.manifest, self.reference, self.manifest["fingerprint"])
         self.parts = components(self.manifest)
-        self.lm_config = load_config(self.reference)
+        with opening_base(folder, base):
+            self.lm_config = load_config(self.reference)
         lm = empty_language_model(self.lm_config, self.reference.attn_implementation)
         with torch.device(lm.device):  # or matrices of random numbers would be drawn and dropped
             self.empty: Backbone = self.parts.backbone.build(lm).in_blocks(self.parts.block_size)

@@ -104,6 +104,11 @@ def total_steps(training: TrainingSection, rows: Any) -> int:
     return max(int(-(-len(rows) * training.epochs // training.batch_size)), 1)
 
 
+def total_pair_steps(training: Updates, pairs: int) -> int:
+    """Optimizer updates of a run over pairs, where no batch lies across the border of two epochs."""
+    return training.max_steps or math.ceil(-(-pairs // training.batch_size) * training.epochs)
+
+
 def learning_rate(training: TrainingSection, step: int, total_steps: int) -> float:
     """Learning rate of one update.
 

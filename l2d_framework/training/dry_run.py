@@ -18,7 +18,7 @@ from l2d_framework.config.checks import language_model_config, stage_before
 from l2d_framework.config.sections import Updates
 from l2d_framework.errors import ConfigError, DataError
 from l2d_framework.models.checkpoint import empty_model
-from l2d_framework.training.arguments import micro_batch
+from l2d_framework.training.arguments import micro_batch, total_pair_steps
 from l2d_framework.training.data.collate import IGNORED
 from l2d_framework.training.data.sample import EXAMPLES, Sample, count_rows, sample
 from l2d_framework.training.language_model import NextToken, empty_trained_model
@@ -351,7 +351,7 @@ class _PairWork(_Work):
         run = self._run
         kept = len(self._pairs) / (len(self._pairs) + self._left_out)
         total = max(round(self._total * kept * (1 - run.data.eval_fraction)), 1)
-        steps = run.training.max_steps or max(int(-(-total * run.training.epochs // run.training.batch_size)), 1)
+        steps = total_pair_steps(run.training, total)
         mean = run.data.pad_to or fmean(len(side) for pair in self._pairs for side in _sides(pair))
         return _counted(steps, total, run.training, round(2 * run.training.batch_size * mean), None)
 

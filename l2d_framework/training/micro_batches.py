@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TypeVar
 
 import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
-from torch import Tensor
+from torch import Tensor, nn
 
 T = TypeVar("T")
+
+
+def average_gradients(parameters: Iterable[nn.Parameter], reduce: Callable[[Tensor, str], Tensor]) -> None:
+    """Average gradients over processes; what has none in any of them keeps none, so that an optimizer passes over it.
+
+    Args:
+        parameters: those that are trained, in the same order in every process.
+        reduce: sum or mean of a tensor over all processes.
+    """
+    trained = list(parameters)
+    counts = reduce(torch.tensor([p.grad is not None for p in trained], device=trained[0].device).long(), "sum")
+    for parameter, count in zip(trained, counts.tolist(), strict=True):
+        if count:
+            here = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            parameter.grad = reduce(here, "mean")
 
 
 class MicroBatches:

@@ -18,8 +18,10 @@ from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any
 
-from l2d_framework.config import parse_run
+from l2d_framework.base_model import fingerprint
+from l2d_framework.config import ModelSection, parse_run
 from l2d_framework.config.files import parse_json, read_text
+from l2d_framework.config.validation import validated
 from l2d_framework.errors import CheckpointError, ConfigError, L2DError, OutputError
 from l2d_framework.training import folder_lock
 from l2d_framework.writing import REPLACED, WRITING, in_bytes, naming_what_fails, size_of
@@ -31,8 +33,14 @@ SEAL = "files.json"
 """In a checkpoint the SHA-256 of each other file, written last."""
 _LOGGER = logging.getLogger(__name__)
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
-_FREE = {"output_dir", "training.non_finite", "training.skip_limit"}
-"""Options that change no result of a run that has got through so far."""
+_STEPS, _EPOCHS = "training.max_steps", "training.epochs"
+_UNHEARD = {
+    f"training.{name}" for name in ("logging_steps", "report_to", "eval_steps", "save_steps", "save_total_limit")
+}
+_FREE = {"output_dir", "training.non_finite", "training.skip_limit"} | {_STEPS, _EPOCHS} | _UNHEARD
+"""Options that change nothing of what a run has learned so far."""
+_PLACES = {"model.base", "model.revision", "model.adapter"}
+"""Where a language model lies, which may have moved."""
 
 
 def writing(target: Path, stage: Path) -> AbstractContextManager[None]:
@@ -191,7 +199,9 @@ def check_free(output: Path, config: dict[str, Any]) -> dict[str, Any] | None:
     ours, theirs = _flat(config), _flat(_recorded(card))
     keys = sorted((ours.keys() | theirs.keys()) - _FREE)
     differing = [key for key in keys if ours.get(key) != theirs.get(key)]
-    if not differing:
+    if not differing or (_PLACES.issuperset(differing) and _is_same_base(card, config)):
+        if (steps := config["training"]["max_steps"]) is not None and not is_done(card, config):
+            check_budget(output, card, steps)
         return card
     if {path.name for path in output.iterdir()} - folder_lock.FILES == {RUN_FILE}:
         return None  # a run that was refused when its weights loaded: there is nothing to lose
@@ -200,6 +210,51 @@ def check_free(output: Path, config: dict[str, Any]) -> dict[str, Any] | None:
         f"output_dir {str(output)!r} holds a run with another configuration ({shown}). "
         "Choose another output_dir, or use --overwrite, which moves it aside."
     )
+
+
+def _is_same_base(card: Mapping[str, Any], config: dict[str, Any]) -> bool:
+    """Whether a model that lies elsewhere than before is the one that a run was begun over."""
+    try:
+        return bool(card.get("base_fingerprint") == fingerprint(validated(ModelSection, config["model"], "model")))
+    except ConfigError:  # an earlier stage is still to make it
+        return False
+
+
+def is_done(card: Mapping[str, Any], config: Mapping[str, Any]) -> bool:
+    """Whether a card says that a run has finished, with the budget of a configuration."""
+    return bool(card.get("finished")) and not budget_changes(card, config)
+
+
+def budget_changes(card: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
+    """In which options a configuration gives another number of updates than that of a card."""
+    theirs, ours = _flat(_recorded(card)), _flat(dict(config))
+    # Where the number of updates is set, that of epochs has no meaning.
+    is_set = None not in (theirs.get(_STEPS), ours.get(_STEPS))
+    pairs = {name: (theirs.get(name), ours.get(name)) for name in ([_STEPS] if is_set else [_STEPS, _EPOCHS])}
+    return [f"{name}: {there} there, {now} now" for name, (there, now) in pairs.items() if there != now]
+
+
+def updates_made(output: Path, card: Mapping[str, Any]) -> int:
+    """Updates that a run has made, as far as a checkpoint or its card knows of them."""
+    counts = [int(path.name.removeprefix("checkpoint-")) for path in checkpoints(output)[-1:]]
+    counts += [int(entry["updates"]) for entry in card.get("continued", [])]
+    counts += [int(card["result"]["steps"])] if "result" in card else []
+    return max(counts, default=0)
+
+
+def check_budget(output: Path, card: Mapping[str, Any], steps: int) -> None:
+    """Refuse to end a run before where it is, and to go on with one where nothing is left to go on from."""
+    made = updates_made(output, card)
+    if steps < made:
+        raise ConfigError(
+            f"{str(output)!r} has made {made:,} updates, and training.max_steps or training.epochs ask for {steps:,}. "
+            "Ask for as many at least, or begin anew in another output_dir or with --overwrite."
+        )
+    if made and not checkpoints(output):
+        raise CheckpointError(
+            f"{str(output)!r} has made {made:,} updates, but its checkpoints are gone, from which it would go on to "
+            f"{steps:,}. Put one back, or begin anew in another output_dir or with --overwrite."
+        )
 
 
 def _is_passing(path: Path) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerState
 
-from l2d_framework.base_model import load_config
+from l2d_framework.base_model import fingerprint, load_config
 from l2d_framework.config import DataSection, DiffusionRun, LanguageModelRun, RewardRun, Run, TokenRun, check_runs
 from l2d_framework.config.checks import language_model_config, stage_before
 from l2d_framework.errors import ConfigError
@@ -18,7 +18,7 @@ from l2d_framework.generation.prompts import add_ends, context_length, read_temp
 from l2d_framework.models import checkpoint
 from l2d_framework.opening import open_tokenizer
 from l2d_framework.training import output_dir
-from l2d_framework.training.arguments import make_arguments
+from l2d_framework.training.arguments import make_arguments, total_steps
 from l2d_framework.training.data.collate import Collator
 from l2d_framework.training.data.masking import Masker
 from l2d_framework.training.data.prepare import PreparedData, check_first_rows, prepare
@@ -45,9 +45,10 @@ def train_runs(
 ) -> list[dict[str, Any]]:
     """Train the runs of a file in order, skipping those that are finished."""
     token_runs = _ready(runs)
-    for run in token_runs:
+    for number, run in enumerate(token_runs):
         if not overwrite:
             output_dir.check_free(output_folder(run), run.model_dump(mode="json"))
+            _check_stage_before(run, token_runs[:number])
     cards = []
     for run in token_runs:
         arguments = make_arguments(run.training, output_folder(run), seed=run.seed)
@@ -99,6 +100,19 @@ def _ready(runs: Sequence[Run]) -> list[TokenRun]:
     return ready
 
 
+def _check_stage_before(run: TokenRun, earlier: Sequence[TokenRun]) -> None:
+    """Refuse to train a stage further over which a later one has begun."""
+    below = None if run.model is None else stage_before(run.model.base, earlier)
+    if below is None or output_dir.read_card(output_folder(run)) is None:
+        return
+    card = output_dir.read_card(output_folder(below))
+    if card is not None and not output_dir.is_done(card, below.model_dump(mode="json")):
+        raise ConfigError(
+            f"{below.output_dir!r} would be trained further, but {run.output_dir!r} has begun over it as it is. Name "
+            f"another output_dir for {run.output_dir!r}, or leave the stage before it as it was."
+        )
+
+
 def _train(run: TokenRun, state: RunState, callbacks: Sequence[TrainerCallback]) -> dict[str, Any]:
     if isinstance(run, LanguageModelRun):
         check_language_model(run)
@@ -108,12 +122,17 @@ def _train(run: TokenRun, state: RunState, callbacks: Sequence[TrainerCallback])
     saved = state.output / "tokenizer"
     with state.arguments.main_process_first(local=True, desc="preparing data"):
         tokenizer, data = _read(run, run.data, saved)
-    state.start(data.card, {"run": run.seed, "order": data.order_seed})
+    steps = total_steps(run.training, data.train)
+    state.start(data.card, {"run": run.seed, "order": data.order_seed}, steps)
     if state.writes and run.model is None and not saved.is_dir():
         with staged(saved, advice=output_dir.kept(state.output)) as folder:
             tokenizer.save_pretrained(folder)
     learner = _learner(run, tokenizer, data.ends)
-    state.describe(learner.parameters(), learner.model.origin.fingerprint if isinstance(learner, Denoiser) else None)
+    if isinstance(learner, Denoiser):
+        mark = learner.model.origin.fingerprint
+    else:
+        mark = None if run.model is None else fingerprint(run.model)
+    state.describe(learner.parameters(), mark)
     trainer = TokenTrainer(
         learner,
         state.arguments,

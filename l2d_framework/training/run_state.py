@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import secrets
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from functools import partial
@@ -13,6 +14,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from torch import nn
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerState, TrainingArguments
+from transformers.integrations.integration_utils import TensorBoardCallback
 
 from l2d_framework.base_model import check_vocabulary, load_config, load_tokenizer
 from l2d_framework.config import ModelSection, Run, config_hash
@@ -23,6 +25,7 @@ from l2d_framework.training.interruption import Interruption, name_of
 from l2d_framework.training.metrics import Stopwatch, peak_memory
 from l2d_framework.training.peers import Peers
 from l2d_framework.training.run_record import changed_data, environment, now
+from l2d_framework.training.trackers import Curves, open_wandb
 from l2d_framework.training.trainer import ResumableTrainer
 
 _LOGGER = logging.getLogger(__name__)
@@ -68,12 +71,13 @@ class RunState(TrainerCallback):
     @property
     def is_finished(self) -> bool:
         """Whether an earlier start has finished the run."""
-        return bool(self.card.get("finished"))
+        return output_dir.is_done(self.card, self.run.model_dump(mode="json"))
 
-    def start(self, data: dict[str, Any], seeds: dict[str, int]) -> None:
-        """Begin the card, and make the output folder this run's."""
+    def start(self, data: dict[str, Any], seeds: dict[str, int], steps: int) -> None:
+        """Begin the card, and make the output folder this run's, which is to make so many updates in all."""
         before = self.card
         changes = self._changes(before, data)
+        continued = self._continued(before, steps)
         self.card = {
             "finished": False,
             "kind": self.run.kind,
@@ -87,7 +91,9 @@ class RunState(TrainerCallback):
             "seconds": before.get("seconds", 0.0),
             "peak_memory": before.get("peak_memory", 0),
             **({"accepted_changes": changes} if changes else {}),
+            **({"continued": continued} if continued else {}),
             **({"base_fingerprint": mark} if (mark := before.get("base_fingerprint")) else {}),
+            **({"wandb": before.get("wandb", secrets.token_hex(4))} if self._reports_to("wandb") else {}),
         }
         wait()
         if self.writes:
@@ -110,6 +116,28 @@ class RunState(TrainerCallback):
             )
         # After which checkpoint is known once the newest one that is whole has been found.
         return [*accepted, {"at": now(), "changes": found, "data_before": before["data"]}]
+
+    def _continued(self, before: dict[str, Any], steps: int) -> list[dict[str, Any]]:
+        """How often, and with what, a run has been given another number of updates."""
+        earlier: list[dict[str, Any]] = list(before.get("continued", []))
+        if not before:
+            return earlier
+        output_dir.check_budget(self.output, before, steps)
+        made = output_dir.updates_made(self.output, before)
+        changes = output_dir.budget_changes(before, self.run.model_dump(mode="json"))
+        if not (changes and 0 < made < steps):
+            return earlier
+        if self.writes:
+            _LOGGER.warning(
+                "%r has made %s updates and goes on from %s to %s (%s). From there its learning rate is that of a run "
+                "of %s: where decay or warm-up depend on their number, the updates before had other rates than those "
+                "of a run of %s from the start.%s",
+                *(str(self.output), f"{made:,}", output_dir.checkpoints(self.output)[-1].name),
+                *(f"{steps:,}", "; ".join(changes), f"{steps:,}", f"{steps:,}"),
+                " The model that is there stays until the new one is whole." if before.get("finished") else "",
+            )
+        published = {name: before[name] for name in ("ended", "result") if name in before}
+        return [*earlier, {"at": now(), "changes": changes, "updates": made, **published}]
 
     def describe(self, parameters: Iterable[nn.Parameter], base_fingerprint: str | None) -> None:
         """Put a model on the card, unless it is over another base than before or has no room on the disk."""
@@ -134,6 +162,7 @@ class RunState(TrainerCallback):
         broadcast_object_list(found)
         for change in self.card.get("accepted_changes", []):
             change.setdefault("after", found[0] and found[0].name)
+        self._open_trackers(trainer)
         with Interruption() as interruption:
             trainer.interruption = interruption
             trainer.train(resume_from_checkpoint=str(found[0]) if found[0] else None)
@@ -143,6 +172,16 @@ class RunState(TrainerCallback):
         if signum:
             raise Interrupted(signum, f"{name_of(signum)} {self._farewell(trainer.state)}" if self.writes else "")
         trainer.check_weights()
+
+    def _reports_to(self, tracker: str) -> bool:
+        return tracker in self.run.training.report_to
+
+    def _open_trackers(self, trainer: ResumableTrainer) -> None:
+        if self._reports_to("tensorboard"):
+            trainer.remove_callback(TensorBoardCallback)
+            trainer.add_callback(Curves)
+        if self._reports_to("wandb") and self.writes:
+            open_wandb(str(self.arguments.run_name), self.card["wandb"], self._open)
 
     def _farewell(self, state: TrainerState) -> str:
         left = output_dir.checkpoints(self.output)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -213,23 +214,28 @@ def whole(model: nn.Module, *, reads: bool) -> Iterator[None]:
                 module._parameters[name] = parameter
 
 
-def whole_state(optimizer: Optimizer) -> dict[str, Any]:
-    """An optimizer's state as one process alone would have it; every process must ask."""
-    state = optimizer.state_dict()
+def whole_state(optimizer: Optimizer, *, reads: bool) -> dict[str, Any]:
+    """An optimizer's state as one process alone would have it, for the one that `reads`; every process must ask."""
     if isinstance(optimizer, zero.ZeroOptimizer):
-        return state
+        return optimizer.whole_state(reads=reads)
+    state = optimizer.state_dict()
+
+    def whole(value: Any) -> Any:
+        found = whole_tensor(value) if isinstance(value, Tensor) else value
+        return None if not reads else found.cpu() if isinstance(found, Tensor) else found
+
     return state | {
         "state": {
-            number: {
-                name: whole_tensor(value).cpu() if isinstance(value, Tensor) else value for name, value in known.items()
-            }
+            number: {name: whole(value) for name, value in known.items()}
             for number, known in sorted(state["state"].items())
         }
     }
 
 
-def load_state(optimizer: Optimizer, state: dict[str, Any]) -> None:
-    """Take this process's share of a state that `whole_state` or one process alone has written."""
+def load_state(optimizer: Optimizer, path: Path) -> None:
+    """Take this process's share of a state that `whole_state` or one process alone has given, from its file."""
+    # Mapped, so that processes of one machine have it in memory once.
+    state = torch.load(path, map_location="cpu", mmap=True)
     if isinstance(optimizer, zero.ZeroOptimizer):
         optimizer.load_state_dict(state)
         return
@@ -242,7 +248,9 @@ def load_state(optimizer: Optimizer, state: dict[str, Any]) -> None:
 
 
 def _share_like(value: Any, parameter: Tensor) -> Any:
-    if not (isinstance(value, Tensor) and isinstance(parameter, DTensor) and value.shape == parameter.shape):
+    if not isinstance(value, Tensor):
         return value
-    on_device = value.to(parameter.device)
-    return distribute_tensor(on_device, parameter.device_mesh, parameter.placements, src_data_rank=None)
+    if isinstance(parameter, DTensor) and value.shape == parameter.shape:
+        on_device = value.to(parameter.device)
+        value = distribute_tensor(on_device, parameter.device_mesh, parameter.placements, src_data_rank=None)
+    return value.clone()  # no part of the file, which may go

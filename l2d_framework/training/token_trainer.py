@@ -26,7 +26,7 @@ from l2d_framework.training.data.prepare import PreparedData
 from l2d_framework.training.data.stream import Place, Stream
 from l2d_framework.training.learner import Learner
 from l2d_framework.training.metrics import LossMeter, Stopwatch, peak_memory
-from l2d_framework.training.micro_batches import MicroBatches
+from l2d_framework.training.micro_batches import MicroBatches, average_gradients
 from l2d_framework.training.output_dir import BEST
 from l2d_framework.training.samplers import PADDING, HeldOut, Portion, RunOrder, RunStream
 from l2d_framework.training.trainer import Boundaries, ResumableTrainer
@@ -156,9 +156,7 @@ class TokenTrainer(ResumableTrainer):
             self.learner.zero_grad()
         assert losses is not None  # every process got through, this one too
         if meets_later:
-            for parameter in (p for p in self.learner.parameters() if p.requires_grad):
-                here = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-                parameter.grad = self.accelerator.reduce(here, "mean")
+            average_gradients((p for p in self.learner.parameters() if p.requires_grad), self.accelerator.reduce)
         if self._micro.halves and self._said != self._micro.size:
             self._said = self._micro.size
             self.log({"micro_batch_size": self._micro.size})

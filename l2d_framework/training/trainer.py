@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -194,7 +195,9 @@ class ResumableTrainer(transformers.Trainer):
         self._save_rng_state(str(folder))
         self._save_place(folder)
         if self.args.should_save:
-            self.state.save_to_json(str(folder / "trainer_state.json"))
+            # Without intervals, which are those of the run file whenever it goes on.
+            intervals: Any = dict.fromkeys(("logging_steps", "eval_steps", "save_steps"))
+            replace(self.state, **intervals).save_to_json(str(folder / "trainer_state.json"))
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             seal(folder)
@@ -238,19 +241,24 @@ class ResumableTrainer(transformers.Trainer):
         if not self._in_shares:
             return super()._save_optimizer_and_scheduler(output_dir)
         optimizer, scheduler = self._stateful()
-        state = sharding.whole_state(optimizer)
+        state = sharding.whole_state(optimizer, reads=self.args.should_save)
         if self.args.should_save:
             torch.save(state, Path(output_dir) / OPTIMIZER_NAME)
             torch.save(scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
 
     @override
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if not self._in_shares or checkpoint is None:
-            return super()._load_optimizer_and_scheduler(checkpoint)
-        states = [torch.load(Path(checkpoint) / name, map_location="cpu") for name in (OPTIMIZER_NAME, SCHEDULER_NAME)]
+        if checkpoint is None:
+            return
+        if self._in_shares:
+            optimizer, scheduler = self._stateful()
+            sharding.load_state(optimizer, Path(checkpoint) / OPTIMIZER_NAME)
+            scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME))
+        else:
+            super()._load_optimizer_and_scheduler(checkpoint)
         optimizer, scheduler = self._stateful()
-        sharding.load_state(optimizer, states[0])
-        scheduler.load_state_dict(states[1])
+        # The rates of a checkpoint are those of the number of updates that were wanted then.
+        self.lr_scheduler = LambdaLR(optimizer, scheduler.lr_lambdas, last_epoch=scheduler.last_epoch - 1)
 
     def _stateful(self) -> tuple[Optimizer, LambdaLR]:
         assert self.optimizer is not None and self.lr_scheduler is not None  # training has begun
@@ -307,7 +315,7 @@ class RandomState(NamedTuple):
 class Boundaries(TrainerCallback):
     """Ends training where a signal asks for it, and logs wherever a resumed run could start.
 
-    So its losses are the means over the same updates.
+    So its losses are the means over the same updates. Intervals are those of this start.
     """
 
     def __init__(
@@ -317,6 +325,10 @@ class Boundaries(TrainerCallback):
         is_unsaved_end: Callable[[], bool] = lambda: False,
     ) -> None:
         self._ended_by, self._after_update, self._is_unsaved_end = ended_by, after_update, is_unsaved_end
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Forget the intervals that a checkpoint was made with."""
+        state.compute_steps(args, state.max_steps)
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Log before saving and at the end."""

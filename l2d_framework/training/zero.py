@@ -150,6 +150,10 @@ class ZeroOptimizer(AcceleratedOptimizer):  # type: ignore[misc]  # accelerate h
     @override
     def state_dict(self) -> dict[str, Any]:
         """Every process must ask."""
+        return self.whole_state(reads=True)
+
+    def whole_state(self, *, reads: bool) -> dict[str, Any]:
+        """The state that one process alone would have, for the one that `reads`; every process must ask."""
         from deepspeed.utils import safe_get_full_optimizer_state
 
         self._find_states()
@@ -161,9 +165,9 @@ class ZeroOptimizer(AcceleratedOptimizer):  # type: ignore[misc]  # accelerate h
             for group, parameters in zip(inner.param_groups, self._groups, strict=True)
         ]
 
-        def whole(parameter: nn.Parameter, name: str) -> Tensor:
+        def whole(parameter: nn.Parameter, name: str) -> Tensor | None:
             found: Tensor = known[name] if name == "step" else safe_get_full_optimizer_state(parameter, name)
-            return found.to("cpu", copy=True)  # each parameter counts its own steps
+            return found.to("cpu", copy=True) if reads else None  # each parameter counts its own steps
 
         parameters = [parameter for group in self._groups for parameter in group]
         state = {

@@ -5,6 +5,7 @@ from importlib import metadata
 
 import huggingface_hub
 import pytest
+import torch
 from fake_plugins import TOYS, broken, installed
 from huggingface_hub import constants
 from huggingface_hub.errors import RepositoryNotFoundError
@@ -98,6 +99,39 @@ def test_a_system_without_isolation_is_told_what_it_lacks(examine, monkeypatch, 
     one = found["sandbox", "isolation"]
     assert one["status"] == status
     assert (answer or "") in one["value"]
+
+
+@pytest.mark.parametrize(
+    ("has_gpu", "variable", "lacking"),
+    [
+        (False, "CXX", "no C++ compiler (g++)"),
+        (False, "CXX", "no header files of Python"),
+        (True, "CC", "no Triton, no C compiler (gcc or clang)"),
+    ],
+)
+def test_whether_layers_can_be_compiled_is_told_by_what_that_needs(
+    examine, monkeypatch, tmp_path, has_gpu, variable, lacking
+):
+    (tmp_path / "Python.h").touch()
+    (tmp_path / "mine").touch(mode=0o755)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
+    monkeypatch.setattr(doctor, "find_spec", lambda name: None)
+    monkeypatch.setattr(doctor.sys, "platform", "linux")
+    monkeypatch.setattr(doctor.sysconfig, "get_path", lambda name: str(tmp_path))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv(variable, raising=False)
+    if "header" in lacking:
+        (tmp_path / "Python.h").unlink()
+        monkeypatch.setenv(variable, "mine")
+    with installed(TOYS):
+        one = examine()[1]["compilers", "compile"]
+        assert (one["status"], one["value"]) == ("note", f"cannot be used: {lacking}")
+        assert "leave `compile` out" in one["advice"]
+        (tmp_path / "Python.h").touch()
+        monkeypatch.setenv(variable, "mine")
+        monkeypatch.setattr(doctor, "find_spec", lambda name: name)
+        one = examine()[1]["compilers", "compile"]
+    assert (one["status"], one["value"]) == ("ok", f"can be used, with {'Triton and ' if has_gpu else ''}mine")
 
 
 def asked(self, name, *, timeout):

@@ -93,6 +93,7 @@ def test_what_is_not_given_is_asked(l2d, answers, tmp_path, monkeypatch):
     (run,) = load_run(tmp_path / "run.yaml")
     assert run.training.max_steps == 7
     assert run.output_dir == "base-tess"
+    assert run.model.base == str(answers["--base"].resolve()), "dots are another folder elsewhere"
 
 
 def test_an_answer_is_checked_when_it_is_given_and_asked_for_again(l2d, answers, tmp_path, monkeypatch):

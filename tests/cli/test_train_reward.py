@@ -29,7 +29,7 @@ def table(out: str) -> dict[str, list[str]]:
     return {row[0]: row[1:] for row in cells if len(row) > 1}
 
 
-def test_a_run_ends_with_a_model_and_a_table_of_its_held_out_numbers(l2d, run_file, tmp_path):
+def test_a_run_ends_with_a_model_and_a_table_of_its_held_out_numbers(l2d, run_file, tmp_path, caplog):
     code, out, err = l2d("train-reward", run_file, "training.max_steps=4")
     assert code == 0, err
     card = json.loads((tmp_path / "reward" / "run.json").read_text())
@@ -46,6 +46,14 @@ def test_a_run_ends_with_a_model_and_a_table_of_its_held_out_numbers(l2d, run_fi
     again = l2d("train-reward", run_file, "training.max_steps=4")
     assert (again[0], table(again[1])["updates"], "4/4" in again[1]) == (0, ["4"], False)
     assert f"had finished before, at {card['ended']}, so nothing was trained now" in again[1]
+    assert "raise training.max_steps or training.epochs" in again[1]
+
+    # With more updates it goes on, and says so.
+    code, out, _ = l2d("train-reward", run_file, "training.max_steps=6")
+    assert (code, "nothing was trained" in out, table(out)["updates"]) == (0, False, ["6"])
+    assert "5/6" in out
+    assert "4/6" not in out
+    assert "has made 4 updates and goes on from checkpoint-4 to 6 (training.max_steps: 4 there, 6 now)" in caplog.text
 
 
 def test_a_taken_folder_is_refused_and_moved_aside_when_asked(l2d, run_file, tmp_path):

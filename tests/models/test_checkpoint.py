@@ -17,10 +17,12 @@ from transformers import AutoModelForCausalLM
 
 import l2d_framework as l2d
 from l2d_framework.config import check_runs, parse_run
-from l2d_framework.errors import CheckpointError, L2DError, PluginError
+from l2d_framework.errors import CheckpointError, ConfigError, L2DError, PluginError
+from l2d_framework.evaluation.text.judge import open_tokenizer
 from l2d_framework.models import checkpoint
 from l2d_framework.models.checkpoint import build_model, load, load_weights, push_to_hub, save
 from l2d_framework.models.manifest import read_manifest, sealed
+from l2d_framework.models.unloaded import UnloadedModel
 from l2d_framework.types import Query
 
 BOTH = pytest.mark.parametrize("variant", ["lora", "full"])
@@ -191,6 +193,27 @@ def test_a_base_that_has_moved_is_found_where_the_user_says(saved, base, tmp_pat
     loaded = load(saved, base=str(moved))
     assert torch.equal(logits(loaded), wanted)
     assert loaded.origin.model.base == str(moved)
+
+
+def test_a_base_that_is_gone_is_asked_for_by_the_option_that_names_it(saved, base, tmp_path):
+    base.rename(tmp_path / "moved")
+    try:
+        base.mkdir()
+        for opened in (load, UnloadedModel):
+            # A relative path, such as '.', may be a folder of something else.
+            with pytest.raises(ConfigError, match=r"holds no config\.json.*/out' was trained over it\. .* now: `base`"):
+                opened(str(saved))
+        base.rmdir()
+        for opened in (load, UnloadedModel):
+            with pytest.raises(ConfigError, match=r"There is no folder .*/out' was trained over it\. .* now: `base`"):
+                opened(str(saved))
+            with pytest.raises(ConfigError, match=r"There is no folder '/none'\. [^`]*$"):
+                opened(str(saved), base="/none")
+            opened(str(saved), base=str(tmp_path / "moved"))
+        with pytest.raises(ConfigError, match=r"No tokenizer .* Name the folder or hub id of a language model"):
+            open_tokenizer(str(saved))
+    finally:
+        (tmp_path / "moved").rename(base)
 
 
 def test_a_wrong_base_is_refused_by_its_fingerprint(saved, saved_tiny_lm, no_weights):

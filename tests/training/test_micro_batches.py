@@ -10,7 +10,7 @@ from transformers import TrainerCallback
 from l2d_framework.config import parse_run
 from l2d_framework.models import checkpoint
 from l2d_framework.training.learner import Denoiser
-from l2d_framework.training.micro_batches import MicroBatches
+from l2d_framework.training.micro_batches import MicroBatches, average_gradients
 from l2d_framework.training.run import train_runs
 
 SLOW = {"learning_rate": 1e-3}
@@ -32,6 +32,22 @@ def train(folder: Path, name: str, *callbacks: TrainerCallback, **training: Any)
 
 def weights(folder: Path, name: str) -> dict[str, torch.Tensor]:
     return dict(checkpoint.load(folder / name).own_parameters())
+
+
+def test_what_has_no_gradient_in_any_process_is_left_as_it_is_by_an_optimizer() -> None:
+    here, there, nowhere = (torch.nn.Parameter(torch.ones(2)) for _ in range(3))
+    here.grad = torch.full((2,), 4.0)
+    # Of a second process, which has a gradient for the second parameter alone.
+    other = iter([torch.tensor([0, 1, 0]), torch.zeros(2), torch.full((2,), 2.0)])
+
+    def reduce(value: torch.Tensor, how: str) -> torch.Tensor:
+        return (value + next(other)) / (2 if how == "mean" else 1)
+
+    average_gradients([here, there, nowhere], reduce)
+    torch.optim.AdamW([here, there, nowhere], lr=0.1, weight_decay=0.5).step()
+    assert [p.grad is None or p.grad[0].item() for p in (here, there, nowhere)] == [2.0, 1.0, True]
+    assert nowhere.tolist() == [1.0, 1.0]
+    assert max(here.max(), there.max()) < 1
 
 
 @pytest.fixture

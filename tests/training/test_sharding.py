@@ -102,6 +102,26 @@ def test_autocast_keeps_no_weights_that_are_in_shares_beyond_their_use(monkeypat
         assert [storage() for storage in copies.made] == [None] * len(layers)
 
 
+def test_an_optimizers_state_is_held_by_whom_it_serves_and_not_by_its_file(tmp_path: Path) -> None:
+    def stepped(times: int) -> torch.optim.Optimizer:
+        parameter = nn.Parameter(torch.ones(64))
+        optimizer = torch.optim.AdamW([parameter])
+        for _ in range(times):
+            parameter.grad = torch.arange(64.0)
+            optimizer.step()
+        return optimizer
+
+    optimizer, other = stepped(3), stepped(1)
+    state = sharding.whole_state(optimizer, reads=True)
+    assert set(sharding.whole_state(optimizer, reads=False)["state"][0].values()) == {None}
+    torch.save(state, tmp_path / "state.pt")
+    sharding.load_state(other, tmp_path / "state.pt")
+    with (tmp_path / "state.pt").open("r+b") as file:
+        file.write(bytes((tmp_path / "state.pt").stat().st_size))
+    found = other.state_dict()["state"][0]
+    assert all(torch.equal(value, state["state"][0][name]) for name, value in found.items())
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("sharding")

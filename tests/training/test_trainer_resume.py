@@ -229,6 +229,32 @@ def test_another_configuration_in_the_same_folder_is_refused_by_key(folder: Path
         train(run)
 
 
+@pytest.mark.parametrize("kind", ["diffusion", "language_model"])
+def test_a_run_goes_on_over_a_base_that_has_moved_and_over_no_other(folder: Path, kind: str) -> None:
+    tiny_runs.write_base(folder / "other_base", seed=1)
+
+    def run(base: str) -> dict[str, Any]:
+        model = {"base": str(folder / base)}
+        if kind == "diffusion":
+            return fields(folder, f"moved_{kind}", max_steps=4, save_steps=2) | {"model": model}
+        sections = {"model": model, "lora": {"rank": 2}, "training": {"max_steps": 4, "save_steps": 2}}
+        return tiny_runs.language_model_run(folder / "sums.jsonl", folder / f"moved_{kind}", **sections)
+
+    with pytest.raises(KeyboardInterrupt):
+        train(run("base"), tiny_runs.Stop(3))
+    (folder / "base").rename(folder / "new_base")
+    try:
+        with pytest.raises(ConfigError, match=r"model\.base: no such folder, got '.*base'; name where it lies"):
+            train(run("base"))
+        with pytest.raises(ConfigError, match=r"model\.base: .* there, .*other_base' now"):
+            train(run("other_base"))
+        card = train(run("new_base"))
+    finally:
+        (folder / "new_base").rename(folder / "base")
+    assert (card["finished"], card["sessions"]) == (True, 2)
+    assert card["config"]["model"]["base"] == str(folder / "new_base")
+
+
 def test_overwriting_moves_the_old_run_aside(folder: Path) -> None:
     run = fields(folder, "twice", max_steps=1)
     train(run)

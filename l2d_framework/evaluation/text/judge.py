@@ -16,7 +16,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING, AutoModel, 
 
 from l2d_framework import opening
 from l2d_framework.base_model import fetch, load_tokenizer
-from l2d_framework.errors import CheckpointError, ConfigError
+from l2d_framework.errors import CheckpointError, ConfigError, MissingModelError
 from l2d_framework.evaluation.statistics import Values
 from l2d_framework.evaluation.text.samples import Sample
 from l2d_framework.models.labels import MANIFEST
@@ -99,7 +99,7 @@ def open_tokenizer(path: str) -> Any:
             tokenizer = load_tokenizer(base_reference(path, read_manifest(path)))
         elif Path(path).is_dir() or path.count("/") < 2:
             tokenizer = opening.open_tokenizer(path)
-    except CheckpointError as error:
+    except (CheckpointError, MissingModelError) as error:
         raise ConfigError(
             f"No tokenizer can be read from {path!r} ({str(error).partition(chr(10))[0]}). Name the folder or hub id "
             "of a language model."

@@ -23,6 +23,7 @@ from l2d_framework.errors import ConfigError
 from l2d_framework.models.checkpoint import save_language_model
 from l2d_framework.opening import open_model
 from l2d_framework.training import output_dir
+from l2d_framework.training.arguments import total_pair_steps
 from l2d_framework.training.reward.data import prepare_pairs
 from l2d_framework.training.run_state import RunState, base_tokenizer, output_folder
 from l2d_framework.training.sharding import round_to
@@ -70,7 +71,7 @@ def _train(run: RewardRun, state: RunState, callbacks: Sequence[TrainerCallback]
     tokenizer = padding_tokenizer(run)
     with arguments.main_process_first(local=True, desc="preparing data"):
         pairs = prepare_pairs(run, tokenizer)
-    state.start(pairs.card, {"run": run.seed})
+    state.start(pairs.card, {"run": run.seed}, total_pair_steps(run.training, len(pairs.train)))
     model: Any = load_reward_model(run, tokenizer)
     dtype = model.dtype
     state.describe(model.parameters(), fingerprint(run.model))

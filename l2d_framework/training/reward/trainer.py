@@ -6,6 +6,7 @@ The only module that imports TRL.
 from __future__ import annotations
 
 import math
+import sys
 import time
 import warnings
 from collections.abc import Sequence
@@ -46,8 +47,8 @@ def make_reward_arguments(run: RewardRun, output: Path) -> RewardConfig:
             adam_beta2=training.betas[1],
             weight_decay=training.weight_decay,
             gradient_checkpointing=training.gradient_checkpointing,
-            save_strategy="steps" if training.save_steps else "no",
-            save_steps=training.save_steps or 1,
+            save_strategy="steps",
+            save_steps=training.save_steps or sys.maxsize,  # and at the end
             eval_strategy="steps" if training.eval_steps else "no",
             eval_steps=training.eval_steps,
             ddp_find_unused_parameters=False,

@@ -7,6 +7,7 @@ import pytest
 import tiny_runs
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
 from tiny_models import tiny_lm, tiny_tokenizer
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -127,6 +128,23 @@ def test_an_interrupted_run_resumes_with_the_same_weights(whole, folder):
         ours, theirs = (AutoModelForSequenceClassification.from_pretrained(folder / which) for which in (name, "whole"))
         same = [torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True)]
         assert all(same) == (name == "stopped")
+
+
+def test_a_finished_run_with_more_updates_is_the_longer_run_where_the_rate_is_constant(folder):
+    # 40 pairs and batches of 8: an epoch ends with the fifth update.
+    constant = {"save_steps": None, "eval_steps": 4, "logging_steps": 1, "warmup_ratio": 0.0, "final_fraction": 1.0}
+    for name, training in (
+        ("straight", {"max_steps": 8}),
+        ("longer", {"max_steps": 4}),
+        ("longer", {"max_steps": None, "epochs": 8 / 5}),
+    ):
+        card = train_reward(parse(folder, name, training=constant | training))
+    assert (card["continued"][0]["updates"], card["result"]["steps"]) == (4, 8)
+    assert tiny_runs.losses(folder / "longer") == tiny_runs.losses(folder / "straight")
+    ours, theirs = (load_file(folder / name / "model.safetensors") for name in ("longer", "straight"))
+    assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
+    with pytest.raises(ConfigError, match=r"has made 8 updates, and .* ask for 7\."):
+        train_reward(parse(folder, "longer", training=constant | {"max_steps": 7}))
 
 
 def test_overwrite_moves_the_old_folder_aside(folder):

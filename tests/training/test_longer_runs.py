@@ -1,0 +1,202 @@
+"""Runs that are given more updates than they were begun with."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_runs
+import torch
+from safetensors.torch import load_file
+from transformers import TrainerCallback
+
+from l2d_framework.config import parse_run
+from l2d_framework.errors import CheckpointError, ConfigError, OutputError
+from l2d_framework.training import output_dir
+from l2d_framework.training.arguments import learning_rate
+from l2d_framework.training.run import train_runs
+
+QUICK = {"warmup_steps": 2, "save_steps": 2, "eval_steps": 2, "decay": "constant"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("longer")
+    tiny_runs.write_base(folder / "base")
+    tiny_runs.write_sums(folder / "sums.jsonl", 14)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(folder: Path) -> Path:
+    train(fields(folder, "whole", max_steps=8))
+    return folder / "whole"
+
+
+def fields(folder: Path, name: str, kind: str = "diffusion", **training: Any) -> dict[str, Any]:
+    # Some eleven rows and batches of four: an epoch ends within the third update.
+    training = {**QUICK, **training}
+    if kind == "language_model":
+        sections = {"model": {"base": str(folder / "base")}, "lora": {"rank": 2, "dropout": 0.1}}
+        return tiny_runs.language_model_run(folder / "sums.jsonl", folder / name, training=training, **sections)
+    run = tiny_runs.diffusion_run(folder / "base", folder / "sums.jsonl", folder / name, **training)
+    if kind == "stream":
+        run["data"] |= {"streaming": True, "eval_fraction": 0.0, "shuffle_buffer": 4}
+        run["training"] |= {"eval_steps": None}
+    return run
+
+
+def train(run: dict[str, Any], *callbacks: TrainerCallback) -> dict[str, Any]:
+    return train_runs([parse_run(run)], callbacks=lambda _: callbacks)[0]
+
+
+def weights(output: Path) -> dict[str, torch.Tensor]:
+    files = sorted(output.glob("*.safetensors")) + sorted(output.glob("adapter/*.safetensors"))
+    return {f"{file.name} {name}": value for file in files for name, value in load_file(file).items()}
+
+
+def are_same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
+    assert first.keys() == second.keys() != set()
+    return all(torch.equal(value, second[name]) for name, value in first.items())
+
+
+def rates(output: Path) -> dict[int, float]:
+    history = json.loads((output / "trainer_state.json").read_text())["log_history"]
+    return {entry["step"]: entry["learning_rate"] for entry in history if "learning_rate" in entry}
+
+
+@pytest.mark.parametrize("kind", ["diffusion", "stream", "language_model"])
+def test_a_finished_run_with_more_updates_is_the_longer_run_where_the_rate_is_constant(
+    folder: Path, whole: Path, kind: str
+) -> None:
+    longer = folder / f"longer_{kind}"
+    if kind != "diffusion":
+        whole = folder / f"whole_{kind}"
+        train(fields(folder, whole.name, kind, max_steps=8))
+    short = train(fields(folder, longer.name, kind, max_steps=4))
+    assert not are_same(weights(longer), weights(whole))
+    card = train(fields(folder, longer.name, kind, max_steps=8))
+    assert tiny_runs.losses(longer) == tiny_runs.losses(whole)
+    assert rates(longer) == rates(whole)
+    assert are_same(weights(longer), weights(whole))
+    (entry,) = card["continued"]
+    assert (entry["updates"], entry["result"], entry["ended"]) == (4, short["result"], short["ended"])
+    assert entry["changes"] == ["training.max_steps: 4 there, 8 now"]
+    assert card["result"]["steps"] == card["config"]["training"]["max_steps"] == 8
+    assert card == output_dir.read_card(longer)
+
+
+def test_more_epochs_go_on_too_and_no_epoch_at_all_where_updates_are_counted(folder: Path) -> None:
+    train(fields(folder, "epochs", epochs=1, max_steps=None))
+    assert train(fields(folder, "epochs", epochs=2, max_steps=None))["result"]["steps"] == 5
+    train(fields(folder, "epochs", epochs=5, max_steps=6))
+    assert train(fields(folder, "epochs", epochs=1, max_steps=6), tiny_runs.Stop(0))["result"]["steps"] == 6
+
+
+def test_the_learning_rate_is_that_of_the_new_number_of_updates_from_where_it_goes_on_which_is_said(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    short, longer = (fields(folder, "falling", decay="linear", max_steps=steps) for steps in (3, 6))
+    train(short)
+    assert not caplog.records
+    train(longer)
+    (record,) = caplog.records
+    assert "has made 3 updates and goes on from checkpoint-3 to 6" in record.getMessage()
+    assert "other rates than those of a run of 6" in record.getMessage()
+    expected = [
+        learning_rate(parse_run(run).training, step, run["training"]["max_steps"])
+        for run, steps in ((short, range(3)), (longer, range(3, 6)))
+        for step in steps
+    ]
+    assert list(rates(folder / "falling").values()) == expected
+
+
+def test_the_model_of_fewer_updates_stays_until_that_of_more_is_whole(
+    folder: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(fields(folder, "steps", max_steps=4))
+    output = folder / "steps"
+    files = {path: path.read_bytes() for path in output.glob("*.*") if path.is_file() and path.name != "run.json"}
+    longer = fields(folder, "steps", max_steps=8)
+    with pytest.raises(KeyboardInterrupt):
+        train(longer, tiny_runs.Stop(7))
+    assert {path: path.read_bytes() for path in files} == files
+    card = output_dir.read_card(output)
+    assert (card["finished"], card["continued"][0]["updates"]) == (False, 4)
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("l2d_framework.training.run.model_card_table", full)
+        with pytest.raises(OutputError, match="could not be written"):
+            train(longer)
+    assert {path: path.read_bytes() for path in files} == files
+    assert len(train(longer)["continued"]) == 1
+    assert are_same(weights(output), weights(whole))
+
+
+def test_an_unfinished_run_takes_another_number_of_updates_and_other_intervals(folder: Path) -> None:
+    train(fields(folder, "other_whole", max_steps=7, save_steps=1, eval_steps=1))
+    with pytest.raises(KeyboardInterrupt):
+        train(fields(folder, "other", max_steps=9), tiny_runs.Stop(3))
+    card = train(fields(folder, "other", max_steps=7, save_steps=1, eval_steps=3, save_total_limit=5))
+    assert card["continued"][0] == {
+        "at": card["continued"][0]["at"],
+        "changes": ["training.max_steps: 9 there, 7 now"],
+        "updates": 2,
+    }
+    assert [path.name for path in output_dir.checkpoints(folder / "other")] == [f"checkpoint-{n}" for n in range(3, 8)]
+    assert [step for step, entry in tiny_runs.losses(folder / "other").items() if "eval_loss" in entry] == [2, 3, 6, 7]
+    assert are_same(weights(folder / "other"), weights(folder / "other_whole"))
+
+
+def test_intervals_alone_train_a_finished_run_no_further(folder: Path) -> None:
+    train(fields(folder, "done", max_steps=2))
+    before = (folder / "done" / "run.json").read_bytes()
+    train(fields(folder, "done", max_steps=2, save_steps=1, logging_steps=5, save_total_limit=1), tiny_runs.Stop(0))
+    assert (folder / "done" / "run.json").read_bytes() == before
+
+
+def test_whatever_else_has_changed_is_still_refused_by_name(folder: Path) -> None:
+    train(fields(folder, "refused", max_steps=2))
+    with pytest.raises(ConfigError, match=r"configuration \(training\.learning_rate: 0\.03 there, 0\.02 now\)"):
+        train(fields(folder, "refused", max_steps=4, learning_rate=0.02))
+
+
+@pytest.mark.parametrize("is_finished", [True, False])
+def test_fewer_updates_than_were_made_are_refused_and_change_nothing(folder: Path, is_finished: bool) -> None:
+    name = f"fewer_{is_finished}"
+    if is_finished:
+        train(fields(folder, name, max_steps=4))
+    else:
+        with pytest.raises(KeyboardInterrupt):
+            train(fields(folder, name, max_steps=9), tiny_runs.Stop(5))
+    before = (folder / name / "run.json").read_bytes()
+    for training in ({"max_steps": 3}, {"max_steps": None, "epochs": 1}):
+        with pytest.raises(ConfigError, match=r"has made 4 updates, and training\.max_steps or .* ask for 3\. Ask"):
+            train(fields(folder, name, **training))
+    assert (folder / name / "run.json").read_bytes() == before
+
+
+def test_a_finished_run_whose_checkpoints_are_gone_says_so_instead_of_beginning_anew(folder: Path) -> None:
+    train(fields(folder, "gone", max_steps=2))
+    shutil.rmtree(folder / "gone" / "checkpoint-2")
+    for training in ({"max_steps": 4}, {"max_steps": None, "epochs": 2}):
+        with pytest.raises(CheckpointError, match="has made 2 updates, but its checkpoints are gone"):
+            train(fields(folder, "gone", **training))
+    # As many as were made are there.
+    assert train(fields(folder, "gone", max_steps=2), tiny_runs.Stop(0))["finished"]
+
+
+def test_a_stage_over_which_a_later_one_has_begun_is_not_trained_further(folder: Path) -> None:
+    def stages(steps: int, second: str) -> list[Any]:
+        below = fields(folder, "below", "language_model", max_steps=steps) | {"lora": None}
+        above = fields(folder, second, max_steps=1) | {"model": {"base": below["output_dir"]}}
+        return [parse_run(below), parse_run(above)]
+
+    train_runs(stages(1, "above"))
+    with pytest.raises(ConfigError, match=r"below' would be trained further, but '.*above' has begun over it"):
+        train_runs(stages(2, "above"))
+    assert [card["result"]["steps"] for card in train_runs(stages(2, "above_again"))] == [2, 1]
