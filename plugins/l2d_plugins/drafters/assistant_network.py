@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -91,19 +91,14 @@ class Memory:
 
     def taken(self, rows: Sequence[int], lengths: Sequence[int]) -> Memory:
         """Some rows in this order, and so many of the first tokens of each, at least one of which has any."""
-        lengths = list(lengths)
         old, width = max(self.lengths), max(lengths)
         ends = [self.lengths[row] - length for row, length in zip(rows, lengths, strict=True)]
         if list(rows) == [*range(len(self.lengths))] and len({*ends}) == 1:
-            first, last = old - ends[0] - width, old - ends[0]
-            return Memory([tuple(part[:, :, first:last] for part in layer) for layer in self.layers], lengths)  # type: ignore[misc]
+            return self._changed(lambda part: part[:, :, : old - ends[0]], lengths)
         device = self.layers[0][0].device
         source = old - width - torch.tensor(ends, device=device)[:, None] + torch.arange(width, device=device)
         places = torch.tensor(rows, device=device)[:, None], source.clamp_min(0)
-        return Memory(
-            [tuple(part.transpose(1, 2)[places].transpose(1, 2) for part in layer) for layer in self.layers],  # type: ignore[misc]
-            lengths,
-        )
+        return self._changed(lambda part: part.transpose(1, 2)[places].transpose(1, 2), lengths)
 
     def beside(self, other: Memory) -> Memory:
         """These rows, and others behind them."""
@@ -112,8 +107,12 @@ class Memory:
         def joined(*parts: Tensor) -> Tensor:
             return torch.cat([functional.pad(part, (0, 0, width - part.shape[2], 0)) for part in parts])
 
-        layers = [tuple(map(joined, *both)) for both in zip(self.layers, other.layers, strict=True)]
-        return Memory(layers, self.lengths + other.lengths)  # type: ignore[arg-type]
+        pairs = zip(self.layers, other.layers, strict=True)
+        layers = [(joined(keys, more), joined(values, others)) for (keys, values), (more, others) in pairs]
+        return Memory(layers, [*self.lengths, *other.lengths])
+
+    def _changed(self, change: Callable[[Tensor], Tensor], lengths: Sequence[int]) -> Memory:
+        return Memory([(change(keys), change(values)) for keys, values in self.layers], list(lengths))
 
 
 class Network:
