@@ -393,7 +393,7 @@ def main(
     rounds: Annotated[int, typer.Option(min=1, help="Samples of every case.")] = 5,
     prompt: Annotated[int, typer.Option(min=1, help="Tokens of a prompt.")] = 128,
     new_tokens: Annotated[int, typer.Option(min=2, help="Tokens of an answer.")] = 32,
-    only: Annotated[str, typer.Option(help="Only questions of this name, such as speculation.")] = "",
+    only: Annotated[list[str] | None, typer.Option(help="Only such questions, by name, such as speculation.")] = None,
     out: Annotated[Path | None, typer.Option(help="Result file; bench/results/decode_DEVICE.json if absent.")] = None,
 ) -> None:
     """Measure, print, draw, and write the result file after each question."""
@@ -414,7 +414,7 @@ def main(
 
     bench.keep = keep
     for part in parts(bench):
-        if only not in getattr(part, "func", part).__name__:
+        if only and getattr(part, "func", part).__name__ not in only:
             continue
         if time.monotonic() - begun > 60 * minutes:
             print("The time is up; what has been measured is kept.")
