@@ -31,6 +31,7 @@ from l2d_framework.models.manifest import file_hash, sealed
 from l2d_framework.models.unloaded import UnloadedModel
 from l2d_framework.opening import open_adapter
 from l2d_framework.training.reward.run import load_reward_model as reward_base
+from l2d_plugins.drafters import assistant_network
 from l2d_plugins.guidance import reward_network
 
 SMALL = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -181,6 +182,12 @@ def place_reward_model(base, plant):
     yield lambda: measure._rewards(str(folder), answerer, ["a"], [SimpleNamespace(text="b", ids=[5])])
 
 
+def place_assistant(base, plant):
+    plant(base)
+    yield lambda: assistant_network.check_assistant(str(base), tiny_tokenizer())
+    yield lambda: assistant_network.load_assistant(str(base), torch.device("cpu"), torch.float32)
+
+
 def place_judge(base, plant):
     plant(base)
     for causal in (True, False):
@@ -210,7 +217,7 @@ def fail(result):
         raise result.exception
 
 
-PLACES = [place_base, place_adapter, place_checkpoint, place_reward_model, place_judge, place_source]
+PLACES = [place_base, place_adapter, place_checkpoint, place_reward_model, place_assistant, place_judge, place_source]
 PLANTS = [unknown_model, known_model, tokenizer, model_and_tokenizer, kernel, flash]
 
 

@@ -264,13 +264,13 @@ def shares(bench: Bench) -> None:
 
 def speculation(bench: Bench) -> None:
     """Time per token where the language model guesses ahead, against how often it is right."""
-    for scale in (0.0, 3.0, 6.0, 40.0):
+    for scale in (0.0, 3.0, 6.0, 8.5, 40.0):
         bench.agree(scale)
         cases: Cases = {"off": partial(bench.answer, 1, do_sample=True, graph=False)}
         for count in (2, 4, 8, "auto"):
             cases[f"{count}"] = partial(bench.answer, 1, do_sample=True, speculate=count)
         name = f"agreement, scale {scale:g}"
-        bench.answer(1, do_sample=True, speculate=1, max_new_tokens=4 * bench.new_tokens)
+        bench.answer(1, do_sample=True, speculate=1, max_new_tokens=8 * bench.new_tokens)
         made, right = bench.last.guesses
         print(f"agreement {right / max(made, 1):.2f}")
         bench.ask(name, cases, agreement=right / max(made, 1))

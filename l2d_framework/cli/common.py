@@ -145,3 +145,14 @@ def sampling(settings: list[str] | None, solver: str | None, **given: Any) -> di
     chosen = override({name: value for name, value in named.items() if value is not None}, settings or [])
     check_request(chosen)
     return chosen
+
+
+def component(kind: str, text: str) -> dict[str, Any]:
+    """Section of a component that an option names, or gives as `{name: ..., ...}`; an unknown name is refused."""
+    from l2d_framework.config.files import parse_yaml
+    from l2d_framework.registry import declared
+
+    section = parse_yaml(text, f"--{kind}") if text.lstrip().startswith("{") else {"name": text}
+    if isinstance(section.get("name"), str):
+        declared().check_name(kind, section["name"])
+    return dict(section)

@@ -10,7 +10,6 @@ import typer
 from l2d_framework.cli import common
 from l2d_framework.cli.completion import names, values
 from l2d_framework.errors import ConfigError
-from l2d_framework.registry import declared
 
 
 def generate(
@@ -75,7 +74,9 @@ def generate(
     drafter: Annotated[
         str | None,
         typer.Option(
-            help="Who guesses: the language model, or by name such as prompt_lookup.", autocompletion=names("drafter")
+            help="Who guesses: the language model, or by name such as prompt_lookup, or with its options such as "
+            "'{name: assistant, model: FOLDER}'.",
+            autocompletion=names("drafter"),
         ),
     ] = None,
     graph: Annotated[bool, typer.Option(help="Let an NVIDIA GPU replay the steps of a token from a graph.")] = True,
@@ -96,8 +97,7 @@ def generate(
         seed=seed,
     )
     common.check_dtype(dtype)
-    if drafter is not None:
-        declared().check_name("drafter", drafter)
+    guessing = None if drafter is None else common.component("drafter", drafter)
     has_prompts = bool(prompt) or file is not None
     if infill and (has_prompts or chat or num_return_sequences > 1):
         raise ConfigError("--infill fills gaps and answers nothing. Leave out prompts, --chat and several answers.")
@@ -154,7 +154,7 @@ def generate(
             "graph": graph,
             "compile": compile_,
             "speculate": int(speculate) if speculate.isdecimal() else speculate,
-            "drafter": drafter,
+            "drafter": guessing,
         },
         is_watched=trace is not None,
         placing={"device_map": device_map, "offload_folder": offload_folder},

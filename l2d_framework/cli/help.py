@@ -56,13 +56,14 @@ def help_(
         ),
     ] = None,
 ) -> None:
-    """Explain an option of run files: what it does, its type, default, allowed values and source."""
+    """Explain an option of run files, or a drafter: what it does, its type, default, allowed values and source."""
     from rich.console import Console
 
     from l2d_framework.config import json_schema
 
     schema = json_schema()
     places = [place for part in schema["$defs"].values() for place in places_of_run(schema, part)]
+    places += _drafters(schema)
     words = tuple(word for name in names or [] for word in name.split(".") if word and not word.isdecimal())
     found = [place for place in places if not words or place.answers(words)]
     if not found:
@@ -120,6 +121,20 @@ def places_of_run(schema: Schema, part: Schema) -> Iterator[Place]:
     kind = part.get("properties", {}).get("kind", {}).get("const")
     if kind is not None:
         yield from _fields(schema, part, Place((), 0, kind, part))
+
+
+def _drafters(schema: dict[str, Any]) -> Iterator[Place]:
+    """Drafters, which no run file names but a request; what their fields are is put into the schema."""
+    from pydantic import TypeAdapter
+
+    from l2d_framework.config.reference import DescribedSchema
+    from l2d_framework.config.sampling import component_type
+    from l2d_framework.registry import registry
+
+    field = TypeAdapter(component_type(registry(), "drafter")).json_schema(schema_generator=DescribedSchema)
+    schema["$defs"] |= field.pop("$defs", {})
+    field["description"] = "Who guesses the tokens to come, so that diffusion can solve several at once."
+    yield from _fields(schema, {"properties": {"drafter": field}}, Place((), 0, "request", field))
 
 
 def _fields(schema: Schema, section: Schema, above: Place) -> Iterator[Place]:

@@ -129,6 +129,7 @@ class DecodingOptions(_Arguments):
 _SEARCH = "there is no beam search. as_transformers() has transformers' own"
 _OUTPUT = "the answer holds tokens and evaluations only. An observer sees the logits"
 _MODE = "there is one way to pick tokens, from the last logits"
+_GUESSES = "tokens are guessed ahead by a drafter. Set speculate and drafter"
 _UNSERVED: dict[str, tuple[Any, str]] = {
     "num_beams": (1, _SEARCH),
     "num_beam_groups": (1, _SEARCH),
@@ -141,7 +142,8 @@ _UNSERVED: dict[str, tuple[Any, str]] = {
     "dola_layers": (None, _MODE),
     "use_mtp": (False, _MODE),
     "is_assistant": (False, _MODE),
-    "prompt_lookup_num_tokens": (None, _MODE),
+    "prompt_lookup_num_tokens": (None, _GUESSES),
+    "assistant_model": (None, _GUESSES),
     "assistant_early_exit": (None, _MODE),
     "speculation_type": (None, _MODE),
     "token_healing": (False, "prompts are taken as they are"),
@@ -151,7 +153,7 @@ _UNSERVED: dict[str, tuple[Any, str]] = {
     "output_attentions": (False, _OUTPUT),
     "output_hidden_states": (False, _OUTPUT),
 }
-"""Fields with the value that changes nothing, and why there can be no other."""
+"""Options of transformers' `generate` with the value that changes nothing, and why there can be no other."""
 
 _WITHOUT_EFFECT = (
     "use_cache",
@@ -190,7 +192,7 @@ def decoding_options(
     options: Mapping[str, Any], *, vocab_size: int | None = None, known: Iterable[str] = ()
 ) -> dict[str, Any]:
     """Options of transformers' `generate` that have an effect, checked; `known`: what else may have been meant."""
-    fields = [*GenerationConfig().to_dict()]
+    fields = {**GenerationConfig().to_dict(), **_UNSERVED}
     for name, value in options.items():
         if name not in fields:
             hint = suggest(name, [*known, *fields]) or "."

@@ -193,7 +193,6 @@ class _Loop:
         self.scales = None if requests.guidance_scale is None else repeat(requests.guidance_scale)
         running = requests.running
         self.denoise = Sampler.of(diffusion, sampling, observer, merge=running.merge, compile=running.compile)
-        self.drafter = running.drafter or MainPath()
         self.guesses = Guesses.of(
             diffusion.backbone,
             running,
@@ -205,6 +204,10 @@ class _Loop:
         # Whoever asks for a number knows their own processors; they are asked about guesses, too.
         if self.guesses.wanted is None and decoding.processors:
             self.guesses.never()
+        self.drafter = running.drafter or MainPath()
+        if self.guesses.wanted != 0:
+            self.drafter = self.drafter.begin(diffusion.backbone.lm)
+            self.guesses.cost = self.drafter.cost
         self.at_a_time = requests.batch_size or len(self.numbers)
         self.is_queued = self.at_a_time < len(self.numbers) and self._may_queue
         self.prefix = Prefix.of(diffusion.backbone, self.prompts)

@@ -59,6 +59,11 @@ class LookAhead:
         self._read = self._picked = 0
 
     @property
+    def rows(self) -> list[int]:
+        """Number of each row."""
+        return list(self._rows)
+
+    @property
     def tokens(self) -> list[Tensor]:
         """Prompt and answer so far of each row; copies."""
         texts, found = self._texts, self._texts.ids[self._rows]
@@ -112,12 +117,13 @@ class Guesses:
 
     Attributes:
         wanted: tokens, as above.
+        cost: as above.
         made: guesses whose rightness was found out.
         right: how many of them were.
     """
 
     def __init__(self, wanted: int | None, evaluations: int, width: float, cost: float = 1.0) -> None:
-        self.wanted, self._evaluations, self._width, self._cost = wanted, evaluations, width, cost
+        self.wanted, self.cost, self._evaluations, self._width = wanted, cost, evaluations, width
         self._share = _FIRST
         self.made = self.right = 0
 
@@ -148,8 +154,8 @@ class Guesses:
         Raises:
             ConfigError: where it could, and a number of tokens is wanted; or a drafter, and no token.
         """
-        wanted, drafter = running.guesses, running.drafter or MainPath()
-        if running.drafter is not None and wanted == 0:
+        wanted, drafter = running.guesses, running.drafter
+        if drafter is not None and wanted == 0:
             raise ConfigError(
                 f"{described(drafter).capitalize()} guesses nothing with speculate='off'. Set that to 'auto' or to a "
                 "number of tokens, or leave the drafter out."
@@ -173,7 +179,7 @@ class Guesses:
             if is_so:
                 wanted = 0
         width = 0.02 if backbone.table().device.type == "cuda" else 0.25
-        return cls(wanted, steps or 100, width, drafter.cost)
+        return cls(wanted, steps or 100, width)
 
     def never(self) -> None:
         """Guess no more."""
@@ -200,7 +206,7 @@ class Guesses:
         share = min(self._share, 0.99)
         tokens = (1 - share ** (count + 1)) / (1 - share)
         rounds = self._evaluations * (1 + self._width * count)
-        return tokens / (rounds + 1 + (self._cost + self._width) * count)
+        return tokens / (rounds + 1 + (self.cost + self._width) * count)
 
     def learn(self, count: int, right: Sequence[int]) -> None:
         """Take note of a round.

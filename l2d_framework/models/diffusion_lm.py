@@ -210,6 +210,8 @@ class DiffusionLM(Diffusion):
             graph=graph,
             compile=compile,
         )
+        if request.drafter is not None:
+            request.drafter.check(self.tokenizer)
         arguments.check_parts(logits_processor, stopping_criteria, streamer, observer=observer, on_answer=on_answer)
         arguments.check_prompts(prompts, self.backbone.vocab_size)
         seeds, scales = request.seed, request.guidance_scale

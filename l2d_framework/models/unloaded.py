@@ -149,6 +149,8 @@ class UnloadedModel:
     ) -> None:
         """Refuse a way to run requests that there is not, or with which answers could come out differently."""
         request = arguments.request(**{**running, "drafter": component_of("drafter", running.get("drafter"))})
+        if request.drafter is not None:
+            request.drafter.check(self.tokenizer)
         Guesses.of(self.empty, request, settings, block_size=self.parts.block_size, has_observer=is_watched)
         if settings.num_inference_steps != 0:
             self.empty.is_offloaded = self.placement is not None and any(self.plan(device).places)

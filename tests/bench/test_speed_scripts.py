@@ -371,7 +371,9 @@ def test_drafters_are_measured_by_the_text_and_the_evaluations(drafters, monkeyp
     tiny_lm().save_pretrained(tmp_path / "lm")
     tiny_tokenizer().save_pretrained(tmp_path / "lm")
     out = tmp_path / "drafters.json"
-    drafters.main(str(tmp_path / "lm"), rounds=1, new_tokens=14, steps=[1], scales=[0.0], out=out)
+    lm = str(tmp_path / "lm")
+    drafters.main(lm, rounds=1, new_tokens=14, steps=[1], scales=[0.0], assistant=[lm], layers=1, out=out)
     (question,) = json.loads(out.read_text())["questions"].values()
     assert question["answers_are_equal"]
-    assert question["right"]["main path, 4"] == 1
+    assert question["agreement"] == question["right"]["main path, 4"] == question["right"]["assistant lm, 4"] == 1
+    assert question["right"]["assistant of its first 1 layers, 4"] < 1

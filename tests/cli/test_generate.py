@@ -142,6 +142,12 @@ def test_how_it_is_run_changes_no_answer(model, way):
     assert lines(*how, *way) == lines(*how)
 
 
+def test_a_drafter_may_be_given_with_its_options(model):
+    how = (model, "--prompt", "Hello", *FAST)
+    section = f"{{name: assistant, model: '{model.parent / 'base'}'}}"
+    assert lines(*how, "--speculate", "2", "--drafter", section) == lines(*how)
+
+
 def test_answers_are_cut_at_a_stop_string(model):
     how = (model, "--prompt", "Hello", "--max-new-tokens", "8", "--num-inference-steps", "3")
     (text,) = lines(*how)
@@ -259,6 +265,14 @@ REFUSED = [
     (("--prompt", "a", "--guidance", "classifier"), "did you mean 'classifier_free'"),
     (("--prompt", "a", "--speculate", "2", "--drafter", "promt_lookup"), "did you mean 'prompt_lookup'"),
     (("--prompt", "a", "--drafter", "prompt_lookup"), "guesses nothing with speculate='off'"),
+    (("--prompt", "a", "--speculate", "2", "--drafter", "{name: asistant, model: x}"), "did you mean 'assistant'"),
+    (("--prompt", "a", "--speculate", "2", "--drafter", "{model: x}"), "A drafter needs a `name`"),
+    (("--prompt", "a", "--speculate", "2", "--drafter", "{name: "), "--drafter, line 1: .* Correct the YAML"),
+    (("--prompt", "a", "--speculate", "2", "--drafter", "assistant"), "Bad drafter 'assistant': model: Field required"),
+    (
+        ("--prompt", "a", "--speculate", "2", "--drafter", '{"name": "assistant", "model": "./none"}'),
+        "There is no folder './none'. Give the folder of a small language model",
+    ),
     (("--prompt", "a", "--preset", "l2d-papr"), "did you mean 'l2d-paper'"),
     (("--prompt", "a", "--num-inference-steps", "4"), "num_inference_steps=4. Use 3 or 5"),
     (("--prompt", "a", "--class", "mth"), r"Unknown class 'mth'; did you mean 'math'\? This model knows"),

@@ -90,6 +90,9 @@ def test_a_question_may_name_the_sections_above_an_option_with_dots_or_without(l
         ("training.decay", ["text", '"linear"', "linear, cosine, constant"]),
         ("model.base", ["none, it must be given"]),
         ("seed", ["new weights", "See also: sampling.seed"]),
+        ("drafter", ["assistant", "prompt_lookup", "(kind: request)"]),
+        ("drafter assistant", ["arXiv:2211.17192", "model  Folder or hub id"]),
+        ("prompt_lookup max_matching_ngram_size", ["whole number", "default  2", "at least 1"]),
     ],
 )
 def test_help_tells_what_an_option_does_its_type_default_and_limits(l2d, question, facts):

@@ -31,7 +31,7 @@ from l2d_framework.testing import checks_for
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # as for whoever types the commands
 
-STANDS_FOR = ("Qwen/Qwen2.5-1.5B-Instruct", "mistralai/Mistral-7B-v0.1", "gpt2")
+STANDS_FOR = ("Qwen/Qwen2.5-1.5B-Instruct", "Qwen/Qwen2.5-0.5B-Instruct", "mistralai/Mistral-7B-v0.1", "gpt2")
 """Hub ids of the pages' run files; here folders with small models."""
 
 L2D = ["docs/tutorials/finetune.md", "docs/generate.md", "README.md", "docs/trackers.md"]

@@ -228,6 +228,7 @@ REFUSED = [
     *(("num_return_sequences", value) for value in (0, -1, "2", 1.5, True, None)),
     *(("penalty_alpha", value) for value in (0.6,)),
     *(("prompt_lookup_num_tokens", value) for value in (3,)),
+    *(("assistant_model", value) for value in ("gpt2", {"name": "assistant"})),
     *(("output_scores", value) for value in (True, "yes")),
     *(("return_dict_in_generate", value) for value in (True,)),
     *(("guidance_scale", value) for value in (NAN, INF, "2", True, [1.0, NAN], ["1"], {1.0}, [])),

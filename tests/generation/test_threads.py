@@ -19,6 +19,7 @@ from l2d_framework.generation.prompts import Encoded, pad_left
 from l2d_framework.models.diffusion_lm import DiffusionLM
 from l2d_framework.registry import catalog
 from l2d_framework.tracing import Recorder
+from l2d_plugins.drafters import assistant_network
 from l2d_plugins.guidance.classifier_free import ClassifierFree
 from l2d_plugins.guidance.reward_gradient import RewardGradient
 
@@ -138,6 +139,21 @@ def test_threads_with_reward_guidance_load_one_reward_model_and_give_the_sequent
         assert torch.equal(found.sequences, wanted.sequences)
         assert torch.equal(found.metrics["reward"], wanted.metrics["reward"])
     assert len(loaded) == 1
+
+
+def test_threads_with_an_assistant_share_its_weights_and_guess_as_one_by_one(tmp_path):
+    long_rope().save_pretrained(tmp_path)
+    model, drafter = diffusion_lm(long_rope()), {"name": "assistant", "model": str(tmp_path)}
+
+    def answer(number):
+        options = {"num_inference_steps": 3, "max_new_tokens": 6, "eos_token_id": None}
+        return model.generate(prompts(number), speculate=3, drafter=drafter, **options)
+
+    before = assistant_network._load.cache_info().misses
+    for found, wanted in at_once_and_one_by_one(answer):
+        assert torch.equal(found.sequences, wanted.sequences)
+        assert found.guesses == wanted.guesses
+    assert assistant_network._load.cache_info().misses == before + 1
 
 
 def test_threads_give_the_sequential_traces_of_texts_with_stop_strings_and_templates():

@@ -73,8 +73,10 @@ def test_answers_are_those_of_a_model_in_one_place(folder, whole, monkeypatch, k
     model = load(folder, kind, device_map, **limits)
     assert away(model) == layers
     assert model._facts() == whole[kind]._facts()
-    found = model.generate(PROMPTS, **FEW)
-    assert torch.equal(found.sequences, wanted.sequences)
+    assistant = {"name": "assistant", "model": str(folder / "base")}
+    for guessing in ({}, {"speculate": 2, "drafter": assistant}) if kind == "l2d" else ({},):
+        found = model.generate(PROMPTS, **FEW, **guessing)
+        assert torch.equal(found.sequences, wanted.sequences)
     assert away(model) == layers
     assert len(set((folder / "away").glob("*")) - before) == 1
     del model

@@ -5,7 +5,7 @@ from typing import ClassVar, Literal
 
 import torch
 from masked_diffusion import Masked, MaskedSpace
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Field, PrivateAttr
 from toy_components import Again, Circle, Doubling, Forward, Halfway, HalfwayLaw, Projected, ProjectedSpace, Sharpen
 
 from l2d_framework.guidance import Guidance
@@ -537,12 +537,27 @@ class OfAll(Again):
         return super().draft(ahead, count).amax(0, keepdim=True).expand(len(ahead.tokens), -1)
 
 
+class Stale(Again):
+    """Repeats what each row ended with at first."""
+
+    _last: dict[int, int] = PrivateAttr(default_factory=dict)
+
+    def begin(self, lm):
+        return Stale()
+
+    def draft(self, ahead, count):
+        for row, tokens in zip(ahead.rows, ahead.tokens, strict=True):
+            self._last.setdefault(row, int(tokens[-1]))
+        return torch.tensor([[self._last[row]] * count for row in ahead.rows])
+
+
 DRAFTERS = [
     (drafters.check_drafter_guesses_tokens, Halves(), "is int64"),
     (drafters.check_drafter_guesses_tokens, OneTooMany(), "at most 1 tokens are wanted"),
     (drafters.check_drafter_guesses_tokens, Beyond(), "not all among"),
     (drafters.check_drafter_guesses_tokens, PicksMore(), "More tokens were picked"),
     (drafters.check_drafter_is_rowwise, OfAll(), "must not depend on others"),
+    (drafters.check_drafter_remembers_what_is_so, Stale(), "Nothing may be left of guesses that were wrong"),
 ]
 
 BROKEN = [*COMMON, *SCHEDULES, *PARAMETRIZATIONS, *SOLVERS, *GUIDANCE, *DRAFTERS]

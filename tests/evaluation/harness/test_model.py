@@ -300,11 +300,18 @@ def test_generation_options_are_refused_before_weights_load(opened, options, hin
         ({"noise_samples": 0}, "above 0"),
         ({"parallelize": True}, "Unknown model argument"),
         ({"drafter": "prompt_lookup"}, "guesses nothing with speculate='off'"),
+        ({"speculate": 2, "drafter": {"name": "assistant", "model": "./none"}}, "There is no folder './none'"),
     ],
 )
 def test_model_options_are_refused(opened, options, hint):
     with pytest.raises(ConfigError, match=hint):
         opened(**options)
+
+
+def test_a_drafter_with_options_changes_no_answer(opened, folders):
+    requests, assistant = to_generate(QUESTIONS[:3]), {"name": "assistant", "model": str(folders["base"])}
+    wanted = opened().generate_until(requests)
+    assert opened(speculate=2, drafter=assistant).generate_until(requests) == wanted
 
 
 def test_generation_options_win_over_model_options(opened):

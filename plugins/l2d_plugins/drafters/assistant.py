@@ -1,0 +1,59 @@
+"""Guesses of a small language model."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from pydantic import Field, PrivateAttr
+from torch import Tensor
+from typing_extensions import override
+
+from l2d_framework.drafter import Ahead, Drafter
+from l2d_plugins.drafters.assistant_network import Reading, check_assistant, load_assistant
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class Assistant(Drafter):
+    """What a small language model of the same vocabulary would write, transformers' `assistant_model`.
+
+    It computes on the device and in the type of the model that it guesses for. What it has read of a row it keeps: a
+    round costs a pass of it for every guess, and each token is read once. Texts that are longer than it can read get no
+    guesses.
+
+    Source: Leviathan et al. 2023, arXiv:2211.17192.
+    """
+
+    name: Literal["assistant"] = "assistant"
+    model: str = Field(min_length=1)
+    """Folder or hub id of a causal language model with the tokenizer of the model that it guesses for, and a fraction
+    of its size."""
+    _reading: Reading | None = PrivateAttr(None)
+
+    @property
+    @override
+    def cost(self) -> float:
+        return super().cost if self._reading is None else self._reading.cost
+
+    @override
+    def check(self, tokenizer: Any) -> None:
+        check_assistant(self.model, tokenizer)
+
+    @override
+    def begin(self, lm: PreTrainedModel) -> Assistant:
+        begun = self.model_copy()
+        begun._reading = Reading(load_assistant(self.model, lm.device, lm.dtype), lm)
+        return begun
+
+    @override
+    def draft(self, ahead: Ahead, count: int) -> Tensor:
+        assert self._reading is not None  # `begin` comes first
+        reading, found = self._reading, list[Tensor]()
+        longest = max(map(len, ahead.tokens))
+        # The last guess is not read.
+        for number in range(min(count, reading.room - longest + 1)):
+            logits = reading.extend(found[-1]) if number else reading.follow(ahead.tokens, ahead.rows)
+            found.append(ahead.pick(logits))
+        return torch.stack(found, 1) if found else ahead.tokens[0].new_zeros(len(ahead.rows), 0)
