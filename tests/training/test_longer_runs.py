@@ -159,6 +159,19 @@ def test_intervals_alone_train_a_finished_run_no_further(folder: Path) -> None:
     assert (folder / "done" / "run.json").read_bytes() == before
 
 
+@pytest.mark.parametrize("trackers", [["tensorboard"], ["tensorboard", "wandb"]])
+def test_trackers_may_come_and_go_whenever_a_run_goes_on(tmp_path: Path, trackers: list[str]) -> None:
+    with_them, without = (
+        parse_run(fields(tmp_path, "tracked", max_steps=4, report_to=names)).model_dump(mode="json")
+        for names in (trackers, [])
+    )
+    for before, now in ((without, with_them), (with_them, without)):
+        output = tmp_path / f"tracked_{len(before['training']['report_to'])}"
+        (output / "checkpoint-1").mkdir(parents=True)
+        output_dir.write_card(output, {"config": before, "finished": False})
+        assert output_dir.check_free(output, now) == output_dir.read_card(output)
+
+
 def test_whatever_else_has_changed_is_still_refused_by_name(folder: Path) -> None:
     train(fields(folder, "refused", max_steps=2))
     with pytest.raises(ConfigError, match=r"configuration \(training\.learning_rate: 0\.03 there, 0\.02 now\)"):
