@@ -9,7 +9,7 @@ import pytest
 import tiny_runs
 import torch
 from safetensors.torch import load_file
-from transformers import TrainerCallback
+from transformers import DefaultFlowCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from l2d_framework.config import parse_run
 from l2d_framework.errors import CheckpointError, ConfigError, OutputError
@@ -150,6 +150,13 @@ def test_an_unfinished_run_takes_another_number_of_updates_and_other_intervals(f
     assert [path.name for path in output_dir.checkpoints(folder / "other")] == [f"checkpoint-{n}" for n in range(3, 8)]
     assert [step for step, entry in tiny_runs.losses(folder / "other").items() if "eval_loss" in entry] == [2, 3, 6, 7]
     assert are_same(weights(folder / "other"), weights(folder / "other_whole"))
+
+
+def test_a_checkpoint_tells_transformers_own_trainer_when_to_log_and_to_save(whole: Path, tmp_path: Path) -> None:
+    state = TrainerState.load_from_json(str(output_dir.checkpoints(whole)[-1] / "trainer_state.json"))
+    arguments = TrainingArguments(str(tmp_path), use_cpu=True, report_to=[], save_steps=2)
+    control = DefaultFlowCallback().on_step_end(arguments, state, TrainerControl())
+    assert (state.save_steps, state.eval_steps, control.should_save) == (2, 2, True)
 
 
 def test_intervals_alone_train_a_finished_run_no_further(folder: Path) -> None:
