@@ -139,9 +139,9 @@ def _measured(
 
 
 def _pick(outcome: Outcome, column: Column) -> tuple[Value | None, str]:
-    """The value a column shows, or why there is none; a measure without any value is no failure."""
+    """The value a column shows, or why there is none; a measure that has none, or not this one here, is no failure."""
     values = outcome.values
-    if not values:
+    if not values or column.metric in outcome.absent:
         return None, ""
     if column.metric is None:
         if len(values) == 1:

@@ -123,20 +123,24 @@ class Bench:
         return time.perf_counter()
 
     def ask(self, name: str, cases: Cases, **facts: Any) -> None:
-        """Measure cases in turns, after one round that does not count, and keep the answer."""
+        """Measure cases in turns, after one round that does not count, and keep the answer.
+
+        Memory is what a case takes beside what lay there before it, since models of other questions lie there, too.
+        """
         samples: dict[str, list[float]] = {case: [] for case in cases}
         peaks: dict[str, float] = {}
         for number in range(self.rounds + 1):
             for case, run in cases.items():
                 if self.device.type == "cuda":
                     torch.cuda.reset_peak_memory_stats()
+                    before = torch.cuda.memory_allocated()
                 begun = self.seconds()
                 made = run()
                 spent = (self.seconds() - begun) / made
                 if number:
                     samples[case].append(spent)
                 if self.device.type == "cuda":
-                    peaks[case] = torch.cuda.max_memory_allocated() / 2**30
+                    peaks[case] = (torch.cuda.max_memory_allocated() - before) / 2**30
         reference = next(iter(samples.values()))
         rows = {
             case: {
@@ -350,7 +354,7 @@ class Panel(NamedTuple):
 
 _TRAINED = (LORA, "L2D")
 _ANSWERED = (PLAIN, "L2D, argmax", "L2D, sampled", "L2D, argmax, graph", "L2D, sample, graph")
-_MS, _GIB = "ms per token", "peak memory, GiB"
+_MS, _GIB = "ms per token", "memory beside all weights, GiB"
 PANELS = (
     Panel("evaluations", "evaluations per token", _MS, _time),
     Panel("agreement", "share of guesses that are right", "times faster", _gain, ("2", "4", "8", "auto")),

@@ -33,6 +33,7 @@ SEAL = "files.json"
 """In a checkpoint the SHA-256 of each other file, written last."""
 _LOGGER = logging.getLogger(__name__)
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+_ENTRY = re.compile(r"\.\d+$")
 _STEPS, _EPOCHS = "training.max_steps", "training.epochs"
 _UNHEARD = {
     f"training.{name}" for name in ("logging_steps", "report_to", "eval_steps", "save_steps", "save_total_limit")
@@ -197,7 +198,8 @@ def check_free(output: Path, config: dict[str, Any]) -> dict[str, Any] | None:
             )
         return None
     ours, theirs = _flat(config), _flat(_recorded(card))
-    keys = sorted((ours.keys() | theirs.keys()) - _FREE)
+    # An entry of a list is free where the list is.
+    keys = sorted(key for key in ours.keys() | theirs.keys() if _ENTRY.sub("", key) not in _FREE)
     differing = [key for key in keys if ours.get(key) != theirs.get(key)]
     if not differing or (_PLACES.issuperset(differing) and _is_same_base(card, config)):
         if (steps := config["training"]["max_steps"]) is not None and not is_done(card, config):

@@ -7,7 +7,6 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -195,9 +194,8 @@ class ResumableTrainer(transformers.Trainer):
         self._save_rng_state(str(folder))
         self._save_place(folder)
         if self.args.should_save:
-            # Without intervals, which are those of the run file whenever it goes on.
-            intervals: Any = dict.fromkeys(("logging_steps", "eval_steps", "save_steps"))
-            replace(self.state, **intervals).save_to_json(str(folder / "trainer_state.json"))
+            # With intervals, which transformers takes from there; here those of the run file hold whenever it goes on.
+            self.state.save_to_json(str(folder / "trainer_state.json"))
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             seal(folder)

@@ -6,14 +6,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import transformers
+from pydantic import AfterValidator, Field
 
 from l2d_framework.errors import CheckpointError, ConfigError, UnsupportedModelError
 from l2d_framework.opening import open_config, open_model, open_tokenizer
 from l2d_plugins.families import advice
+
+ModelPath = Annotated[
+    str, Field(min_length=1), AfterValidator(lambda name: str(Path(name).expanduser()) if name[0] == "~" else name)
+]
+"""A folder, in which `~` stands for the home folder, or a hub id."""
 
 OPENING = Lock()
 """Held while a model is opened: once is enough, and transformers changes settings of the whole process meanwhile."""

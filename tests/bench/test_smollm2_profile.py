@@ -107,6 +107,7 @@ def test_the_profile_runs_to_its_end_at_a_tiny_size(folder):
     wanted = [row["columns"] for row in tables["tasks"]["rows"]]
     lacking = {column for (row, column), cell in tasks.cells.items() if cell.value is None and column in wanted[row]}
     assert lacking == {"writing, memory"}  # of a GPU only
+    assert not (quality.has_failed or tasks.has_failed)
     assert any(path.suffix == ".png" for path in made.write(quality, {}))
 
 

@@ -319,6 +319,28 @@ def test_figures_of_decoding_are_kept_question_by_question_and_drawn(decoding, t
     assert sum(map(bool, others)) == 2  # vocabularies and lengths
 
 
+def test_memory_of_a_case_has_nothing_of_the_models_of_other_questions(decoding, monkeypatch):
+    held, peak = [5 * 2**30], [0]
+
+    def work(taken):
+        peak[0] = max(peak[0], held[0] + taken * 2**30)
+        return 1
+
+    fakes = {
+        "synchronize": lambda: None,
+        "reset_peak_memory_stats": lambda: peak.__setitem__(0, held[0]),
+        "max_memory_allocated": lambda: peak[0],
+        "memory_allocated": lambda: held[0],
+    }
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    bench = decoding.Bench(torch.device("cuda"), "tiny", 4, 2, 1)
+    for name in ("alone", "beside another model"):
+        bench.ask(name, {"one": lambda: work(1), "two": lambda: work(2)})
+        assert {case: row["peak_gib"] for case, row in bench.questions[name]["cases"].items()} == {"one": 1, "two": 2}
+        held[0] *= 3
+
+
 @pytest.mark.parametrize("name", ["L2D, LoRA", "reward"])
 def test_a_dry_run_knows_the_measured_peak_within_its_limit(memory, name, tmp_path):
     shape = {**memory.SHAPE, **TINY, "vocab_size": 512, "hidden_size": 64, "intermediate_size": 128}

@@ -96,7 +96,7 @@ def test_a_question_may_name_the_sections_above_an_option_with_dots_or_without(l
     ],
 )
 def test_help_tells_what_an_option_does_its_type_default_and_limits(l2d, question, facts):
-    code, out, _ = l2d("help", question)
+    code, out, _ = l2d("help", *question.split())
     assert code == 0
     assert [fact for fact in facts if fact not in out] == []
     assert [line for line in out.splitlines() if line != line.rstrip()] == []

@@ -19,6 +19,7 @@ from l2d_framework.testing import checks_for
 from l2d_plugins.drafters import assistant_network
 from l2d_plugins.drafters.assistant import Assistant
 from l2d_plugins.guidance.classifier_free import ClassifierFree
+from l2d_plugins.guidance.reward_gradient import RewardGradient
 
 V = SIZES["vocab_size"]
 PROMPTS = [[9, 30, 71, 100, 42, 17, 201], [55], [120, 9, 8, 7], [55, 44, 200, 13, 99], [9, 30, 71, 100, 42, 17, 201]]
@@ -294,6 +295,13 @@ def test_what_cannot_assist_is_refused_before_weights_are_loaded(
     spoil(tmp_path)
     with pytest.raises(L2DError, match=message):
         Assistant(model=folder).check(tiny_tokenizer())
+
+
+@pytest.mark.parametrize("component", [Assistant, RewardGradient])
+def test_a_tilde_is_the_home_folder_where_no_shell_has_seen_it(component: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    assert component(model="~/small").model == "/home/me/small"
+    assert component(model="org/~small").model == "org/~small"
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pytest
 import tiny_runs
 import torch
 from safetensors.torch import load_file
-from transformers import TrainerCallback
+from transformers import DefaultFlowCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from l2d_framework.config import parse_run
 from l2d_framework.errors import CheckpointError, ConfigError, OutputError
@@ -152,11 +152,31 @@ def test_an_unfinished_run_takes_another_number_of_updates_and_other_intervals(f
     assert are_same(weights(folder / "other"), weights(folder / "other_whole"))
 
 
+def test_a_checkpoint_tells_transformers_own_trainer_when_to_log_and_to_save(whole: Path, tmp_path: Path) -> None:
+    state = TrainerState.load_from_json(str(output_dir.checkpoints(whole)[-1] / "trainer_state.json"))
+    arguments = TrainingArguments(str(tmp_path), use_cpu=True, report_to=[], save_steps=2)
+    control = DefaultFlowCallback().on_step_end(arguments, state, TrainerControl())
+    assert (state.save_steps, state.eval_steps, control.should_save) == (2, 2, True)
+
+
 def test_intervals_alone_train_a_finished_run_no_further(folder: Path) -> None:
     train(fields(folder, "done", max_steps=2))
     before = (folder / "done" / "run.json").read_bytes()
     train(fields(folder, "done", max_steps=2, save_steps=1, logging_steps=5, save_total_limit=1), tiny_runs.Stop(0))
     assert (folder / "done" / "run.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("trackers", [["tensorboard"], ["tensorboard", "wandb"]])
+def test_trackers_may_come_and_go_whenever_a_run_goes_on(tmp_path: Path, trackers: list[str]) -> None:
+    with_them, without = (
+        parse_run(fields(tmp_path, "tracked", max_steps=4, report_to=names)).model_dump(mode="json")
+        for names in (trackers, [])
+    )
+    for before, now in ((without, with_them), (with_them, without)):
+        output = tmp_path / f"tracked_{len(before['training']['report_to'])}"
+        (output / "checkpoint-1").mkdir(parents=True)
+        output_dir.write_card(output, {"config": before, "finished": False})
+        assert output_dir.check_free(output, now) == output_dir.read_card(output)
 
 
 def test_whatever_else_has_changed_is_still_refused_by_name(folder: Path) -> None:

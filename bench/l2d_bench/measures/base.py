@@ -34,6 +34,8 @@ class Outcome(Section):
     """Generations: `prompt` and `text` of each."""
     details: dict[str, Any] = Field(default_factory=dict)
     """JSON-ready facts, such as `evaluations_per_token`."""
+    absent: list[str] = Field(default_factory=list)
+    """Values that there cannot be here, such as memory of a GPU on a CPU; that is no failure."""
 
 
 @dataclass(frozen=True)

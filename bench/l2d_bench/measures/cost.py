@@ -66,7 +66,8 @@ class CostMeasure(Measure):
         values["writing"] = Value(value=median(speeds), items=len(speeds))
         if memory:
             values["writing_memory"] = _one(memory / _GIBIBYTE)
-        return Outcome(values=values, details={"tokens_per_second": speeds})
+        absent = [name for name in self.metrics() if name not in values]
+        return Outcome(values=values, absent=absent, details={"tokens_per_second": speeds})
 
 
 def _one(value: float) -> Value:

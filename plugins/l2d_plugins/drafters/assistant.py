@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from pydantic import Field, PrivateAttr
+from pydantic import PrivateAttr
 from torch import Tensor
 from typing_extensions import override
 
 from l2d_framework.drafter import Ahead, Drafter
+from l2d_plugins.companions import ModelPath
 from l2d_plugins.drafters.assistant_network import Reading, check_assistant, load_assistant
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ class Assistant(Drafter):
     """
 
     name: Literal["assistant"] = "assistant"
-    model: str = Field(min_length=1)
+    model: ModelPath
     """Folder or hub id of a causal language model with the tokenizer of the model that it guesses for, and a fraction
     of its size."""
     _reading: Reading | None = PrivateAttr(None)

@@ -14,6 +14,7 @@ from torch.nn import functional
 from l2d_framework.diffusion.logits import pieces
 from l2d_framework.guidance import Guidance
 from l2d_framework.types import Layout, Predict, Prediction, Query, Random, Space
+from l2d_plugins.companions import ModelPath
 from l2d_plugins.guidance.reward_network import RewardNetwork, check_reward_model, load_reward_model
 
 
@@ -31,7 +32,7 @@ class RewardGradient(Guidance):
     """
 
     name: Literal["reward_gradient"] = "reward_gradient"
-    model: str = Field(min_length=1)
+    model: ModelPath
     """Folder or hub id of a transformers sequence classifier with one output and the same vocabulary."""
     scale: float = Field(0.25, allow_inf_nan=False)
     """Step along the gradient, in logits per unit of reward; 0 guides nothing. Raise it while rewards rise and answers
