@@ -129,11 +129,10 @@ class RunState(TrainerCallback):
             return earlier
         if self.writes:
             _LOGGER.warning(
-                "%r has made %s updates and goes on from %s to %s (%s). From there its learning rate is that of a run "
+                "%r has made %s updates and goes on to %s (%s). From there its learning rate is that of a run "
                 "of %s: where decay or warm-up depend on their number, the updates before had other rates than those "
                 "of a run of %s from the start.%s",
-                *(str(self.output), f"{made:,}", output_dir.checkpoints(self.output)[-1].name),
-                *(f"{steps:,}", "; ".join(changes), f"{steps:,}", f"{steps:,}"),
+                *(str(self.output), f"{made:,}", f"{steps:,}", "; ".join(changes), f"{steps:,}", f"{steps:,}"),
                 " The model that is there stays until the new one is whole." if before.get("finished") else "",
             )
         published = {name: before[name] for name in ("ended", "result") if name in before}
@@ -160,7 +159,7 @@ class RunState(TrainerCallback):
         self._watch.start()
         found: list[Any] = [output_dir.newest_whole(self.output, _LOGGER.warning)] if self.writes else [None]
         broadcast_object_list(found)
-        for change in self.card.get("accepted_changes", []):
+        for change in (*self.card.get("accepted_changes", []), *self.card.get("continued", [])):
             change.setdefault("after", found[0] and found[0].name)
         self._open_trackers(trainer)
         with Interruption() as interruption:

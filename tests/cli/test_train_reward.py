@@ -53,7 +53,7 @@ def test_a_run_ends_with_a_model_and_a_table_of_its_held_out_numbers(l2d, run_fi
     assert (code, "nothing was trained" in out, table(out)["updates"]) == (0, False, ["6"])
     assert "5/6" in out
     assert "4/6" not in out
-    assert "has made 4 updates and goes on from checkpoint-4 to 6 (training.max_steps: 4 there, 6 now)" in caplog.text
+    assert "has made 4 updates and goes on to 6 (training.max_steps: 4 there, 6 now)" in caplog.text
 
 
 def test_a_taken_folder_is_refused_and_moved_aside_when_asked(l2d, run_file, tmp_path):

@@ -102,7 +102,7 @@ def test_the_learning_rate_is_that_of_the_new_number_of_updates_from_where_it_go
     assert not caplog.records
     train(longer)
     (record,) = caplog.records
-    assert "has made 3 updates and goes on from checkpoint-3 to 6" in record.getMessage()
+    assert "has made 3 updates and goes on to 6" in record.getMessage()
     assert "other rates than those of a run of 6" in record.getMessage()
     expected = [
         learning_rate(parse_run(run).training, step, run["training"]["max_steps"])
@@ -146,6 +146,7 @@ def test_an_unfinished_run_takes_another_number_of_updates_and_other_intervals(f
         "at": card["continued"][0]["at"],
         "changes": ["training.max_steps: 9 there, 7 now"],
         "updates": 2,
+        "after": "checkpoint-2",
     }
     assert [path.name for path in output_dir.checkpoints(folder / "other")] == [f"checkpoint-{n}" for n in range(3, 8)]
     assert [step for step, entry in tiny_runs.losses(folder / "other").items() if "eval_loss" in entry] == [2, 3, 6, 7]
