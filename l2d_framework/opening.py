@@ -45,6 +45,8 @@ def _message(what: str, folder: str | Path | None, error: BaseException) -> str:
     damaged = None if folder is None else next(filter(_is_damaged, sorted(Path(folder).glob("*"))), None)
     if damaged is not None:
         return f"{str(damaged)!r} is damaged, so {what} cannot be read ({said}). Download or save it again."
+    if folder is not None and not Path(folder).exists():
+        return f"{subject} cannot be read ({said}). There is no such folder here, and the hub has given nothing."
     return f"{subject} cannot be read ({said}). It may be damaged or of another kind; download or save it again."
 
 

@@ -224,6 +224,7 @@ def test_create_restores_what_to_json_wrote():
         ({"name": "doubling", "max_evaluations": 3}, "max_evaluations: .*greater than or equal to 10, got 3"),
         ({"name": "doubling", "budget": 3}, "budget: .*Fields: name, max_evaluations"),
         ({}, "needs a `name`.*doubling, forward"),
+        ({"name": "doubling", "max_evaluations": Path("a")}, "'doubling': its fields should be numbers, texts.*Path"),
     ],
 )
 def test_create_refuses_wrong_fields(data, message):

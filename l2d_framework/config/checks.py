@@ -228,7 +228,7 @@ def _saved_config(model: ModelSection) -> Any:
     except CheckpointError as error:
         raise ConfigError(
             f"model.base: no model can be read from {base!r}, which is a folder or a hub id; check the spelling, the "
-            f"connection and access rights ({error})"
+            f"connection and access rights, or name where it lies now if it has moved ({error})"
         ) from error
     check_quantization(config, base)
     return config

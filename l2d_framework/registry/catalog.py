@@ -168,7 +168,13 @@ class Registry:
 
         component = self.get(kind, name)
         try:
-            return component.model_validate_json(json.dumps(dict(data)))
+            text = json.dumps(dict(data))
+        except (TypeError, ValueError, RecursionError) as error:
+            raise ConfigError(
+                f"Bad {kind} {name!r}: its fields should be numbers, texts, lists and sections, got {dict(data)}."
+            ) from error
+        try:
+            return component.model_validate_json(text)
         except ValidationError as error:
             wrong = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}, got {e['input']!r}" for e in error.errors())
             raise ConfigError(f"Bad {kind} {name!r}: {wrong}. Fields: {', '.join(component.model_fields)}.") from error

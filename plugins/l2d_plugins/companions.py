@@ -86,10 +86,13 @@ class Companion:
             ) from error
         return _by_id(tokenizer), theirs
 
-    def refuse_vocabulary(self, name: str, ours: dict[int, str], theirs: dict[int, str], why: str) -> None:
-        """Refuse another vocabulary, naming the first token that differs."""
-        if ours != theirs:
-            first = min(i for i in ours.keys() | theirs.keys() if ours.get(i) != theirs.get(i))
+    def refuse_vocabulary(
+        self, name: str, ours: dict[int, str], theirs: dict[int, str], why: str, *, may_add: bool = False
+    ) -> None:
+        """Refuse another vocabulary, naming the first token that differs; with `may_add` of those that both have."""
+        numbers = ours.keys() & theirs.keys() if may_add else ours.keys() | theirs.keys()
+        first = min((i for i in numbers if ours.get(i) != theirs.get(i)), default=None)
+        if first is not None:
             raise ConfigError(
                 f"{self.called} {name!r} has another vocabulary: token {first} is {theirs.get(first)!r} there and "
                 f"{ours.get(first)!r} here ({len(theirs)} and {len(ours)} tokens). {why}"

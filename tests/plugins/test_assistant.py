@@ -265,6 +265,13 @@ def _swapped(folder: Path) -> None:
     (folder / "tokenizer.json").write_text(json.dumps(data), encoding="utf-8")
 
 
+def _swapped_and_longer(folder: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(["<more>"])
+    tokenizer.save_pretrained(folder)
+    _swapped(folder)
+
+
 def _without_tokenizer(folder: Path) -> None:
     for file in folder.glob("token*"):
         file.unlink()
@@ -274,6 +281,7 @@ def _without_tokenizer(folder: Path) -> None:
     ("spoil", "message"),
     [
         (_swapped, "another vocabulary: token .* is 'b' there and 'a' here .* the same tokenizer"),
+        (_swapped_and_longer, r"another vocabulary: .* \(261 and 260 tokens\)"),
         (_without_tokenizer, "has no tokenizer that could be compared"),
         (lambda folder: (folder / "config.json").unlink(), "neither a model folder here nor a hub repository"),
         (

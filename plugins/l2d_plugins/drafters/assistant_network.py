@@ -60,12 +60,9 @@ def _check(name: str, tokenizer: Any, size: int | None, stamps: tuple[int, ...])
         raise ConfigError(f"Assistant {name!r} is quantized. Name the model before quantization.")
     if tokenizer is not None:
         ours, theirs = _ASSISTANT.vocabularies(name, tokenizer)
-        # Tokens that only one of them has were added to it, such as one for padding.
-        for vocabulary, other in ((ours, theirs), (theirs, ours)):
-            for number in vocabulary.keys() - other.keys():
-                del vocabulary[number]
         why = "Its guesses would be other words. Choose a model with the same tokenizer."
-        _ASSISTANT.refuse_vocabulary(name, ours, theirs, why)
+        # Tokens that only one of them has were added to it, such as one for padding.
+        _ASSISTANT.refuse_vocabulary(name, ours, theirs, why, may_add=True)
 
 
 @lru_cache(maxsize=2)
