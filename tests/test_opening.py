@@ -29,7 +29,7 @@ from l2d_framework.models.checkpoint import build_model, load, load_weights, sav
 from l2d_framework.models.convert import convert
 from l2d_framework.models.manifest import file_hash, sealed
 from l2d_framework.models.unloaded import UnloadedModel
-from l2d_framework.opening import open_adapter
+from l2d_framework.opening import open_adapter, open_config
 from l2d_framework.training.reward.run import load_reward_model as reward_base
 from l2d_plugins.drafters import assistant_network
 from l2d_plugins.guidance import reward_network
@@ -361,3 +361,10 @@ def test_weights_that_are_a_program_are_named_and_not_run(model, tmp_path, nothi
         load_language_model(diffusion(model).model)
     with pytest.raises(L2DError, match=r"pytorch_model\.bin"):
         fingerprint(diffusion(model).model)
+
+
+def test_what_is_not_there_is_not_said_to_be_damaged(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CheckpointError, match="There is no such folder here") as caught:
+        open_config("moved-away")
+    assert "damaged" not in str(caught.value)
