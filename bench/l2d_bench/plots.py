@@ -143,7 +143,6 @@ def _curves(filled: Filled, figure: Figure) -> list[Any]:
 
     def panel(lines: list[tuple[str, int, list[list[float]]]], curve: str) -> Any:
         def paint(axes: Any) -> None:
-            labels = list(dict.fromkeys(label for label, _, _ in lines))
             for label, seed, points in lines:
                 x, y = zip(*points, strict=True)
                 index = labels.index(label)
@@ -158,6 +157,8 @@ def _curves(filled: Filled, figure: Figure) -> list[Any]:
         return paint
 
     curves = [curve for curve, _ in found]
+    drawn = {label for lines in found.values() for label, _, _ in lines}
+    labels = [row.label for row in plan.rows if row.label in drawn]  # of all panels, which share a legend
     return [
         (f"{curve.replace('_', ' ')}{f', {measure}' if curves.count(curve) > 1 else ''}", panel(lines, curve))
         for (curve, measure), lines in sorted(found.items(), key=lambda one: curves.index(one[0][0]))

@@ -2,6 +2,8 @@
 
 from types import SimpleNamespace
 
+import matplotlib.figure
+
 from l2d_bench.plan import CellPlan
 from l2d_bench.plots import _curves
 from l2d_bench.schema import Figure
@@ -18,3 +20,25 @@ def test_curves_of_two_measures_have_panels_of_their_own():
     panels = [name for name, _ in _curves(filled, Figure(kind="curves"))]
     assert panels == ["accuracy, steps", "accuracy, choices", "per token"]
     assert [name for name, _ in _curves(filled, Figure(kind="curves", curves=["per_token"]))] == ["per token"]
+
+
+def test_a_row_has_one_colour_in_all_panels_whose_legend_is_shared():
+    labels, columns = ["first", "second", "third"], ["tokens", "choices"]
+    known = [(0, "tokens"), (1, "tokens"), (1, "choices"), (2, "choices")]
+    cells = {
+        (row, name): CellPlan(SimpleNamespace(measure=name), (f"{row} {name}",) if (row, name) in known else ())
+        for row in range(3)
+        for name in columns
+    }
+    filled = SimpleNamespace(
+        plan=SimpleNamespace(rows=[SimpleNamespace(label=label) for label in labels], columns=columns, cells=cells),
+        outcomes={f"{row} {name}": SimpleNamespace(curves={"loss": [[0.0, 1.0]]}) for row, name in known},
+    )
+    colours = {}
+    for _, paint in _curves(filled, Figure(kind="curves")):
+        axes = matplotlib.figure.Figure().subplots()
+        paint(axes)
+        for line in axes.get_lines():
+            colours.setdefault(line.get_label(), set()).add(line.get_color())
+    assert sorted(map(len, colours.values())) == [1, 1, 1]
+    assert len(set.union(*colours.values())) == 3
