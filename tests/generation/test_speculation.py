@@ -53,7 +53,8 @@ def test_an_answer_is_the_one_written_token_by_token(family):
         found = generate(model, speculate=speculate, **options)
         check_equal(found, wanted)
         made, right = found.guesses
-        assert made > right > 0
+        # By itself it guesses no more than pays, and of three guesses none may be right.
+        assert made > right >= (0 if speculate == "auto" else 1)
 
 
 @pytest.mark.parametrize(
