@@ -46,15 +46,14 @@ ENDING = {"eos_token_id": [*range(60, 90), *range(200, 220)], "do_sample": True}
 
 @pytest.mark.parametrize("family", PROVEN)
 def test_an_answer_is_the_one_written_token_by_token(family):
-    model = near(family, scale=20.0 if "gemma" in family else 0.3 if family == "smollm3" else 0.1)
+    model = near(family, scale=10.0 if "gemma" in family else 0.3 if family == "smollm3" else 0.1)
     for options, speculate in (({}, 4), (ENDING, "auto")):
         wanted = generate(model, **options)
         assert wanted.guesses == (0, 0)
         found = generate(model, speculate=speculate, **options)
         check_equal(found, wanted)
         made, right = found.guesses
-        # By itself it guesses no more than pays, and of three guesses none may be right.
-        assert made > right >= (0 if speculate == "auto" else 1)
+        assert made > right > 0
 
 
 @pytest.mark.parametrize(

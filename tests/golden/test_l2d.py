@@ -59,13 +59,12 @@ def _agree(case: Case, compute: Callable[[Case], Tensor], wanted: Tensor, *, the
     """In float64 we are as far from the authors' float32 as that rounds, in float32 as far from float64 as this does.
 
     The first half holds the formulas and is the same number on every machine; the second holds the precision and
-    depends on the processor's kernels: another maker's round up to twice as far. Their sum bounds the distance between
-    the two programs.
+    depends on the processor's kernels. Their sum bounds the distance between the two programs.
     """
     with torch.no_grad():
         exact, found = case.exactly(compute), compute(case)
     _close(exact, wanted, theirs)
-    _close(found, exact, 2 * ours)
+    _close(found, exact, ours)
 
 
 def _everywhere(case: Case) -> Tensor:
@@ -234,7 +233,9 @@ def _annealed(power: float, end: float) -> dict[str, Any]:
 ESTIMATE = 8e-6
 """Twice the rounding of one estimate of the clean state, as the last step of euler15 shows, which lands on it."""
 READ_OUT = 6.8e-5
-"""Twice the rounding of the logits of one state near t = 1."""
+"""Twice the rounding of the logits of one state near t = 1, as the authors' float32 has it."""
+OUR_READ_OUT = 1e-4
+"""The same of ours, which an AMD processor rounds by 8.1e-5 where an Intel one stays within the authors'."""
 
 # How much of the rounding of an estimate reaches the next state: h / (1 - t) of the last slope of a step, |w| + |1 - w|
 # times as much under guidance, and 1 / T more where the first slope of a step has the small temperature T. Heun's last
@@ -280,7 +281,7 @@ def test_golden_trajectories(case: Case, name: str) -> None:
 
     _close(io["trajectory.x0"], wanted[0], 0)
     _agree(case, moves, wanted[1:], theirs=theirs * ESTIMATE, ours=ours * ESTIMATE)
-    _agree(case, logits, io[f"trajectory.{name}.final_logits"], theirs=READ_OUT, ours=READ_OUT)
+    _agree(case, logits, io[f"trajectory.{name}.final_logits"], theirs=READ_OUT, ours=OUR_READ_OUT)
 
 
 class Replay(Guidance):
