@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from companion_models import Weights, longer, refuse_weights, swapped, without_tokenizer
 from diffusion_models import diffusion_lm, shared_lm
 from tiny_models import SIZES, tiny_lm, tiny_tokenizer
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -229,17 +230,9 @@ def test_it_is_not_loaded_where_nothing_is_guessed(monkeypatch: pytest.MonkeyPat
 # Refusals
 
 
-class Weights(BaseException):
-    """Weights were about to be loaded."""
-
-
 @pytest.fixture
 def weightless(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*args: Any, **kwargs: Any) -> None:
-        raise Weights
-
-    monkeypatch.setattr(PreTrainedModel, "from_pretrained", refuse)
-    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", refuse)
+    refuse_weights(monkeypatch, AutoModelForCausalLM)
 
 
 @pytest.mark.usefixtures("weightless")
@@ -258,31 +251,17 @@ def _edited(folder: Path, **fields: Any) -> None:
     (folder / "config.json").write_text(json.dumps(config | fields), encoding="utf-8")
 
 
-def _swapped(folder: Path) -> None:
-    data = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
-    vocabulary = data["model"]["vocab"]
-    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
-    (folder / "tokenizer.json").write_text(json.dumps(data), encoding="utf-8")
-
-
 def _swapped_and_longer(folder: Path) -> None:
-    tokenizer = tiny_tokenizer()
-    tokenizer.add_tokens(["<more>"])
-    tokenizer.save_pretrained(folder)
-    _swapped(folder)
-
-
-def _without_tokenizer(folder: Path) -> None:
-    for file in folder.glob("token*"):
-        file.unlink()
+    longer(folder)
+    swapped(folder)
 
 
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (_swapped, "another vocabulary: token .* is 'b' there and 'a' here .* the same tokenizer"),
+        (swapped, "another vocabulary: token .* is 'b' there and 'a' here .* the same tokenizer"),
         (_swapped_and_longer, r"another vocabulary: .* \(261 and 260 tokens\)"),
-        (_without_tokenizer, "has no tokenizer that could be compared"),
+        (without_tokenizer, "has no tokenizer that could be compared"),
         (lambda folder: (folder / "config.json").unlink(), "neither a model folder here nor a hub repository"),
         (
             lambda folder: _edited(folder, architectures=["LlamaForSequenceClassification"]),

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from companion_models import Weights, longer, refuse_weights, swapped, without_tokenizer
 from diffusion_models import random_tokens, shared_tess
 from pydantic import ValidationError
 from tiny_models import FAMILIES, SIZES, tiny_tokenizer
@@ -439,17 +439,9 @@ def test_it_composes_with_classifier_free_guidance_around_it(reward: str) -> Non
 # Refusals
 
 
-class Weights(BaseException):
-    """Weights were about to be loaded."""
-
-
 @pytest.fixture
 def weightless(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*args: Any, **kwargs: Any) -> None:
-        raise Weights
-
-    monkeypatch.setattr(PreTrainedModel, "from_pretrained", refuse)
-    monkeypatch.setattr(AutoModelForSequenceClassification, "from_pretrained", refuse)
+    refuse_weights(monkeypatch, AutoModelForSequenceClassification)
 
 
 @pytest.mark.usefixtures("weightless")
@@ -461,24 +453,6 @@ def test_a_fitting_reward_model_passes_without_its_weights(reward: str) -> None:
     RewardGradient(model=reward).check(None)
     with pytest.raises(Weights):
         reward_network._load.__wrapped__(reward, torch.device("cpu"), torch.float32, ())
-
-
-def _swapped(folder: Path) -> None:
-    data = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
-    vocabulary = data["model"]["vocab"]
-    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
-    (folder / "tokenizer.json").write_text(json.dumps(data), encoding="utf-8")
-
-
-def _longer(folder: Path) -> None:
-    tokenizer = tiny_tokenizer()
-    tokenizer.add_tokens(["<more>"])
-    tokenizer.save_pretrained(folder)
-
-
-def _without_tokenizer(folder: Path) -> None:
-    for file in folder.glob("token*"):
-        file.unlink()
 
 
 def _without_config(folder: Path) -> None:
@@ -510,9 +484,9 @@ def _endless(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (_swapped, "another vocabulary: token .* is 'b' there and 'a' here"),
-        (_longer, r"token 260 is '<more>' there and None here \(261 and 260 tokens\)"),
-        (_without_tokenizer, "has no tokenizer that could be compared"),
+        (swapped, "another vocabulary: token .* is 'b' there and 'a' here"),
+        (longer, r"token 260 is '<more>' there and None here \(261 and 260 tokens\)"),
+        (without_tokenizer, "has no tokenizer that could be compared"),
         (_without_config, "neither a model folder here nor a hub repository"),
         (_two_outputs, "has 2 outputs; a reward is one number"),
         (_language_model, "was saved as LlamaForCausalLM, not as LlamaForSequenceClassification"),
