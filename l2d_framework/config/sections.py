@@ -287,11 +287,6 @@ class UnrollSection(Section):
     """Least number of evaluations, the read-out included."""
     most: int = Field(default=8, ge=2)
     """Largest number; all in between are equally likely. Time and memory of an update grow with their mean."""
-    consistency: float = Field(default=0.0, ge=0)
-    """Weight of the divergence of each prediction from the one that the next evaluation makes, which is held fixed, so
-    that an evaluation learns what those after it will find; the vocabulary head is then computed twice.
-
-    Source: consistency models, arXiv:2303.01469, along the model's own trajectory."""
 
     @model_validator(mode="after")
     def _in_order(self) -> Self:

@@ -99,21 +99,6 @@ def denoising_loss(
     return Losses(total / max(copies, 1), tokens, entropies, t, count, row, draws.positions[chosen])
 
 
-@dataclass(frozen=True)
-class Teacher:
-    """Another prediction about the same positions, held fixed, which a prediction is to come close to.
-
-    Attributes:
-        features: (N, H).
-        share: what a nat of divergence from it counts beside a nat of the loss.
-        refine: changes its logits; nothing when None.
-    """
-
-    features: Tensor
-    share: float
-    refine: Refine | None
-
-
 def refining(diffusion: Diffusion, x: Tensor, t: Tensor) -> Refine:
     """How the state space changes logits about N positions, given their states, (N, D), and times, (N,)."""
     return lambda logits, part: diffusion.refine(logits, x[None, part], t[None, part])
@@ -160,7 +145,6 @@ def chunked_cross_entropy(
     chunk: int,
     weights: Tensor | None = None,
     refine: Refine | None = None,
-    teacher: Teacher | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Cross-entropy without ever holding the logits of more than `chunk` positions.
 
@@ -174,30 +158,20 @@ def chunked_cross_entropy(
         chunk: positions per pass.
         weights: of each position in the sum, (N,); all 1 when None.
         refine: changes logits before the loss; nothing when None.
-        teacher: whose divergence from the prediction, KL(teacher || prediction), joins the sum where gradients are
-            taken; none when None.
 
     Returns:
         The weighted sum, (), differentiable in `features` and the trainable parameters of `head`, and every
-        cross-entropy without its weight, (N,).
+        loss without its weight, (N,).
     """
 
-    def logits(part: slice, of: Tensor, refine: Refine | None = refine) -> Tensor:
+    def logits(part: slice, of: Tensor) -> Tensor:
         found = head(of[None]).float()
         return (found if refine is None else refine(found, part)).squeeze(0)
-
-    def slopes(part: slice, made: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        weight = None if weights is None else weights[part]
-        if teacher is None:
-            each, slope = _slopes(made, targets[part], weight)
-            return each, slope, each
-        wanted = logits(part, teacher.features[part].clone(), teacher.refine)
-        return _taught_slopes(made, targets[part], weight, wanted, teacher.share)
 
     parts = [slice(start, start + chunk) for start in range(0, len(features), chunk)]
     if torch.is_grad_enabled():
         parameters = [p for p in head.parameters() if p.requires_grad]
-        return _Chunked.apply(logits, parts, slopes, weights, features, *parameters)  # type: ignore[no-any-return, no-untyped-call]
+        return _Chunked.apply(logits, parts, targets, weights, features, *parameters)  # type: ignore[no-any-return, no-untyped-call]
     found = [_exponentials(logits(part, features[part].clone()), targets[part])[0] for part in parts]
     each = torch.cat(found) if found else features.new_zeros(0, dtype=torch.float32)
     return _sum(each, weights), each
@@ -224,19 +198,6 @@ def _slopes(logits: Tensor, targets: Tensor, weights: Tensor | None) -> tuple[Te
     each, total = _exponentials(logits, targets)
     weight = torch.ones_like(total) if weights is None else weights[:, None]
     return each, logits.mul_(weight / total).scatter_add_(-1, targets[:, None], -weight)
-
-
-def _taught_slopes(
-    logits: Tensor, targets: Tensor, weights: Tensor | None, wanted: Tensor, share: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Cross-entropies, gradients as in `_slopes`, and what is learnt: cross-entropy + share * KL(wanted || found)."""
-    found, wanted = logits.log_softmax(-1), wanted.log_softmax(-1)
-    aim = wanted.exp()
-    each = -found.gather(-1, targets[:, None])[:, 0]
-    learnt = each + share * (aim * (wanted - found)).sum(-1)
-    slope = (1 + share) * found.exp() - share * aim
-    slope.scatter_add_(-1, targets[:, None], slope.new_full((len(slope), 1), -1.0))
-    return each, slope if weights is None else slope.mul_(weights[:, None]), learnt
 
 
 def _has_kernel(logits: Tensor) -> bool:
@@ -283,7 +244,7 @@ class _Chunked(torch.autograd.Function):
         ctx: Any,
         logits: Callable[[slice, Tensor], Tensor],
         parts: Sequence[slice],
-        slopes: Callable[[slice, Tensor], tuple[Tensor, Tensor, Tensor]],
+        targets: Tensor,
         weights: Tensor | None,
         features: Tensor,
         *parameters: Tensor,
@@ -291,13 +252,12 @@ class _Chunked(torch.autograd.Function):
         gradient = torch.zeros_like(features)
         own = [torch.zeros_like(p) for p in parameters]
         each = features.new_zeros(len(features), dtype=torch.float32)
-        learnt = torch.zeros_like(each)
         for part in parts:
             with torch.enable_grad():
                 leaf = features[part].detach().clone().requires_grad_()  # lest a head hand it on to be written over
                 made = logits(part, leaf)
-            # Slopes may take the memory of the logits: a second copy would be the largest tensor of all.
-            each[part], slope, learnt[part] = slopes(part, made.detach())
+            # A second copy of the logits would be the largest tensor of all.
+            each[part], slope = _slopes(made.detach(), targets[part], None if weights is None else weights[part])
             found = torch.autograd.grad(made, [leaf, *parameters], slope, allow_unused=True)
             gradient[part] = found[0]
             for sum_, piece in zip(own, found[1:], strict=True):
@@ -305,7 +265,7 @@ class _Chunked(torch.autograd.Function):
                     sum_ += piece
         ctx.save_for_backward(gradient, *own)
         ctx.mark_non_differentiable(each)
-        return _sum(learnt, weights), each
+        return _sum(each, weights), each
 
     @staticmethod
     def backward(ctx: Any, *outputs: Any) -> tuple[Any, ...]:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
 from l2d_framework.blame import naming_plugins
 from l2d_framework.diffusion.diffusion import Diffusion
-from l2d_framework.diffusion.loss import Losses, Teacher, chunked_cross_entropy, refining
+from l2d_framework.diffusion.loss import Losses, chunked_cross_entropy, refining
 from l2d_framework.diffusion.selection import Sliced
 from l2d_framework.diffusion.training_noise import Solves
 from l2d_framework.types import Layout, Query, Stride
@@ -24,7 +22,6 @@ def trajectory_loss(
     classes: Tensor | None = None,
     counted: Tensor | None = None,
     chunk: int = 1024,
-    consistency: float = 0.0,
 ) -> Losses:
     """Cross-entropy of the clean tokens at each evaluation of a solve by Euler's method, without guidance.
 
@@ -38,12 +35,9 @@ def trajectory_loss(
         classes: class of each row, (B,), int64, -1 for none; None for none at all.
         counted: denoised slots whose loss counts, (B, S), bool; all when None.
         chunk: positions per pass of the vocabulary head, which bounds memory to chunk x V.
-        consistency: what `total` has of the divergence of each prediction from the next of its solve, held fixed.
 
     Returns:
         The losses of all evaluations; `total` has the mean over those of a solve.
-
-    Source: consistency, arXiv:2303.01469, Eq. 7, along the model's own trajectory and with KL as the metric.
     """
     order, counts = solves.rows, torch.tensor(solves.counts, device=layout.tokens.device)
     layout = Layout(layout.tokens[order], layout.blocks[order])
@@ -52,16 +46,15 @@ def trajectory_loss(
         chosen = chosen & counted[order].gather(1, solves.positions)
     condition = None if classes is None else torch.where(solves.kept, classes[order, None], -1)
     targets = layout.tokens.gather(1, solves.positions)
-    evaluations = list(_Path(diffusion, layout, solves, condition).evaluations())
+    path = _Path(diffusion, layout, solves, condition)
     totals, found = [], []
-    for now, later in zip(evaluations, [*evaluations[1:], None], strict=True):
-        query, features = now
+    for number in range(solves.counts[0]):
+        query, features = path.evaluate(number)
         here = chosen[: len(features)]
         row, _ = here.nonzero(as_tuple=True)
         t = query.t[here]
         weight = diffusion.schedule.weight(t)
         share = 1 / counts[row] if weight is None else weight / counts[row]
-        teacher = _next(diffusion, now, later, here, consistency) if consistency and later is not None else None
         # Where the language model answers alone there is nothing to learn.
         with torch.set_grad_enabled(features.requires_grad):
             total, entropies = chunked_cross_entropy(
@@ -71,30 +64,16 @@ def trajectory_loss(
                 chunk=chunk,
                 weights=share,
                 refine=refining(diffusion, query.x[here], t) if diffusion.refines else None,
-                teacher=teacher,
             )
         totals.append(total)
         tokens = entropies if weight is None else weight * entropies
         found.append((tokens, entropies, t, order[row], solves.positions[: len(features)][here]))
+        path.move(number, query, features.detach())
     tokens, entropies, t, row, position = (torch.cat(parts) for parts in zip(*found, strict=True))
     learnt = layout.blocks >= 1 if counted is None else counted[order] & (layout.blocks >= 1)
     count = int(learnt.sum())
     copies = int(chosen.sum()) // max(count, 1)
     return Losses(torch.stack(totals).sum() / max(copies, 1), tokens, entropies, t, count, row, position)
-
-
-def _next(
-    diffusion: Diffusion, now: tuple[Query, Tensor], later: tuple[Query, Tensor], here: Tensor, share: float
-) -> Teacher:
-    """The next prediction about the positions `here`; solves that have ended have their own, which teaches nothing."""
-    left = len(later[1])
-
-    def joined(first: Tensor, own: Tensor) -> Tensor:
-        return torch.cat([first, own[left:]])[here]
-
-    x, t = joined(later[0].x, now[0].x), joined(later[0].t, now[0].t)
-    refine = refining(diffusion, x, t) if diffusion.refines else None
-    return Teacher(joined(later[1], now[1]).detach(), share, refine)
 
 
 class _Path:
@@ -118,14 +97,8 @@ class _Path:
         times = torch.tensor([[grid[number]] for grid in self._grids[:rows]], dtype=self._x.dtype)
         return times.to(self._x.device).repeat(1, self._solves.positions.shape[1])
 
-    def evaluations(self) -> Iterator[tuple[Query, Tensor]]:
-        """The question of each evaluation and the hidden states that answer it, of the solves that have it."""
-        for number in range(self._solves.counts[0]):
-            query, features = self._evaluate(number)
-            yield query, features
-            self._move(number, query, features.detach())
-
-    def _evaluate(self, number: int) -> tuple[Query, Tensor]:
+    def evaluate(self, number: int) -> tuple[Query, Tensor]:
+        """The question of an evaluation, and the hidden states that answer it."""
         rows, positions = len(self._x), self._solves.positions
         times = {grid[number] for grid in self._grids[:rows]}
         query = Query(
@@ -143,7 +116,7 @@ class _Path:
         return query, features
 
     @torch.no_grad()
-    def _move(self, number: int, query: Query, features: Tensor) -> None:
+    def move(self, number: int, query: Query, features: Tensor) -> None:
         """Let the solves that go on make a step of Euler's method."""
         rows = sum(count > number + 1 for count in self._solves.counts)
         if not rows:

@@ -141,8 +141,7 @@ class Denoiser(Learner):
         else:
             _check_whole(is_sharded)
             solves = draw_solves(layout, rule, fewest=settings.unroll.fewest, most=settings.unroll.most)
-            consistency = settings.unroll.consistency if self.training else 0.0
-            losses = trajectory_loss(self.model, layout, solves, consistency=consistency, **how)
+            losses = trajectory_loss(self.model, layout, solves, **how)
         return {
             "loss": losses.total,
             "losses": losses.tokens,

@@ -1,11 +1,9 @@
 """The loss along a model's own trajectory: that of the solves it will make, and what it teaches."""
 
-import itertools
-
 import pytest
 import torch
 from diffusion_models import diffusion_lm, fresh_lm, random_tokens, shared_lm, tess_lm
-from torch.nn.functional import cross_entropy, kl_div
+from torch.nn.functional import cross_entropy
 
 from l2d_framework.diffusion.rng import TokenStreams
 from l2d_framework.diffusion.sampler import Block, Sampler
@@ -30,9 +28,8 @@ def solves(layout, keys=KEYS, *, fewest=2, most=6, **rule):
     return draw_solves(layout, NoiseRule(keys=keys, **rule), fewest=fewest, most=most)
 
 
-def losses(model, layout, keys=KEYS, *, classes=None, counted=None, consistency=0.0, **rule):
-    drawn = solves(layout, keys, **rule)
-    return trajectory_loss(model, layout, drawn, classes=classes, counted=counted, chunk=4, consistency=consistency)
+def losses(model, layout, keys=KEYS, *, classes=None, counted=None, **rule):
+    return trajectory_loss(model, layout, solves(layout, keys, **rule), classes=classes, counted=counted, chunk=4)
 
 
 def argmax(model):
@@ -147,35 +144,6 @@ def test_later_losses_teach_what_earlier_evaluations_leave():
     assert not first.requires_grad  # the language model's, which is frozen
     slope = torch.autograd.grad(loss, second)[0]
     assert slope.abs().max() > 0
-
-
-@pytest.mark.parametrize("space", [{}, {"bayes_skip": True}])
-def test_consistency_is_the_divergence_from_the_next_prediction_and_teaches_it_nothing(space):
-    model, layout = argmax(diffusion_lm(carry=True, space=space)), ragged()
-    own = list(model.own_parameters().values())
-    evaluated, evaluate = [], model.features
-    model.features = lambda query: evaluated.append((query, evaluate(query))) or evaluated[-1][1]
-    plain, drawn = losses(model, layout), solves(layout)
-    expected = plain.total
-    for (query, features), (later, after) in itertools.pairwise(evaluated):
-        left = len(after)
-        logits = torch.cat([part for _, part in model.answer_from(features[:left], _first(query, left)).parts()], 1)
-        wanted = torch.cat([part for _, part in model.answer_from(after, later).parts()], 1).detach()
-        divergence = kl_div(logits.log_softmax(-1), wanted.log_softmax(-1), log_target=True, reduction="none").sum(-1)
-        counts = torch.tensor(drawn.counts[:left])[:, None]
-        if features.requires_grad:  # at the first evaluation nothing can be learnt
-            expected = expected + 0.7 * (divergence / counts)[drawn.valid[:left]].sum()
-    wanted = torch.autograd.grad(expected, own, allow_unused=True)
-    found = losses(model, layout, consistency=0.7)
-    torch.testing.assert_close(found.total, expected)
-    torch.testing.assert_close(found.tokens, plain.tokens)
-    assert found.total > plain.total
-    for one, other in zip(torch.autograd.grad(found.total, own, allow_unused=True), wanted, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
-
-
-def _first(query, rows):
-    return query.replace(x=query.x[:rows], t=query.t[:rows], positions=query.positions[:rows])
 
 
 def test_a_map_of_zeros_learns_once_the_path_says_something():
