@@ -284,7 +284,7 @@ class _Loop:
             streamer.put(ids.cpu())
         while rows:
             room = texts.limit - max(texts.ends[row] for row in rows)
-            ahead = self.guesses.count(room - 1) if pending.shape[1] == 1 else 0
+            ahead = self.guesses.count(room - 1, len(rows)) if pending.shape[1] == 1 else 0
             keys = self._keys(rows, ahead + 1 if ahead else min(size, room))
             numbers = _uniform(keys, ids.device) if config.do_sample else None
             guessed = self._draft(pending, rows, ahead, numbers) if ahead else pending[:, :0]
