@@ -11,7 +11,7 @@ from typing_extensions import override
 
 from l2d_framework.drafter import Ahead, Drafter
 from l2d_plugins.companions import ModelPath
-from l2d_plugins.drafters.assistant_network import Reading, check_assistant, load_assistant
+from l2d_plugins.drafters.assistant_network import Reading, assistant_bytes, check_assistant, load_assistant
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -40,6 +40,10 @@ class Assistant(Drafter):
     @override
     def check(self, tokenizer: Any) -> None:
         check_assistant(self.model, tokenizer)
+
+    @override
+    def bytes_beside(self, dtype: torch.dtype) -> int:
+        return assistant_bytes(self.model, dtype)
 
     @override
     def begin(self, lm: PreTrainedModel) -> Assistant:
