@@ -51,13 +51,14 @@ ENDING = {"eos_token_id": [*range(60, 90), *range(200, 220)], "do_sample": True}
 @pytest.mark.parametrize("family", PROVEN)
 def test_an_answer_is_the_one_written_token_by_token(family):
     model = near(family, scale=10.0 if "gemma" in family else 0.3 if family == "smollm3" else 0.1)
-    for options, speculate in (({}, 4), (ENDING, "auto")):
+    for options, speculate in ((ENDING, 4), ({}, "auto")):
         wanted = generate(model, **options)
         assert wanted.guesses == (0, 0)
         found = generate(model, speculate=speculate, **options)
         check_equal(found, wanted)
-        made, right = found.guesses
-        assert made > right > 0
+    # Of answers that end soon there are so few guesses that on some machine all may be wrong.
+    made, right = found.guesses
+    assert made > right > 5
 
 
 @pytest.mark.parametrize(
