@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict
+
+if TYPE_CHECKING:
+    import torch
 
 
 class Component(BaseModel):
@@ -51,6 +54,17 @@ class Component(BaseModel):
             The missing names, empty when the component can be used.
         """
         return [name for name in cls.requires if not _is_installed(name)]
+
+    def bytes_beside(self, dtype: torch.dtype) -> int:
+        """Size of the weights that it brings along, for which `device_map="auto"` leaves room.
+
+        Args:
+            dtype: of the language model's weights.
+
+        Returns:
+            Bytes on the device that computes, 0 unless a component has a model of its own.
+        """
+        return 0
 
     def to_json(self) -> dict[str, Any]:
         """JSON-ready dictionary of this component.

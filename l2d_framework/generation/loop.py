@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
-from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
-from transformers.generation.streamers import BaseStreamer
 
 from l2d_framework.diffusion.diffusion import Diffusion
 from l2d_framework.diffusion.ode import NotAhead, Observer
@@ -21,60 +17,14 @@ from l2d_framework.diffusion.rng import TokenStreams, request_keys
 from l2d_framework.diffusion.sampler import Block, Keys, Sampler
 from l2d_framework.diffusion.sampling import Sampling, check_block_size, check_sampling
 from l2d_framework.errors import ConfigError
-from l2d_framework.generation.arguments import Running
 from l2d_framework.generation.prefix import Prefix
-from l2d_framework.generation.prompts import Encoded
 from l2d_framework.generation.replay import Replayed, Rows
 from l2d_framework.generation.replay_evaluations import ReplayedEvaluations
+from l2d_framework.generation.requests import Decoding, Prepared, Requests, check_requests
 from l2d_framework.generation.results import Generation
 from l2d_framework.generation.sequences import Sequences
 from l2d_framework.generation.speculation import Guesses, LookAhead, MainPath
 from l2d_framework.types import Layout
-
-OnAnswer = Callable[[int, list[int], list[int], dict[str, list[float]]], None]
-"""Called with the number of an answer, its tokens, the evaluations spent on each, and what guidance recorded."""
-
-
-@dataclass(frozen=True)
-class Requests:
-    """Prompts and what belongs to each.
-
-    Attributes:
-        prompts: token ids, on the model's device.
-        classes: class of each prompt, (B,), int64, -1 for none; None for none at all.
-        guidance_scale: scale of each prompt, (B,), float32, or None for the guidance's own.
-        samples: answers per prompt; the prompt is read once.
-        seeds: seed of each prompt, or None for the one of the sampling settings.
-        batch_size: most answers that are written at a time, or None for all.
-        on_answer: called as soon as an answer has ended.
-        running: how to run them.
-    """
-
-    prompts: Encoded
-    classes: Tensor | None = None
-    guidance_scale: Tensor | None = None
-    samples: int = 1
-    seeds: Sequence[int] | None = None
-    batch_size: int | None = None
-    on_answer: OnAnswer | None = None
-    running: Running = field(default_factory=Running)
-
-
-@dataclass(frozen=True)
-class Decoding:
-    """transformers' own machinery for turning logits into tokens.
-
-    Attributes:
-        config: generation configuration; `num_return_sequences` belongs into `Requests.samples`.
-        processors: further logits processors.
-        criteria: further stopping criteria.
-        streamer: receives the tokens of each step; only without padding and for one answer, as in transformers.
-    """
-
-    config: GenerationConfig
-    processors: LogitsProcessorList = field(default_factory=LogitsProcessorList)
-    criteria: StoppingCriteriaList = field(default_factory=StoppingCriteriaList)
-    streamer: BaseStreamer | None = None
 
 
 @torch.no_grad()
@@ -117,7 +67,7 @@ def generate(
         has_condition=requests.classes is not None,
         is_scaled=requests.guidance_scale is not None,
     )
-    _check_requests(requests, decoding)
+    check_requests(requests, decoding)
     loop = _Loop(diffusion, requests, sampling, decoding, observer)
     parts = [part.run() for part in loop.parts()]
     end = max(max(texts.ends) for texts, *_ in parts)
@@ -142,24 +92,6 @@ def _side_by_side(rows: list[dict[str, list[Tensor]]]) -> dict[str, Tensor]:
         filled = [some[:0] if values is None else values for values in whole]
         found[name] = pad_sequence(filled, batch_first=True, padding_value=torch.nan)
     return found
-
-
-def _check_requests(requests: Requests, decoding: Decoding) -> None:
-    count, keys = len(requests.prompts.input_ids), requests.prompts.keys
-    if keys is not None and len(keys) == count * requests.samples:
-        keys = None
-    per_prompt = {"keys": keys} | {name: getattr(requests, name) for name in ("classes", "guidance_scale", "seeds")}
-    for name, values in per_prompt.items():
-        if values is not None and len(values) != count:
-            raise ConfigError(f"{name} must name one value per prompt: got {len(values)} for {count} prompts.")
-    config = decoding.config
-    if decoding.streamer is not None and count * requests.samples > 1:
-        raise ConfigError(f"A streamer takes one answer, got {count} prompts and {requests.samples} answers of each.")
-    if config.max_new_tokens is None and not bool(requests.prompts.attention_mask.all()):
-        raise ConfigError(
-            f"max_length={config.max_length} counts padding, so answers would depend on their batch mates. "
-            "Set max_new_tokens instead."
-        )
 
 
 class _Loop:
@@ -233,44 +165,16 @@ class _Loop:
             setattr(part, name, None if values is None else values[rows])
         return part
 
-    def _prepare(self, rows: list[int]) -> list[Any]:
-        """Prompts, processors, criteria and configuration of some rows, as transformers makes them."""
-        prepared: list[Any] = []
-
-        def decode(
-            model: Any,
-            input_ids: Tensor,
-            logits_processor: LogitsProcessorList,
-            stopping_criteria: StoppingCriteriaList,
-            generation_config: GenerationConfig,
-            **kwargs: Any,
-        ) -> Tensor:
-            prepared.extend((input_ids, logits_processor, stopping_criteria, generation_config))
-            return input_ids
-
-        decoding, prompts = self.decoding, [self.first[row] for row in rows]
-        # transformers would fill what is None from the model's configuration, also where None was asked for.
-        lm: Any = copy.copy(self.diffusion.backbone.lm)
-        lm.generation_config = decoding.config
-        try:
-            lm.generate(
-                self.requests.prompts.input_ids[prompts],
-                attention_mask=self.mask[prompts],
-                generation_config=decoding.config,
-                logits_processor=decoding.processors,
-                stopping_criteria=decoding.criteria,
-                custom_generate=decode,
-            )
-        # Nothing of this package runs in there, and only settings could be wrong.
-        except (ValueError, TypeError, LookupError, AttributeError, ImportError) as error:
-            raise ConfigError(f"transformers refuses these generation settings: {error}") from error
-        return prepared
+    def _prepare(self, rows: list[int]) -> Prepared:
+        prompts = [self.first[row] for row in rows]
+        ids, mask = self.requests.prompts.input_ids[prompts], self.mask[prompts]
+        return self.decoding.prepare(self.diffusion.backbone.lm, ids, mask)
 
     def run(self) -> tuple[Sequences, Tensor, Tensor, list[dict[str, list[Tensor]]]]:
         """Sequences, evaluations spent on each token, (B, limit), lengths, (B,), and what guidance recorded."""
         streamer, rows = self.decoding.streamer, [*range(len(self.numbers))]
         ids, processors, criteria, config = self._prepare(rows)
-        own = (lambda row: self._prepare([row])[1]) if self.is_queued else None
+        own = (lambda row: self._prepare([row]).processors) if self.is_queued else None
         self.texts = texts = Sequences(ids, processors, criteria, config, own=own)
         self.metrics: list[dict[str, list[Tensor]]] = [{} for _ in rows]
         cost, kept = torch.zeros_like(texts.ids), torch.zeros_like(texts.ids)
@@ -284,7 +188,7 @@ class _Loop:
             streamer.put(ids.cpu())
         while rows:
             room = texts.limit - max(texts.ends[row] for row in rows)
-            ahead = self.guesses.count(room - 1) if pending.shape[1] == 1 else 0
+            ahead = self.guesses.count(room - 1, len(rows)) if pending.shape[1] == 1 else 0
             keys = self._keys(rows, ahead + 1 if ahead else min(size, room))
             numbers = _uniform(keys, ids.device) if config.do_sample else None
             guessed = self._draft(pending, rows, ahead, numbers) if ahead else pending[:, :0]

@@ -6,7 +6,8 @@ that diffusion picks with its own noise, so the answer is the one that would hav
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -19,10 +20,12 @@ from l2d_framework.diffusion.sampling import Sampling
 from l2d_framework.drafter import Ahead, Drafter
 from l2d_framework.errors import ConfigError, PluginError
 from l2d_framework.generation.arguments import Running
+from l2d_framework.generation.pass_times import pass_times
 from l2d_framework.generation.replay import Rows
 from l2d_framework.generation.sequences import Sequences
 
-_MOST = 8
+_COUNTS = (0, 1, 2, 3, 4, 8)
+"""Numbers of tokens to choose from: each takes time to measure, and those between them hardly pay more."""
 _FIRST = 0.7
 """Share of right guesses that is assumed before there were any."""
 _MEMORY = 0.9
@@ -112,8 +115,8 @@ class Guesses:
     Args:
         wanted: tokens, 0 for none, None for as many as pay.
         evaluations: of the network per token.
-        width: what one more position costs in a pass of the network, in passes.
-        cost: of guessing a token, in passes.
+        times: of passes of the network over so many positions each, in one unit.
+        cost: of guessing a token, in passes over one position of every row.
 
     Attributes:
         wanted: tokens, as above.
@@ -122,8 +125,10 @@ class Guesses:
         right: how many of them were.
     """
 
-    def __init__(self, wanted: int | None, evaluations: int, width: float, cost: float = 1.0) -> None:
-        self.wanted, self.cost, self._evaluations, self._width = wanted, cost, evaluations, width
+    def __init__(
+        self, wanted: int | None, evaluations: int, times: Callable[[Sequence[int]], Sequence[float]], cost: float = 1.0
+    ) -> None:
+        self.wanted, self.cost, self._evaluations, self._times = wanted, cost, evaluations, times
         self._share = _FIRST
         self.made = self.right = 0
 
@@ -178,35 +183,39 @@ class Guesses:
                 raise ConfigError(f"speculate={wanted} would change what happens: {reason}. Set it to 'off' or 'auto'.")
             if is_so:
                 wanted = 0
-        width = 0.02 if backbone.table().device.type == "cuda" else 0.25
-        return cls(wanted, steps or 100, width)
+        return cls(wanted, steps or 100, partial(pass_times, backbone))
 
     def never(self) -> None:
         """Guess no more."""
         self.wanted = 0
 
-    def count(self, room: int) -> int:
+    def count(self, room: int, rows: int) -> int:
         """Tokens to guess now.
 
         Args:
             room: the most there can be.
+            rows: how many answers go on.
 
         Returns:
             The number, 0 for none.
         """
-        wanted = self.wanted
-        if wanted is None:
-            wanted = max(range(_MOST + 1), key=self._rate)
-            if not wanted:  # what comes later may be easier to guess
-                self._share += _RETURN * (_FIRST - self._share)
-        return max(0, min(wanted, room))
+        if room < 1 or self.wanted is not None:
+            return max(0, min(self.wanted or 0, room))
+        # Rows end one by one, and each number of them would have to be measured.
+        rows = 1 << (rows - 1).bit_length()
+        times = self._times([rows * (1 + count) for count in _COUNTS])
+        rates = {count: self._rate(count, took, times[0]) for count, took in zip(_COUNTS, times, strict=True)}
+        found = max((count for count in _COUNTS if count <= room), key=rates.__getitem__)
+        if not found:  # what comes later may be easier to guess
+            self._share += _RETURN * (_FIRST - self._share)
+        return found
 
-    def _rate(self, count: int) -> float:
-        """Tokens that a pass of the network yields with so many guesses."""
+    def _rate(self, count: int, time: float, least: float) -> float:
+        """Tokens per time with so many guesses, of passes over them and over one position of every row."""
         share = min(self._share, 0.99)
         tokens = (1 - share ** (count + 1)) / (1 - share)
-        rounds = self._evaluations * (1 + self._width * count)
-        return tokens / (rounds + 1 + (self.cost + self._width) * count)
+        # One more reads the tokens.
+        return tokens / ((self._evaluations + 1) * time + count * self.cost * least)
 
     def learn(self, count: int, right: Sequence[int]) -> None:
         """Take note of a round.

@@ -34,7 +34,7 @@ from l2d_framework.errors import ConfigError, shown, suggest
 from l2d_framework.generation import arguments
 from l2d_framework.generation.causal_lm import DiffusionForCausalLM, as_transformers
 from l2d_framework.generation.infill import infill, read_gaps
-from l2d_framework.generation.loop import Decoding, OnAnswer, Requests, generate
+from l2d_framework.generation.loop import generate
 from l2d_framework.generation.prompts import (
     Encoded,
     Prompt,
@@ -45,6 +45,7 @@ from l2d_framework.generation.prompts import (
     pad_left,
     turn_end,
 )
+from l2d_framework.generation.requests import Decoding, OnAnswer, Requests
 from l2d_framework.generation.results import Generation, Infilled, html_table
 from l2d_framework.models.origin import Origin
 from l2d_framework.models.placement import check_whole

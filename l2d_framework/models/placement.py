@@ -78,12 +78,13 @@ class Placement:
             max_memory = {int(n) if isinstance(n, str) and n.isdecimal() else n: x for n, x in max_memory.items()}
         return cls(device_map, max_memory, offload_folder)
 
-    def plan(self, empty: DiffusionLM, device: str | torch.device | None) -> Plan:
+    def plan(self, empty: DiffusionLM, device: str | torch.device | None, *, beside: int = 0) -> Plan:
         """Where everything will lie, from a model's shapes; refuses what cannot be before weights are loaded.
 
         Args:
             empty: on the meta device, in the types that its weights will have.
             device: the one that computes; when None that of the map, or the accelerator if there is one.
+            beside: bytes of other models that will lie on that device, for which `auto` leaves room.
 
         Returns:
             The plan.
@@ -96,7 +97,7 @@ class Placement:
         movable = _layers(empty.backbone)
         where = [next(names[id(module)] for module in unit if id(module) in names) for unit in movable]
         if isinstance(self.device_map, str):
-            main, places = self._fitted(empty, movable, device)
+            main, places = self._fitted(empty, movable, device, beside)
         else:
             main, places = self._mapped(self.device_map, dict.fromkeys(names.values()), where, device)
         if DISK in places and self.offload_folder is None:
@@ -143,7 +144,7 @@ class Placement:
         return torch.device(main), [place(unit) for unit in units]
 
     def _fitted(
-        self, empty: DiffusionLM, units: Sequence[Sequence[nn.Module]], device: Any
+        self, empty: DiffusionLM, units: Sequence[Sequence[nn.Module]], device: Any, beside: int
     ) -> tuple[torch.device, list[str]]:
         from accelerate.utils import get_max_memory
 
@@ -158,14 +159,15 @@ class Placement:
             limit = int(_SHARE * limit)
         sizes = [_bytes(unit) for unit in units]
         # Beside what stays there the largest layer that comes in.
-        rest = _bytes([empty]) - sum(sizes)
+        rest = beside + _bytes([empty]) - sum(sizes)
         if rest + sum(sizes) <= limit:
             return main, [str(main)] * len(units)
         free = limit - rest - max(sizes)
         if free < 0:
+            what = "Embeddings, head and one layer" + (" and other models" if beside else "")
             raise ConfigError(
-                f"Embeddings, head and one layer take {in_bytes(rest + max(sizes))}, but {str(main)!r} may give "
-                f"{in_bytes(limit)}. Raise max_memory, take fewer bytes a weight (dtype), or another device."
+                f"{what} take {in_bytes(rest + max(sizes))}, but {str(main)!r} may give {in_bytes(limit)}. Raise "
+                "max_memory, take fewer bytes a weight (dtype), or another device."
             )
         room = {str(main): free, HOST: limits.get(HOST, 0)} if str(main) != HOST else {HOST: free}
         places = []

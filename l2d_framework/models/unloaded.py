@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from l2d_framework.backbone import Backbone
 from l2d_framework.base_model import empty_language_model, fetch, fingerprint, is_adapter, load_config, load_tokenizer
+from l2d_framework.component import Component
 from l2d_framework.config import DiffusionRun, SamplingSection
 from l2d_framework.config.parsing import parse_run
 from l2d_framework.config.sampling import component_of
@@ -77,6 +78,7 @@ class UnloadedModel:
             self.empty: Backbone = self.parts.backbone.build(lm).in_blocks(self.parts.block_size)
         self.classes = list(self.origin.classes)
         self._ignored: set[str] = set()
+        self._beside: list[Component] = []
         tokenizer = load_tokenizer(self.reference)
         if tokenizer is None:
             raise ConfigError(
@@ -147,10 +149,14 @@ class UnloadedModel:
     def check_running(
         self, running: Mapping[str, Any], settings: SamplingSection, *, device: Any = None, is_watched: bool = False
     ) -> None:
-        """Refuse a way to run requests that there is not, or with which answers could come out differently."""
+        """Refuse a way to run requests that there is not, or with which answers could come out differently.
+
+        From then on `plan` leaves room for the models that it brings along.
+        """
         request = arguments.request(**{**running, "drafter": component_of("drafter", running.get("drafter"))})
         if request.drafter is not None:
             request.drafter.check(self.tokenizer)
+        self._beside = [part for part in (request.drafter, *settings.guidance) if part is not None]
         Guesses.of(self.empty, request, settings, block_size=self.parts.block_size, has_observer=is_watched)
         if settings.num_inference_steps != 0:
             self.empty.is_offloaded = self.placement is not None and any(self.plan(device).places)
@@ -161,7 +167,8 @@ class UnloadedModel:
         if self.placement is None:
             return Plan.onto(device)
         lm = empty_language_model(self.lm_config, self.reference.attn_implementation, dtype=self.reference.dtype)
-        return self.placement.plan(assemble(self.parts, lm), device)
+        beside = sum(part.bytes_beside(lm.dtype) for part in self._beside)
+        return self.placement.plan(assemble(self.parts, lm), device, beside=beside)
 
     def load(self, device: Any) -> DiffusionLM:
         """Load the weights."""

@@ -13,7 +13,7 @@ import transformers
 from pydantic import AfterValidator, Field
 
 from l2d_framework.errors import CheckpointError, ConfigError, UnsupportedModelError
-from l2d_framework.opening import open_config, open_model, open_tokenizer
+from l2d_framework.opening import new_model, open_config, open_model, open_tokenizer
 from l2d_plugins.families import advice
 
 ModelPath = Annotated[
@@ -97,6 +97,13 @@ class Companion:
                 f"{self.called} {name!r} has another vocabulary: token {first} is {theirs.get(first)!r} there and "
                 f"{ours.get(first)!r} here ({len(theirs)} and {len(ours)} tokens). {why}"
             )
+
+    def bytes(self, name: str, dtype: torch.dtype) -> int:
+        """Size of one's weights, from its configuration alone."""
+        with OPENING, torch.device("meta"):
+            config = self.config(name)
+            model = new_model(getattr(transformers, self.kinds)[type(config)], config, dtype=dtype)
+        return sum(weight.nbytes for weight in (*model.parameters(), *model.buffers()))
 
     def load(self, auto: Any, name: str, device: torch.device, dtype: torch.dtype) -> Any:
         """One with its weights, frozen."""

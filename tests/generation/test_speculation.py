@@ -1,6 +1,7 @@
 """Tokens guessed ahead change how fast an answer is written, never the answer."""
 
 from importlib.metadata import entry_points
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import pytest
@@ -13,6 +14,9 @@ from transformers.generation.streamers import BaseStreamer
 
 from l2d_framework.drafter import Drafter
 from l2d_framework.errors import ConfigError, L2DError, PluginError
+from l2d_framework.generation import pass_times as timing
+from l2d_framework.generation import speculation
+from l2d_framework.generation.pass_times import pass_times
 from l2d_framework.generation.prompts import pad_left
 from l2d_framework.generation.speculation import Guesses
 from l2d_framework.hooks import GROUP
@@ -47,13 +51,14 @@ ENDING = {"eos_token_id": [*range(60, 90), *range(200, 220)], "do_sample": True}
 @pytest.mark.parametrize("family", PROVEN)
 def test_an_answer_is_the_one_written_token_by_token(family):
     model = near(family, scale=10.0 if "gemma" in family else 0.3 if family == "smollm3" else 0.1)
-    for options, speculate in (({}, 4), (ENDING, "auto")):
+    for options, speculate in ((ENDING, 4), ({}, "auto")):
         wanted = generate(model, **options)
         assert wanted.guesses == (0, 0)
         found = generate(model, speculate=speculate, **options)
         check_equal(found, wanted)
-        made, right = found.guesses
-        assert made > right > 0
+    # Of answers that end soon there are so few guesses that on some machine all may be wrong.
+    made, right = found.guesses
+    assert made > right > 5
 
 
 @pytest.mark.parametrize(
@@ -188,9 +193,69 @@ def test_a_drafter_without_guesses_is_refused():
         generate(shared_lm(), drafter="prompt_lookup")
 
 
+def growing(share):
+    """Times of passes of which each further position takes so much of the first."""
+    return lambda sizes: [1 + share * (size / sizes[0] - 1) for size in sizes]
+
+
 def test_auto_guesses_further_where_guesses_are_free():
-    counts = [Guesses(None, 3, 0.25, cost).count(30) for cost in (0.0, 1.0)]
+    counts = [Guesses(None, 3, growing(0.25), cost).count(30, 1) for cost in (0.0, 1.0)]
     assert counts[0] > counts[1] > 0
+
+
+def test_auto_guesses_as_far_as_pays_however_passes_grow():
+    def times(sizes):  # of a processor that takes three rows for three times one, and five for less than two
+        return [{1: 1.0, 2: 1.6, 3: 3.1, 4: 2.9, 5: 1.7}.get(size // sizes[0], 1.9) for size in sizes]
+
+    guesses, chosen = Guesses(None, 15, times), []
+    while count := guesses.count(30, 1):
+        chosen.append(count)
+        guesses.learn(count, [0])
+    assert {4} <= {*chosen} <= {1, 4, 8}
+    assert Guesses(None, 15, times).count(3, 1) == 1
+    assert Guesses(None, 15, growing(1.0)).count(30, 1) == 0
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_auto_goes_by_what_passes_take_and_no_answer_does(monkeypatch, share):
+    model, asked = near(scale=0.0), []
+
+    def times(backbone, sizes):
+        asked.append(sizes[0])
+        return growing(share)(sizes)
+
+    monkeypatch.setattr(speculation, "pass_times", times)
+    for options in ({}, {**ENDING, "num_return_sequences": 2}):
+        found = generate(model, speculate="auto", **options)
+        check_equal(found, generate(model, **options))
+        assert (found.guesses[1] > 0) == (share == 0)
+    # Of how many rows: as they end, not every number of them is measured.
+    assert {4, 8} <= {*asked} <= {1, 2, 4, 8}
+
+
+def test_passes_are_measured_once_for_a_network_where_it_lies(monkeypatch):
+    model, clock, sizes = near(), [0.0], []
+    features = model.backbone.features
+
+    def watched(h, *args, **options):
+        sizes.append(h.shape[1])
+        clock[0] += {1: 2.0, 3: 6.0, 5: 4.0}[h.shape[1]] + (5.0 if len(sizes) < 4 else 0.0)  # at first all is slow
+        return features(h, *args, **options)
+
+    model.backbone.features = watched
+    monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    for _ in range(2):
+        assert pass_times(model.backbone, [1, 3, 5]) == [2.0, 6.0, 4.0]
+        assert sorted(sizes) == sorted([1, 3, 5] * 3)
+    assert pass_times(model.backbone, [1, 5]) == [2.0, 4.0]
+    assert pass_times(model.to(torch.float64).backbone, [1]) == [2.0]
+    assert len(sizes) == 9 + 6 + 3
+
+
+@pytest.mark.parametrize("family", PROVEN)
+@torch.no_grad()
+def test_passes_of_every_family_are_measured(family):
+    assert min(pass_times(shared_lm(family).backbone, [1, 4])) > 0
 
 
 def test_a_row_gains_whatever_its_batch_mates_do():
@@ -277,10 +342,10 @@ def test_other_values_are_refused_by_name(speculate):
 
 
 def test_auto_tries_again_after_a_while():
-    guesses = Guesses(None, 3, 0.25, 1.0)
-    while guesses.count(8):
+    guesses = Guesses(None, 3, growing(0.25))
+    while guesses.count(8, 1):
         guesses.learn(4, [0])
-    waits = next(number for number in range(1, 1000) if guesses.count(8))
+    waits = next(number for number in range(1, 1000) if guesses.count(8, 1))
     assert waits > 5
 
 

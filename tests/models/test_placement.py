@@ -8,6 +8,8 @@ from threading import Thread
 import pytest
 import tiny_runs
 import torch
+from tiny_models import tiny_lm, tiny_tokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 from typer.testing import CliRunner
 
 from l2d_framework.cli import app
@@ -104,6 +106,41 @@ def test_the_command_takes_a_map(folder):
     mapped = run("--device-map", json.dumps({"model.layers.1": "disk"}), "--offload-folder", str(folder / "away"))
     assert mapped.exit_code == 0
     assert mapped.stdout == run().stdout != ""
+
+
+def rewarding(folder):
+    """A sequence classifier with the base's tokenizer."""
+    config = tiny_lm().config
+    config.num_labels = 1
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("beside", ["assistant", "reward_gradient"])
+def test_auto_leaves_room_for_a_model_that_comes_beside_it(folder, beside):
+    if beside == "assistant":
+        name, kind, dtype = str(folder / "base"), AutoModelForCausalLM, torch.float32
+        options = {"speculate": 2, "drafter": {"name": "assistant", "model": name}}
+    else:
+        name, kind, dtype = rewarding(folder / "reward"), AutoModelForSequenceClassification, torch.bfloat16
+        options = {"guidance": [{"name": "reward_gradient", "model": name, "precision": "bfloat16"}]}
+
+    def held(model):
+        return sum(x.nbytes for x in (*model.parameters(), *model.buffers()))
+
+    size = held(checkpoint.load(folder / "l2d"))
+    more = held(kind.from_pretrained(name, dtype=dtype))
+
+    def places(limit, **options):
+        placing = {"device_map": "auto", "max_memory": {"cpu": limit}, "offload_folder": str(folder / "away")}
+        return L2DLM(str(folder / "l2d"), **placing, **options).source.plan("cpu").places
+
+    assert not any(places(size))
+    assert not any(places(size + more, **options))
+    assert any(places(size + more - 1, **options))
+    with pytest.raises(ConfigError, match=r"one layer and other models take .* Raise max_memory"):
+        places(more, **options)
 
 
 def test_threads_and_errors_leave_weights_where_they_lie(folder, whole):

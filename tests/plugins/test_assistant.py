@@ -195,6 +195,25 @@ def test_texts_beyond_what_it_can_read_get_no_guesses(tmp_path: Path) -> None:
     assert generate(model, [[*range(5, 25)]], speculate=4, drafter=assistant).guesses == (0, 0)
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_it_obeys_the_laws_where_it_can_read_some_of_the_rows(family: str, tmp_path: Path) -> None:
+    lm = tiny_lm(family, vocab_size=11, max_position_embeddings=6)
+    assistant = Assistant(model=write(tmp_path, lm, tokenizer=False))
+    for check in checks_for(assistant):
+        check(assistant)
+
+
+def test_a_long_row_takes_no_guess_from_a_short_one(tmp_path: Path) -> None:
+    model, short, long = near(), PROMPTS[:2], [[*range(5, 45)]]
+    assistant = Assistant(model=write(tmp_path, tiny_lm(max_position_embeddings=20)))
+    _, right = generate(model, short, speculate=4, drafter=assistant).guesses
+    assert right > 5
+    for prompts in (long + short, short + long):
+        found = generate(model, prompts, speculate=4, drafter=assistant)
+        check_equal(found, generate(model, prompts))
+        assert found.guesses[1] >= 0.8 * right
+
+
 def test_it_computes_in_the_type_of_the_model_and_costs_what_it_weighs(itself: str, other: str) -> None:
     lm = tiny_lm().to(torch.bfloat16)
     for name, low, high in ((itself, 1.0, 1.0), (other, 0.0, 0.9)):

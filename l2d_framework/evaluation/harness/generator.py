@@ -18,8 +18,8 @@ from l2d_framework.errors import ConfigError
 from l2d_framework.evaluation.harness.options import Plan, read_plan, shortest
 from l2d_framework.evaluation.harness.requests import content, noise_key, occurrences
 from l2d_framework.evaluation.search.search import search
-from l2d_framework.generation.loop import OnAnswer
 from l2d_framework.generation.prompts import Encoded, add_ends, pad_left
+from l2d_framework.generation.requests import OnAnswer
 from l2d_framework.models.unloaded import CLASS, SCALE
 
 if TYPE_CHECKING:

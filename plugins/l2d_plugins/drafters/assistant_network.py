@@ -40,6 +40,11 @@ def check_assistant(name: str, tokenizer: Any) -> None:
         _check(name, tokenizer, size, stamps(name))
 
 
+def assistant_bytes(name: str, dtype: torch.dtype) -> int:
+    """Size of its weights."""
+    return _ASSISTANT.bytes(name, dtype)
+
+
 def load_assistant(name: str, device: torch.device, dtype: torch.dtype) -> Network:
     """The frozen assistant, loaded once and kept for the next request; a folder written again is loaded again."""
     with OPENING:

@@ -10,12 +10,13 @@ import torch
 from pydantic import Field
 from torch import Tensor
 from torch.nn import functional
+from typing_extensions import override
 
 from l2d_framework.diffusion.logits import pieces
 from l2d_framework.guidance import Guidance
 from l2d_framework.types import Layout, Predict, Prediction, Query, Random, Space
 from l2d_plugins.companions import ModelPath
-from l2d_plugins.guidance.reward_network import RewardNetwork, check_reward_model, load_reward_model
+from l2d_plugins.guidance.reward_network import RewardNetwork, check_reward_model, load_reward_model, reward_bytes
 
 
 class RewardGradient(Guidance):
@@ -58,14 +59,17 @@ class RewardGradient(Guidance):
         """Refuse a reward model that cannot guide; without a tokenizer (None) vocabularies are not compared."""
         check_reward_model(self.model, tokenizer, needs_end=self.position == "expected_end")
 
+    @override
+    def bytes_beside(self, dtype: torch.dtype) -> int:
+        return reward_bytes(self.model, getattr(torch, self.precision))
+
     def __call__(self, predict: Predict, query: Query, space: Space) -> Prediction:
         """Guided logits, from which the clean state follows."""
         with torch.no_grad():
             prediction = predict(query)
             if (query.guidance_scale is None and self.scale == self.neutral_scale) or space.evaluation % self.every:
                 return prediction
-            dtype = torch.float32 if self.precision == "float32" else torch.bfloat16
-            reward = load_reward_model(self.model, prediction.logits.device, dtype)
+            reward = load_reward_model(self.model, prediction.logits.device, getattr(torch, self.precision))
             reward.check_width(prediction.logits.shape[-1])
             logits = self._ascend(prediction.logits, query, reward, space)
             if prediction.clean is None:

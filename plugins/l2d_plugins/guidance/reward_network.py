@@ -68,6 +68,11 @@ def check_reward_model(name: str, tokenizer: Any, *, needs_end: bool) -> None:
         _check(name, tokenizer, size, needs_end, stamps(name))
 
 
+def reward_bytes(name: str, dtype: torch.dtype) -> int:
+    """Size of its weights."""
+    return _REWARD.bytes(name, dtype)
+
+
 def load_reward_model(name: str, device: torch.device, dtype: torch.dtype) -> RewardNetwork:
     """The frozen reward model, loaded once and kept for the next call; a folder written again is loaded again."""
     with OPENING:
