@@ -7,7 +7,6 @@ they are complete.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -23,6 +22,7 @@ from l2d_framework.config import ModelSection, parse_run
 from l2d_framework.config.files import parse_json, read_text
 from l2d_framework.config.validation import validated
 from l2d_framework.errors import CheckpointError, ConfigError, L2DError, OutputError
+from l2d_framework.models.manifest import file_hash
 from l2d_framework.training import folder_lock
 from l2d_framework.writing import REPLACED, WRITING, in_bytes, naming_what_fails, size_of
 
@@ -53,11 +53,11 @@ def kept(output: Path) -> Callable[[], str]:
     """What there is to go on from where a run could not write, and what to do."""
 
     def advice() -> str:
-        if not (left := checkpoints(output)):
+        if (left := last_whole(output)) is None:
             return "No checkpoint came before. Make room first, or choose another output_dir."
         return (
-            f"Nothing is lost: {left[-1].name}, which takes {in_bytes(size_of(left[-1]))}, is whole, and the same "
-            "command goes on from it. Make room for one more first."
+            f"Nothing is lost: {left.name}, which takes {in_bytes(size_of(left))}, is whole, and the same command goes "
+            "on from it. Make room for one more first."
         )
 
     return advice
@@ -65,7 +65,7 @@ def kept(output: Path) -> Callable[[], str]:
 
 def seal(folder: Path) -> None:
     """Write the hashes of all files of a folder into it."""
-    hashes = {path.relative_to(folder).as_posix(): _sha256(path) for path in _files(folder)}
+    hashes = {path.relative_to(folder).as_posix(): file_hash(path) for path in _files(folder)}
     (folder / SEAL).write_text(json.dumps({"sha256": hashes}, indent=2) + "\n", encoding="utf-8")
 
 
@@ -79,7 +79,7 @@ def damage(folder: Path) -> str | None:
         for name, recorded in hashes.items():
             if not (folder / name).is_file():
                 return f"{name!r} is missing"
-            if _sha256(folder / name) != recorded:
+            if file_hash(folder / name) != recorded:
                 return f"{name!r} is truncated or changed"
     except (OSError, ValueError, KeyError, TypeError) as error:
         return f"{SEAL!r} or what it names cannot be read ({error})"
@@ -103,6 +103,11 @@ def newest_whole(output: Path, tell: Callable[[str], None]) -> Path | None:
     return None
 
 
+def last_whole(output: Path) -> Path | None:
+    """Newest checkpoint that is whole, or None if none is."""
+    return next((folder for folder in reversed(checkpoints(output)) if damage(folder) is None), None)
+
+
 def check_room(output: Path, trained: int, limit: int) -> None:
     """Refuse a disk on which not even one checkpoint has room, and warn where not all have; `trained`: parameters."""
     size = 12 * trained  # in float32 the weights and AdamW's two moments
@@ -123,11 +128,6 @@ def check_room(output: Path, trained: int, limit: int) -> None:
 
 def _files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file())
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def remove(folder: Path) -> None:
@@ -205,7 +205,7 @@ def check_free(output: Path, config: dict[str, Any]) -> dict[str, Any] | None:
         if (steps := config["training"]["max_steps"]) is not None and not is_done(card, config):
             check_budget(output, card, steps)
         return card
-    if {path.name for path in output.iterdir()} - folder_lock.FILES == {RUN_FILE}:
+    if {path.name for path in output.iterdir()} - folder_lock.FILES == {RUN_FILE} and not card.get("saved"):
         return None  # a run that was refused when its weights loaded: there is nothing to lose
     shown = "; ".join(f"{key}: {theirs.get(key)!r} there, {ours.get(key)!r} now" for key in differing[:8])
     raise ConfigError(
@@ -236,22 +236,31 @@ def budget_changes(card: Mapping[str, Any], config: Mapping[str, Any]) -> list[s
     return [f"{name}: {there} there, {now} now" for name, (there, now) in pairs.items() if there != now]
 
 
-def updates_made(output: Path, card: Mapping[str, Any]) -> int:
-    """Updates that a run has made, as far as a checkpoint or its card knows of them."""
-    counts = [int(path.name.removeprefix("checkpoint-")) for path in checkpoints(output)[-1:]]
-    counts += [int(entry["updates"]) for entry in card.get("continued", [])]
-    counts += [int(card["result"]["steps"])] if "result" in card else []
-    return max(counts, default=0)
+def updates_made(output: Path, card: Mapping[str, Any], *, known: int = 0) -> int:
+    """Updates that a whole checkpoint or a finished model has; where it is no more than `known`, that."""
+    made = max(known, *_published(card))
+    newer = (folder for folder in reversed(checkpoints(output)) if _updates(folder) > made)
+    return next((_updates(folder) for folder in newer if damage(folder) is None), made)
+
+
+def _updates(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("checkpoint-"))
+
+
+def _published(card: Mapping[str, Any]) -> list[int]:
+    """Updates of the models that a run has finished, and 0."""
+    results = [entry["result"] for entry in (card, *card.get("continued", [])) if "result" in entry]
+    return [0, *(int(result["steps"]) for result in results)]
 
 
 def check_budget(output: Path, card: Mapping[str, Any], steps: int) -> None:
-    """Refuse to end a run before where it is, and to go on with one where nothing is left to go on from."""
-    made = updates_made(output, card)
-    if steps < made:
+    """Refuse to end a run before where it is, and to begin it anew where nothing is left to go on from."""
+    if (made := updates_made(output, card, known=steps)) > steps:
         raise ConfigError(
             f"{str(output)!r} has made {made:,} updates, and training.max_steps or training.epochs ask for {steps:,}. "
             "Ask for as many at least, or begin anew in another output_dir or with --overwrite."
         )
+    made = max(card.get("saved", 0), *_published(card))
     if made and not checkpoints(output):
         raise CheckpointError(
             f"{str(output)!r} has made {made:,} updates, but its checkpoints are gone, from which it would go on to "

@@ -90,10 +90,11 @@ class RunState(TrainerCallback):
             "sessions": before.get("sessions", 0) + 1,
             "seconds": before.get("seconds", 0.0),
             "peak_memory": before.get("peak_memory", 0),
+            "saved": before.get("saved", 0),
             **({"accepted_changes": changes} if changes else {}),
             **({"continued": continued} if continued else {}),
             **({"base_fingerprint": mark} if (mark := before.get("base_fingerprint")) else {}),
-            **({"wandb": before.get("wandb", secrets.token_hex(4))} if self._reports_to("wandb") else {}),
+            **({"wandb": mark} if (mark := self._tracked(before)) else {}),
         }
         wait()
         if self.writes:
@@ -159,6 +160,8 @@ class RunState(TrainerCallback):
         self._watch.start()
         found: list[Any] = [output_dir.newest_whole(self.output, _LOGGER.warning)] if self.writes else [None]
         broadcast_object_list(found)
+        if found[0] is None and self.card["sessions"] > 1 and self.writes:
+            _LOGGER.warning("%r was begun before and has no checkpoint: it begins from its start.", str(self.output))
         for change in (*self.card.get("accepted_changes", []), *self.card.get("continued", [])):
             change.setdefault("after", found[0] and found[0].name)
         self._open_trackers(trainer)
@@ -172,6 +175,10 @@ class RunState(TrainerCallback):
             raise Interrupted(signum, f"{name_of(signum)} {self._farewell(trainer.state)}" if self.writes else "")
         trainer.check_weights()
 
+    def _tracked(self, before: dict[str, Any]) -> str | None:
+        """Id of the run in Weights & Biases, which a start without that tracker keeps for the next with it."""
+        return before.get("wandb") or (secrets.token_hex(4) if self._reports_to("wandb") else None)
+
     def _reports_to(self, tracker: str) -> bool:
         return tracker in self.run.training.report_to
 
@@ -183,12 +190,15 @@ class RunState(TrainerCallback):
             open_wandb(str(self.arguments.run_name), self.card["wandb"], self._open)
 
     def _farewell(self, state: TrainerState) -> str:
-        left = output_dir.checkpoints(self.output)
-        saved = f"saved {str(left[-1])!r}; the same command goes on from there" if left else "nothing is saved"
+        # That of this update was just written, or read to go on from.
+        here = self.output / f"checkpoint-{state.global_step}"
+        left = here if here.is_dir() else output_dir.last_whole(self.output)
+        saved = f"saved {str(left)!r}; the same command goes on from there" if left else "nothing is saved"
         return f"after update {state.global_step} of {state.max_steps}: {saved}."
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: D102 -- transformers'
         self._measure()
+        self.card["saved"] = state.global_step
         if self.writes:
             output_dir.write_card(self.output, self.card)
 

@@ -405,6 +405,12 @@ def test_without_a_whole_checkpoint_a_run_is_refused_and_one_that_was_passed_ove
         train(run)
     shutil.copytree(output / "checkpoint-7", output / "checkpoint-4")
     (output / "state.json").rename(output / "checkpoint-4" / "trainer_state.json")
+    # What is said to be whole is.
+    room = pytest.raises(OutputError, match=r"checkpoint-4, which takes .*, is whole")
+    with room, output_dir.writing(output / "x", output / "x.writing"):
+        raise OSError(errno.ENOSPC, "full")
+    with pytest.raises(DivergedError, match=r"The last checkpoint is '.*checkpoint-4'"):
+        train(run, Spoil(4))
     stop(run, 7)
     assert [path.name for path in output_dir.checkpoints(output)] == ["checkpoint-6", "checkpoint-7"]
     train(run)
