@@ -24,6 +24,7 @@ from transformers.utils.import_utils import is_gguf_available
 from l2d_framework.errors import CheckpointError, ConfigError, MissingModelError
 from l2d_framework.opening import (
     adapter_base,
+    check_published,
     new_model,
     open_adapter,
     open_config,
@@ -61,6 +62,7 @@ class BaseReference(Protocol):
 def fetch(path: str, revision: str | None = None, *, gguf_file: str | None = None, weights: bool = True) -> Path:
     """Local folder of a model: the folder itself, or a snapshot of the hub repository, if need be without weights."""
     if Path(path).is_dir():
+        check_published(path)
         return Path(path)
     if Path(path).suffix == ".gguf" and Path(path).is_file():
         raise ConfigError(

@@ -20,6 +20,20 @@ if TYPE_CHECKING:  # models take seconds to import, and listing plugins needs no
 _ATTENTION = (None, "eager", "sdpa")
 """What a config.json may choose; other names may stand for code on the hub."""
 
+PUBLISHING = ".publishing"
+"""Folder in a run's own that holds its new model whole while the files of an old one are replaced."""
+
+
+def check_published(folder: str | Path) -> None:
+    """Refuse a folder in which the files of a model are being replaced, or were when a run was killed."""
+    folder = Path(folder)
+    for whole in (folder / PUBLISHING, folder.parent / PUBLISHING / folder.name):
+        if whole.is_dir():
+            raise CheckpointError(
+                f"{str(folder)!r} is half published: the run that writes its model there is at work, or was killed. "
+                f"The command that trains it completes it; meanwhile the new model is whole in {str(whole)!r}."
+            )
+
 
 @contextmanager
 def reading(what: str, folder: str | Path | None = None) -> Iterator[None]:
@@ -68,6 +82,7 @@ def _is_damaged(path: Path) -> bool:
 
 def open_config(source: str | Path, **options: Any) -> PreTrainedConfig:
     """Config of a model."""
+    check_published(source)
     with reading(f"the {options.get('gguf_file') or 'config.json'} of {str(source)!r}", source):
         return _safe(transformers.AutoConfig.from_pretrained(source, trust_remote_code=False, **options), source)
 
@@ -121,6 +136,7 @@ def new_model(kind: Any, config: PreTrainedConfig, **options: Any) -> PreTrained
 
 def open_tokenizer(source: str | Path, **options: Any) -> PreTrainedTokenizerBase:
     """Tokenizer of a model."""
+    check_published(source)
     with reading(f"the tokenizer of {str(source)!r}", source):
         return transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=False, **options)
 

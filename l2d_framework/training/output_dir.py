@@ -1,8 +1,8 @@
 """A run's output folder: safe to kill at any moment, refused to a different run, never deleted.
 
 Layout: the finished model and `run.json` at the top, `best/` for the model of the lowest held-out loss, `checkpoint-N/`
-for resuming, `diverged/` for what an update began with that made no numbers. Folders appear under their names only when
-they are complete.
+for resuming, `diverged/` for what an update began with that made no numbers, `.publishing/` for a model that is being
+put at the top. Folders appear under their names only when they are complete.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ from l2d_framework.config import ModelSection, parse_run
 from l2d_framework.config.files import parse_json, read_text
 from l2d_framework.config.validation import validated
 from l2d_framework.errors import CheckpointError, ConfigError, L2DError, OutputError
+from l2d_framework.models.labels import MANIFEST
 from l2d_framework.models.manifest import file_hash
+from l2d_framework.opening import PUBLISHING
 from l2d_framework.training import folder_lock
 from l2d_framework.writing import REPLACED, WRITING, in_bytes, naming_what_fails, size_of
 
@@ -32,6 +34,8 @@ DIVERGED = "diverged"
 SEAL = "files.json"
 """In a checkpoint the SHA-256 of each other file, written last."""
 _LOGGER = logging.getLogger(__name__)
+_ENTRIES = ("config.json", "adapter_config.json", MANIFEST)
+"""Files by which a folder is known to hold a model."""
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 _ENTRY = re.compile(r"\.\d+$")
 _STEPS, _EPOCHS = "training.max_steps", "training.epochs"
@@ -155,14 +159,46 @@ def checkpoints(output: Path) -> list[Path]:
     return sorted(steps, key=lambda path: int(steps[path][1]))
 
 
-def publish(stage: Path, output: Path) -> None:
-    """Move the files of a folder into another, each at once."""
-    for path in sorted(stage.rglob("*")):
-        if path.is_file():
-            target = output / path.relative_to(stage)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(path, target)
-    shutil.rmtree(stage)
+def publish(stage: Path, output: Path, card: Mapping[str, Any]) -> None:
+    """Make the files of a folder those of a run, and a card its own; what is killed half-way, `complete` completes."""
+    with writing(output / PUBLISHING, stage):
+        (stage / RUN_FILE).write_text(_text(card), encoding="utf-8")
+    os.replace(stage, output / PUBLISHING)
+    complete(output)
+
+
+def complete(output: Path) -> None:
+    """Put a new model that lies whole in a folder of its own in the place of the old one, if there is one.
+
+    Meanwhile this package refuses the output folder, and whoever else opens it finds no model there, rather than files
+    of both.
+    """
+    stage = output / PUBLISHING
+    if not stage.is_dir():
+        return
+    clean_up(output)
+    card = read_card(stage) or {}
+    files = [path.relative_to(stage) for path in _files(stage) if path != stage / RUN_FILE]
+    for name in (name for name in files if name.name in _ENTRIES):
+        (output / name).unlink(missing_ok=True)
+    for name in sorted(files, key=lambda name: (name.name in _ENTRIES, -len(name.parts), name)):
+        _put(stage / name, output / name, output)
+    remove(stage)
+    write_card(output, card)
+
+
+def _put(file: Path, target: Path, output: Path) -> None:
+    """Give a file a second name, in the place of what has it, or a copy where the file system knows no links."""
+    temporary = output / f"{target.name}{WRITING}"
+    with naming_what_fails(target, temporary, lambda: "Make room: the model is whole, and the same command goes on."):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if target.exists() and target.samefile(file):
+            return
+        try:
+            os.link(file, temporary)
+        except OSError:
+            shutil.copy2(file, temporary)
+        os.replace(temporary, target)
 
 
 def read_card(output: Path) -> dict[str, Any] | None:
@@ -183,8 +219,12 @@ def write_card(output: Path, card: Mapping[str, Any]) -> None:
     """Replace the `run.json` of a folder."""
     temporary = output / f"{RUN_FILE}{WRITING}"
     with writing(output / RUN_FILE, temporary):
-        temporary.write_text(json.dumps(card, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        temporary.write_text(_text(card), encoding="utf-8")
     os.replace(temporary, output / RUN_FILE)
+
+
+def _text(card: Mapping[str, Any]) -> str:
+    return json.dumps(card, indent=2, ensure_ascii=False) + "\n"
 
 
 def check_free(output: Path, config: dict[str, Any]) -> dict[str, Any] | None:

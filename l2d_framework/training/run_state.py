@@ -57,8 +57,10 @@ class RunState(TrainerCallback):
             self._check_free()
             if not self.is_finished and self.writes:
                 self._open.enter_context(locked(self.output))
-                # Another process may have had it until now.
-                self._check_free()
+                output_dir.complete(self.output)
+            wait()
+            # Another process may have had it until now.
+            self._check_free()
             self._open = self._open.pop_all()
         return self
 
@@ -211,8 +213,7 @@ class RunState(TrainerCallback):
             stage = self.output / "final.writing"
             with output_dir.writing(self.output, stage):
                 write(stage)
-            output_dir.publish(stage, self.output)
-            output_dir.write_card(self.output, self.card)
+            output_dir.publish(stage, self.output, self.card)
         wait()
         return self.card
 

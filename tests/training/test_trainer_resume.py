@@ -204,7 +204,7 @@ def test_a_kill_after_the_last_update_resumes_to_a_finished_run(
 ) -> None:
     run = fields(folder, "late")
 
-    def fail(stage: Path, output: Path) -> None:
+    def fail(*_: Any) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
