@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +22,26 @@ _ATTENTION = (None, "eager", "sdpa")
 
 PUBLISHING = ".publishing"
 """Folder in a run's own that holds its new model whole while the files of an old one are replaced."""
+
+
+_MODELS = ("*config.json", "l2d.json", "*.gguf")
+"""Files one of which is in every folder with a model."""
+
+TRAINED_IN = "trained_in"
+"""Field of `run.json` and of a manifest: the folder from which their relative paths to a language model lead."""
+
+
+def found_from(path: str, places: Iterable[str | Path | None]) -> str:
+    """A path to a model; a relative one that leads to none from here is taken from the first place where it does."""
+    here = [Path(path), *(Path(place, path) for place in places if place)]
+    there = next((f for f in here if f.is_dir() and any(any(f.glob(name)) for name in _MODELS)), here[0])
+    return path if there == here[0] else str(there)
+
+
+def looked_in(path: str, places: Iterable[str | Path | None]) -> str:
+    """Sentence on where a path was looked for beside here; nothing of one that is no relative one."""
+    names = " and ".join(repr(str(place)) for place in places if place)
+    return "" if Path(path).is_absolute() or not names else f" It was looked for from here, from {names}."
 
 
 def check_published(folder: str | Path) -> None:
@@ -158,7 +178,16 @@ def adapter_base(folder: Path) -> str:
             f"The PEFT adapter {str(folder)!r} names no base model: base_model_name_or_path in its adapter_config.json "
             f"is {base!r}. Set model.base to the model it was trained on and model.adapter to {str(folder)!r}."
         )
-    return base
+    return found_from(base, adapter_places(folder))
+
+
+def adapter_places(folder: Path) -> list[str | Path]:
+    """Folders from which a PEFT adapter's relative path to its base may lead: where it was trained, and its own."""
+    try:
+        trained_in = json.loads((folder / "run.json").read_text(encoding="utf-8"))[TRAINED_IN]
+    except (OSError, ValueError, LookupError, TypeError):  # of a run over no relative path, or no run of ours
+        return [folder]
+    return [str(trained_in), folder]
 
 
 def _adapter_config(folder: Path) -> dict[str, Any]:

@@ -276,6 +276,13 @@ def budget_changes(card: Mapping[str, Any], config: Mapping[str, Any]) -> list[s
     return [f"{name}: {there} there, {now} now" for name, (there, now) in pairs.items() if there != now]
 
 
+def place_changes(card: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
+    """Where the language model of a configuration lies elsewhere than a card says."""
+    theirs, ours = _flat(_recorded(card)), _flat(dict(config))
+    pairs = {name: (theirs.get(name), ours.get(name)) for name in sorted(_PLACES)}
+    return [f"{name}: {there!r} there, {now!r} now" for name, (there, now) in pairs.items() if there != now]
+
+
 def updates_made(output: Path, card: Mapping[str, Any], *, known: int = 0) -> int:
     """Updates that a whole checkpoint or a finished model has; where it is no more than `known`, that."""
     made = max(known, *_published(card))

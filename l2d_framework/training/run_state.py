@@ -16,9 +16,10 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerState, TrainingArguments
 from transformers.integrations.integration_utils import TensorBoardCallback
 
-from l2d_framework.base_model import check_vocabulary, load_config, load_tokenizer
+from l2d_framework.base_model import check_vocabulary, load_config, load_tokenizer, trained_in
 from l2d_framework.config import ModelSection, Run, config_hash
 from l2d_framework.errors import CheckpointError, ConfigError, DataError, Interrupted
+from l2d_framework.opening import TRAINED_IN
 from l2d_framework.training import output_dir
 from l2d_framework.training.folder_lock import locked
 from l2d_framework.training.interruption import Interruption, name_of
@@ -95,6 +96,8 @@ class RunState(TrainerCallback):
             "saved": before.get("saved", 0),
             **({"accepted_changes": changes} if changes else {}),
             **({"continued": continued} if continued else {}),
+            **({"moved": moved} if (moved := self._moved(before)) else {}),
+            **({TRAINED_IN: place} if (place := trained_in(self.run.model)) else {}),
             **({"base_fingerprint": mark} if (mark := before.get("base_fingerprint")) else {}),
             **({"wandb": mark} if (mark := self._tracked(before)) else {}),
         }
@@ -141,6 +144,11 @@ class RunState(TrainerCallback):
         published = {name: before[name] for name in ("ended", "result") if name in before}
         return [*earlier, {"at": now(), "changes": changes, "updates": made, **published}]
 
+    def _moved(self, before: dict[str, Any]) -> list[dict[str, Any]]:
+        """When a run went on over the language model of before in another place."""
+        changes = output_dir.place_changes(before, self.run.model_dump(mode="json")) if before else []
+        return [*before.get("moved", []), *([{"at": now(), "changes": changes}] if changes else [])]
+
     def describe(self, parameters: Iterable[nn.Parameter], base_fingerprint: str | None) -> None:
         """Put a model on the card, unless it is over another base than before or has no room on the disk."""
         numbers = [(p.numel(), p.requires_grad) for p in parameters]
@@ -164,7 +172,9 @@ class RunState(TrainerCallback):
         broadcast_object_list(found)
         if found[0] is None and self.card["sessions"] > 1 and self.writes:
             _LOGGER.warning("%r was begun before and has no checkpoint: it begins from its start.", str(self.output))
-        for change in (*self.card.get("accepted_changes", []), *self.card.get("continued", [])):
+        for change in (
+            change for kind in ("accepted_changes", "continued", "moved") for change in self.card.get(kind, [])
+        ):
             change.setdefault("after", found[0] and found[0].name)
         self._open_trackers(trainer)
         with Interruption() as interruption:
