@@ -19,6 +19,7 @@ from typing import Any
 
 from l2d_framework.base_model import fingerprint
 from l2d_framework.config import ModelSection, parse_run
+from l2d_framework.config.differences import differences, flat, told
 from l2d_framework.config.files import parse_json, read_text
 from l2d_framework.config.validation import validated
 from l2d_framework.errors import CheckpointError, ConfigError, L2DError, OutputError
@@ -237,19 +238,17 @@ def check_free(output: Path, config: dict[str, Any]) -> dict[str, Any] | None:
                 "Choose another, or use --overwrite, which moves it aside."
             )
         return None
-    ours, theirs = _flat(config), _flat(_recorded(card))
     # An entry of a list is free where the list is.
-    keys = sorted(key for key in ours.keys() | theirs.keys() if _ENTRY.sub("", key) not in _FREE)
-    differing = [key for key in keys if ours.get(key) != theirs.get(key)]
+    everything = differences(_recorded(card), config)
+    differing = {name: values for name, values in everything.items() if _ENTRY.sub("", name) not in _FREE}
     if not differing or (_PLACES.issuperset(differing) and _is_same_base(card, config)):
         if (steps := config["training"]["max_steps"]) is not None and not is_done(card, config):
             check_budget(output, card, steps)
         return card
     if {path.name for path in output.iterdir()} - folder_lock.FILES == {RUN_FILE} and not card.get("saved"):
         return None  # a run that was refused when its weights loaded: there is nothing to lose
-    shown = "; ".join(f"{key}: {theirs.get(key)!r} there, {ours.get(key)!r} now" for key in differing[:8])
     raise ConfigError(
-        f"output_dir {str(output)!r} holds a run with another configuration ({shown}). "
+        f"output_dir {str(output)!r} holds a run with another configuration ({told(differing)}). "
         "Choose another output_dir, or use --overwrite, which moves it aside."
     )
 
@@ -269,7 +268,7 @@ def is_done(card: Mapping[str, Any], config: Mapping[str, Any]) -> bool:
 
 def budget_changes(card: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
     """In which options a configuration gives another number of updates than that of a card."""
-    theirs, ours = _flat(_recorded(card)), _flat(dict(config))
+    theirs, ours = flat(_recorded(card)), flat(dict(config))
     # Where the number of updates is set, that of epochs has no meaning.
     is_set = None not in (theirs.get(_STEPS), ours.get(_STEPS))
     pairs = {name: (theirs.get(name), ours.get(name)) for name in ([_STEPS] if is_set else [_STEPS, _EPOCHS])}
@@ -278,9 +277,8 @@ def budget_changes(card: Mapping[str, Any], config: Mapping[str, Any]) -> list[s
 
 def place_changes(card: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
     """Where the language model of a configuration lies elsewhere than a card says."""
-    theirs, ours = _flat(_recorded(card)), _flat(dict(config))
-    pairs = {name: (theirs.get(name), ours.get(name)) for name in sorted(_PLACES)}
-    return [f"{name}: {there!r} there, {now!r} now" for name, (there, now) in pairs.items() if there != now]
+    found = differences(_recorded(card), config)
+    return [f"{name}: {values}" for name, values in found.items() if name in _PLACES]
 
 
 def updates_made(output: Path, card: Mapping[str, Any], *, known: int = 0) -> int:
@@ -344,13 +342,3 @@ def move_aside(output: Path) -> Path | None:
         for folder in inside:
             folder_lock.forget(aside / folder)
     return aside
-
-
-def _flat(value: Any, path: str = "") -> dict[str, Any]:
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else None
-    if items is None or not value:
-        return {path: value}
-    out: dict[str, Any] = {}
-    for key, inner in items:
-        out |= _flat(inner, f"{path}.{key}" if path else str(key))
-    return out
