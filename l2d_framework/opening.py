@@ -20,13 +20,11 @@ if TYPE_CHECKING:  # models take seconds to import, and listing plugins needs no
 _ATTENTION = (None, "eager", "sdpa")
 """What a config.json may choose; other names may stand for code on the hub."""
 
-PUBLISHING = ".publishing"
-"""Folder in a run's own that holds its new model whole while the files of an old one are replaced."""
-
-
 _MODELS = ("*config.json", "l2d.json", "*.gguf")
 """Files one of which is in every folder with a model."""
 
+PUBLISHING = ".publishing"
+"""Folder in a run's own that holds its new model whole while the files of an old one are replaced."""
 TRAINED_IN = "trained_in"
 """Field of `run.json` and of a manifest: the folder from which their relative paths to a language model lead."""
 

@@ -114,7 +114,7 @@ def check_known(option: str, given: Iterable[str], known: Iterable[str]) -> None
     for value in given:
         if value not in choices:
             hint = suggest(value, choices) or "."
-            raise ConfigError(f"{option}: unknown {value!r}{hint} Choose from {', '.join(choices)}.")
+            raise ConfigError(f"{option}: unknown {value!r}{hint} Choose from {', '.join(map(repr, choices))}.")
 
 
 def check_model(*names: str) -> None:

@@ -129,9 +129,9 @@ class RunState(TrainerCallback):
         if not before:
             return earlier
         output_dir.check_budget(self.output, before, steps)
-        made = output_dir.updates_made(self.output, before)
         changes = output_dir.budget_changes(before, self.run.model_dump(mode="json"))
-        if not (changes and 0 < made < steps):
+        made = output_dir.updates_made(self.output, before) if changes else 0
+        if not 0 < made < steps:
             return earlier
         if self.writes:
             _LOGGER.warning(

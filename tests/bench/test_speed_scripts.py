@@ -405,8 +405,8 @@ def test_drafters_are_measured_by_the_text_and_the_evaluations(drafters, monkeyp
 
 MISTAKES = {
     "gpu": [
-        (["--only", "bandwith"], r"--only: unknown 'bandwith'; did you mean 'bandwidth'\? Choose from bandwidth, "),
-        (["--size", "2b"], r"--size: unknown '2b'.* Choose from tiny, small, 1b\."),
+        (["--only", "bandwith"], r"--only: unknown 'bandwith'; did you mean 'bandwidth'\? Choose from 'bandwidth', "),
+        (["--size", "2b"], r"--size: unknown '2b'.* Choose from 'tiny', 'small', '1b'\."),
         (["--out", "{folder}"], r"'.*' cannot be written\. Name another --out\."),
     ],
     "fused": [(["--size", "2B"], r"--size: unknown '2B'")],
