@@ -24,6 +24,9 @@ from transformers.utils.import_utils import is_gguf_available
 from l2d_framework.errors import CheckpointError, ConfigError, MissingModelError
 from l2d_framework.opening import (
     adapter_base,
+    adapter_places,
+    check_published,
+    looked_in,
     new_model,
     open_adapter,
     open_config,
@@ -61,6 +64,7 @@ class BaseReference(Protocol):
 def fetch(path: str, revision: str | None = None, *, gguf_file: str | None = None, weights: bool = True) -> Path:
     """Local folder of a model: the folder itself, or a snapshot of the hub repository, if need be without weights."""
     if Path(path).is_dir():
+        check_published(path)
         return Path(path)
     if Path(path).suffix == ".gguf" and Path(path).is_file():
         raise ConfigError(
@@ -100,11 +104,12 @@ def locate(reference: BaseReference, *, weights: bool = True) -> tuple[Path, Pat
             )
         adapter = fetch(reference.base, reference.revision)
         try:
-            folder = fetch(adapter_base(folder), gguf_file=gguf_file, weights=weights)
+            folder = fetch(base := adapter_base(folder), gguf_file=gguf_file, weights=weights)
         except MissingModelError as error:
+            looked = looked_in(base, adapter_places(adapter))
             raise ConfigError(
-                f"{error} The PEFT adapter {str(adapter)!r} was trained on it: write where it lies now into its "
-                "adapter_config.json, as base_model_name_or_path."
+                f"{error}{looked} The PEFT adapter {str(adapter)!r} was trained on it: write where it lies now into "
+                "its adapter_config.json, as base_model_name_or_path."
             ) from error
     if gguf_file is not None:
         if not (folder / gguf_file).is_file():
@@ -128,6 +133,12 @@ def locate(reference: BaseReference, *, weights: bool = True) -> tuple[Path, Pat
             f"{gguf_hint(folder) or 'Check model.base.'}"
         )
     return folder, adapter
+
+
+def trained_in(reference: BaseReference | None) -> str | None:
+    """This folder, if paths to a language model lead from here; None where they are whole or names on the hub."""
+    paths = [] if reference is None else filter(None, (reference.base, reference.adapter))
+    return str(Path.cwd()) if any(not Path(path).is_absolute() and Path(path).is_dir() for path in paths) else None
 
 
 def is_adapter(folder: Path) -> bool:

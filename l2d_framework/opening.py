@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +19,38 @@ if TYPE_CHECKING:  # models take seconds to import, and listing plugins needs no
 
 _ATTENTION = (None, "eager", "sdpa")
 """What a config.json may choose; other names may stand for code on the hub."""
+
+_MODELS = ("*config.json", "l2d.json", "*.gguf")
+"""Files one of which is in every folder with a model."""
+
+PUBLISHING = ".publishing"
+"""Folder in a run's own that holds its new model whole while the files of an old one are replaced."""
+TRAINED_IN = "trained_in"
+"""Field of `run.json` and of a manifest: the folder from which their relative paths to a language model lead."""
+
+
+def found_from(path: str, places: Iterable[str | Path | None]) -> str:
+    """A path to a model; a relative one that leads to none from here is taken from the first place where it does."""
+    here = [Path(path), *(Path(place, path) for place in places if place)]
+    there = next((f for f in here if f.is_dir() and any(any(f.glob(name)) for name in _MODELS)), here[0])
+    return path if there == here[0] else str(there)
+
+
+def looked_in(path: str, places: Iterable[str | Path | None]) -> str:
+    """Sentence on where a path was looked for beside here; nothing of one that is no relative one."""
+    names = " and ".join(repr(str(place)) for place in places if place)
+    return "" if Path(path).is_absolute() or not names else f" It was looked for from here, from {names}."
+
+
+def check_published(folder: str | Path) -> None:
+    """Refuse a folder in which the files of a model are being replaced, or were when a run was killed."""
+    folder = Path(folder)
+    for whole in (folder / PUBLISHING, folder.parent / PUBLISHING / folder.name):
+        if whole.is_dir():
+            raise CheckpointError(
+                f"{str(folder)!r} is half published: the run that writes its model there is at work, or was killed. "
+                f"The command that trains it completes it; meanwhile the new model is whole in {str(whole)!r}."
+            )
 
 
 @contextmanager
@@ -68,6 +100,7 @@ def _is_damaged(path: Path) -> bool:
 
 def open_config(source: str | Path, **options: Any) -> PreTrainedConfig:
     """Config of a model."""
+    check_published(source)
     with reading(f"the {options.get('gguf_file') or 'config.json'} of {str(source)!r}", source):
         return _safe(transformers.AutoConfig.from_pretrained(source, trust_remote_code=False, **options), source)
 
@@ -121,6 +154,7 @@ def new_model(kind: Any, config: PreTrainedConfig, **options: Any) -> PreTrained
 
 def open_tokenizer(source: str | Path, **options: Any) -> PreTrainedTokenizerBase:
     """Tokenizer of a model."""
+    check_published(source)
     with reading(f"the tokenizer of {str(source)!r}", source):
         return transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=False, **options)
 
@@ -142,7 +176,16 @@ def adapter_base(folder: Path) -> str:
             f"The PEFT adapter {str(folder)!r} names no base model: base_model_name_or_path in its adapter_config.json "
             f"is {base!r}. Set model.base to the model it was trained on and model.adapter to {str(folder)!r}."
         )
-    return base
+    return found_from(base, adapter_places(folder))
+
+
+def adapter_places(folder: Path) -> list[str | Path]:
+    """Folders from which a PEFT adapter's relative path to its base may lead: where it was trained, and its own."""
+    try:
+        trained_in = json.loads((folder / "run.json").read_text(encoding="utf-8"))[TRAINED_IN]
+    except (OSError, ValueError, LookupError, TypeError):  # of a run over no relative path, or no run of ours
+        return [folder]
+    return [str(trained_in), folder]
 
 
 def _adapter_config(folder: Path) -> dict[str, Any]:

@@ -22,6 +22,8 @@ from l2d import RUN, l2d_over, write
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, StoppingCriteria, StoppingCriteriaList
 
+from l2d_framework.cli import run_script
+from l2d_framework.cli.common import check_device, result_file
 from l2d_framework.generation.prompts import pad_left
 from l2d_framework.models.diffusion_lm import DiffusionLM
 from l2d_framework.training.run_record import environment
@@ -166,6 +168,8 @@ def main(
     out: Annotated[Path | None, typer.Option(help="Result file; bench/results/batching_DEVICE.json if absent.")] = None,
 ) -> None:
     """Measure, print a table, and write the result file."""
+    check_device(device)
+    out = result_file(out or Path(__file__).parents[1] / "results" / f"batching_{torch.device(device).type}.json")
     torch.set_num_threads(1)
     where = torch.device(device)
     torch.manual_seed(0)
@@ -184,8 +188,8 @@ def main(
     settings = {"model": SHAPE, "run": RUN, "lengths": lengths, "batch": batch, "steps": steps, "width": width}
     unit = "cpu" if where.type == "cpu" else "wall"
     card = {"device": device, "seconds_are": unit, "settings": settings, **environment(1), "groups": groups}
-    write(out or Path(__file__).parents[1] / "results" / f"batching_{where.type}.json", card)
+    write(out, card)
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_script(main)

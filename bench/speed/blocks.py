@@ -20,6 +20,8 @@ import torch
 import typer
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from l2d_framework.cli import run_script
+from l2d_framework.cli.common import check_device, result_file
 from l2d_framework.config import DiffusionRun, parse_run
 from l2d_framework.generation.prompts import Encoded, pad_left
 from l2d_framework.models.diffusion_lm import DiffusionLM
@@ -130,6 +132,8 @@ def main(
     out: Annotated[Path | None, typer.Option(help="Result file; bench/results/blocks_DEVICE.json if absent.")] = None,
 ) -> None:
     """Measure, print a table, and write the result file."""
+    check_device(device)
+    out = result_file(out or Path(__file__).parents[1] / "results" / f"blocks_{torch.device(device).type}.json")
     torch.set_num_threads(1)
     where, sizes = torch.device(device), [16, 4]
     prompts = pad_left([list(range(5 + row, 37 + row)) for row in range(batch)])
@@ -151,9 +155,8 @@ def main(
     settings = {"model": SHAPE, "run": RUN, "length": length, "steps": steps, "batch": batch, "rounds": rounds}
     unit = "cpu" if where.type == "cpu" else "wall"
     card = {"device": device, "seconds_are": unit, "settings": settings, **environment(1), "cases": rows}
-    out = out or Path(__file__).parents[1] / "results" / f"blocks_{where.type}.json"
     out.write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_script(main)

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -22,6 +22,8 @@ from gpu import Bench
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from l2d_framework.cli import run_script
+from l2d_framework.cli.common import check_device, check_model, result_file
 from l2d_framework.opening import open_model, open_tokenizer
 from l2d_framework.training.run_record import environment
 
@@ -131,7 +133,7 @@ def compare(bench: Pretrained, task: str, scale: float, steps: int) -> None:
 
 def main(
     model: Annotated[str, typer.Argument(help="Folder or hub id of a language model.")],
-    device: Annotated[Literal["cpu", "cuda"], typer.Option(help="Where to run.")] = "cpu",
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     rounds: Annotated[int, typer.Option(min=1, help="Samples of every case.")] = 3,
     new_tokens: Annotated[int, typer.Option(min=2, help="Tokens of an answer.")] = 48,
     steps: Annotated[list[int] | None, typer.Option(help="Evaluations of a token; 3 and 15 if absent.")] = None,
@@ -145,10 +147,12 @@ def main(
     out: Annotated[Path | None, typer.Option(help="Result file; bench/results/drafters_DEVICE.json if absent.")] = None,
 ) -> None:
     """Measure, print, and write the result file after each question."""
+    check_device(device)
+    check_model(model, *(assistant or ()))
+    out = result_file(out or Path(__file__).parents[1] / "results" / f"drafters_{device}.json")
     torch.set_num_threads(1)
     bench = Pretrained(torch.device(device), model, 0, new_tokens, rounds)
     bench.assistants = assistant or ()
-    out = out or Path(__file__).parents[1] / "results" / f"drafters_{device}.json"
     settings = {"model": Path(model).name, "tasks": TASKS, "new_tokens": new_tokens, "rounds": rounds}
     unit = "cpu" if device == "cpu" else "wall"
     card = {"device": device, "seconds_are": unit, "settings": settings, **environment(1)}
@@ -168,4 +172,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_script(main)

@@ -20,6 +20,8 @@ import typer
 from blocks import measure
 from torch import Tensor, nn
 
+from l2d_framework.cli import run_script
+from l2d_framework.cli.common import check_device, check_known, result_file
 from l2d_framework.diffusion import loss
 from l2d_framework.training.run_record import environment
 from l2d_plugins.parametrizations.simplex import fused
@@ -99,6 +101,9 @@ def main(
     out: Annotated[Path | None, typer.Option(help="Result file; bench/results/fused_DEVICE.json if absent.")] = None,
 ) -> None:
     """Measure, print, and write the result file."""
+    check_device(device)
+    check_known("--size", [size], SHAPES)
+    out = result_file(out or Path(__file__).parents[1] / "results" / f"fused_{torch.device(device).type}.json")
     torch.set_num_threads(1)
     where, found = torch.device(device), {}
     for name, case in {"read a state": reading, "loss and gradient": learning}.items():
@@ -116,9 +121,8 @@ def main(
     settings = {"vocabulary": SHAPES[size][0], "width": SHAPES[size][1], "rounds": rounds, "installed": installed}
     unit = "cpu" if where.type == "cpu" else "wall"
     card = {"device": device, "seconds_are": unit, "settings": settings, **environment(1), "cases": found}
-    out = out or Path(__file__).parents[1] / "results" / f"fused_{where.type}.json"
     out.write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_script(main)

@@ -24,6 +24,8 @@ from l2d import Bench as Training
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from l2d_framework.cli import run_script
+from l2d_framework.cli.common import check_device, check_known, result_file
 from l2d_framework.generation.prompts import Encoded
 from l2d_framework.models.diffusion_lm import DiffusionLM
 from l2d_framework.training.run_record import environment
@@ -395,16 +397,20 @@ def main(
     size: Annotated[str, typer.Option(help=f"Of the model: {', '.join(SIZES)}.")] = "1b",
     minutes: Annotated[float, typer.Option(min=0.1, help="No question is begun after so many.")] = 8.0,
     rounds: Annotated[int, typer.Option(min=1, help="Samples of every case.")] = 5,
-    prompt: Annotated[int, typer.Option(min=1, help="Tokens of a prompt.")] = 128,
+    prompt: Annotated[int, typer.Option(min=4, help="Tokens of a prompt.")] = 128,
     new_tokens: Annotated[int, typer.Option(min=2, help="Tokens of an answer.")] = 32,
     only: Annotated[list[str] | None, typer.Option(help="Only such questions, by name, such as speculation.")] = None,
     out: Annotated[Path | None, typer.Option(help="Result file; bench/results/decode_DEVICE.json if absent.")] = None,
 ) -> None:
     """Measure, print, draw, and write the result file after each question."""
+    check_device(device)
+    check_known("--size", [size], SIZES)
+    out = result_file(out or Path(__file__).parents[1] / "results" / f"decode_{torch.device(device).type}.json")
     if device == "cpu":
         torch.set_num_threads(1)
     bench = Bench(torch.device(device), size, prompt, new_tokens, rounds)
-    out = out or Path(__file__).parents[1] / "results" / f"decode_{bench.device.type}.json"
+    questions = [(getattr(part, "func", part).__name__, part) for part in parts(bench)]
+    check_known("--only", only or (), dict.fromkeys(name for name, _ in questions))
     settings = {"size": size, "shape": SIZES[size], "run": RUN, "prompt": prompt, "new_tokens": new_tokens}
     unit = "cpu" if bench.device.type == "cpu" else "wall"
     card = {"device": device, "seconds_are": unit, "settings": settings | {"rounds": rounds}, **environment(1)}
@@ -417,8 +423,8 @@ def main(
         temporary.replace(out)
 
     bench.keep = keep
-    for part in parts(bench):
-        if only and getattr(part, "func", part).__name__ not in only:
+    for name, part in questions:
+        if only and name not in only:
             continue
         if time.monotonic() - begun > 60 * minutes:
             print("The time is up; what has been measured is kept.")
@@ -432,4 +438,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_script(main)

@@ -28,6 +28,8 @@ from rich.table import Table
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, StoppingCriteria, StoppingCriteriaList
 
+from l2d_framework.cli import run_script
+from l2d_framework.cli.common import check_device, result_file
 from l2d_framework.config import DiffusionRun, parse_run
 from l2d_framework.diffusion.loss import denoising_loss
 from l2d_framework.diffusion.training_noise import NoiseRule, draw
@@ -410,6 +412,7 @@ def main(
     alone: Annotated[str | None, typer.Option(hidden=True, help="Run GROUP/NAME once and print its peak.")] = None,
 ) -> None:
     """Measure, print tables, and write the result file."""
+    check_device(device)
     torch.set_num_threads(threads)
     bench = Bench(device)
     chosen = cases(bench)
@@ -418,6 +421,7 @@ def main(
         chosen[group][name]()
         sys.stdout.write(f"{peak_memory(bench.device)}\n")
         return
+    out = result_file(out or Path(__file__).parents[1] / "results" / f"speed_{torch.device(device).type}.json")
     unit = "cpu" if bench.device.type == "cpu" else "wall"
     # First, because a process starts with the peak of the one that started it, which is still without models.
     peaks = memory_alone(device, chosen) if memory else {}
@@ -428,8 +432,8 @@ def main(
     console = Console()
     for table in tables(card):
         console.print(table)
-    write(out or Path(__file__).parents[1] / "results" / f"speed_{bench.device.type}.json", card)
+    write(out, card)
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_script(main)

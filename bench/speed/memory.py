@@ -22,7 +22,10 @@ import typer
 from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 
+from l2d_framework.cli import run_script
+from l2d_framework.cli.common import check_known, check_model, result_file
 from l2d_framework.config import RewardRun, parse_run
+from l2d_framework.errors import L2DError
 from l2d_framework.training.dry_run import Machine, dry_run
 from l2d_framework.training.run import train_runs
 from l2d_framework.training.run_record import environment
@@ -167,7 +170,10 @@ def main(
             found = compare(run_of(CASES[case[0]], model, Path(folder), rows, length))
         print(json.dumps(found), flush=True)
         return
-    out = out or Path(__file__).parents[1] / "results" / "memory_cpu.json"
+    check_known("--case", case or (), CASES)
+    if model is not None:
+        check_model(str(model))
+    out = result_file(out or Path(__file__).parents[1] / "results" / "memory_cpu.json")
     card = json.loads(out.read_text(encoding="utf-8")) if out.exists() else {"limit": LIMIT, "models": {}}
     with tempfile.TemporaryDirectory() as folder:
         where, name = model, "random Llama"
@@ -185,7 +191,7 @@ def main(
             words = [sys.executable, __file__, *map(str, options)]
             done = subprocess.run(words, capture_output=True, text=True, check=False)
             if done.returncode:
-                raise RuntimeError(f"{chosen}: {done.stderr}")
+                raise L2DError(f"--case {chosen!r}: {done.stderr.strip()}")
             row = results[chosen] = json.loads(done.stdout.splitlines()[-1])
             off = row["peak"] / row["measured"] - 1
             print(f"{name:14} {chosen:34} {row['peak'] / 2**20:9,.0f} {row['measured'] / 2**20:9,.0f} MiB {off:+8.1%}")
@@ -193,4 +199,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_script(main)

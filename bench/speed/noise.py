@@ -23,6 +23,8 @@ from blocks import measure
 from overhead import repeated
 from torch import Tensor
 
+from l2d_framework.cli import run_script
+from l2d_framework.cli.common import check_device, result_file
 from l2d_framework.diffusion.rng import TokenStreams, stream_key
 from l2d_framework.generation.replay import CudaGraph
 from l2d_framework.training.run_record import environment
@@ -129,6 +131,8 @@ def main(
     out: Annotated[Path | None, typer.Option(help="Result file; bench/results/noise_DEVICE.json if absent.")] = None,
 ) -> None:
     """Measure, print a table, and write the result file."""
+    check_device(device)
+    out = result_file(out or Path(__file__).parents[1] / "results" / f"noise_{torch.device(device).type}.json")
     torch.set_num_threads(1)
     where, found = torch.device(device), {}
     for size in SIZES:
@@ -145,9 +149,8 @@ def main(
     settings = {"evaluations": EVALUATIONS, "goals_ms": GOALS, "rounds": rounds}
     unit = "cpu" if where.type == "cpu" else "wall"
     card = {"device": device, "seconds_are": unit, "settings": settings, **environment(1), "cases": found}
-    out = out or Path(__file__).parents[1] / "results" / f"noise_{where.type}.json"
     out.write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_script(main)

@@ -20,6 +20,8 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from l2d_framework.blame import naming_plugins
+from l2d_framework.cli import run_script
+from l2d_framework.cli.common import check_device, result_file
 from l2d_framework.config import DiffusionRun, parse_run
 from l2d_framework.diffusion.ode import Streams, TokenODE
 from l2d_framework.diffusion.sampler import Block
@@ -236,6 +238,8 @@ def main(
     out: Annotated[Path | None, typer.Option(help="Result file; bench/results/overhead_DEVICE.json if absent.")] = None,
 ) -> None:
     """Measure, print a table, and write the result file."""
+    check_device(device)
+    out = result_file(out or Path(__file__).parents[1] / "results" / f"overhead_{torch.device(device).type}.json")
     torch.set_num_threads(1)
     where = torch.device(device)
     models = {name: compare(shape, where, rounds, evaluations) for name, shape in SHAPES.items()}
@@ -245,9 +249,8 @@ def main(
     settings = {"shapes": SHAPES, "run": RUN, "prompt": PROMPT, "rounds": rounds, "evaluations": evaluations}
     unit = "cpu" if where.type == "cpu" else "wall"
     card = {"device": device, "seconds_are": unit, "limit": LIMIT, "settings": settings, **environment(1)}
-    out = out or Path(__file__).parents[1] / "results" / f"overhead_{where.type}.json"
     out.write_text(json.dumps(card | {"models": models}, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_script(main)

@@ -16,6 +16,8 @@ import torch
 import typer
 from transformers import LlamaConfig
 
+from l2d_framework.cli import run_script
+from l2d_framework.cli.common import result_file
 from l2d_framework.config import DiffusionRun, parse_run
 from l2d_framework.evaluation.tables import markdown
 from l2d_framework.training.data.collate import Collator
@@ -109,6 +111,7 @@ def main(
     out: Annotated[Path | None, typer.Option(help="Result file; bench/results/sizes.json if absent.")] = None,
 ) -> None:
     """Estimate, print a table, and write it and the result file."""
+    out = result_file(out or Path(__file__).parents[1] / "results" / "sizes.json")
     torch.set_num_threads(1)
     models: dict[str, dict[str, dict[str, dict[str, int]]]] = {}
     for model, shape in SHAPES.items():
@@ -117,7 +120,6 @@ def main(
             found = estimate(shape, method, length)
             models[model][name] = {str(gpus): asdict(memory) for gpus, memory in found.items()}
             print("\n".join(table({model: {name: models[model][name]}})[2:]), flush=True)
-    out = out or Path(__file__).parents[1] / "results" / "sizes.json"
     settings = {"length": length, "shapes": SHAPES, "methods": METHODS, "training": TRAINING, "room": ROOM}
     write_whole(out, json.dumps({"settings": settings, **environment(1), "models": models}, indent=1) + "\n")
     heading = "What training holds on each GPU, in GB (10^9 bytes), as the dry run estimates it: `speed/sizes.py`.\n"
@@ -125,4 +127,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_script(main)

@@ -31,6 +31,8 @@ from transformers import (
     StoppingCriteriaList,
 )
 
+from l2d_framework.cli import run_script
+from l2d_framework.cli.common import result_file
 from l2d_framework.config import DiffusionRun, parse_run
 from l2d_framework.diffusion.logits import top_token
 from l2d_framework.diffusion.ode import Streams, TokenODE
@@ -400,6 +402,7 @@ def main(
     if alone is not None:
         sys.stdout.write(held_alone(alone))
         return
+    out = result_file(out or Path(__file__).parents[1] / "results" / "speed_tess_cpu.json")
     # First, because a process starts with the peak of the one that started it, which is still without models.
     held = memory()
     if reward is not None:
@@ -429,8 +432,8 @@ def main(
     console = Console()
     for table in tables(card):
         console.print(table)
-    write(out or Path(__file__).parents[1] / "results" / "speed_tess_cpu.json", card)
+    write(out, card)
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_script(main)

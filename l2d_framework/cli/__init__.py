@@ -11,8 +11,9 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Annotated, Any, NamedTuple
 
 import typer
@@ -162,8 +163,17 @@ def _options(
 
 def main() -> None:
     """Run the command line; an `L2DError` ends in a message and its exit code, under L2D_DEBUG=1 in a traceback."""
+    _run(app)
+
+
+def run_script(script: Callable[..., None]) -> None:
+    """Run a function whose arguments are the options of a script, in the same way."""
+    _run(partial(typer.run, script))
+
+
+def _run(command: Callable[[], Any]) -> None:
     try:
-        app()
+        command()
     except L2DError as error:
         if os.environ.get("L2D_DEBUG") == "1":
             raise

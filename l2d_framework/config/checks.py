@@ -27,7 +27,15 @@ from l2d_framework.config.runs import DiffusionRun, Run
 from l2d_framework.config.sections import ModelSection, RowSource, ScratchSection
 from l2d_framework.diffusion.sampling import check_block_size
 from l2d_framework.errors import CheckpointError, ConfigError, UnsupportedModelError, suggest
-from l2d_framework.opening import adapter_base, make_config, new_model, open_config
+from l2d_framework.opening import (
+    adapter_base,
+    adapter_places,
+    check_published,
+    looked_in,
+    make_config,
+    new_model,
+    open_config,
+)
 
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
@@ -189,6 +197,7 @@ def _saved_config(model: ModelSection) -> Any:
     if adapter is not None and adapter_is_here:
         _check_adapter(adapter, "model.adapter")
     if folder.is_dir():
+        check_published(folder)
         if not (folder / "config.json").exists() and (folder / "adapter_config.json").exists():
             if adapter is not None:
                 raise ConfigError(
@@ -201,8 +210,9 @@ def _saved_config(model: ModelSection) -> Any:
             except ConfigError as error:
                 if Path(named).is_dir():
                     raise
+                looked = looked_in(named, adapter_places(folder))
                 raise ConfigError(
-                    f"{error}. The PEFT adapter {base!r} was trained on it: write where it lies now into its "
+                    f"{error}.{looked} The PEFT adapter {base!r} was trained on it: write where it lies now into its "
                     "adapter_config.json, as base_model_name_or_path"
                 ) from error
         if not (folder / "config.json").exists() and (folder / LANGUAGE_MODEL).is_dir():
@@ -236,6 +246,7 @@ def _saved_config(model: ModelSection) -> Any:
 
 def _check_adapter(adapter: str, where: str) -> None:
     folder = Path(adapter)
+    check_published(folder)
     if not (folder / "adapter_config.json").is_file():
         raise ConfigError(f"{where}: no PEFT adapter there, got {adapter!r}; name a folder with adapter_config.json")
     if not any(any(folder.glob(pattern)) for pattern in ("adapter_model.safetensors", "adapter_model.bin")):

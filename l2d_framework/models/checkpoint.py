@@ -33,6 +33,7 @@ from l2d_framework.base_model import (
     load_config,
     load_language_model,
     load_tokenizer,
+    trained_in,
 )
 from l2d_framework.blame import naming_plugins
 from l2d_framework.config import DiffusionRun, ModelSection
@@ -56,7 +57,7 @@ from l2d_framework.models.manifest import (
 )
 from l2d_framework.models.origin import Origin
 from l2d_framework.models.placement import DeviceMap, Placement, Plan, check_whole
-from l2d_framework.opening import open_model, reading
+from l2d_framework.opening import TRAINED_IN, open_model, reading
 from l2d_framework.registry import registry
 
 ADAPTER = "adapter"
@@ -233,6 +234,7 @@ def to_manifest(model: DiffusionLM) -> dict[str, Any]:
         "format": FORMAT,
         "l2d_framework": version("l2d-framework"),
         "model": None if origin.model is None else origin.model.model_dump(mode="json"),
+        TRAINED_IN: trained_in(origin.model),
         "fingerprint": origin.fingerprint,
         "schedule": model.schedule.config.to_json(),
         "parametrization": model.parametrization.config.to_json(),
@@ -299,7 +301,7 @@ def load(
     chosen = None if dtype is None else str(dtype).removeprefix("torch.")
     reference = base_reference(folder, manifest, base=base, dtype=chosen)
     is_inside = holds_language_model(manifest)
-    with opening_base(folder, base):
+    with opening_base(folder, base, manifest):
         here = manifest["fingerprint"] if is_inside else fingerprint(reference)
     # A model put together by hand has read no base files, so it could record no fingerprint.
     if manifest["fingerprint"] not in (None, here):

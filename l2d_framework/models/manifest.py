@@ -20,6 +20,7 @@ from l2d_framework.config.validation import validated
 from l2d_framework.errors import CheckpointError, MissingModelError
 from l2d_framework.models.labels import MANIFEST
 from l2d_framework.models.origin import Origin
+from l2d_framework.opening import TRAINED_IN, found_from, looked_in
 
 WEIGHTS = "diffusion.safetensors"
 CARD = "README.md"
@@ -30,6 +31,7 @@ _OPENED = (
     *("*.safetensors", "*.bin", "*.model", "vocab.*", "merges.txt"),
 )
 """Files that transformers opens in a folder with a language model."""
+_PATHS = ("base", "adapter")
 
 
 def _inside(name: str) -> str:
@@ -62,6 +64,8 @@ class Manifest(Section):
     chat_template: str | None
     ends: list[int] | None = None
     """Tokens that end an answer, as training taught; not recorded by format 1."""
+    trained_in: str | None = None
+    """Folder from which relative paths of `model` lead; None where there are none."""
     files: Annotated[dict[Annotated[str, AfterValidator(_inside)], str], AfterValidator(_with_weights)]
     """SHA-256 of every file that belongs to the checkpoint, by its path inside it."""
     seal: str | None = None
@@ -165,7 +169,9 @@ def base_reference(
     folder: str | Path, manifest: dict[str, Any], *, base: str | None = None, dtype: str | None = None
 ) -> ModelSection:
     """Where the language model of a checkpoint lies: inside it, or where `base` or else its manifest says."""
-    fields: dict[str, Any] = manifest["model"] or {}
+    recorded: dict[str, Any] = manifest["model"] or {}
+    paths = {name: found_from(recorded[name], _places(folder, manifest)) for name in _PATHS if recorded.get(name)}
+    fields = recorded | paths
     if holds_language_model(manifest):
         if base is not None:
             raise CheckpointError(f"{str(folder)!r} holds its own language model, got base={base!r}. Leave base out.")
@@ -180,16 +186,23 @@ def base_reference(
     return validated(ModelSection, fields if dtype is None else fields | {"dtype": dtype}, "model")
 
 
+def _places(folder: str | Path, manifest: Mapping[str, Any]) -> list[Any]:
+    """Folders from which relative paths in a manifest may lead, beside the one from which it is read."""
+    return [manifest.get(TRAINED_IN), folder]
+
+
 @contextmanager
-def opening_base(folder: str | Path, base: str | None) -> Iterator[None]:
+def opening_base(folder: str | Path, base: str | None, manifest: Mapping[str, Any]) -> Iterator[None]:
     """Say of a language model that is not where a checkpoint tells, unless by `base`, how to name where it lies now."""
     try:
         yield
     except MissingModelError as error:
         if base is not None:
             raise
+        recorded = manifest.get("model") or {}
+        looked = "".join(looked_in(recorded[name], _places(folder, manifest)) for name in _PATHS if recorded.get(name))
         raise MissingModelError(
-            f"{error} {str(folder)!r} was trained over it. Name where it lies now: `base` of `l2d.load` and of "
+            f"{error}{looked} {str(folder)!r} was trained over it. Name where it lies now: `base` of `l2d.load` and of "
             "lm_eval's --model_args, --base of other commands."
         ) from error
 

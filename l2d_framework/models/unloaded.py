@@ -71,7 +71,7 @@ class UnloadedModel:
             self.manifest = fields | {"fingerprint": None, "chat_template": None, "ends": None, "files": {}}
         self.origin = recorded_origin(self.manifest, self.reference, self.manifest["fingerprint"])
         self.parts = components(self.manifest)
-        with opening_base(folder, base):
+        with opening_base(folder, base, self.manifest):
             self.lm_config = load_config(self.reference)
         lm = empty_language_model(self.lm_config, self.reference.attn_implementation)
         with torch.device(lm.device):  # or matrices of random numbers would be drawn and dropped

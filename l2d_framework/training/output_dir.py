@@ -1,13 +1,12 @@
 """A run's output folder: safe to kill at any moment, refused to a different run, never deleted.
 
 Layout: the finished model and `run.json` at the top, `best/` for the model of the lowest held-out loss, `checkpoint-N/`
-for resuming, `diverged/` for what an update began with that made no numbers. Folders appear under their names only when
-they are complete.
+for resuming, `diverged/` for what an update began with that made no numbers, `.publishing/` for a model that is being
+put at the top. Folders appear under their names only when they are complete.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -20,9 +19,13 @@ from typing import Any
 
 from l2d_framework.base_model import fingerprint
 from l2d_framework.config import ModelSection, parse_run
+from l2d_framework.config.differences import differences, flat, told
 from l2d_framework.config.files import parse_json, read_text
 from l2d_framework.config.validation import validated
 from l2d_framework.errors import CheckpointError, ConfigError, L2DError, OutputError
+from l2d_framework.models.labels import MANIFEST
+from l2d_framework.models.manifest import file_hash
+from l2d_framework.opening import PUBLISHING
 from l2d_framework.training import folder_lock
 from l2d_framework.writing import REPLACED, WRITING, in_bytes, naming_what_fails, size_of
 
@@ -32,6 +35,8 @@ DIVERGED = "diverged"
 SEAL = "files.json"
 """In a checkpoint the SHA-256 of each other file, written last."""
 _LOGGER = logging.getLogger(__name__)
+_ENTRIES = ("config.json", "adapter_config.json", MANIFEST)
+"""Files by which a folder is known to hold a model."""
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 _ENTRY = re.compile(r"\.\d+$")
 _STEPS, _EPOCHS = "training.max_steps", "training.epochs"
@@ -53,11 +58,11 @@ def kept(output: Path) -> Callable[[], str]:
     """What there is to go on from where a run could not write, and what to do."""
 
     def advice() -> str:
-        if not (left := checkpoints(output)):
+        if (left := last_whole(output)) is None:
             return "No checkpoint came before. Make room first, or choose another output_dir."
         return (
-            f"Nothing is lost: {left[-1].name}, which takes {in_bytes(size_of(left[-1]))}, is whole, and the same "
-            "command goes on from it. Make room for one more first."
+            f"Nothing is lost: {left.name}, which takes {in_bytes(size_of(left))}, is whole, and the same command goes "
+            "on from it. Make room for one more first."
         )
 
     return advice
@@ -65,7 +70,7 @@ def kept(output: Path) -> Callable[[], str]:
 
 def seal(folder: Path) -> None:
     """Write the hashes of all files of a folder into it."""
-    hashes = {path.relative_to(folder).as_posix(): _sha256(path) for path in _files(folder)}
+    hashes = {path.relative_to(folder).as_posix(): file_hash(path) for path in _files(folder)}
     (folder / SEAL).write_text(json.dumps({"sha256": hashes}, indent=2) + "\n", encoding="utf-8")
 
 
@@ -79,7 +84,7 @@ def damage(folder: Path) -> str | None:
         for name, recorded in hashes.items():
             if not (folder / name).is_file():
                 return f"{name!r} is missing"
-            if _sha256(folder / name) != recorded:
+            if file_hash(folder / name) != recorded:
                 return f"{name!r} is truncated or changed"
     except (OSError, ValueError, KeyError, TypeError) as error:
         return f"{SEAL!r} or what it names cannot be read ({error})"
@@ -103,6 +108,11 @@ def newest_whole(output: Path, tell: Callable[[str], None]) -> Path | None:
     return None
 
 
+def last_whole(output: Path) -> Path | None:
+    """Newest checkpoint that is whole, or None if none is."""
+    return next((folder for folder in reversed(checkpoints(output)) if damage(folder) is None), None)
+
+
 def check_room(output: Path, trained: int, limit: int) -> None:
     """Refuse a disk on which not even one checkpoint has room, and warn where not all have; `trained`: parameters."""
     size = 12 * trained  # in float32 the weights and AdamW's two moments
@@ -123,11 +133,6 @@ def check_room(output: Path, trained: int, limit: int) -> None:
 
 def _files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file())
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def remove(folder: Path) -> None:
@@ -155,14 +160,46 @@ def checkpoints(output: Path) -> list[Path]:
     return sorted(steps, key=lambda path: int(steps[path][1]))
 
 
-def publish(stage: Path, output: Path) -> None:
-    """Move the files of a folder into another, each at once."""
-    for path in sorted(stage.rglob("*")):
-        if path.is_file():
-            target = output / path.relative_to(stage)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(path, target)
-    shutil.rmtree(stage)
+def publish(stage: Path, output: Path, card: Mapping[str, Any]) -> None:
+    """Make the files of a folder those of a run, and a card its own; what is killed half-way, `complete` completes."""
+    with writing(output / PUBLISHING, stage):
+        (stage / RUN_FILE).write_text(_text(card), encoding="utf-8")
+    os.replace(stage, output / PUBLISHING)
+    complete(output)
+
+
+def complete(output: Path) -> None:
+    """Put a new model that lies whole in a folder of its own in the place of the old one, if there is one.
+
+    Meanwhile this package refuses the output folder, and whoever else opens it finds no model there, rather than files
+    of both.
+    """
+    stage = output / PUBLISHING
+    if not stage.is_dir():
+        return
+    clean_up(output)
+    card = read_card(stage) or {}
+    files = [path.relative_to(stage) for path in _files(stage) if path != stage / RUN_FILE]
+    for name in (name for name in files if name.name in _ENTRIES):
+        (output / name).unlink(missing_ok=True)
+    for name in sorted(files, key=lambda name: (name.name in _ENTRIES, -len(name.parts), name)):
+        _put(stage / name, output / name, output)
+    remove(stage)
+    write_card(output, card)
+
+
+def _put(file: Path, target: Path, output: Path) -> None:
+    """Give a file a second name, in the place of what has it, or a copy where the file system knows no links."""
+    temporary = output / f"{target.name}{WRITING}"
+    with naming_what_fails(target, temporary, lambda: "Make room: the model is whole, and the same command goes on."):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if target.exists() and target.samefile(file):
+            return
+        try:
+            os.link(file, temporary)
+        except OSError:
+            shutil.copy2(file, temporary)
+        os.replace(temporary, target)
 
 
 def read_card(output: Path) -> dict[str, Any] | None:
@@ -183,8 +220,12 @@ def write_card(output: Path, card: Mapping[str, Any]) -> None:
     """Replace the `run.json` of a folder."""
     temporary = output / f"{RUN_FILE}{WRITING}"
     with writing(output / RUN_FILE, temporary):
-        temporary.write_text(json.dumps(card, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        temporary.write_text(_text(card), encoding="utf-8")
     os.replace(temporary, output / RUN_FILE)
+
+
+def _text(card: Mapping[str, Any]) -> str:
+    return json.dumps(card, indent=2, ensure_ascii=False) + "\n"
 
 
 def check_free(output: Path, config: dict[str, Any]) -> dict[str, Any] | None:
@@ -197,19 +238,17 @@ def check_free(output: Path, config: dict[str, Any]) -> dict[str, Any] | None:
                 "Choose another, or use --overwrite, which moves it aside."
             )
         return None
-    ours, theirs = _flat(config), _flat(_recorded(card))
     # An entry of a list is free where the list is.
-    keys = sorted(key for key in ours.keys() | theirs.keys() if _ENTRY.sub("", key) not in _FREE)
-    differing = [key for key in keys if ours.get(key) != theirs.get(key)]
+    everything = differences(_recorded(card), config)
+    differing = {name: values for name, values in everything.items() if _ENTRY.sub("", name) not in _FREE}
     if not differing or (_PLACES.issuperset(differing) and _is_same_base(card, config)):
         if (steps := config["training"]["max_steps"]) is not None and not is_done(card, config):
             check_budget(output, card, steps)
         return card
-    if {path.name for path in output.iterdir()} - folder_lock.FILES == {RUN_FILE}:
+    if {path.name for path in output.iterdir()} - folder_lock.FILES == {RUN_FILE} and not card.get("saved"):
         return None  # a run that was refused when its weights loaded: there is nothing to lose
-    shown = "; ".join(f"{key}: {theirs.get(key)!r} there, {ours.get(key)!r} now" for key in differing[:8])
     raise ConfigError(
-        f"output_dir {str(output)!r} holds a run with another configuration ({shown}). "
+        f"output_dir {str(output)!r} holds a run with another configuration ({told(differing)}). "
         "Choose another output_dir, or use --overwrite, which moves it aside."
     )
 
@@ -229,29 +268,44 @@ def is_done(card: Mapping[str, Any], config: Mapping[str, Any]) -> bool:
 
 def budget_changes(card: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
     """In which options a configuration gives another number of updates than that of a card."""
-    theirs, ours = _flat(_recorded(card)), _flat(dict(config))
+    theirs, ours = flat(_recorded(card)), flat(dict(config))
     # Where the number of updates is set, that of epochs has no meaning.
     is_set = None not in (theirs.get(_STEPS), ours.get(_STEPS))
     pairs = {name: (theirs.get(name), ours.get(name)) for name in ([_STEPS] if is_set else [_STEPS, _EPOCHS])}
     return [f"{name}: {there} there, {now} now" for name, (there, now) in pairs.items() if there != now]
 
 
-def updates_made(output: Path, card: Mapping[str, Any]) -> int:
-    """Updates that a run has made, as far as a checkpoint or its card knows of them."""
-    counts = [int(path.name.removeprefix("checkpoint-")) for path in checkpoints(output)[-1:]]
-    counts += [int(entry["updates"]) for entry in card.get("continued", [])]
-    counts += [int(card["result"]["steps"])] if "result" in card else []
-    return max(counts, default=0)
+def place_changes(card: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
+    """Where the language model of a configuration lies elsewhere than a card says."""
+    found = differences(_recorded(card), config)
+    return [f"{name}: {values}" for name, values in found.items() if name in _PLACES]
+
+
+def updates_made(output: Path, card: Mapping[str, Any], *, known: int = 0) -> int:
+    """Updates that a whole checkpoint or a finished model has; where it is no more than `known`, that."""
+    made = max(known, *_published(card))
+    newer = (folder for folder in reversed(checkpoints(output)) if _updates(folder) > made)
+    return next((_updates(folder) for folder in newer if damage(folder) is None), made)
+
+
+def _updates(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("checkpoint-"))
+
+
+def _published(card: Mapping[str, Any]) -> list[int]:
+    """Updates of the models that a run has finished, and 0."""
+    results = [entry["result"] for entry in (card, *card.get("continued", [])) if "result" in entry]
+    return [0, *(int(result["steps"]) for result in results)]
 
 
 def check_budget(output: Path, card: Mapping[str, Any], steps: int) -> None:
-    """Refuse to end a run before where it is, and to go on with one where nothing is left to go on from."""
-    made = updates_made(output, card)
-    if steps < made:
+    """Refuse to end a run before where it is, and to begin it anew where nothing is left to go on from."""
+    if (made := updates_made(output, card, known=steps)) > steps:
         raise ConfigError(
             f"{str(output)!r} has made {made:,} updates, and training.max_steps or training.epochs ask for {steps:,}. "
             "Ask for as many at least, or begin anew in another output_dir or with --overwrite."
         )
+    made = max(card.get("saved", 0), *_published(card))
     if made and not checkpoints(output):
         raise CheckpointError(
             f"{str(output)!r} has made {made:,} updates, but its checkpoints are gone, from which it would go on to "
@@ -288,13 +342,3 @@ def move_aside(output: Path) -> Path | None:
         for folder in inside:
             folder_lock.forget(aside / folder)
     return aside
-
-
-def _flat(value: Any, path: str = "") -> dict[str, Any]:
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else None
-    if items is None or not value:
-        return {path: value}
-    out: dict[str, Any] = {}
-    for key, inner in items:
-        out |= _flat(inner, f"{path}.{key}" if path else str(key))
-    return out

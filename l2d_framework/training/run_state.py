@@ -16,9 +16,10 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerState, TrainingArguments
 from transformers.integrations.integration_utils import TensorBoardCallback
 
-from l2d_framework.base_model import check_vocabulary, load_config, load_tokenizer
+from l2d_framework.base_model import check_vocabulary, load_config, load_tokenizer, trained_in
 from l2d_framework.config import ModelSection, Run, config_hash
 from l2d_framework.errors import CheckpointError, ConfigError, DataError, Interrupted
+from l2d_framework.opening import TRAINED_IN
 from l2d_framework.training import output_dir
 from l2d_framework.training.folder_lock import locked
 from l2d_framework.training.interruption import Interruption, name_of
@@ -57,8 +58,10 @@ class RunState(TrainerCallback):
             self._check_free()
             if not self.is_finished and self.writes:
                 self._open.enter_context(locked(self.output))
-                # Another process may have had it until now.
-                self._check_free()
+                output_dir.complete(self.output)
+            wait()
+            # Another process may have had it until now.
+            self._check_free()
             self._open = self._open.pop_all()
         return self
 
@@ -90,10 +93,13 @@ class RunState(TrainerCallback):
             "sessions": before.get("sessions", 0) + 1,
             "seconds": before.get("seconds", 0.0),
             "peak_memory": before.get("peak_memory", 0),
+            "saved": before.get("saved", 0),
             **({"accepted_changes": changes} if changes else {}),
             **({"continued": continued} if continued else {}),
+            **({"moved": moved} if (moved := self._moved(before)) else {}),
+            **({TRAINED_IN: place} if (place := trained_in(self.run.model)) else {}),
             **({"base_fingerprint": mark} if (mark := before.get("base_fingerprint")) else {}),
-            **({"wandb": before.get("wandb", secrets.token_hex(4))} if self._reports_to("wandb") else {}),
+            **({"wandb": mark} if (mark := self._tracked(before)) else {}),
         }
         wait()
         if self.writes:
@@ -123,9 +129,9 @@ class RunState(TrainerCallback):
         if not before:
             return earlier
         output_dir.check_budget(self.output, before, steps)
-        made = output_dir.updates_made(self.output, before)
         changes = output_dir.budget_changes(before, self.run.model_dump(mode="json"))
-        if not (changes and 0 < made < steps):
+        made = output_dir.updates_made(self.output, before) if changes else 0
+        if not 0 < made < steps:
             return earlier
         if self.writes:
             _LOGGER.warning(
@@ -137,6 +143,11 @@ class RunState(TrainerCallback):
             )
         published = {name: before[name] for name in ("ended", "result") if name in before}
         return [*earlier, {"at": now(), "changes": changes, "updates": made, **published}]
+
+    def _moved(self, before: dict[str, Any]) -> list[dict[str, Any]]:
+        """When a run went on over the language model of before in another place."""
+        changes = output_dir.place_changes(before, self.run.model_dump(mode="json")) if before else []
+        return [*before.get("moved", []), *([{"at": now(), "changes": changes}] if changes else [])]
 
     def describe(self, parameters: Iterable[nn.Parameter], base_fingerprint: str | None) -> None:
         """Put a model on the card, unless it is over another base than before or has no room on the disk."""
@@ -159,7 +170,11 @@ class RunState(TrainerCallback):
         self._watch.start()
         found: list[Any] = [output_dir.newest_whole(self.output, _LOGGER.warning)] if self.writes else [None]
         broadcast_object_list(found)
-        for change in (*self.card.get("accepted_changes", []), *self.card.get("continued", [])):
+        if found[0] is None and self.card["sessions"] > 1 and self.writes:
+            _LOGGER.warning("%r was begun before and has no checkpoint: it begins from its start.", str(self.output))
+        for change in (
+            change for kind in ("accepted_changes", "continued", "moved") for change in self.card.get(kind, [])
+        ):
             change.setdefault("after", found[0] and found[0].name)
         self._open_trackers(trainer)
         with Interruption() as interruption:
@@ -172,6 +187,10 @@ class RunState(TrainerCallback):
             raise Interrupted(signum, f"{name_of(signum)} {self._farewell(trainer.state)}" if self.writes else "")
         trainer.check_weights()
 
+    def _tracked(self, before: dict[str, Any]) -> str | None:
+        """Id of the run in Weights & Biases, which a start without that tracker keeps for the next with it."""
+        return before.get("wandb") or (secrets.token_hex(4) if self._reports_to("wandb") else None)
+
     def _reports_to(self, tracker: str) -> bool:
         return tracker in self.run.training.report_to
 
@@ -183,12 +202,15 @@ class RunState(TrainerCallback):
             open_wandb(str(self.arguments.run_name), self.card["wandb"], self._open)
 
     def _farewell(self, state: TrainerState) -> str:
-        left = output_dir.checkpoints(self.output)
-        saved = f"saved {str(left[-1])!r}; the same command goes on from there" if left else "nothing is saved"
+        # That of this update was just written, or read to go on from.
+        here = self.output / f"checkpoint-{state.global_step}"
+        left = here if here.is_dir() else output_dir.last_whole(self.output)
+        saved = f"saved {str(left)!r}; the same command goes on from there" if left else "nothing is saved"
         return f"after update {state.global_step} of {state.max_steps}: {saved}."
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: D102 -- transformers'
         self._measure()
+        self.card["saved"] = state.global_step
         if self.writes:
             output_dir.write_card(self.output, self.card)
 
@@ -201,8 +223,7 @@ class RunState(TrainerCallback):
             stage = self.output / "final.writing"
             with output_dir.writing(self.output, stage):
                 write(stage)
-            output_dir.publish(stage, self.output)
-            output_dir.write_card(self.output, self.card)
+            output_dir.publish(stage, self.output, self.card)
         wait()
         return self.card
 

@@ -25,7 +25,7 @@ from l2d_framework.errors import DivergedError, L2DError, OutputError
 from l2d_framework.opening import open_model
 from l2d_framework.training import sharding, zero
 from l2d_framework.training.interruption import Interruption
-from l2d_framework.training.output_dir import DIVERGED, checkpoints, kept, remove, seal
+from l2d_framework.training.output_dir import DIVERGED, checkpoints, kept, last_whole, remove, seal
 from l2d_framework.writing import staged
 
 _LOGGER = logging.getLogger(__name__)
@@ -143,8 +143,8 @@ class ResumableTrainer(transformers.Trainer):
         )
 
     def _last_checkpoint(self) -> str:
-        left = checkpoints(self.output)
-        return f"The last checkpoint is {str(left[-1])!r}." if left else "There was no checkpoint yet."
+        left = last_whole(self.output)
+        return f"The last checkpoint is {str(left)!r}." if left else "There was no checkpoint yet."
 
     def _show(self, what: str) -> str:
         """Write what an unsound update began with; says where."""

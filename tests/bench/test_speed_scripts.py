@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import get_type_hints
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ import torch
 from rich.console import Console
 from tiny_models import tiny_lm, tiny_tokenizer
 
+from l2d_framework.cli import run_script
 from l2d_framework.config import check_runs, load_run
 from l2d_framework.diffusion.rng import keyed_generator, stream_key
 from l2d_plugins.backbones import compiling
@@ -399,3 +401,73 @@ def test_drafters_are_measured_by_the_text_and_the_evaluations(drafters, monkeyp
     assert question["answers_are_equal"]
     assert question["agreement"] == question["right"]["main path, 4"] == question["right"]["assistant lm, 4"] == 1
     assert question["right"]["assistant of its first 1 layers, 4"] < 1
+
+
+MISTAKES = {
+    "gpu": [
+        (["--only", "bandwith"], r"--only: unknown 'bandwith'; did you mean 'bandwidth'\? Choose from 'bandwidth', "),
+        (["--size", "2b"], r"--size: unknown '2b'.* Choose from 'tiny', 'small', '1b'\."),
+        (["--out", "{folder}"], r"'.*' cannot be written\. Name another --out\."),
+    ],
+    "fused": [(["--size", "2B"], r"--size: unknown '2B'")],
+    "drafters": [
+        (["{folder}/none"], r"There is no folder '.*/none'"),
+        (["{folder}"], r"'.*' holds no config\.json"),
+        (["{lm}", "--assistant", "./none"], r"There is no folder '\./none'"),
+    ],
+    "memory": [
+        (["--case", "all"], r"--case: unknown 'all'"),
+        (["--model", "{folder}/none"], r"There is no folder '.*/none'"),
+    ],
+}
+WITH_DEVICE = ["l2d", "blocks", "batching", "overhead", "noise", "fused", "gpu", "drafters"]
+
+
+@pytest.fixture(scope="module")
+def scripts(request, speed, speed_tess, blocks, overhead, noise, kernels, batching, decoding, drafters, memory, sizes):
+    loaded = (speed, speed_tess, blocks, overhead, noise, kernels, batching, decoding, drafters, memory, sizes)
+    return {module.__name__: module for module in loaded}
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "message"),
+    [
+        *((name, *mistake) for name, mistakes in MISTAKES.items() for mistake in mistakes),
+        *((name, ["--device", "gpu0"], "--device 'gpu0' cannot be used here") for name in WITH_DEVICE),
+    ],
+)
+def test_what_a_user_gets_wrong_ends_a_script_in_a_line_before_anything_is_measured(
+    scripts, name, given, message, monkeypatch, tmp_path, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    if "{lm}" in given:
+        tiny_lm().save_pretrained("lm")
+        tiny_tokenizer().save_pretrained("lm")
+        capsys.readouterr()
+    arguments = [text.format(folder=tmp_path, lm="./lm") for text in given]
+    if name == "drafters" and arguments[0] == "--device":
+        arguments = ["model", *arguments]
+    if name == "gpu":
+        arguments += ["--device", "cpu"] if "--device" not in arguments else []
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        run_script(scripts[name].main)
+    out, errors = capsys.readouterr()
+    assert ended.value.code == 2
+    assert out == ""
+    assert re.fullmatch(rf"Error: {message}.*\n", errors)
+
+
+def test_every_script_is_started_so():
+    for path in (RUNS[0].parents[1] / "speed").glob("*.py"):
+        assert path.read_text().endswith('if __name__ == "__main__":\n    run_script(main)\n'), path
+
+
+def test_the_shortest_prompt_can_be_measured(decoding, tmp_path, monkeypatch):
+    out = tmp_path / "decode.json"
+    options = {"device": "cpu", "size": "tiny", "minutes": 5, "rounds": 1, "new_tokens": 2, "only": ["lengths"]}
+    shortest = next(one.min for one in get_type_hints(decoding.main, include_extras=True)["prompt"].__metadata__)
+    decoding.main(**options, prompt=int(shortest), out=out)
+    questions = json.loads(out.read_text())["questions"]
+    assert len(questions) == 4
+    assert all(case["cost"] > 0 for question in questions.values() for case in question["cases"].values())

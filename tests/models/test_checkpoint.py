@@ -195,6 +195,33 @@ def test_a_base_that_has_moved_is_found_where_the_user_says(saved, base, tmp_pat
     assert loaded.origin.model.base == str(moved)
 
 
+def test_a_relative_path_to_the_base_leads_on_from_where_it_was_trained_and_from_the_checkpoint(
+    base, tmp_path, monkeypatch
+):
+    here = tmp_path / "here"
+    shutil.copytree(base, here / "models" / "x")
+    (tmp_path / "there" / "models" / "x").mkdir(parents=True)  # of something else
+    monkeypatch.chdir(here)
+    save(build("models/x"), tmp_path / "out")
+    wanted = logits(load(tmp_path / "out"))
+    for folder in (here, tmp_path / "out", tmp_path / "there"):
+        monkeypatch.chdir(folder)
+        model = load(tmp_path / "out")
+        assert torch.equal(logits(model), wanted)
+        assert UnloadedModel(str(tmp_path / "out")).reference == model.origin.model
+    assert model.origin.model.base == str(here / "models" / "x")
+    save(model, tmp_path / "again")
+    assert read_manifest(tmp_path / "again")["trained_in"] is None
+    moved = shutil.move(here, tmp_path / "moved")
+    for opened in (load, UnloadedModel):
+        places = rf"It was looked for from here, from '{here}' and '{tmp_path}/out'\. '.*out' was trained over it"
+        with pytest.raises(ConfigError, match=places):
+            opened(str(tmp_path / "out"))
+        (tmp_path / "out" / "models").symlink_to(moved / "models")
+        opened(str(tmp_path / "out"))
+        (tmp_path / "out" / "models").unlink()
+
+
 def test_a_base_that_is_gone_is_asked_for_by_the_option_that_names_it(saved, base, tmp_path):
     base.rename(tmp_path / "moved")
     try:

@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,8 @@ from safetensors.torch import load_file, save_file
 from torch.optim import Optimizer
 from transformers import TrainerCallback
 
+from l2d_framework import opening
+from l2d_framework.base_model import fetch
 from l2d_framework.cli import main
 from l2d_framework.config import RewardRun, parse_run
 from l2d_framework.errors import (
@@ -38,6 +40,7 @@ from l2d_framework.errors import (
     L2DError,
     OutputError,
 )
+from l2d_framework.models.unloaded import UnloadedModel
 from l2d_framework.training import folder_lock, interruption, output_dir, trainer
 from l2d_framework.training.interruption import Interruption
 from l2d_framework.training.reward.run import train_reward
@@ -405,6 +408,12 @@ def test_without_a_whole_checkpoint_a_run_is_refused_and_one_that_was_passed_ove
         train(run)
     shutil.copytree(output / "checkpoint-7", output / "checkpoint-4")
     (output / "state.json").rename(output / "checkpoint-4" / "trainer_state.json")
+    # What is said to be whole is.
+    room = pytest.raises(OutputError, match=r"checkpoint-4, which takes .*, is whole")
+    with room, output_dir.writing(output / "x", output / "x.writing"):
+        raise OSError(errno.ENOSPC, "full")
+    with pytest.raises(DivergedError, match=r"The last checkpoint is '.*checkpoint-4'"):
+        train(run, Spoil(4))
     stop(run, 7)
     assert [path.name for path in output_dir.checkpoints(output)] == ["checkpoint-6", "checkpoint-7"]
     train(run)
@@ -596,6 +605,8 @@ def test_signals_that_somebody_else_listens_to_and_threads_are_left_alone(folder
 PROGRAM = """
 import os, sys, time
 from transformers import TrainerCallback
+from l2d_framework import opening
+from l2d_framework.base_model import fetch
 from l2d_framework.cli import main
 from l2d_framework.training import interruption
 import l2d_framework.cli.progress as progress
@@ -678,6 +689,135 @@ def test_the_command_line_ends_with_the_code_of_the_error(
 
 
 # Kills
+
+
+class Kills:
+    """Ends whatever changes the names of files at the change of some number, counted from 1, like a kill."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.left = 0
+        for name in ("link", "replace", "rename", "unlink", "rmdir"):
+            monkeypatch.setattr(os, name, self._killing(getattr(os, name)))
+
+    def _killing(self, change: Any) -> Any:
+        def changed(*arguments: Any, **options: Any) -> Any:
+            self.left -= 1
+            if self.left == 0:
+                raise KeyboardInterrupt
+            return change(*arguments, **options)
+
+        return changed
+
+
+def files_of(folder: Path) -> dict[str, str]:
+    """Contents of a model's files by name."""
+    paths = [path for path in folder.rglob("*") if path.is_file() and path.name != output_dir.RUN_FILE]
+    return {path.relative_to(folder).as_posix(): path.read_text() for path in paths}
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_a_publication_that_is_killed_at_any_file_shows_the_old_model_or_the_new_one_or_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: bool
+) -> None:
+    if not links:
+
+        def link(*_: Any) -> None:
+            raise OSError(errno.EPERM, "Operation not permitted")
+
+        monkeypatch.setattr(os, "link", link)
+    kills = Kills(monkeypatch)
+    names = ["a.safetensors", "b.safetensors", "config.json", "language_model/config.json", "z.txt"]
+    old, new = (dict.fromkeys(names, text) for text in ("old", "new"))
+    seen, ended = set(), False
+    for number in range(1, 100):
+        output = tmp_path / str(number)
+        for folder, text in ((output, "old"), (output / "final.writing", "new")):
+            (folder / "language_model").mkdir(parents=True)
+            for name in names:
+                (folder / name).write_text(text)
+        output_dir.write_card(output, {"config": {}, "finished": False})
+        kills.left = number
+        try:
+            output_dir.publish(output / "final.writing", output, {"config": {}, "finished": True})
+            ended = kills.left > 0
+        except KeyboardInterrupt:
+            kills.left = 0
+        whole = output / opening.PUBLISHING
+        if whole.is_dir():
+            assert files_of(whole) == new
+            for name in (".", "language_model"):
+                with pytest.raises(CheckpointError, match=rf"is half published.*{(whole / name).resolve()}'"):
+                    fetch(str(output / name))
+            # Others, too, see no files of both.
+            others = {name: path for name, path in files_of(output).items() if name in names}
+            assert "config.json" not in others or others in (old, new)
+            kills.left = number % 7  # a second kill, of what completes it
+            with suppress(KeyboardInterrupt):
+                output_dir.complete(output)
+            kills.left = 0
+            output_dir.complete(output)
+            output_dir.clean_up(output)
+            assert files_of(output) == new
+            seen.add("completed")
+        else:
+            found = {name: text for name, text in files_of(fetch(str(output))).items() if name in names}
+            assert found in (old, new)
+            seen.add(found["z.txt"])
+        is_finished = (output_dir.read_card(output) or {})["finished"]
+        assert not is_finished or files_of(output) == new
+        if ended:
+            break
+    assert ended and is_finished
+    assert seen == {"old", "completed", "new"}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_longer_run_that_is_killed_between_two_files_of_its_model_is_completed_by_the_same_command(
+    folder: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(fields(folder, kind, max_steps=2))
+    longer = fields(folder, kind, max_steps=4)
+    put, files = output_dir._put, []
+
+    def stop_at_second(*arguments: Path) -> None:
+        files.append(arguments)
+        if len(files) == 2:
+            raise KeyboardInterrupt
+        put(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(output_dir, "_put", stop_at_second)
+        with pytest.raises(KeyboardInterrupt):
+            train(longer)
+    output = folder / "out"
+    new = weights(output / opening.PUBLISHING)
+    above = fields(folder, "full", "above") | {"model": {"base": str(output)}}
+    with pytest.raises(L2DError, match="half published"):
+        train(above)
+    with pytest.raises(L2DError, match="half published"):
+        UnloadedModel(str(output))
+    card = train(longer, tiny_runs.Stop(0))
+    assert (card["finished"], card["sessions"]) == (True, 2)
+    assert not (output / opening.PUBLISHING).exists()
+    assert weights(output).keys() == new.keys()
+    assert all(torch.equal(value, new[name]) for name, value in weights(output).items())
+
+
+def test_a_disk_that_is_full_while_publishing_loses_nothing_and_is_said(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = fields(folder, "full", max_steps=2)
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "link", full)
+        patch.setattr(shutil, "copy2", full)
+        with pytest.raises(OutputError, match=r"No space left.* the model is whole, and the same command goes on"):
+            train(run)
+    assert train(run, tiny_runs.Stop(0))["finished"]
+    assert UnloadedModel(str(folder / "out")).is_plain
 
 
 KILLS = """

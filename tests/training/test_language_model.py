@@ -1,3 +1,4 @@
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,10 @@ from safetensors.torch import load_file
 from tiny_models import tiny_lm, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
-from l2d_framework.config import TrainingSection, parse_run, parse_stages
+from l2d_framework.config import TrainingSection, check_runs, parse_run, parse_stages
 from l2d_framework.errors import ConfigError
 from l2d_framework.models import checkpoint
+from l2d_framework.models.unloaded import UnloadedModel
 from l2d_framework.training import language_model
 from l2d_framework.training.language_model import NextToken
 from l2d_framework.training.run import train_runs
@@ -114,6 +116,25 @@ def test_a_lora_run_writes_an_adapter_that_later_runs_start_from(folder: Path) -
     lm = checkpoint.load(folder / "later").backbone.lm
     for name, value in merged.state_dict().items():
         assert torch.equal(value, lm.state_dict()[name]), name
+
+
+def test_an_adapter_over_a_relative_path_is_opened_from_elsewhere(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "models").mkdir()
+    base = shutil.copytree(folder / "base", tmp_path / "models" / "x")
+    monkeypatch.chdir(tmp_path)
+    card = train(fields(folder, "adapter", model={"base": "models/x"}, lora=LORA, training={"max_steps": 1}))
+    assert card["trained_in"] == str(tmp_path)
+    given = tiny_runs.diffusion_run(folder / "adapter", folder / "sums.jsonl", folder / "over", max_steps=1)
+    monkeypatch.chdir(folder)
+    for opened in (UnloadedModel, lambda path: check_runs([parse_run(given)])):
+        opened(str(folder / "adapter"))
+        hidden = base.rename(tmp_path / "moved")
+        text = rf"for from here, from '{tmp_path}' and '{folder}/adapter'\. The PEFT adapter '.*adapter' was trained"
+        with pytest.raises(ConfigError, match=text):
+            opened(str(folder / "adapter"))
+        hidden.rename(base)
 
 
 @pytest.mark.parametrize("lora", [None, {**LORA, "dropout": 0.5}], ids=["full", "lora"])

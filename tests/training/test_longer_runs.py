@@ -180,6 +180,15 @@ def test_trackers_may_come_and_go_whenever_a_run_goes_on(tmp_path: Path, tracker
         assert output_dir.check_free(output, now) == output_dir.read_card(output)
 
 
+def test_a_start_without_a_tracker_keeps_the_run_that_it_is_there(folder: Path) -> None:
+    run = fields(folder, "tracked", max_steps=3)
+    with pytest.raises(KeyboardInterrupt):
+        train(run, tiny_runs.Stop(1))
+    output = folder / "tracked"
+    output_dir.write_card(output, output_dir.read_card(output) | {"wandb": "0badcafe"})  # of a start with it
+    assert train(run)["wandb"] == "0badcafe"
+
+
 def test_whatever_else_has_changed_is_still_refused_by_name(folder: Path) -> None:
     train(fields(folder, "refused", max_steps=2))
     with pytest.raises(ConfigError, match=r"configuration \(training\.learning_rate: 0\.03 there, 0\.02 now\)"):
@@ -209,6 +218,51 @@ def test_a_finished_run_whose_checkpoints_are_gone_says_so_instead_of_beginning_
             train(fields(folder, "gone", **training))
     # As many as were made are there.
     assert train(fields(folder, "gone", max_steps=2), tiny_runs.Stop(0))["finished"]
+
+
+@pytest.mark.parametrize("kind", ["diffusion", "language_model"])
+def test_an_unfinished_run_whose_checkpoints_are_gone_says_so_too(folder: Path, kind: str) -> None:
+    run = fields(folder, f"lost_{kind}", kind, max_steps=6)
+    with pytest.raises(KeyboardInterrupt):
+        train(run, tiny_runs.Stop(5))
+    output = folder / f"lost_{kind}"
+    # As is a run with another rate: of this one there is something left to know.
+    for other, text in ((run, "has made 4 updates, but its checkpoints are gone"), (None, "learning_rate: 0.03 there")):
+        for path in output_dir.checkpoints(output):
+            output_dir.remove(path)
+        shutil.rmtree(output / "best", ignore_errors=True)
+        with pytest.raises((CheckpointError, ConfigError), match=text):
+            train(other or fields(folder, output.name, kind, max_steps=6, learning_rate=0.01))
+    assert train_runs([parse_run(run)], overwrite=True)[0]["sessions"] == 1
+
+
+def test_a_run_of_which_nothing_was_saved_says_that_it_begins_from_its_start(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = fields(folder, "unsaved", max_steps=2)
+    with pytest.raises(KeyboardInterrupt):
+        train(run, tiny_runs.Stop(1))
+    assert not caplog.records
+    train(run)
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{str(folder / 'unsaved')!r} was begun before and has no checkpoint: it begins from its start."
+    ]
+
+
+def test_updates_of_a_damaged_checkpoint_do_not_count_as_made(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    train(fields(folder, "three", max_steps=3))
+    for steps, name in ((3, "spoilt"), (6, "spoilt_more")):
+        with pytest.raises(KeyboardInterrupt):
+            train(fields(folder, name, max_steps=9), tiny_runs.Stop(5))
+        (folder / name / "checkpoint-4" / "optimizer.pt").write_bytes(b"half")
+        card = train(fields(folder, name, max_steps=steps))
+        assert [(entry["updates"], entry["after"]) for entry in card["continued"]] == [(2, "checkpoint-2")]
+        assert f"has made 2 updates and goes on to {steps}" in caplog.text
+    assert are_same(weights(folder / "spoilt"), weights(folder / "three"))
+    # But those of a model that was finished do, whatever has become of its checkpoint.
+    (folder / "three" / "checkpoint-3" / "optimizer.pt").write_bytes(b"half")
+    with pytest.raises(ConfigError, match=r"has made 3 updates, and .* ask for 2"):
+        train(fields(folder, "three", max_steps=2))
 
 
 def test_a_stage_over_which_a_later_one_has_begun_is_not_trained_further(folder: Path) -> None:

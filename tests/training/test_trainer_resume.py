@@ -204,7 +204,7 @@ def test_a_kill_after_the_last_update_resumes_to_a_finished_run(
 ) -> None:
     run = fields(folder, "late")
 
-    def fail(stage: Path, output: Path) -> None:
+    def fail(*_: Any) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
@@ -253,6 +253,8 @@ def test_a_run_goes_on_over_a_base_that_has_moved_and_over_no_other(folder: Path
         (folder / "new_base").rename(folder / "base")
     assert (card["finished"], card["sessions"]) == (True, 2)
     assert card["config"]["model"]["base"] == str(folder / "new_base")
+    changes = [f"model.base: {str(folder / 'base')!r} there, {str(folder / 'new_base')!r} now"]
+    assert card["moved"] == [{"at": card["moved"][0]["at"], "changes": changes, "after": "checkpoint-2"}]
 
 
 def test_overwriting_moves_the_old_run_aside(folder: Path) -> None:

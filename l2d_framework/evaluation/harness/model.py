@@ -23,7 +23,7 @@ from l2d_framework.evaluation.harness import scorer
 from l2d_framework.evaluation.harness.cost import Meter, report
 from l2d_framework.evaluation.harness.generator import Generator
 from l2d_framework.evaluation.harness.options import PASSED, PLACING, RUNNING, check_model_options, diffusing
-from l2d_framework.evaluation.harness.requests import Answers, content
+from l2d_framework.evaluation.harness.requests import PIECE, Answers, content
 from l2d_framework.evaluation.harness.scorer import MAIN, METHODS, MIXTURE, PSEUDO
 from l2d_framework.evaluation.harness.start_up import steps
 from l2d_framework.evaluation.harness.tasks import check_sentence_data, data_sources, named_tasks, route
@@ -41,9 +41,6 @@ _PATIENCE = timedelta(weeks=52)
 """How long a process waits for the answers of others, as in HFLM; an error of theirs ends it at once."""
 _AUTO_ON_CPU = 8
 """Batch size `auto` where memory that runs out ends the process instead of raising an error."""
-
-_PIECE = "loglikelihood_piece"
-"""What a piece of a text that fits into the model is called among the answers."""
 
 _GOES_ON = "<|this turn goes on|> "
 
@@ -269,14 +266,14 @@ class L2DLM(HFLM):  # type: ignore[misc]
         self, requests: Sequence[Any], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
         # Pieces of whole texts have no words by which to be kept, and lm_eval keeps texts when it has read all of them.
-        found: list[Any] = [self.answers.find(_PIECE, piece) if text is None else None for text, *piece in requests]
+        found: list[Any] = [self.answers.find(PIECE, piece) if text is None else None for text, *piece in requests]
         rest = [request for request, known in zip(requests, found, strict=True) if known is None]
         scores = iter(self._score(rest, disable_tqdm or self.process != 0, override_bs) if rest else ())
         for number, (text, *piece) in enumerate(requests):
             if found[number] is None:
                 found[number] = next(scores)
                 if text is None:
-                    self.answers.keep(_PIECE, piece, found[number])
+                    self.answers.keep(PIECE, piece, found[number])
         return found
 
     def _score(self, requests: Sequence[Any], quiet: bool, batch_size: int | None) -> list[tuple[float, bool]]:

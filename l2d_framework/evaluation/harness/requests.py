@@ -8,10 +8,13 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from l2d_framework.config.differences import differences, told
 from l2d_framework.diffusion.rng import request_keys
 from l2d_framework.errors import CheckpointError
 
 IDENTITY = "__l2d_identity__"
+PIECE = "loglikelihood_piece"
+"""What a piece of a text that fits into the model is called among the answers."""
 
 
 def content(arguments: Any) -> str:
@@ -50,12 +53,15 @@ class Answers:
         recorded = store.get(IDENTITY)
         if recorded is None and len(store) == 0:
             store[IDENTITY] = identity
-        elif recorded != identity:
-            known = recorded or {}
-            differing = sorted(n for n in known | identity if known.get(n) != identity.get(n))
+        elif recorded is None:
             raise CheckpointError(
-                f"The cache {store.filename!r} holds answers of another model or of other settings; they differ in "
-                f"{differing}. Name another --use_cache."
+                f"The cache {store.filename!r} holds answers of a model that is not of l2d-framework. Name another "
+                "--use_cache."
+            )
+        elif differing := differences(recorded, identity):
+            raise CheckpointError(
+                f"The cache {store.filename!r} holds answers of another model or other settings ({told(differing)}). "
+                "Give those of before to go on from them, or name another --use_cache."
             )
         self._store = store
         _keep_harness_out(store)

@@ -20,7 +20,7 @@ from l2d_framework.diffusion.rng import TokenStreams
 from l2d_framework.diffusion.sampler import Block, Sampler, get_ready
 from l2d_framework.errors import ConfigError
 from l2d_framework.evaluation.harness.options import shortest
-from l2d_framework.evaluation.harness.requests import noise_key
+from l2d_framework.evaluation.harness.requests import PIECE, noise_key
 from l2d_framework.generation.prefix import SHARED, Prefix
 from l2d_framework.generation.prompts import pad_left
 from l2d_framework.models.diffusion_lm import DiffusionLM
@@ -266,6 +266,9 @@ def score(
             scorer.prefixes[start] = prefix
     longest = max((question for question, _ in order), key=lambda one: len(one.text(lm.max_length)), default=None)
     size = 1 if longest is None else _batch_size(lm, scorer, longest, batch_size)
+    if longest is not None and lm.scoring == MIXTURE and any(text is None for text, *_ in requests):
+        # Pieces of a text beyond those whose logits are held at once wait for one another, and would be lost together.
+        size = min(size, max(1, _LOGITS // (len(longest.answers[0]) * lm.samples * lm.diffusion.backbone.vocab_size)))
     results: dict[int, tuple[float, bool]] = {}
     bar = tqdm(total=len(requests), disable=quiet, desc="Scoring")
     began = time.perf_counter()
@@ -275,8 +278,8 @@ def score(
         for (_, numbers), scores in zip(chunk, found, strict=True):
             for number, value in zip(numbers, scores * (len(numbers) // len(scores)), strict=True):
                 results[number] = value
-                if requests[number][0] is not None:
-                    lm.answers.keep("loglikelihood", requests[number][0], value)
+                text, *piece = requests[number]
+                lm.answers.keep(*(("loglikelihood", text) if text is not None else (PIECE, piece)), value)
             bar.update(len(numbers))
     bar.close()
     lm.meters["scoring"].add(scorer.evaluations)

@@ -12,6 +12,7 @@ from typing import Any
 from lm_eval import simple_evaluate
 from lm_eval.utils import simple_parse_args_string
 
+from l2d_framework.config.differences import differences, told
 from l2d_framework.config.files import parse_json, read_text
 from l2d_framework.errors import ConfigError, suggest
 from l2d_framework.evaluation.harness.model import L2DLM
@@ -128,11 +129,10 @@ class Tuning:
             raise ConfigError(
                 f"--out {str(self.path)!r} exists and is no result of this command ({error}). Name another."
             ) from error
-        if identity != json.loads(json.dumps(self.identity)):
-            differing = sorted(n for n in self.identity if identity.get(n) != self.identity[n])
+        if differing := differences(identity, json.loads(json.dumps(self.identity))):
             raise ConfigError(
-                f"--out {str(self.path)!r} holds rows of another model or another question; they differ in "
-                f"{differing}. Name another file."
+                f"--out {str(self.path)!r} holds rows of another model or another question ({told(differing)}). Name "
+                "another file."
             )
         self.rows = rows
 

@@ -24,7 +24,9 @@ from lm_eval.models.dummy import DummyLM
 
 from l2d_framework.config import ModelSection
 from l2d_framework.errors import CheckpointError
+from l2d_framework.evaluation.harness import scorer
 from l2d_framework.evaluation.harness.model import L2DLM
+from l2d_framework.evaluation.harness.scorer import Scorer
 from l2d_framework.models.checkpoint import save
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -120,6 +122,28 @@ def test_a_long_text_goes_on_where_it_was_left(folder, tmp_path, monkeypatch, sc
     assert asked == [2]
 
 
+def test_a_long_text_in_one_batch_goes_on_piece_by_piece(folder, tmp_path, monkeypatch):
+    text = [Instance("loglikelihood_rolling", {}, ("".join(map(str, range(203))),), 0, metadata=("task", 0, 1))]
+    whole = cached(folder, tmp_path / "whole.db", batch_size=8)[1].loglikelihood_rolling(text)
+    monkeypatch.setattr(scorer, "_LOGITS", 2**12)  # those of a few positions
+    asked, mixture = [], Scorer.mixture
+
+    def interrupted(self: Scorer, questions: Any) -> Any:
+        asked.extend(questions)
+        if len(asked) == 3:
+            raise KeyboardInterrupt
+        return mixture(self, questions)
+
+    caching = cached(folder, tmp_path / "part.db", batch_size=8)[1]
+    monkeypatch.setattr(Scorer, "mixture", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        caching.loglikelihood_rolling(text)
+    caching.dbdict.close()
+    caching = cached(folder, tmp_path / "part.db", batch_size=8)[1]
+    assert caching.loglikelihood_rolling(text) == pytest.approx(whole, abs=1e-4)
+    assert len(asked) == 3 + 2  # of four pieces
+
+
 def together(caches: list[Any], ask: Callable[[Any], Any]) -> list[Any]:
     """What each of several processes answers, here threads that exchange values as processes do."""
     slots, barrier = [None] * len(caches), threading.Barrier(len(caches), timeout=60)
@@ -167,10 +191,18 @@ def test_what_is_known_needs_no_weights(folder, tmp_path):
     assert again._diffusion is None and first._diffusion is not None
 
 
-@pytest.mark.parametrize("options", [{"seed": 1}, {"solver": "euler"}, {"noise_samples": 2}, {"scoring": "main"}])
-def test_answers_of_other_settings_are_refused(folder, tmp_path, options):
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"seed": 1}, r"\(sampling\.seed: 0 there, 1 now\)"),
+        ({"solver": "euler"}, r"sampling\.solver\.name: 'midpoint' there, 'euler' now"),
+        ({"noise_samples": 2}, r"\(noise_samples: 1 there, 2 now\)"),
+        ({"scoring": "main"}, r"\(scoring: 'mixture' there, 'main' now\)"),
+    ],
+)
+def test_answers_of_other_settings_are_refused_by_option_with_both_values(folder, tmp_path, options, text):
     cached(folder, tmp_path / "answers.db")[1].dbdict.close()
-    with pytest.raises(CheckpointError, match=r"differ in.*--use_cache"):
+    with pytest.raises(CheckpointError, match=rf"{text}.*--use_cache"):
         cached(folder, tmp_path / "answers.db", **options)
 
 
@@ -181,7 +213,7 @@ def test_a_model_that_moved_is_the_same_and_another_tokenizer_is_not(folder, tmp
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "base")
     tokenizer.add_tokens(["Hello"])
     tokenizer.save_pretrained(tmp_path / "base")
-    with pytest.raises(CheckpointError, match=r"differ in \['tokenizer'\]"):
+    with pytest.raises(CheckpointError, match=r"\(tokenizer: '\w{64}' there, '\w{64}' now\)"):
         cached(folder, tmp_path / "answers.db", base=str(tmp_path / "base"))
 
 
@@ -189,5 +221,5 @@ def test_answers_of_another_model_are_refused(folder, tmp_path):
     dummy = CachingLM(DummyLM(), str(tmp_path / "answers.db"))
     dummy.loglikelihood(choices())
     dummy.dbdict.close()
-    with pytest.raises(CheckpointError, match="another model"):
+    with pytest.raises(CheckpointError, match=r"answers of a model that is not of l2d-framework.*--use_cache"):
         cached(folder, tmp_path / "answers.db")

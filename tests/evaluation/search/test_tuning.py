@@ -136,10 +136,10 @@ def test_rows_of_another_class_or_wording_are_not_taken_over(folder, tmp_path, m
     settings, out = grid(2, [0.0], [1.0], [0.0]), tmp_path / "search.json"
     tune(opened(folder), question(folder, "tiny_hinted"), settings, out=out)
     shorter = L2DLM(str(folder / "base"), device="cpu", num_inference_steps=0, max_length=40)
-    with pytest.raises(ConfigError, match=r"\['max_length'\]"):
+    with pytest.raises(ConfigError, match=r"\(max_length: 128 there, 40 now\)"):
         tune(shorter, question(folder, "tiny_hinted"), settings, out=out)
     monkeypatch.setattr(search_tuning, "task_identity", lambda *_: "another wording")
-    with pytest.raises(ConfigError, match=r"\['tasks'\]"):
+    with pytest.raises(ConfigError, match=r"\(tasks\.tiny_hinted\.content: '\w+' there, 'another wording' now\)"):
         tune(opened(folder), question(folder, "tiny_hinted"), settings, out=out)
 
 
@@ -187,7 +187,7 @@ def test_an_interrupted_run_goes_on_at_the_missing_row(folder, tmp_path, monkeyp
     whole = tune(opened(folder), asked, settings, out=tmp_path / "whole.json")
     assert chosen == whole
     assert json.loads(out.read_text()) == json.loads((tmp_path / "whole.json").read_text())
-    with pytest.raises(ConfigError, match=r"they differ in \['limit'\]"):
+    with pytest.raises(ConfigError, match=r"another question \(limit: \d+ there, 4 now\)"):
         tune(opened(folder), question(folder, "tiny_hinted", limit=4), settings, out=out)
 
 
