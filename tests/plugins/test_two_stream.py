@@ -78,8 +78,9 @@ def test_at_time_zero_logits_are_bit_for_bit_the_language_models(family, variant
 
 @families
 @variants
-def test_a_fresh_diffusion_path_changes_no_logit_at_any_time(family, variant):
-    model, layout = fresh_lm(family, variant=variant), all_known(tokens())
+@pytest.mark.parametrize("gates", ["closed", "open"])
+def test_a_fresh_diffusion_path_changes_no_logit_at_any_time(family, variant, gates):
+    model, layout = fresh_lm(family, variant=variant, gates=gates), all_known(tokens())
     t = torch.rand(len(PADDING), LENGTH)
     with torch.no_grad():
         assert torch.equal(model(ask_everywhere(model, layout, t=t)).logits, plain_logits(model.backbone.lm, layout))
@@ -97,6 +98,31 @@ def test_closed_gates_let_the_noisy_state_through_unchanged(family):
         features = backbone.features(h, query.t, query.positions, query.context, None)
     assert torch.equal(features, query.context.hidden + weight * h)
     assert weight.abs().max() > 1e-3
+
+
+@families
+def test_behind_open_gates_is_what_the_language_model_computes(family):
+    model, layout = fresh_lm(family, gates="open"), all_known(tokens())
+    backbone, entered = two_stream(model), []
+    torch.nn.init.normal_(backbone.conditioning.final[2].weight, std=100.0)
+    query = ask_everywhere(model, layout)
+    with torch.no_grad():
+        first = backbone.main.layers[0].register_forward_pre_hook(lambda _, inputs: entered.append(inputs[0]))
+        backbone.lm(layout.tokens)
+        first.remove()
+        weight = backbone.conditioning(query.t, None)[1]
+        features = backbone.features(entered[0], query.t, query.positions, query.context, None)
+    close(features, (1 + weight) * query.context.hidden)
+    assert weight.abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("gates", ["closed", "open"])
+def test_projections_learn_as_soon_as_the_path_counts_only_behind_open_gates(gates):
+    model = fresh_lm(gates=gates)
+    torch.nn.init.normal_(two_stream(model).conditioning.final[2].weight, std=0.1)
+    found = own_gradients(model, training_loss(model, supervised(tokens())).total)
+    learning = [float(gradient.norm()) > 1e-6 for name, gradient in found.items() if "lora_B" in name]
+    assert learning and all(learning) == any(learning) == (gates == "open")
 
 
 @families

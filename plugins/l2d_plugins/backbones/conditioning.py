@@ -62,6 +62,10 @@ class Conditioning(nn.Module):
         self.layers = nn.ModuleList(_mlp(width, count * hidden_size) for count in chunks)
         self.final = _mlp(width, hidden_size)
 
+    def biases(self) -> list[Tensor]:
+        """Per layer the modulation of a fresh path, (chunks * H), the same at all times."""
+        return [head[-1].bias for head in self.layers]  # type: ignore[index]
+
     def forward(self, t: Tensor, condition: Tensor | None) -> Modulations:
         """Modulation at every position, (B, L, chunks * H) per layer, and w(t) - w(0), (B, L, H); class -1 is none."""
         return self._at(t, self._rows(condition, t.shape))

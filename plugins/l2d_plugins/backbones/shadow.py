@@ -129,6 +129,14 @@ class Modulated(nn.Module):
         """Modulation vectors this layer takes: scale and shift per own norm, and two gates."""
         return sum(3 if branch.owns_norm else 1 for branch in self.branches)
 
+    @torch.no_grad()
+    def open(self, modulation: Tensor) -> None:
+        """Set the gates in a modulation, (chunks * H), to one."""
+        parts, gate = modulation.chunk(self.chunks), -1
+        for branch in self.branches:
+            gate += 3 if branch.owns_norm else 1
+            parts[gate].fill_(1)
+
     def forward(self, y: Tensor, modulation: Tensor, kwargs: dict[str, Any]) -> Tensor:
         """Run the layer; `modulation`, (B or 1, L or 1, chunks * H), holds scale, shift and gate of each branch."""
         parts = iter(modulation.to(y.dtype).chunk(self.chunks, -1))

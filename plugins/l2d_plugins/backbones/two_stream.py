@@ -59,6 +59,13 @@ class TwoStreamConfig(BackboneConfig):
     """Fourier features of the time; even."""
     conditioning_size: int = Field(default=256, gt=0)
     """Width of the network that turns time and class into modulations; lower it to save parameters."""
+    gates: Literal["closed", "open"] = "closed"
+    """Where the gates of a fresh path's branches stand. `closed`, at zero as in the paper, they and the weight of the
+    path in the sum, zero as well, wait for one another, so that the first updates teach little; `open`, at one, the
+    path computes on its input what the language model would, and that weight alone starts at zero. A fresh path changes
+    nothing either way.
+
+    Source: one layer of zeros between a trained network and its copy, arXiv:2302.05543."""
     carry: bool = False
     """Let every evaluation read the hidden states of the one before, normalised and through a linear map that starts at
     zero, so that evaluations compute on where the last one ended. Only `training.unroll` teaches it."""
@@ -129,6 +136,9 @@ class TwoStream(Backbone[MainContext]):
             [layer.chunks for layer in modulated],
             config.num_classes,
         ).to(self.table().device)
+        if config.gates == "open":
+            for layer, bias in zip(modulated, self.conditioning.biases(), strict=True):
+                layer.open(bias)
         self.carries = config.carry
         if config.carry:
             # Zeros, so that a fresh path is that without it.
