@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +23,10 @@ _ATTENTION = (None, "eager", "sdpa")
 
 _MODELS = ("*config.json", "l2d.json", "*.gguf")
 """Files one of which is in every folder with a model."""
+
+_MAKING = threading.RLock()
+"""transformers replaces functions of its own while it makes a model, and two threads would leave them replaced: no
+model made later in the process would tie its weights."""
 
 PUBLISHING = ".publishing"
 """Folder in a run's own that holds its new model whole while the files of an old one are replaced."""
@@ -137,7 +142,7 @@ def open_model(
     if config is None:
         assert base is not None
         config = open_config(base, **{name: options[name] for name in ("gguf_file", "revision") if name in options})
-    with reading(f"the weights of {str(source or config.name_or_path)!r}", source):
+    with _MAKING, reading(f"the weights of {str(source or config.name_or_path)!r}", source):
         loaded: Any = kind.from_pretrained(
             source, config=config, output_loading_info=True, trust_remote_code=False, **options
         )
@@ -146,7 +151,7 @@ def open_model(
 
 def new_model(kind: Any, config: PreTrainedConfig, **options: Any) -> PreTrainedModel:
     """A model with new weights, or on the meta device none."""
-    with reading(f"the config of {config.name_or_path!r}"):
+    with _MAKING, reading(f"the config of {config.name_or_path!r}"):
         if isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel):
             return kind._from_config(config, **options)  # type: ignore[no-any-return]
         return kind.from_config(config, trust_remote_code=False, **options)  # type: ignore[no-any-return]

@@ -6,6 +6,8 @@ import json
 import re
 import shutil
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -29,7 +31,7 @@ from l2d_framework.models.checkpoint import build_model, load, load_weights, sav
 from l2d_framework.models.convert import convert
 from l2d_framework.models.manifest import file_hash, sealed
 from l2d_framework.models.unloaded import UnloadedModel
-from l2d_framework.opening import open_adapter, open_config
+from l2d_framework.opening import new_model, open_adapter, open_config, open_model
 from l2d_framework.training.reward.run import load_reward_model as reward_base
 from l2d_plugins.drafters import assistant_network
 from l2d_plugins.guidance import reward_network
@@ -368,3 +370,31 @@ def test_what_is_not_there_is_not_said_to_be_damaged(tmp_path, monkeypatch):
     with pytest.raises(CheckpointError, match="There is no such folder here") as caught:
         open_config("moved-away")
     assert "damaged" not in str(caught.value)
+
+
+def test_models_are_made_one_at_a_time_as_transformers_cannot_make_two() -> None:
+    met, both = [], threading.Barrier(2)
+
+    class Kind:
+        """Waits a moment for another thread to be making a model as well."""
+
+        @staticmethod
+        def from_config(*_: object, **options: object) -> None:
+            with contextlib.suppress(threading.BrokenBarrierError):
+                met.append(both.wait(0.5))
+            both.reset()
+
+        from_pretrained = from_config
+
+    with ThreadPoolExecutor(2) as pool:
+        made = [pool.submit(new_model, Kind, LlamaConfig()), pool.submit(open_model, Kind, None, config=LlamaConfig())]
+    assert [one.exception() for one in made] == [None, None]
+    assert not met
+
+
+def test_weights_stay_tied_whatever_threads_have_loaded(tmp_path: Path) -> None:
+    tiny_lm("gemma2").save_pretrained(tmp_path)
+    with ThreadPoolExecutor(4) as pool:
+        made = list(pool.map(lambda _: open_model(transformers.AutoModelForCausalLM, tmp_path)[0], range(12)))
+    for lm in (*made, tiny_lm("gemma2")):
+        assert lm.get_input_embeddings().weight is lm.get_output_embeddings().weight
