@@ -60,10 +60,10 @@ class TwoStreamConfig(BackboneConfig):
     conditioning_size: int = Field(default=256, gt=0)
     """Width of the network that turns time and class into modulations; lower it to save parameters."""
     gates: Literal["closed", "open"] = "closed"
-    """Where the gates of a fresh path's branches stand. `closed`, at zero as in the paper, they and the weight of the
-    path in the sum, zero as well, wait for one another, so that the first updates teach little; `open`, at one, the
-    path computes on its input what the language model would, and that weight alone starts at zero. A fresh path changes
-    nothing either way.
+    """Whether the gates of a fresh path's branches are `closed`, at zero as in the paper, or `open`, at one. Closed,
+    they and the weight of the path in the sum, zero as well, wait for one another, so that the first updates teach
+    little; open, the path computes on its input what the language model would, and that weight alone starts at zero. A
+    fresh path changes nothing either way.
 
     Source: one layer of zeros between a trained network and its copy, arXiv:2302.05543."""
     carry: bool = False
