@@ -18,10 +18,11 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from asked import result_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from l2d_framework.cli import run_script
-from l2d_framework.cli.common import check_device, result_file
+from l2d_framework.cli.common import check_device
 from l2d_framework.config import DiffusionRun, parse_run
 from l2d_framework.generation.prompts import Encoded, pad_left
 from l2d_framework.models.diffusion_lm import DiffusionLM
@@ -133,7 +134,7 @@ def main(
 ) -> None:
     """Measure, print a table, and write the result file."""
     check_device(device)
-    out = result_file(out or Path(__file__).parents[1] / "results" / f"blocks_{torch.device(device).type}.json")
+    out = result_file(out, f"blocks_{torch.device(device).type}.json")
     torch.set_num_threads(1)
     where, sizes = torch.device(device), [16, 4]
     prompts = pad_left([list(range(5 + row, 37 + row)) for row in range(batch)])

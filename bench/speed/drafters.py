@@ -18,12 +18,13 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from asked import check_model, result_file
 from gpu import Bench
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from l2d_framework.cli import run_script
-from l2d_framework.cli.common import check_device, check_model, result_file
+from l2d_framework.cli.common import check_device
 from l2d_framework.opening import open_model, open_tokenizer
 from l2d_framework.training.run_record import environment
 
@@ -149,7 +150,7 @@ def main(
     """Measure, print, and write the result file after each question."""
     check_device(device)
     check_model(model, *(assistant or ()))
-    out = result_file(out or Path(__file__).parents[1] / "results" / f"drafters_{device}.json")
+    out = result_file(out, f"drafters_{device}.json")
     torch.set_num_threads(1)
     bench = Pretrained(torch.device(device), model, 0, new_tokens, rounds)
     bench.assistants = assistant or ()

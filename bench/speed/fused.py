@@ -17,11 +17,12 @@ from unittest.mock import patch
 
 import torch
 import typer
+from asked import check_known, result_file
 from blocks import measure
 from torch import Tensor, nn
 
 from l2d_framework.cli import run_script
-from l2d_framework.cli.common import check_device, check_known, result_file
+from l2d_framework.cli.common import check_device
 from l2d_framework.diffusion import loss
 from l2d_framework.training.run_record import environment
 from l2d_plugins.parametrizations.simplex import fused
@@ -103,7 +104,7 @@ def main(
     """Measure, print, and write the result file."""
     check_device(device)
     check_known("--size", [size], SHAPES)
-    out = result_file(out or Path(__file__).parents[1] / "results" / f"fused_{torch.device(device).type}.json")
+    out = result_file(out, f"fused_{torch.device(device).type}.json")
     torch.set_num_threads(1)
     where, found = torch.device(device), {}
     for name, case in {"read a state": reading, "loss and gradient": learning}.items():

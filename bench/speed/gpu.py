@@ -19,13 +19,14 @@ from typing import Annotated, Any, NamedTuple
 
 import torch
 import typer
+from asked import check_known, result_file
 from l2d import EVALUATIONS, LORA, PLAIN, RUN, diffusion_loss, l2d_over, language_model_loss, train
 from l2d import Bench as Training
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from l2d_framework.cli import run_script
-from l2d_framework.cli.common import check_device, check_known, result_file
+from l2d_framework.cli.common import check_device
 from l2d_framework.generation.prompts import Encoded
 from l2d_framework.models.diffusion_lm import DiffusionLM
 from l2d_framework.training.run_record import environment
@@ -405,7 +406,7 @@ def main(
     """Measure, print, draw, and write the result file after each question."""
     check_device(device)
     check_known("--size", [size], SIZES)
-    out = result_file(out or Path(__file__).parents[1] / "results" / f"decode_{torch.device(device).type}.json")
+    out = result_file(out, f"decode_{torch.device(device).type}.json")
     if device == "cpu":
         torch.set_num_threads(1)
     bench = Bench(torch.device(device), size, prompt, new_tokens, rounds)

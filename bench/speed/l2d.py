@@ -20,6 +20,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from asked import result_file
 from peft import LoraConfig, get_peft_model
 from rich import box
 from rich.console import Console
@@ -29,7 +30,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, StoppingCriteria, StoppingCriteriaList
 
 from l2d_framework.cli import run_script
-from l2d_framework.cli.common import check_device, result_file
+from l2d_framework.cli.common import check_device
 from l2d_framework.config import DiffusionRun, parse_run
 from l2d_framework.diffusion.loss import denoising_loss
 from l2d_framework.diffusion.training_noise import NoiseRule, draw
@@ -421,7 +422,7 @@ def main(
         chosen[group][name]()
         sys.stdout.write(f"{peak_memory(bench.device)}\n")
         return
-    out = result_file(out or Path(__file__).parents[1] / "results" / f"speed_{torch.device(device).type}.json")
+    out = result_file(out, f"speed_{torch.device(device).type}.json")
     unit = "cpu" if bench.device.type == "cpu" else "wall"
     # First, because a process starts with the peak of the one that started it, which is still without models.
     peaks = memory_alone(device, chosen) if memory else {}

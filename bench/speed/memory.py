@@ -19,11 +19,11 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from asked import check_known, check_model, result_file
 from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 
 from l2d_framework.cli import run_script
-from l2d_framework.cli.common import check_known, check_model, result_file
 from l2d_framework.config import RewardRun, parse_run
 from l2d_framework.errors import L2DError
 from l2d_framework.training.dry_run import Machine, dry_run
@@ -173,7 +173,7 @@ def main(
     check_known("--case", case or (), CASES)
     if model is not None:
         check_model(str(model))
-    out = result_file(out or Path(__file__).parents[1] / "results" / "memory_cpu.json")
+    out = result_file(out, "memory_cpu.json")
     card = json.loads(out.read_text(encoding="utf-8")) if out.exists() else {"limit": LIMIT, "models": {}}
     with tempfile.TemporaryDirectory() as folder:
         where, name = model, "random Llama"

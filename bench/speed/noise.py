@@ -19,12 +19,13 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 import typer
+from asked import result_file
 from blocks import measure
 from overhead import repeated
 from torch import Tensor
 
 from l2d_framework.cli import run_script
-from l2d_framework.cli.common import check_device, result_file
+from l2d_framework.cli.common import check_device
 from l2d_framework.diffusion.rng import TokenStreams, stream_key
 from l2d_framework.generation.replay import CudaGraph
 from l2d_framework.training.run_record import environment
@@ -132,7 +133,7 @@ def main(
 ) -> None:
     """Measure, print a table, and write the result file."""
     check_device(device)
-    out = result_file(out or Path(__file__).parents[1] / "results" / f"noise_{torch.device(device).type}.json")
+    out = result_file(out, f"noise_{torch.device(device).type}.json")
     torch.set_num_threads(1)
     where, found = torch.device(device), {}
     for size in SIZES:

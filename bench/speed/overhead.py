@@ -15,13 +15,14 @@ from typing import Annotated, Any, Literal
 
 import torch
 import typer
+from asked import result_file
 from blocks import measure
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from l2d_framework.blame import naming_plugins
 from l2d_framework.cli import run_script
-from l2d_framework.cli.common import check_device, result_file
+from l2d_framework.cli.common import check_device
 from l2d_framework.config import DiffusionRun, parse_run
 from l2d_framework.diffusion.ode import Streams, TokenODE
 from l2d_framework.diffusion.sampler import Block
@@ -239,7 +240,7 @@ def main(
 ) -> None:
     """Measure, print a table, and write the result file."""
     check_device(device)
-    out = result_file(out or Path(__file__).parents[1] / "results" / f"overhead_{torch.device(device).type}.json")
+    out = result_file(out, f"overhead_{torch.device(device).type}.json")
     torch.set_num_threads(1)
     where = torch.device(device)
     models = {name: compare(shape, where, rounds, evaluations) for name, shape in SHAPES.items()}

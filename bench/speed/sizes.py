@@ -14,10 +14,10 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from asked import result_file
 from transformers import LlamaConfig
 
 from l2d_framework.cli import run_script
-from l2d_framework.cli.common import result_file
 from l2d_framework.config import DiffusionRun, parse_run
 from l2d_framework.evaluation.tables import markdown
 from l2d_framework.training.data.collate import Collator
@@ -111,7 +111,7 @@ def main(
     out: Annotated[Path | None, typer.Option(help="Result file; bench/results/sizes.json if absent.")] = None,
 ) -> None:
     """Estimate, print a table, and write it and the result file."""
-    out = result_file(out or Path(__file__).parents[1] / "results" / "sizes.json")
+    out = result_file(out, "sizes.json")
     torch.set_num_threads(1)
     models: dict[str, dict[str, dict[str, dict[str, int]]]] = {}
     for model, shape in SHAPES.items():

@@ -17,6 +17,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from asked import result_file
 from l2d import Sample, measure, seconds, summarize, write
 from rich import box
 from rich.console import Console
@@ -32,7 +33,6 @@ from transformers import (
 )
 
 from l2d_framework.cli import run_script
-from l2d_framework.cli.common import result_file
 from l2d_framework.config import DiffusionRun, parse_run
 from l2d_framework.diffusion.logits import top_token
 from l2d_framework.diffusion.ode import Streams, TokenODE
@@ -402,7 +402,7 @@ def main(
     if alone is not None:
         sys.stdout.write(held_alone(alone))
         return
-    out = result_file(out or Path(__file__).parents[1] / "results" / "speed_tess_cpu.json")
+    out = result_file(out, "speed_tess_cpu.json")
     # First, because a process starts with the peak of the one that started it, which is still without models.
     held = memory()
     if reward is not None:

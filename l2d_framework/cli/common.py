@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,7 +13,7 @@ from rich.console import Console
 
 from l2d_framework.cli import VERBOSE
 from l2d_framework.cli.completion import run_keys, sampling_keys, values
-from l2d_framework.errors import ConfigError, suggest
+from l2d_framework.errors import ConfigError
 from l2d_framework.evaluation import plots, tables
 from l2d_framework.writing import write_whole
 
@@ -97,36 +96,6 @@ def check_file(file: Path | None, option: str) -> None:
     folder = file.resolve().parent
     if not os.access(folder, os.W_OK):
         raise ConfigError(f"{str(folder)!r} is missing or cannot be written. Name another {option}.")
-
-
-def result_file(file: Path) -> Path:
-    """An --out, there already or not, in a folder that is made when missing; refused if it cannot be written."""
-    with suppress(OSError):
-        file.parent.mkdir(parents=True, exist_ok=True)
-    if file.is_dir() or not os.access(file if file.exists() else file.parent, os.W_OK):
-        raise ConfigError(f"{str(file)!r} cannot be written. Name another --out.")
-    return file
-
-
-def check_known(option: str, given: Iterable[str], known: Iterable[str]) -> None:
-    """Refuse a value of an option that is none of those it may have."""
-    choices = list(known)
-    for value in given:
-        if value not in choices:
-            hint = suggest(value, choices) or "."
-            raise ConfigError(f"{option}: unknown {value!r}{hint} Choose from {', '.join(map(repr, choices))}.")
-
-
-def check_model(*names: str) -> None:
-    """Refuse folders and hub ids of language models that hold none, or no tokenizer, before weights are loaded."""
-    from l2d_framework.base_model import load_config, load_tokenizer
-    from l2d_framework.config import ModelSection
-
-    for name in names:
-        reference = ModelSection(base=name)
-        load_config(reference)
-        if load_tokenizer(reference) is None:
-            raise ConfigError(f"{name!r} has no tokenizer. Save its tokenizer there.")
 
 
 def named(paths: Sequence[Path]) -> dict[str, Path]:
