@@ -13,9 +13,9 @@ from typing import Any, Literal
 import pytest
 import shared_folders
 import torch
+from golden_device import read
 from golden_l2d import Case, load_case, solver, steps
 from pydantic import PrivateAttr
-from safetensors.torch import load_file
 from torch import Tensor
 
 from l2d_framework.diffusion.loss import chunked_cross_entropy
@@ -123,6 +123,16 @@ def test_golden_training_logits(case: Case) -> None:
 
     # At t = 0 the diffusion path's weight is a difference of equal numbers.
     _agree(case, logits, case.io["train.logits"], theirs=1e-3, ours=1.4e-3)
+
+
+def test_golden_logits_in_bfloat16(case: Case) -> None:
+    io, half = case.io, case.half
+    with torch.no_grad():
+        base = half.lm.backbone.lm(io["input_ids"]).logits
+        logits = half.lm(half.query(io["x_t"], io["timesteps"], _everywhere(case), half.context())).logits
+    # The type has three digits; a norm, an attention and a product of each layer round to it.
+    assert (base - io["base.logits"]).norm() <= 0.03 * io["base.logits"].norm()
+    assert (logits - io["train.logits"]).norm() <= 0.06 * io["train.logits"].norm()
 
 
 def test_golden_training_loss_and_gradients(case: Case) -> None:
@@ -432,7 +442,7 @@ def test_golden_velocities_notice_what_is_wrong_by_one_percent(
 
 
 def test_golden_functions(golden_file: Callable[[str], Path]) -> None:
-    values = load_file(golden_file("l2d/functions.safetensors"))
+    values = read(golden_file("l2d/functions.safetensors"))
     cosmap = registry().create("schedule", {"name": "linear", "times": "cosmap"})
     _close(cosmap.sample_times(values["cosmap.u"]), values["cosmap.t"], 1e-6)
     for key in (key for key in values if key.startswith("temperature.p")):

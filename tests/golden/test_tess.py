@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import shared_folders
 import torch
+from golden_device import DEVICE
 from golden_tess import TIMES, Case, query, replay, slots, take
 from torch import Tensor
 
@@ -96,6 +97,16 @@ def test_golden_logits(case: Case, name: str, mix: str, has_previous: bool) -> N
         _close(losses[kept].mean(), io[f"forward.{name}.loss_mean_padmasked"], 1e-5)
 
 
+def test_golden_logits_in_bfloat16(case: Case) -> None:
+    io, model, layout = case.io, case.model().bfloat16(), case.layout()
+    time, previous = _time(io["noise.timesteps"]), io["forward.previous_pred"]
+    with torch.no_grad():
+        logits = model(query(model, layout, io["noise.noisy_simplex"], time, previous)).logits
+    wanted = take(io["forward.given_prev.logits"], slots(layout)[0])
+    # Three digits a number, in two layers.
+    assert (logits - wanted).norm() <= 0.04 * wanted.norm()
+
+
 def test_golden_logits_with_every_position_noised(case: Case) -> None:
     io, model, layout = case.io, case.model(), case.layout()
     layout = type(layout)(layout.tokens, torch.ones_like(layout.tokens))
@@ -181,7 +192,7 @@ def test_golden_steps(case: Case) -> None:
 
 
 class _NoNumbers:
-    device = torch.device("cpu")
+    device = DEVICE
 
     def uniform(self) -> Tensor:
         raise AssertionError("an argmax draws nothing")

@@ -8,8 +8,8 @@ from typing import Any, Literal
 import pytest
 import shared_folders
 import torch
+from golden_device import read
 from golden_tess import Case, replay, slots, take
-from safetensors.torch import load_file
 from torch import Tensor
 from transformers import MistralConfig, MistralForSequenceClassification
 
@@ -36,7 +36,7 @@ def case(request: pytest.FixtureRequest, golden_dir: Path) -> Case:
 def reward(case: Case, tmp_path_factory: pytest.TempPathFactory) -> str:
     """The reward network as a transformers folder."""
     model = MistralForSequenceClassification(MistralConfig(**case.meta["reward_config"], num_labels=1))
-    model.load_state_dict(load_file(case.folder / "reward_state.safetensors"))
+    model.load_state_dict(read(case.folder / "reward_state.safetensors"))
     folder = tmp_path_factory.mktemp("reward")
     model.save_pretrained(folder)
     return str(folder)

@@ -11,12 +11,13 @@ from typing import Any
 
 import torch
 from float64 import Float64
-from safetensors.torch import load_file
+from golden_device import DEVICE, read
 from torch import Tensor
 
 from l2d_framework.diffusion.ode import Streams, TokenODE
 from l2d_framework.diffusion.rng import TokenStreams
 from l2d_framework.guidance import Guidance
+from l2d_framework.models.checkpoint import load
 from l2d_framework.models.convert import convert
 from l2d_framework.models.diffusion_lm import DiffusionLM
 from l2d_framework.registry import registry
@@ -31,18 +32,24 @@ class Case:
     Attributes:
         facts: the JSON file.
         io: inputs and outputs of the authors' code.
+        folder: of the converted model.
         lm: the converted model.
     """
 
     facts: dict[str, Any]
     io: dict[str, Tensor]
-    weights: dict[str, Tensor]
+    folder: Path
     lm: DiffusionLM
 
     @cached_property
     def _exact(self) -> "Case":
         io = {name: value.double() if value.is_floating_point() else value for name, value in self.io.items()}
-        return Case(self.facts, io, self.weights, copy.deepcopy(self.lm).double())
+        return Case(self.facts, io, self.folder, copy.deepcopy(self.lm).double())
+
+    @cached_property
+    def half(self) -> "Case":
+        """As users load it in bfloat16: the language model in it, what was trained in float32."""
+        return Case(self.facts, self.io, self.folder, load(self.folder, dtype="bfloat16").to(DEVICE))
 
     def exactly(self, compute: "Callable[[Case], Any]") -> Any:
         """What `compute` gives in float64."""
@@ -77,7 +84,7 @@ class Case:
         space = self.lm.parametrization.with_estimate(estimate)
         dummy = torch.zeros(*positions.shape, space.state_size)
         keys = [[(row, column) for column in range(positions.shape[1])] for row in range(len(positions))]
-        streams = Streams(*(TokenStreams(keys, torch.device("cpu")) for _ in range(2)))
+        streams = Streams(*(TokenStreams(keys, DEVICE) for _ in range(2)))
         return TokenODE(
             self.lm,
             self.query(dummy, dummy[..., 0], positions, context, classes=classes),
@@ -100,14 +107,13 @@ def load_case(folder: Path, name: str, scratch: Path) -> Case:
         The case.
     """
     facts = json.loads((folder / f"{name}.json").read_text())
-    weights = load_file(folder / f"{name}.weights.safetensors")
     source = scratch / "reference"
     source.mkdir()
-    torch.save(weights, source / "pytorch_model.bin")
+    torch.save(read(folder / f"{name}.weights.safetensors"), source / "pytorch_model.bin")
     config = {**facts["base_config"], "model_type": facts["family"], "flow_config": facts["flow_config"]}
     (source / "config.json").write_text(json.dumps(config))
-    lm = convert(str(source), scratch / "converted", reader="l2d-reference")
-    return Case(facts, load_file(folder / f"{name}.io.safetensors"), weights, lm)
+    lm = convert(str(source), scratch / "converted", reader="l2d-reference").to(DEVICE)
+    return Case(facts, read(folder / f"{name}.io.safetensors"), scratch / "converted", lm)
 
 
 def solver(name: str, **fields: Any) -> Solver:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
+from golden_device import DEVICE, read
 from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
@@ -37,7 +37,7 @@ class Case:
     def read(cls, folder: Path) -> "Case":
         """The case in a folder."""
         meta = json.loads((folder / f"{folder.name}_meta.json").read_text())
-        return cls(folder, meta, load_file(folder / f"{folder.name}_tensors.safetensors"))
+        return cls(folder, meta, read(folder / f"{folder.name}_tensors.safetensors"))
 
     @property
     def k(self) -> float:
@@ -53,14 +53,14 @@ class Case:
         """The network with the authors' weights."""
         fields = {k: v for k, v in self.meta["config"].items() if not k.startswith("self_") and k != "is_causal"}
         lm = AutoModelForCausalLM.from_config(CONFIG_MAPPING[self.meta["arch"]](**fields), dtype=torch.float32)
-        state = load_file(self.folder / f"{self.folder.name}_state.safetensors")
+        state = read(self.folder / f"{self.folder.name}_state.safetensors")
         time = state.pop("timestep_embed.weight")
         lm.load_state_dict(state)
         backbone = InPlaceConfig().build(lm)
         with torch.no_grad():
             backbone.time.weight.copy_(time)
         space = SimplexConfig(k=self.k, self_conditioning=mix).build(backbone.vocab_size, backbone.hidden_size)
-        return DiffusionLM(Cosine(steps=TIMES), space, backbone, None).eval()
+        return DiffusionLM(Cosine(steps=TIMES), space, backbone, None).eval().to(DEVICE)
 
     def layout(self, tokens: str = "input_ids", mask: str = "span_mask") -> Layout:
         """Rows in which the span mask says what is denoised."""
