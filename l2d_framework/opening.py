@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -186,11 +186,11 @@ def adapter_base(folder: Path) -> str:
 
 def adapter_places(folder: Path) -> list[str | Path]:
     """Folders from which a PEFT adapter's relative path to its base may lead: where it was trained, and its own."""
-    try:
-        trained_in = json.loads((folder / "run.json").read_text(encoding="utf-8"))[TRAINED_IN]
-    except (OSError, ValueError, LookupError, TypeError):  # of a run over no relative path, or no run of ours
-        return [folder]
-    return [str(trained_in), folder]
+    # The best one of a run lies right below what the run has written.
+    for place in (folder, folder.absolute().parent):
+        with suppress(OSError, ValueError, LookupError, TypeError):  # of a run over no relative path, or no run of ours
+            return [str(json.loads((place / "run.json").read_text(encoding="utf-8"))[TRAINED_IN]), folder]
+    return [folder]
 
 
 def _adapter_config(folder: Path) -> dict[str, Any]:
