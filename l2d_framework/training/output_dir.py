@@ -19,7 +19,7 @@ from typing import Any
 
 from l2d_framework.base_model import fingerprint
 from l2d_framework.config import ModelSection, parse_run
-from l2d_framework.config.differences import differences, flat, told
+from l2d_framework.config.differences import differences, flat, said, told
 from l2d_framework.config.files import parse_json, read_text
 from l2d_framework.config.validation import validated
 from l2d_framework.errors import CheckpointError, ConfigError, L2DError, OutputError
@@ -272,13 +272,13 @@ def budget_changes(card: Mapping[str, Any], config: Mapping[str, Any]) -> list[s
     # Where the number of updates is set, that of epochs has no meaning.
     is_set = None not in (theirs.get(_STEPS), ours.get(_STEPS))
     pairs = {name: (theirs.get(name), ours.get(name)) for name in ([_STEPS] if is_set else [_STEPS, _EPOCHS])}
-    return [f"{name}: {there} there, {now} now" for name, (there, now) in pairs.items() if there != now]
+    return [said(name, there, now) for name, (there, now) in pairs.items() if there != now]
 
 
 def place_changes(card: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
     """Where the language model of a configuration lies elsewhere than a card says."""
     found = differences(_recorded(card), config)
-    return [f"{name}: {values}" for name, values in found.items() if name in _PLACES]
+    return [said(name, *values) for name, values in found.items() if name in _PLACES]
 
 
 def updates_made(output: Path, card: Mapping[str, Any], *, known: int = 0) -> int:
