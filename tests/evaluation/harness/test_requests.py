@@ -145,6 +145,16 @@ def test_a_long_text_in_one_batch_goes_on_piece_by_piece(folder, tmp_path, monke
     assert len(asked) == 3 + 2  # of four pieces
 
 
+def test_short_texts_beside_a_long_one_are_scored_together(folder, tmp_path, monkeypatch):
+    texts = ["a" * 100, *(f"{number}." for number in range(7))]
+    asked = [Instance("loglikelihood_rolling", {}, (text,), 0, metadata=("task", n, 1)) for n, text in enumerate(texts)]
+    monkeypatch.setattr(scorer, "_LOGITS", 2**13)
+    sizes, mixture = [], Scorer.mixture
+    monkeypatch.setattr(Scorer, "mixture", lambda self, asked: sizes.append(len(asked)) or mixture(self, asked))
+    cached(folder, tmp_path / "answers.db", batch_size=8)[1].loglikelihood_rolling(asked)
+    assert sorted(sizes) == [1, 7]
+
+
 def test_a_piece_is_kept_once(folder, tmp_path, monkeypatch):
     text = [Instance("loglikelihood_rolling", {}, ("a" * 300,), 0, metadata=("task", 0, 1))]
     for scoring in ("mixture", "main"):
