@@ -605,8 +605,6 @@ def test_signals_that_somebody_else_listens_to_and_threads_are_left_alone(folder
 PROGRAM = """
 import os, sys, time
 from transformers import TrainerCallback
-from l2d_framework import opening
-from l2d_framework.base_model import fetch
 from l2d_framework.cli import main
 from l2d_framework.training import interruption
 import l2d_framework.cli.progress as progress
