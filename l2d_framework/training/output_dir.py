@@ -175,10 +175,9 @@ def complete(output: Path) -> None:
     of both.
     """
     stage = output / PUBLISHING
-    if not stage.is_dir():
+    if (card := read_card(stage)) is None:
         return
     clean_up(output)
-    card = read_card(stage) or {}
     files = [path.relative_to(stage) for path in _files(stage) if path != stage / RUN_FILE]
     for name in (name for name in files if name.name in _ENTRIES):
         (output / name).unlink(missing_ok=True)
@@ -306,7 +305,7 @@ def check_budget(output: Path, card: Mapping[str, Any], steps: int) -> None:
             "Ask for as many at least, or begin anew in another output_dir or with --overwrite."
         )
     made = max(card.get("saved", 0), *_published(card))
-    if made and not checkpoints(output):
+    if made and not checkpoints(output) and not (output / PUBLISHING).is_dir():
         raise CheckpointError(
             f"{str(output)!r} has made {made:,} updates, but its checkpoints are gone, from which it would go on to "
             f"{steps:,}. Put one back, or begin anew in another output_dir or with --overwrite."
