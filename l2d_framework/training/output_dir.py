@@ -24,7 +24,7 @@ from l2d_framework.config.files import parse_json, read_text
 from l2d_framework.config.validation import validated
 from l2d_framework.errors import CheckpointError, ConfigError, L2DError, OutputError
 from l2d_framework.models.labels import MANIFEST
-from l2d_framework.models.manifest import file_hash
+from l2d_framework.models.manifest import file_hash, opened_files
 from l2d_framework.opening import PUBLISHING
 from l2d_framework.training import folder_lock
 from l2d_framework.writing import REPLACED, WRITING, in_bytes, naming_what_fails, size_of
@@ -179,7 +179,9 @@ def complete(output: Path) -> None:
         return
     clean_up(output)
     files = [path.relative_to(stage) for path in _files(stage) if path != stage / RUN_FILE]
-    for name in (name for name in files if name.name in _ENTRIES):
+    # Such as shards, and files of another release's tokenizer, which would be opened with those of the new model.
+    old = {Path(name) for name in opened_files(output)} - {*files}
+    for name in (*(name for name in files if name.name in _ENTRIES), *old):
         (output / name).unlink(missing_ok=True)
     for name in sorted(files, key=lambda name: (name.name in _ENTRIES, -len(name.parts), name)):
         _put(stage / name, output / name, output)

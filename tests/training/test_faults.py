@@ -733,6 +733,7 @@ def test_a_publication_that_is_killed_at_any_file_shows_the_old_model_or_the_new
             (folder / "language_model").mkdir(parents=True)
             for name in names:
                 (folder / name).write_text(text)
+        (output / "language_model" / "model-00001-of-00002.safetensors").write_text("old")
         output_dir.write_card(output, {"config": {}, "finished": False})
         kills.left = number
         try:
