@@ -37,8 +37,14 @@ TRAINED_IN = "trained_in"
 def found_from(path: str, places: Iterable[str | Path | None]) -> str:
     """A path to a model; a relative one that leads to none from here is taken from the first place where it does."""
     here = [Path(path), *(Path(place, path) for place in places if place)]
-    there = next((f for f in here if f.is_dir() and any(any(f.glob(name)) for name in _MODELS)), here[0])
+    there = next(filter(_holds_model, here), here[0])
     return path if there == here[0] else str(there)
+
+
+def _holds_model(folder: Path) -> bool:
+    with suppress(OSError):  # somebody else's, which may not be looked into
+        return folder.is_dir() and any(any(folder.glob(name)) for name in _MODELS)
+    return False
 
 
 def looked_in(path: str, places: Iterable[str | Path | None]) -> str:
