@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,8 +37,14 @@ TRAINED_IN = "trained_in"
 def found_from(path: str, places: Iterable[str | Path | None]) -> str:
     """A path to a model; a relative one that leads to none from here is taken from the first place where it does."""
     here = [Path(path), *(Path(place, path) for place in places if place)]
-    there = next((f for f in here if f.is_dir() and any(any(f.glob(name)) for name in _MODELS)), here[0])
+    there = next(filter(_holds_model, here), here[0])
     return path if there == here[0] else str(there)
+
+
+def _holds_model(folder: Path) -> bool:
+    with suppress(OSError):  # somebody else's, which may not be looked into
+        return folder.is_dir() and any(any(folder.glob(name)) for name in _MODELS)
+    return False
 
 
 def looked_in(path: str, places: Iterable[str | Path | None]) -> str:
@@ -186,11 +192,11 @@ def adapter_base(folder: Path) -> str:
 
 def adapter_places(folder: Path) -> list[str | Path]:
     """Folders from which a PEFT adapter's relative path to its base may lead: where it was trained, and its own."""
-    try:
-        trained_in = json.loads((folder / "run.json").read_text(encoding="utf-8"))[TRAINED_IN]
-    except (OSError, ValueError, LookupError, TypeError):  # of a run over no relative path, or no run of ours
-        return [folder]
-    return [str(trained_in), folder]
+    # The best one of a run lies right below what the run has written.
+    for place in (folder, folder.absolute().parent):
+        with suppress(OSError, ValueError, LookupError, TypeError):  # of a run over no relative path, or no run of ours
+            return [str(json.loads((place / "run.json").read_text(encoding="utf-8"))[TRAINED_IN]), folder]
+    return [folder]
 
 
 def _adapter_config(folder: Path) -> dict[str, Any]:

@@ -31,7 +31,7 @@ from l2d_framework.models.checkpoint import build_model, load, load_weights, sav
 from l2d_framework.models.convert import convert
 from l2d_framework.models.manifest import file_hash, sealed
 from l2d_framework.models.unloaded import UnloadedModel
-from l2d_framework.opening import new_model, open_adapter, open_config, open_model
+from l2d_framework.opening import found_from, new_model, open_adapter, open_config, open_model
 from l2d_framework.training.reward.run import load_reward_model as reward_base
 from l2d_plugins.drafters import assistant_network
 from l2d_plugins.guidance import reward_network
@@ -370,6 +370,21 @@ def test_what_is_not_there_is_not_said_to_be_damaged(tmp_path, monkeypatch):
     with pytest.raises(CheckpointError, match="There is no such folder here") as caught:
         open_config("moved-away")
     assert "damaged" not in str(caught.value)
+
+
+def test_a_place_that_may_not_be_looked_into_is_passed_over(tmp_path, monkeypatch):
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "config.json").touch()
+    plain = Path.is_dir
+
+    def is_dir(path: Path) -> bool:
+        if path.is_relative_to("/closed"):
+            raise PermissionError(13, "Permission denied")
+        return plain(path)
+
+    monkeypatch.setattr(Path, "is_dir", is_dir)
+    assert found_from("x", ["/closed", tmp_path]) == str(tmp_path / "x")
+    assert found_from("x", ["/closed"]) == "x"
 
 
 def test_models_are_made_one_at_a_time_as_transformers_cannot_make_two() -> None:

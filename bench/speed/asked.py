@@ -19,7 +19,7 @@ def result_file(out: Path | None, name: str) -> Path:
     file = out or RESULTS / name
     with suppress(OSError):
         file.parent.mkdir(parents=True, exist_ok=True)
-    if file.is_dir() or not os.access(file if file.exists() else file.parent, os.W_OK):
+    if file.is_dir() or not file.parent.is_dir() or not os.access(file if file.exists() else file.parent, os.W_OK):
         raise ConfigError(f"{str(file)!r} cannot be written. Name another --out.")
     return file
 

@@ -150,12 +150,13 @@ def main(
     """Measure, print, and write the result file after each question."""
     check_device(device)
     check_model(model, *(assistant or ()))
-    out = result_file(out, f"drafters_{device}.json")
+    where = torch.device(device)
+    out = result_file(out, f"drafters_{where.type}.json")
     torch.set_num_threads(1)
-    bench = Pretrained(torch.device(device), model, 0, new_tokens, rounds)
+    bench = Pretrained(where, model, 0, new_tokens, rounds)
     bench.assistants = assistant or ()
     settings = {"model": Path(model).name, "tasks": TASKS, "new_tokens": new_tokens, "rounds": rounds}
-    unit = "cpu" if device == "cpu" else "wall"
+    unit = "cpu" if where.type == "cpu" else "wall"
     card = {"device": device, "seconds_are": unit, "settings": settings, **environment(1)}
 
     def keep() -> None:

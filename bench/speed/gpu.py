@@ -406,10 +406,11 @@ def main(
     """Measure, print, draw, and write the result file after each question."""
     check_device(device)
     check_known("--size", [size], SIZES)
-    out = result_file(out, f"decode_{torch.device(device).type}.json")
-    if device == "cpu":
+    where = torch.device(device)
+    out = result_file(out, f"decode_{where.type}.json")
+    if where.type == "cpu":
         torch.set_num_threads(1)
-    bench = Bench(torch.device(device), size, prompt, new_tokens, rounds)
+    bench = Bench(where, size, prompt, new_tokens, rounds)
     questions = [(getattr(part, "func", part).__name__, part) for part in parts(bench)]
     check_known("--only", only or (), dict.fromkeys(name for name, _ in questions))
     settings = {"size": size, "shape": SIZES[size], "run": RUN, "prompt": prompt, "new_tokens": new_tokens}

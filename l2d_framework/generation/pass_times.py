@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
+from threading import Lock
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -16,6 +17,8 @@ from l2d_framework.types import Layout
 
 _REPEATS = 3
 _KNOWN: WeakKeyDictionary[Backbone, dict[tuple[Any, ...], list[float]]] = WeakKeyDictionary()
+_MEASURING = Lock()
+"""Threads that measured at the same time would measure one another."""
 
 
 def pass_times(backbone: Backbone, sizes: Sequence[int]) -> list[float]:
@@ -30,11 +33,13 @@ def pass_times(backbone: Backbone, sizes: Sequence[int]) -> list[float]:
     Returns:
         The quickest of a few passes of each size, logits included.
     """
-    table, known = backbone.table(), _KNOWN.setdefault(backbone, {})
+    table = backbone.table()
     key = table.device, table.dtype, *sizes
-    if key not in known:
-        known[key] = _measured(backbone, sizes)
-    return known[key]
+    with _MEASURING:
+        known = _KNOWN.setdefault(backbone, {})
+        if key not in known:
+            known[key] = _measured(backbone, sizes)
+        return known[key]
 
 
 def _measured(backbone: Backbone, sizes: Sequence[int]) -> list[float]:

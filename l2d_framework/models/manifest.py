@@ -200,7 +200,8 @@ def opening_base(folder: str | Path, base: str | None, manifest: Mapping[str, An
         if base is not None:
             raise
         recorded = manifest.get("model") or {}
-        looked = "".join(looked_in(recorded[name], _places(folder, manifest)) for name in _PATHS if recorded.get(name))
+        paths = filter(None, (recorded.get(name) for name in _PATHS))
+        looked = "".join({looked_in(path, _places(folder, manifest)) for path in paths})
         raise MissingModelError(
             f"{error}{looked} {str(folder)!r} was trained over it. Name where it lies now: `base` of `l2d.load` and of "
             "lm_eval's --model_args, --base of other commands."

@@ -19,12 +19,12 @@ from typing import Any
 
 from l2d_framework.base_model import fingerprint
 from l2d_framework.config import ModelSection, parse_run
-from l2d_framework.config.differences import differences, flat, told
+from l2d_framework.config.differences import differences, flat, said, told
 from l2d_framework.config.files import parse_json, read_text
 from l2d_framework.config.validation import validated
 from l2d_framework.errors import CheckpointError, ConfigError, L2DError, OutputError
 from l2d_framework.models.labels import MANIFEST
-from l2d_framework.models.manifest import file_hash
+from l2d_framework.models.manifest import file_hash, opened_files
 from l2d_framework.opening import PUBLISHING
 from l2d_framework.training import folder_lock
 from l2d_framework.writing import REPLACED, WRITING, in_bytes, naming_what_fails, size_of
@@ -175,12 +175,13 @@ def complete(output: Path) -> None:
     of both.
     """
     stage = output / PUBLISHING
-    if not stage.is_dir():
+    if (card := read_card(stage)) is None:
         return
     clean_up(output)
-    card = read_card(stage) or {}
     files = [path.relative_to(stage) for path in _files(stage) if path != stage / RUN_FILE]
-    for name in (name for name in files if name.name in _ENTRIES):
+    # Such as shards, and files of another release's tokenizer, which would be opened with those of the new model.
+    old = {Path(name) for name in opened_files(output)} - {*files}
+    for name in (*(name for name in files if name.name in _ENTRIES), *old):
         (output / name).unlink(missing_ok=True)
     for name in sorted(files, key=lambda name: (name.name in _ENTRIES, -len(name.parts), name)):
         _put(stage / name, output / name, output)
@@ -272,13 +273,13 @@ def budget_changes(card: Mapping[str, Any], config: Mapping[str, Any]) -> list[s
     # Where the number of updates is set, that of epochs has no meaning.
     is_set = None not in (theirs.get(_STEPS), ours.get(_STEPS))
     pairs = {name: (theirs.get(name), ours.get(name)) for name in ([_STEPS] if is_set else [_STEPS, _EPOCHS])}
-    return [f"{name}: {there} there, {now} now" for name, (there, now) in pairs.items() if there != now]
+    return [said(name, there, now) for name, (there, now) in pairs.items() if there != now]
 
 
 def place_changes(card: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
     """Where the language model of a configuration lies elsewhere than a card says."""
     found = differences(_recorded(card), config)
-    return [f"{name}: {values}" for name, values in found.items() if name in _PLACES]
+    return [said(name, *values) for name, values in found.items() if name in _PLACES]
 
 
 def updates_made(output: Path, card: Mapping[str, Any], *, known: int = 0) -> int:
@@ -306,7 +307,7 @@ def check_budget(output: Path, card: Mapping[str, Any], steps: int) -> None:
             "Ask for as many at least, or begin anew in another output_dir or with --overwrite."
         )
     made = max(card.get("saved", 0), *_published(card))
-    if made and not checkpoints(output):
+    if made and not checkpoints(output) and not (output / PUBLISHING).is_dir():
         raise CheckpointError(
             f"{str(output)!r} has made {made:,} updates, but its checkpoints are gone, from which it would go on to "
             f"{steps:,}. Put one back, or begin anew in another output_dir or with --overwrite."

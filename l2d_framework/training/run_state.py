@@ -28,6 +28,7 @@ from l2d_framework.training.peers import Peers
 from l2d_framework.training.run_record import changed_data, environment, now
 from l2d_framework.training.trackers import Curves, open_wandb
 from l2d_framework.training.trainer import ResumableTrainer
+from l2d_framework.writing import naming_what_fails
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -221,7 +222,7 @@ class RunState(TrainerCallback):
         self.card["result"] = result | {"peak_memory": self.card["peak_memory"]}
         if self.writes:
             stage = self.output / "final.writing"
-            with output_dir.writing(self.output, stage):
+            with naming_what_fails(self.output, stage, output_dir.kept(self.output)):
                 write(stage)
             output_dir.publish(stage, self.output, self.card)
         wait()

@@ -413,6 +413,7 @@ MISTAKES = {
         (["--only", "bandwith"], r"--only: unknown 'bandwith'; did you mean 'bandwidth'\? Choose from 'bandwidth', "),
         (["--size", "2b"], r"--size: unknown '2b'.* Choose from 'tiny', 'small', '1b'\."),
         (["--out", "{folder}"], r"'.*' cannot be written\. Name another --out\."),
+        (["--out", "{file}/out.json"], r"'.*/out\.json' cannot be written\. Name another --out\."),
     ],
     "fused": [(["--size", "2B"], r"--size: unknown '2B'")],
     "drafters": [
@@ -429,7 +430,7 @@ WITH_DEVICE = ["l2d", "blocks", "batching", "overhead", "noise", "fused", "gpu",
 
 
 @pytest.fixture(scope="module")
-def scripts(request, speed, speed_tess, blocks, overhead, noise, kernels, batching, decoding, drafters, memory, sizes):
+def scripts(speed, speed_tess, blocks, overhead, noise, kernels, batching, decoding, drafters, memory, sizes):
     loaded = (speed, speed_tess, blocks, overhead, noise, kernels, batching, decoding, drafters, memory, sizes)
     return {module.__name__: module for module in loaded}
 
@@ -449,7 +450,8 @@ def test_what_a_user_gets_wrong_ends_a_script_in_a_line_before_anything_is_measu
         tiny_lm().save_pretrained("lm")
         tiny_tokenizer().save_pretrained("lm")
         capsys.readouterr()
-    arguments = [text.format(folder=tmp_path, lm="./lm") for text in given]
+    (tmp_path / "file").touch()
+    arguments = [text.format(folder=tmp_path, file=tmp_path / "file", lm="./lm") for text in given]
     if name == "drafters" and arguments[0] == "--device":
         arguments = ["model", *arguments]
     if name == "gpu":
@@ -468,7 +470,21 @@ def test_every_script_is_started_so():
         assert path.read_text().endswith('if __name__ == "__main__":\n    run_script(main)\n'), path
 
 
-def test_the_shortest_prompt_can_be_measured(decoding, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", WITH_DEVICE)
+def test_a_result_file_is_named_by_the_kind_of_device(scripts, name, monkeypatch, tmp_path):
+    names = []
+    monkeypatch.setattr(scripts[name], "result_file", lambda _, name: sys.exit(names.append(name)))
+    if name == "drafters":
+        tiny_lm().save_pretrained(tmp_path)
+        tiny_tokenizer().save_pretrained(tmp_path)
+    given = [str(tmp_path)] if name == "drafters" else []
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", *given, "--device", "cpu:0"])
+    with pytest.raises(SystemExit):
+        run_script(scripts[name].main)
+    assert len(names) == 1 and names[0].endswith("_cpu.json")
+
+
+def test_the_shortest_prompt_can_be_measured(decoding, tmp_path):
     out = tmp_path / "decode.json"
     options = {"device": "cpu", "size": "tiny", "minutes": 5, "rounds": 1, "new_tokens": 2, "only": ["lengths"]}
     shortest = next(one.min for one in get_type_hints(decoding.main, include_extras=True)["prompt"].__metadata__)

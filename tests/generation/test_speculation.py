@@ -1,5 +1,7 @@
 """Tokens guessed ahead change how fast an answer is written, never the answer."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import entry_points
 from types import SimpleNamespace
 from typing import Any, Literal
@@ -250,6 +252,25 @@ def test_passes_are_measured_once_for_a_network_where_it_lies(monkeypatch):
     assert pass_times(model.backbone, [1, 5]) == [2.0, 4.0]
     assert pass_times(model.to(torch.float64).backbone, [1]) == [2.0]
     assert len(sizes) == 9 + 6 + 3
+
+
+def test_threads_that_ask_at_once_do_not_measure_one_another():
+    model, passes, begun = near(), [], threading.Barrier(4)
+    features = model.backbone.features
+
+    def watched(h, *args, **options):
+        passes.append(h.shape[1])
+        return features(h, *args, **options)
+
+    def ask(_):
+        begun.wait()
+        with torch.no_grad():
+            return tuple(pass_times(model.backbone, [1, 2, 3]))
+
+    model.backbone.features = watched
+    with ThreadPoolExecutor(4) as pool:
+        assert len({*pool.map(ask, range(4))}) == 1
+    assert passes == [1, 2, 3] * 3
 
 
 @pytest.mark.parametrize("family", PROVEN)

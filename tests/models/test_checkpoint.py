@@ -17,11 +17,11 @@ from transformers import AutoModelForCausalLM
 
 import l2d_framework as l2d
 from l2d_framework.config import check_runs, parse_run
-from l2d_framework.errors import CheckpointError, ConfigError, L2DError, PluginError
+from l2d_framework.errors import CheckpointError, ConfigError, L2DError, MissingModelError, PluginError
 from l2d_framework.evaluation.text.judge import open_tokenizer
 from l2d_framework.models import checkpoint
 from l2d_framework.models.checkpoint import build_model, load, load_weights, push_to_hub, save
-from l2d_framework.models.manifest import read_manifest, sealed
+from l2d_framework.models.manifest import opening_base, read_manifest, sealed
 from l2d_framework.models.unloaded import UnloadedModel
 from l2d_framework.types import Query
 
@@ -220,6 +220,13 @@ def test_a_relative_path_to_the_base_leads_on_from_where_it_was_trained_and_from
         (tmp_path / "out" / "models").symlink_to(moved / "models")
         opened(str(tmp_path / "out"))
         (tmp_path / "out" / "models").unlink()
+
+
+def test_where_a_base_and_its_adapter_were_looked_for_is_said_once():
+    manifest = {"model": {"base": "models/x", "adapter": "models/y"}, "trained_in": "/there"}
+    with pytest.raises(MissingModelError) as caught, opening_base("out", None, manifest):
+        raise MissingModelError("It is gone.")
+    assert str(caught.value).startswith("It is gone. It was looked for from here, from '/there' and 'out'. 'out' was ")
 
 
 def test_a_base_that_is_gone_is_asked_for_by_the_option_that_names_it(saved, base, tmp_path):

@@ -605,8 +605,6 @@ def test_signals_that_somebody_else_listens_to_and_threads_are_left_alone(folder
 PROGRAM = """
 import os, sys, time
 from transformers import TrainerCallback
-from l2d_framework import opening
-from l2d_framework.base_model import fetch
 from l2d_framework.cli import main
 from l2d_framework.training import interruption
 import l2d_framework.cli.progress as progress
@@ -735,6 +733,7 @@ def test_a_publication_that_is_killed_at_any_file_shows_the_old_model_or_the_new
             (folder / "language_model").mkdir(parents=True)
             for name in names:
                 (folder / name).write_text(text)
+        (output / "language_model" / "model-00001-of-00002.safetensors").write_text("old")
         output_dir.write_card(output, {"config": {}, "finished": False})
         kills.left = number
         try:
@@ -816,6 +815,8 @@ def test_a_disk_that_is_full_while_publishing_loses_nothing_and_is_said(
         patch.setattr(shutil, "copy2", full)
         with pytest.raises(OutputError, match=r"No space left.* the model is whole, and the same command goes on"):
             train(run)
+    for path in output_dir.checkpoints(folder / "out"):  # to make room
+        output_dir.remove(path)
     assert train(run, tiny_runs.Stop(0))["finished"]
     assert UnloadedModel(str(folder / "out")).is_plain
 

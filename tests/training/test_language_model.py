@@ -124,17 +124,24 @@ def test_an_adapter_over_a_relative_path_is_opened_from_elsewhere(
     (tmp_path / "models").mkdir()
     base = shutil.copytree(folder / "base", tmp_path / "models" / "x")
     monkeypatch.chdir(tmp_path)
-    card = train(fields(folder, "adapter", model={"base": "models/x"}, lora=LORA, training={"max_steps": 1}))
+    training = {"max_steps": 1, "eval_steps": 1}
+    card = train(fields(folder, "adapter", model={"base": "models/x"}, lora=LORA, training=training))
     assert card["trained_in"] == str(tmp_path)
-    given = tiny_runs.diffusion_run(folder / "adapter", folder / "sums.jsonl", folder / "over", max_steps=1)
-    monkeypatch.chdir(folder)
-    for opened in (UnloadedModel, lambda path: check_runs([parse_run(given)])):
-        opened(str(folder / "adapter"))
-        hidden = base.rename(tmp_path / "moved")
-        text = rf"for from here, from '{tmp_path}' and '{folder}/adapter'\. The PEFT adapter '.*adapter' was trained"
-        with pytest.raises(ConfigError, match=text):
-            opened(str(folder / "adapter"))
-        hidden.rename(base)
+
+    def check(path: str) -> None:
+        given = tiny_runs.diffusion_run(Path(path), folder / "sums.jsonl", folder / "over", max_steps=1)
+        check_runs([parse_run(given)])
+
+    for adapter, here in ((folder / "adapter", folder), (folder / "adapter" / "best", folder / "adapter" / "best")):
+        monkeypatch.chdir(here)
+        for opened in (UnloadedModel, check):
+            opened(str(adapter))
+            hidden = base.rename(tmp_path / "moved")
+            text = rf"for from here, from '{tmp_path}' and '{adapter}'\. The PEFT adapter '{adapter}' was trained"
+            with pytest.raises(ConfigError, match=text):
+                opened(str(adapter))
+            hidden.rename(base)
+    assert UnloadedModel(".").reference.base == "."
 
 
 @pytest.mark.parametrize("lora", [None, {**LORA, "dropout": 0.5}], ids=["full", "lora"])

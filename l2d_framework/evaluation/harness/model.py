@@ -269,17 +269,15 @@ class L2DLM(HFLM):  # type: ignore[misc]
         found: list[Any] = [self.answers.find(PIECE, piece) if text is None else None for text, *piece in requests]
         rest = [request for request, known in zip(requests, found, strict=True) if known is None]
         scores = iter(self._score(rest, disable_tqdm or self.process != 0, override_bs) if rest else ())
-        for number, (text, *piece) in enumerate(requests):
-            if found[number] is None:
-                found[number] = next(scores)
-                if text is None:
-                    self.answers.keep(PIECE, piece, found[number])
-        return found
+        return [next(scores) if known is None else known for known in found]
 
     def _score(self, requests: Sequence[Any], quiet: bool, batch_size: int | None) -> list[tuple[float, bool]]:
         self.diffusion  # noqa: B018 -- loads the weights
         if self.scoring == MAIN:
             plain: list[tuple[float, bool]] = super()._loglikelihood_tokens(requests, quiet, batch_size)
+            for (text, *piece), value in zip(requests, plain, strict=True):
+                if text is None:
+                    self.answers.keep(PIECE, piece, value)
             return plain
         return scorer.score(self, requests, quiet=quiet, batch_size=batch_size)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, Literal
@@ -55,6 +55,10 @@ class ScoredQuestion:
     def text(self, limit: int) -> list[int]:
         """All tokens known when the last of an answer is asked for, cut on the left."""
         return [*self.context, *self.answers[0][:-1]][-limit:]
+
+
+_Entry = tuple[ScoredQuestion, list[int]]
+"""A question and the numbers of the requests that ask it."""
 
 
 @dataclass(frozen=True)
@@ -242,7 +246,7 @@ def score(
     lm: L2DLM, requests: Sequence[Any], *, quiet: bool, batch_size: int | None = None
 ) -> list[tuple[float, bool]]:
     """Score of each triple of texts, tokens of the question and tokens of the answer."""
-    questions: dict[Any, tuple[ScoredQuestion, list[int]]] = {}
+    questions: dict[Any, _Entry] = {}
     # The mixture reads all but the last token, which is how pieces of a long text fill the context.
     most = lm.max_length if lm.scoring == MIXTURE else lm.max_length - 1
     for number, (_, context, answer) in enumerate(requests):
@@ -255,7 +259,7 @@ def score(
             question.answers.append(tuple(answer))
         numbers.append(number)
     # Questions that begin alike stand side by side, and all in the order of the longest text.
-    groups: dict[Any, list[tuple[ScoredQuestion, list[int]]]] = {}
+    groups: dict[Any, list[_Entry]] = {}
     for entry in sorted(questions.values(), key=lambda entry: (-len(entry[0].text(lm.max_length)), entry[0].context)):
         groups.setdefault(entry[0].context[:SHARED], []).append(entry)
     order = [entry for group in groups.values() for entry in sorted(group, key=_place)]
@@ -266,14 +270,14 @@ def score(
             scorer.prefixes[start] = prefix
     longest = max((question for question, _ in order), key=lambda one: len(one.text(lm.max_length)), default=None)
     size = 1 if longest is None else _batch_size(lm, scorer, longest, batch_size)
-    if longest is not None and lm.scoring == MIXTURE and any(text is None for text, *_ in requests):
-        # Pieces of a text beyond those whose logits are held at once wait for one another, and would be lost together.
-        size = min(size, max(1, _LOGITS // (len(longest.answers[0]) * lm.samples * lm.diffusion.backbone.vocab_size)))
+    # Pieces of a text beyond those whose logits are held at once wait for one another, and would be lost together.
+    is_rolling = lm.scoring == MIXTURE and any(text is None for text, *_ in requests)
+    room = _LOGITS // (lm.samples * lm.diffusion.backbone.vocab_size) if is_rolling else None
     results: dict[int, tuple[float, bool]] = {}
     bar = tqdm(total=len(requests), disable=quiet, desc="Scoring")
     began = time.perf_counter()
     together = [list(run) for _, run in groupby(order, lambda entry: scorer.prefixes.get(entry[0].context[:SHARED]))]
-    for chunk in (run[start : start + size] for run in together for start in range(0, len(run), size)):
+    for chunk in (chunk for run in together for chunk in _chunks(run, size, room)):
         found = _scores_of(lm, scorer, [question for question, _ in chunk])
         for (_, numbers), scores in zip(chunk, found, strict=True):
             for number, value in zip(numbers, scores * (len(numbers) // len(scores)), strict=True):
@@ -287,7 +291,16 @@ def score(
     return [results[number] for number in range(len(requests))]
 
 
-def _place(entry: tuple[ScoredQuestion, list[int]]) -> tuple[int, tuple[int, ...]]:
+def _chunks(run: list[_Entry], size: int, most: int | None) -> Iterator[list[_Entry]]:
+    """So many questions at a time, or fewer whose answers, each as long as the longest, have so many tokens at most."""
+    while run:
+        longest = max(len(question.answers[0]) for question, _ in run[:size])
+        count = size if most is None else min(size, max(1, most // longest))
+        yield run[:count]
+        run = run[count:]
+
+
+def _place(entry: _Entry) -> tuple[int, tuple[int, ...]]:
     return -len(entry[0].context), entry[0].context
 
 

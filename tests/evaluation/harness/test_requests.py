@@ -26,6 +26,7 @@ from l2d_framework.config import ModelSection
 from l2d_framework.errors import CheckpointError
 from l2d_framework.evaluation.harness import scorer
 from l2d_framework.evaluation.harness.model import L2DLM
+from l2d_framework.evaluation.harness.requests import PIECE
 from l2d_framework.evaluation.harness.scorer import Scorer
 from l2d_framework.models.checkpoint import save
 
@@ -142,6 +143,26 @@ def test_a_long_text_in_one_batch_goes_on_piece_by_piece(folder, tmp_path, monke
     caching = cached(folder, tmp_path / "part.db", batch_size=8)[1]
     assert caching.loglikelihood_rolling(text) == pytest.approx(whole, abs=1e-4)
     assert len(asked) == 3 + 2  # of four pieces
+
+
+def test_short_texts_beside_a_long_one_are_scored_together(folder, tmp_path, monkeypatch):
+    texts = ["a" * 100, *(f"{number}." for number in range(7))]
+    asked = [Instance("loglikelihood_rolling", {}, (text,), 0, metadata=("task", n, 1)) for n, text in enumerate(texts)]
+    monkeypatch.setattr(scorer, "_LOGITS", 2**13)
+    sizes, mixture = [], Scorer.mixture
+    monkeypatch.setattr(Scorer, "mixture", lambda self, asked: sizes.append(len(asked)) or mixture(self, asked))
+    cached(folder, tmp_path / "answers.db", batch_size=8)[1].loglikelihood_rolling(asked)
+    assert sorted(sizes) == [1, 7]
+
+
+def test_a_piece_is_kept_once(folder, tmp_path, monkeypatch):
+    text = [Instance("loglikelihood_rolling", {}, ("a" * 300,), 0, metadata=("task", 0, 1))]
+    for scoring in ("mixture", "main"):
+        model, caching = cached(folder, tmp_path / f"{scoring}.db", scoring=scoring)
+        kept, keep = [], model.answers.keep
+        monkeypatch.setattr(model.answers, "keep", lambda *a, kept=kept, keep=keep: kept.append(a[0]) or keep(*a))
+        caching.loglikelihood_rolling(text)
+        assert kept.count(PIECE) == 3
 
 
 def together(caches: list[Any], ask: Callable[[Any], Any]) -> list[Any]:
