@@ -142,17 +142,19 @@ def open_model(
     """A model with its weights, those of the options where there is no source, and transformers' report on them."""
     base = source
     if source is not None and Path(source, "adapter_config.json").is_file():
-        # transformers puts the adapter on the model that lies beside it or that it names.
+        # transformers puts the adapter on the model that lies beside it.
         _adapter_config(Path(source))
         base = source if Path(source, "config.json").is_file() else adapter_base(Path(source))
     if config is None:
         assert base is not None
         config = open_config(base, **{name: options[name] for name in ("gguf_file", "revision") if name in options})
     with _MAKING, reading(f"the weights of {str(source or config.name_or_path)!r}", source):
-        loaded: Any = kind.from_pretrained(
-            source, config=config, output_loading_info=True, trust_remote_code=False, **options
+        model, report = kind.from_pretrained(
+            base, config=config, output_loading_info=True, trust_remote_code=False, **options
         )
-        return loaded  # type: ignore[no-any-return]
+        if base != source:
+            model.load_adapter(str(source))  # whose own path to its base leads nowhere from other folders
+        return model, report
 
 
 def new_model(kind: Any, config: PreTrainedConfig, **options: Any) -> PreTrainedModel:

@@ -387,6 +387,23 @@ def test_a_place_that_may_not_be_looked_into_is_passed_over(tmp_path, monkeypatc
     assert found_from("x", ["/closed"]) == "x"
 
 
+def test_an_adapter_is_put_on_its_base_wherever_it_is_opened_from(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter, tokens = tmp_path / "adapter", torch.arange(5)[None]
+    adapted = get_peft_model(tiny_lm(**SMALL), LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+    adapted.save_pretrained(adapter, save_embedding_layers=False)
+    edit(adapter / "adapter_config.json", base_model_name_or_path="base")
+    (adapter / "run.json").write_text(json.dumps({"trained_in": str(tmp_path)}))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    plain = open_model(transformers.AutoModelForCausalLM, model)[0]
+    with torch.no_grad():
+        found = open_model(transformers.AutoModelForCausalLM, adapter)[0](tokens).logits
+        assert not torch.allclose(found, plain(tokens).logits)
+        assert torch.equal(found, open_adapter(plain, adapter)(tokens).logits)
+
+
 def test_models_are_made_one_at_a_time_as_transformers_cannot_make_two() -> None:
     met, both = [], threading.Barrier(2)
 
@@ -394,10 +411,11 @@ def test_models_are_made_one_at_a_time_as_transformers_cannot_make_two() -> None
         """Waits a moment for another thread to be making a model as well."""
 
         @staticmethod
-        def from_config(*_: object, **options: object) -> None:
+        def from_config(*_: object, **options: object) -> tuple[None, None]:
             with contextlib.suppress(threading.BrokenBarrierError):
                 met.append(both.wait(0.5))
             both.reset()
+            return None, None
 
         from_pretrained = from_config
 

@@ -17,14 +17,13 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from asked import result_file
 from blocks import SHAPE, measure
+from common import known_device, result_file
 from l2d import RUN, l2d_over, write
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, StoppingCriteria, StoppingCriteriaList
 
 from l2d_framework.cli import run_script
-from l2d_framework.cli.common import check_device
 from l2d_framework.generation.prompts import pad_left
 from l2d_framework.models.diffusion_lm import DiffusionLM
 from l2d_framework.training.run_record import environment
@@ -169,10 +168,9 @@ def main(
     out: Annotated[Path | None, typer.Option(help="Result file; bench/results/batching_DEVICE.json if absent.")] = None,
 ) -> None:
     """Measure, print a table, and write the result file."""
-    check_device(device)
-    out = result_file(out, f"batching_{torch.device(device).type}.json")
+    where = known_device(device)
+    out = result_file(out, f"batching_{where.type}.json")
     torch.set_num_threads(1)
-    where = torch.device(device)
     torch.manual_seed(0)
     lm: Any = LlamaForCausalLM(LlamaConfig(**SHAPE)).eval()
     dtype = torch.bfloat16 if where.type == "cuda" else torch.float32

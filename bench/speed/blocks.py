@@ -8,7 +8,6 @@ ratios are medians over rounds. On a CPU, seconds are those of the process, not 
 
 from __future__ import annotations
 
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -18,11 +17,10 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from asked import result_file
+from common import known_device, result_file, write_card
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from l2d_framework.cli import run_script
-from l2d_framework.cli.common import check_device
 from l2d_framework.config import DiffusionRun, parse_run
 from l2d_framework.generation.prompts import Encoded, pad_left
 from l2d_framework.models.diffusion_lm import DiffusionLM
@@ -133,10 +131,10 @@ def main(
     out: Annotated[Path | None, typer.Option(help="Result file; bench/results/blocks_DEVICE.json if absent.")] = None,
 ) -> None:
     """Measure, print a table, and write the result file."""
-    check_device(device)
-    out = result_file(out, f"blocks_{torch.device(device).type}.json")
+    where = known_device(device)
+    out = result_file(out, f"blocks_{where.type}.json")
     torch.set_num_threads(1)
-    where, sizes = torch.device(device), [16, 4]
+    sizes = [16, 4]
     prompts = pad_left([list(range(5 + row, 37 + row)) for row in range(batch)])
     cases: dict[str, Callable[[], None]] = {
         name: partial(answer, model, size, prompts, length=length, steps=steps)
@@ -156,7 +154,7 @@ def main(
     settings = {"model": SHAPE, "run": RUN, "length": length, "steps": steps, "batch": batch, "rounds": rounds}
     unit = "cpu" if where.type == "cpu" else "wall"
     card = {"device": device, "seconds_are": unit, "settings": settings, **environment(1), "cases": rows}
-    out.write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
+    write_card(out, card)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ case once, ratios are medians over rounds, and on a CPU seconds are those of the
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Sequence
 from functools import cached_property, partial
 from pathlib import Path
@@ -18,13 +17,12 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from asked import check_model, result_file
+from common import known_device, known_model, result_file, write_card
 from gpu import Bench
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from l2d_framework.cli import run_script
-from l2d_framework.cli.common import check_device
 from l2d_framework.opening import open_model, open_tokenizer
 from l2d_framework.training.run_record import environment
 
@@ -148,19 +146,18 @@ def main(
     out: Annotated[Path | None, typer.Option(help="Result file; bench/results/drafters_DEVICE.json if absent.")] = None,
 ) -> None:
     """Measure, print, and write the result file after each question."""
-    check_device(device)
-    check_model(model, *(assistant or ()))
-    where = torch.device(device)
+    where = known_device(device)
+    model, *assistants = map(known_model, (model, *(assistant or ())))
     out = result_file(out, f"drafters_{where.type}.json")
     torch.set_num_threads(1)
     bench = Pretrained(where, model, 0, new_tokens, rounds)
-    bench.assistants = assistant or ()
+    bench.assistants = assistants
     settings = {"model": Path(model).name, "tasks": TASKS, "new_tokens": new_tokens, "rounds": rounds}
     unit = "cpu" if where.type == "cpu" else "wall"
     card = {"device": device, "seconds_are": unit, "settings": settings, **environment(1)}
 
     def keep() -> None:
-        out.write_text(json.dumps(card | {"questions": bench.questions}, indent=1) + "\n", encoding="utf-8")
+        write_card(out, card | {"questions": bench.questions})
 
     bench.keep = keep
     with TemporaryDirectory() as temporary:

@@ -6,7 +6,6 @@ in torch's operations. Where there is no kernel both are the plain way, and noth
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Callable
 from functools import partial
@@ -17,12 +16,11 @@ from unittest.mock import patch
 
 import torch
 import typer
-from asked import check_known, result_file
 from blocks import measure
+from common import check_known, known_device, result_file, write_card
 from torch import Tensor, nn
 
 from l2d_framework.cli import run_script
-from l2d_framework.cli.common import check_device
 from l2d_framework.diffusion import loss
 from l2d_framework.training.run_record import environment
 from l2d_plugins.parametrizations.simplex import fused
@@ -102,11 +100,11 @@ def main(
     out: Annotated[Path | None, typer.Option(help="Result file; bench/results/fused_DEVICE.json if absent.")] = None,
 ) -> None:
     """Measure, print, and write the result file."""
-    check_device(device)
+    where = known_device(device)
     check_known("--size", [size], SHAPES)
-    out = result_file(out, f"fused_{torch.device(device).type}.json")
+    out = result_file(out, f"fused_{where.type}.json")
     torch.set_num_threads(1)
-    where, found = torch.device(device), {}
+    found = {}
     for name, case in {"read a state": reading, "loss and gradient": learning}.items():
         for positions in POSITIONS[size]:
             run = case(*SHAPES[size], positions, where)
@@ -122,7 +120,7 @@ def main(
     settings = {"vocabulary": SHAPES[size][0], "width": SHAPES[size][1], "rounds": rounds, "installed": installed}
     unit = "cpu" if where.type == "cpu" else "wall"
     card = {"device": device, "seconds_are": unit, "settings": settings, **environment(1), "cases": found}
-    out.write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
+    write_card(out, card)
 
 
 if __name__ == "__main__":

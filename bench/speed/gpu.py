@@ -7,7 +7,6 @@ are medians over rounds. On a CPU, seconds are those of the process, not of the 
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 import time
@@ -19,14 +18,13 @@ from typing import Annotated, Any, NamedTuple
 
 import torch
 import typer
-from asked import check_known, result_file
+from common import check_known, known_device, result_file, write_card
 from l2d import EVALUATIONS, LORA, PLAIN, RUN, diffusion_loss, l2d_over, language_model_loss, train
 from l2d import Bench as Training
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from l2d_framework.cli import run_script
-from l2d_framework.cli.common import check_device
 from l2d_framework.generation.prompts import Encoded
 from l2d_framework.models.diffusion_lm import DiffusionLM
 from l2d_framework.training.run_record import environment
@@ -404,9 +402,8 @@ def main(
     out: Annotated[Path | None, typer.Option(help="Result file; bench/results/decode_DEVICE.json if absent.")] = None,
 ) -> None:
     """Measure, print, draw, and write the result file after each question."""
-    check_device(device)
+    where = known_device(device)
     check_known("--size", [size], SIZES)
-    where = torch.device(device)
     out = result_file(out, f"decode_{where.type}.json")
     if where.type == "cpu":
         torch.set_num_threads(1)
@@ -419,10 +416,7 @@ def main(
     begun = time.monotonic()
 
     def keep() -> None:
-        whole = card | {"seconds": time.monotonic() - begun, "questions": bench.questions}
-        temporary = out.with_suffix(".writing")
-        temporary.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
-        temporary.replace(out)
+        write_card(out, card | {"seconds": time.monotonic() - begun, "questions": bench.questions})
 
     bench.keep = keep
     for name, part in questions:

@@ -7,7 +7,6 @@ them alike, and ratios are medians over rounds. On a CPU, seconds are those of t
 from __future__ import annotations
 
 import copy
-import json
 import statistics
 import subprocess
 import sys
@@ -20,7 +19,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from asked import result_file
+from common import known_device, result_file, write_card
 from peft import LoraConfig, get_peft_model
 from rich import box
 from rich.console import Console
@@ -30,7 +29,6 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, StoppingCriteria, StoppingCriteriaList
 
 from l2d_framework.cli import run_script
-from l2d_framework.cli.common import check_device
 from l2d_framework.config import DiffusionRun, parse_run
 from l2d_framework.diffusion.loss import denoising_loss
 from l2d_framework.diffusion.training_noise import NoiseRule, draw
@@ -397,10 +395,7 @@ def write(out: Path, card: Mapping[str, Any]) -> None:
         out: the file.
         card: what to write.
     """
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_suffix(".writing")
-    temporary.write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
-    temporary.replace(out)
+    write_card(out, card)
     Console().print(f"Written to {out}", highlight=False)
 
 
@@ -413,7 +408,7 @@ def main(
     alone: Annotated[str | None, typer.Option(hidden=True, help="Run GROUP/NAME once and print its peak.")] = None,
 ) -> None:
     """Measure, print tables, and write the result file."""
-    check_device(device)
+    where = known_device(device)
     torch.set_num_threads(threads)
     bench = Bench(device)
     chosen = cases(bench)
@@ -422,7 +417,7 @@ def main(
         chosen[group][name]()
         sys.stdout.write(f"{peak_memory(bench.device)}\n")
         return
-    out = result_file(out, f"speed_{torch.device(device).type}.json")
+    out = result_file(out, f"speed_{where.type}.json")
     unit = "cpu" if bench.device.type == "cpu" else "wall"
     # First, because a process starts with the peak of the one that started it, which is still without models.
     peaks = memory_alone(device, chosen) if memory else {}

@@ -19,7 +19,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from asked import check_known, check_model, result_file
+from common import check_known, known_model, result_file, write_card
 from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 
@@ -30,7 +30,6 @@ from l2d_framework.training.dry_run import Machine, dry_run
 from l2d_framework.training.run import train_runs
 from l2d_framework.training.run_record import environment
 from l2d_framework.training.tokenizer import train_tokenizer
-from l2d_framework.writing import write_whole
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 16_384,
@@ -172,7 +171,7 @@ def main(
         return
     check_known("--case", case or (), CASES)
     if model is not None:
-        check_model(str(model))
+        model = Path(known_model(str(model)))
     out = result_file(out, "memory_cpu.json")
     card = json.loads(out.read_text(encoding="utf-8")) if out.exists() else {"limit": LIMIT, "models": {}}
     with tempfile.TemporaryDirectory() as folder:
@@ -191,11 +190,12 @@ def main(
             words = [sys.executable, __file__, *map(str, options)]
             done = subprocess.run(words, capture_output=True, text=True, check=False)
             if done.returncode:
-                raise L2DError(f"--case {chosen!r}: {done.stderr.strip()}")
+                said = done.stderr.strip() or f"its process ended with code {done.returncode}"
+                raise L2DError(f"--case {chosen!r}: {said.splitlines()[-1]}")
             row = results[chosen] = json.loads(done.stdout.splitlines()[-1])
             off = row["peak"] / row["measured"] - 1
             print(f"{name:14} {chosen:34} {row['peak'] / 2**20:9,.0f} {row['measured'] / 2**20:9,.0f} MiB {off:+8.1%}")
-            write_whole(out, json.dumps(card | environment(1), indent=1) + "\n")
+            write_card(out, card | environment(1))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ those of the process, not of the clock.
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 from collections.abc import Callable
@@ -19,13 +18,12 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 import typer
-from asked import result_file
 from blocks import measure
+from common import known_device, result_file, write_card
 from overhead import repeated
 from torch import Tensor
 
 from l2d_framework.cli import run_script
-from l2d_framework.cli.common import check_device
 from l2d_framework.diffusion.rng import TokenStreams, stream_key
 from l2d_framework.generation.replay import CudaGraph
 from l2d_framework.training.run_record import environment
@@ -132,10 +130,10 @@ def main(
     out: Annotated[Path | None, typer.Option(help="Result file; bench/results/noise_DEVICE.json if absent.")] = None,
 ) -> None:
     """Measure, print a table, and write the result file."""
-    check_device(device)
-    out = result_file(out, f"noise_{torch.device(device).type}.json")
+    where = known_device(device)
+    out = result_file(out, f"noise_{where.type}.json")
     torch.set_num_threads(1)
-    where, found = torch.device(device), {}
+    found = {}
     for size in SIZES:
         for rows in ROWS:
             times = max(2, 64 // rows)
@@ -150,7 +148,7 @@ def main(
     settings = {"evaluations": EVALUATIONS, "goals_ms": GOALS, "rounds": rounds}
     unit = "cpu" if where.type == "cpu" else "wall"
     card = {"device": device, "seconds_are": unit, "settings": settings, **environment(1), "cases": found}
-    out.write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
+    write_card(out, card)
 
 
 if __name__ == "__main__":

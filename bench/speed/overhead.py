@@ -7,7 +7,6 @@ are medians over rounds. On a CPU, seconds are those of the process, not of the 
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -15,14 +14,13 @@ from typing import Annotated, Any, Literal
 
 import torch
 import typer
-from asked import result_file
 from blocks import measure
+from common import known_device, result_file, write_card
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from l2d_framework.blame import naming_plugins
 from l2d_framework.cli import run_script
-from l2d_framework.cli.common import check_device
 from l2d_framework.config import DiffusionRun, parse_run
 from l2d_framework.diffusion.ode import Streams, TokenODE
 from l2d_framework.diffusion.sampler import Block
@@ -239,10 +237,9 @@ def main(
     out: Annotated[Path | None, typer.Option(help="Result file; bench/results/overhead_DEVICE.json if absent.")] = None,
 ) -> None:
     """Measure, print a table, and write the result file."""
-    check_device(device)
-    out = result_file(out, f"overhead_{torch.device(device).type}.json")
+    where = known_device(device)
+    out = result_file(out, f"overhead_{where.type}.json")
     torch.set_num_threads(1)
-    where = torch.device(device)
     models = {name: compare(shape, where, rounds, evaluations) for name, shape in SHAPES.items()}
     for model, rows in models.items():
         for name, row in rows.items():
@@ -250,7 +247,7 @@ def main(
     settings = {"shapes": SHAPES, "run": RUN, "prompt": PROMPT, "rounds": rounds, "evaluations": evaluations}
     unit = "cpu" if where.type == "cpu" else "wall"
     card = {"device": device, "seconds_are": unit, "limit": LIMIT, "settings": settings, **environment(1)}
-    out.write_text(json.dumps(card | {"models": models}, indent=1) + "\n", encoding="utf-8")
+    write_card(out, card | {"models": models})
 
 
 if __name__ == "__main__":

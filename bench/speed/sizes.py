@@ -7,14 +7,13 @@ float32, Adam. One GPU divides nothing; 8 and 64 divide weights, gradients and t
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
-from asked import result_file
+from common import result_file, write_card
 from transformers import LlamaConfig
 
 from l2d_framework.cli import run_script
@@ -121,7 +120,7 @@ def main(
             models[model][name] = {str(gpus): asdict(memory) for gpus, memory in found.items()}
             print("\n".join(table({model: {name: models[model][name]}})[2:]), flush=True)
     settings = {"length": length, "shapes": SHAPES, "methods": METHODS, "training": TRAINING, "room": ROOM}
-    write_whole(out, json.dumps({"settings": settings, **environment(1), "models": models}, indent=1) + "\n")
+    write_card(out, {"settings": settings, **environment(1), "models": models})
     heading = "What training holds on each GPU, in GB (10^9 bytes), as the dry run estimates it: `speed/sizes.py`.\n"
     write_whole(out.with_suffix(".md"), "\n".join([heading, *table(models)]) + "\n")
 

@@ -17,7 +17,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from asked import result_file
+from common import result_file
 from l2d import Sample, measure, seconds, summarize, write
 from rich import box
 from rich.console import Console

@@ -73,6 +73,8 @@ def check_device(device: str | None) -> str:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(f"--device {device!r} cannot be used here ({error}). Try cpu, or leave it out.") from error
+    if torch.device(device).type == "meta":
+        raise ConfigError("--device 'meta' computes nothing. Try cpu, or leave it out.")
     return device
 
 

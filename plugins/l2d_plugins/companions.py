@@ -22,7 +22,7 @@ ModelPath = Annotated[
 """A folder, in which `~` stands for the home folder, or a hub id."""
 
 OPENING = Lock()
-"""Held while a model is opened: once is enough, and transformers changes settings of the whole process meanwhile."""
+"""Held while a companion is looked for among those that are open, so that two threads do not open it twice."""
 
 
 def stamps(name: str) -> tuple[int, ...]:
@@ -100,7 +100,7 @@ class Companion:
 
     def bytes(self, name: str, dtype: torch.dtype) -> int:
         """Size of one's weights, from its configuration alone."""
-        with OPENING, torch.device("meta"):
+        with torch.device("meta"):
             config = self.config(name)
             model = new_model(getattr(transformers, self.kinds)[type(config)], config, dtype=dtype)
         return sum(weight.nbytes for weight in (*model.parameters(), *model.buffers()))

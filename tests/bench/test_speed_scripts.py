@@ -26,8 +26,8 @@ RUNS = sorted((Path(__file__).parents[2] / "bench" / "runs").glob("*.yaml"))
 
 
 @pytest.fixture(scope="module", autouse=True)
-def asked() -> Iterator[ModuleType]:
-    yield from _script("asked")
+def common() -> Iterator[ModuleType]:
+    yield from _script("common")
 
 
 @pytest.fixture(scope="module")
@@ -440,6 +440,7 @@ def scripts(speed, speed_tess, blocks, overhead, noise, kernels, batching, decod
     [
         *((name, *mistake) for name, mistakes in MISTAKES.items() for mistake in mistakes),
         *((name, ["--device", "gpu0"], "--device 'gpu0' cannot be used here") for name in WITH_DEVICE),
+        *((name, ["--device", "meta"], "--device 'meta' computes nothing") for name in WITH_DEVICE),
     ],
 )
 def test_what_a_user_gets_wrong_ends_a_script_in_a_line_before_anything_is_measured(
@@ -466,7 +467,7 @@ def test_what_a_user_gets_wrong_ends_a_script_in_a_line_before_anything_is_measu
 
 
 def test_every_script_is_started_so():
-    for path in {*(RUNS[0].parents[1] / "speed").glob("*.py")} - {RUNS[0].parents[1] / "speed" / "asked.py"}:
+    for path in {*(RUNS[0].parents[1] / "speed").glob("*.py")} - {RUNS[0].parents[1] / "speed" / "common.py"}:
         assert path.read_text().endswith('if __name__ == "__main__":\n    run_script(main)\n'), path
 
 
