@@ -7,6 +7,7 @@ from l2d_bench.data.l2d_data import L2DQuestions
 from l2d_bench.data.makers import DemoQuestions, Maker
 from l2d_bench.data.masked_model import MaskedModel
 from l2d_bench.data.pairs import AnswerPairs
+from l2d_bench.data.puzzles import Carries, Sudoku
 from l2d_bench.data.row_files import DataSetRows, GivenRows
 from l2d_bench.data.templated import TemplatedRows
 from l2d_bench.data.tess_data import TessTexts
@@ -49,6 +50,8 @@ MAKERS: dict[str, type[Maker]] = {
     "given_rows": GivenRows,
     "data_set_rows": DataSetRows,
     "hops": HopQuestions,
+    "carries": Carries,
+    "sudoku": Sudoku,
     "l2d_questions": L2DQuestions,
     "tess_texts": TessTexts,
     "masked_model": MaskedModel,
