@@ -12,7 +12,7 @@ def l2d_methods() -> dict[str, dict[str, Any]]:
     """What `method: NAME` stands for in a run file: L2D (arXiv:2501.15781) and TESS 2 (arXiv:2502.13917).
 
     `l2d-steps` is L2D whose evaluations go on from the hidden states of the one before, learnt along its own
-    trajectory; it follows no paper.
+    trajectory, with gates that begin open; it follows no paper.
     """
     l2d: dict[str, Any] = {
         "schedule": {"name": "linear"},
@@ -20,7 +20,7 @@ def l2d_methods() -> dict[str, dict[str, Any]]:
         "backbone": {"name": "two_stream"},
         "sampling": {"preset": "l2d-paper"},
     }
-    carrying = {"backbone": {"name": "two_stream", "carry": True}, "training": {"unroll": {}}}
+    carrying = {"backbone": {"name": "two_stream", "carry": True, "gates": "open"}, "training": {"unroll": {}}}
     return {
         "l2d": l2d,
         "l2d-steps": l2d | carrying,

@@ -57,7 +57,7 @@ LONG = {
 
 LONG["l2d-steps"] = {
     **LONG["l2d"],
-    "backbone": {"name": "two_stream", "carry": True},
+    "backbone": {"name": "two_stream", "carry": True, "gates": "open"},
     "training": {"unroll": {"fewest": 2, "most": 8}},
 }
 
