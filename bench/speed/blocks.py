@@ -24,8 +24,8 @@ from l2d_framework.cli import run_script
 from l2d_framework.config import DiffusionRun, parse_run
 from l2d_framework.generation.prompts import Encoded, pad_left
 from l2d_framework.models.diffusion_lm import DiffusionLM
-from l2d_framework.training.metrics import speed
 from l2d_framework.training.run_record import environment
+from l2d_framework.writing import speed
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 8192,

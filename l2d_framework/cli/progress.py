@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 from typing_extensions import override
 
 from l2d_framework.cli.meter import Meter
-from l2d_framework.training.metrics import speed
+from l2d_framework.writing import speed
 
 
 class Reporter(TrainerCallback):

@@ -160,7 +160,8 @@ def _show(
 
 
 def _training_rows(card: dict[str, Any]) -> Iterator[Sequence[str]]:
-    from l2d_framework.training.metrics import BINS, speed
+    from l2d_framework.training.metrics import BINS
+    from l2d_framework.writing import speed
 
     result, losses = card["result"], card["result"]["losses"]
     names = {"loss": "loss, nats per token", "loss_without_pads": "  without pads"}

@@ -19,8 +19,8 @@ from typing_extensions import override
 from l2d_framework.cli.meter import Meter
 from l2d_framework.diffusion.ode import Evaluation
 from l2d_framework.models.diffusion_lm import DiffusionLM
-from l2d_framework.training.metrics import speed
 from l2d_framework.types import Query
+from l2d_framework.writing import speed
 
 _REFRESH = 0.5
 """Seconds between two looks at a count that lies on the device."""

@@ -1,7 +1,7 @@
 """Signals while training: the update on its way is ended and saved before the process ends.
 
-Python runs the handler of a signal between two lines of Python, and a backward pass is one line, which may take minutes.
-So a thread hears of it as well, and answers where the handler is kept waiting.
+Python runs the handler of a signal between two lines of Python, and a backward pass, one line, may take minutes. So a
+thread hears of it as well, and answers where the handler is kept waiting.
 """
 
 from __future__ import annotations

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 
 from l2d_framework.hooks import GROUP
-from l2d_framework.training.metrics import BINS, speed
+from l2d_framework.training.metrics import BINS
+from l2d_framework.writing import speed
 
 _DISTRIBUTION = "l2d-framework"
 _MARKS = ("sha256", "sha256_of_first_rows", "sha256_of_ends", "rows")

@@ -12,15 +12,15 @@ import pytest
 import torch
 import yaml
 from diffusion_models import random_tokens, shared_lm, tess_lm
-from tiny_runs import diffusion_run, write_base, write_sums
 from rich.console import Console
+from tiny_runs import diffusion_run, write_base, write_sums
 from transformers import StoppingCriteriaList
 
 from l2d_framework.cli import meter, watching
 from l2d_framework.cli.meter import Meter
 from l2d_framework.cli.train import _reporting
 from l2d_framework.cli.watching import Watch
-from l2d_framework.training.metrics import speed
+from l2d_framework.writing import speed
 
 
 @pytest.fixture
