@@ -190,8 +190,8 @@ class Draft:
         if updates is not None and updates < _LEAST and answers.unit == "epoch":
             more = max(round(answers.amount * 5 * _LEAST / updates), 1)
             notes.append(
-                f"A budget of {answers.amount:g} epochs makes {updates} updates, which teach next to nothing. Raise "
-                f"training.epochs, such as to {more}, or lower training.batch_size."
+                f"This budget makes {updates} updates, which teach next to nothing. Raise training.epochs, such as to "
+                f"{more}, or lower training.batch_size."
             )
         for note in notes:
             typer.echo(f"Note: {note}", err=True)
