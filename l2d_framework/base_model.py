@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.quantizers.auto import AutoHfQuantizer
 from transformers.utils.import_utils import is_gguf_available
 
-from l2d_framework.errors import CheckpointError, ConfigError, MissingModelError
+from l2d_framework.errors import CheckpointError, ConfigError, MissingModelError, install
 from l2d_framework.opening import (
     adapter_base,
     adapter_places,
@@ -122,7 +122,7 @@ def locate(reference: BaseReference, *, weights: bool = True) -> tuple[Path, Pat
         if not is_gguf_available():
             raise ConfigError(
                 f"model.gguf_file: {gguf_file!r} is read with the package gguf, which is missing or too old. "
-                'Run: pip install "l2d-framework[gguf]", or: pip install gguf'
+                f"Run: {install('l2d-framework[gguf]')}, or: pip install gguf"
             )
         return folder, adapter
     if not (folder / "config.json").is_file() and (folder / LANGUAGE_MODEL / "config.json").is_file():

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import difflib
+import json
 import os
+import shlex
 import signal
 from collections.abc import Iterable
+from importlib import metadata
+from pathlib import Path
 from typing import ClassVar, NoReturn
+from urllib.parse import unquote, urlsplit
 
 EXIT_CODES = {
     0: "done",
@@ -139,3 +144,33 @@ def suggest(name: str, known: Iterable[str]) -> str:
     """
     close = difflib.get_close_matches(name, list(known), n=2, cutoff=0.6)
     return f"; did you mean {' or '.join(repr(c) for c in close)}?" if close else ""
+
+
+def install(extra: str) -> str:
+    """Command that adds an extra to a distribution, from the clone that it was installed from if there is one.
+
+    Args:
+        extra: such as `l2d-framework[plots]`.
+
+    Returns:
+        The command, for a shell.
+    """
+    name, _, rest = extra.partition("[")
+    clone, options = _clone(name)
+    if clone is None:
+        return f"pip install {shlex.quote(extra)}"
+    own = clone / rest.removesuffix("]")  # a distribution of its own, which no index may have yet
+    target = str(own) if rest and (own / "pyproject.toml").is_file() else f"{clone}[{rest}" if rest else str(clone)
+    return f"pip install {options}{shlex.quote(target)}"
+
+
+def _clone(name: str) -> tuple[Path | None, str]:
+    """Folder that a distribution was installed from, and pip's option if it still lives there."""
+    try:
+        origin = json.loads(metadata.distribution(name).read_text("direct_url.json") or "{}")
+    except (metadata.PackageNotFoundError, ValueError):
+        return None, ""
+    if "dir_info" not in origin:
+        return None, ""
+    folder = Path(unquote(urlsplit(origin["url"]).path))
+    return folder if folder.is_dir() else None, "--editable " if origin["dir_info"].get("editable") else ""

@@ -34,7 +34,10 @@ def l2d_presets() -> Mapping[str, Mapping[str, Any]]:  # type: ignore[empty-body
 
 @hookspec
 def l2d_methods() -> Mapping[str, Mapping[str, Any]]:  # type: ignore[empty-body]
-    """Fields of a diffusion run by name; `method: NAME` in a run file lays the rest of the file over them."""
+    """Fields of a diffusion run by name; `method: NAME` in a run file lays the rest of the file over them.
+
+    Beside them a `description` may stand: a sentence that `l2d help method` and editors show.
+    """
 
 
 @hookspec

@@ -117,3 +117,8 @@ def size_of(path: Path) -> int:
     """Bytes of a file or of all files of a folder; 0 if there is none."""
     files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
     return sum(file.stat().st_size for file in files)
+
+
+def speed(tokens_per_second: float) -> str:
+    """Tokens per second for readers: two digits where they are few."""
+    return f"{tokens_per_second:,.0f} tokens/s" if tokens_per_second >= 10 else f"{tokens_per_second:.2g} tokens/s"

@@ -25,6 +25,7 @@ from l2d_framework.config import DiffusionRun, parse_run
 from l2d_framework.generation.prompts import Encoded, pad_left
 from l2d_framework.models.diffusion_lm import DiffusionLM
 from l2d_framework.training.run_record import environment
+from l2d_framework.writing import speed
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 8192,
@@ -150,7 +151,7 @@ def main(
         for name, found in samples.items()
     }
     for name, row in rows.items():
-        print(f"{name:28} {row['tokens_per_second']:10,.1f} tokens/s {row['speed']:8.2f} x the {WHOLE}")
+        print(f"{name:28} {speed(row['tokens_per_second']):>19} {row['speed']:8.2f} x the {WHOLE}")
     settings = {"model": SHAPE, "run": RUN, "length": length, "steps": steps, "batch": batch, "rounds": rounds}
     unit = "cpu" if where.type == "cpu" else "wall"
     card = {"device": device, "seconds_are": unit, "settings": settings, **environment(1), "cases": rows}

@@ -19,7 +19,7 @@ from typing import Annotated, Any, NamedTuple
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from l2d_framework.errors import Interrupted, L2DError, interrupt
+from l2d_framework.errors import Interrupted, L2DError, install, interrupt
 from l2d_framework.registry import ALLOW_LIST, extensions
 
 
@@ -54,9 +54,9 @@ VERBOSE = "L2D_VERBOSE"
 """Environment variable that stands for `--verbose` where it is 1."""
 
 ELSEWHERE = {
-    "bench": "It comes with l2d-bench. Run: pip install 'l2d-framework[bench]', or pip install ./bench in a clone."
+    "bench": "l2d-framework[bench]",
 }
-"""Commands of other distributions of this project, and how to get them."""
+"""Commands of other distributions of this project, and the extra that brings them."""
 
 
 OTHER_NAMES = {"output": "out"}
@@ -107,7 +107,7 @@ def _why_missing(name: str) -> str:
     if broken := extensions().broken.get(name):
         return f"Its plugin of {broken.distribution} is broken: {broken.error}"
     left_out = [source for source in extensions().disabled if source.plugin == name]
-    return f"{ALLOW_LIST} leaves out {left_out[0]}." if left_out else ELSEWHERE[name]
+    return f"{ALLOW_LIST} leaves out {left_out[0]}." if left_out else f"Run: {install(ELSEWHERE[name])}"
 
 
 def _load(name: str) -> Any:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from l2d_framework.evaluation.plots import INSTALL, can_plot
 from l2d_framework.evaluation.tables import terminal
@@ -29,7 +29,7 @@ def demo(
 ) -> None:
     """Train a tiny language model on synthetic text, finetune it with LoRA and with L2D, and compare their answers.
 
-    Takes a few minutes on two CPU cores and downloads nothing. Started again, it goes on where it was interrupted.
+    Takes 5 to 15 minutes on two CPU cores and downloads nothing. Started again, it goes on where it was interrupted.
     """
     from l2d_framework.cli.progress import progress
     from l2d_framework.demo.measure import DEFAULT, WAYS
@@ -52,15 +52,16 @@ def demo(
 
     beside = not quick and (os.cpu_count() or 1) > 1  # a quick LoRA is trained before another process has started
     titles = {"base": "1/4 base model ", "l2d": "2/4 L2D        ", "lora": "3/4 LoRA       "}
-    if beside:
-        titles["l2d"] = "2/4 L2D, LoRA  "
 
     def report(run: Run) -> list[Reporter]:
-        return [progress(console, titles[Path(str(run.output_dir)).name])]
+        name = Path(str(run.output_dir)).name
+        if beside and name == "l2d":
+            console.print("LoRA (3/4) is trained beside L2D (2/4), by a process that shows nothing.", highlight=False)
+        return [progress(console, titles[name])]
 
     with one_thread():
         demo.train(runs, report, beside=beside)
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with Progress(*columns, console=console) as bar:
             task = bar.add_task("4/4 answering  ", total=len(WAYS) + 2 * (demo.size.checkpoints - 1))
             results = demo.measure(lambda: bar.advance(task))
@@ -74,7 +75,8 @@ def demo(
     if not can_plot():
         console.print(f"No pictures: matplotlib is missing. {INSTALL}, then this again.", markup=False)
     trained = ", ".join(f"{name} {card['seconds']:.0f} s" for name, card in results.cards.items())
-    console.print(f"Training took {trained}; this session {time.monotonic() - start:.0f} s in all.", highlight=False)
+    how = f"Training took {trained}{', LoRA beside L2D' if beside else ''}"
+    console.print(f"{how}; this session {time.monotonic() - start:.0f} s in all.", highlight=False)
     console.print("Written:")
     for name in (*files, "l2d"):
         console.print(f"  {out / name}", highlight=False, soft_wrap=True)

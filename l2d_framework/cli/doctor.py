@@ -21,6 +21,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from l2d_framework.errors import install
+
 if TYPE_CHECKING:
     from packaging.requirements import Requirement
 
@@ -259,13 +261,13 @@ def _plugins(area: str) -> Iterator[Finding]:
 
 def _extras(area: str) -> Iterator[Finding]:
     for extra, adds in EXTRAS.items():
-        requirements = _requirements(extra)
+        requirements, advice = _requirements(extra), install(f"{DISTRIBUTION}[{extra}]")
         versions = [_installed(requirement.name) for requirement in requirements]
         if not all(versions):
-            yield Finding(area, extra, "note", f"missing: {adds}", f"Run: pip install '{DISTRIBUTION}[{extra}]'")
+            yield Finding(area, extra, "note", f"missing: {adds}", f"Run: {advice}")
             continue
         for requirement, version in zip(requirements, versions, strict=True):
-            found = _version(area, requirement, version, f"pip install '{DISTRIBUTION}[{extra}]'")
+            found = _version(area, requirement, version, advice)
             yield Finding(area, extra, found.status, f"{requirement.name} {found.value}", found.advice)
 
 

@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 
 from l2d_framework.cli.common import Device
-from l2d_framework.errors import ConfigError, PluginError
+from l2d_framework.errors import ConfigError, PluginError, install
 from l2d_framework.evaluation.harness.command import run
 from l2d_framework.evaluation.harness.start_up import steps
 from l2d_framework.evaluation.tables import Fitting, terminal
@@ -62,7 +62,7 @@ def tune_search(
     pretrained=PATH,search=FILE` then searches with the settings of each task's category.
     """
     if importlib.util.find_spec("lm_eval") is None:
-        raise PluginError("Tuning search needs lm_eval. Run: pip install 'l2d-framework[eval]'")
+        raise PluginError(f"Tuning search needs lm_eval. Run: {install('l2d-framework[eval]')}")
     powers = _numbers("length-powers", length_powers)
     penalties = _numbers("repetition-penalties", repetition_penalties, least=1e-3)
     values = powers, penalties, _numbers("temperatures", temperatures, least=0.0)

@@ -52,7 +52,7 @@ def eval_steps(
     counts = _counts(num_inference_steps)
 
     from l2d_framework.cli.meter import Meter
-    from l2d_framework.evaluation.diagnosis.steps import draw, possible, sentences, table
+    from l2d_framework.evaluation.diagnosis.steps import draw, left_out, possible, sentences, table
     from l2d_framework.evaluation.diagnosis.steps import eval_steps as run
     from l2d_framework.models.unloaded import UnloadedModel
     from l2d_framework.writing import staged
@@ -60,13 +60,13 @@ def eval_steps(
     where = common.check_device(device)
     source = UnloadedModel(model, base=base, dtype=dtype)
     settings = possible(source, options, counts)
-    made = {sampling.num_inference_steps for sampling in settings}
-    if left_out := sorted(set(counts) - made):
-        typer.echo(f"Left out, since no solver or model here can make them: {', '.join(map(str, left_out))}.", err=True)
     rows = held_out.HeldOutRows(data, name, split, columns, class_column, limit, max_length)
     for sampling in settings:
         rows.check(source, sampling)
     prepared, card = rows.read(source)
+    if num_inference_steps != _STEPS:  # of the usual numbers everything takes what it can make
+        for reason in left_out(source, options, counts):
+            typer.echo(f"Left out: {reason}", err=True)
 
     common.quieten()
     with Meter(f"loading {model}"):

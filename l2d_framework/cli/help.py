@@ -181,7 +181,9 @@ def _screen(schema: Schema, place: Place, *, is_whole: bool) -> Screen:
     # Where the defaults of a section are from is no source of each of its fields.
     if len(sections) == 1 and _tag(sections[0]) is None and (more := str(sections[0].get("description", ""))):
         text = more if _first(text) in _first(more) else f"{text}\n\n{more}"
-    return text, (*facts(schema, place), *_inside(sections))
+    described = (part for part in _parts(place.schema) if "const" in part and part.get("description"))
+    values = ((str(part["const"]), _first(part["description"])) for part in described)
+    return text, (*facts(schema, place), *values, *_inside(sections))
 
 
 def facts(schema: Schema, place: Place) -> Iterator[tuple[str, str]]:
@@ -219,7 +221,7 @@ def _type(schema: Schema, field: Schema) -> str:
         return f"list of: {_type(schema, field['items'])}" if isinstance(field.get("items"), dict) else "list"
     if parts := [*field.get("anyOf", []), *field.get("oneOf", [])]:
         return " or ".join(dict.fromkeys(_type(schema, part) for part in parts))
-    name = str(field.get("type", "any"))
+    name = str(field.get("type", "string" if "enum" in field else "any"))
     return _TYPES.get(name, name)
 
 

@@ -28,6 +28,9 @@ _LONGEST = 2048
 """Tokens of a sequence above which memory is more likely to be short than data to be lost."""
 _FEW = 100
 """Rows below which nothing is held out: a twentieth of them says little."""
+_HELD_OUT = 0.05
+_LEAST = 20
+"""Updates below which a budget in epochs is likely to be meant otherwise: they teach next to nothing."""
 
 
 class Answers(NamedTuple):
@@ -183,6 +186,13 @@ class Draft:
             notes = check_rows(self._read(text))
         with run_file.open("x", encoding="utf-8") as file:
             file.write(text)
+        updates = _updates(answers, self._seen)
+        if updates is not None and updates < _LEAST and answers.unit == "epoch":
+            more = max(round(answers.amount * 5 * _LEAST / updates), 1)
+            notes.append(
+                f"This budget makes {updates} updates, which teach next to nothing. Raise training.epochs, such as to "
+                f"{more}, or lower training.batch_size."
+            )
         for note in notes:
             typer.echo(f"Note: {note}", err=True)
         typer.echo(f"{_looks(self._seen)} {self._count:,} parameters will be trained.")
@@ -209,6 +219,24 @@ def _looks(seen: Preview) -> str:
     )
 
 
+def _updates(answers: Answers, seen: Preview) -> int | None:
+    """Updates of the run; None where nobody knows how many rows there are, as of texts, which may be joined and cut."""
+    if answers.unit == "update":
+        return int(answers.amount)
+    if not seen.is_whole or seen.format == "text":
+        return None
+    rows = len(seen.lengths) - (0 if _is_small(seen) else round(_HELD_OUT * len(seen.lengths)))
+    return max(int(-(-rows * answers.amount // _batch_size(seen))), 1)
+
+
+def _is_small(seen: Preview) -> bool:
+    return seen.is_whole and len(seen.lengths) < _FEW
+
+
+def _batch_size(seen: Preview) -> int:
+    return 8 if _is_small(seen) else 32
+
+
 def _text(answers: Answers, seen: Preview, context: int | None, *, trains_base: bool) -> str:
     import torch
 
@@ -216,7 +244,8 @@ def _text(answers: Answers, seen: Preview, context: int | None, *, trains_base: 
     length = min(-(-seen.lengths[-1] // 64) * 64, _LONGEST, context or _LONGEST)
     long = sum(size > length for size in seen.lengths)
     source = {"path": seen.source.path} | ({"columns": seen.source.columns} if seen.source.columns else {})
-    is_small = seen.is_whole and len(seen.lengths) < _FEW
+    updates = _updates(answers, seen)
+    save, log = (100, 10) if updates is None else (max(min(100, updates // 10), 1), max(min(10, updates // 20), 1))
     lines = [
         "# Written by `l2d init`. `l2d help training.batch_size` explains an option, `l2d help` lists all of them.",
         "model:",
@@ -228,8 +257,8 @@ def _text(answers: Answers, seen: Preview, context: int | None, *, trains_base: 
         "  train:",
         f"    - {json.dumps(source, ensure_ascii=False)}",
         "  eval_fraction: 0.0  # too few rows to hold some out; 0.05 later"
-        if is_small
-        else "  eval_fraction: 0.05  # held out, to see whether the model learns or remembers",
+        if _is_small(seen)
+        else f"  eval_fraction: {_HELD_OUT}  # held out, to see whether the model learns or remembers",
         f"  max_length: {length}  # tokens; "
         + (f"{long} of these are cut off" if long else "none of these is cut off"),
     ]
@@ -240,14 +269,14 @@ def _text(answers: Answers, seen: Preview, context: int | None, *, trains_base: 
     lines += [
         "training:",
         f"  epochs: {answers.amount:g}" if answers.unit == "epoch" else f"  max_steps: {int(answers.amount)}",
-        f"  batch_size: {8 if is_small else 32}  # sequences of an update",
+        f"  batch_size: {_batch_size(seen)}  # sequences of an update",
         "  micro_batch_size: auto  # as many at a time as memory allows",
         f"  learning_rate: {'1.0e-5' if trains_base else '1.0e-4'}  # "
         + ("all weights of the base model learn" if trains_base else "the base model stays as it is"),
         "  warmup_ratio: 0.05",
         f"  bf16: {'true' if has_gpu else 'false'}  # true on a GPU that has bfloat16",
-        "  logging_steps: 10",
-        "  save_steps: 100  # updates after which an interrupted run goes on",
+        f"  logging_steps: {log}",
+        f"  save_steps: {save}  # an interrupted run goes on from the last update that was saved",
         "  # eval_steps: 100  # measure held-out rows on the way, not at the end alone",
         "  # report_to: [tensorboard]  # or wandb, trackio",
         f"output_dir: {json.dumps(answers.output_dir, ensure_ascii=False)}",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from contextlib import ExitStack
+from datetime import timedelta
 from typing import Any
 
 from rich.console import Console
@@ -12,6 +13,7 @@ from transformers import TrainerCallback
 from typing_extensions import override
 
 from l2d_framework.cli.meter import Meter
+from l2d_framework.writing import speed
 
 
 class Reporter(TrainerCallback):
@@ -19,7 +21,7 @@ class Reporter(TrainerCallback):
 
     def __init__(self, title: str) -> None:
         self._preparing = ExitStack()
-        self._preparing.enter_context(Meter(f"{title}  preparing"))
+        self._meter = self._preparing.enter_context(Meter(f"{title}  preparing"))
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: D102 -- transformers'
         self._preparing.close()
@@ -35,10 +37,10 @@ def progress(console: Console, title: str) -> Reporter:
 
 
 def _facts(logs: dict[str, float]) -> str:
-    names = {"loss": "loss {:.4f}", "eval_loss": "held out {:.4f}", "tokens_per_second": "{:,.0f} tokens/s"}
-    names |= {"micro_batch_size": "micro-batches of {}"}
-    names |= {"accuracy": "right {:.0%}", "eval_accuracy": "right of held out {:.0%}"}
-    return "  ".join(text.format(logs[name]) for name, text in names.items() if name in logs)
+    names = {"loss": "loss {:.4f}".format, "eval_loss": "held out {:.4f}".format, "tokens_per_second": speed}
+    names |= {"micro_batch_size": "micro-batches of {}".format}
+    names |= {"accuracy": "right {:.0%}".format, "eval_accuracy": "right of held out {:.0%}".format}
+    return "  ".join(text(logs[name]) for name, text in names.items() if name in logs)
 
 
 class _Lines(Reporter):
@@ -47,22 +49,37 @@ class _Lines(Reporter):
     def __init__(self, console: Console, title: str) -> None:
         super().__init__(title)
         self._console, self._title = console, title
-        self._start: float | None = None
+        self._start = time.monotonic()
+        self._first: tuple[int, float] | None = None  # update of this session, and when it had ended
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        super().on_train_begin(args, state, control, **kwargs)
         self._start = time.monotonic()
+        self._meter.title = f"{self._title}  {state.global_step}/{state.max_steps}  in its first update"
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self._start is not None and state.is_world_process_zero:
-            seconds, self._start = time.monotonic() - self._start, None
-            text = f"{self._title}  {state.global_step}/{state.max_steps}  first update after {seconds:,.1f} s"
-            self._console.print(text, highlight=False, soft_wrap=True)
+        if self._first is None and state.is_world_process_zero:
+            self.close()
+            self._first = state.global_step, time.monotonic()
+            self._print(state, f"first update after {self._first[1] - self._start:,.1f} s")
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if state.is_world_process_zero and (facts := _facts(logs)):
-            text = f"{self._title}  {state.global_step}/{state.max_steps}  {facts}"
-            self._console.print(text, highlight=False, soft_wrap=True)
+            self._print(state, facts + self._left(state))
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.close()
+
+    def _left(self, state: Any) -> str:
+        """Time for the updates to come, as those after the first one went."""
+        step, since = self._first or (state.global_step, 0.0)
+        if state.global_step == step or state.global_step == state.max_steps:
+            return ""
+        seconds = (time.monotonic() - since) / (state.global_step - step) * (state.max_steps - state.global_step)
+        return f"  {timedelta(seconds=round(seconds))} left"
+
+    def _print(self, state: Any, text: str) -> None:
+        text = f"{self._title}  {state.global_step}/{state.max_steps}  {text}"
+        self._console.print(text, highlight=False, soft_wrap=True)
 
 
 class _Bar(Reporter):

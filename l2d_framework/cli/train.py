@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,6 +12,7 @@ from rich.console import Console
 
 from l2d_framework.cli.common import Overrides, RunFile
 from l2d_framework.cli.dry_run import AsJson, Devices, DryRun, Shard, TokensPerSecond, check_only_dry, plan
+from l2d_framework.cli.meter import Meter
 from l2d_framework.evaluation.tables import terminal
 
 if TYPE_CHECKING:
@@ -55,10 +56,10 @@ def train(
         return
     check_only_dry(devices=devices, shard=shard, tokens_per_second=tokens_per_second, json=as_json)
 
-    from l2d_framework.training.run import train_runs  # datasets and the Trainer take seconds
-
-    finished = _finished(runs, overwrite=overwrite)
     with _reporting(console) as report:
+        from l2d_framework.training.run import train_runs  # datasets and the Trainer take seconds
+
+        finished = _finished(runs, overwrite=overwrite)
         cards = train_runs(runs, overwrite=overwrite, accept_changed_data=accept_changed_data, callbacks=report)
     if not _leave():
         return
@@ -94,12 +95,12 @@ def train_reward(
         return
     check_only_dry(devices=devices, shard=shard, tokens_per_second=tokens_per_second, json=as_json)
 
-    from l2d_framework.training.reward.run import check_ready
-    from l2d_framework.training.reward.run import train_reward as train_one
-
-    runs = check_ready(stages, overwrite=overwrite)
-    finished = _finished(runs, overwrite=overwrite)
     with _reporting(console) as report:
+        from l2d_framework.training.reward.run import check_ready
+        from l2d_framework.training.reward.run import train_reward as train_one
+
+        runs = check_ready(stages, overwrite=overwrite)
+        finished = _finished(runs, overwrite=overwrite)
         options = {"overwrite": overwrite, "accept_changed_data": accept_changed_data}
         cards = [train_one(run, **options, callbacks=report(run)) for run in runs]
     if _leave():
@@ -110,24 +111,20 @@ def train_reward(
 @contextmanager
 def _reporting(console: Console) -> Iterator[Callable[[Run], list[Reporter]]]:
     """Makes the callbacks of each run, and gives the terminal back at the end or after an error."""
-    from l2d_framework.cli.common import quieten
-    from l2d_framework.cli.progress import progress
+    with ExitStack() as open_:
+        open_.enter_context(Meter("starting"))
+        from l2d_framework.cli.common import quieten
+        from l2d_framework.cli.progress import progress
 
-    quieten()
+        quieten()
 
-    reporters: list[Reporter] = []
+        def report(run: Run) -> list[Reporter]:
+            open_.close()
+            reporter = progress(console, Path(str(run.output_dir)).name)
+            open_.callback(reporter.close)
+            return [reporter]
 
-    def report(run: Run) -> list[Reporter]:
-        for earlier in reporters:
-            earlier.close()
-        reporters.append(progress(console, Path(str(run.output_dir)).name))
-        return reporters[-1:]
-
-    try:
         yield report
-    finally:
-        for reporter in reporters:
-            reporter.close()
 
 
 def _leave() -> bool:
@@ -164,6 +161,7 @@ def _show(
 
 def _training_rows(card: dict[str, Any]) -> Iterator[Sequence[str]]:
     from l2d_framework.training.metrics import BINS
+    from l2d_framework.writing import speed
 
     result, losses = card["result"], card["result"]["losses"]
     names = {"loss": "loss, nats per token", "loss_without_pads": "  without pads"}
@@ -177,7 +175,7 @@ def _training_rows(card: dict[str, Any]) -> Iterator[Sequence[str]]:
     yield "updates", f"{result['steps']:,}"
     yield "trained parameters", f"{card['parameters']['trainable']:,}"
     yield "duration", f"{card['seconds']:,.0f} s"
-    yield "speed", f"{result['tokens_per_second']:,.0f} tokens/s"
+    yield "speed", speed(result["tokens_per_second"])
 
 
 def _reward_rows(card: dict[str, Any]) -> Iterator[Sequence[str]]:

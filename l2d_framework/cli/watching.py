@@ -20,6 +20,7 @@ from l2d_framework.cli.meter import Meter
 from l2d_framework.diffusion.ode import Evaluation
 from l2d_framework.models.diffusion_lm import DiffusionLM
 from l2d_framework.types import Query
+from l2d_framework.writing import speed
 
 _REFRESH = 0.5
 """Seconds between two looks at a count that lies on the device."""
@@ -147,5 +148,5 @@ class Watch(StoppingCriteria):
             return
         self._told = now
         tokens = int(self._tokens)
-        facts = [f"{tokens:,} tokens", f"{tokens / now:,.1f} tokens/s"] if tokens else []
+        facts = [f"{tokens:,} tokens", speed(tokens / now)] if tokens else []
         self._meter.facts = "  ".join(facts + [f"{self._evaluations:,} evaluations"] * self._counts)

@@ -144,7 +144,7 @@ def _laid_over(method: Mapping[str, Any], data: Mapping[str, Any], name: str) ->
 
     That is another method where the run chooses another state space, since settings of the first would not fit.
     """
-    fields = {field: value for field, value in method.items() if field not in _SETTINGS}
+    fields = {field: value for field, value in method.items() if field not in (*_SETTINGS, "description")}
     run = merged(fields, data)
     space, chosen = (section.get("parametrization") for section in (fields, run))
     is_same = not isinstance(chosen, Mapping) or space is None or chosen.get("name") == space.get("name")

@@ -162,7 +162,11 @@ def json_schema() -> dict[str, Any]:
     for name, part in schema.get("$defs", {}).items():
         if name == "DiffusionRun":
             part["properties"]["method"] = {
-                "enum": sorted(registry().methods()),
+                "oneOf": [
+                    {"const": name, "description": str(fields.get("description", ""))}
+                    for name, fields in registry().methods().items()
+                ],
+                "default": None,
                 "description": "Method whose components and settings this run has where it names no others.",
             }
             parts = ["schedule", "parametrization", "backbone"]

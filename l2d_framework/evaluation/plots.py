@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from l2d_framework.errors import install
 from l2d_framework.writing import write_whole
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, BLACK = COLOURS = (
     "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"
 )  # fmt: skip
-INSTALL = "Run: pip install 'l2d-framework[plots]'"
+INSTALL = f"Run: {install('l2d-framework[plots]')}"
 
 
 def can_plot() -> bool:

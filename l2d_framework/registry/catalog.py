@@ -17,7 +17,7 @@ from pathlib import Path
 from threading import RLock
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from l2d_framework.errors import ConfigError, PluginError, suggest
+from l2d_framework.errors import ConfigError, PluginError, install, suggest
 from l2d_framework.hooks import EXTENSIONS, GROUP
 from l2d_framework.registry.modules import untouched_modules
 from l2d_framework.registry.offers import (
@@ -328,7 +328,8 @@ def _clash(offers: list[Offer]) -> str:
 
 def _missing_extra(component: type[Component]) -> str:
     missing = component.missing_requirements()
+    command = install(component.extra) if component.extra else f"pip install '{' '.join(missing)}'"
     return (
         f"{component.kind.capitalize()} {component.component_name()!r} needs {', '.join(missing)}, which is not "
-        f"installed. Run: pip install '{component.extra or ' '.join(missing)}'"
+        f"installed. Run: {command}"
     )

@@ -285,11 +285,12 @@ def place_changes(card: Mapping[str, Any], config: Mapping[str, Any]) -> list[st
 def updates_made(output: Path, card: Mapping[str, Any], *, known: int = 0) -> int:
     """Updates that a whole checkpoint or a finished model has; where it is no more than `known`, that."""
     made = max(known, *_published(card))
-    newer = (folder for folder in reversed(checkpoints(output)) if _updates(folder) > made)
-    return next((_updates(folder) for folder in newer if damage(folder) is None), made)
+    newer = (folder for folder in reversed(checkpoints(output)) if updates_of(folder) > made)
+    return next((updates_of(folder) for folder in newer if damage(folder) is None), made)
 
 
-def _updates(checkpoint: Path) -> int:
+def updates_of(checkpoint: Path) -> int:
+    """Updates after which a checkpoint was made."""
     return int(checkpoint.name.removeprefix("checkpoint-"))
 
 

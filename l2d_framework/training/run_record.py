@@ -18,6 +18,7 @@ import torch
 
 from l2d_framework.hooks import GROUP
 from l2d_framework.training.metrics import BINS
+from l2d_framework.writing import speed
 
 _DISTRIBUTION = "l2d-framework"
 _MARKS = ("sha256", "sha256_of_first_rows", "sha256_of_ends", "rows")
@@ -124,7 +125,7 @@ def _rows(card: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:
         if any(bins):
             yield f"{name} from t = 0 to 1", ", ".join("none" if value is None else f"{value:.3f}" for value in bins)
     yield "duration", f"{card['seconds']:,.0f} s"
-    yield "speed", f"{result['tokens_per_second']:,.0f} tokens/s"
+    yield "speed", speed(result["tokens_per_second"])
     yield "peak memory", _gigabytes(result["peak_memory"])
 
     hardware = card["hardware"]

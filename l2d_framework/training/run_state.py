@@ -46,6 +46,7 @@ class RunState(TrainerCallback):
         self.writes = arguments.process_index == 0
         self.card: dict[str, Any] = {}
         self._overwrite, self._accepts = overwrite, accept_changed_data
+        self._goes_on_from: Path | None = None
         self._watch = Stopwatch()
         self._open = ExitStack()
 
@@ -106,7 +107,18 @@ class RunState(TrainerCallback):
         if self.writes:
             output_dir.clean_up(self.output)
             output_dir.write_card(self.output, self.card)
-        wait()
+        self._goes_on_from = self._find(steps)
+
+    def _find(self, steps: int) -> Path | None:
+        """Checkpoint to go on from, said before weights are loaded, which takes long; None begins from the start."""
+        found: list[Path | None] = [output_dir.newest_whole(self.output, _LOGGER.warning)] if self.writes else [None]
+        broadcast_object_list(found)
+        if self.writes and found[0] is not None:
+            made = output_dir.updates_of(found[0])
+            _LOGGER.warning("Going on from %r (%s of %s updates).", str(found[0]), f"{made:,}", f"{steps:,}")
+        elif self.writes and self.card["sessions"] > 1:
+            _LOGGER.warning("%r was begun before and has no checkpoint: it begins from its start.", str(self.output))
+        return found[0]
 
     def _changes(self, before: dict[str, Any], data: dict[str, Any]) -> list[dict[str, Any]]:
         """What a run has gone on with although its data had changed; refused unless that is accepted."""
@@ -167,20 +179,17 @@ class RunState(TrainerCallback):
             output_dir.check_room(self.output, trained, self.run.training.save_total_limit)
 
     def train(self, trainer: ResumableTrainer) -> None:
-        """Train, going on from the last checkpoint that is whole; a signal ends it with one more."""
+        """Train, going on from the checkpoint that was found; a signal ends it with one more."""
         self._watch.start()
-        found: list[Any] = [output_dir.newest_whole(self.output, _LOGGER.warning)] if self.writes else [None]
-        broadcast_object_list(found)
-        if found[0] is None and self.card["sessions"] > 1 and self.writes:
-            _LOGGER.warning("%r was begun before and has no checkpoint: it begins from its start.", str(self.output))
+        found = self._goes_on_from
         for change in (
             change for kind in ("accepted_changes", "continued", "moved") for change in self.card.get(kind, [])
         ):
-            change.setdefault("after", found[0] and found[0].name)
+            change.setdefault("after", found and found.name)
         self._open_trackers(trainer)
         with Interruption() as interruption:
             trainer.interruption = interruption
-            trainer.train(resume_from_checkpoint=str(found[0]) if found[0] else None)
+            trainer.train(resume_from_checkpoint=str(found) if found else None)
             signum = trainer.heard()
         if (failure := trainer.failure) is not None:
             raise type(failure)(f"{failure} Training ended {self._farewell(trainer.state)}") from failure

@@ -9,22 +9,25 @@ from l2d_framework.hooks import hookimpl
 
 @hookimpl
 def l2d_methods() -> dict[str, dict[str, Any]]:
-    """What `method: NAME` stands for in a run file: L2D (arXiv:2501.15781) and TESS 2 (arXiv:2502.13917).
-
-    `l2d-steps` is L2D whose evaluations go on from the hidden states of the one before, learnt along its own
-    trajectory, with gates that begin open; it follows no paper.
-    """
+    """What `method: NAME` stands for in a run file."""
     l2d: dict[str, Any] = {
+        "description": "A diffusion path beside a frozen language model, a token at a time (arXiv:2501.15781).",
         "schedule": {"name": "linear"},
         "parametrization": {"name": "embedding"},
         "backbone": {"name": "two_stream"},
         "sampling": {"preset": "l2d-paper"},
     }
-    carrying = {"backbone": {"name": "two_stream", "carry": True, "gates": "open"}, "training": {"unroll": {}}}
+    steps = {
+        "description": "L2D whose evaluations go on from the hidden states of the one before, learnt along its own "
+        "trajectory, with gates that begin open; it follows no paper.",
+        "backbone": {"name": "two_stream", "carry": True, "gates": "open"},
+        "training": {"unroll": {}},
+    }
     return {
         "l2d": l2d,
-        "l2d-steps": l2d | carrying,
+        "l2d-steps": l2d | steps,
         "tess": {
+            "description": "TESS 2: the language model itself learns to denoise whole answers (arXiv:2502.13917).",
             "schedule": {"name": "cosine"},
             "parametrization": {"name": "simplex"},
             "backbone": {"name": "in_place"},

@@ -17,7 +17,7 @@ from l2d_framework import cli
 from l2d_framework.cli import COMMANDS
 from l2d_framework.cli.config import count_by_module
 from l2d_framework.config import config_hash, load_run
-from l2d_framework.errors import ConfigError
+from l2d_framework.errors import ConfigError, install
 from l2d_framework.models.checkpoint import build_model
 from l2d_framework.registry import BrokenPlugin, PluginRow, Registry, extensions
 
@@ -278,7 +278,7 @@ def test_the_benchmarks_say_what_to_install_where_they_are_missing(l2d, monkeypa
     monkeypatch.setattr(Registry, "commands", lambda self: {})
     code, _, err = l2d("bench", "--list")
     assert code == 2
-    assert "pip install 'l2d-framework[bench]'" in " ".join(err.replace("│", " ").split())
+    assert install("l2d-framework[bench]") in " ".join(err.replace("│", " ").split())
 
 
 def test_a_broken_plugin_of_the_benchmarks_says_why(l2d, monkeypatch):

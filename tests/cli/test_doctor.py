@@ -11,6 +11,7 @@ from huggingface_hub import constants
 from huggingface_hub.errors import RepositoryNotFoundError
 
 from l2d_framework.cli import doctor
+from l2d_framework.errors import install
 from l2d_framework.evaluation.code import sandbox
 
 
@@ -66,7 +67,7 @@ def test_a_missing_extra_is_a_note_that_says_what_it_would_add(examine, requirem
         code, found = examine()
     plots = found["extras", "plots"]
     assert plots["status"] == "note"
-    assert "l2d plot" in plots["value"] and "l2d-framework[plots]" in plots["advice"]
+    assert "l2d plot" in plots["value"] and install("l2d-framework[plots]") in plots["advice"]
     assert code == 1  # for the extra that is installed, but too old
     assert found["extras", "reward"]["status"] == "problem"
 

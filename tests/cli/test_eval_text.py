@@ -1,6 +1,7 @@
 """`l2d eval-text`: files in, table, numbers, report and picture out; mistakes before weights."""
 
 import json
+import re
 import sys
 
 import pytest
@@ -8,7 +9,7 @@ import transformers
 from typer.testing import CliRunner
 
 from l2d_framework.cli import app
-from l2d_framework.errors import ConfigError, DataError
+from l2d_framework.errors import ConfigError, DataError, install
 from l2d_framework.evaluation.statistics import Estimate
 from l2d_framework.evaluation.text import mauve_score
 from l2d_framework.evaluation.text.samples import Columns, Sample, read_samples
@@ -133,7 +134,7 @@ def test_mistakes_are_found_before_weights_are_loaded(columns, saved_tiny_lm, tm
 
 def test_a_missing_library_is_named_with_its_extra(columns, monkeypatch):
     monkeypatch.setattr(mauve_score.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"l2d-framework\[text-metrics\]"):
+    with pytest.raises(ConfigError, match=re.escape(install("l2d-framework[text-metrics]"))):
         run(columns, "--mauve")
 
 

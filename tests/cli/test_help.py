@@ -6,6 +6,7 @@ from pydantic import BaseModel
 from toy_components import Forward
 
 from l2d_framework.config import json_schema
+from l2d_framework.registry import registry
 
 
 class Depth(BaseModel):
@@ -49,6 +50,15 @@ def test_every_option_of_a_run_file_is_described():
     options = described(json_schema())
     assert len(options) > 200
     assert not [option for option, text in options.items() if not text or not text.endswith(".")]
+
+
+def test_every_method_is_explained(l2d):
+    lines = [" ".join(line.split()) for line in l2d("help", "method")[1].splitlines()]
+    methods = registry().methods()
+    assert methods
+    for name, fields in methods.items():
+        assert f"{name} {fields['description'].removesuffix('.')}" in lines
+    assert "default null" in lines and not [line for line in lines if "any" in line.split()]
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import yaml
 from tiny_runs import write_base
 
 from l2d_framework.config import load_run
+from l2d_framework.training.arguments import total_steps
 
 SUMS = [(f"{a}+{b}=", str(a + b)) for a in range(4) for b in range(3)]
 DATA = {
@@ -80,6 +81,29 @@ def test_lengths_decide_what_is_cut_and_joined_and_rows_what_is_held_out(l2d, an
     assert many.data.max_length == 64
     assert (long.data.eval_fraction, many.data.eval_fraction) == (0.0, 0.05)
     assert "Of the first 200 plain texts" in out
+
+
+@pytest.mark.parametrize(
+    ("data", "budget", "save", "log", "few"),
+    [
+        ("prompt_completion", "3 epochs", 1, 1, "makes 5 updates"),  # 12 rows, 8 at a time
+        ("prompt_completion", "40 epochs", 6, 3, None),
+        ("prompt_completion", "5 updates", 1, 1, None),
+        ("prompt_completion", "100000 updates", 100, 10, None),
+        ("many", "1 epoch", 100, 10, None),  # of which only the first rows are looked at
+    ],
+)
+def test_a_run_saves_in_every_tenth_of_it_logs_twenty_times_and_is_not_too_short_unsaid(
+    l2d, answers, tmp_path, data, budget, save, log, few
+):
+    code, _, err = l2d("init", "mine.yaml", *options(answers | {"--data": f"{data}.jsonl", "--budget": budget}))
+    assert code == 0, err
+    (run,) = load_run(tmp_path / "mine.yaml")
+    assert (run.training.save_steps, run.training.logging_steps) == (save, log)
+    assert ("updates" in err) == (few is not None)
+    if few:
+        assert few in err
+        assert few == f"makes {total_steps(run.training, DATA[data])} updates"
 
 
 def test_what_is_not_given_is_asked(l2d, answers, tmp_path, monkeypatch):

@@ -1,21 +1,26 @@
 """What commands say on standard error while they work."""
 
+import io
 import json
 import os
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
 from diffusion_models import random_tokens, shared_lm, tess_lm
+from rich.console import Console
 from tiny_runs import diffusion_run, write_base, write_sums
 from transformers import StoppingCriteriaList
 
 from l2d_framework.cli import meter, watching
 from l2d_framework.cli.meter import Meter
+from l2d_framework.cli.train import _reporting
 from l2d_framework.cli.watching import Watch
+from l2d_framework.writing import speed
 
 
 @pytest.fixture
@@ -142,6 +147,44 @@ def test_libraries_are_quiet_unless_they_are_asked(trained):
     assert trained[()][1].strip() == ""
     loud = trained["--verbose",][1]
     assert "Flattening the indices" in loud and "Loading weights" in loud
+
+
+def test_training_without_a_terminal_is_never_silent_before_its_first_update_has_ended(hasty, capsys):
+    log = io.StringIO()
+    state = SimpleNamespace(is_world_process_zero=True, global_step=4, max_steps=8)
+
+    def hears(text):
+        end = time.monotonic() + 20
+        while text not in capsys.readouterr().err:
+            assert time.monotonic() < end, f"silent, no {text!r}"
+            time.sleep(0.01)
+
+    with _reporting(Console(file=log)) as report:
+        hears("starting  ")
+        (lines,) = report(SimpleNamespace(output_dir="runs/out"))
+        hears("out  preparing  ")
+        lines.on_train_begin(None, state, None)
+        hears("out  4/8  in its first update  ")
+        state.global_step = 5
+        lines.on_step_end(None, state, None)
+        capsys.readouterr()
+        time.sleep(0.1)
+        assert capsys.readouterr().err == ""
+        for state.global_step in (6, 8):
+            lines.on_step_end(None, state, None)
+            lines.on_log(None, state, None, logs={"loss": 1.0})
+    first, second, last = log.getvalue().splitlines()
+    assert first.startswith("out  5/8  first update after ")
+    assert second == "out  6/8  loss 1.0000  0:00:00 left"
+    assert last == "out  8/8  loss 1.0000"
+
+
+@pytest.mark.parametrize(
+    ("tokens", "shown"),
+    [(0.0371, "0.037"), (0.5, "0.5"), (4.26, "4.3"), (9.99, "10"), (10.4, "10"), (1234.5, "1,234"), (0.0, "0")],
+)
+def test_a_speed_has_two_digits_however_slow(tokens, shown):
+    assert speed(tokens) == f"{shown} tokens/s"
 
 
 def test_training_without_a_terminal_reports_its_first_update(trained):

@@ -2,6 +2,8 @@ from pathlib import Path
 
 import pytest
 
+from l2d_framework.errors import install
+
 RUNS = Path(__file__).parents[1] / "models" / "data" / "format2"
 
 
@@ -36,4 +38,4 @@ def test_without_matplotlib_the_extra_is_named(l2d, tmp_path, monkeypatch):
     monkeypatch.setattr("l2d_framework.evaluation.plots.can_plot", lambda: False)
     code, _, err = l2d("plot", RUNS / "l2d_whole", "--out", tmp_path / "a.png")
     assert code == 2
-    assert "l2d-framework[plots]" in err
+    assert install("l2d-framework[plots]") in err

@@ -323,6 +323,29 @@ def test_a_finished_demo_is_not_trained_again(finished):
     assert train_runs(runs, callbacks=lambda run: pytest.fail("nobody need hear of it")) == before
 
 
+def test_a_demo_says_what_its_numbers_belong_to_and_what_is_trained_beside(finished, monkeypatch):
+    titles = []
+
+    def train(self, runs, callbacks, *, beside):
+        base, _, l2d = runs
+        assert beside
+        for run in (base, l2d):
+            (reporter,) = callbacks(run)
+            reporter.close()
+            titles.append(reporter._title.strip())
+
+    monkeypatch.setattr(Demo, "train", train)
+    monkeypatch.setattr("l2d_framework.demo.run.FULL", QUICK)
+    monkeypatch.setattr("l2d_framework.cli.demo.os.cpu_count", lambda: 2)
+    found = call("--out", finished.folder)
+    assert found.exit_code == 0, found.output
+    assert titles == ["1/4 base model", "2/4 L2D"]
+    said = " ".join(found.output.split())
+    assert "LoRA (3/4) is trained beside L2D (2/4)" in said
+    assert ", LoRA beside L2D; this session" in said
+    assert "beside" not in finished.output
+
+
 def test_lora_is_trained_by_a_process_beside_that_ends_with_this_one(finished, monkeypatch):
     demo, commands, seen = Demo(finished.folder, QUICK, 0), [], []
 

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, decoders, models
 from tracing_scenes import block, record
 from transformers import PreTrainedTokenizerFast
 
-from l2d_framework.errors import ConfigError
+from l2d_framework.errors import ConfigError, install
 from l2d_framework.tracing import Trace, check_trace_file, write_page, write_trace
 from l2d_framework.tracing.page import token_texts
 
@@ -132,7 +132,7 @@ def test_a_picture_is_drawn_for_short_and_long_sequences_and_any_token(tmp_path)
 
 def test_a_picture_needs_matplotlib_and_a_page_does_not(tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"pip install 'l2d-framework\[plots\]'"):
+    with pytest.raises(ConfigError, match=re.escape(install("l2d-framework[plots]"))):
         check_trace_file(tmp_path / "trace.png")
     check_trace_file(tmp_path / "trace.html")
 

@@ -587,6 +587,54 @@ def test_only_a_second_ctrl_c_ends_at_once(folder: Path) -> None:
         train(run, Signal(2, signal.SIGINT, signal.SIGTERM, signal.SIGTERM))
 
 
+# One call of C, as a backward pass is, in which the signals come; Python runs no handler before it has ended.
+LONG_CALL = """
+import ctypes, os, time
+from l2d_framework.training import interruption
+
+libc = ctypes.CDLL(None)
+libc.popen.restype, libc.pclose.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+interruption.GRACE = interruption.PATIENCE = 0.1
+with interruption.Interruption() as heard:
+    if {is_updating}:
+        heard.begins()
+    child = os.fork()
+    if child == 0:  # a worker that loads data hears Ctrl-C, too
+        os.kill(os.getpid(), {signum})
+        os._exit(0)
+    os.waitpid(child, 0)
+    time.sleep(0.3)
+    assert os.path.getsize("errors") == 0
+    libc.pclose(libc.popen({shell!r}.encode(), b"r"))
+    print("heard", heard.signum, flush=True)
+"""
+SAID = (
+    "for i in $(seq 400); do grep -q saving errors && break; sleep 0.05; done; grep -q saving errors || kill -9 $PPID"
+)
+
+
+@pytest.mark.parametrize(
+    ("signum", "is_updating", "shell", "code", "said"),
+    [
+        (signal.SIGTERM, False, f"kill -15 $PPID; {SAID}", 0, "SIGTERM: saving when this update has ended."),
+        (signal.SIGTERM, True, "kill -15 $PPID; sleep 20", 143, "has not ended within 0 s"),
+        (signal.SIGINT, False, f"kill -2 $PPID; {SAID}; kill -2 $PPID; sleep 20", 130, "ended at once"),
+    ],
+)
+def test_a_signal_is_answered_at_once_while_one_call_takes_long(
+    tmp_path: Path, signum: int, is_updating: bool, shell: str, code: int, said: str
+) -> None:
+    program = LONG_CALL.format(signum=int(signum), is_updating=is_updating, shell=f"sleep 0.3; {shell}")
+    with (tmp_path / "errors").open("w") as errors:
+        done = subprocess.run(
+            [sys.executable, "-c", program], cwd=tmp_path, stdout=subprocess.PIPE, stderr=errors, timeout=50
+        )
+    told = (tmp_path / "errors").read_text()
+    assert done.returncode == code, told
+    assert said in told and told.count("saving") == 1
+    assert done.stdout == (b"heard 15\n" if code == 0 else b"")
+
+
 def test_signals_that_somebody_else_listens_to_and_threads_are_left_alone(folder: Path) -> None:
     heard: list[int] = []
     before = signal.signal(signal.SIGUSR1, lambda signum, frame: heard.append(signum))

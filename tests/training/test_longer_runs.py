@@ -101,7 +101,7 @@ def test_the_learning_rate_is_that_of_the_new_number_of_updates_from_where_it_go
     train(short)
     assert not caplog.records
     train(longer)
-    (record,) = caplog.records
+    record, _ = caplog.records
     assert "has made 3 updates and goes on to 6" in record.getMessage()
     assert "other rates than those of a run of 6" in record.getMessage()
     expected = [
@@ -247,6 +247,22 @@ def test_a_run_of_which_nothing_was_saved_says_that_it_begins_from_its_start(
     assert [record.getMessage() for record in caplog.records] == [
         f"{str(folder / 'unsaved')!r} was begun before and has no checkpoint: it begins from its start."
     ]
+
+
+def test_a_run_that_goes_on_says_so_before_weights_are_loaded(
+    folder: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        train(fields(folder, "goes_on", max_steps=6), tiny_runs.Stop(5))
+    assert not caplog.records
+
+    def loads(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("l2d_framework.training.run._learner", loads)
+    with pytest.raises(KeyboardInterrupt):
+        train(fields(folder, "goes_on", max_steps=6))
+    assert caplog.messages == [f"Going on from {str(folder / 'goes_on' / 'checkpoint-4')!r} (4 of 6 updates)."]
 
 
 def test_updates_of_a_damaged_checkpoint_do_not_count_as_made(folder: Path, caplog: pytest.LogCaptureFixture) -> None:

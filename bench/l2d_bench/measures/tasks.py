@@ -13,7 +13,7 @@ from pydantic import Field
 from l2d_bench import folder as bench_folder
 from l2d_bench.files import code_of
 from l2d_bench.measures.base import Measure, Outcome, Subject, Value
-from l2d_framework.errors import PluginError
+from l2d_framework.errors import PluginError, install
 
 
 class TaskMeasure(Measure):
@@ -51,7 +51,7 @@ class TaskMeasure(Measure):
             PluginError: if lm_eval is not installed.
         """
         if importlib.util.find_spec("lm_eval") is None:
-            raise PluginError("Benchmarks need lm_eval. Run: pip install 'l2d-framework[eval]'")
+            raise PluginError(f"Benchmarks need lm_eval. Run: {install('l2d-framework[eval]')}")
         from l2d_framework.evaluation.code.sandbox import CONSENT
         from l2d_framework.evaluation.harness.run import check_task
 

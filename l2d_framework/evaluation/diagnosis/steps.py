@@ -54,7 +54,7 @@ def possible(
         return settings
     for fields in options:
         solver = source.origin.settings(source.parts.parametrization, fields, tokenizer=source.tokenizer).solver
-        made: Sequence[int | None] = [count for count in wanted if count and _can_make(solver, count)]
+        made: Sequence[int | None] = [count for count in wanted if count and not _obstacle(solver, count)]
         if solver.is_adaptive:
             made = [None]
         elif not made and wanted[-1]:
@@ -63,12 +63,24 @@ def possible(
     return settings
 
 
-def _can_make(solver: Solver, count: int) -> bool:
+def left_out(source: UnloadedModel, options: Sequence[Mapping[str, Any]], counts: Sequence[int]) -> list[str]:
+    """Why a model or a solver among `options` is not measured with some of `counts`."""
+    if source.is_plain:
+        return []
+    reasons = [] if 0 not in counts or source.empty.identity_at_zero else ["0, as the language model is not in it."]
+    for fields in options:
+        solver = source.origin.settings(source.parts.parametrization, fields, tokenizer=source.tokenizer).solver
+        if not solver.is_adaptive:
+            reasons += [reason for count in sorted(set(counts)) if count and (reason := _obstacle(solver, count))]
+    return reasons
+
+
+def _obstacle(solver: Solver, count: int) -> str | None:
     try:
         solver.grid_size(count)
-    except ConfigError:
-        return False
-    return True
+    except ConfigError as error:
+        return str(error)
+    return None
 
 
 @torch.no_grad()
@@ -151,13 +163,14 @@ def _solve(sampler: Sampler, batch: Batch, block: Block) -> Sums:
 
 
 def table(result: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    """A row for each setting; what is more is what it adds to the row above."""
-    rows: list[tuple[str, ...]] = [("solver", "evaluations", "accuracy, %", "more", "nats per token", "more")]
+    """A row for each setting; a change is that from the row above."""
+    # A setting is one cell, since the first column stands in every part where a terminal is narrow.
+    rows: list[tuple[str, ...]] = [("evaluations", "accuracy, %", "change, %", "nats/token", "change, nats")]
     for entry in result["settings"]:
         more = entry.get("over_fewer", {})
-        solver, evaluations = entry["solver"] or "none", f"{entry['evaluations']['value']:.4g}"
+        setting = f"{entry['evaluations']['value']:.4g} {entry['solver'] or ''}".rstrip()
         accuracy = _shown(entry["accuracy"], 100), _shown(more.get("accuracy"), 100)
-        rows.append((solver, evaluations, *accuracy, _shown(entry["nll"]), _shown(more.get("nll"))))
+        rows.append((setting, *accuracy, _shown(entry["nll"]), _shown(more.get("nll"))))
     return rows
 
 
@@ -208,7 +221,8 @@ def _estimate(numbers: Mapping[str, Any], scale: float = 1) -> Estimate:
 
 
 def _shown(numbers: Mapping[str, Any] | None, scale: float = 1) -> str:
-    return "" if numbers is None else str(_estimate(numbers, scale))
+    # In one word, which fits a usual terminal and is never wrapped.
+    return "" if numbers is None else str(_estimate(numbers, scale)).replace(" ± ", "±")
 
 
 def _by_solver(result: Mapping[str, Any]) -> dict[str | None, list[dict[str, Any]]]:

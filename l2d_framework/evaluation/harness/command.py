@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from l2d_framework.errors import ConfigError, PluginError
+from l2d_framework.errors import ConfigError, PluginError, install
 from l2d_framework.evaluation.harness.errors import explain
 from l2d_framework.evaluation.harness.start_up import steps
 from l2d_framework.registry import extensions
@@ -22,7 +22,7 @@ ALLOW_NETWORK = "--allow-network-in-sandbox"
 def run(arguments: Sequence[str]) -> None:
     """Run lm_eval; its model is `l2d` unless the arguments name another."""
     if importlib.util.find_spec("lm_eval") is None:
-        raise PluginError("Evaluation needs lm_eval. Run: pip install 'l2d-framework[eval]'")
+        raise PluginError(f"Evaluation needs lm_eval. Run: {install('l2d-framework[eval]')}")
     asked = [argument for argument in arguments if argument != ALLOW_NETWORK]
     if len(asked) < len(arguments):
         os.environ["L2D_ALLOW_NETWORK_IN_SANDBOX"] = "1"

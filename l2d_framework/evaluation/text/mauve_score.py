@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from l2d_framework.errors import ConfigError, DataError
+from l2d_framework.errors import ConfigError, DataError, install
 from l2d_framework.evaluation.statistics import Estimate
 from l2d_framework.evaluation.text.judge import Pretrained, Track, batches, pad_right
 from l2d_framework.evaluation.text.samples import Sample
@@ -24,7 +24,7 @@ def check_installed() -> None:
     """Refuse when the library is missing."""
     if importlib.util.find_spec("mauve") is None:
         raise ConfigError(
-            "MAUVE needs the library mauve-text, which is not installed. Run: pip install 'l2d-framework[text-metrics]'"
+            f"MAUVE needs the library mauve-text, which is not installed. Run: {install('l2d-framework[text-metrics]')}"
         )
 
 

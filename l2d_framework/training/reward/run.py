@@ -19,7 +19,7 @@ from transformers.utils import logging
 
 from l2d_framework.base_model import empty_language_model, fingerprint, load_config, load_language_model, locate
 from l2d_framework.config import RewardRun, Run, check_runs
-from l2d_framework.errors import ConfigError
+from l2d_framework.errors import ConfigError, install
 from l2d_framework.models.checkpoint import save_language_model
 from l2d_framework.opening import open_model
 from l2d_framework.training import output_dir
@@ -103,7 +103,7 @@ def check_ready(runs: Sequence[Run], *, overwrite: bool = False) -> list[RewardR
         ready.append(run)
     if importlib.util.find_spec("trl") is None:
         raise ConfigError(
-            'Reward models are trained with TRL, which is missing. Run: pip install "l2d-framework[reward]"'
+            f"Reward models are trained with TRL, which is missing. Run: {install('l2d-framework[reward]')}"
         )
     check_runs(ready)
     for run in ready:

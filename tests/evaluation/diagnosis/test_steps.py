@@ -1,16 +1,20 @@
 """`l2d eval-steps`: held-out tokens after each number of evaluations, held against other ways to find the same."""
 
+import io
 import json
+import sys
 
 import pytest
 import torch
 from diffusion_models import random_tokens, shared_lm, shared_tess
+from rich.console import Console
 from typer.testing import CliRunner
 
-from l2d_framework.cli import app
+from l2d_framework.cli import app, main
 from l2d_framework.errors import ConfigError, L2DError
 from l2d_framework.evaluation.diagnosis.diagnose import Settings, diagnose, time_grid
 from l2d_framework.evaluation.diagnosis.steps import eval_steps, sentences, table
+from l2d_framework.evaluation.tables import terminal
 from l2d_framework.models import checkpoint
 
 ROWS = [
@@ -156,12 +160,33 @@ def test_rows_that_are_cut_to_nothing_are_left_out_and_told(folders, tmp_path, c
     assert "left out 2 of 3 examples" in caplog.text
 
 
-def test_numbers_that_no_solver_can_make_are_named(folders):
-    steps = ("--num-inference-steps", "1,2,3", "--solver", "midpoint", "--limit", 2)
-    assert (
-        "Left out, since no solver or model here can make them: 2."
-        in run(folders / "l2d", "--data", folders / "sums.jsonl", *steps).stderr
-    )
+def test_numbers_that_a_solver_cannot_make_are_named_with_the_reason_where_they_were_asked_for(folders):
+    data = ("--data", folders / "sums.jsonl", "--limit", 2, "--solver", "midpoint")
+    said = run(folders / "l2d", *data, "--num-inference-steps", "1,2,3").stderr
+    assert "Left out: Solver 'midpoint' makes 2 evaluations a step and one read-out, so it cannot use" in said
+    assert said.count("Left out") == 1
+    assert "Left out" not in run(folders / "l2d", *data).stderr
+
+
+def test_a_missing_file_is_all_that_is_said(folders, monkeypatch, capsys):
+    steps = ("--num-inference-steps", "1,2,3", "--solver", "midpoint")
+    with pytest.raises(L2DError, match="nosuch"):
+        run(folders / "l2d", "--data", "nosuch.jsonl", *steps)
+    monkeypatch.setattr(sys, "argv", ["l2d", "eval-steps", str(folders / "l2d"), "--data", "nosuch.jsonl", *steps])
+    with pytest.raises(SystemExit):
+        main()
+    assert capsys.readouterr().err.startswith("Error: ")
+
+
+def test_the_table_of_the_usual_settings_fits_a_usual_terminal():
+    value = {"value": 0.56123, "standard_error": 0.0042, "samples": 500}
+    change = {"value": -0.01234, "standard_error": 0.0012, "samples": 500}
+    entry = {"solver": "midpoint", "evaluations": {"value": 31}, "accuracy": value, "nll": value | {"value": 3.2123}}
+    entry["over_fewer"] = {"accuracy": change, "nll": change}
+    screen = io.StringIO()
+    Console(file=screen, width=80).print(terminal(table({"settings": [entry]}), "12,345 held-out tokens"))
+    assert screen.getvalue().count("31 midpoint") == 1
+    assert "56.12±0.42" in screen.getvalue() and "-0.0123±0.0012" in screen.getvalue()
 
 
 @pytest.mark.parametrize(

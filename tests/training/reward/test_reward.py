@@ -1,5 +1,6 @@
 import json
 import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from tiny_models import tiny_lm, tiny_tokenizer
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from l2d_framework.config import RewardRun, SimplexNoise, load_run, parse_run, resolved_json
-from l2d_framework.errors import ConfigError, DataError, UnsupportedModelError
+from l2d_framework.errors import ConfigError, DataError, UnsupportedModelError, install
 from l2d_framework.registry import registry
 from l2d_framework.training import output_dir
 from l2d_framework.training.reward import run as reward_module
@@ -456,7 +457,7 @@ def test_a_base_that_is_no_text_model_is_refused(folder, tmp_path):
 
 def test_without_trl_its_extra_is_named(folder, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r'pip install "l2d-framework\[reward\]"'):
+    with pytest.raises(ConfigError, match=re.escape(install("l2d-framework[reward]"))):
         train_reward(parse(folder))
 
 
