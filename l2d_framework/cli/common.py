@@ -158,9 +158,9 @@ def naming_options(*names: str, **others: str) -> Iterator[None]:
         yield
     except ConfigError as error:
         spelled = {name: name.replace("_", "-") for name in names} | others
-        # Without an underscore they are words, too; behind a dot they are fields of a section.
-        known = "|".join(name if "_" in name else rf"{name}(?= should|=)" for name in spelled)
-        text = re.sub(rf"(?<![\w.-])({known})\b(=True)?", lambda found: f"--{spelled[found[1]]}", str(error))
+        # Without an underscore they are words, too; behind a dot and in lists they are fields of a section.
+        known = "|".join(rf"{name}(?=[ =.]|, got)" if "_" in name else rf"{name}(?= should|=)" for name in spelled)
+        text = re.sub(rf"(?<![\w.-])({known})(=True)?", lambda found: f"--{spelled[found[1]]}", str(error))
         raise type(error)(text) from error
 
 
