@@ -70,6 +70,8 @@ def fetch(path: str, revision: str | None = None, *, gguf_file: str | None = Non
         raise ConfigError(
             f"{path!r} is a file. Set model.base to its folder and model.gguf_file to {Path(path).name!r}."
         )
+    if Path(path).is_file():
+        raise ConfigError(f"{path!r} is a file. Give a folder with a model; that of a run file is its output_dir.")
     if Path(path).is_absolute() or path.startswith((".", "~")) or path.count("/") > 1:
         raise MissingModelError(
             f"There is no folder {path!r}. Give the path of a model folder, or a hub id such as org/name."

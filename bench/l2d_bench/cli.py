@@ -39,7 +39,7 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None)
 @app.command(name="bench", help=_HELP)
 def bench(
     tables: Annotated[
-        list[str] | None, typer.Argument(help="Ids of tables, YAML files, or `all`.", metavar="TABLE...")
+        list[str] | None, typer.Argument(help="Ids of tables, YAML files, or `all`.", metavar="TABLE")
     ] = None,
     profile: Annotated[
         str, typer.Option(help="A name that --list shows, such as tiny, or a YAML file or folder of one.")

@@ -6,6 +6,7 @@ Commands are named in one table and imported when they run, so that `l2d --help`
 from __future__ import annotations
 
 import importlib
+import inspect
 import logging
 import os
 import signal
@@ -14,7 +15,8 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Annotated, Any, NamedTuple
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 import typer
 from typer.core import TyperCommand, TyperGroup
@@ -86,7 +88,7 @@ class _LazyGroup(TyperGroup):
             self.add_command(TyperCommand(name=name, help=entry.help))
         for name, app in extensions().commands().items():
             if name not in COMMANDS:
-                self.add_command(typer.main.get_command(app), name)
+                self.add_command(_worded(typer.main.get_command(app)), name)
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -114,10 +116,36 @@ def _load(name: str) -> Any:
     entry = COMMANDS[name]
     command = getattr(importlib.import_module(f"{__name__}.{entry.module}"), entry.attribute)
     if isinstance(command, typer.Typer):
-        return typer.main.get_command(command)
+        return _worded(typer.main.get_command(command))
     single = typer.Typer(add_completion=False, rich_markup_mode=None)
     single.command(name=name)(command)
-    return typer.main.get_command(single)
+    return _worded(typer.main.get_command(single))
+
+
+_WORDS = {int: "INTEGER", float: "FLOAT", str: "TEXT", Path: "PATH"}
+"""What help calls the values of an option, where typer shows types such as `list[str]` and `int range`."""
+
+
+def _worded(command: Any) -> Any:
+    """A command whose help says in words what options take, and shows arguments in capitals, unless they say how."""
+    for inner in getattr(command, "commands", {}).values():
+        _worded(inner)
+    types = {} if command.callback is None else get_type_hints(inspect.unwrap(command.callback))
+    for parameter in command.params:
+        if parameter.param_type_name == "argument":
+            parameter.metavar = parameter.metavar or parameter.name.upper()
+            parameter.display_type_rich = lambda ctx: None  # its name says enough
+        elif parameter.metavar is None:
+            words = (_WORDS.get(kind) for kind in _kinds(types.get(parameter.name)))
+            parameter.metavar = next(filter(None, words), None)
+    return command
+
+
+def _kinds(hint: Any) -> Iterator[Any]:
+    """A type, or those of which it is made."""
+    yield hint
+    for part in get_args(hint) if get_origin(hint) is not Literal else ():
+        yield from _kinds(part)
 
 
 def _main_name(option: str) -> str:

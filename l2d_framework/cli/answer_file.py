@@ -7,21 +7,23 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Self
 
 import typer
 
 from l2d_framework.cli.common import check_file
+from l2d_framework.config.differences import differences, told
 from l2d_framework.config.files import parse_json
 from l2d_framework.errors import ConfigError, L2DError, OutputError
 from l2d_framework.writing import write_whole
 
 Row = dict[str, Any]
-_NUMBER, _REQUEST = "number", "request"
-"""Fields that the rows of a part have beside those of the file: which row it is, and a hash of all that was asked."""
+_NUMBER, _REQUEST, _IDENTITY = "number", "request", "identity"
+"""Fields that the rows of a part have beside those of the file: which row it is, and a hash of all that was asked. The
+first line says that in full."""
 
 
 class AnswerFile:
@@ -44,8 +46,9 @@ class AnswerFile:
         self._process, self._processes = place
         self.has_all = True
         """Whether this process knows every row in the end, and has written the file if there is one."""
-        described = json.dumps([identity, asked], sort_keys=True, ensure_ascii=False, default=str)
-        self._request = hashlib.sha256(described.encode(errors="backslashreplace")).hexdigest()[:16]
+        prompts = {"number": len(asked), "sha256": _hash(asked)}
+        self._identity: Row = json.loads(json.dumps({**(identity or {}), "prompts": prompts}, default=str))
+        self._request = _hash(self._identity)
         # With which every row of the part begins, so that half a row is known as well.
         self._mark = json.dumps({_REQUEST: self._request}).removesuffix("}").encode()
         self._known: dict[int, Row] = {}
@@ -85,15 +88,17 @@ class AnswerFile:
         try:
             rows = [parse_json(line, str(part)) for line in whole.decode("utf-8").split("\n")[:-1]]
             is_ours = all(row.pop(_REQUEST) == self._request for row in rows)
-            known = {row.pop(_NUMBER): row for row in rows}
+            heads = [row[_IDENTITY] for row in rows if _IDENTITY in row]
+            found = differences(heads[0], self._identity) if heads else {}
+            known = {row.pop(_NUMBER): row for row in rows if _IDENTITY not in row}
         except (ValueError, AttributeError, LookupError, TypeError):
-            is_ours = False
+            is_ours, found = False, {}
         rest = content[len(whole) :]
         if not (is_ours and (rest.startswith(self._mark) or self._mark.startswith(rest))):
+            how = told(found) or "other prompts, another model, other options or another version"
             raise ConfigError(
-                f"{str(part)!r} holds answers of another generation: other prompts, another model, other options or "
-                "another version. Give the command that began it again to go on with it, move it elsewhere, or name "
-                "another --out."
+                f"{str(part)!r} holds answers of another generation: {how}. Give the command that began it again to go "
+                "on with it, move it elsewhere, or name another --out."
             )
         self._known |= known
         if is_own and whole != content:  # a row that was being written
@@ -105,9 +110,14 @@ class AnswerFile:
         return [number for number in self._share if number not in self._known]
 
     @property
-    def rows(self) -> list[Row]:
-        """What is known, in the order of what was asked."""
-        return [self._known[number] for number in sorted(self._known)]
+    def known(self) -> dict[int, Row]:
+        """What is known, by its number, in the order of what was asked."""
+        return dict(sorted(self._known.items()))
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether there is a file."""
+        return self._output is not None
 
     def write(self, number: int, answers: Sequence[Row]) -> None:
         """Add a row, or write it anew."""
@@ -115,6 +125,8 @@ class AnswerFile:
         if self._output is None:
             return
         try:
+            if not self._file.tell():
+                self._file.write(json.dumps({_REQUEST: self._request, _IDENTITY: self._identity}) + "\n")
             self._file.write(_line({_REQUEST: self._request, **row, _NUMBER: number}))
             self._file.flush()
         except OSError as error:
@@ -158,7 +170,7 @@ class AnswerFile:
     def _publish(self, output: Path) -> None:
         """Write all rows under their name, unless somebody else has taken it meanwhile."""
         whole = output.with_name(f".{output.name}.{os.getpid()}.whole")
-        write_whole(whole, "".join(map(_line, self.rows)))
+        write_whole(whole, "".join(map(_line, self.known.values())))
         try:
             _rename(whole, output)
         except FileExistsError as error:
@@ -235,16 +247,36 @@ def _answers(output: Path, asked: Sequence[Row]) -> bool:
         return False
 
 
-def show_answers(names: Iterable[str], rows: Sequence[Row]) -> None:
-    """Print answers, each below a line that says whose it is; a single one stands alone."""
-    is_single = sum(len(row["answers"]) for row in rows) == 1
-    for number, (name, row) in enumerate(zip(names, rows, strict=True)):
+def show_answers(names: Sequence[str], file: AnswerFile) -> None:
+    """Print what is known, each answer below a line that says whose it is; where one was asked for, it stands alone."""
+    is_single = len(names) == 1 and sum(len(row["answers"]) for row in file.known.values()) == 1
+    is_first = True
+    for number, row in file.known.items():
         answers = row["answers"]
         for sample, answer in enumerate(answers):
             if not is_single:
                 which = f", answer {sample + 1} of {len(answers)}" if len(answers) > 1 else ""
-                typer.echo(f"{'' if number + sample == 0 else chr(10)}==> {name}{which} <==")
+                typer.echo(f"{'' if is_first else chr(10)}==> {names[number]}{which} <==")
+            is_first = False
             typer.echo(answer["text"])
+
+
+@contextmanager
+def shown_if_interrupted(file: AnswerFile, names: Sequence[str]) -> Iterator[None]:
+    """Print the answers that are known where they would be lost, if no more are waited for."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if not file.is_kept:
+            show_answers(names, file)
+            if len(names) > 1:
+                typer.echo(f"{len(file.known)} of {len(names)} are answered. --out FILE would keep them.", err=True)
+        raise
+
+
+def _hash(value: Any) -> str:
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False, default=str)
+    return hashlib.sha256(text.encode(errors="backslashreplace")).hexdigest()[:16]
 
 
 def _line(row: Row) -> str:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,7 +23,7 @@ RunFile = Annotated[Path, typer.Argument(metavar="RUN.yaml", help="Run file, YAM
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(
-        metavar="[KEY=VALUE]...", help="Replaced values, such as training.max_steps=100.", autocompletion=run_keys
+        metavar="KEY=VALUE", help="Replaced values, such as training.max_steps=100.", autocompletion=run_keys
     ),
 ]
 Base = Annotated[str | None, typer.Option(help="Where the base model lies now, if it has moved.")]
@@ -147,6 +149,19 @@ def sampling(settings: list[str] | None, solver: str | None, **given: Any) -> di
     chosen = override({name: value for name, value in named.items() if value is not None}, settings or [])
     check_request(chosen)
     return chosen
+
+
+@contextmanager
+def naming_options(*names: str, **others: str) -> Iterator[None]:
+    """Call arguments of Python in errors what the options are called that they are from; `others` are called so."""
+    try:
+        yield
+    except ConfigError as error:
+        spelled = {name: name.replace("_", "-") for name in names} | others
+        # Without an underscore they are words, too; behind a dot and in lists they are fields of a section.
+        known = "|".join(rf"{name}(?=[ =.]|, got)" if "_" in name else rf"{name}(?= should|=)" for name in spelled)
+        text = re.sub(rf"(?<![\w.-])({known})(=True)?", lambda found: f"--{spelled[found[1]]}", str(error))
+        raise type(error)(text) from error
 
 
 def component(kind: str, text: str) -> dict[str, Any]:

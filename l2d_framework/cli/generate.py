@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
-from l2d_framework.cli import common
-from l2d_framework.cli.completion import names, values
+from l2d_framework.cli import common, completion
 from l2d_framework.errors import ConfigError
 
 
@@ -22,18 +22,31 @@ def generate(
     chat: Annotated[bool, typer.Option(help="Use the chat template; without prompts, talk on the terminal.")] = False,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 256,
     num_inference_steps: Annotated[
-        int | None, typer.Option(min=0, help="Network evaluations per token; 0 is the plain language model.")
+        int | None,
+        typer.Option(
+            min=0,
+            help="Network evaluations per token, the model's own number if left out; 0 is the plain language model.",
+        ),
     ] = None,
-    solver: Annotated[str | None, typer.Option(help="Name of the solver.", autocompletion=names("solver"))] = None,
+    solver: Annotated[
+        str | None,
+        typer.Option(
+            help="Name of the solver, of those in `l2d plugins`; the model's own if left out.",
+            autocompletion=completion.names("solver"),
+        ),
+    ] = None,
     guidance: Annotated[
         list[str] | None,
-        typer.Option(help="Name of a guidance; the first is innermost.", autocompletion=names("guidance")),
+        typer.Option(
+            help="Name of a guidance, of those in `l2d plugins`; the first is innermost. The model's own if left out.",
+            autocompletion=completion.names("guidance"),
+        ),
     ] = None,
     guidance_scale: Annotated[float | None, typer.Option(help="Scale of the guidance.")] = None,
     class_name: Annotated[str | None, typer.Option("--class", help="Class label of the prompts.")] = None,
     preset: Annotated[
         str | None,
-        typer.Option(help="Named sampling settings, such as l2d-adaptive.", autocompletion=names("preset")),
+        typer.Option(help="Named sampling settings, such as l2d-adaptive.", autocompletion=completion.names("preset")),
     ] = None,
     set_: common.Settings = None,
     do_sample: Annotated[bool | None, typer.Option(help="Draw the token instead of taking the most likely.")] = None,
@@ -42,16 +55,24 @@ def generate(
     top_k: Annotated[int | None, typer.Option(min=0, help="Of the draw; 0 for all tokens.")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="String that ends an answer and is left out of it.")] = None,
     num_return_sequences: Annotated[int, typer.Option(min=1, help="Answers per prompt.")] = 1,
-    seed: Annotated[int | None, typer.Option(min=0, help="Of all random numbers.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Of all random numbers; the model's own if left out.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts at a time; does not change the answers.")] = 8,
     stream: Annotated[
-        bool, typer.Option(help="Print tokens as they come, or drafts of a whole answer or gap; one prompt only.")
-    ] = False,
+        bool | None,
+        typer.Option(
+            help="Print tokens as they come, or drafts of a whole answer or gap; one prompt only. Where neither is "
+            "given, tokens of a single answer come so on a terminal."
+        ),
+    ] = None,
     trace: Annotated[
         Path | None, typer.Option(help="Write how the answer took shape to this .html page or .png; one prompt only.")
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="Also write the answers to this JSONL file; called again, it goes on with it.")
+        Path | None,
+        typer.Option(
+            help="Also write the answers to this JSONL file. Until all are there, they are in FILE.part, with which "
+            "the same command goes on."
+        ),
     ] = None,
     base: common.Base = None,
     dtype: common.Dtype = None,
@@ -68,7 +89,7 @@ def generate(
         str,
         typer.Option(
             help="Tokens that are guessed ahead, to be denoised at once; or auto, or off.",
-            autocompletion=values("auto", "off"),
+            autocompletion=completion.values("auto", "off"),
         ),
     ] = "off",
     drafter: Annotated[
@@ -76,7 +97,7 @@ def generate(
         typer.Option(
             help="Who guesses: the language model, or by name such as prompt_lookup, or with its options such as "
             "'{name: assistant, model: FOLDER}'.",
-            autocompletion=names("drafter"),
+            autocompletion=completion.names("drafter"),
         ),
     ] = None,
     graph: Annotated[bool, typer.Option(help="Let an NVIDIA GPU replay the steps of a token from a graph.")] = True,
@@ -126,7 +147,7 @@ def generate(
 
     check_class_early(model, class_name)
 
-    from l2d_framework.cli.answer_file import check_answer_file, show_answers
+    from l2d_framework.cli.answer_file import check_answer_file, show_answers, shown_if_interrupted
     from l2d_framework.cli.generate_session import Session, read_prompts
 
     named = read_prompts(prompt or [], file, chat=chat)
@@ -168,19 +189,24 @@ def generate(
     if infill:
         session.check_infilling(infill)
     # Without prompts there will be a conversation: find out now whether this tokenizer can hold one.
+    if chat:
+        session.warn_of_chats()
     encoded = session.encode(prompts or [[{"role": "user", "content": "?"}]], list(named) or None) if not infill else []
     if not asked:
         session.load()
         session.talk()
         return
-    with session.file(out, asked) as answers:
+    names = list(named) or [f"Text {number}" for number in range(len(asked))]
+    with session.file(out, asked) as answers, shown_if_interrupted(answers, names):
+        if stream is None and answers.missing and len(asked) == num_return_sequences == processes == 1:
+            stream = sys.stdout.isatty() and not infill and not session.is_whole
         if answers.missing or stream or trace is not None:
             session.load()
             if infill:
-                session.infill(infill, answers, stream=stream, trace=trace)
+                session.infill(infill, answers, stream=bool(stream), trace=trace)
             elif stream or trace is not None:
-                answers.write(0, [session.answer_one(prompts[0], stream=stream, trace=trace)])
+                answers.write(0, [session.answer_one(prompts[0], stream=bool(stream), trace=trace)])
             else:
                 session.answer_all(prompts, encoded, answers, batch_size=batch_size)
     if answers.has_all and (not stream or infill):
-        show_answers(list(named) or [f"Text {number}" for number in range(len(asked))], answers.rows)
+        show_answers(names, answers)

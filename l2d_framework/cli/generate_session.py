@@ -12,12 +12,13 @@ from fsspec.utils import infer_compression
 from transformers import GenerationConfig, StoppingCriteriaList
 
 from l2d_framework.cli.answer_file import AnswerFile
-from l2d_framework.cli.common import check_device, check_dtype, place, quieten
+from l2d_framework.cli.common import check_device, check_dtype, naming_options, place, quieten
 from l2d_framework.cli.meter import Meter
 from l2d_framework.cli.watching import Drafts, Printer, Watch, cut
+from l2d_framework.config.files import parse_json, read_text
 from l2d_framework.diffusion.ode import Evaluation, Observer
 from l2d_framework.diffusion.rng import request_keys
-from l2d_framework.errors import ConfigError, DataError
+from l2d_framework.errors import ConfigError, DataError, L2DError
 from l2d_framework.generation.arguments import decoding_options
 from l2d_framework.generation.chat_template import check_conversation
 from l2d_framework.generation.infill import check_infilling, read_gaps
@@ -25,10 +26,15 @@ from l2d_framework.generation.prompts import Prompt, check_length, encode_prompt
 from l2d_framework.lines import read_lines, read_objects
 from l2d_framework.models.diffusion_lm import DiffusionLM
 from l2d_framework.models.placement import Placement
-from l2d_framework.models.unloaded import CLASS, SCALE, UnloadedModel
+from l2d_framework.models.unloaded import CLASS, SCALE, UnloadedModel, asks_to_guide
 
 if TYPE_CHECKING:
     from l2d_framework.tracing import Recorder
+
+_OPTIONS = (
+    *("num_inference_steps", "guidance_scale", "seed", "max_new_tokens", "do_sample", "temperature", "top_p", "top_k"),
+    *("merge", "graph", "compile", "speculate", "drafter"),
+)
 
 
 class Answer(NamedTuple):
@@ -93,17 +99,22 @@ class Session:
                 f"--temperature must be above 0, got {options['temperature']}. Leave --do-sample out for the likeliest "
                 "tokens."
             )
-        decoding_options(options | ({"stop_strings": list(stop)} if stop else {}))
+        with naming_options(*_OPTIONS, stop_strings="stop"):
+            decoding_options(options | ({"stop_strings": list(stop)} if stop else {}))
         self.options, self.class_name, self.stop, self.samples = options, class_name, list(stop), samples
         placement = Placement.of(**placing)
         # A map may name the device.
         self.device = None if device is None and placement is not None else check_device(device)
         self.model = model = UnloadedModel(path, base=base, dtype=dtype, placement=placement)
-        self.settings = settings = model.sampling({**sampling, CLASS: class_name, SCALE: guidance_scale})
-        model.check_class(settings, is_named=class_name is not None, where="Add --class NAME.")
+        wanted = {**sampling, CLASS: class_name, SCALE: guidance_scale}
+        with naming_options(*_OPTIONS, stop_strings="stop"):
+            self.settings = settings = model.sampling(wanted)
+        is_asked = asks_to_guide(wanted)
+        model.check_class(settings, is_named=class_name is not None, where="Add --class NAME.", is_asked=is_asked)
         self.sampling, self.scale, self.running = sampling, guidance_scale, running
         self.tokenizer = model.tokenizer
-        model.check_running(running, settings, device=self.device, is_watched=is_watched)
+        with naming_options(*_OPTIONS, stop_strings="stop"):
+            model.check_running(running, settings, device=self.device, is_watched=is_watched)
         self.is_whole = (settings.block_size or model.parts.block_size) != 1
         self.lm: DiffusionLM | None = None
 
@@ -111,8 +122,21 @@ class Session:
         """Token ids of prompts, refused when an answer would not fit."""
         batch = encode_prompts(self.tokenizer, prompts, self.model.origin.chat_template, names=names)
         config = GenerationConfig(max_new_tokens=self.options["max_new_tokens"])
-        check_length([len(tokens) for tokens in batch], config, self.model.lm_config, names=names)
+        with naming_options(*_OPTIONS):
+            check_length([len(tokens) for tokens in batch], config, self.model.lm_config, names=names)
         return batch
+
+    def warn_of_chats(self) -> None:
+        """Say of a model that is to chat, where its folder tells, that it was trained on other texts."""
+        with suppress(OSError, ValueError, LookupError, TypeError, L2DError):
+            record = parse_json(read_text(Path(self.model.path) / "run.json"), "run.json")
+            formats = {str(source["format"]) for source in record["data"]["sources"]["train"]}
+            if formats and "messages" not in formats:
+                typer.echo(
+                    f"--chat: {self.model.path} was not trained on conversations, but on data of the format "
+                    f"{', '.join(sorted(formats))}. Expect better answers without --chat.",
+                    err=True,
+                )
 
     def load(self) -> None:
         """Load the weights."""
@@ -164,10 +188,17 @@ class Session:
             is_drafted = stream and self.is_whole
             observer, recorder = shown.enter_context(self._looking_on(is_drafted, trace, ends=ends))
             keys = request_keys(batch)
-            (answer,) = self._generate([prompt], batch, keys, streamer=printer, observer=observer)
+            try:
+                (answer,) = self._generate([prompt], batch, keys, streamer=printer, observer=observer)
+            except KeyboardInterrupt:
+                if printer is not None:
+                    printer.end()  # with what it holds back
+                raise
         described = self._described(answer)
         if stream and self.is_whole:
             typer.echo(described["text"])
+        if stream and not described["text"].strip():
+            typer.echo("The answer is empty.", err=True)
         if trace is not None:
             title = prompt if isinstance(prompt, str) else str(prompt[-1].get("content"))
             self._write_trace(recorder, [*batch[0], *answer.tokens], trace, title=title)
@@ -199,12 +230,15 @@ class Session:
             )
 
     def talk(self) -> None:
-        """A conversation on the terminal, ended by an empty line or the end of input."""
+        """A conversation on the terminal, ended by the end of input."""
         messages: list[dict[str, str]] = []
+        typer.echo(f"A conversation with {self.model.path}. Ctrl-D ends it.", err=True)
         with suppress(EOFError):
-            while line := input("> ").strip():
-                messages.append({"role": "user", "content": line})
-                messages.append({"role": "assistant", "content": self.answer_one(messages, stream=True)["text"]})
+            while True:
+                if line := input("> ").strip():
+                    messages.append({"role": "user", "content": line})
+                    messages.append({"role": "assistant", "content": self.answer_one(messages, stream=True)["text"]})
+        typer.echo()
 
     def _generate(
         self, prompts: Sequence[Prompt], batch: Sequence[Sequence[int]], keys: Sequence[str], **options: Any

@@ -52,7 +52,7 @@ def help_(
     names: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[NAME]...", help="Such as training.draws_per_token, or solver midpoint.", autocompletion=help_names
+            metavar="NAME", help="Such as training.draws_per_token, or solver midpoint.", autocompletion=help_names
         ),
     ] = None,
 ) -> None:

@@ -45,7 +45,7 @@ class Answers(NamedTuple):
 
 
 def init(
-    run_file: Annotated[Path, typer.Argument(metavar="[RUN.yaml]", help="Run file to write.")] = Path("run.yaml"),
+    run_file: Annotated[Path, typer.Argument(metavar="RUN.yaml", help="Run file to write.")] = Path("run.yaml"),
     base: Annotated[str | None, typer.Option(help="Language model to start from: folder or hub id.")] = None,
     data: Annotated[str | None, typer.Option(help="Training data: file, folder or hub id.")] = None,
     method: Annotated[

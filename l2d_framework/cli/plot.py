@@ -11,7 +11,7 @@ from l2d_framework.errors import ConfigError
 
 
 def plot(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Output folders of runs, finished or not.")],
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="Output folders of runs, finished or not.")],
     out: Annotated[Path, typer.Option(help="PNG file to write.")] = Path("l2d-plot.png"),
 ) -> None:
     """Draw loss, loss by t, learning rate and held-out measurements of runs into one picture."""

@@ -223,6 +223,10 @@ def _saved_config(model: ModelSection) -> Any:
                     f"model.base: folder {base!r} has no {' or '.join(needed)}; name a saved language model. "
                     f"{gguf_hint(folder)}".rstrip()
                 )
+    elif folder.is_file() and folder.suffix != ".gguf":
+        raise ConfigError(
+            f"model.base: {base!r} is a file. Give a folder with a model; that of a run file is its output_dir"
+        )
     elif _looks_local(base) or not _HUB_ID.fullmatch(base):
         raise ConfigError(
             f"model.base: no such folder, got {base!r}; name where it lies, or a hub id such as 'org/model'"

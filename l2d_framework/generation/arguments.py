@@ -48,6 +48,13 @@ def _end(value: Any) -> Any:
     return None if isinstance(value, int) and value == -1 else value
 
 
+def _ahead(value: Any) -> Any:
+    if value in ("auto", "off") or (type(value) is int and 1 <= value <= _MOST_AHEAD):
+        return value
+    raise ValueError(f"should be a number from 1 to {_MOST_AHEAD}, 'auto' or 'off'")
+
+
+_MOST_AHEAD = 1_000
 Flag = Annotated[bool, Strict()]
 Count = Annotated[int, Strict(), Field(ge=0)]
 Short = Annotated[int, Strict(), Field(ge=0, le=10_000)]  # transformers walks through as many
@@ -69,7 +76,7 @@ class Running(_Arguments):
     """How to run a request, which changes its answer by no more than rounding."""
 
     merge: Literal["auto", "always", "never"] = "auto"
-    speculate: Literal["auto", "off"] | Annotated[int, Strict(), Field(ge=1, le=1_000)] = "off"
+    speculate: Annotated[Literal["auto", "off"] | int, BeforeValidator(_ahead)] = "off"
     drafter: Drafter | None = None
     graph: Flag = True
     compile: Flag = False

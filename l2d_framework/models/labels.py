@@ -13,6 +13,8 @@ MANIFEST = "l2d.json"
 
 def check_class(name: str, classes: Sequence[str]) -> None:
     """Refuse a class label that a model with these does not know."""
+    if not classes:
+        raise ConfigError(f"This model was trained without classes, got the class {name!r}. Leave it out.")
     if name not in classes:
         hint = suggest(str(name), classes) or "."
         raise ConfigError(f"Unknown class {name!r}{hint} This model knows {list(classes)}.")

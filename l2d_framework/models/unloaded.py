@@ -124,8 +124,9 @@ class UnloadedModel:
         fields = {name: value for name, value in options.items() if name not in (CLASS, SCALE)}
         settings = self.origin.settings(state, fields, scale=options.get(SCALE), tokenizer=self.tokenizer)
         self.origin.class_id(options.get(CLASS))
-        # Whether a class is named, only a request can tell.
-        check_sampling(settings, num_classes=backbone.num_classes, has_condition=True)
+        # Whether a class is named, only a request can tell; a guidance that it asks for is not left without effect.
+        is_asked = asks_to_guide(options)
+        check_sampling(settings, num_classes=backbone.num_classes, has_condition=True, is_scaled=is_asked)
         check_block_size(backbone, self.lm_config, trained=self.parts.block_size, wanted=settings.block_size)
         if settings.num_inference_steps == 0 and not self.empty.identity_at_zero:
             raise ConfigError(
@@ -139,10 +140,11 @@ class UnloadedModel:
             )
         return settings
 
-    def check_class(self, settings: SamplingSection, *, is_named: bool, where: str) -> None:
-        """Refuse a guidance towards a class that nobody named."""
+    def check_class(self, settings: SamplingSection, *, is_named: bool, where: str, is_asked: bool = False) -> None:
+        """Refuse a guidance towards a class that nobody named; one that is asked for even where it has no effect."""
+        classes = self.parts.backbone.num_classes
         try:
-            check_sampling(settings, num_classes=self.parts.backbone.num_classes, has_condition=is_named)
+            check_sampling(settings, num_classes=classes, has_condition=is_named, is_scaled=is_asked)
         except ConfigError as error:
             raise ConfigError(f"{error} The classes are {self.classes}. {where}") from error
 
@@ -191,6 +193,11 @@ class UnloadedModel:
             "l2d_framework": version("l2d-framework"),
             "plugins": {row.distribution: row.version for row in registry().table() if row.status == "ok"},
         }
+
+
+def asks_to_guide(options: Mapping[str, Any]) -> bool:
+    """Whether a request itself names a guidance or its scale; those of presets may well have no effect."""
+    return bool(options.get("guidance")) or options.get(SCALE) is not None
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:

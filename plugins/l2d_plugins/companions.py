@@ -54,8 +54,10 @@ class Companion:
         """Configuration of one, refused unless a model of this kind was saved with it."""
         called = f"{self.called} {name!r}"
         is_path = Path(name).is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
-        if is_path and not Path(name).is_dir():
+        if is_path and not Path(name).exists():
             raise ConfigError(f"There is no folder {name!r}. {self.give}")
+        if Path(name).is_file():
+            raise ConfigError(f"{name!r} is a file. {self.give}")
         try:
             config: Any = open_config(name)
         except CheckpointError as error:

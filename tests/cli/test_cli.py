@@ -65,6 +65,13 @@ def test_help_cuts_nothing_on_a_narrow_terminal(path, l2d, monkeypatch):
     assert not re.search(r"[^\])}]\.\.\.$|…", out.replace("files...", ""), re.MULTILINE)
 
 
+@pytest.mark.parametrize("path", [path for path in PATHS if path != ["eval"]], ids=" ".join)
+def test_help_names_values_by_words_and_shows_no_type_of_python(path, l2d):
+    code, out, _ = l2d(*path, "--help")
+    assert code == 0
+    assert not re.search(r"<(int|float|str|path|list)\b|\[\[|\{[a-z_]+\}", out)
+
+
 def test_results_go_where_out_says_and_output_is_another_word_for_it():
     command = typer.main.get_command(cli.app)
     context = Context(command, **command.context_settings)

@@ -4,7 +4,9 @@ import json
 import os
 import re
 import resource
+import shutil
 import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -169,15 +171,71 @@ def test_a_conversation_is_rendered_by_the_chat_template(model, lm, tmp_path):
 
 
 def test_a_talk_on_the_terminal_remembers_what_was_said(model, lm):
-    found = run(model, "--chat", *FAST, input="Hello\nReally\n\n")
+    found = run(model, "--chat", *FAST, input="Hello\n\n \nReally\n")  # an empty line ends nothing
     assert found.exit_code == 0
     messages, answers = [], []
     for line in ("Hello", "Really"):
         messages.append({"role": "user", "content": line})
         answers += texts(lm, [lm.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)])
         messages.append({"role": "assistant", "content": answers[-1]})
+    assert "Ctrl-D ends it" in found.stderr
     printed = found.stdout.replace("> ", "").split()
     assert [text for text in printed if text in answers] == answers
+
+
+@pytest.mark.parametrize(("formats", "warns"), [(["prompt_response", "text"], True), (["text", "messages"], False)])
+def test_a_chat_with_a_model_that_saw_none_is_warned_of(model, tmp_path, formats, warns):
+    shutil.copytree(model, tmp_path / "model")
+    run_json = {"data": {"sources": {"train": [{"format": name} for name in formats]}}}
+    (tmp_path / "model" / "run.json").write_text(json.dumps(run_json))
+    for chat, is_warned in ((["--chat"], warns), ([], False)):
+        found = run(tmp_path / "model", "--prompt", "Hello", *chat, *FAST)
+        assert found.exit_code == 0
+        assert ("was not trained on conversations, but on data of the format prompt" in found.stderr) == is_warned
+
+
+def test_an_empty_answer_in_a_talk_says_so(model):
+    (first, *_) = lines(model, "--chat", "--prompt", "Hello", *FAST)[0]
+    found = run(model, "--chat", *FAST, "--stop", first, input="Hello\n")
+    assert found.exit_code == 0
+    assert "The answer is empty." in found.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "streams"),
+    [
+        ((), True),
+        (("--no-stream",), False),
+        (("--num-return-sequences", "2"), False),
+        (("--prompt", "Another one"), False),
+    ],
+)
+def test_a_single_answer_comes_token_by_token_on_a_terminal(model, monkeypatch, arguments, streams):
+    asked = (model, "--prompt", "Hello", *FAST, *arguments)
+    printed = []
+    put = Printer.put
+    monkeypatch.setattr(Printer, "put", lambda printer, value: (printed.append(value), put(printer, value)))
+    elsewhere = run(*asked).stdout
+    assert not printed
+    with monkeypatch.context() as patched:
+        terminal = SimpleNamespace(stdout=SimpleNamespace(isatty=lambda: True))
+        patched.setattr("l2d_framework.cli.generate.sys", terminal)
+        assert run(*asked).stdout == elsewhere
+    assert bool(printed) == streams
+
+
+def test_answers_that_are_known_are_shown_when_no_more_are_waited_for(model, lm, monkeypatch):
+    finish, asked = Watch.finish, (model, "--prompt", "Hello", "--prompt", "Another one", *FAST, "--batch-size", "1")
+
+    def stop(watch, prompts):
+        finish(watch, prompts)
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(Watch, "finish", stop)
+    found = run(*asked)
+    assert found.exit_code == 130
+    assert found.stdout == f"==> Prompt 0 <==\n{texts(lm, ['Hello'])[0]}\n"
+    assert "1 of 2 are answered. --out FILE would keep them." in found.stderr
 
 
 def test_several_answers_stand_below_whose_they_are_and_a_single_one_alone(model, lm, tmp_path):
@@ -264,7 +322,7 @@ REFUSED = [
     (("--prompt", "a", "--solver", "midpont"), "Unknown solver 'midpont'; did you mean 'midpoint'"),
     (("--prompt", "a", "--guidance", "classifier"), "did you mean 'classifier_free'"),
     (("--prompt", "a", "--speculate", "2", "--drafter", "promt_lookup"), "did you mean 'prompt_lookup'"),
-    (("--prompt", "a", "--drafter", "prompt_lookup"), "guesses nothing with speculate='off'"),
+    (("--prompt", "a", "--drafter", "prompt_lookup"), "guesses nothing with --speculate='off'"),
     (("--prompt", "a", "--speculate", "2", "--drafter", "{name: asistant, model: x}"), "did you mean 'assistant'"),
     (("--prompt", "a", "--speculate", "2", "--drafter", "{model: x}"), "A drafter needs a `name`"),
     (("--prompt", "a", "--speculate", "2", "--drafter", "{name: "), "--drafter, line 1: .* Correct the YAML"),
@@ -273,8 +331,12 @@ REFUSED = [
         ("--prompt", "a", "--speculate", "2", "--drafter", '{"name": "assistant", "model": "./none"}'),
         "There is no folder './none'. Give the folder of a small language model",
     ),
+    (
+        ("--prompt", "a", "--speculate", "2", "--drafter", f"{{name: assistant, model: '{__file__}'}}"),
+        "test_generate.py' is a file. Give the folder of a small language model",
+    ),
     (("--prompt", "a", "--preset", "l2d-papr"), "did you mean 'l2d-paper'"),
-    (("--prompt", "a", "--num-inference-steps", "4"), "num_inference_steps=4. Use 3 or 5"),
+    (("--prompt", "a", "--num-inference-steps", "4"), "--num-inference-steps=4. Use 3 or 5"),
     (("--prompt", "a", "--class", "mth"), r"Unknown class 'mth'; did you mean 'math'\? This model knows"),
     (("--prompt", "a", "--class", "zzz"), r"Unknown class 'zzz'\. This model knows \['math', 'code'\]"),
     (("--prompt", "a", "--set", "solvr=euler"), "solvr: unknown field.*did you mean 'solver'"),
@@ -290,12 +352,18 @@ REFUSED = [
     (("--prompt", "a", "--prompt", "b", "--stream"), "--stream shows one answer, got 2 prompts"),
     (("--prompt", "a", "--dtype", "fp16"), "--dtype must be float32, bfloat16 or float16, got 'fp16'"),
     (("--prompt", "a", "--do-sample", "--temperature", "0"), "--temperature must be above 0, got 0.0"),
-    (("--prompt", "a", "--do-sample", "--temperature", "nan"), "temperature should be a finite number, got nan"),
-    (("--prompt", "a", "--stop", ""), "stop_strings should have at least 1 character"),
-    (("--prompt", "a", "--class", "math", "--guidance-scale", "nan"), "guidance_scale nan does not fit guidance"),
+    (("--prompt", "a", "--do-sample", "--temperature", "nan"), "--temperature should be a finite number, got nan"),
+    (("--prompt", "a", "--stop", ""), "--stop should have at least 1 character"),
+    (("--prompt", "a", "--class", "math", "--guidance-scale", "nan"), "--guidance-scale nan does not fit guidance"),
     (("--prompt", "a", "--set", "end_time=.nan"), "end_time: should be a finite number"),
     (("--prompt", "a", "--device", "abacus"), "--device 'abacus' cannot be used here"),
+    (("--prompt", "a", "--speculate", "maybe"), "--speculate should be a number from 1 to 1000, 'auto' or 'off', got"),
+    (("--prompt", "a", "--speculate", "0"), "--speculate should be a number from 1 to 1000, 'auto' or 'off', got 0"),
+    (("--prompt", "a", "--guidance", "classifier_free"), "guides towards a class, and .* none.*Add --class"),
+    (("--prompt", "a", "--guidance-scale", "1"), "guides towards a class, and .* none.*Add --class"),
+    (("--prompt", "a" * 130), "Shorten the prompt or lower --max-new-tokens"),
     (("--prompt", "a", "--base", "./none"), "There is no folder './none'"),
+    (("--prompt", "a", "--base", __file__), "test_generate.py' is a file. Give a folder with a model"),
     (("--file", "none.txt"), "There is no file 'none.txt'. Give a text file"),
 ]
 
@@ -367,7 +435,7 @@ def test_an_output_file_that_appears_meanwhile_is_left_alone(model, tmp_path, mo
     with pytest.raises(OutputError, match=r"made by somebody else meanwhile. The answers are in .*a\.jsonl\.part"):
         raise run(model, "--prompt", "a", *FAST, "--out", output).exception
     assert output.read_text() == "mine"
-    assert len((tmp_path / "a.jsonl.part").read_text().splitlines()) == 1
+    assert len((tmp_path / "a.jsonl.part").read_text().splitlines()) == 2  # the first says what was asked
 
 
 @pytest.mark.parametrize("has_links", [True, False])
@@ -419,13 +487,18 @@ def test_an_interrupted_generation_goes_on_to_what_it_would_have_been(model, tmp
         found = run(*arguments, "--out", output)
     assert found.exit_code == (143 if error is signal.SIGTERM else 1)
     assert f"The answers so far are in {part}. The same command goes on from them." in found.stderr
-    rows = [json.loads(line) for line in part.read_text(encoding="utf-8").splitlines()]
+    rows = [json.loads(line) for line in part.read_text(encoding="utf-8").splitlines()[1:]]
     assert 0 < len(rows) < len(prompts)
     wanted = [json.loads(line) for line in (tmp_path / "whole.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [row["answers"] for row in rows] == [wanted[row["number"]]["answers"] for row in rows]
     # Nobody else's answers are gone on with or written over.
-    for other in (("--seed", "7"), ("--stop", "x"), ("--prompt", "A fourth"), ("--class", "code")):
-        with pytest.raises(L2DError, match=r"answers\.jsonl\.part' holds answers of another generation"):
+    for other, how in (
+        (("--seed", "7"), "seed: 0 there, 7 now"),
+        (("--stop", "x"), r"stop: \[\] there, None now; stop\.0: None there, 'x' now"),
+        (("--prompt", "A fourth"), r"prompts\.number: 4 there, 5 now; prompts\.sha256: '"),
+        (("--class", "code"), "class: None there, 'code' now"),
+    ):
+        with pytest.raises(L2DError, match=rf"answers\.jsonl\.part' holds answers of another generation: {how}"):
             raise run(*arguments, *other, "--out", output).exception
     with part.open("ab") as file:
         file.write(part.read_bytes()[:-9])  # the process ended while it wrote a row
@@ -518,6 +591,25 @@ def test_a_folder_that_is_no_checkpoint_is_refused(no_weights, tmp_path):
         raise run(tmp_path, "--prompt", "a").exception
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("generate", "run.yaml", "--prompt", "a"),
+        ("eval-steps", "run.yaml", "--data", "run.yaml"),
+        ("diagnose", "run.yaml", "--data", "run.yaml"),
+        ("convert", "run.yaml", "out", "--from", "l2d-reference"),
+        ("config", "check", "run.yaml"),
+    ],
+    ids=lambda command: command[0],
+)
+def test_a_file_in_place_of_a_models_folder_is_called_one(no_weights, tmp_path, monkeypatch, command):
+    monkeypatch.chdir(tmp_path)
+    run_file = {"model": {"base": "run.yaml"}, "method": "l2d", "data": {"train": [{"path": "run.yaml"}]}}
+    (tmp_path / "run.yaml").write_text(json.dumps(run_file | {"output_dir": "out"}))
+    with pytest.raises(L2DError, match=r"'run\.yaml' is a file\. Give a folder with a model; .* is its output_dir"):
+        raise CliRunner().invoke(app, [*command]).exception
+
+
 @pytest.fixture
 def plain(tmp_path):
     return write(tmp_path, chat=False, classes=())
@@ -526,7 +618,9 @@ def plain(tmp_path):
 def test_what_a_model_without_classes_template_or_tokenizer_cannot_do(plain, no_weights, tmp_path):
     for arguments, message in [
         (("--guidance-scale", "2"), "scale 2 needs a model trained with class labels; this one has none"),
-        (("--class", "math"), r"Unknown class 'math'\. This model knows \[\]"),
+        (("--guidance-scale", "1"), "scale 1 needs a model trained with class labels; this one has none"),
+        (("--guidance", "classifier_free"), "scale 1 needs a model trained with class labels; this one has none"),
+        (("--class", "math"), "This model was trained without classes, got the class 'math'"),
         (("--chat",), "Prompt 0 is a conversation, but the tokenizer .* has no chat template"),
     ]:
         with pytest.raises(L2DError, match=message):
