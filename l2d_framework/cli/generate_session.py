@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -31,9 +32,11 @@ from l2d_framework.models.unloaded import CLASS, SCALE, UnloadedModel, asks_to_g
 if TYPE_CHECKING:
     from l2d_framework.tracing import Recorder
 
-_OPTIONS = (
+_naming = partial(
+    naming_options,
     *("num_inference_steps", "guidance_scale", "seed", "max_new_tokens", "do_sample", "temperature", "top_p", "top_k"),
     *("merge", "graph", "compile", "speculate", "drafter"),
+    stop_strings="stop",
 )
 
 
@@ -99,7 +102,7 @@ class Session:
                 f"--temperature must be above 0, got {options['temperature']}. Leave --do-sample out for the likeliest "
                 "tokens."
             )
-        with naming_options(*_OPTIONS, stop_strings="stop"):
+        with _naming():
             decoding_options(options | ({"stop_strings": list(stop)} if stop else {}))
         self.options, self.class_name, self.stop, self.samples = options, class_name, list(stop), samples
         placement = Placement.of(**placing)
@@ -107,13 +110,13 @@ class Session:
         self.device = None if device is None and placement is not None else check_device(device)
         self.model = model = UnloadedModel(path, base=base, dtype=dtype, placement=placement)
         wanted = {**sampling, CLASS: class_name, SCALE: guidance_scale}
-        with naming_options(*_OPTIONS, stop_strings="stop"):
+        with _naming():
             self.settings = settings = model.sampling(wanted)
         is_asked = asks_to_guide(wanted)
         model.check_class(settings, is_named=class_name is not None, where="Add --class NAME.", is_asked=is_asked)
         self.sampling, self.scale, self.running = sampling, guidance_scale, running
         self.tokenizer = model.tokenizer
-        with naming_options(*_OPTIONS, stop_strings="stop"):
+        with _naming():
             model.check_running(running, settings, device=self.device, is_watched=is_watched)
         self.is_whole = (settings.block_size or model.parts.block_size) != 1
         self.lm: DiffusionLM | None = None
@@ -122,7 +125,7 @@ class Session:
         """Token ids of prompts, refused when an answer would not fit."""
         batch = encode_prompts(self.tokenizer, prompts, self.model.origin.chat_template, names=names)
         config = GenerationConfig(max_new_tokens=self.options["max_new_tokens"])
-        with naming_options(*_OPTIONS):
+        with _naming():
             check_length([len(tokens) for tokens in batch], config, self.model.lm_config, names=names)
         return batch
 

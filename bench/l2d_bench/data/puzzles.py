@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from pydantic import Field
+from typing_extensions import override
 
 from l2d_bench.data.makers import Maker
 from l2d_bench.data.rows import write_rows
@@ -55,7 +56,15 @@ class Puzzles(Maker):
 
     @abstractmethod
     def question(self, source: random.Random, steps: int) -> tuple[str, int]:
-        """A question of so many steps and its answer; may be one that was there."""
+        """Draw a question, which may be one that was there.
+
+        Args:
+            source: of random numbers.
+            steps: how many lead to the answer.
+
+        Returns:
+            The question and the answer.
+        """
 
 
 class Carries(Puzzles):
@@ -67,16 +76,8 @@ class Carries(Puzzles):
 
     kind: Literal["carries"] = "carries"
 
+    @override
     def question(self, source: random.Random, steps: int) -> tuple[str, int]:
-        """A sum whose first digit takes so many columns.
-
-        Args:
-            source: of random numbers.
-            steps: columns right of the first that must be read.
-
-        Returns:
-            The columns and the digit.
-        """
         carry = source.random() < 0.5
         pairs = [(a, b) for a in range(10) for b in range(10)]
         first = source.choice([(a, b) for a, b in pairs if 0 < a + b < 9])
@@ -88,7 +89,7 @@ class Carries(Puzzles):
 
 
 class Sudoku(Puzzles):
-    """A cell of a sudoku of 4 x 4, ` 1 . . 4 / . ? 1 . / ...`, that is known after so many rounds.
+    """A cell of a sudoku of 4 x 4, ` 1 . . 4 / . ? 1 . / ...`, that is known after `steps` rounds.
 
     In a round every cell is filled in whose row, column and square leave it one digit.
     """
@@ -96,16 +97,8 @@ class Sudoku(Puzzles):
     kind: Literal["sudoku"] = "sudoku"
     most: int = Field(default=3, gt=1, le=4)
 
+    @override
     def question(self, source: random.Random, steps: int) -> tuple[str, int]:
-        """A grid with a cell that is known after so many rounds.
-
-        Args:
-            source: of random numbers.
-            steps: rounds.
-
-        Returns:
-            The grid, "." where it is empty and "?" where it is asked for, and the digit there.
-        """
         while True:
             solved = source.choice(_solved())
             given = {cell: solved[cell] for cell in source.sample(range(16), source.randint(4, 8))}
