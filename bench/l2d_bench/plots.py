@@ -34,7 +34,7 @@ def draw(filled: Filled, profile: ProfileFile, path: Path) -> bool:
     panels = {"lines": _lines, "bars": _bars, "curves": _curves, "heatmap": _heatmaps}[figure.kind](filled, figure)
     if not panels:
         return False
-    across = min(_ACROSS, len(panels))
+    across = 2 if len(panels) == 4 else min(_ACROSS, len(panels))
     width = 4.6 if across > 1 else 8.0  # inches; a single panel leaves the legend no room
     axes = plots.panels(len(panels), across, (width, 3.3), below=0.6, dpi=130)
     for place, (name, paint) in zip(axes, panels, strict=True):
@@ -130,6 +130,8 @@ def _curves(filled: Filled, figure: Figure) -> list[Any]:
     plan = filled.plan
     found: dict[tuple[str, str], list[tuple[str, int, list[list[float]]]]] = {}
     for number, row in enumerate(plan.rows):
+        if figure.rows is not None and row.label not in figure.rows:
+            continue
         seen: set[str] = set()
         for name in plan.columns:
             cell = plan.cells[number, name]
@@ -144,14 +146,15 @@ def _curves(filled: Filled, figure: Figure) -> list[Any]:
     def panel(lines: list[tuple[str, int, list[list[float]]]], curve: str) -> Any:
         def paint(axes: Any) -> None:
             for label, seed, points in lines:
-                x, y = zip(*points, strict=True)
+                known = sorted((x, y, error[0] if error else None) for x, y, *error in points)
                 index = labels.index(label)
                 shown = label if seed == 0 else None
                 alpha = 1.0 if seed == 0 else 0.45
                 line = ("-", "--", ":")[index // len(_COLOURS) % 3]  # where colours come again
-                axes.plot(x, y, line, lw=1.3, alpha=alpha, color=_COLOURS[index % len(_COLOURS)], label=shown)
+                colour = _COLOURS[index % len(_COLOURS)]
+                plots.points(axes, known, ls=line, lw=1.3, alpha=alpha, color=colour, label=shown)
             if figure.log_x:
-                _log_axis(axes, sorted({x for _, _, points in lines for x, _ in points}))
+                _log_axis(axes, sorted({point[0] for _, _, points in lines for point in points}))
             _label(axes, figure, curve)
 
         return paint
@@ -159,10 +162,11 @@ def _curves(filled: Filled, figure: Figure) -> list[Any]:
     curves = [curve for curve, _ in found]
     drawn = {label for lines in found.values() for label, _, _ in lines}
     labels = [row.label for row in plan.rows if row.label in drawn]  # of all panels, which share a legend
-    return [
-        (f"{curve.replace('_', ' ')}{f', {measure}' if curves.count(curve) > 1 else ''}", panel(lines, curve))
-        for (curve, measure), lines in sorted(found.items(), key=lambda one: curves.index(one[0][0]))
-    ]
+    panels = []
+    for (curve, measure), lines in sorted(found.items(), key=lambda one: curves.index(one[0][0])):
+        name = f"{curve}, {measure}" if curves.count(curve) > 1 else curve
+        panels.append((figure.titles.get(name, name.replace("_", " ")), panel(lines, curve)))
+    return panels
 
 
 def _heatmaps(filled: Filled, figure: Figure) -> list[Any]:

@@ -65,6 +65,10 @@ class Figure(Section):
     log_x: bool = False
     curves: list[str] | None = None
     """With `curves`: which of them, such as `accuracy`; all when None."""
+    rows: list[str] | None = None
+    """With `curves`: labels of the rows drawn; all when None."""
+    titles: dict[str, str] = Field(default_factory=dict)
+    """With `curves`: titles of panels by the curve, or by `CURVE, MEASURE` where several measures record it."""
 
 
 class TableFile(Section):
@@ -83,6 +87,13 @@ class TableFile(Section):
     rows: list[Row] = Field(min_length=1)
     figure: Figure | None = None
     note: str | None = None
+
+    @model_validator(mode="after")
+    def _draws_its_rows(self) -> Self:
+        wanted = (self.figure.rows if self.figure else None) or []
+        if missing := sorted(set(wanted) - {row.label for row in self.rows}):
+            raise ValueError(f"figure.rows names {missing}, labels that no row has")
+        return self
 
 
 class Column(Section):

@@ -55,9 +55,10 @@ def legend_below(drawn: Figure, *, columns: int | None = None, **style: Any) -> 
 
 
 def points(axes: Axes, drawn: Iterable[tuple[float, float, float | None]], **style: Any) -> None:
-    """Points (x, y, standard error) with their error bars, joined by a line."""
+    """Points (x, y, standard error) with error bars, if any has one, joined by a line."""
     x, y, errors = zip(*drawn, strict=True)
-    axes.errorbar(x, y, yerr=[error or 0.0 for error in errors], **{"markersize": 4, "capsize": 2, **style})
+    bars = [error or 0.0 for error in errors] if any(errors) else None
+    axes.errorbar(x, y, yerr=bars, **{"markersize": 4, "capsize": 2, **style})
 
 
 def save(drawn: Figure, path: Path) -> None:

@@ -83,6 +83,8 @@ def only(table, *labels):
     rows = [{"columns": columns} | named[label] for label in labels]
     for row in rows:
         row["columns"] = [column for column in row["columns"] if column in columns]
+    if "figure" in found:
+        found["figure"]["rows"] = labels
     return found | {"columns": columns, "rows": rows}
 
 
@@ -133,7 +135,8 @@ def test_what_evaluations_reach_are_values_and_curves(trained):
     assert found.details["tokens_per_second"]["3"] > 0
     plain = measure.run(Subject(str(trained / "base"), {"num_inference_steps": 0}, seed=0))
     assert set(plain.values) == set(measure.metrics())
-    assert len({value for _, value in plain.curves["nll"]}) == 1
+    assert len({value for _, value, _ in plain.curves["nll"]}) == 1
+    assert {error for _, _, error in plain.curves["nll"]} == {plain.values["nll_3"].error}
     assert plain.values["nll_3"].value == pytest.approx(found.values["nll_0"].value)
 
 

@@ -13,8 +13,8 @@ from l2d_framework.config.sections import UserPath
 class StepsMeasure(Measure):
     """`l2d eval-steps`: `accuracy_N` and `nll_N` of held-out tokens after N evaluations, the true ones before given.
 
-    `accuracy_0` and `nll_0` are those of the language model in it. Both are curves against evaluations, too; a plain
-    language model's are flat.
+    `accuracy_0` and `nll_0` are those of the language model in it. Both are curves against evaluations with their
+    standard errors, too; a plain language model's are flat.
     """
 
     kind: Literal["steps"] = "steps"
@@ -64,8 +64,9 @@ class StepsMeasure(Measure):
             speeds[str(own)] = found["tokens"] / entry["seconds"]
             for name, points in curves.items():
                 number = entry[name]
-                value = Value(value=number["value"], error=number["standard_error"], items=found["rows"])
+                error = number["standard_error"]
+                value = Value(value=number["value"], error=error, items=found["rows"])
                 for count in self.steps if plain else [own]:
                     values[f"{name}_{count}"] = value
-                    points.append([count, number["value"]])
+                    points.append([count, number["value"]] + [error] * (error is not None))
         return Outcome(values=values, curves=curves, details={"tokens": found["tokens"], "tokens_per_second": speeds})
